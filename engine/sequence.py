@@ -1,0 +1,71 @@
+"""The nouns of the engine: what is being generated and what one step does. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from crossdock.proto.types import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation of one prompt on one worker.
+
+    Owns one reference on each block of `block_table` until the scheduler releases them.
+    The KV of token_ids[:num_computed] is in the blocks.
+    """
+
+    sequence_id: str
+    token_ids: list[int]  # prompt and generated tokens; grows by one a step
+    prompt_tokens: int  # of the client's prompt: generated = token_ids[prompt_tokens:]
+    sampling: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
+    cache_salt: bytes = b""
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0  # of num_computed, how many were found in the prefix cache
+    priority: int = 0
+    arrival: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of one sequence that one step computes: token_ids[start : start + length]."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    sample: bool  # its last token is the sequence's last: draw the next one
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one engine step runs: any mix of prefill chunks and decode tokens (length 1)."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The token drawn after a chunk with `sample` set. Logprobs only where asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()

@@ -1,0 +1,110 @@
+"""Every error that Crossdock raises on purpose, with its gRPC and HTTP status.
+
+CrossdockError                      INTERNAL              500
+├── InvalidRequest                  INVALID_ARGUMENT      400   names field, value and limit
+│   └── RequestTooLarge             INVALID_ARGUMENT      413
+├── NotFound                        NOT_FOUND             404   unknown model, pool, worker
+├── Overloaded                      RESOURCE_EXHAUSTED    429   carries retry_after_s
+├── DeadlineExceeded                DEADLINE_EXCEEDED     504
+├── Cancelled                       CANCELLED             499
+├── Unavailable                     UNAVAILABLE           503   retriable: nothing is wrong with the request
+│   ├── WorkerLost
+│   ├── TransferFailed                                          a pull failed or the fence refused it
+│   └── Draining
+├── LayoutMismatch                  FAILED_PRECONDITION   409   both sides' values in the message
+├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field
+└── ModelError                      FAILED_PRECONDITION   500   a model file is missing, corrupt, unsupported
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CrossdockError(Exception):
+    """Base of the tree above."""
+
+    grpc_status: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    retriable: ClassVar[bool] = False
+
+
+class InvalidRequest(CrossdockError):
+    """A request that can never be served: says which field, what it held and what it may hold."""
+
+    grpc_status = "INVALID_ARGUMENT"
+    http_status = 400
+
+    def __init__(self, field: str, value: object, limit: str) -> None:
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = f"{shown[:100]}… ({len(shown)} characters)"
+        super().__init__(f"{field}: {shown} is not allowed; {limit}")
+        self.field, self.value, self.limit = field, value, limit
+
+
+class RequestTooLarge(InvalidRequest):
+    http_status = 413
+
+
+class NotFound(CrossdockError):
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+
+
+class Overloaded(CrossdockError):
+    grpc_status = "RESOURCE_EXHAUSTED"
+    http_status = 429
+    retriable = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(CrossdockError):
+    grpc_status = "DEADLINE_EXCEEDED"
+    http_status = 504
+
+
+class Cancelled(CrossdockError):
+    grpc_status = "CANCELLED"
+    http_status = 499
+
+
+class Unavailable(CrossdockError):
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+    retriable = True
+
+
+class WorkerLost(Unavailable):
+    pass
+
+
+class TransferFailed(Unavailable):
+    pass
+
+
+class Draining(Unavailable):
+    pass
+
+
+class LayoutMismatch(CrossdockError):
+    grpc_status = "FAILED_PRECONDITION"
+    http_status = 409
+
+
+class ConfigError(CrossdockError):
+    """A setting that cannot be: `where` is `file:line` where it is known."""
+
+    grpc_status = "INVALID_ARGUMENT"
+    http_status = 400
+
+    def __init__(self, field: str, message: str, where: str = "") -> None:
+        super().__init__(f"{where}: {field}: {message}" if where else f"{field}: {message}")
+        self.field, self.where = field, where
+
+
+class ModelError(CrossdockError):
+    grpc_status = "FAILED_PRECONDITION"

@@ -1,0 +1,120 @@
+"""Plain types shared by every layer: no torch, no ray, no gRPC."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from crossdock.proto.errors import InvalidRequest
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20
+MAX_N = 16
+
+
+class Role(enum.StrEnum):
+    """What a worker does: which scheduler it runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. Penalties and filters apply in the order of the fields."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    def validate(self, vocab_size: int) -> None:
+        """Raises InvalidRequest naming the first field that is out of its range."""
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_k", self.top_k, 0, 2**31 - 1)
+        if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
+            raise InvalidRequest("top_p", self.top_p, "must be in (0, 1]")
+        _within("min_p", self.min_p, 0.0, 1.0)
+        if not (math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 10.0):
+            raise InvalidRequest(
+                "repetition_penalty", self.repetition_penalty, "must be in (0, 10]"
+            )
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _at_most("logit_bias", self.logit_bias, MAX_LOGIT_BIAS, "entries")
+        for token_id, bias in self.logit_bias.items():
+            _within("logit_bias", token_id, 0, vocab_size - 1)
+            _within(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        _at_most("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS, "token ids")
+        for token_id in self.stop_token_ids:
+            _within("stop_token_ids", token_id, 0, vocab_size - 1)
+        _at_most("stop", self.stop, MAX_STOP_STRINGS, "strings")
+        for text in self.stop:
+            if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+                limit = f"each must have 1 to {MAX_STOP_CHARACTERS} characters"
+                raise InvalidRequest("stop", text, limit)
+        _within("seed", self.seed, 0, 2**64 - 1)
+        if self.max_tokens < 1:
+            raise InvalidRequest("max_tokens", self.max_tokens, "must be at least 1")
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+
+@dataclass(frozen=True)
+class WorkerEndpoint:
+    """Where one incarnation of a worker is reached. Two incarnations are two peers."""
+
+    name: str
+    pool: str
+    role: Role
+    address: str
+    incarnation: str  # hexadecimal, 32 characters
+    revision: str = ""
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InvalidRequest(name, value, f"must be from {low} to {high}")
+
+
+def _at_most(name: str, values: object, limit: int, what: str) -> None:
+    count = len(values)  # type: ignore[arg-type]
+    if count > limit:
+        raise InvalidRequest(name, f"{count} {what}", f"at most {limit} {what}")

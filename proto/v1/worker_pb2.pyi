@@ -1,0 +1,391 @@
+from crossdock.proto.v1 import inference_pb2 as _inference_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_PREFILL: _ClassVar[Role]
+    ROLE_DECODE: _ClassVar[Role]
+    ROLE_COLOCATED: _ClassVar[Role]
+
+class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_CODE_UNSPECIFIED: _ClassVar[ErrorCode]
+    ERROR_CODE_INVALID: _ClassVar[ErrorCode]
+    ERROR_CODE_OVERLOADED: _ClassVar[ErrorCode]
+    ERROR_CODE_PULL_FAILED: _ClassVar[ErrorCode]
+    ERROR_CODE_PREEMPTED: _ClassVar[ErrorCode]
+    ERROR_CODE_DEADLINE: _ClassVar[ErrorCode]
+    ERROR_CODE_CANCELLED: _ClassVar[ErrorCode]
+    ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
+    ERROR_CODE_INTERNAL: _ClassVar[ErrorCode]
+ROLE_UNSPECIFIED: Role
+ROLE_PREFILL: Role
+ROLE_DECODE: Role
+ROLE_COLOCATED: Role
+ERROR_CODE_UNSPECIFIED: ErrorCode
+ERROR_CODE_INVALID: ErrorCode
+ERROR_CODE_OVERLOADED: ErrorCode
+ERROR_CODE_PULL_FAILED: ErrorCode
+ERROR_CODE_PREEMPTED: ErrorCode
+ERROR_CODE_DEADLINE: ErrorCode
+ERROR_CODE_CANCELLED: ErrorCode
+ERROR_CODE_DRAINING: ErrorCode
+ERROR_CODE_INTERNAL: ErrorCode
+
+class KVLayout(_message.Message):
+    __slots__ = ("wire_version", "model_id", "weights_digest", "dtype", "block_size", "layers", "kv_heads", "head_dim", "tp_degree")
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    TP_DEGREE_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    model_id: str
+    weights_digest: str
+    dtype: str
+    block_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    tp_degree: int
+    def __init__(self, wire_version: _Optional[int] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., tp_degree: _Optional[int] = ...) -> None: ...
+
+class WorkerDescription(_message.Message):
+    __slots__ = ("name", "pool", "role", "incarnation", "layout", "layout_hash", "model_id", "context_length", "num_blocks", "block_bytes", "transport", "transport_info", "address", "pid", "node_id", "revision")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_INFO_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    pool: str
+    role: Role
+    incarnation: bytes
+    layout: KVLayout
+    layout_hash: bytes
+    model_id: str
+    context_length: int
+    num_blocks: int
+    block_bytes: int
+    transport: str
+    transport_info: bytes
+    address: str
+    pid: int
+    node_id: str
+    revision: str
+    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., layout_hash: _Optional[bytes] = ..., model_id: _Optional[str] = ..., context_length: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transport_info: _Optional[bytes] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+
+class Ticket(_message.Message):
+    __slots__ = ("ticket_id", "prefill_worker", "prefill_address", "incarnation", "block_ids", "generations", "num_tokens", "layout_hash", "lease_ms", "first_token", "mac")
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    ticket_id: bytes
+    prefill_worker: str
+    prefill_address: str
+    incarnation: bytes
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    num_tokens: int
+    layout_hash: bytes
+    lease_ms: int
+    first_token: int
+    mac: bytes
+    def __init__(self, ticket_id: _Optional[bytes] = ..., prefill_worker: _Optional[str] = ..., prefill_address: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., layout_hash: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., first_token: _Optional[int] = ..., mac: _Optional[bytes] = ...) -> None: ...
+
+class SequenceRequest(_message.Message):
+    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "cache_salt", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    sampling: _inference_pb2.SamplingParams
+    prompt_tokens: int
+    cache_salt: bytes
+    deadline_unix_ms: int
+    priority: int
+    traceparent: str
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PrefillRequest(_message.Message):
+    __slots__ = ("sequence", "decode_worker")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    sequence: SequenceRequest
+    decode_worker: str
+    def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., decode_worker: _Optional[str] = ...) -> None: ...
+
+class DecodeRequest(_message.Message):
+    __slots__ = ("sequence", "ticket")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    sequence: SequenceRequest
+    ticket: Ticket
+    def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
+
+class CancelRequest(_message.Message):
+    __slots__ = ("sequence_id", "reason")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    reason: str
+    def __init__(self, sequence_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class GatewayHello(_message.Message):
+    __slots__ = ("gateway", "incarnation")
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    gateway: str
+    incarnation: bytes
+    def __init__(self, gateway: _Optional[str] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
+
+class ResyncBlocks(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GatewayFrame(_message.Message):
+    __slots__ = ("hello", "prefill", "decode", "cancel", "resync")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RESYNC_FIELD_NUMBER: _ClassVar[int]
+    hello: GatewayHello
+    prefill: PrefillRequest
+    decode: DecodeRequest
+    cancel: CancelRequest
+    resync: ResyncBlocks
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., resync: _Optional[_Union[ResyncBlocks, _Mapping]] = ...) -> None: ...
+
+class SequenceError(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: ErrorCode
+    message: str
+    def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class SequenceTimes(_message.Message):
+    __slots__ = ("prefill_queued", "prefill_started", "first_token", "ticket_offered", "decode_queued", "reserved", "pulled", "fenced", "joined")
+    PREFILL_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_STARTED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TICKET_OFFERED_FIELD_NUMBER: _ClassVar[int]
+    DECODE_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    PULLED_FIELD_NUMBER: _ClassVar[int]
+    FENCED_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    prefill_queued: float
+    prefill_started: float
+    first_token: float
+    ticket_offered: float
+    decode_queued: float
+    reserved: float
+    pulled: float
+    fenced: float
+    joined: float
+    def __init__(self, prefill_queued: _Optional[float] = ..., prefill_started: _Optional[float] = ..., first_token: _Optional[float] = ..., ticket_offered: _Optional[float] = ..., decode_queued: _Optional[float] = ..., reserved: _Optional[float] = ..., pulled: _Optional[float] = ..., fenced: _Optional[float] = ..., joined: _Optional[float] = ...) -> None: ...
+
+class SequenceOutput(_message.Message):
+    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "ticket", "error", "times", "cached_tokens", "transferred_bytes", "transferred_blocks", "recomputed_tokens")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    STOP_REASON_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]
+    finish_reason: _inference_pb2.FinishReason
+    stop_reason: str
+    ticket: Ticket
+    error: SequenceError
+    times: SequenceTimes
+    cached_tokens: int
+    transferred_bytes: int
+    transferred_blocks: int
+    recomputed_tokens: int
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("waiting", "running", "queued_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "draining")
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_BASE_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_PER_SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    waiting: int
+    running: int
+    queued_tokens: int
+    free_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    prefill_tokens_per_s: float
+    step_base_s: float
+    step_per_sequence_s: float
+    draining: bool
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., step_base_s: _Optional[float] = ..., step_per_sequence_s: _Optional[float] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class BlockEvents(_message.Message):
+    __slots__ = ("first_sequence", "events", "snapshot")
+    FIRST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    first_sequence: int
+    events: _containers.RepeatedCompositeFieldContainer[BlockEvent]
+    snapshot: bool
+    def __init__(self, first_sequence: _Optional[int] = ..., events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ..., snapshot: _Optional[bool] = ...) -> None: ...
+
+class BlockEvent(_message.Message):
+    __slots__ = ("stored", "block_hash")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
+    stored: bool
+    block_hash: bytes
+    def __init__(self, stored: _Optional[bool] = ..., block_hash: _Optional[bytes] = ...) -> None: ...
+
+class WorkerFrame(_message.Message):
+    __slots__ = ("hello", "outputs", "load", "block_events")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    hello: WorkerDescription
+    outputs: _containers.RepeatedCompositeFieldContainer[SequenceOutput]
+    load: Load
+    block_events: BlockEvents
+    def __init__(self, hello: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RenewLeasesRequest(_message.Message):
+    __slots__ = ("ticket_ids", "lease_ms")
+    TICKET_IDS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    ticket_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    lease_ms: int
+    def __init__(self, ticket_ids: _Optional[_Iterable[bytes]] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+
+class RenewLeasesResponse(_message.Message):
+    __slots__ = ("unknown_ticket_ids",)
+    UNKNOWN_TICKET_IDS_FIELD_NUMBER: _ClassVar[int]
+    unknown_ticket_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, unknown_ticket_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ReleaseTicketsRequest(_message.Message):
+    __slots__ = ("ticket_ids",)
+    TICKET_IDS_FIELD_NUMBER: _ClassVar[int]
+    ticket_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, ticket_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ReleaseTicketsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ("check_integrity",)
+    CHECK_INTEGRITY_FIELD_NUMBER: _ClassVar[int]
+    check_integrity: bool
+    def __init__(self, check_integrity: _Optional[bool] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("ticket_id", "sequence_id", "owner", "blocks", "age_s", "remaining_s")
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_S_FIELD_NUMBER: _ClassVar[int]
+    ticket_id: bytes
+    sequence_id: str
+    owner: str
+    blocks: int
+    age_s: float
+    remaining_s: float
+    def __init__(self, ticket_id: _Optional[bytes] = ..., sequence_id: _Optional[str] = ..., owner: _Optional[str] = ..., blocks: _Optional[int] = ..., age_s: _Optional[float] = ..., remaining_s: _Optional[float] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("description", "load", "leases", "uptime_s", "prompt_tokens", "cached_tokens", "generated_tokens", "transferred_bytes", "transferred_blocks", "recomputed_tokens", "integrity_error", "used_blocks", "last_step_age_s")
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INTEGRITY_ERROR_FIELD_NUMBER: _ClassVar[int]
+    USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    description: WorkerDescription
+    load: Load
+    leases: _containers.RepeatedCompositeFieldContainer[Lease]
+    uptime_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    transferred_bytes: int
+    transferred_blocks: int
+    recomputed_tokens: int
+    integrity_error: str
+    used_blocks: int
+    last_step_age_s: float
+    def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., integrity_error: _Optional[str] = ..., used_blocks: _Optional[int] = ..., last_step_age_s: _Optional[float] = ...) -> None: ...
