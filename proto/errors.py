@@ -7,13 +7,13 @@ CrossdockError                      INTERNAL              500
 ├── Overloaded                      RESOURCE_EXHAUSTED    429   carries retry_after_s
 ├── DeadlineExceeded                DEADLINE_EXCEEDED     504
 ├── Cancelled                       CANCELLED             499
-├── Unavailable                     UNAVAILABLE           503   retriable: nothing is wrong with the request
+├── Unavailable                     UNAVAILABLE           503   retriable
 │   ├── WorkerLost
 │   ├── TransferFailed                                          a pull failed or the fence refused it
 │   └── Draining
-├── LayoutMismatch                  FAILED_PRECONDITION   409   both sides' values in the message
+├── LayoutMismatch                  FAILED_PRECONDITION   409   names both values
 ├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field
-└── ModelError                      FAILED_PRECONDITION   500   a model file is missing, corrupt, unsupported
+└── ModelError                      FAILED_PRECONDITION   500   file missing, corrupt, …
 """
 
 from __future__ import annotations
