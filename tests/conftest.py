@@ -1,0 +1,27 @@
+"""Fixtures for every room's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama (llama3 RoPE scaling) with tokenizer and chat template, as a folder."""
+    from tiny import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model's GGUF; skips where it was not fetched."""
+    from crossdock.engine.weights.store import crossdock_home
+
+    folder = crossdock_home() / "models" / "smollm2-135m-instruct"
+    found = sorted(folder.glob("*.gguf"))
+    if not found:
+        pytest.skip("the default model is not here: crossdock model fetch smollm2-135m-instruct")
+    return found[0]
