@@ -1,0 +1,389 @@
+"""What a cluster should be: the YAML file as frozen dataclasses.
+
+Each field carries its own documentation, range and choices; the parser, the checks and the
+reference in docs/operations.md are all made from them.
+"""
+
+# ruff: noqa: RUF009  (setting() is dataclasses.field with documentation)
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+import yaml
+
+from crossdock.proto.errors import ConfigError
+from crossdock.proto.types import Role
+
+API_VERSION = "crossdock/v1"
+KIND = "Cluster"
+GATEWAY_POOL = "gateway"
+NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+NAME_RULE = "must be 1 to 40 of a-z, 0-9 and -, not beginning or ending with -"
+
+
+def setting(
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    kind: str = "",
+    factory: Any = MISSING,
+) -> Any:
+    """A field with its documentation and limits. `kind`: "address", "name", "port" or ""."""
+    about = {"doc": doc, "low": low, "high": high, "choices": choices, "kind": kind}
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata=about)
+    if default is MISSING:
+        return field(metadata=about)
+    return field(default=default, metadata=about)
+
+
+def _no_entries() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class MetadataSpec:
+    name: str = setting(doc="Name of the cluster: one controller by this name runs.", kind="name")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    id: str = setting(
+        doc="A known model, a folder in Hugging Face layout, or a .gguf file.", kind="text"
+    )
+    dtype: str = setting(
+        "auto",
+        "Type of weights and KV. auto: float32 on a CPU without bf16 units, else the model's own.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+
+@dataclass(frozen=True)
+class NodesSpec:
+    labels: Mapping[str, str] = setting(
+        factory=_no_entries, doc="Ray node labels that a node must have to be used."
+    )
+
+
+@dataclass(frozen=True)
+class LimitsSpec:
+    max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)
+    max_queued: int = setting(
+        1024, "Requests that may wait for admission; more are refused.", low=1, high=1_000_000
+    )
+    request_timeout_s: float = setting(
+        600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
+    )
+
+
+@dataclass(frozen=True)
+class GatewaySpec:
+    replicas: int = setting(
+        1, "Number of gateways. Gateway i listens on both ports + i.", low=1, high=64
+    )
+    grpc: str = setting("127.0.0.1:50051", "Where gRPC is served.", kind="address")
+    http: str = setting("127.0.0.1:8000", "Where OpenAI HTTP is served.", kind="address")
+    policy: str = setting(
+        "least_latency",
+        "How workers are chosen: by predicted latency (queue depth and prefix hits), or in turn.",
+        choices=("least_latency", "round_robin"),
+    )
+    limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
+    drain_s: float = setting(
+        10.0, "How long a stopping gateway may finish its requests.", low=0, high=3600
+    )
+    nodes: NodesSpec = setting(
+        factory=NodesSpec, doc="Which nodes gateways run on; the head node where not set."
+    )
+
+
+@dataclass(frozen=True)
+class ControllerSpec:
+    grpc: str = setting(
+        "127.0.0.1:50050",
+        "Where the controller answers `crossdock status|apply|scale|down`.",
+        kind="address",
+    )
+
+
+@dataclass(frozen=True)
+class ResourcesSpec:
+    cpus: float = setting(1.0, "Ray CPUs each worker reserves.", low=0, high=4096)
+    gpus: float = setting(0.0, "Ray GPUs each worker reserves.", low=0, high=64)
+    memory_mb: int = setting(
+        0, "Memory each worker reserves with Ray, MB; 0 reserves none.", low=0, high=64_000_000
+    )
+    custom: Mapping[str, float] = setting(
+        factory=_no_entries, doc="Custom Ray resources: pins a pool to nodes that offer them."
+    )
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    role: str = setting(
+        doc="What its workers do: one phase, or (colocated) both.",
+        choices=tuple(role.value for role in Role),
+    )
+    replicas: int = setting(1, "Number of workers.", low=0, high=1024)
+    resources: ResourcesSpec = setting(factory=ResourcesSpec, doc="What each worker reserves.")
+    nodes: NodesSpec = setting(factory=NodesSpec, doc="Which nodes its workers run on.")
+    threads: int = setting(
+        0, "CPU threads of one worker's engine; 0: as many as cpus, at least 1.", low=0, high=1024
+    )
+    kv_memory_mb: int = setting(512, "Size of one worker's KV pool, MB.", low=1, high=4_000_000)
+    max_batch: int = setting(64, "Most sequences in one engine step.", low=1, high=4096)
+    chunk_tokens: int = setting(
+        256, "Most prompt tokens computed in one engine step.", low=1, high=65_536
+    )
+    drain_s: float = setting(
+        60.0, "How long a worker that is taken away may finish its work.", low=0, high=86_400
+    )
+
+    @property
+    def engine_threads(self) -> int:
+        return self.threads or max(1, int(self.resources.cpus))
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    transport: str = setting(
+        "nixl",
+        "What moves KV blocks: nixl (RDMA, NVLink, TCP, shared memory) or local (one host).",
+        choices=("nixl", "local"),
+    )
+    block_size: int = setting(16, "Tokens in one KV block.", low=1, high=1024)
+    lease_s: float = setting(
+        30.0, "How long offered KV stays pinned without a renewal.", low=0.1, high=3600
+    )
+    ucx: Mapping[str, str] = setting(
+        factory=_no_entries,
+        doc="UCX settings for workers, without the prefix: {TLS: tcp} sets UCX_TLS=tcp.",
+    )
+
+
+@dataclass(frozen=True)
+class SLOSpec:
+    ttft_ms: float = setting(2000.0, "Time to first token aimed at.", low=1, high=3_600_000)
+    tpot_ms: float = setting(100.0, "Time per output token aimed at.", low=0.1, high=3_600_000)
+
+
+@dataclass(frozen=True)
+class TelemetrySpec:
+    exporter: str = setting("none", "Where traces go.", choices=("none", "otlp", "console"))
+    endpoint: str = setting(
+        "http://127.0.0.1:4317", "OTLP collector (gRPC), where exporter is otlp."
+    )
+
+
+@dataclass(frozen=True)
+class RaySpec:
+    address: str = setting(
+        "", "Ray cluster to join: auto, or HOST:PORT of its head. Empty: a local one is started."
+    )
+    object_store_mb: int = setting(
+        80,
+        "Object store of a local Ray, MB. No token or KV byte goes through it.",
+        low=75,
+        high=1_000_000,
+    )
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """One cluster. Build it with `load` or `parse`; `validate` checks one built by hand."""
+
+    metadata: MetadataSpec = setting(doc="Identity.")
+    model: ModelSpec = setting(doc="The model that is served.")
+    pools: Mapping[str, PoolSpec] = setting(
+        doc="Groups of like workers, by name. At least one worker of each phase."
+    )
+    apiVersion: str = setting(API_VERSION, "Version of this format.", choices=(API_VERSION,))
+    kind: str = setting(KIND, "Always Cluster.", choices=(KIND,))
+    gateway: GatewaySpec = setting(factory=GatewaySpec, doc="The front door.")
+    controller: ControllerSpec = setting(factory=ControllerSpec, doc="The control plane.")
+    kv: KVSpec = setting(factory=KVSpec, doc="The KV pools and the hand-off.")
+    slo: SLOSpec = setting(factory=SLOSpec, doc="What the router and the reports aim at.")
+    telemetry: TelemetrySpec = setting(factory=TelemetrySpec, doc="Traces.")
+    ray: RaySpec = setting(factory=RaySpec, doc="The Ray cluster underneath.")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ClusterSpec:
+        """Reads and checks a file. Raises ConfigError naming file, line and field."""
+        file = str(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("file", f"cannot be read: {error.strerror}", file) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError("file", f"is not UTF-8: {error}", file) from None
+        return cls.parse(text, file)
+
+    @classmethod
+    def parse(cls, text: str, file: str = "<text>") -> ClusterSpec:
+        """Reads and checks a text. Raises ConfigError naming file, line and field."""
+        from crossdock.deploy.spec_yaml import parse
+
+        return parse(text, file)
+
+    def to_yaml(self) -> str:
+        """Every field written out; `parse` of it gives an equal spec."""
+        return yaml.safe_dump(plain(self), sort_keys=False, allow_unicode=True)
+
+    def validate(self) -> ClusterSpec:
+        """Raises ConfigError (without a line) at the first field that is out of its range."""
+        for path, about, value in walk(self):
+            check_value(path, about, value)
+        _check_pools(self.pools)
+        _check_ports(self)
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.metadata.name
+
+    def with_replicas(self, pool: str, replicas: int) -> ClusterSpec:
+        """The same with `replicas` workers in `pool`. Raises ConfigError."""
+        if pool not in self.pools:
+            known = ", ".join(sorted(self.pools))
+            raise ConfigError("pool", f"{pool!r} is unknown; the pools are {known}")
+        changed = replace(self.pools[pool], replicas=replicas)
+        pools = {**self.pools, pool: changed}
+        return replace(self, pools=MappingProxyType(pools)).validate()
+
+    def pool_revision(self, pool: str) -> str:
+        """Digest of all that a running worker of `pool` was started with, but not their number:
+        where it changes, workers are replaced."""
+        spec = plain(self.pools[pool])
+        for not_the_workers in ("replicas", "drain_s"):
+            del spec[not_the_workers]
+        return _digest([spec, plain(self.model), plain(self.kv), plain(self.telemetry)])
+
+    def gateway_revision(self) -> str:
+        spec = plain(self.gateway)
+        for not_the_gateways in ("replicas", "drain_s"):
+            del spec[not_the_gateways]
+        return _digest(
+            [spec, plain(self.model), plain(self.slo), plain(self.telemetry), self.kv.block_size]
+        )
+
+    def gateway_addresses(self, index: int) -> tuple[str, str]:
+        """gRPC and HTTP address of gateway `index`: the ports count up, 0 stays 0."""
+        return _offset(self.gateway.grpc, index), _offset(self.gateway.http, index)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and mappings as dicts."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    return value
+
+
+def walk(spec: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Every leaf as (dotted path, its field, its value)."""
+    for about in fields(spec):
+        path, value = prefix + about.name, getattr(spec, about.name)
+        if is_dataclass(value):
+            yield from walk(value, path + ".")
+        elif isinstance(value, Mapping) and any(is_dataclass(entry) for entry in value.values()):
+            for key, entry in value.items():
+                yield from walk(entry, f"{path}.{key}.")
+        else:
+            yield path, about, value
+
+
+def check_value(path: str, about: Field[Any], value: Any) -> None:
+    """Raises ConfigError when `value` is outside what its field allows."""
+    low, high = about.metadata["low"], about.metadata["high"]
+    choices, kind = about.metadata["choices"], about.metadata["kind"]
+    if choices and value not in choices:
+        raise ConfigError(path, f"{value!r} is not allowed; one of {', '.join(choices)}")
+    if low is not None and not (math.isfinite(value) and low <= value <= high):
+        raise ConfigError(path, f"{value!r} is not allowed; must be from {low:g} to {high:g}")
+    if kind == "text" and not value.strip():
+        raise ConfigError(path, "must not be empty")
+    if kind == "name" and not NAME_PATTERN.fullmatch(value):
+        raise ConfigError(path, f"{value!r} is not allowed; {NAME_RULE}")
+    if kind == "address":
+        try:
+            split_address(value)
+        except ValueError as error:
+            raise ConfigError(path, f"{value!r} is not allowed; {error}") from None
+    if isinstance(value, Mapping):
+        _check_entries(path, value)
+
+
+def _check_entries(path: str, entries: Mapping[str, Any]) -> None:
+    for key, value in entries.items():
+        if isinstance(value, float) and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{path}.{key}", f"{value!r} is not allowed; must be above 0")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port"; IPv6 hosts in brackets. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError("an IPv6 host must stand in brackets, as in [::1]:8000")
+    return host.strip("[]"), int(port)
+
+
+def _offset(address: str, index: int) -> str:
+    host, port = address.rpartition(":")[0], split_address(address)[1]
+    return f"{host}:{port + index if port else 0}"
+
+
+def _check_pools(pools: Mapping[str, PoolSpec]) -> None:
+    for name in pools:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ConfigError(f"pools.{name}", f"{name!r} is not a pool name; {NAME_RULE}")
+        if name == GATEWAY_POOL:
+            raise ConfigError(f"pools.{name}", "is taken by the gateways; choose another name")
+    workers = {role.value: 0 for role in Role}
+    for pool in pools.values():
+        workers[pool.role] += pool.replicas
+    whole = workers[Role.PREFILL] and workers[Role.DECODE]
+    if not whole and not workers[Role.COLOCATED]:
+        counts = ", ".join(f"{count} {role}" for role, count in workers.items())
+        message = "nothing could be served: at least 1 prefill and 1 decode worker, or 1 colocated"
+        raise ConfigError("pools", f"{message}, must be there ({counts})")
+
+
+def _check_ports(spec: ClusterSpec) -> None:
+    taken: dict[tuple[str, int], str] = {}
+    claims = [("controller.grpc", spec.controller.grpc)]
+    for index in range(spec.gateway.replicas):
+        try:
+            grpc, http = spec.gateway_addresses(index)
+            split_address(grpc), split_address(http)
+        except ValueError:
+            message = f"port + {index} of gateway {index} is above 65535"
+            raise ConfigError("gateway.replicas", message) from None
+        claims += [("gateway.grpc", grpc), ("gateway.http", http)]
+    for path, address in claims:
+        host, port = split_address(address)
+        other = taken.setdefault((host, port), path)
+        if port and (other != path):
+            raise ConfigError(path, f"{address!r} is also the port of {other}")
+
+
+def type_hints(kind: type) -> dict[str, Any]:
+    """Resolved types of a dataclass's fields."""
+    return get_type_hints(kind)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

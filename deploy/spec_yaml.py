@@ -1,0 +1,149 @@
+"""YAML text to ClusterSpec, with the line and field in every error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from types import MappingProxyType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from crossdock.deploy.spec import ClusterSpec, type_hints
+from crossdock.proto.errors import ConfigError
+
+_TAG = "tag:yaml.org,2002:"
+_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def parse(text: str, file: str) -> ClusterSpec:
+    """Raises ConfigError(where="file:line") for the first thing that is wrong."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{file}:{mark.line + 1}" if mark else file
+        raise ConfigError("yaml", error.problem or str(error), where) from None
+    except yaml.YAMLError as error:
+        raise ConfigError("yaml", str(error), file) from None
+    if root is None:
+        raise ConfigError("yaml", "the file is empty", file)
+    reader = _Reader(file)
+    spec = reader.read(root, ClusterSpec, "")
+    assert isinstance(spec, ClusterSpec)
+    try:
+        return spec.validate()
+    except ConfigError as error:
+        message = str(error).removeprefix(f"{error.field}: ")
+        raise ConfigError(error.field, message, reader.where(error.field)) from None
+
+
+class _Reader:
+    """Turns nodes into values of the declared types, remembering where each field stands."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.lines: dict[str, int] = {}
+
+    def where(self, path: str) -> str:
+        """file:line of `path`, or of the nearest enclosing field that the file has."""
+        while path and path not in self.lines:
+            path = path.rpartition(".")[0]
+        return f"{self.file}:{self.lines.get(path, 1)}"
+
+    def read(self, node: yaml.Node, kind: Any, path: str) -> Any:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            return self._record(node, kind, path)
+        if get_origin(kind) is Mapping or getattr(kind, "__origin__", None) is Mapping:
+            return self._mapping(node, get_args(kind)[1], path)
+        return self._scalar(node, kind, path)
+
+    def _record(self, node: yaml.Node, kind: type, path: str) -> Any:
+        known = {about.name: about for about in fields(kind)}
+        hints = type_hints(kind)
+        given: dict[str, Any] = {}
+        for key, value in self._entries(node, path):
+            if key not in known:
+                inside = f" of {path}" if path else ""
+                hint = _suggest(key, known)
+                message = f"unknown field{inside}; {hint}"
+                raise ConfigError(_join(path, key), message, self.where(_join(path, key)))
+            given[key] = self.read(value, hints[key], _join(path, key))
+        for name, about in known.items():
+            if name not in given and _required(about):
+                raise ConfigError(_join(path, name), "is missing", self.where(path))
+        return kind(**given)
+
+    def _mapping(self, node: yaml.Node, kind: Any, path: str) -> Mapping[str, Any]:
+        entries = self._entries(node, path)
+        return MappingProxyType(
+            {key: self.read(value, kind, _join(path, key)) for key, value in entries}
+        )
+
+    def _entries(self, node: yaml.Node, path: str) -> Iterable[tuple[str, yaml.Node]]:
+        if not isinstance(node, yaml.MappingNode):
+            found = _describe(node)
+            field = path or "file"
+            raise ConfigError(field, f"must be a mapping, not {found}", self._at(node))
+        entries: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(path or "file", "a field's name must be a word", self._at(key))
+            inner = _join(path, key.value)
+            if key.value in entries:
+                first = self.lines[inner]
+                message = f"is given twice, first on line {first}"
+                raise ConfigError(inner, message, self._at(key))
+            self.lines[inner] = key.start_mark.line + 1
+            entries[key.value] = value
+        return entries.items()
+
+    def _scalar(self, node: yaml.Node, kind: type, path: str) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            tag = node.tag.removeprefix(_TAG)
+            try:
+                if kind is str and tag == "str":
+                    return node.value
+                if kind is bool and tag == "bool":
+                    return yaml.SafeLoader("").construct_yaml_bool(node)
+                if kind is int and tag == "int":
+                    return yaml.SafeLoader("").construct_yaml_int(node)
+                if kind is float and tag in ("int", "float"):
+                    return float(yaml.safe_load(node.value))
+            except (ValueError, OverflowError):
+                pass
+        quote = "; quote it" if kind is str and isinstance(node, yaml.ScalarNode) else ""
+        message = f"must be {_NAMES[kind]}, not {_describe(node)}{quote}"
+        raise ConfigError(path, message, self._at(node))
+
+    def _at(self, node: yaml.Node) -> str:
+        return f"{self.file}:{node.start_mark.line + 1}"
+
+
+def _required(about: Field[Any]) -> bool:
+    return about.default is MISSING and about.default_factory is MISSING
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are {', '.join(known)}"
+
+
+def _describe(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    tag = node.tag.removeprefix(_TAG)
+    if tag == "null":
+        return "nothing"
+    return repr(node.value) if len(node.value) <= 60 else repr(node.value[:60] + "…")
