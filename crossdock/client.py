@@ -1,0 +1,330 @@
+"""Clients of a gateway over gRPC: `Client` blocks, `AsyncClient` awaits; otherwise they are alike.
+
+Errors are those of `crossdock.proto.errors`: a retriable one may be sent again as it was, after
+`retry_after_s` where it has one. No token of a retriable error's request is lost or charged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypedDict, Unpack
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from crossdock.proto import errors
+from crossdock.proto.convert import sampling_to_pb
+from crossdock.proto.types import SamplingParams
+from crossdock.proto.v1 import inference_pb2 as pb
+from crossdock.proto.v1.inference_pb2_grpc import InferenceStub
+from crossdock.results import Chunk, ModelInfo, Result, read_chunk, read_models, read_result
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+# A long-lived stream through a silent network is noticed; replies may be as long as they are.
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+class RequestFields(TypedDict, total=False):
+    """Keywords of generate() and stream(). Whatever is not given, the gateway decides."""
+
+    token_ids: Sequence[int]
+    messages: Sequence[Mapping[str, str]]
+    model: str
+    request_id: str
+    n: int
+    tenant: str
+    priority: int
+    cache_salt: str
+    sampling: SamplingParams  # sets every field of it; keywords beside it win
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    stop_token_ids: Sequence[int]
+    stop: str | Sequence[str]
+    seed: int
+    max_tokens: int
+    min_tokens: int
+    ignore_eos: bool
+    logprobs: int
+
+
+_PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_salt"})
+_INPUTS = frozenset({"token_ids", "messages", "sampling"})
+_SAMPLING = frozenset(RequestFields.__annotations__) - _PLAIN - _INPUTS
+
+
+class Client:
+    """Blocking client of the gateway at `target`, host:port. Safe to share between threads."""
+
+    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+        self.target = _address(target)
+        self._channel = grpc.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+        self._stub = InferenceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> Result:
+        """The whole continuation at once. `timeout` in seconds is the request's deadline.
+
+        `prompt` is text, a list of token ids, or a list of {"role", "content"} messages.
+        """
+        request = build_request(prompt, **fields)
+        with _translated():
+            return read_result(self._stub.GenerateUnary(request, timeout=timeout))
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> Iterator[Chunk]:
+        """Chunks as they are made. Closing the iterator, or leaving it, cancels the request."""
+        request = build_request(prompt, **fields)
+        return self._chunks(request, timeout)
+
+    def _chunks(self, request: pb.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
+        call = self._stub.Generate(request, timeout=timeout)
+        try:
+            with _translated():
+                for message in call:
+                    yield read_chunk(message)
+        finally:
+            call.cancel()
+
+    def models(self, timeout: float | None = 10.0) -> list[ModelInfo]:
+        with _translated():
+            return read_models(self._stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
+
+    def health(self, timeout: float | None = 10.0) -> bool:
+        """Whether the gateway can serve now. Raises Unavailable where there is no gateway."""
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        with _translated():
+            reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """Client of the gateway at `target` for asyncio; belongs to the loop that first uses it."""
+
+    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+        self.target = _address(target)
+        self._open_channel: grpc.aio.Channel | None = None
+
+    @property
+    def _channel(self) -> grpc.aio.Channel:
+        if self._open_channel is None:
+            self._open_channel = grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+        return self._open_channel
+
+    async def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> Result:
+        """As Client.generate. Cancelling the awaiting task cancels the request."""
+        request = build_request(prompt, **fields)
+        async with _translated_async():
+            stub = InferenceStub(self._channel)
+            return read_result(await stub.GenerateUnary(request, timeout=timeout))
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> AsyncIterator[Chunk]:
+        """As Client.stream: `aclose()` of the iterator, or cancelling its reader, cancels."""
+        request = build_request(prompt, **fields)
+        return self._chunks(request, timeout)
+
+    async def _chunks(
+        self, request: pb.GenerateRequest, timeout: float | None
+    ) -> AsyncIterator[Chunk]:
+        call = InferenceStub(self._channel).Generate(request, timeout=timeout)
+        try:
+            async with _translated_async():
+                async for message in call:
+                    yield read_chunk(message)
+        finally:
+            call.cancel()
+
+    async def models(self, timeout: float | None = 10.0) -> list[ModelInfo]:
+        async with _translated_async():
+            stub = InferenceStub(self._channel)
+            return read_models(await stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
+
+    async def health(self, timeout: float | None = 10.0) -> bool:
+        """As Client.health."""
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        async with _translated_async():
+            reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def close(self) -> None:
+        if self._open_channel is not None:
+            await self._open_channel.close(grace=None)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def build_request(prompt: Prompt | None = None, **fields: Unpack[RequestFields]) -> Any:
+    """The GenerateRequest of these keywords.
+
+    Raises TypeError for an unknown keyword, InvalidRequest for a value that no request can carry.
+    """
+    unknown = sorted(set(fields) - _PLAIN - _INPUTS - _SAMPLING)
+    if unknown:
+        raise TypeError(f"no request field is called {', '.join(unknown)}")
+    given: dict[str, Any] = dict(fields)
+    request = pb.GenerateRequest()
+    _set_input(request, prompt, given.pop("token_ids", None), given.pop("messages", None))
+    if (sampling := given.pop("sampling", None)) is not None:
+        request.sampling.CopyFrom(sampling_to_pb(sampling))
+    for name, value in given.items():
+        if value is not None:
+            _set_field(request if name in _PLAIN else request.sampling, name, value)
+    return request
+
+
+def _set_input(
+    request: pb.GenerateRequest,
+    prompt: Prompt | None,
+    token_ids: Sequence[int] | None,
+    messages: Sequence[Mapping[str, str]] | None,
+) -> None:
+    if sum(each is not None for each in (prompt, token_ids, messages)) != 1:
+        raise TypeError("give exactly one of prompt, token_ids and messages")
+    if isinstance(prompt, str):
+        _set_field(request, "text", prompt)
+        return
+    if prompt is not None:
+        chat = len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        messages, token_ids = (prompt, None) if chat else (None, prompt)  # type: ignore[assignment]
+    if messages is not None:
+        request.chat.SetInParent()
+        for message in messages:
+            try:
+                request.chat.messages.add(role=message["role"], content=message["content"])
+            except (KeyError, TypeError, ValueError, UnicodeError):
+                limit = "each message is a text `role` and a text `content`"
+                raise errors.InvalidRequest("messages", message, limit) from None
+    else:
+        request.token_ids.SetInParent()
+        _set_field(request.token_ids, "ids", token_ids)
+
+
+def _set_field(message: Any, name: str, value: Any) -> None:
+    try:
+        if name == "stop" and isinstance(value, str):
+            value = [value]
+        if name == "logit_bias":
+            message.logit_bias.clear()
+            message.logit_bias.update(value)
+        elif name in ("stop", "stop_token_ids", "ids"):
+            message.ClearField(name)
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    except (TypeError, ValueError, UnicodeError) as error:
+        field = "token_ids" if name == "ids" else name
+        raise errors.InvalidRequest(field, value, str(error)) from None
+
+
+def _address(target: str) -> str:
+    address = target.removeprefix("grpc://").rstrip("/")
+    if not re.fullmatch(r"(\S+:\d+|unix:\S+)", address) or "//" in address:
+        raise errors.InvalidRequest("target", target, "must be host:port, as 127.0.0.1:50051")
+    return address
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise translate(error) from None
+
+
+@asynccontextmanager
+async def _translated_async() -> AsyncIterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise translate(error) from None
+
+
+_BY_STATUS: dict[grpc.StatusCode, type[errors.CrossdockError]] = {
+    grpc.StatusCode.NOT_FOUND: errors.NotFound,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: errors.Cancelled,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.ModelError,
+}
+
+
+def translate(error: Any) -> errors.CrossdockError:
+    """The error of the tree in crossdock.proto.errors that a failed call stands for."""
+    code, message = error.code(), error.details() or ""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return errors.Overloaded(message, _retry_after(error))
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return _invalid(message)
+    if code in _BY_STATUS:
+        return _BY_STATUS[code](message or code.name)
+    return errors.CrossdockError(f"{code.name}: {message}" if code else message)
+
+
+def _retry_after(error: Any) -> float:
+    for key, value in error.trailing_metadata() or ():
+        if key == "retry-after":
+            try:
+                return float(value)
+            except ValueError:
+                break
+    return 1.0
+
+
+def _invalid(message: str) -> errors.InvalidRequest:
+    """The gateway's own words, not reworded; the field is what stands before the first colon."""
+    error = errors.InvalidRequest.__new__(errors.InvalidRequest)
+    Exception.__init__(error, message)
+    field, _, rest = message.partition(": ")
+    value, _, limit = rest.partition(" is not allowed; ")
+    error.field, error.value, error.limit = (field, value, limit) if limit else ("", "", message)
+    return error

@@ -1,0 +1,199 @@
+"""What a client gets back, as plain frozen data, and how it is read off the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from crossdock.proto.convert import FINISH_FROM_PB
+from crossdock.proto.types import FinishReason
+from crossdock.proto.v1 import inference_pb2 as pb
+
+# The life-cycle events of a request, in the order in which they happen.
+EVENTS = (
+    "admitted",
+    "routed",
+    "prefill_queued",
+    "prefill_started",
+    "first_token",
+    "ticket_offered",
+    "decode_queued",
+    "reserved",
+    "pulled",
+    "fenced",
+    "joined",
+    "last_token",
+    "finished",
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request; `cached_tokens` of the prompt were found in a KV cache, not computed."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds since the gateway received the request; an event it never reached is absent."""
+
+    events: dict[str, float]
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    transferred_bytes: int = 0
+    transferred_blocks: int = 0
+    recomputed_tokens: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from received to token 0 at the gateway."""
+        return self.events.get("first_token")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms, of the distribution before penalties and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), the likeliest first
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one message of a stream adds to continuation `index`.
+
+    finish_reason, usage and timings are set in the last chunk of an index.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str = ""
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of the prompt."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    stop_reason: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished request; the properties are those of its first continuation."""
+
+    request_id: str
+    model: str
+    completions: tuple[Completion, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.completions[0].finish_reason
+
+    @property
+    def stop_reason(self) -> str:
+        return self.completions[0].stop_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        return self.completions[0].logprobs
+
+    @property
+    def timings(self) -> Timings | None:
+        return self.completions[0].timings
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    id: str
+    context_length: int  # tokens
+
+
+def read_chunk(message: pb.GenerateResponse) -> Chunk:
+    return Chunk(
+        request_id=message.request_id,
+        index=message.index,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=_logprobs(message.logprobs),
+        finish_reason=FINISH_FROM_PB.get(message.finish_reason),
+        stop_reason=message.stop_reason,
+        usage=_usage(message.usage) if message.HasField("usage") else None,
+        timings=_timings(message.timings) if message.HasField("timings") else None,
+    )
+
+
+def read_result(message: pb.GenerateUnaryResponse) -> Result:
+    completions = sorted(message.completions, key=lambda each: each.index)
+    return Result(
+        request_id=message.request_id,
+        model=message.model,
+        completions=tuple(_completion(each) for each in completions),
+        usage=_usage(message.usage),
+    )
+
+
+def read_models(message: pb.ListModelsResponse) -> list[ModelInfo]:
+    return [ModelInfo(model.id, model.context_length) for model in message.models]
+
+
+def _completion(message: pb.Completion) -> Completion:
+    return Completion(
+        index=message.index,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        finish_reason=FINISH_FROM_PB.get(message.finish_reason),
+        stop_reason=message.stop_reason,
+        logprobs=_logprobs(message.logprobs),
+        timings=_timings(message.timings) if message.HasField("timings") else None,
+    )
+
+
+def _usage(message: pb.Usage) -> Usage:
+    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+
+
+def _timings(message: pb.Timings) -> Timings:
+    return Timings(
+        events={name: getattr(message, name) for name in EVENTS if message.HasField(name)},
+        prefill_worker=message.prefill_worker,
+        decode_worker=message.decode_worker,
+        transferred_bytes=message.transferred_bytes,
+        transferred_blocks=message.transferred_blocks,
+        recomputed_tokens=message.recomputed_tokens,
+    )
+
+
+def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(
+            each.chosen.token_id,
+            each.chosen.logprob,
+            tuple((other.token_id, other.logprob) for other in each.top),
+        )
+        for each in messages
+    )
