@@ -1,0 +1,371 @@
+"""Who owns each KV block, what it holds, and when it may be used again. Imports no torch.
+
+    free ──allocate──> used (references > 0) ──release, named──> cached ──evicted──> free
+      ^                  │        ^                                │
+      └─release, unnamed─┘        └────────acquire_prefix──────────┘
+
+A full block gets a name (`seal`), the chained hash of its tokens and everything before them. A
+name is held by one block, and it prefers a block in use: when its holder is no longer used while
+another used block has the same content, the name moves there and the old holder becomes free.
+
+Presence is monotone: a name is in the pool only while its parent's is. So blocks are evicted
+leaves first, the least recently used leaf first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from crossdock.engine.free_runs import FreeRuns
+from crossdock.proto.errors import Overloaded
+
+BlockEvent = tuple[bool, bytes]  # (stored, else removed; block hash)
+
+
+class OutOfBlocks(Overloaded):
+    """More blocks were asked for than are free or cached. Nothing was taken."""
+
+
+class IntegrityError(AssertionError):
+    """A block is counted wrongly: a defect in the pool or in a caller."""
+
+
+class BlockPool:
+    """Owns the ids 0 … num_blocks - 1 of the KV pool. For one thread: the engine's.
+
+    `generations` (int64 [num_blocks], may live in registered memory) counts the owners a block
+    has had: it is raised before the block is given to a new one, so that a reader elsewhere can
+    tell whether what it read was still what it was offered.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        generations: np.ndarray | None = None,
+        prefix_cache: bool = True,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks={num_blocks} and block_size={block_size} must be >= 1")
+        if generations is None:
+            generations = np.zeros(num_blocks, dtype=np.int64)
+        if generations.shape != (num_blocks,) or generations.dtype != np.int64:
+            raise ValueError(
+                f"generations is {generations.dtype} {generations.shape}, not int64 ({num_blocks},)"
+            )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.generations = generations
+        self.prefix_cache = prefix_cache
+        self._free = FreeRuns(num_blocks)
+        self._references = [0] * num_blocks
+        self._num_cached = 0
+        # Names. A block in use may have the name of what it holds without holding the name.
+        self._name: list[bytes | None] = [None] * num_blocks
+        self._holder: dict[bytes, int] = {}  # parents before children
+        self._twins: dict[bytes, list[int]] = {}  # used blocks with a name that another holds
+        self._parent: dict[bytes, bytes | None] = {}
+        self._children: dict[bytes, set[bytes]] = {}  # only of names that have some
+        # Eviction order: (time of last use, id), with stale entries skipped when they come up.
+        self._leaves: list[tuple[int, int]] = []
+        self._last_use = [0] * num_blocks
+        self._clock = 0
+        # Undrained events; if nobody drains, the oldest go, which a reader sees as a gap.
+        self._events: deque[BlockEvent] = deque(maxlen=4 * num_blocks + 1024)
+        self._next_event = 0
+
+    # -- counts --------------------------------------------------------------------------------
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Named blocks that nobody uses: hits for a later prefix, evicted when room is needed."""
+        return self._num_cached
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free) - self._num_cached
+
+    @property
+    def num_available(self) -> int:
+        """How many blocks `allocate` can give."""
+        return len(self._free) + self._num_cached
+
+    # -- prefix cache --------------------------------------------------------------------------
+
+    def peek_prefix(self, hashes: Sequence[bytes]) -> int:
+        """Number of leading blocks that `acquire_prefix` would find. Changes nothing."""
+        found = 0
+        for name in hashes:
+            if name not in self._holder:
+                break
+            found += 1
+        return found
+
+    def acquire_prefix(self, hashes: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest cached prefix; the caller gets one reference on each."""
+        blocks: list[int] = []
+        for name in hashes:
+            block = self._holder.get(name)
+            if block is None:
+                break
+            if self._references[block] == 0:
+                self._num_cached -= 1
+            self._references[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def seal(self, block_id: int, block_hash: bytes, parent_hash: bytes | None) -> None:
+        """Names a full block of the caller's. `parent_hash` is None for the first of a chain.
+
+        The block stays unnamed when a block in use holds the name already (until that one is
+        released), and for good when its parent is not in the pool.
+        """
+        if self._references[block_id] == 0:
+            raise IntegrityError(f"block {block_id} is sealed but not in use")
+        if not self.prefix_cache or self._name[block_id] == block_hash:
+            return
+        if self._name[block_id] is not None:
+            raise IntegrityError(f"block {block_id} is sealed again under another name")
+        holder = self._holder.get(block_hash)
+        if holder is None:
+            if parent_hash is None or parent_hash in self._holder:
+                self._name[block_id] = block_hash
+                self._store(block_hash, parent_hash, block_id)
+        elif self._references[holder]:
+            self._name[block_id] = block_hash
+            self._twins.setdefault(block_hash, []).append(block_id)
+        else:
+            self._num_cached -= 1
+            self._name[block_id] = block_hash
+            self._move_name(block_hash, holder, block_id)
+            self._free.put((holder,))
+
+    # -- ownership -----------------------------------------------------------------------------
+
+    def allocate(self, n: int, after: int | None = None) -> list[int]:
+        """n empty blocks with one reference each, in as few runs of consecutive ids as possible.
+
+        `after`: a block of the caller's that the first run should continue, if it can. Evicts
+        cached blocks when there are not enough free ones. Raises OutOfBlocks, nothing taken.
+        """
+        if n < 0:
+            raise ValueError(f"n={n} must be >= 0")
+        if n > self.num_available:
+            raise OutOfBlocks(
+                f"{n} KV blocks asked for, {self.num_free} free and {self.num_cached} cached "
+                f"of {self.num_blocks}"
+            )
+        if n > len(self._free):
+            self._evict(n - len(self._free))
+        blocks = self._free.take(n, after)
+        for block in blocks:
+            self.generations[block] += 1
+            self._references[block] = 1
+        return blocks
+
+    def retain(self, ids: Iterable[int]) -> None:
+        """One more reference on each block; they must be in use."""
+        for block in ids:
+            if self._references[block] == 0:
+                raise IntegrityError(f"block {block} is retained but not in use")
+            self._references[block] += 1
+
+    def release(self, ids: Iterable[int]) -> None:
+        """One reference less on each. At none a block that holds a name is cached, others free."""
+        self._clock += 1
+        freed: list[int] = []
+        for block in ids:
+            references = self._references[block]
+            if references == 0:
+                raise IntegrityError(f"block {block} is released but not in use")
+            self._references[block] = references - 1
+            if references == 1 and not self._keep_cached(block):
+                freed.append(block)
+        self._free.put(freed)
+
+    # -- events --------------------------------------------------------------------------------
+
+    def drain_events(self) -> tuple[int, list[BlockEvent]]:
+        """(number of the first event, events since the last call)."""
+        events = list(self._events)
+        self._events.clear()
+        return self._next_event - len(events), events
+
+    def snapshot(self) -> tuple[int, list[BlockEvent]]:
+        """All names as stored events, parents first.
+
+        Numbered so that first + len(events) is the number of the next event. Events not yet
+        drained are part of it: drain before, or skip what is numbered lower.
+        """
+        events: list[BlockEvent] = [(True, name) for name in self._holder]
+        return self._next_event - len(events), events
+
+    # -- names ---------------------------------------------------------------------------------
+
+    def _emit(self, stored: bool, name: bytes) -> None:
+        self._events.append((stored, name))
+        self._next_event += 1
+
+    def _store(self, name: bytes, parent: bytes | None, block: int) -> None:
+        self._holder[name] = block
+        self._parent[name] = parent
+        if parent is not None:
+            self._children.setdefault(parent, set()).add(name)
+        self._emit(True, name)
+
+    def _forget(self, name: bytes) -> None:
+        """Drops a name without children, and makes its parent a leaf if it was the last child."""
+        holder = self._holder.pop(name)
+        self._name[holder] = None
+        for twin in self._twins.pop(name, ()):
+            self._name[twin] = None
+        parent = self._parent.pop(name)
+        if parent is not None:
+            siblings = self._children[parent]
+            siblings.remove(name)
+            if not siblings:
+                del self._children[parent]
+                block = self._holder[parent]
+                if self._references[block] == 0:
+                    self._push_leaf(block)
+        self._emit(False, name)
+
+    def _move_name(self, name: bytes, old: int, new: int) -> None:
+        self._name[old] = None
+        self._holder[name] = new
+
+    def _keep_cached(self, block: int) -> bool:
+        """Called when the last reference goes. False: the block holds nothing worth keeping."""
+        name = self._name[block]
+        if name is None:
+            return False
+        twins = self._twins.get(name)
+        if self._holder[name] != block:
+            assert twins is not None
+            twins.remove(block)
+            self._name[block] = None
+        elif twins:
+            self._move_name(name, block, twins.pop())
+        else:
+            self._num_cached += 1
+            self._last_use[block] = self._clock
+            if name not in self._children:
+                self._push_leaf(block)
+            return True
+        if not twins:
+            del self._twins[name]
+        return False
+
+    # -- eviction ------------------------------------------------------------------------------
+
+    def _push_leaf(self, block: int) -> None:
+        if len(self._leaves) > 2 * self._num_cached + 64:
+            self._leaves = sorted({leaf for leaf in self._leaves if self._is_leaf(*leaf)})
+        heapq.heappush(self._leaves, (self._last_use[block], block))
+
+    def _is_leaf(self, last_use: int, block: int) -> bool:
+        """Whether this entry of `_leaves` still says what is so."""
+        return (
+            self._references[block] == 0
+            and self._last_use[block] == last_use
+            and (name := self._name[block]) is not None
+            and name not in self._children
+        )
+
+    def _evict(self, n: int) -> None:
+        """Frees n cached blocks."""
+        evicted: list[int] = []
+        while len(evicted) < n:
+            if not self._leaves:
+                self._unname_below_a_cached_block()
+            last_use, block = heapq.heappop(self._leaves)
+            if self._is_leaf(last_use, block):
+                name = self._name[block]
+                assert name is not None
+                self._num_cached -= 1
+                evicted.append(block)
+                self._forget(name)
+        self._free.put(evicted)
+
+    def _unname_below_a_cached_block(self) -> None:
+        """Makes a leaf where every cached block has a descendant in use.
+
+        Happens only to callers that keep the tail of a chain and release its head; so this one
+        may walk the names.
+        """
+        head = next(name for name, b in self._holder.items() if self._references[b] == 0)
+        below = [head]
+        for name in below:
+            below.extend(self._children.get(name, ()))
+        for name in reversed(below[1:]):
+            if self._references[self._holder[name]]:
+                self._forget(name)
+            if self._leaves:
+                break
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def check_integrity(self, held: Iterable[Sequence[int]] = ()) -> None:
+        """Raises IntegrityError unless every block is free, cached, or referenced as `held` says.
+
+        held: the block tables of all owners, one reference a mention; empty when idle.
+        """
+        expected = [0] * self.num_blocks
+        for table in held:
+            for block in table:
+                expected[block] += 1
+        self._check_blocks(expected)
+        self._check_names()
+
+    def _check_blocks(self, expected: list[int]) -> None:
+        free = [id_ for first, n in self._free.runs() for id_ in range(first, first + n)]
+        _check(len(set(free)) == len(free) == len(self._free), "free runs overlap")
+        free_ids = set(free)
+        leaves = set(self._leaves)
+        cached = 0
+        for block, references in enumerate(self._references):
+            name = self._name[block]
+            if references != expected[block]:
+                raise IntegrityError(
+                    f"block {block} has {references} references, its owners hold {expected[block]}"
+                )
+            if block in free_ids:
+                _check(not references and name is None, f"block {block} is free but in use")
+            elif not references:
+                cached += 1
+                if name is None or self._holder.get(name) != block:
+                    raise IntegrityError(f"block {block} is leaked: neither free, cached nor used")
+                if name not in self._children:
+                    _check((self._last_use[block], block) in leaves, f"leaf {block} is stuck")
+        _check(cached == self._num_cached, f"{cached} cached blocks, {self._num_cached} counted")
+
+    def _check_names(self) -> None:
+        for name, block in self._holder.items():
+            _check(self._name[block] == name, f"block {block} does not know the name it holds")
+            parent = self._parent[name]
+            _check(parent is None or parent in self._holder, f"block {block} outlived its parent")
+            _check(parent is None or name in self._children[parent], f"child {block} is lost")
+        children = sum(len(names) for names in self._children.values())
+        parents = sum(parent is not None for parent in self._parent.values())
+        _check(children == parents, f"{children} children, {parents} parents")
+        for block, name in enumerate(self._name):
+            if name is not None and self._holder.get(name) != block:
+                _check(block in self._twins.get(name, ()), f"block {block} has a lost name")
+        twins = [(name, block) for name, blocks in self._twins.items() for block in blocks]
+        for name, block in twins:
+            _check(self._name[block] == name, f"block {block} is a twin of nothing")
+            _check(self._references[self._holder[name]] > 0, f"unused holder beside {block}")
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise IntegrityError(message)
