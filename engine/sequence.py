@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from crossdock.proto.types import SamplingParams
+from crossdock.proto.types import FinishReason, SamplingParams
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0  # of num_computed, how many were found in the prefix cache
+    num_sealed: int = 0  # of block_table, how many are full and named
     priority: int = 0
     arrival: float = 0.0
 
@@ -35,6 +36,10 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def last_token_id(self) -> int:
+        return self.token_ids[-1]
 
     @property
     def num_uncomputed(self) -> int:
@@ -69,3 +74,16 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def finish_of(sequence: Sequence, context_length: int) -> tuple[FinishReason, str] | None:
+    """Whether the last token ends the sequence: the reason, and the stop token id if one did."""
+    token_id, sampling = sequence.last_token_id, sequence.sampling
+    if sequence.num_generated >= sampling.min_tokens:
+        if token_id in sampling.stop_token_ids:
+            return FinishReason.STOP, str(token_id)
+        if token_id in sequence.eos_token_ids and not sampling.ignore_eos:
+            return FinishReason.STOP, ""
+    if sequence.num_generated >= sampling.max_tokens or sequence.num_tokens >= context_length:
+        return FinishReason.LENGTH, ""
+    return None

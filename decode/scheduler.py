@@ -1,0 +1,140 @@
+"""Which sequences a decode worker advances next. Pure bookkeeping: no torch, no clock.
+
+    WAITING ─reserve─> PULLING ─join─> RUNNING ─token after token─> gone
+        └──admit (no ticket: this worker computes the prompt)──^  └─preempt─> gone, handed back
+
+Decode tokens go first in every step; prompts computed here (colocated workers, short suffixes)
+share what is left of the step's token budget. Blocks are reserved late, when there is room for all
+that the sequence has and for one more step of everything that runs.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from crossdock.engine import block_tables
+from crossdock.engine.block_pool import BlockPool, OutOfBlocks
+from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+
+
+class DecodeScheduler:
+    def __init__(self, pool: BlockPool, max_batch: int, chunk_tokens: int) -> None:
+        """`max_batch`: sequences that run at once. `chunk_tokens`: tokens of one step."""
+        self._pool = pool
+        self._max_batch = max_batch
+        self._chunk_tokens = chunk_tokens
+        self._waiting: list[Sequence] = []
+        self._pulling: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._remote: dict[Sequence, int] = {}  # of sequences with a ticket: tokens it covers
+
+    def add(self, sequence: Sequence, remote_tokens: int = 0) -> None:
+        """`remote_tokens`: of token_ids, how many have KV to pull; 0 computes them here."""
+        if remote_tokens:
+            self._remote[sequence] = remote_tokens
+        insort(self._waiting, sequence, key=_order)
+
+    def reserve(self) -> list[Sequence]:
+        """Gives blocks to waiting sequences, in order, as far as they go.
+
+        Returns those that now wait for a pull of block_table[num_sealed:]; those that compute
+        their prompt here have gone on to run.
+        """
+        reserved = []
+        while self._waiting and self.running + len(self._pulling) < self._max_batch:
+            if not self._take_blocks(self._waiting[0]):
+                break
+            sequence = self._waiting.pop(0)
+            if sequence in self._remote:
+                self._pulling.append(sequence)
+                reserved.append(sequence)
+            else:
+                self._running.append(sequence)
+        return reserved
+
+    def join(self, sequence: Sequence) -> None:
+        """The pulled blocks were fenced: the sequence runs from the next step on."""
+        self._pulling.remove(sequence)
+        sequence.num_computed = self._remote.pop(sequence)
+        block_tables.seal_full(self._pool, sequence)
+        self._running.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence in any state and frees its blocks."""
+        self._remote.pop(sequence, None)
+        for group in (self._waiting, self._pulling, self._running):
+            if sequence in group:
+                group.remove(sequence)
+                block_tables.release(self._pool, sequence)
+                return
+        raise KeyError(sequence.sequence_id)
+
+    def schedule(self) -> tuple[StepPlan | None, list[Sequence]]:
+        """The next step and the sequences preempted for it, whose blocks are already free."""
+        preempted: list[Sequence] = []
+        chunks = []
+        for sequence in sorted(self._running, key=_order):
+            if sequence.num_uncomputed == 1 and self._make_room(sequence, preempted):
+                chunks.append(Chunk(sequence, sequence.num_computed, 1, sample=True))
+        budget = self._chunk_tokens - len(chunks)
+        for sequence in self._running:
+            if sequence.num_uncomputed > 1 and budget > 0:
+                length = min(sequence.num_uncomputed, budget)
+                last = length == sequence.num_uncomputed
+                chunks.append(Chunk(sequence, sequence.num_computed, length, sample=last))
+                budget -= length
+        plan = StepPlan(tuple(c for c in chunks if c.sequence not in preempted))
+        return (plan if plan.chunks else None), preempted
+
+    def computed(self, chunk: Chunk) -> None:
+        """Takes note that a chunk's KV is in its blocks."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.start + chunk.length
+        block_tables.seal_full(self._pool, sequence)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + len(self._pulling)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Uncached prompt tokens still to be computed here."""
+        local = (s for s in (*self._waiting, *self._running) if s not in self._remote)
+        return sum(s.num_uncomputed for s in local if s.num_uncomputed > 1)
+
+    @property
+    def held(self) -> list[list[int]]:
+        """The block tables that sequences here own, for check_integrity."""
+        return [sequence.block_table for sequence in (*self._pulling, *self._running)]
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        # A sequence computed here must compute its last token; a pulled one has it computed.
+        reusable = self._remote.get(sequence, sequence.num_tokens - 1)
+        block_tables.attach_prefix(self._pool, sequence, reusable)
+        needed = block_tables.blocks_for(sequence.num_tokens, self._pool.block_size)
+        headroom = self.running + len(self._pulling)
+        if needed - len(sequence.block_table) + headroom > self._pool.num_available:
+            block_tables.release(self._pool, sequence)
+            return False
+        block_tables.grow(self._pool, sequence, sequence.num_tokens)
+        return True
+
+    def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """A slot for the sequence's next token, by preemption of the last in order if need be."""
+        while sequence not in preempted:
+            try:
+                block_tables.grow(self._pool, sequence, sequence.num_tokens)
+                return True
+            except OutOfBlocks:
+                victim = max(self._running, key=_order)
+                self.remove(victim)
+                preempted.append(victim)
+        return False
+
+
+def _order(sequence: Sequence) -> tuple[int, float]:
+    return sequence.priority, sequence.arrival

@@ -1,0 +1,228 @@
+"""The decode role: pulls offered KV, fences it, and generates until the end.
+
+A job without a ticket computes its prompt here: that is all a colocated worker is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from itertools import count
+
+from crossdock.decode.scheduler import DecodeScheduler
+from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan, finish_of
+from crossdock.kvtransfer import ticket as tickets
+from crossdock.kvtransfer.pull import PullDone, Puller
+from crossdock.proto.errors import CrossdockError, TransferFailed
+from crossdock.proto.v1 import worker_pb2
+from crossdock.worker import tracing
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.job import Job
+from crossdock.worker.role import WorkerRole, WorkerState
+from crossdock.worker.server import WorkerServer
+
+
+class DecodeRole(WorkerRole):
+    """Owns a sequence's blocks from reservation to its end.
+
+    Blocks of a pull that was given up stay quarantined until the transfer is terminal.
+    """
+
+    def __init__(self, state: WorkerState) -> None:
+        super().__init__(state)
+        config = state.config
+        self._scheduler = DecodeScheduler(state.pool, config.max_batch, config.chunk_tokens)
+        self._puller = Puller(state.transport, state.memory, state.clock)
+        self._pulls: dict[str, Job] = {}  # pull id -> job, also of jobs given up meanwhile
+        self._quarantine: dict[str, list[int]] = {}  # pull id -> blocks of a job given up
+        self._pull_ids = count()
+
+    def _admit(self, job: Job) -> None:
+        if job.ticket is None:
+            job.mark("prefill_queued")
+            self._scheduler.add(job.sequence)
+            return
+        job.mark("decode_queued")
+        try:
+            self._check_ticket(job)
+        except CrossdockError as error:
+            del self.jobs[job.id]
+            self._refuse(job, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            return
+        job.lease_end = self.state.clock() + job.ticket.lease_ms / 1000
+        self._scheduler.add(job.sequence, remote_tokens=job.ticket.num_tokens)
+
+    def _check_ticket(self, job: Job) -> None:
+        assert job.ticket is not None
+        tickets.verify(job.ticket, self.state.config.cluster_key)
+        if job.ticket.layout_hash != self.state.layout_hash:
+            mine, theirs = self.state.layout_hash.hex(), job.ticket.layout_hash.hex()
+            raise TransferFailed(f"KV layout {theirs} was offered, this worker has {mine}")
+        if job.ticket.num_tokens != job.sequence.num_tokens - 1:
+            covered, expected = job.ticket.num_tokens, job.sequence.num_tokens - 1
+            raise TransferFailed(f"the ticket covers {covered} tokens, the request {expected}")
+
+    def schedule(self) -> StepPlan | None:
+        for sequence in self._scheduler.reserve():
+            self._start_pull(self.jobs[sequence.sequence_id])
+        plan, preempted = self._scheduler.schedule()
+        for sequence in preempted:
+            self._preempted(sequence)
+        for chunk in plan.chunks if plan else ():
+            if chunk.length > 1 and chunk.start == chunk.sequence.num_cached:
+                self.jobs[chunk.sequence.sequence_id].mark("prefill_started")
+        return plan
+
+    def _start_pull(self, job: Job) -> None:
+        assert job.ticket is not None and job.lease_end is not None
+        job.mark("reserved")
+        sequence, ticket = job.sequence, job.ticket
+        wanted = slice(sequence.num_sealed, len(ticket.block_ids))
+        pull_id = f"{job.id}#{next(self._pull_ids)}"
+        self._pulls[pull_id] = job
+        deadline = min(self.state.clock() + self.state.config.pull_timeout_s, job.lease_end)
+        self._puller.start(
+            pull_id,
+            ticket,
+            remote_block_ids=list(ticket.block_ids[wanted]),
+            local_block_ids=sequence.block_table[wanted],
+            deadline=deadline,
+        )
+
+    def poll(self) -> None:
+        for done in self._puller.poll():
+            self._pull_ended(done)
+        now = self.state.clock()
+        for job in list(self.jobs.values()):
+            if job.lease_end is not None and now >= job.lease_end and not self._is_pulling(job):
+                message = "the ticket's lease ended while the request waited for KV blocks"
+                self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, message)
+
+    def _pull_ended(self, done: PullDone) -> None:
+        job = self._pulls.pop(done.sequence_id)
+        blocks = self._quarantine.pop(done.sequence_id, None)
+        if blocks is not None:
+            self.state.pool.release(blocks)
+            self._give_back(job)
+        elif done.error is not None:
+            self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, str(done.error))
+        else:
+            self._joined(job, done)
+
+    def _joined(self, job: Job, done: PullDone) -> None:
+        wall_offset = time.time() - self.state.clock()
+        for event, at in (("pulled", done.pulled_at), ("fenced", done.fenced_at)):
+            if at is not None:
+                job.mark(event, at + wall_offset)
+        job.lease_end = None
+        job.transferred_bytes, job.transferred_blocks = done.nbytes, done.nblocks
+        counters = self.state.counters
+        counters.transferred_bytes += done.nbytes
+        counters.transferred_blocks += done.nblocks
+        self._scheduler.join(job.sequence)
+        job.mark("joined")
+
+    def apply(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
+        drawn = iter(tokens)
+        for chunk in plan.chunks:
+            job = self.jobs[chunk.sequence.sequence_id]
+            self._scheduler.computed(chunk)
+            self._count(job, chunk)
+            if chunk.sample:
+                self._token(job, next(drawn))
+
+    def _count(self, job: Job, chunk: Chunk) -> None:
+        sequence, counters = job.sequence, self.state.counters
+        prompt_part = min(chunk.start + chunk.length, sequence.prompt_tokens) - chunk.start
+        if prompt_part <= 0:
+            return
+        counters.computed_tokens += prompt_part
+        if job.ticket is not None:
+            job.recomputed_tokens += prompt_part
+            counters.recomputed_tokens += prompt_part
+        elif chunk.sample:
+            counters.prompt_tokens += sequence.num_tokens
+            counters.cached_tokens += sequence.num_cached
+
+    def _token(self, job: Job, token: SampledToken) -> None:
+        sequence = job.sequence
+        sequence.token_ids.append(token.token_id)
+        if job.ticket is None:
+            job.mark("first_token")
+        self.state.counters.generated_tokens += 1
+        finish = finish_of(sequence, self.state.context_length)
+        self.state.outbox.token(job, token, finish)
+        if finish:
+            job.mark("last_token")
+            self._end(job)
+
+    def _preempted(self, sequence: Sequence) -> None:
+        job = self.jobs.pop(sequence.sequence_id)
+        self.state.counters.preemptions += 1
+        message = f"{self.state.config.name} ran out of KV blocks"
+        self._refuse(job, worker_pb2.ERROR_CODE_PREEMPTED, message)
+        tracing.record(job, self.state.config, error=message)
+
+    def _forget(self, job: Job) -> None:
+        pull_id = next((key for key, pulled in self._pulls.items() if pulled is job), None)
+        if pull_id is None:
+            self._scheduler.remove(job.sequence)
+            if job.lease_end is not None:
+                self._give_back(job)
+            return
+        self._quarantine[pull_id] = job.sequence.block_table
+        job.sequence.block_table = []
+        self._scheduler.remove(job.sequence)
+        self._puller.cancel(pull_id)
+
+    def _give_back(self, job: Job) -> None:
+        """Releases a ticket that was not fenced, by a call, once its blocks are read no more."""
+        assert job.ticket is not None
+        self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))
+
+    def _is_pulling(self, job: Job) -> bool:
+        return any(pulled is job for pulled in self._pulls.values())
+
+    def waiting_tickets(self) -> list[tuple[str, bytes]]:
+        """(prefill address, ticket id) of every ticket that still needs its lease."""
+        return [
+            (job.ticket.prefill_address, job.ticket.ticket_id)
+            for job in self.jobs.values()
+            if job.ticket is not None and job.lease_end is not None
+        ]
+
+    def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], lease_s: float) -> None:
+        renewed, lost = answer
+        for job in list(self.jobs.values()):
+            if job.ticket is None or job.lease_end is None:
+                continue
+            ticket_id = job.ticket.ticket_id
+            if ticket_id in lost:
+                message = "the prefill worker no longer holds the ticket"
+                self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, message)
+            elif ticket_id in renewed:
+                job.lease_end = self.state.clock() + lease_s
+                self._puller.renewed(ticket_id, int(lease_s * 1000))
+
+    def next_deadline(self) -> float | None:
+        ends = [job.lease_end for job in self.jobs.values() if job.lease_end is not None]
+        pull = self._puller.next_deadline()
+        return min([*ends, *([pull] if pull is not None else [])], default=None)
+
+    def load(self) -> worker_pb2.Load:
+        scheduler = self._scheduler
+        return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
+
+    def leases(self) -> list[worker_pb2.Lease]:
+        return []
+
+    def held(self) -> Iterable[list[int]]:
+        return [*self._scheduler.held, *self._quarantine.values()]
+
+    @property
+    def idle(self) -> bool:
+        return not self.jobs and not self._pulls
+
+
+def create(config: WorkerConfig) -> WorkerServer:
+    return WorkerServer(config, DecodeRole)

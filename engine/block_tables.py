@@ -1,0 +1,49 @@
+"""How a sequence takes, fills, names and gives back blocks of a pool. Imports no torch.
+
+A sequence owns one reference on each block of its table, from `attach_prefix` or `grow` until
+`release` (or until its owner hands the references on, as prefill does with an offered ticket).
+"""
+
+from __future__ import annotations
+
+from crossdock.engine.block_pool import BlockPool
+from crossdock.engine.sequence import Sequence
+from crossdock.proto.hashing import block_hash, root_hash
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
+
+
+def attach_prefix(pool: BlockPool, sequence: Sequence, max_tokens: int) -> None:
+    """Takes the cached blocks that hold the sequence's first tokens, up to `max_tokens`."""
+    hits = pool.acquire_prefix(sequence.block_hashes[: max_tokens // pool.block_size])
+    sequence.block_table = hits
+    sequence.num_sealed = len(hits)
+    sequence.num_computed = sequence.num_cached = len(hits) * pool.block_size
+
+
+def grow(pool: BlockPool, sequence: Sequence, num_tokens: int) -> None:
+    """Extends the table to hold `num_tokens`. Raises OutOfBlocks and takes nothing."""
+    missing = blocks_for(num_tokens, pool.block_size) - len(sequence.block_table)
+    if missing > 0:
+        sequence.block_table.extend(pool.allocate(missing))
+
+
+def seal_full(pool: BlockPool, sequence: Sequence) -> None:
+    """Names the blocks that have become full, so that others find them."""
+    size, hashes = pool.block_size, sequence.block_hashes
+    for index in range(sequence.num_sealed, sequence.num_computed // size):
+        parent = hashes[index - 1] if index else None
+        if index == len(hashes):
+            ids = sequence.token_ids[index * size : (index + 1) * size]
+            hashes.append(block_hash(parent or root_hash(sequence.cache_salt), ids))
+        pool.seal(sequence.block_table[index], hashes[index], parent)
+        sequence.num_sealed = index + 1
+
+
+def release(pool: BlockPool, sequence: Sequence) -> None:
+    """Gives every block back; named ones stay cached until they are evicted."""
+    pool.release(sequence.block_table)
+    sequence.block_table = []
+    sequence.num_computed = sequence.num_cached = sequence.num_sealed = 0

@@ -1,0 +1,93 @@
+"""Which prompt tokens a prefill worker computes next. Pure bookkeeping: no torch, no clock.
+
+    WAITING ─admit─> COMPUTING ─last chunk─> computed (the blocks go to whoever takes them next)
+        └────────────────┴─remove─> gone
+
+First come, first served within a priority, and the head of the queue is finished before the next
+begins: finishing one prompt early beats advancing two. A prompt looks for its prefix when its first
+chunk is planned, not when it arrives, so it finds what the prompts before it have just computed.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from crossdock.engine import block_tables
+from crossdock.engine.block_pool import BlockPool
+from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+
+
+class PrefillScheduler:
+    def __init__(self, pool: BlockPool, chunk_tokens: int) -> None:
+        """`chunk_tokens`: the most prompt tokens that one step computes."""
+        self._pool = pool
+        self._chunk_tokens = chunk_tokens
+        self._waiting: list[Sequence] = []
+        self._computing: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=lambda waiting: (waiting.priority, waiting.arrival))
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence in either state and frees its blocks."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._computing.remove(sequence)
+            block_tables.release(self._pool, sequence)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when nothing can run. Admits as far as the budget reaches."""
+        budget, chunks = self._chunk_tokens, []
+        for sequence in self._computing:
+            if budget == 0:
+                break
+            chunks.append(self._chunk(sequence, budget))
+            budget -= chunks[-1].length
+        while budget and self._waiting and self._admit(self._waiting[0]):
+            sequence = self._waiting.pop(0)
+            self._computing.append(sequence)
+            chunks.append(self._chunk(sequence, budget))
+            budget -= chunks[-1].length
+        return StepPlan(tuple(chunks)) if chunks else None
+
+    def computed(self, chunk: Chunk) -> None:
+        """Takes note that a chunk's KV is in its blocks. The last chunk's sequence leaves."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.start + chunk.length
+        block_tables.seal_full(self._pool, sequence)
+        if chunk.sample:
+            self._computing.remove(sequence)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._computing)
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(sequence.num_uncomputed for sequence in (*self._waiting, *self._computing))
+
+    @property
+    def held(self) -> list[list[int]]:
+        """The block tables that sequences here own, for check_integrity."""
+        return [sequence.block_table for sequence in self._computing]
+
+    def _admit(self, sequence: Sequence) -> bool:
+        # The last prompt token is always computed: its logits give token 0.
+        block_tables.attach_prefix(self._pool, sequence, sequence.num_tokens - 1)
+        needed = block_tables.blocks_for(sequence.num_tokens, self._pool.block_size)
+        if needed - len(sequence.block_table) > self._pool.num_available:
+            block_tables.release(self._pool, sequence)
+            return False
+        block_tables.grow(self._pool, sequence, sequence.num_tokens)
+        return True
+
+    @staticmethod
+    def _chunk(sequence: Sequence, budget: int) -> Chunk:
+        length = min(sequence.num_uncomputed, budget)
+        last = length == sequence.num_uncomputed
+        return Chunk(sequence, sequence.num_computed, length, sample=last)

@@ -1,0 +1,126 @@
+"""The prefill role: computes prompts, draws token 0 and offers the KV behind a ticket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from crossdock.engine import block_tables
+from crossdock.engine.sequence import SampledToken, StepPlan, finish_of
+from crossdock.kvtransfer.offers import Offers
+from crossdock.prefill.scheduler import PrefillScheduler
+from crossdock.proto.v1 import worker_pb2
+from crossdock.worker import tracing
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.job import Job
+from crossdock.worker.role import WorkerRole, WorkerState
+from crossdock.worker.server import WorkerServer
+
+
+class PrefillRole(WorkerRole):
+    """Owns a prompt's blocks until its ticket takes them; the ticket's end frees them."""
+
+    def __init__(self, state: WorkerState) -> None:
+        super().__init__(state)
+        self._scheduler = PrefillScheduler(state.pool, state.config.chunk_tokens)
+        self._offers = Offers(
+            clock=state.clock,
+            lease_s=state.config.lease_s,
+            on_free=state.pool.release,
+            cluster_key=state.config.cluster_key,
+        )
+
+    def _admit(self, job: Job) -> None:
+        job.mark("prefill_queued")
+        self._scheduler.add(job.sequence)
+
+    def schedule(self) -> StepPlan | None:
+        plan = self._scheduler.schedule()
+        for chunk in plan.chunks if plan else ():
+            if chunk.start == chunk.sequence.num_cached:
+                self.jobs[chunk.sequence.sequence_id].mark("prefill_started")
+        return plan
+
+    def apply(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
+        counters, drawn = self.state.counters, iter(tokens)
+        for chunk in plan.chunks:
+            self._scheduler.computed(chunk)
+            counters.computed_tokens += chunk.length
+            if chunk.sample:
+                self._first_token(self.jobs.pop(chunk.sequence.sequence_id), next(drawn))
+
+    def _first_token(self, job: Job, token: SampledToken) -> None:
+        sequence, counters = job.sequence, self.state.counters
+        num_tokens = sequence.num_tokens
+        sequence.token_ids.append(token.token_id)
+        job.mark("first_token")
+        counters.prompt_tokens += num_tokens
+        counters.cached_tokens += sequence.num_cached
+        counters.generated_tokens += 1
+        finish = finish_of(sequence, self.state.context_length)
+        if finish:
+            self.state.outbox.token(job, token, finish)
+            block_tables.release(self.state.pool, sequence)
+        else:
+            ticket = self._offer(job, num_tokens, token.token_id)
+            self.state.outbox.token(job, token, None, ticket)
+        tracing.record(job, self.state.config)
+
+    def _offer(self, job: Job, num_tokens: int, first_token: int) -> worker_pb2.Ticket:
+        state, blocks = self.state, job.sequence.block_table
+        job.sequence.block_table = []
+        job.mark("ticket_offered")
+        return self._offers.offer(
+            sequence_id=job.id,
+            owner=job.owner,
+            block_ids=blocks,
+            generations=state.pool.generations[blocks].tolist(),
+            num_tokens=num_tokens,
+            first_token=first_token,
+            prefill_worker=state.config.name,
+            prefill_address=state.address,
+            incarnation=state.incarnation,
+            layout_hash=state.layout_hash,
+        )
+
+    def _forget(self, job: Job) -> None:
+        self._scheduler.remove(job.sequence)
+
+    def cancel(self, sequence_id: str, reason: str) -> None:
+        super().cancel(sequence_id, reason)
+        self._offers.revoke_sequence(sequence_id)
+
+    def owner_gone(self, owner: str) -> None:
+        super().owner_gone(owner)
+        self._offers.revoke_owner(owner)
+
+    def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:
+        self._offers.release(ticket_ids)
+
+    def renew_tickets(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
+        return self._offers.renew(ticket_ids, lease_s)
+
+    def poll(self) -> None:
+        self._offers.release(self.state.transport.notifications())
+        self._offers.reap()
+        self.state.transport.expect_notifications(bool(self._offers.open()))
+
+    def next_deadline(self) -> float | None:
+        return self._offers.next_deadline()
+
+    def load(self) -> worker_pb2.Load:
+        scheduler = self._scheduler
+        return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
+
+    def leases(self) -> list[worker_pb2.Lease]:
+        return self._offers.open()
+
+    def held(self) -> Iterable[list[int]]:
+        return [*self._scheduler.held, *self._offers.held()]
+
+    @property
+    def idle(self) -> bool:
+        return not self.jobs and not self._offers.open()
+
+
+def create(config: WorkerConfig) -> WorkerServer:
+    return WorkerServer(config, PrefillRole)

@@ -1,0 +1,79 @@
+"""One sequence on one worker, with all that the engine itself need not know."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from crossdock.engine.sequence import Sequence
+from crossdock.proto.convert import sampling_from_pb
+from crossdock.proto.errors import InvalidRequest
+from crossdock.proto.hashing import HASH_BYTES
+from crossdock.proto.v1 import worker_pb2
+
+
+@dataclass(eq=False)
+class Job:
+    """Owned by the gateway whose stream brought it; ends with that stream at the latest."""
+
+    sequence: Sequence
+    owner: str
+    traceparent: str = ""
+    deadline_unix_s: float | None = None
+    ticket: worker_pb2.Ticket | None = None
+    lease_end: float | None = None  # monotonic seconds; while a ticket waits for blocks
+    times: dict[str, float] = field(default_factory=dict)  # life-cycle event -> wall-clock ms
+    transferred_bytes: int = 0
+    transferred_blocks: int = 0
+    recomputed_tokens: int = 0
+    first_output_sent: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.sequence.sequence_id
+
+    def mark(self, event: str, unix_s: float | None = None) -> None:
+        """Notes when a life-cycle event happened first."""
+        self.times.setdefault(event, 1000 * (time.time() if unix_s is None else unix_s))
+
+    @classmethod
+    def from_pb(
+        cls,
+        request: worker_pb2.SequenceRequest,
+        owner: str,
+        *,
+        arrival: float,
+        vocab_size: int,
+        context_length: int,
+        block_size: int,
+    ) -> Job:
+        """Raises InvalidRequest for what a gateway should never have let through."""
+        ids = list(request.token_ids)
+        if not ids:
+            raise InvalidRequest("token_ids", ids, "must hold at least one token")
+        if len(ids) >= context_length:
+            limit = f"fewer than {context_length} tokens fit this worker"
+            raise InvalidRequest("token_ids", f"{len(ids)} tokens", limit)
+        if not (min(ids) >= 0 and max(ids) < vocab_size):
+            worst = next(i for i in ids if not 0 <= i < vocab_size)
+            raise InvalidRequest("token_ids", worst, f"must be from 0 to {vocab_size - 1}")
+        if len(request.block_hashes) > len(ids) // block_size or any(
+            len(name) != HASH_BYTES for name in request.block_hashes
+        ):
+            limit = f"one name of {HASH_BYTES} bytes for each full block of {block_size} tokens"
+            raise InvalidRequest("block_hashes", f"{len(request.block_hashes)} names", limit)
+        sampling = sampling_from_pb(request.sampling)
+        sampling.validate(vocab_size)
+        sequence = Sequence(
+            sequence_id=request.sequence_id,
+            token_ids=ids,
+            prompt_tokens=request.prompt_tokens or len(ids),
+            sampling=sampling,
+            eos_token_ids=frozenset(request.eos_token_ids),
+            block_hashes=list(request.block_hashes),
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            arrival=arrival,
+        )
+        deadline = request.deadline_unix_ms / 1000 if request.deadline_unix_ms else None
+        return cls(sequence, owner, request.traceparent, deadline)

@@ -1,0 +1,149 @@
+"""The engine thread: takes commands, runs steps, hands what came of them to the gRPC side."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.proto.v1 import worker_pb2
+from crossdock.worker.role import WorkerRole
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+IDLE_WAIT_S = 0.5  # the reaper's own timer: an idle worker turns over at least this often
+FAILED_STEPS_LIMIT = 3  # in a row: the device or the process is broken, a fresh one is not
+
+
+class Runner(Protocol):
+    def run(self, plan: StepPlan) -> list[SampledToken]: ...
+
+
+@dataclass
+class Turn:
+    """What one turn of the loop has for the other side."""
+
+    outputs: dict[str, list[worker_pb2.SequenceOutput]] = field(default_factory=dict)
+    load: worker_pb2.Load | None = None
+    first_event: int = 0
+    events: list[tuple[bool, bytes]] = field(default_factory=list)
+    ticket_releases: list[tuple[str, bytes]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.outputs or self.events or self.ticket_releases)
+
+
+class EngineLoop:
+    """Owns the thread on which the role, its pool and the runner live.
+
+    `publish` is called on that thread after every turn that made something.
+    """
+
+    def __init__(self, role: WorkerRole, runner: Runner, publish: Callable[[Turn], None]) -> None:
+        self._role = role
+        self._runner = runner
+        self._publish = publish
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wakeup = threading.Event()
+        self._stopping = False
+        self._failed_steps = 0
+        self.last_turn = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        self._stopping = True
+        self.wake()
+        self._thread.join(timeout_s)
+
+    def wake(self) -> None:
+        """Callable from any thread: something arrived."""
+        self._wakeup.set()
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Runs a command on the engine thread between two steps."""
+        self._commands.append(command)
+        self._wakeup.set()
+
+    def call(self, command: Callable[[], T]) -> Future[T]:
+        """The same, with its result or exception as a future."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(command())
+            except Exception as error:
+                future.set_exception(error)
+
+        self.post(run)
+        return future
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wakeup.clear()
+            worked = self.turn()
+            if not worked and not self._commands:
+                self._wakeup.wait(self._idle_wait())
+
+    def turn(self) -> bool:
+        """Commands, transfers and leases, one step, what came of it. True if a step ran."""
+        self._take_commands()
+        self._role.poll()
+        self._role.check_deadlines()
+        plan = self._role.schedule()
+        if plan is not None:
+            self._step(plan)
+        self.last_turn = time.monotonic()
+        turn = self._collect()
+        if turn:
+            self._publish(turn)
+        return plan is not None
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            try:
+                self._commands.popleft()()
+            except Exception:
+                log.exception("a command to the engine failed")
+
+    def _step(self, plan: StepPlan) -> None:
+        started = time.monotonic()
+        try:
+            tokens = self._runner.run(plan)
+        except Exception as error:
+            log.exception("engine step failed")
+            self._role.step_failed(plan, error)
+            self._failed_steps += 1
+            if self._failed_steps == FAILED_STEPS_LIMIT:
+                log.critical("%d engine steps failed in a row: exiting", FAILED_STEPS_LIMIT)
+                self._publish(self._collect())
+                threading.Timer(1.0, os._exit, (1,)).start()
+            return
+        self._failed_steps = 0
+        self._role.observe_step(plan, time.monotonic() - started)
+        self._role.apply(plan, tokens)
+
+    def _collect(self) -> Turn:
+        state = self._role.state
+        first_event, events = state.pool.drain_events()
+        releases, state.ticket_releases = state.ticket_releases, []
+        turn = Turn(state.outbox.take(), None, first_event, events, releases)
+        if turn:
+            turn.load = self._role.load()
+        return turn
+
+    def _idle_wait(self) -> float:
+        deadline = self._role.next_deadline()
+        if deadline is None:
+            return IDLE_WAIT_S
+        return min(IDLE_WAIT_S, max(0.0, deadline - self._role.state.clock()))

@@ -1,0 +1,65 @@
+"""A worker's Prometheus page, read from its counters when it is scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from crossdock.worker.role import Counters, WorkerRole
+
+_COUNTERS = {
+    "prompt_tokens": "Prompt tokens of the sequences whose prompt was served here.",
+    "cached_tokens": "Of those, tokens whose KV was in the prefix cache.",
+    "computed_tokens": "Prompt tokens computed here.",
+    "generated_tokens": "Tokens generated here.",
+    "transferred_bytes": "KV bytes pulled from prefill workers and fenced.",
+    "transferred_blocks": "KV blocks pulled from prefill workers and fenced.",
+    "recomputed_tokens": "Prompt tokens computed here although their KV had been handed off.",
+    "preemptions": "Sequences handed back for want of KV blocks.",
+    "steps": "Engine steps.",
+    "step_seconds": "Seconds spent in engine steps.",
+}
+
+
+class WorkerCollector(Collector):
+    """Reads another thread's integers without a lock: each is right at some recent moment."""
+
+    def __init__(self, role: WorkerRole) -> None:
+        self._role = role
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._role.state
+        labels = {"worker": state.config.name, "pool": state.config.pool}
+        labels["role"] = str(state.config.role)
+        names, values = list(labels), list(labels.values())
+        counters: Counters = state.counters
+        for name, text in _COUNTERS.items():
+            family = CounterMetricFamily(f"crossdock_worker_{name}", text, labels=names)
+            family.add_metric(values, getattr(counters, name))
+            yield family
+        errors = CounterMetricFamily(
+            "crossdock_worker_errors", "Sequences ended by an error.", labels=[*names, "code"]
+        )
+        for code, count in dict(counters.errors).items():
+            errors.add_metric([*values, code], count)
+        yield errors
+        blocks = GaugeMetricFamily(
+            "crossdock_worker_kv_blocks", "KV blocks by state.", labels=[*names, "state"]
+        )
+        for kind in ("free", "cached", "used"):
+            blocks.add_metric([*values, kind], getattr(state.pool, f"num_{kind}"))
+        yield blocks
+        jobs = GaugeMetricFamily("crossdock_worker_sequences", "Sequences held.", labels=names)
+        jobs.add_metric(values, len(self._role.jobs))
+        yield jobs
+
+
+def serve(role: WorkerRole, host: str) -> tuple[CollectorRegistry, str]:
+    """Serves /metrics on a free port of `host`; returns the registry and host:port."""
+    registry = CollectorRegistry()
+    registry.register(WorkerCollector(role))
+    server, _ = start_http_server(0, addr=host, registry=registry)
+    return registry, f"{host}:{server.server_port}"

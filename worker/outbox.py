@@ -1,0 +1,68 @@
+"""What an engine step says to each gateway, gathered into one frame."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from crossdock.engine.sequence import SampledToken
+from crossdock.proto.convert import FINISH_TO_PB
+from crossdock.proto.types import FinishReason
+from crossdock.proto.v1 import inference_pb2, worker_pb2
+from crossdock.worker.job import Job
+
+
+class Outbox:
+    """Filled by the engine thread; emptied once a step."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, list[worker_pb2.SequenceOutput]] = defaultdict(list)
+
+    def take(self) -> dict[str, list[worker_pb2.SequenceOutput]]:
+        """Everything since the last take, by gateway."""
+        taken, self._outputs = self._outputs, defaultdict(list)
+        return taken
+
+    def token(
+        self,
+        job: Job,
+        token: SampledToken,
+        finish: tuple[FinishReason, str] | None,
+        ticket: worker_pb2.Ticket | None = None,
+    ) -> None:
+        """One new token; the first one carries the sequence's times and counts as well."""
+        output = worker_pb2.SequenceOutput(sequence_id=job.id, token_ids=(token.token_id,))
+        if token.logprob is not None:
+            output.logprobs.append(_logprobs(token))
+        if finish:
+            output.finish_reason = FINISH_TO_PB[finish[0]]
+            output.stop_reason = finish[1]
+        if ticket is not None:
+            output.ticket.CopyFrom(ticket)
+        if not job.first_output_sent:
+            job.first_output_sent = True
+            output.cached_tokens = job.sequence.num_cached
+            output.transferred_bytes = job.transferred_bytes
+            output.transferred_blocks = job.transferred_blocks
+            output.recomputed_tokens = job.recomputed_tokens
+            output.times.CopyFrom(worker_pb2.SequenceTimes(**job.times))
+        self._outputs[job.owner].append(output)
+
+    def error(self, owner: str, sequence_id: str, code: worker_pb2.ErrorCode, message: str) -> None:
+        """The sequence's last word from this worker."""
+        self._outputs[owner].append(
+            worker_pb2.SequenceOutput(
+                sequence_id=sequence_id,
+                finish_reason=inference_pb2.FINISH_REASON_ERROR,
+                error=worker_pb2.SequenceError(code=code, message=message),
+            )
+        )
+
+
+def _logprobs(token: SampledToken) -> inference_pb2.TokenLogprobs:
+    return inference_pb2.TokenLogprobs(
+        chosen=inference_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob),
+        top=[
+            inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob)
+            for token_id, logprob in token.top_logprobs
+        ],
+    )

@@ -1,0 +1,128 @@
+"""A worker's view of the other workers: whom it may pull from, and calls about their tickets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+
+import grpc
+
+from crossdock.kvtransfer.layout import check_layouts
+from crossdock.kvtransfer.transport import Transport
+from crossdock.proto.errors import TransferFailed
+from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 5.0
+
+
+class Peers:
+    """Keyed by incarnation: a restarted worker on the same address is another peer."""
+
+    def __init__(self, layout: worker_pb2.KVLayout, transport: Transport) -> None:
+        self._layout = layout
+        self._transport = transport
+        self._known: dict[bytes, asyncio.Task[None]] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def update(self, endpoints: Iterable[WorkerEndpoint]) -> None:
+        """Makes the prefill workers among `endpoints` the peers; a bad one is logged and left out."""
+        wanted = {bytes.fromhex(e.incarnation): e for e in endpoints if e.role is Role.PREFILL}
+        for incarnation in [known for known in self._known if known not in wanted]:
+            await self._drop(incarnation)
+        for incarnation, endpoint in wanted.items():
+            try:
+                await self.ensure(incarnation, endpoint.address)
+            except TransferFailed as error:
+                log.warning("no KV from %s: %s", endpoint.name, error)
+
+    async def ensure(self, incarnation: bytes, address: str) -> None:
+        """Returns once blocks can be read from this peer. Raises TransferFailed saying why not."""
+        task = self._known.get(incarnation)
+        if task is None:
+            task = asyncio.create_task(self._introduce(incarnation, address))
+            self._known[incarnation] = task
+        try:
+            await asyncio.shield(task)
+        except TransferFailed:
+            if self._known.get(incarnation) is task:
+                del self._known[incarnation]
+            raise
+
+    async def renew(
+        self, tickets: Iterable[tuple[str, bytes]], lease_s: float
+    ) -> tuple[set[bytes], set[bytes]]:
+        """Extends leases, one call a peer. Returns the ids renewed and the ids lost.
+
+        A peer that does not answer leaves its tickets as they were: their leases run on.
+        """
+        by_address = defaultdict(list)
+        for address, ticket_id in tickets:
+            by_address[address].append(ticket_id)
+        renewed: set[bytes] = set()
+        lost: set[bytes] = set()
+        for address, ids in by_address.items():
+            request = worker_pb2.RenewLeasesRequest(ticket_ids=ids, lease_ms=int(1000 * lease_s))
+            try:
+                answer = await self._stub(address).RenewLeases(request, timeout=CALL_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                log.warning("leases at %s were not renewed: %s", address, error.code().name)
+                continue
+            lost.update(answer.unknown_ticket_ids)
+            renewed.update(set(ids) - set(answer.unknown_ticket_ids))
+        return renewed, lost
+
+    async def release(self, tickets: Iterable[tuple[str, bytes]]) -> None:
+        """Best effort: a ticket that cannot be released ends with its lease."""
+        by_address = defaultdict(list)
+        for address, ticket_id in tickets:
+            by_address[address].append(ticket_id)
+        for address, ids in by_address.items():
+            request = worker_pb2.ReleaseTicketsRequest(ticket_ids=ids)
+            try:
+                await self._stub(address).ReleaseTickets(request, timeout=CALL_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                log.info("tickets at %s end with their leases: %s", address, error.code().name)
+
+    async def close(self) -> None:
+        for incarnation in list(self._known):
+            await self._drop(incarnation)
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def _introduce(self, incarnation: bytes, address: str) -> None:
+        request = worker_pb2.DescribeRequest()
+        try:
+            peer = await self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
+            if peer.incarnation != incarnation:
+                found = peer.incarnation.hex()
+                raise TransferFailed(f"{address} is now {found}, not {incarnation.hex()}")
+            check_layouts(self._layout, peer.layout)
+            await asyncio.to_thread(
+                self._transport.add_peer,
+                incarnation,
+                peer.transport_info,
+                peer.num_blocks,
+                peer.block_bytes,
+            )
+            await asyncio.to_thread(self._transport.warm, incarnation)
+        except TransferFailed:
+            raise
+        except Exception as error:
+            raise TransferFailed(f"cannot reach {address}: {error}") from error
+
+    async def _drop(self, incarnation: bytes) -> None:
+        self._known.pop(incarnation).cancel()
+        try:
+            await asyncio.to_thread(self._transport.remove_peer, incarnation)
+        except Exception as error:
+            log.warning("dropping peer %s: %s", incarnation.hex(), error)
+
+    def _stub(self, address: str) -> worker_pb2_grpc.WorkerStub:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address)
+        return worker_pb2_grpc.WorkerStub(self._channels[address])

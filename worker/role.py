@@ -1,0 +1,206 @@
+"""What the engine loop asks of a role, and what prefill and decode have in common."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from crossdock.engine.block_pool import BlockPool
+from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.kvtransfer.transport import PoolMemory, Transport
+from crossdock.proto.v1 import worker_pb2
+from crossdock.worker import tracing
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.job import Job
+from crossdock.worker.outbox import Outbox
+from crossdock.worker.rates import PrefillRate, StepTime
+
+
+@dataclass
+class Counters:
+    """Since the worker started; read by metrics and status."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    transferred_bytes: int = 0
+    transferred_blocks: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class WorkerState:
+    """What a role works on. Everything here belongs to the engine thread."""
+
+    config: WorkerConfig
+    pool: BlockPool
+    block_bytes: int
+    context_length: int
+    layout_hash: bytes
+    incarnation: bytes
+    transport: Transport
+    memory: PoolMemory
+    address: str = ""  # of this worker's gRPC service, once it listens
+    ticket_releases: list[tuple[str, bytes]] = field(default_factory=list)  # (peer, ticket id)
+    outbox: Outbox = field(default_factory=Outbox)
+    counters: Counters = field(default_factory=Counters)
+    clock: Callable[[], float] = time.monotonic
+
+
+class WorkerRole(ABC):
+    """A scheduler with its hand-off half. Every method is called by the engine thread alone."""
+
+    def __init__(self, state: WorkerState) -> None:
+        self.state = state
+        self.jobs: dict[str, Job] = {}
+        self.draining = False
+        self.prefill_rate = PrefillRate()
+        self.step_time = StepTime()
+
+    # What prefill and decode do differently.
+
+    @abstractmethod
+    def _admit(self, job: Job) -> None:
+        """Queues a job that passed the common checks. May raise CrossdockError."""
+
+    @abstractmethod
+    def _forget(self, job: Job) -> None:
+        """Takes a job out of the scheduler, whatever its state, and frees what it holds."""
+
+    @abstractmethod
+    def schedule(self) -> StepPlan | None: ...
+
+    @abstractmethod
+    def apply(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
+        """Takes a step's results: tokens in the order of the chunks that sample."""
+
+    @abstractmethod
+    def poll(self) -> None:
+        """Leases, transfers, notifications: all that moves without a step."""
+
+    @abstractmethod
+    def next_deadline(self) -> float | None:
+        """Monotonic time at which poll has something to do even if nothing arrives."""
+
+    @abstractmethod
+    def load(self) -> worker_pb2.Load: ...
+
+    @abstractmethod
+    def leases(self) -> list[worker_pb2.Lease]: ...
+
+    @abstractmethod
+    def held(self) -> Iterable[list[int]]:
+        """Every list of block references that is owned now, for check_integrity."""
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """Nothing is running, waiting, offered or being pulled."""
+
+    def owner_gone(self, owner: str) -> None:
+        """A gateway's stream ended: frees all that it had here."""
+        for job in [job for job in self.jobs.values() if job.owner == owner]:
+            self._end(job)
+
+    def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:  # noqa: B027
+        """A peer is done with these; only a role that offers has any."""
+
+    def renew_tickets(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
+        """Extends leases; returns the ids that are not open here."""
+        return list(ticket_ids)
+
+    def waiting_tickets(self) -> list[tuple[str, bytes]]:
+        """(prefill address, ticket id) of every ticket whose lease this role still needs."""
+        return []
+
+    def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], lease_s: float) -> None:  # noqa: B027
+        """What prefill workers answered for waiting_tickets: ids renewed, ids lost."""
+
+    # What they share.
+
+    def submit(self, job: Job) -> None:
+        """Takes a job or answers at once with why not."""
+        state = self.state
+        if self.draining:
+            self._refuse(job, worker_pb2.ERROR_CODE_DRAINING, f"{state.config.name} is draining")
+        elif len(self.jobs) >= state.config.max_waiting + state.config.max_batch:
+            message = f"{state.config.name} holds {len(self.jobs)} sequences, its limit"
+            self._refuse(job, worker_pb2.ERROR_CODE_OVERLOADED, message)
+        elif job.id in self.jobs:
+            self._refuse(job, worker_pb2.ERROR_CODE_INVALID, f"sequence_id {job.id!r} is in use")
+        else:
+            self.jobs[job.id] = job
+            self._admit(job)
+
+    def cancel(self, sequence_id: str, reason: str) -> None:
+        """Frees a sequence and answers nothing: the gateway has already let go of it."""
+        job = self.jobs.get(sequence_id)
+        if job is not None:
+            self._end(job, reason or "cancelled")
+
+    def fail(self, job: Job, code: worker_pb2.ErrorCode, message: str) -> None:
+        """Ends a job with an error that its gateway sees."""
+        self._end(job, message)
+        self._refuse(job, code, message)
+
+    def eject_all(self, code: worker_pb2.ErrorCode, message: str) -> None:
+        for job in list(self.jobs.values()):
+            self.fail(job, code, message)
+
+    def check_deadlines(self) -> None:
+        now = time.time()
+        for job in list(self.jobs.values()):
+            if job.deadline_unix_s is not None and now >= job.deadline_unix_s:
+                self.fail(job, worker_pb2.ERROR_CODE_DEADLINE, "the request's deadline passed")
+
+    def step_failed(self, plan: StepPlan, error: BaseException) -> None:
+        """The model raised: its sequences end, the others go on."""
+        for chunk in plan.chunks:
+            job = self.jobs.get(chunk.sequence.sequence_id)
+            if job is not None:
+                message = f"engine step failed: {type(error).__name__}: {error}"
+                self.fail(job, worker_pb2.ERROR_CODE_INTERNAL, message)
+
+    def observe_step(self, plan: StepPlan, seconds: float) -> None:
+        counters = self.state.counters
+        counters.steps += 1
+        counters.step_seconds += seconds
+        if all(chunk.length == 1 for chunk in plan.chunks):
+            self.step_time.observe(len(plan.chunks), seconds)
+        else:
+            self.prefill_rate.observe(plan.num_tokens, seconds)
+
+    def _end(self, job: Job, reason: str = "") -> None:
+        """Every job's one way out, but for the tokens that end well."""
+        del self.jobs[job.id]
+        self._forget(job)
+        tracing.record(job, self.state.config, error=reason or None)
+
+    def _refuse(self, job: Job, code: worker_pb2.ErrorCode, message: str) -> None:
+        name = worker_pb2.ErrorCode.Name(code).removeprefix("ERROR_CODE_").lower()
+        errors = self.state.counters.errors
+        errors[name] = errors.get(name, 0) + 1
+        self.state.outbox.error(job.owner, job.id, code, message)
+
+    def _load(self, waiting: int, running: int, queued_tokens: int) -> worker_pb2.Load:
+        pool = self.state.pool
+        base, slope = self.step_time.base_and_slope
+        return worker_pb2.Load(
+            waiting=waiting,
+            running=running,
+            queued_tokens=queued_tokens,
+            free_blocks=pool.num_free,
+            cached_blocks=pool.num_cached,
+            total_blocks=pool.num_blocks,
+            prefill_tokens_per_s=self.prefill_rate.tokens_per_s,
+            step_base_s=base,
+            step_per_sequence_s=slope,
+            draining=self.draining,
+        )

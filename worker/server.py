@@ -1,0 +1,283 @@
+"""One worker process: model, KV pool, transport, engine thread and gRPC service, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+import grpc
+from prometheus_client import CollectorRegistry, generate_latest
+
+from crossdock.engine.block_pool import BlockPool, IntegrityError
+from crossdock.kvtransfer.layout import layout_hash
+from crossdock.kvtransfer.registry import allocate, create_transport
+from crossdock.kvtransfer.transport import PoolMemory
+from crossdock.proto.convert import ROLE_TO_PB
+from crossdock.proto.errors import ConfigError
+from crossdock.proto.types import WorkerEndpoint
+from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+from crossdock.worker import metrics
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.loop import EngineLoop, Turn
+from crossdock.worker.peers import Peers
+from crossdock.worker.role import WorkerRole, WorkerState
+from crossdock.worker.service import WorkerService
+from crossdock.worker.streams import block_events
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+HEARTBEAT_S = 1.0
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+class WorkerServer:
+    """Owns everything of one worker from `start` to `stop`."""
+
+    config: WorkerConfig
+    description: worker_pb2.WorkerDescription
+    vocab_size: int
+    peers: Peers
+
+    def __init__(self, config: WorkerConfig, role_type: Callable[[WorkerState], WorkerRole]):
+        self.config = config
+        self._role_type = role_type
+        self._started_at = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closers: list[Callable[[], None]] = []
+        self._registry: CollectorRegistry | None = None
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> WorkerEndpoint:
+        """Loads the model and listens. Raises ModelError or ConfigError saying what is wrong."""
+        self._asyncio = asyncio.get_running_loop()
+        await asyncio.to_thread(self._build)
+        self.peers = Peers(self.description.layout, self._transport)
+        self._service = WorkerService(self)
+        self._grpc = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+            ]
+        )
+        worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._grpc)
+        wanted = f"{self.config.host}:{self.config.port}"
+        try:
+            port = self._grpc.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise ConfigError("port", f"{wanted} is in use or not ours") from error
+        self._state.address = self.description.address = f"{self.config.host}:{port}"
+        self._registry, self.description.metrics_address = metrics.serve(
+            self._role, self.config.host
+        )
+        self._loop.start()
+        await self._grpc.start()
+        self._tasks = [
+            asyncio.create_task(self._heartbeat()),
+            asyncio.create_task(self._renew_leases()),
+        ]
+        return self.endpoint
+
+    @property
+    def endpoint(self) -> WorkerEndpoint:
+        return WorkerEndpoint(
+            name=self.config.name,
+            pool=self.config.pool,
+            role=self.config.role,
+            address=self.description.address,
+            incarnation=self.description.incarnation.hex(),
+            revision=self.config.revision,
+        )
+
+    async def update_peers(self, endpoints: Iterable[WorkerEndpoint]) -> None:
+        await self.peers.update(endpoints)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new work and waits for what is here; moves the rest away when time is up.
+
+        Returns whether the worker is empty: False leaves offered tickets to their leases.
+        """
+        await self.call(lambda role: setattr(role, "draining", True))
+        deadline = time.monotonic() + timeout_s
+        while not await self.call(lambda role: role.idle):
+            if time.monotonic() >= deadline:
+                return await self.call(self._move_away)
+            await asyncio.sleep(0.05)
+        return True
+
+    def _move_away(self, role: WorkerRole) -> bool:
+        role.eject_all(worker_pb2.ERROR_CODE_DRAINING, f"{self.config.name} is draining")
+        return role.idle
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if hasattr(self, "_grpc"):
+            self._service.close()
+            await self._grpc.stop(grace=0.2)
+            await self.peers.close()
+        if hasattr(self, "_loop"):
+            await asyncio.to_thread(self._loop.stop, 10.0)
+        for close in reversed(self._closers):
+            close()
+        self._closers.clear()
+
+    async def status(self, check_integrity: bool = False) -> worker_pb2.WorkerStatus:
+        return await self.call(lambda role: self._status(role, check_integrity))
+
+    def metrics_text(self) -> bytes:
+        """The Prometheus page."""
+        assert self._registry is not None, "not started"
+        return generate_latest(self._registry)
+
+    # -- to the engine thread ------------------------------------------------------------------
+
+    def post(self, command: Callable[[WorkerRole], None]) -> None:
+        self._loop.post(lambda: command(self._role))
+
+    async def call(self, command: Callable[[WorkerRole], T]) -> T:
+        return await asyncio.wrap_future(self._loop.call(lambda: command(self._role)))
+
+    def post_snapshot(
+        self,
+        deliver: Callable[[worker_pb2.WorkerFrame], None],
+        hello: worker_pb2.WorkerDescription | None = None,
+    ) -> None:
+        """Has `deliver` called on the asyncio loop with the whole prefix cache and the load."""
+
+        def take() -> None:
+            first, events = self._state.pool.snapshot()
+            frame = worker_pb2.WorkerFrame(
+                hello=hello,
+                load=self._role.load(),
+                block_events=block_events(first, events, snapshot=True),
+            )
+            self._asyncio.call_soon_threadsafe(deliver, frame)
+
+        self._loop.post(take)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        # Imported here: torch takes seconds, and only a process that runs a model needs it.
+        from crossdock.engine.runner import ModelRunner
+        from crossdock.engine.weights.config import load_config
+        from crossdock.engine.weights.store import resolve
+
+        config = self.config
+        files = resolve(config.model)
+        model = load_config(files)
+        self.vocab_size = model.vocab_size
+        block_bytes = ModelRunner.kv_bytes_per_block(model, config.block_size, config.dtype)
+        num_blocks = config.kv_blocks or (config.kv_memory_mb << 20) // block_bytes
+        if num_blocks < 2:
+            needed = -(-2 * block_bytes >> 20)
+            raise ConfigError(
+                "kv_memory_mb", f"{config.kv_memory_mb} holds no 2 blocks; ≥ {needed}"
+            )
+        incarnation = secrets.token_bytes(16)
+        buffer, generations, free = allocate(config.transport, num_blocks * block_bytes, num_blocks)
+        self._closers.append(free)
+        runner = ModelRunner(
+            files,
+            dtype=config.dtype,
+            device=config.device,
+            threads=config.threads,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            buffer=buffer,
+            generations=generations,
+        )
+        runner.warmup()
+        memory = PoolMemory(
+            runner.kv.data_ptr, num_blocks, block_bytes, generations, runner.kv.memory_type
+        )
+        self._transport = create_transport(
+            config.transport, incarnation, memory, dict(config.transport_options)
+        )
+        self._closers.append(self._transport.close)
+        layout = runner.kv.layout(files.model_id, files.digest)
+        self.description = worker_pb2.WorkerDescription(
+            name=config.name,
+            pool=config.pool,
+            role=ROLE_TO_PB[config.role],
+            incarnation=incarnation,
+            layout=layout,
+            layout_hash=layout_hash(layout),
+            model_id=files.model_id,
+            context_length=min(model.context_length, num_blocks * config.block_size),
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+            transport=config.transport,
+            transport_info=self._transport.info(),
+            pid=os.getpid(),
+            node_id=config.node_id,
+            revision=config.revision,
+        )
+        self._state = WorkerState(
+            config=config,
+            pool=BlockPool(num_blocks, config.block_size, generations),
+            block_bytes=block_bytes,
+            context_length=self.description.context_length,
+            layout_hash=self.description.layout_hash,
+            incarnation=incarnation,
+            transport=self._transport,
+            memory=memory,
+        )
+        self._role = self._role_type(self._state)
+        self._loop = EngineLoop(self._role, runner, self._publish)
+        self._transport.set_wakeup(self._loop.wake)
+
+    def _publish(self, turn: Turn) -> None:
+        self._asyncio.call_soon_threadsafe(self._service.publish, turn)
+        if turn.ticket_releases:
+            asyncio.run_coroutine_threadsafe(
+                self.peers.release(turn.ticket_releases), self._asyncio
+            )
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._service.publish(Turn(load=await self.call(lambda role: role.load())))
+
+    async def _renew_leases(self) -> None:
+        lease_s = self.config.lease_s
+        while True:
+            await asyncio.sleep(lease_s / 3)
+            tickets = await self.call(lambda role: role.waiting_tickets())
+            if tickets:
+                answer = await self.peers.renew(tickets, lease_s)
+                await self.call(partial(WorkerRole.leases_renewed, answer=answer, lease_s=lease_s))
+
+    def _status(self, role: WorkerRole, check_integrity: bool) -> worker_pb2.WorkerStatus:
+        state, counters = role.state, role.state.counters
+        integrity_error = ""
+        if check_integrity:
+            try:
+                state.pool.check_integrity(role.held())
+            except IntegrityError as error:
+                integrity_error = str(error) or "integrity check failed"
+        return worker_pb2.WorkerStatus(
+            description=self.description,
+            load=role.load(),
+            leases=role.leases(),
+            uptime_s=time.monotonic() - self._started_at,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            transferred_bytes=counters.transferred_bytes,
+            transferred_blocks=counters.transferred_blocks,
+            recomputed_tokens=counters.recomputed_tokens,
+            integrity_error=integrity_error,
+            used_blocks=state.pool.num_used,
+            last_step_age_s=time.monotonic() - self._loop.last_turn,
+        )

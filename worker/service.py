@@ -1,0 +1,184 @@
+"""crossdock.v1.Worker over gRPC: streams of gateways, calls of other workers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from itertools import count
+from typing import TYPE_CHECKING
+
+import grpc
+
+from crossdock.proto.errors import CrossdockError, TransferFailed
+from crossdock.proto.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from crossdock.worker.job import Job
+from crossdock.worker.loop import Turn
+from crossdock.worker.streams import GatewayStream, block_events
+
+if TYPE_CHECKING:
+    from crossdock.worker.server import WorkerServer
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """Turns frames into commands for the engine thread, and its turns into frames."""
+
+    def __init__(self, server: WorkerServer) -> None:
+        self._server = server
+        self._streams: dict[str, GatewayStream] = {}
+        self._stream_ids = count()
+
+    # -- gateway streams -----------------------------------------------------------------------
+
+    async def Connect(
+        self,
+        frames: AsyncIterator[worker_pb2.GatewayFrame],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[worker_pb2.WorkerFrame]:
+        first = await anext(aiter(frames), None)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "hello: must be the first frame")
+            return
+        owner = f"{first.hello.gateway}/{next(self._stream_ids)}"
+        stream = GatewayStream(owner)
+        await self._open(stream)
+        reader = asyncio.create_task(self._read(frames, stream))
+        try:
+            while (frame := await stream.next_frame()) is not None:
+                yield frame
+        finally:
+            reader.cancel()
+            self._streams.pop(owner, None)
+            self._server.post(lambda role: role.owner_gone(owner))
+
+    def publish(self, turn: Turn) -> None:
+        """Spreads what one engine turn made over the streams. Runs on the asyncio loop."""
+        for owner, stream in self._streams.items():
+            outputs = turn.outputs.get(owner, [])
+            if outputs or turn.events or turn.load:
+                frame = worker_pb2.WorkerFrame(outputs=outputs, load=turn.load)
+                if turn.events:
+                    frame.block_events.CopyFrom(block_events(turn.first_event, turn.events))
+                stream.send(frame)
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    async def _open(self, stream: GatewayStream) -> None:
+        # Snapshot and registration meet on the asyncio loop in the order the engine made them:
+        # every later event reaches the stream, and none before.
+        opened = asyncio.get_running_loop().create_future()
+
+        def register(frame: worker_pb2.WorkerFrame) -> None:
+            self._streams[stream.owner] = stream
+            stream.send(frame)
+            opened.set_result(None)
+
+        self._server.post_snapshot(register, hello=self._server.description)
+        await opened
+
+    async def _read(
+        self, frames: AsyncIterator[worker_pb2.GatewayFrame], stream: GatewayStream
+    ) -> None:
+        pending: dict[str, asyncio.Task[None]] = {}  # decode requests whose peer is being met
+        try:
+            async for frame in frames:
+                kind = frame.WhichOneof("frame")
+                if kind == "prefill":
+                    self._submit(frame.prefill.sequence, None, stream.owner)
+                elif kind == "decode":
+                    sequence_id = frame.decode.sequence.sequence_id
+                    task = asyncio.create_task(self._decode(frame.decode, stream.owner))
+                    pending[sequence_id] = task
+                    task.add_done_callback(lambda _, key=sequence_id: pending.pop(key, None))
+                elif kind == "cancel":
+                    self._cancel(frame.cancel, pending.get(frame.cancel.sequence_id))
+                elif kind == "resync":
+                    self._server.post_snapshot(stream.send)
+        finally:
+            for task in list(pending.values()):
+                task.cancel()
+            stream.close()
+
+    def _cancel(
+        self, request: worker_pb2.CancelRequest, pending: asyncio.Task[None] | None
+    ) -> None:
+        if pending is not None:
+            pending.cancel()
+        self._server.post(lambda role: role.cancel(request.sequence_id, request.reason))
+
+    async def _decode(self, request: worker_pb2.DecodeRequest, owner: str) -> None:
+        if not request.HasField("ticket"):
+            self._submit(request.sequence, None, owner)
+            return
+        ticket = request.ticket
+        try:
+            await self._server.peers.ensure(ticket.incarnation, ticket.prefill_address)
+        except TransferFailed as error:
+            self._answer(owner, request.sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            return
+        self._submit(request.sequence, ticket, owner)
+
+    def _submit(
+        self,
+        request: worker_pb2.SequenceRequest,
+        ticket: worker_pb2.Ticket | None,
+        owner: str,
+    ) -> None:
+        server = self._server
+        try:
+            job = Job.from_pb(
+                request,
+                owner,
+                arrival=time.monotonic(),
+                vocab_size=server.vocab_size,
+                context_length=server.description.context_length,
+                block_size=server.config.block_size,
+            )
+        except CrossdockError as error:
+            self._answer(owner, request, worker_pb2.ERROR_CODE_INVALID, str(error))
+            return
+        job.ticket = ticket
+        server.post(lambda role: role.submit(job))
+
+    def _answer(
+        self,
+        owner: str,
+        request: worker_pb2.SequenceRequest,
+        code: worker_pb2.ErrorCode,
+        message: str,
+    ) -> None:
+        output = worker_pb2.SequenceOutput(
+            sequence_id=request.sequence_id,
+            finish_reason=inference_pb2.FINISH_REASON_ERROR,
+            error=worker_pb2.SequenceError(code=code, message=message),
+        )
+        if owner in self._streams:
+            self._streams[owner].send(worker_pb2.WorkerFrame(outputs=[output]))
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    async def Describe(
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.WorkerDescription:
+        return self._server.description
+
+    async def RenewLeases(
+        self, request: worker_pb2.RenewLeasesRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.RenewLeasesResponse:
+        ids, lease_s = list(request.ticket_ids), request.lease_ms / 1000
+        unknown = await self._server.call(lambda role: role.renew_tickets(ids, lease_s))
+        return worker_pb2.RenewLeasesResponse(unknown_ticket_ids=unknown)
+
+    async def ReleaseTickets(
+        self, request: worker_pb2.ReleaseTicketsRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ReleaseTicketsResponse:
+        ids = list(request.ticket_ids)
+        await self._server.call(lambda role: role.release_tickets(ids))
+        return worker_pb2.ReleaseTicketsResponse()
+
+    async def GetStatus(
+        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.WorkerStatus:
+        return await self._server.status(request.check_integrity)
