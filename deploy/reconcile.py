@@ -1,0 +1,259 @@
+"""What to do next so that the cluster becomes what the spec says. Pure: the clock is passed in.
+
+A member (worker or gateway) lives
+
+    STARTING ─> READY ─> DRAINING ─> gone
+        └─────────┴──────────┴─────> LOST ─> gone, and another is started in its place
+
+Rules, in the order they are applied:
+- what was lost, has drained or has passed its drain deadline is stopped;
+- what the spec no longer wants is drained, the newest first, what is not ready yet before all;
+- what is missing is started, at once after a first loss, with growing pauses in a crash loop;
+- where a revision changed, one worker more than wanted is started in the whole cluster at a time,
+  in the pool that is furthest behind, and an old one is drained when it is ready;
+- no ready worker is drained while its role would have fewer ready workers than wanted.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+MAX_BACKOFF_S = 30.0
+GATEWAY_ROLE = "gateway"
+
+
+class State(enum.StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one pool should be. `surge`: how many more than `replicas` may run during an update;
+    with 0 an old one goes before its replacement comes (gateways: they own fixed ports)."""
+
+    pool: str
+    role: str
+    replicas: int
+    revision: str
+    surge: int = 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One worker or gateway as it was last seen."""
+
+    name: str
+    pool: str
+    role: str
+    revision: str
+    state: State
+    drained: bool = False
+    drain_deadline: float = float("inf")
+    why: str = ""
+
+    @property
+    def live(self) -> bool:
+        return self.state in (State.STARTING, State.READY)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one pool in a row, each soon after a start; `last` is the time of the newest."""
+
+    count: int = 0
+    last: float = float("-inf")
+
+    @property
+    def start_allowed_at(self) -> float:
+        if self.count <= 1:
+            return float("-inf")
+        return self.last + min(MAX_BACKOFF_S, 2.0 ** (self.count - 2))
+
+
+class Do(enum.StrEnum):
+    START = "start"
+    DRAIN = "drain"
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Action:
+    do: Do
+    name: str
+    pool: str
+    reason: str
+    revision: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.do} {self.name}: {self.reason}"
+
+
+def reconcile(
+    targets: Sequence[Target],
+    members: Sequence[Member],
+    losses: Mapping[str, Losses],
+    now: float,
+) -> list[Action]:
+    """The actions due now. `losses` is by pool. Called again whenever something changed."""
+    plan = _Plan(targets, members, losses, now)
+    plan.finish_departures()
+    for target in plan.targets:
+        plan.remove_excess(target)
+    for target in plan.targets:
+        plan.fill(target)
+    plan.roll()
+    return plan.actions
+
+
+def converged(targets: Sequence[Target], members: Sequence[Member]) -> bool:
+    """Whether there is nothing left to do or to wait for."""
+    wanted = Counter({(t.pool, t.revision): t.replicas for t in targets if t.replicas})
+    ready = Counter((m.pool, m.revision) for m in members)
+    return all(m.state is State.READY for m in members) and wanted == ready
+
+
+def member_index(name: str) -> int:
+    """7 of "prefill-7"."""
+    found = re.search(r"-(\d+)$", name)
+    return int(found.group(1)) if found else -1
+
+
+@dataclass
+class _Plan:
+    targets: Sequence[Target]
+    members: Sequence[Member]
+    losses: Mapping[str, Losses]
+    now: float
+    actions: list[Action] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        listed = {target.pool for target in self.targets}
+        leftover = {m.pool: m for m in self.members if m.pool not in listed}
+        gone = [Target(pool, m.role, 0, "") for pool, m in leftover.items()]
+        self.targets = [*self.targets, *gone]
+        self.live = {
+            target.pool: [m for m in self.members if m.pool == target.pool and m.live]
+            for target in self.targets
+        }
+        self.ready = Counter(m.role for m in self.members if m.state is State.READY)
+        self.wanted: Counter[str] = Counter()
+        for target in self.targets:
+            self.wanted[target.role] += target.replicas
+        self.used = {m.name for m in self.members if m.state is not State.LOST}
+
+    def finish_departures(self) -> None:
+        for member in self.members:
+            if member.state is State.LOST:
+                self._stop(member, f"lost ({member.why})" if member.why else "lost")
+            elif member.state is State.DRAINING and member.drained:
+                self._stop(member, "drained")
+            elif member.state is State.DRAINING and self.now >= member.drain_deadline:
+                self._stop(member, "drain deadline passed with work left")
+
+    def remove_excess(self, target: Target) -> None:
+        old, current = self._split(target)
+        for member in old:
+            if member.state is State.STARTING:
+                self._retire(member, "not ready yet and of an old revision")
+        excess = len(self.live[target.pool]) - target.replicas
+        for member in [m for m in old if m.state is State.READY][: max(0, excess)]:
+            if self._spare(member):
+                why = "replaced by a new revision" if current else "more than wanted"
+                self._retire(member, f"{why} ({target.replicas})")
+        excess = len(current) - target.replicas
+        newest_first = sorted(
+            current, key=lambda m: (m.state is State.READY, -member_index(m.name))
+        )
+        for member in newest_first[: max(0, excess)]:
+            if member.state is State.STARTING or self._spare(member):
+                self._retire(member, f"more than wanted ({target.replicas})")
+
+    def fill(self, target: Target) -> None:
+        """Starts what is missing altogether."""
+        _, current = self._split(target)
+        missing = target.replicas - max(len(current), len(self.live[target.pool]))
+        if missing > 0 and self._start_allowed(target):
+            for _ in range(missing):
+                self._start(target, f"{target.replicas} wanted")
+
+    def roll(self) -> None:
+        """Starts one worker of a new revision, or takes an old gateway away for it."""
+        behind = [t for t in self.targets if self._split(t)[0] and t.replicas]
+        for target in behind:
+            if target.surge == 0 and len(self.live[target.pool]) == target.replicas:
+                self._retire_without_surge(target)
+        surging = any(
+            len(self.live[t.pool]) > t.replicas
+            and any(m.state is State.STARTING for m in self.live[t.pool])
+            for t in self.targets
+        )
+        ready_to_roll = [
+            t
+            for t in behind
+            if t.surge and len(self.live[t.pool]) == t.replicas and self._start_allowed(t)
+        ]
+        if ready_to_roll and not surging:
+            target = min(ready_to_roll, key=lambda t: (self._updated_share(t), t.pool))
+            self._start(target, "new revision, before an old one goes")
+
+    def _retire_without_surge(self, target: Target) -> None:
+        old, current = self._split(target)
+        leaving = any(m.pool == target.pool and m.state is State.DRAINING for m in self.members)
+        if not leaving and all(m.state is State.READY for m in current):
+            self._retire(old[0], "of an old revision; its replacement takes its ports")
+
+    def _split(self, target: Target) -> tuple[list[Member], list[Member]]:
+        """Live members of old revisions, and of the wanted one."""
+        live = self.live[target.pool]
+        old = [m for m in live if m.revision != target.revision]
+        return old, [m for m in live if m.revision == target.revision]
+
+    def _updated_share(self, target: Target) -> float:
+        return len(self._split(target)[1]) / target.replicas
+
+    def _start_allowed(self, target: Target) -> bool:
+        return self.now >= self.losses.get(target.pool, Losses()).start_allowed_at
+
+    def _spare(self, member: Member) -> bool:
+        """Whether its role keeps enough ready workers without it."""
+        wanted = self.wanted[member.role]
+        if wanted:
+            return self.ready[member.role] > wanted
+        others = [role for role, count in self.wanted.items() if count and role != GATEWAY_ROLE]
+        served_by_others = all(self.ready[role] for role in others)
+        return served_by_others or self.ready[member.role] > 1
+
+    def _start(self, target: Target, reason: str) -> None:
+        name = _free_name(target.pool, self.used)
+        self.used.add(name)
+        self.live[target.pool].append(
+            Member(name, target.pool, target.role, target.revision, State.STARTING)
+        )
+        self.actions.append(Action(Do.START, name, target.pool, reason, target.revision))
+
+    def _retire(self, member: Member, reason: str) -> None:
+        """Drains a ready member, stops one that never took work."""
+        self.live[member.pool].remove(member)
+        if member.state is State.STARTING:
+            self._stop(member, reason)
+            return
+        self.ready[member.role] -= 1
+        self.actions.append(Action(Do.DRAIN, member.name, member.pool, reason))
+
+    def _stop(self, member: Member, reason: str) -> None:
+        self.actions.append(Action(Do.STOP, member.name, member.pool, reason))
+
+
+def _free_name(pool: str, used: Iterable[str]) -> str:
+    taken = set(used)
+    index = 0
+    while f"{pool}-{index}" in taken:
+        index += 1
+    return f"{pool}-{index}"

@@ -1,0 +1,237 @@
+"""reconcile() in a world of made-up workers: it converges and never takes away too much."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossdock.deploy.reconcile import (
+    Action,
+    Do,
+    Losses,
+    Member,
+    State,
+    Target,
+    converged,
+    reconcile,
+)
+
+P = Target("prefill", "prefill", 1, "a")
+D = Target("decode", "decode", 1, "a")
+
+
+def ready(name: str, pool: str, revision: str = "a", role: str = "") -> Member:
+    return Member(name, pool, role or pool, revision, State.READY)
+
+
+def decide(targets, members=(), losses=None, now=0.0) -> list[str]:
+    return [f"{a.do} {a.name}" for a in reconcile(targets, list(members), losses or {}, now)]
+
+
+def test_an_empty_cluster_starts_everything_at_once():
+    assert decide([replace(P, replicas=2), D]) == [
+        "start prefill-0",
+        "start prefill-1",
+        "start decode-0",
+    ]
+
+
+def test_nothing_to_do():
+    members = [ready("prefill-0", "prefill"), ready("decode-0", "decode")]
+    assert decide([P, D], members) == []
+    assert converged([P, D], members)
+    assert not converged([P, replace(D, replicas=2)], members)
+    assert not converged([P, D], [*members, replace(members[0], state=State.DRAINING)])
+
+
+def test_scaling_down_drains_the_newest_and_stops_it_when_drained():
+    members = [ready(f"decode-{i}", "decode") for i in range(3)]
+    assert decide([D], members) == ["drain decode-2", "drain decode-1"]
+    members[1:] = [replace(m, state=State.DRAINING, drain_deadline=60) for m in members[1:]]
+    assert decide([D], members, now=59) == []
+    members[1] = replace(members[1], drained=True)
+    assert decide([D], members, now=59) == ["stop decode-1"]
+    assert decide([D], members, now=60) == ["stop decode-1", "stop decode-2"]
+
+
+def test_a_worker_that_is_not_ready_goes_before_a_ready_one():
+    members = [
+        replace(ready("decode-0", "decode"), state=State.STARTING),
+        ready("decode-1", "decode"),
+    ]
+    assert decide([D], members) == ["stop decode-0"]
+
+
+def test_a_lost_worker_is_replaced_at_once_and_a_crash_loop_is_slowed():
+    lost = replace(ready("decode-0", "decode"), state=State.LOST, why="killed")
+    [stop, start] = reconcile([D], [lost], {"decode": Losses(1, 100.0)}, 100.0)
+    assert (stop.do, stop.name, start.do, start.name) == (Do.STOP, "decode-0", Do.START, "decode-0")
+    assert "killed" in stop.reason
+    for count, pause in [(2, 1), (3, 2), (4, 4), (20, 30)]:
+        losses = {"decode": Losses(count, 100.0)}
+        assert decide([D], [lost], losses, 100 + pause - 0.1) == ["stop decode-0"]
+        assert decide([D], [lost], losses, 100 + pause) == ["stop decode-0", "start decode-0"]
+
+
+def test_a_new_revision_is_ready_before_the_old_worker_goes():
+    targets = [replace(P, revision="b"), D]
+    members = [ready("prefill-0", "prefill"), ready("decode-0", "decode")]
+    assert decide(targets, members) == ["start prefill-1"]
+    fresh = Member("prefill-1", "prefill", "prefill", "b", State.STARTING)
+    assert decide(targets, [*members, fresh]) == []
+    fresh = replace(fresh, state=State.READY)
+    assert decide(targets, [*members, fresh]) == ["drain prefill-0"]
+
+
+def test_pools_roll_in_turn_one_worker_at_a_time():
+    targets = [replace(P, revision="b", replicas=2), replace(D, revision="b", replicas=2)]
+    members = [
+        ready("prefill-0", "prefill", "b"),
+        ready("prefill-1", "prefill"),
+        ready("decode-0", "decode"),
+        ready("decode-1", "decode"),
+    ]
+    assert decide(targets, members) == ["start decode-2"]
+
+
+def test_the_last_worker_of_a_role_stays_until_another_pool_has_one():
+    old, new = Target("p1", "prefill", 0, "a"), Target("p2", "prefill", 1, "a")
+    members = [ready("p1-0", "p1", role="prefill"), ready("decode-0", "decode")]
+    assert decide([old, new, D], members) == ["start p2-0"]
+    members.append(ready("p2-0", "p2", role="prefill"))
+    assert decide([old, new, D], members) == ["drain p1-0"]
+
+
+def test_a_pool_that_left_the_spec_stays_until_the_new_roles_serve():
+    both = Target("both", "colocated", 1, "a")
+    members = [ready("prefill-0", "prefill"), ready("decode-0", "decode")]
+    assert decide([both], members) == ["start both-0"]
+    members.append(ready("both-0", "both", role="colocated"))
+    assert decide([both], members) == ["drain prefill-0", "drain decode-0"]
+
+
+def test_gateways_make_room_for_their_replacement():
+    gateway = Target("gateway", "gateway", 1, "b", surge=0)
+    old = ready("gateway-0", "gateway")
+    assert decide([gateway], [old]) == ["drain gateway-0"]
+    assert decide([gateway], [replace(old, state=State.DRAINING)]) == ["start gateway-1"]
+
+
+@dataclass
+class World:
+    """Carries actions out as a cluster would, at a pace that the test draws."""
+
+    targets: list[Target]
+    members: dict[str, Member] = field(default_factory=dict)
+    losses: dict[str, Losses] = field(default_factory=dict)
+    now: float = 0.0
+
+    def step(self) -> list[Action]:
+        before = list(self.members.values())
+        actions = reconcile(self.targets, before, self.losses, self.now)
+        self.check(before, actions)
+        for action in actions:
+            self.act(action)
+        return actions
+
+    def act(self, action: Action) -> None:
+        if action.do is Do.START:
+            assert action.name not in self.members, "two members by one name"
+            role = next(t.role for t in self.targets if t.pool == action.pool)
+            fresh = Member(action.name, action.pool, role, action.revision, State.STARTING)
+            self.members[action.name] = fresh
+        elif action.do is Do.DRAIN:
+            old = self.members[action.name]
+            deadline = self.now + 60
+            self.members[action.name] = replace(old, state=State.DRAINING, drain_deadline=deadline)
+        else:
+            del self.members[action.name]
+
+    def check(self, before: list[Member], actions: list[Action]) -> None:
+        ready_before = Counter(m.role for m in before if m.state is State.READY)
+        wanted: Counter[str] = Counter()
+        for target in self.targets:
+            wanted[target.role] += target.replicas
+        by_name = {m.name: m for m in before}
+        after = ready_before.copy()
+        for action in actions:
+            if action.do is Do.DRAIN:
+                assert by_name[action.name].state is State.READY
+                after[by_name[action.name].role] -= 1
+        for role in ready_before:
+            assert after[role] >= min(ready_before[role], wanted[role]), (role, actions)
+        if serves(ready_before):
+            assert serves(after), actions
+        leaving = {a.name for a in actions if a.do is not Do.START}
+        running = Counter(m.pool for m in before if m.live and m.name not in leaving)
+        started = Counter(a.pool for a in actions if a.do is Do.START)
+        for target in self.targets:
+            if started[target.pool]:
+                total = running[target.pool] + started[target.pool]
+                assert total <= target.replicas + target.surge
+
+    def lose(self, name: str) -> None:
+        member = self.members[name]
+        self.members[name] = replace(member, state=State.LOST)
+        count = self.losses.get(member.pool, Losses()).count + 1
+        self.losses[member.pool] = Losses(count, self.now)
+
+    def progress(self, name: str) -> None:
+        member = self.members[name]
+        if member.state is State.STARTING:
+            self.members[name] = replace(member, state=State.READY)
+        elif member.state is State.DRAINING:
+            self.members[name] = replace(member, drained=True)
+
+
+def serves(ready_by_role: Counter[str]) -> bool:
+    apart = ready_by_role["prefill"] > 0 and ready_by_role["decode"] > 0
+    return apart or ready_by_role["colocated"] > 0
+
+
+ROLES = st.sampled_from(["prefill", "decode", "colocated"])
+POOLS = st.lists(
+    st.builds(
+        Target,
+        st.sampled_from(["p", "q", "r"]),
+        ROLES,
+        st.integers(0, 3),
+        st.sampled_from(["a", "b"]),
+    ),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda target: target.pool,
+).filter(lambda pools: serves(Counter({t.role: t.replicas for t in pools if t.replicas})))
+
+
+def as_one_revision(pools: list[Target]) -> list[Target]:
+    """A role is part of a pool's revision."""
+    return [replace(t, revision=f"{t.revision}-{t.role}") for t in pools]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(POOLS, min_size=1, max_size=4), st.data())
+def test_it_converges_and_never_takes_too_much_away(specs, data):
+    world = World([])
+    for pools in specs:
+        world.targets = as_one_revision(pools)
+        for _ in range(data.draw(st.integers(0, 6))):
+            world.now += 1
+            world.step()
+            if world.members:
+                name = data.draw(st.sampled_from(sorted(world.members)))
+                disturb = data.draw(st.integers(0, 4)) == 0
+                (world.lose if disturb else world.progress)(name)
+    for _ in range(80):
+        world.now += 31
+        world.step()
+        if converged(world.targets, list(world.members.values())):
+            break
+        for name in sorted(world.members):
+            world.progress(name)
+    else:
+        raise AssertionError(f"does not converge: {world.targets} {world.members}")
+    assert world.step() == []
