@@ -30,7 +30,7 @@ class Peers:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def update(self, endpoints: Iterable[WorkerEndpoint]) -> None:
-        """Makes the prefill workers among `endpoints` the peers; a bad one is logged and left out."""
+        """The prefill workers among `endpoints` become the peers; a bad one is logged and left out."""
         wanted = {bytes.fromhex(e.incarnation): e for e in endpoints if e.role is Role.PREFILL}
         for incarnation in [known for known in self._known if known not in wanted]:
             await self._drop(incarnation)

@@ -1,0 +1,49 @@
+# make serve    a local cluster: environment, model, Ray, one gateway, one prefill and one decode worker
+# make test     environment and the whole test suite
+# make lint     ruff, mypy, import-linter        make proto    generated protobuf code
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+CLUSTER ?= deploy/manifests/local-cpu.yaml
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH   := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: serve test lint proto docs clean
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.serve
+	@exec $(BIN)/crossdock up $(CLUSTER)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	rm -rf .lint build && $(PIP) --no-deps --no-compile --target .lint .
+	cd .lint && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p crossdock
+	PYTHONPATH=.lint $(BIN)/lint-imports --config pyproject.toml
+	rm -rf .lint build
+
+proto: $(VENV)/.dev
+	$(BIN)/python proto/generate.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m crossdock.deploy.reference docs/operations.md
+
+# torch comes first and alone: a pin without extras lets pip take a CPU build where one is configured.
+$(VENV)/.torch: constraints.txt
+	@echo "crossdock: preparing $(VENV) (the first time takes minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.torch pyproject.toml
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.serve
+
+clean:
+	rm -rf $(VENV) .lint build *.egg-info
