@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from stand_in import MODEL, StandIn
@@ -124,7 +125,7 @@ async def test_cancelling_the_reading_task_cancels_the_request(gateway: StandIn)
 )
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_status_becomes_its_error(
-    client: Client, status: str, kind: type, retriable: bool, streamed: bool
+    client: Client, status: str, kind: type[errors.CrossdockError], retriable: bool, streamed: bool
 ) -> None:
     with pytest.raises(errors.CrossdockError) as raised:
         if streamed:
@@ -192,7 +193,7 @@ def test_lists_and_maps_replace_those_of_the_sampling_params() -> None:
         ({"prompt": "\ud800"}, "text"),
     ],
 )
-def test_what_no_request_can_carry_is_refused_by_name(fields: dict, named: str) -> None:
+def test_what_no_request_can_carry_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(errors.InvalidRequest) as raised:
         build_request(**fields)
     assert raised.value.field == named

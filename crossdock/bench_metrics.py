@@ -1,0 +1,287 @@
+"""What a load test measures: each metric's formula stands once, beside the function that is it.
+
+Plain numbers in, plain numbers out: no clock, no network. All times are seconds on one clock.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from crossdock.proto.errors import InvalidRequest
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request as the client saw it."""
+
+    index: int
+    due_s: float  # when the schedule wanted it sent
+    sent_s: float
+    arrivals_s: tuple[float, ...] = ()  # of each chunk that carried tokens
+    finished_s: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    error: str = ""  # its kind; empty where it succeeded
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
+
+    @property
+    def ttft(self) -> float | None:
+        return self.arrivals_s[0] - self.sent_s if self.arrivals_s else None
+
+    @property
+    def itl(self) -> list[float]:
+        return [later - earlier for earlier, later in pairwise(self.arrivals_s)]
+
+    @property
+    def tpot(self) -> float | None:
+        if self.output_tokens < 2 or not self.arrivals_s:
+            return None
+        return (self.arrivals_s[-1] - self.arrivals_s[0]) / (self.output_tokens - 1)
+
+    @property
+    def e2e(self) -> float:
+        return self.finished_s - self.sent_s
+
+
+@dataclass(frozen=True)
+class LatencyMetric:
+    """A distribution over requests (or over gaps): reported as mean, p50, p90, p99 and max."""
+
+    name: str
+    formula: str
+    samples: Callable[[RequestRecord], list[float]]
+
+
+def _present(value: float | None) -> list[float]:
+    return [] if value is None else [value]
+
+
+LATENCIES = (
+    LatencyMetric(
+        "ttft",
+        "time to first token = arrival of the first chunk with a token - request sent",
+        lambda record: _present(record.ttft),
+    ),
+    LatencyMetric(
+        "itl",
+        "inter-token latency = arrival of a chunk with tokens - arrival of the one before it, "
+        "all gaps of all requests pooled; a chunk of several tokens is one arrival "
+        "(see tokens_per_chunk)",
+        lambda record: record.itl,
+    ),
+    LatencyMetric(
+        "tpot",
+        "time per output token = (arrival of the last token - arrival of the first) / "
+        "(output tokens - 1), for each request of two tokens or more",
+        lambda record: _present(record.tpot),
+    ),
+    LatencyMetric(
+        "e2e",
+        "end-to-end latency = end of the stream - request sent",
+        lambda record: [record.e2e],
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All records of one measured run, and what counts as good."""
+
+    records: tuple[RequestRecord, ...]
+    slo: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def succeeded(self) -> list[RequestRecord]:
+        return [record for record in self.records if record.ok]
+
+    @property
+    def duration_s(self) -> float:
+        if not self.records:
+            return 0.0
+        started = min(record.sent_s for record in self.records)
+        return max(record.finished_s for record in self.records) - started
+
+    @property
+    def good(self) -> list[RequestRecord]:
+        return [record for record in self.succeeded if meets(record, self.slo)]
+
+
+@dataclass(frozen=True)
+class RunMetric:
+    """One number for a whole run."""
+
+    name: str
+    unit: str
+    formula: str
+    of: Callable[[Run], float]
+
+
+def _sum(records: Iterable[RequestRecord], name: str) -> int:
+    return sum(getattr(record, name) for record in records)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+TOTALS = (
+    RunMetric(
+        "duration_s",
+        "s",
+        "last request's end - first request sent (warm-up excluded)",
+        lambda run: run.duration_s,
+    ),
+    RunMetric("requests", "", "requests sent", lambda run: len(run.records)),
+    RunMetric(
+        "failed", "", "requests that ended in an error", lambda r: len(r.records) - len(r.succeeded)
+    ),
+    RunMetric(
+        "request_throughput",
+        "req/s",
+        "requests that succeeded / duration",
+        lambda run: _share(len(run.succeeded), run.duration_s),
+    ),
+    RunMetric(
+        "output_throughput",
+        "tok/s",
+        "output tokens of requests that succeeded / duration",
+        lambda run: _share(_sum(run.succeeded, "output_tokens"), run.duration_s),
+    ),
+    RunMetric(
+        "total_throughput",
+        "tok/s",
+        "prompt and output tokens of requests that succeeded / duration",
+        lambda run: _share(
+            _sum(run.succeeded, "output_tokens") + _sum(run.succeeded, "prompt_tokens"),
+            run.duration_s,
+        ),
+    ),
+    RunMetric(
+        "prompt_tokens",
+        "tok",
+        "prompt tokens of requests that succeeded, as the server counts them",
+        lambda run: _sum(run.succeeded, "prompt_tokens"),
+    ),
+    RunMetric(
+        "output_tokens",
+        "tok",
+        "output tokens of requests that succeeded, as the server counts them",
+        lambda run: _sum(run.succeeded, "output_tokens"),
+    ),
+    RunMetric(
+        "cached_tokens",
+        "tok",
+        "prompt tokens whose KV the server found in a cache",
+        lambda run: _sum(run.succeeded, "cached_tokens"),
+    ),
+    RunMetric(
+        "hit_rate",
+        "",
+        "cached tokens / prompt tokens, of requests that succeeded",
+        lambda run: _share(
+            _sum(run.succeeded, "cached_tokens"), _sum(run.succeeded, "prompt_tokens")
+        ),
+    ),
+    RunMetric(
+        "tokens_per_chunk",
+        "tok",
+        "output tokens / chunks that carried tokens, of requests that succeeded",
+        lambda run: _share(
+            _sum(run.succeeded, "output_tokens"), sum(len(r.arrivals_s) for r in run.succeeded)
+        ),
+    ),
+    RunMetric(
+        "max_send_lag_s",
+        "s",
+        "largest (request sent - when its schedule wanted it sent): the load generator's own delay",
+        lambda run: max((record.sent_s - record.due_s for record in run.records), default=0.0),
+    ),
+)
+
+GOODPUT = (
+    RunMetric(
+        "goodput",
+        "req/s",
+        "requests that succeeded and met every SLO / duration; of a request, the SLO bounds its "
+        "ttft, its tpot, its largest itl, its e2e",
+        lambda run: _share(len(run.good), run.duration_s),
+    ),
+    RunMetric(
+        "slo_attainment",
+        "",
+        "requests that succeeded and met every SLO / requests sent",
+        lambda run: _share(len(run.good), len(run.records)),
+    ),
+)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the two nearest ranks. Raises ValueError for no values."""
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("no values")
+    rank = (len(ordered) - 1) * percent / 100
+    low, high = math.floor(rank), math.ceil(rank)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def meets(record: RequestRecord, slo: Sequence[tuple[str, float]]) -> bool:
+    """A request too short to have a metric meets its bound."""
+    by_name = {metric.name: metric for metric in LATENCIES}
+    return all(max(by_name[name].samples(record), default=0.0) <= limit for name, limit in slo)
+
+
+def summarize(run: Run) -> dict[str, object]:
+    """Every metric by its name; latencies in seconds. A latency without samples is absent."""
+    report: dict[str, object] = {metric.name: metric.of(run) for metric in TOTALS}
+    if run.slo:
+        report |= {metric.name: metric.of(run) for metric in GOODPUT}
+    for metric in LATENCIES:
+        samples = [each for record in run.succeeded for each in metric.samples(record)]
+        if samples:
+            report[f"{metric.name}_s"] = distribution(samples)
+    return report
+
+
+def distribution(samples: Sequence[float]) -> dict[str, float]:
+    shown = {f"p{percent}": percentile(samples, percent) for percent in PERCENTILES}
+    return {"mean": sum(samples) / len(samples), **shown, "max": max(samples)}
+
+
+def count_errors(records: Iterable[RequestRecord]) -> dict[str, dict[str, object]]:
+    """By kind: how many, and the words of one of them."""
+    failed = [record for record in records if not record.ok]
+    words = {record.error: record.message for record in reversed(failed)}
+    counts = Counter(record.error for record in failed)
+    return {kind: {"count": count, "example": words[kind]} for kind, count in counts.most_common()}
+
+
+def parse_slo(text: str) -> tuple[tuple[str, float], ...]:
+    """`ttft=2s,tpot=100ms` to bounds in seconds; a bare number is in seconds."""
+    names = [metric.name for metric in LATENCIES]
+    bounds = []
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        match = re.fullmatch(r"(\w+)\s*=\s*(\d+\.?\d*|\.\d+)\s*(ms|s|)", part)
+        if match is None or match[1] not in names:
+            limit = f"give {', '.join(names)} as in ttft=2s,tpot=100ms"
+            raise InvalidRequest("slo", part, limit)
+        bounds.append((match[1], float(match[2]) * (0.001 if match[3] == "ms" else 1.0)))
+    return tuple(bounds)
+
+
+def explain() -> list[tuple[str, str]]:
+    """(name, formula) of every metric."""
+    latencies = [(metric.name, metric.formula) for metric in LATENCIES]
+    return latencies + [(metric.name, metric.formula) for metric in (*TOTALS, *GOODPUT)]
