@@ -14,7 +14,7 @@ class GetClusterStatusRequest(_message.Message):
     def __init__(self, check_integrity: _Optional[bool] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("name", "pool", "role", "state", "address", "pid", "node_id", "revision", "restarts", "worker")
+    __slots__ = ("name", "pool", "role", "state", "address", "pid", "node_id", "revision", "restarts", "worker", "error")
     NAME_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class MemberStatus(_message.Message):
     REVISION_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     name: str
     pool: str
     role: _worker_pb2.Role
@@ -35,23 +36,30 @@ class MemberStatus(_message.Message):
     revision: str
     restarts: int
     worker: _worker_pb2.WorkerStatus
-    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[_worker_pb2.Role, str]] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., restarts: _Optional[int] = ..., worker: _Optional[_Union[_worker_pb2.WorkerStatus, _Mapping]] = ...) -> None: ...
+    error: str
+    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[_worker_pb2.Role, str]] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., restarts: _Optional[int] = ..., worker: _Optional[_Union[_worker_pb2.WorkerStatus, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
-    __slots__ = ("name", "state", "grpc", "http", "pid", "active_requests")
+    __slots__ = ("name", "state", "grpc", "http", "pid", "active_requests", "revision", "restarts", "error")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GRPC_FIELD_NUMBER: _ClassVar[int]
     HTTP_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     grpc: str
     http: str
     pid: int
     active_requests: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., grpc: _Optional[str] = ..., http: _Optional[str] = ..., pid: _Optional[int] = ..., active_requests: _Optional[int] = ...) -> None: ...
+    revision: str
+    restarts: int
+    error: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., grpc: _Optional[str] = ..., http: _Optional[str] = ..., pid: _Optional[int] = ..., active_requests: _Optional[int] = ..., revision: _Optional[str] = ..., restarts: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("unix_s", "action", "reason")
