@@ -1,0 +1,269 @@
+"""The prefill and decode schedulers over a real BlockPool, without a model."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossdock.decode.scheduler import DecodeScheduler
+from crossdock.engine import block_tables
+from crossdock.engine.block_pool import BlockPool
+from crossdock.engine.sequence import Sequence, StepPlan, finish_of
+from crossdock.prefill.scheduler import PrefillScheduler
+from crossdock.proto.hashing import chain_hashes
+from crossdock.proto.types import FinishReason, SamplingParams
+
+BLOCK = 16
+_arrivals = count()
+
+
+def sequence(
+    tokens: int | list[int], *, priority: int = 0, max_tokens: int = 100, **sampling: object
+) -> Sequence:
+    ids = list(range(tokens)) if isinstance(tokens, int) else tokens
+    arrival = next(_arrivals)
+    return Sequence(
+        sequence_id=f"s{arrival}",
+        token_ids=ids,
+        prompt_tokens=len(ids),
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),  # type: ignore[arg-type]
+        eos_token_ids=frozenset({2}),
+        block_hashes=chain_hashes(ids, BLOCK),
+        priority=priority,
+        arrival=arrival,
+    )
+
+
+def shape(plan: StepPlan | None) -> list[tuple[str, int, int, bool]]:
+    chunks = plan.chunks if plan else ()
+    return [(c.sequence.sequence_id, c.start, c.length, c.sample) for c in chunks]
+
+
+def prefill_step(scheduler: PrefillScheduler) -> list[tuple[str, int, int, bool]]:
+    plan = scheduler.schedule()
+    for chunk in plan.chunks if plan else ():
+        scheduler.computed(chunk)
+    return shape(plan)
+
+
+# -- prefill -----------------------------------------------------------------------------------
+
+
+def test_prefill_chunks_fill_the_budget_in_order_of_arrival() -> None:
+    scheduler = PrefillScheduler(BlockPool(64, BLOCK), chunk_tokens=100)
+    a, b = sequence([7] * 130), sequence([8] * 50)
+    scheduler.add(a)
+    scheduler.add(b)
+    assert scheduler.queued_tokens == 180
+    assert prefill_step(scheduler) == [(a.sequence_id, 0, 100, False)]
+    assert prefill_step(scheduler) == [(a.sequence_id, 100, 30, True), (b.sequence_id, 0, 50, True)]
+    assert prefill_step(scheduler) == []
+    assert scheduler.waiting == scheduler.running == scheduler.queued_tokens == 0
+
+
+def test_prefill_priority_goes_first() -> None:
+    scheduler = PrefillScheduler(BlockPool(64, BLOCK), chunk_tokens=32)
+    late, urgent = sequence(32), sequence([9] * 32, priority=-1)
+    scheduler.add(late)
+    scheduler.add(urgent)
+    assert [row[0] for row in prefill_step(scheduler)] == [urgent.sequence_id]
+
+
+def test_prefill_finds_what_the_prompt_before_it_computed_but_computes_its_last_token() -> None:
+    scheduler = PrefillScheduler(BlockPool(64, BLOCK), chunk_tokens=64)
+    first, second = sequence(64), sequence(64)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert prefill_step(scheduler) == [(first.sequence_id, 0, 64, True)]
+    # All four blocks are named; the last is computed again for its logits.
+    assert prefill_step(scheduler) == [(second.sequence_id, 48, 16, True)]
+    assert second.num_cached == 48
+    assert second.block_table[:3] == first.block_table[:3]
+
+
+def test_prefill_waits_for_blocks_and_takes_none_meanwhile() -> None:
+    pool = BlockPool(4, BLOCK, prefix_cache=False)
+    scheduler = PrefillScheduler(pool, chunk_tokens=64)
+    first, second = sequence([5] * 40), sequence([6] * 40)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert [row[0] for row in prefill_step(scheduler)] == [first.sequence_id]
+    assert prefill_step(scheduler) == []
+    pool.check_integrity([first.block_table])
+    block_tables.release(pool, first)
+    assert [row[0] for row in prefill_step(scheduler)] == [second.sequence_id]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_prefill_remove_frees_everything(steps: int) -> None:
+    pool = BlockPool(16, BLOCK)
+    scheduler = PrefillScheduler(pool, chunk_tokens=32)
+    victim = sequence(100)
+    scheduler.add(victim)
+    for _ in range(steps):
+        prefill_step(scheduler)
+    scheduler.remove(victim)
+    assert scheduler.schedule() is None
+    assert pool.num_used == 0
+    pool.check_integrity(scheduler.held)
+
+
+# -- decode ------------------------------------------------------------------------------------
+
+
+def handed_off(tokens: int, **options: int) -> tuple[Sequence, int]:
+    """A sequence with token 0 drawn, and the number of tokens its ticket covers."""
+    made = sequence(tokens, **options)
+    made.token_ids.append(3)
+    return made, tokens
+
+
+def decode_step(scheduler: DecodeScheduler, token: int = 3) -> list[Sequence]:
+    plan, preempted = scheduler.schedule()
+    for chunk in plan.chunks if plan else ():
+        scheduler.computed(chunk)
+        if chunk.sample:
+            chunk.sequence.token_ids.append(token)
+    return preempted
+
+
+def test_decode_reserves_pulls_joins_and_recomputes_nothing() -> None:
+    pool = BlockPool(16, BLOCK)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+    seq, covered = handed_off(40)
+    scheduler.add(seq, remote_tokens=covered)
+    assert scheduler.reserve() == [seq]
+    assert (seq.num_sealed, len(seq.block_table)) == (0, 3)
+    assert scheduler.schedule() == (None, [])
+    scheduler.join(seq)
+    plan, _ = scheduler.schedule()
+    assert shape(plan) == [(seq.sequence_id, 40, 1, True)]
+
+
+def test_decode_pulls_only_what_its_prefix_cache_lacks() -> None:
+    pool = BlockPool(16, BLOCK)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+    first, covered = handed_off(40)
+    scheduler.add(first, remote_tokens=covered)
+    scheduler.reserve()
+    scheduler.join(first)
+    second, covered = handed_off(40)
+    scheduler.add(second, remote_tokens=covered)
+    assert scheduler.reserve() == [second]
+    assert second.num_sealed == 2
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.block_table[2] != first.block_table[2]
+
+
+def test_decode_names_generated_blocks_for_the_next_turn() -> None:
+    pool = BlockPool(16, BLOCK)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+    seq, covered = handed_off(30)
+    scheduler.add(seq, remote_tokens=covered)
+    scheduler.reserve()
+    scheduler.join(seq)
+    for _ in range(10):
+        decode_step(scheduler)
+    next_turn = chain_hashes(seq.token_ids, BLOCK)
+    assert pool.peek_prefix(next_turn) == 2
+
+
+def test_decode_computes_a_prompt_without_a_ticket_beside_decodes() -> None:
+    pool = BlockPool(32, BLOCK)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=50)
+    running, covered = handed_off(20)
+    scheduler.add(running, remote_tokens=covered)
+    scheduler.reserve()
+    scheduler.join(running)
+    local = sequence([4] * 60)
+    scheduler.add(local)
+    assert scheduler.reserve() == []
+    plan, _ = scheduler.schedule()
+    assert shape(plan) == [(running.sequence_id, 20, 1, True), (local.sequence_id, 0, 49, False)]
+    assert scheduler.queued_tokens == 60
+
+
+def test_decode_preempts_the_last_in_order_and_frees_its_blocks() -> None:
+    pool = BlockPool(5, BLOCK, prefix_cache=False)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+    pairs = [handed_off(30) for _ in range(2)]
+    for seq, covered in pairs:
+        scheduler.add(seq, remote_tokens=covered)
+    for seq in scheduler.reserve():
+        scheduler.join(seq)
+    (old, _), (young, _) = pairs
+    preempted: list[Sequence] = []
+    while not preempted:
+        preempted = decode_step(scheduler)
+    assert preempted == [young]
+    assert young.block_table == []
+    pool.check_integrity(scheduler.held)
+    assert scheduler.running == 1 and old.num_tokens > 31
+
+
+def test_decode_holds_to_max_batch() -> None:
+    scheduler = DecodeScheduler(BlockPool(64, BLOCK), max_batch=2, chunk_tokens=64)
+    for _ in range(3):
+        seq, covered = handed_off(8)
+        scheduler.add(seq, remote_tokens=covered)
+    assert len(scheduler.reserve()) == 2
+    assert scheduler.waiting == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=8),
+    blocks=st.integers(8, 24),
+    budget=st.integers(4, 64),
+)
+def test_decode_always_ends_and_accounts_for_every_block(
+    prompts: list[tuple[int, int]], blocks: int, budget: int
+) -> None:
+    """Preempted sequences come back, as the gateway brings them; all of them end."""
+    pool = BlockPool(blocks, BLOCK)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=budget)
+    goal = {}
+    for length, more in prompts:
+        seq = sequence([length] * length)
+        goal[seq.sequence_id] = length + min(more, blocks * BLOCK - length)
+        scheduler.add(seq)
+    for _ in range(5000):
+        scheduler.reserve()
+        plan, preempted = scheduler.schedule()
+        for seq in preempted:
+            scheduler.add(seq)
+        for chunk in plan.chunks if plan else ():
+            scheduler.computed(chunk)
+            if chunk.sample:
+                chunk.sequence.token_ids.append(1)
+                if chunk.sequence.num_tokens >= goal[chunk.sequence.sequence_id]:
+                    scheduler.remove(chunk.sequence)
+        pool.check_integrity(scheduler.held)
+        if not scheduler.running and not scheduler.waiting:
+            break
+    assert scheduler.running == scheduler.waiting == 0
+    assert pool.num_used == 0
+
+
+# -- the end of a sequence -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "options", "expected"),
+    [
+        (2, {}, (FinishReason.STOP, "")),
+        (2, {"ignore_eos": True}, None),
+        (2, {"min_tokens": 2}, None),
+        (9, {"stop_token_ids": (9,)}, (FinishReason.STOP, "9")),
+        (5, {"max_tokens": 1}, (FinishReason.LENGTH, "")),
+        (5, {}, None),
+    ],
+)
+def test_finish_of(token: int, options: dict[str, object], expected: object) -> None:
+    seq = sequence(4, **options)  # type: ignore[arg-type]
+    seq.token_ids.append(token)
+    assert finish_of(seq, context_length=100) == expected
+    assert finish_of(seq, context_length=5) == (expected or (FinishReason.LENGTH, ""))
