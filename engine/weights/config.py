@@ -91,9 +91,7 @@ def _from_hf(folder: Path) -> ModelConfig:
         )
     family = FAMILIES[architecture]
     if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(
-            f"{path}: hidden_act {raw.get('hidden_act')!r} is not supported, only silu"
-        )
+        raise ModelError(f"{path}: hidden_act must be silu")
     for field in ("mlp_bias", "attention_bias"):
         if raw.get(field) and architecture != "qwen2":
             raise ModelError(f"{path}: {field} is not supported for {architecture}")

@@ -1,0 +1,81 @@
+"""One step's work as arrays: every token of every chunk is one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from crossdock.engine.sequence import StepPlan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of the step, T of them, of S chunks; N rows are sampled.
+
+    All arrays are int64, except the block tables (int32, padded with 0 to the longest).
+    """
+
+    token_ids: np.ndarray  # [T]
+    positions: np.ndarray  # [T]
+    blocks: np.ndarray  # [T] the block that takes the row's KV
+    offsets: np.ndarray  # [T] and the place in it
+    chunk_of_row: np.ndarray  # [T]
+    block_tables: np.ndarray  # [S, longest]
+    chunk_start: np.ndarray  # [S] first row
+    chunk_length: np.ndarray  # [S] rows
+    sampled: np.ndarray  # [N] rows, ascending
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    def last_position(self, chunk: int) -> int:
+        return int(self.positions[self.chunk_start[chunk] + self.chunk_length[chunk] - 1])
+
+
+def make_batch(plan: StepPlan, block_size: int, every_token: bool = False) -> Batch:
+    """Raises ValueError for a chunk without tokens or whose block table does not reach its end."""
+    chunks = plan.chunks
+    if not chunks:
+        raise ValueError("a step needs at least one chunk")
+    tables = [chunk.sequence.block_table for chunk in chunks]
+    for chunk, table in zip(chunks, tables):
+        end = chunk.start + chunk.length
+        if chunk.length < 1 or chunk.start < 0 or end > chunk.sequence.num_tokens:
+            raise ValueError(
+                f"sequence {chunk.sequence.sequence_id}: tokens {chunk.start} to {end} "
+                f"of {chunk.sequence.num_tokens}"
+            )
+        if end > len(table) * block_size:
+            raise ValueError(
+                f"sequence {chunk.sequence.sequence_id}: {len(table)} blocks of {block_size} "
+                f"tokens do not hold {end} tokens"
+            )
+    used = [-(-(chunk.start + chunk.length) // block_size) for chunk in chunks]
+    block_tables = np.zeros((len(chunks), max(used)), dtype=np.int32)
+    for row, table, count in zip(block_tables, tables, used):
+        row[:count] = table[:count]
+
+    lengths = np.array([chunk.length for chunk in chunks], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    chunk_of_row = np.repeat(np.arange(len(chunks)), lengths)
+    first = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+    positions = np.arange(int(lengths.sum())) - np.repeat(starts - first, lengths)
+    token_ids = np.empty(len(positions), dtype=np.int64)
+    for chunk, start in zip(chunks, starts):
+        ids = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]
+        token_ids[start : start + chunk.length] = ids
+    wanted = np.array([chunk.sample for chunk in chunks])
+    sampled = np.arange(len(positions)) if every_token else (starts + lengths - 1)[wanted]
+    return Batch(
+        token_ids=token_ids,
+        positions=positions,
+        blocks=block_tables[chunk_of_row, positions // block_size].astype(np.int64),
+        offsets=positions % block_size,
+        chunk_of_row=chunk_of_row,
+        block_tables=block_tables,
+        chunk_start=starts,
+        chunk_length=lengths,
+        sampled=sampled,
+    )

@@ -1,0 +1,59 @@
+"""Linear layers: plain, or with the weight packed for oneDNN (fp32 on a CPU)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+
+class Linear(Protocol):
+    """y = x · weightᵀ + bias, x [rows, in] → [rows, out]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + self(x); `residual` is given up: the result may lie in its memory."""
+        ...
+
+
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """`weight` [out, in] is given up: a packed layer keeps its own arrangement of it."""
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and _can_pack():
+        return PackedLinear(weight, bias)
+    return PlainLinear(weight, bias)
+
+
+def _can_pack() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    )
+
+
+class PlainLinear:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+    def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual.add_(self(x))
+
+
+class PackedLinear:
+    """Two to three times as fast as F.linear at 8 to 256 rows, since oneDNN need not reorder the
+    weight on each call."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._bias = bias
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
+        self._linear_add = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x, self._weight, self._bias, "none", [], "")
+
+    def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self._linear_add(x, residual, self._weight, self._bias, "add")

@@ -1,0 +1,102 @@
+"""The Llama family's forward pass: Llama, Mistral, Qwen2, Qwen3 (see FAMILIES in weights/config).
+
+Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from crossdock.engine.attention.ops import Ops
+from crossdock.engine.batch import Batch
+from crossdock.engine.kv_cache import KVCache
+from crossdock.engine.linear import Linear, make_linear
+from crossdock.engine.weights.config import ModelConfig
+from crossdock.engine.weights.load import Weights
+
+
+@dataclass(frozen=True)
+class Layer:
+    input_norm: torch.Tensor
+    qkv: Linear  # fused: queries, keys, values
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear  # fused: gate, up
+    down: Linear
+
+
+class LlamaModel:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, ops: Ops, device: torch.device
+    ) -> None:
+        self.config, self._ops = config, ops
+        read = _Reader(config, weights, device)
+        hidden, vocab = config.hidden_size, config.vocab_size
+        self._embedding = read.tensor("model.embed_tokens.weight", vocab, hidden)
+        self._layers = [read.layer(index) for index in range(config.num_layers)]
+        self._norm = read.tensor("model.norm.weight", hidden)
+        if config.tie_word_embeddings:
+            self._head = make_linear(self._embedding)
+        else:
+            self._head = make_linear(read.tensor("lm_head.weight", vocab, hidden))
+
+    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """Writes the KV of all rows; logits of the sampled rows, float32 [N, vocab]."""
+        step = self._ops.step(batch, kv)
+        hidden = functional.embedding(step.token_ids, self._embedding)
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(step.norm(hidden, layer.input_norm))
+            step.store(index, qkv, layer.q_norm, layer.k_norm)
+            only_sampled = index == len(self._layers) - 1 and len(batch.sampled) < batch.num_rows
+            if only_sampled:
+                # Of the other rows the last layer needs no more than keys and values.
+                if not len(batch.sampled):
+                    return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+                hidden = hidden[step.sampled]
+            hidden = layer.output.add_to(step.attend(index, qkv, only_sampled), hidden)
+            gate_up = layer.gate_up(step.norm(hidden, layer.post_norm))
+            hidden = layer.down.add_to(step.swiglu(gate_up), hidden)
+        return self._head(step.norm(hidden, self._norm)).float()
+
+
+class _Reader:
+    """Asks for each tensor by name and shape, and fuses those that are used together."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device) -> None:
+        self._config, self._weights, self._device = config, weights, device
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        return self._weights.get(name, shape).to(self._device)
+
+    def layer(self, index: int) -> Layer:
+        config, at = self._config, f"model.layers.{index}."
+        hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
+        attention = at + "self_attn."
+        rows = {"q_proj": query, "k_proj": config.kv_size, "v_proj": config.kv_size}
+        q_norm = k_norm = None
+        if config.qk_norm:
+            q_norm = self.tensor(attention + "q_norm.weight", config.head_dim)
+            k_norm = self.tensor(attention + "k_norm.weight", config.head_dim)
+        return Layer(
+            input_norm=self.tensor(at + "input_layernorm.weight", hidden),
+            qkv=self._fused(attention, rows, hidden, config.qkv_bias),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            output=make_linear(self.tensor(attention + "o_proj.weight", hidden, query)),
+            post_norm=self.tensor(at + "post_attention_layernorm.weight", hidden),
+            gate_up=self._fused(at + "mlp.", {"gate_proj": inner, "up_proj": inner}, hidden, False),
+            down=make_linear(self.tensor(at + "mlp.down_proj.weight", hidden, inner)),
+        )
+
+    def _fused(self, at: str, rows: dict[str, int], columns: int, bias: bool) -> Linear:
+        weight = torch.cat([self.tensor(f"{at}{n}.weight", r, columns) for n, r in rows.items()])
+        if not bias:
+            return make_linear(weight)
+        return make_linear(
+            weight, torch.cat([self.tensor(f"{at}{n}.bias", r) for n, r in rows.items()])
+        )

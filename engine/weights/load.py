@@ -1,0 +1,151 @@
+"""Reading weights: one tensor at a time, by Hugging Face name, from safetensors or GGUF.
+
+Nothing is read before it is asked for, so that a model never lies in memory twice.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import gguf
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from crossdock.engine.weights.config import ModelConfig
+from crossdock.engine.weights.gguf_file import GGUFFile, open_gguf
+from crossdock.proto.errors import ModelError
+
+if TYPE_CHECKING:
+    from crossdock.engine.weights.store import ModelFiles
+
+
+class Weights(Protocol):
+    """Tensors of one model by their Hugging Face names."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor on the CPU, in the dtype asked for. Raises ModelError naming file and tensor
+        when it is missing, unreadable or of another shape."""
+        ...
+
+
+def load_weights(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> Weights:
+    if files.format == "gguf":
+        return GGUFWeights(open_gguf(files.path), config, dtype)
+    return SafetensorsWeights(files.path, dtype)
+
+
+class SafetensorsWeights:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._open: dict[Path, safe_open] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self._files = _read_index(index)
+        else:
+            path = folder / "model.safetensors"
+            self._files = dict.fromkeys(self._shard(path).keys(), path)
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in self._files:
+            raise ModelError(f"{self._folder}: tensor {name} is missing")
+        path = self._files[name]
+        shard = self._shard(path)
+        try:
+            tensor = shard.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{path}: tensor {name}: {error}") from error
+        return _checked(tensor.to(self._dtype), name, shape, path)
+
+    def _shard(self, path: Path) -> safe_open:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                reason = "missing" if not path.exists() else f"truncated or corrupt: {error}"
+                raise ModelError(f"{path}: {reason}") from error
+        return self._open[path]
+
+
+class GGUFWeights:
+    """Dequantized on reading. Of llama models the rows of q and k are put back in half-split
+    order: the file keeps the two halves of each head interleaved."""
+
+    def __init__(self, source: GGUFFile, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._source, self._config, self._dtype = source, config, dtype
+
+    def __contains__(self, name: str) -> bool:
+        return gguf_name(name) in self._source.tensors
+
+    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        path, file_name = self._source.path, gguf_name(name)
+        tensor = self._source.tensor(file_name)
+        try:
+            values = gguf.dequantize(self._half_split(file_name, tensor.data), tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            kind = tensor.tensor_type.name
+            raise ModelError(f"{path}: tensor {file_name} ({kind}): {error}") from error
+        values = np.ascontiguousarray(values)
+        if not values.flags.writeable:
+            values = values.copy()
+        return _checked(torch.from_numpy(values).to(self._dtype), file_name, shape, path)
+
+    def _half_split(self, name: str, rows: np.ndarray) -> np.ndarray:
+        heads = {"attn_q": self._config.num_heads, "attn_k": self._config.num_kv_heads}
+        parts = name.split(".")
+        if self._config.architecture != "llama" or len(parts) != 4 or parts[2] not in heads:
+            return rows
+        count = heads[parts[2]]
+        pairs = rows.reshape(count, len(rows) // count // 2, 2, *rows.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight` in a GGUF file."""
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        _, _, layer, inner = stem.split(".", 3)
+        return f"blk.{layer}.{_GGUF_NAMES[inner]}.{kind}"
+    return f"{_GGUF_NAMES[stem]}.{kind}"
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {name: path.parent / Path(file_name).name for name, file_name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not an index of safetensors shards: {error!r}") from error
+
+
+def _checked(tensor: torch.Tensor, name: str, shape: tuple[int, ...], path: Path) -> torch.Tensor:
+    if tuple(tensor.shape) != shape:
+        raise ModelError(f"{path}: tensor {name} has shape {list(tensor.shape)}, not {list(shape)}")
+    return tensor
