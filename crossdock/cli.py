@@ -1,0 +1,255 @@
+"""The `crossdock` command. What a command needs is imported when it runs, so that help is fast.
+
+Every failure is one line on stderr, `error: …`, and exit code 1; a wrong command line is code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from crossdock import cli_bench, cli_cluster
+from crossdock.proto.errors import CrossdockError, Overloaded
+
+if TYPE_CHECKING:
+    from crossdock.client import Client, RequestFields
+    from crossdock.results import Chunk, Result
+
+app = typer.Typer(
+    name="crossdock",
+    help="Serve language models from a prefill pool and a decode pool, and talk to them.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+cli_cluster.register(app)
+cli_bench.register(app)
+
+Target = Annotated[
+    str, typer.Option(envvar="CROSSDOCK_TARGET", help="The gateway's gRPC address, host:port.")
+]
+Model = Annotated[str, typer.Option(help="Model name; the cluster's own when empty.")]
+System = Annotated[str, typer.Option(help="A system message before the conversation.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most tokens to generate; the rest of the context if unset."),
+]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; 1 if unset.")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus: in (0, 1].")]
+TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 is off.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
+Timeout = Annotated[float | None, typer.Option(help="Deadline of the request in seconds.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from crossdock import __version__
+
+        print(f"crossdock {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
+    target: Target = "127.0.0.1:50051",
+    model: Model = "",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+    ] = False,
+    system: System = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="How many continuations.")] = 1,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")
+    ] = False,
+    stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print text, tokens, usage and timings as JSON.")
+    ] = False,
+    timeout: Timeout = None,
+) -> None:
+    """Ask the cluster once and print the answer."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    fields: RequestFields = {"model": model, "n": n, "ignore_eos": ignore_eos}
+    fields |= _chosen(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=stop,
+    )
+    if raw and system:
+        raise typer.BadParameter("--system needs the chat template; leave --raw away")
+    given: Any = text if raw else [*_system(system), {"role": "user", "content": text}]
+    with _client(target) as client:
+        if as_json or not stream or n != 1:
+            _show_result(client.generate(given, timeout=timeout, **fields), as_json)
+        else:
+            for chunk in client.stream(given, timeout=timeout, **fields):
+                print(chunk.text, end="", flush=True)
+            print()
+
+
+@app.command()
+def chat(
+    target: Target = "127.0.0.1:50051",
+    model: Model = "",
+    system: System = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    timeout: Timeout = None,
+) -> None:
+    """Talk with the model. /reset forgets what was said, /exit ends, Ctrl-C stops an answer."""
+    fields: RequestFields = {"model": model}
+    fields |= _chosen(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+    )
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  input() edits lines with it
+    messages = _system(system)
+    with _client(target) as client:
+        for said in _lines("> " if interactive else ""):
+            if said == "/exit":
+                return
+            if said == "/reset":
+                messages = _system(system)
+                continue
+            messages.append({"role": "user", "content": said})
+            try:
+                answer = _print_answer(client.stream(messages, timeout=timeout, **fields))
+            except CrossdockError as error:
+                if not interactive:
+                    raise
+                messages.pop()
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                messages.append({"role": "assistant", "content": answer})
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """What the user says, without empty lines, until the end of input."""
+    while True:
+        try:
+            said = input(prompt).strip()
+        except EOFError:
+            return
+        if said:
+            yield said
+
+
+def _print_answer(chunks: Iterator[Chunk]) -> str:
+    """The answer, or as much of it as came before Ctrl-C; leaving the iterator cancels the rest."""
+    said: list[str] = []
+    try:
+        for chunk in chunks:
+            said.append(chunk.text)
+            print(chunk.text, end="", flush=True)
+    except KeyboardInterrupt:
+        chunks.close()  # type: ignore[attr-defined]
+    finally:
+        print(flush=True)
+    return "".join(said)
+
+
+def _show_result(result: Result, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(result), indent=2, ensure_ascii=False))
+        return
+    for completion in result.completions:
+        if len(result.completions) > 1:
+            print(f"--- {completion.index}")
+        print(completion.text)
+
+
+def _system(words: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": words}] if words else []
+
+
+def _chosen(**options: Any) -> RequestFields:
+    return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
+
+
+def _client(target: str) -> Client:
+    from crossdock.client import Client
+    from crossdock.proto.errors import InvalidRequest
+
+    try:
+        return Client(target)
+    except InvalidRequest as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command line (without the program's name); returns its exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="crossdock", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `crossdock … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if os.environ.get("CROSSDOCK_TRACEBACK"):
+            raise
+        return _fail(_words(error), getattr(error, "exit_code", 1))
+    return code if isinstance(code, int) else 0
+
+
+def _fail(words: str, code: int) -> int:
+    print("error: " + " ".join(words.split()), file=sys.stderr)
+    return code
+
+
+def _words(error: Exception) -> str:
+    """One line a user can act on. Command-line errors and failed calls bring their own words."""
+    if hasattr(error, "format_message"):
+        return str(error.format_message())
+    if isinstance(error, Overloaded):
+        return f"{error} (try again in {error.retry_after_s:g} s)"
+    if isinstance(error, (CrossdockError, OSError)):
+        return str(error) or type(error).__name__
+    if "grpc" in sys.modules and isinstance(error, sys.modules["grpc"].RpcError):
+        from crossdock.client import translate
+
+        return str(translate(error))
+    return f"{type(error).__name__}: {error} (CROSSDOCK_TRACEBACK=1 shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

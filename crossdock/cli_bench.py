@@ -1,0 +1,261 @@
+"""Commands that load an endpoint and make workloads: bench, bench-trace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from crossdock.bench_metrics import explain
+from crossdock.proto.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from crossdock.bench import BenchConfig, BenchReport
+    from crossdock.bench_metrics import RequestRecord
+
+METRICS_HELP = "[bold]Metrics[/bold]\n\n" + "\n\n".join(
+    f"[bold]{name}[/bold]: {formula}" for name, formula in explain()
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=METRICS_HELP)(bench)
+    app.command("bench-trace")(bench_trace)
+
+
+def bench(
+    endpoint: Annotated[
+        str, typer.Option(help="grpc://host:port, or http://host:port of any OpenAI server.")
+    ] = "grpc://127.0.0.1:50051",
+    model: Annotated[str, typer.Option(help="Model name; the server's first when empty.")] = "",
+    style: Annotated[
+        str, typer.Option(help="Prompts of an OpenAI endpoint: text, ids (token ids) or chat.")
+    ] = "text",
+    concurrency: Annotated[
+        int, typer.Option(min=0, help="Closed loop: so many requests at any time; 8 if unset.")
+    ] = 0,
+    rate: Annotated[float, typer.Option(min=0, help="Open loop: requests a second.")] = 0.0,
+    constant: Annotated[
+        bool, typer.Option("--constant", help="With --rate: equal gaps, not a Poisson process.")
+    ] = False,
+    num_requests: Annotated[
+        int, typer.Option(min=0, help="Requests to send; 100 if unset, or all of a trace.")
+    ] = 0,
+    duration: Annotated[float, typer.Option(min=0, help="Send nothing new after s seconds.")] = 0.0,
+    input_len: Annotated[str, typer.Option(help="Prompt tokens: N, or LOW:HIGH uniform.")] = "280",
+    output_len: Annotated[str, typer.Option(help="Output tokens: N, or LOW:HIGH uniform.")] = "32",
+    prefix_len: Annotated[
+        int, typer.Option(min=0, help="Of the prompt, how many leading tokens all share.")
+    ] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Replay a Mooncake .jsonl or an Azure .csv trace.")
+    ] = None,
+    synthetic: Annotated[
+        bool,
+        typer.Option("--synthetic", help="A made-up trace of the same shape; see bench-trace."),
+    ] = False,
+    time_scale: Annotated[
+        float, typer.Option(help="Multiplies a trace's times: 0.5 is twice as fast.")
+    ] = 1.0,
+    jitter: Annotated[
+        float, typer.Option(min=0, help="Send each request of a trace up to s seconds late.")
+    ] = 0.0,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Only the first rows of a trace; 0 is all.")
+    ] = 0,
+    max_input: Annotated[int, typer.Option(min=0, help="Cut a trace's prompts; 0 is off.")] = 0,
+    max_output: Annotated[int, typer.Option(min=0, help="Cut a trace's outputs; 0 is off.")] = 0,
+    token_range: Annotated[
+        str, typer.Option(help="Ids of made-up prompts, LOW:HIGH; must be in the vocabulary.")
+    ] = "1000:30000",
+    warmup: Annotated[int, typer.Option(min=0, help="Requests sent before, not measured.")] = 2,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for each request.")] = 600.0,
+    slo: Annotated[
+        str, typer.Option(help="Bounds for goodput, as ttft=2s,tpot=100ms; also itl and e2e.")
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is random here.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report to this file; - is stdout.")
+    ] = None,
+    requests_too: Annotated[
+        bool, typer.Option("--json-requests", help="With --json: every request's record too.")
+    ] = False,
+    allow_errors: Annotated[
+        bool, typer.Option("--allow-errors", help="Exit 0 although requests failed.")
+    ] = False,
+    explain_metrics: Annotated[
+        bool, typer.Option("--explain-metrics", help="Show each metric's formula and exit.")
+    ] = False,
+) -> None:
+    """Load a gRPC or OpenAI endpoint and measure it. Greedy, streamed, exact output lengths."""
+    if explain_metrics:
+        for name, formula in explain():
+            print(f"{name:<20} {formula}")
+        return
+    from crossdock.bench import BenchConfig
+    from crossdock.bench_traces import TraceOptions
+
+    try:
+        config = BenchConfig(
+            endpoint=endpoint,
+            model=model,
+            style=style,
+            concurrency=concurrency,
+            rate=rate,
+            constant=constant,
+            num_requests=num_requests,
+            duration_s=duration,
+            input_tokens=_span("--input-len", input_len),
+            output_tokens=_span("--output-len", output_len),
+            prefix_tokens=prefix_len,
+            trace=str(trace or ""),
+            synthetic=synthetic,
+            replay=TraceOptions(limit, time_scale, jitter, max_input, max_output, seed),
+            token_range=_span("--token-range", token_range),
+            warmup=warmup,
+            timeout_s=timeout,
+            slo=slo,
+            seed=seed,
+        )
+    except InvalidRequest as error:
+        raise typer.BadParameter(str(error)) from None
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--json: {json_file.parent} is no folder")
+    to_stdout = json_file is not None and str(json_file) == "-"
+    report = _run(config, _console(stderr=to_stdout))
+    if json_file is not None:
+        text = json.dumps(report.to_json(requests_too), indent=2) + "\n"
+        if to_stdout:
+            sys.stdout.write(text)
+        else:
+            json_file.write_text(text, encoding="utf-8")
+    if report.failed and not allow_errors:
+        raise typer.Exit(1)
+
+
+def _span(option: str, text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise typer.BadParameter(f"{option}: {text!r} is not N or LOW:HIGH") from None
+
+
+def _run(config: BenchConfig, console: Console) -> BenchReport:
+    from crossdock.bench import run_bench
+
+    progress = _progress(console)
+    counts = {"tokens": 0, "failed": 0}
+
+    def on_start(total: int) -> None:
+        progress.add_task("requests", total=total, tokens=0, failed=0)
+
+    def on_record(record: RequestRecord) -> None:
+        counts["tokens"] += record.output_tokens
+        counts["failed"] += not record.ok
+        progress.update(progress.task_ids[0], advance=1, **counts)  # type: ignore[arg-type]
+
+    with progress:
+        report = asyncio.run(run_bench(config, on_start, on_record))
+    show_report(report, console)
+    return report
+
+
+def _progress(console: Console) -> Progress:
+    from rich import progress as bars
+
+    return bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.fields[tokens]} tok  {task.fields[failed]} failed"),
+        bars.TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def show_report(report: BenchReport, console: Console) -> None:
+    from rich.table import Table
+
+    from crossdock.bench import rows
+    from crossdock.bench_metrics import PERCENTILES, count_errors
+
+    totals, latencies = rows(report)
+    summary = Table(
+        title=f"{report.workload['loop']} loop", title_justify="left", show_header=False
+    )
+    for total in totals:
+        summary.add_row(*total)
+    spread = Table("latency", title="of requests that succeeded", title_justify="left")
+    for name in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max"):
+        spread.add_column(name, justify="right")
+    for latency in latencies:
+        spread.add_row(*latency)
+    console.print(summary)
+    console.print(spread)
+    for kind, seen in count_errors(report.run.records).items():
+        console.print(f"{seen['count']} × {kind}: {seen['example']}", markup=False, style="red")
+
+
+def bench_trace(
+    out: Annotated[Path, typer.Argument(help="The .jsonl file to write, in Mooncake's columns.")],
+    requests: Annotated[int, typer.Option(min=1, help="Rows.")] = 1000,
+    rate: Annotated[float, typer.Option(help="Requests a second on average.")] = 3.0,
+    burst: Annotated[
+        float, typer.Option(min=0, help="Arrivals come in steps of s seconds; 0 is Poisson.")
+    ] = 3.0,
+    mean_input: Annotated[float, typer.Option(help="Mean new prompt tokens of a turn.")] = 420.0,
+    mean_output: Annotated[float, typer.Option(help="Mean output tokens.")] = 11.0,
+    sigma: Annotated[float, typer.Option(min=0, help="Spread of both, of the logarithm.")] = 0.9,
+    continued: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests that continue a conversation.")
+    ] = 0.3,
+    max_input: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 4000,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens for each hash id.")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a synthetic trace: bursts, long-tailed lengths, a block all share, growing chats."""
+    from crossdock.bench_traces import SyntheticOptions, synthesize, write_mooncake
+
+    for name, value in (
+        ("--rate", rate),
+        ("--mean-input", mean_input),
+        ("--mean-output", mean_output),
+    ):
+        if not value > 0:
+            raise typer.BadParameter(f"{name}: {value} must be above 0")
+    options = SyntheticOptions(
+        requests,
+        rate,
+        burst,
+        mean_input,
+        mean_output,
+        sigma,
+        continued,
+        max_input,
+        block_size,
+        seed,
+    )
+    trace = synthesize(options)
+    write_mooncake(trace, out)
+    total: dict[str, Any] = {
+        "requests": len(trace.requests),
+        "mean input tokens": sum(r.input_tokens for r in trace.requests) / len(trace.requests),
+        "mean output tokens": sum(r.output_tokens for r in trace.requests) / len(trace.requests),
+        "seconds": trace.requests[-1].at_s,
+        "best hit rate": trace.hit_rate,
+    }
+    print(", ".join(f"{name} {value:,.3g}" for name, value in total.items()))
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)

@@ -1,0 +1,280 @@
+"""Commands for who runs a cluster: up, status, apply, scale, down, model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from crossdock.proto.v1 import admin_pb2
+
+# Wide enough for the widest table where the output is no terminal.
+FILE_WIDTH = 160
+
+Address = Annotated[
+    str, typer.Option(envvar="CROSSDOCK_ADMIN", help="The controller's address, host:port.")
+]
+Wait = Annotated[bool, typer.Option(help="Return once the cluster is as asked.")]
+WaitTimeout = Annotated[float, typer.Option(min=0, help="Longest wait in seconds.")]
+DEFAULT_ADMIN = "127.0.0.1:50050"
+
+models = typer.Typer(help="Fetch and inspect models.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    for command in (up, status, apply, scale, down):
+        app.command()(command)
+    app.add_typer(models, name="model")
+
+
+def up(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The cluster's YAML; one prefill and one decode worker on CPU if unset."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster to join; starts a local one if unset.")
+    ] = None,
+) -> None:
+    """Start a cluster and keep it up until Ctrl-C or SIGTERM, which stop all of it."""
+    from importlib.resources import as_file, files
+
+    from crossdock.deploy import local
+
+    if file is not None:
+        code = local.up(file, address=address)
+    else:
+        packaged = files("crossdock.deploy") / "manifests" / "local-cpu.yaml"
+        with as_file(packaged) as default:
+            code = local.up(default, address=address)
+    raise typer.Exit(code or 0)
+
+
+def status(
+    address: Address = DEFAULT_ADMIN,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all that is known as JSON.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Account for every KV block; exit 1 unless all is well and as specified.",
+        ),
+    ] = False,
+) -> None:
+    """Show workers, gateways and the newest decisions of the controller."""
+    from crossdock.deploy import admin
+
+    cluster = admin.status(address, check_integrity=check)
+    if as_json:
+        from google.protobuf.json_format import MessageToDict
+
+        shown = MessageToDict(
+            cluster, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        print(json.dumps(shown, indent=2))
+    else:
+        show_status(cluster, _console())
+    if check and (wrong := what_is_wrong(cluster)):
+        for line in wrong:
+            print(f"error: {line}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def apply(
+    file: Annotated[Path, typer.Argument(help="The cluster's YAML.")],
+    address: Address = DEFAULT_ADMIN,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be done.")
+    ] = False,
+    wait: Wait = True,
+    timeout: WaitTimeout = 300.0,
+) -> None:
+    """Make the running cluster what the file says; workers that go are drained first."""
+    from crossdock.deploy import admin
+
+    text = file.read_text(encoding="utf-8")
+    reply = admin.apply(address, text, str(file), dry_run, wait, timeout)
+    _show_actions(reply, wait and not dry_run, timeout)
+
+
+def scale(
+    pool: Annotated[str, typer.Argument(help="A pool of the cluster, as prefill or decode.")],
+    replicas: Annotated[int, typer.Argument(min=0, help="How many workers it is to have.")],
+    address: Address = DEFAULT_ADMIN,
+    wait: Wait = True,
+    timeout: WaitTimeout = 300.0,
+) -> None:
+    """Set the size of one pool."""
+    from crossdock.deploy import admin
+
+    _show_actions(admin.scale(address, pool, replicas, wait, timeout), wait, timeout)
+
+
+def down(
+    address: Address = DEFAULT_ADMIN,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests get to finish.")
+    ] = 30.0,
+) -> None:
+    """Stop the cluster: no new requests, running ones finish, then every process goes."""
+    from crossdock.deploy import admin
+
+    admin.down(address, drain)
+    print("down")
+
+
+def _show_actions(reply: admin_pb2.ApplyResponse, waited: bool, timeout: float) -> None:
+    for action in reply.actions:
+        print(action)
+    if not reply.actions:
+        print("nothing to do")
+    if waited and not reply.converged:
+        raise TimeoutError(f"the cluster is not as asked after {timeout:g} s; see crossdock status")
+
+
+@models.command("fetch")
+def model_fetch(
+    model_id: Annotated[str, typer.Argument(help="A known model; see crossdock model list.")],
+) -> None:
+    """Download a known model, check its digest and keep it under CROSSDOCK_HOME."""
+    from crossdock.engine.weights import store
+
+    print(store.fetch(model_id, progress=lambda line: print(line, file=sys.stderr)))
+
+
+@models.command("list")
+def model_list() -> None:
+    """Models that are known by name, and whether they are here."""
+    from rich.table import Table
+
+    from crossdock.engine.weights import store
+    from crossdock.proto.errors import ModelError
+
+    table = Table("model", "here", "format", "path")
+    for model_id in sorted(store.KNOWN_MODELS):
+        try:
+            files = store.resolve(model_id)
+            table.add_row(model_id, "yes", files.format, str(files.path))
+        except ModelError:
+            table.add_row(model_id, "no", "", f"crossdock model fetch {model_id}")
+    _console().print(table)
+
+
+@models.command("show")
+def model_show(
+    model: Annotated[str, typer.Argument(help="A known model, a folder or a .gguf file.")],
+) -> None:
+    """What a model is: its shape, context and digest."""
+    from dataclasses import asdict
+
+    from crossdock.engine.weights import store
+    from crossdock.engine.weights.config import load_config
+
+    files = store.resolve(model)
+    facts = {
+        "model": files.model_id,
+        "path": files.path,
+        "format": files.format,
+        "digest": files.digest,
+        **asdict(load_config(files)),
+    }
+    for name, value in facts.items():
+        print(f"{name:<20} {value}")
+
+
+def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
+    as_specified = "as specified" if cluster.converged else "changing"
+    console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {as_specified}")
+    console.print(_workers(cluster))
+    console.print(_gateways(cluster))
+    for decision in list(cluster.decisions)[-5:]:
+        at = time.strftime("%H:%M:%S", time.localtime(decision.unix_s))
+        console.print(f"{at}  {decision.action}: {decision.reason}", markup=False)
+
+
+def _workers(cluster: admin_pb2.ClusterStatus) -> Table:
+    from rich.table import Table
+
+    from crossdock.proto.convert import ROLE_FROM_PB
+
+    table = Table(title="workers", title_justify="left")
+    for name in ("worker", "pool", "role", "state", "node"):
+        table.add_column(name)
+    for name in (
+        "queue",
+        "running",
+        "KV used",
+        "cached",
+        "total",
+        "hit rate",
+        "leases",
+        "restarts",
+    ):
+        table.add_column(name, justify="right")
+    for member in cluster.workers:
+        role = str(ROLE_FROM_PB.get(member.role, ""))
+        figures = _figures(member) if member.HasField("worker") else [""] * 7
+        node = member.node_id[:8]
+        table.add_row(
+            member.name, member.pool, role, member.state, node, *figures, str(member.restarts)
+        )
+    return table
+
+
+def _figures(member: admin_pb2.MemberStatus) -> list[str]:
+    worker, load = member.worker, member.worker.load
+    hits = worker.cached_tokens / worker.prompt_tokens if worker.prompt_tokens else 0.0
+    return [
+        str(load.waiting),
+        str(load.running),
+        str(worker.used_blocks),
+        str(load.cached_blocks),
+        str(load.total_blocks),
+        f"{hits:.1%}",
+        str(len(worker.leases)),
+    ]
+
+
+def _gateways(cluster: admin_pb2.ClusterStatus) -> Table:
+    from rich.table import Table
+
+    table = Table(title="gateways", title_justify="left")
+    for name in ("gateway", "state", "gRPC", "HTTP"):
+        table.add_column(name)
+    table.add_column("active", justify="right")
+    for gateway in cluster.gateways:
+        active = str(gateway.active_requests)
+        table.add_row(gateway.name, gateway.state, gateway.grpc, gateway.http, active)
+    return table
+
+
+def what_is_wrong(cluster: admin_pb2.ClusterStatus) -> list[str]:
+    """One line for each thing that keeps the cluster from being well and as specified."""
+    wrong = [] if cluster.converged else ["the cluster is not what its spec says"]
+    members: list[Any] = [*cluster.workers, *cluster.gateways]
+    wrong += [f"{each.name} is {each.state}" for each in members if each.state != "ready"]
+    for member in cluster.workers:
+        if not member.HasField("worker"):
+            wrong.append(f"{member.name} does not answer")
+        elif member.worker.integrity_error:
+            wrong.append(f"{member.name}: {member.worker.integrity_error}")
+    return wrong
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    return Console(width=width, highlight=False)
