@@ -94,7 +94,9 @@ def status(
 
 def apply(
     file: Annotated[Path, typer.Argument(help="The cluster's YAML.")],
-    address: Address = DEFAULT_ADMIN,
+    address: Annotated[
+        str, typer.Option(envvar="CROSSDOCK_ADMIN", help="The controller; the file's own if unset.")
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be done.")
     ] = False,
@@ -104,8 +106,7 @@ def apply(
     """Make the running cluster what the file says; workers that go are drained first."""
     from crossdock.deploy import admin
 
-    text = file.read_text(encoding="utf-8")
-    reply = admin.apply(address, text, str(file), dry_run, wait, timeout)
+    reply = admin.apply(file, address=address, dry_run=dry_run, wait=wait, timeout_s=timeout)
     _show_actions(reply, wait and not dry_run, timeout)
 
 
@@ -119,7 +120,8 @@ def scale(
     """Set the size of one pool."""
     from crossdock.deploy import admin
 
-    _show_actions(admin.scale(address, pool, replicas, wait, timeout), wait, timeout)
+    reply = admin.scale(pool, replicas, address=address, wait=wait, timeout_s=timeout)
+    _show_actions(reply, wait, timeout)
 
 
 def down(
@@ -131,7 +133,7 @@ def down(
     """Stop the cluster: no new requests, running ones finish, then every process goes."""
     from crossdock.deploy import admin
 
-    admin.down(address, drain)
+    admin.down(address, drain_s=drain)
     print("down")
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import inspect
 import json
 import resource
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from stand_in import StandIn
 from typer.testing import CliRunner
 
+import crossdock.deploy
 from crossdock.cli import app, main
 from crossdock.cli_cluster import what_is_wrong
+from crossdock.deploy import admin
 from crossdock.proto import errors
 from crossdock.proto.v1 import admin_pb2, worker_pb2
 
@@ -135,10 +138,7 @@ def test_chat_keeps_the_history_until_reset(gateway: StandIn) -> None:
         (["apply", "no/such.yaml"], 1, "no/such.yaml"),
     ],
 )
-def test_a_failure_is_one_line(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, words: str
-) -> None:
-    fake_deploy(monkeypatch, admin={})
+def test_a_failure_is_one_line(capsys: Any, arguments: list[str], code: int, words: str) -> None:
     ended, out, err = run(capsys, *arguments)
     assert ended == code
     assert out.strip() == ""
@@ -238,15 +238,17 @@ def cluster() -> admin_pb2.ClusterStatus:
     )
 
 
-def fake_deploy(monkeypatch: pytest.MonkeyPatch, **modules: dict[str, Any]) -> None:
-    """Puts stand-ins where the commands import crossdock.deploy.* from."""
-    import crossdock.deploy
+def fake_admin(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
+    """Stand-ins that take what the real functions take, so that a wrong call still fails."""
+    for name, function in functions.items():
+        real = inspect.signature(getattr(admin, name))
 
-    for name, functions in modules.items():
-        module = types.ModuleType(f"crossdock.deploy.{name}")
-        module.__dict__.update(functions)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(crossdock.deploy, name, module, raising=False)
+        def checked(*args: Any, _real: Any = real, _do: Any = function, **named: Any) -> Any:
+            bound = _real.bind(*args, **named)
+            bound.apply_defaults()
+            return _do(**bound.arguments)
+
+        monkeypatch.setattr(admin, name, checked)
 
 
 def test_status_shows_workers_gateways_and_decisions(
@@ -254,11 +256,11 @@ def test_status_shows_workers_gateways_and_decisions(
 ) -> None:
     asked: list[Any] = []
 
-    def status(address: str, check_integrity: bool = False) -> admin_pb2.ClusterStatus:
+    def status(address: str, check_integrity: bool, **_: Any) -> admin_pb2.ClusterStatus:
         asked.append((address, check_integrity))
         return cluster()
 
-    fake_deploy(monkeypatch, admin={"status": status})
+    fake_admin(monkeypatch, status=status)
     code, out, _ = run(capsys, "status", "--address", "127.0.0.1:9")
     assert (code, asked) == (0, [("127.0.0.1:9", False)])
     row = next(line for line in out.splitlines() if "prefill-0" in line)
@@ -277,7 +279,7 @@ def test_status_check_fails_on_whatever_is_wrong(
 ) -> None:
     sick = cluster()
     sick.workers[0].worker.integrity_error = "block 7 is nobody's"
-    fake_deploy(monkeypatch, admin={"status": lambda address, check_integrity: sick})
+    fake_admin(monkeypatch, status=lambda **_: sick)
     code, _, err = run(capsys, "status", "--check")
     assert code == 1
     assert "prefill-0: block 7 is nobody's" in err
@@ -287,29 +289,34 @@ def test_status_check_fails_on_whatever_is_wrong(
     well.converged = True
     del well.workers[1]
     assert what_is_wrong(well) == []
-    fake_deploy(monkeypatch, admin={"status": lambda address, check_integrity: well})
+    fake_admin(monkeypatch, status=lambda **_: well)
     assert run(capsys, "status", "--check")[0] == 0
 
 
 def test_apply_and_scale_show_actions_and_fail_when_not_converged(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    calls: list[tuple[Any, ...]] = []
+    calls: list[dict[str, Any]] = []
     converged = True
 
-    def answer(*arguments: Any) -> admin_pb2.ApplyResponse:
+    def answer(**arguments: Any) -> admin_pb2.ApplyResponse:
         calls.append(arguments)
         return admin_pb2.ApplyResponse(actions=["start prefill-1"], converged=converged)
 
-    fake_deploy(monkeypatch, admin={"apply": answer, "scale": answer})
+    fake_admin(monkeypatch, apply=answer, scale=answer)
     file = tmp_path / "c.yaml"
     file.write_text("kind: Cluster\n")
     assert run(capsys, "apply", str(file), "--timeout", "9")[:2] == (0, "start prefill-1\n")
     assert run(capsys, "scale", "decode", "3", "--no-wait")[0] == 0
-    assert calls == [
-        ("127.0.0.1:50050", "kind: Cluster\n", str(file), False, True, 9.0),
-        ("127.0.0.1:50050", "decode", 3, False, 300.0),
-    ]
+    common = {"wait": True, "timeout_s": 9.0, "address": ""}
+    assert calls[0] == common | {"path": file, "dry_run": False}
+    assert calls[1] == {
+        "pool": "decode",
+        "replicas": 3,
+        "address": "127.0.0.1:50050",
+        "wait": False,
+        "timeout_s": 300.0,
+    }
     converged = False
     code, _, err = run(capsys, "scale", "decode", "3")
     assert (code, err.split()[0]) == (1, "error:")
@@ -326,7 +333,10 @@ def test_up_serves_the_packaged_cluster_unless_told_otherwise(
         served.append((path, address))
         return 3
 
-    fake_deploy(monkeypatch, local={"up": up})
+    module = types.ModuleType("crossdock.deploy.local")
+    module.up = up  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(crossdock.deploy, "local", module, raising=False)
     assert run(capsys, "up")[0] == 3
     assert run(capsys, "up", "mine.yaml", "--address", "ray:1")[0] == 3
     assert served[0][0].name == "local-cpu.yaml"
@@ -339,7 +349,7 @@ def test_errors_of_the_tree_are_shown_as_they_are(
     def down(address: str, drain_s: float) -> None:
         raise errors.ConfigError("pools.prefill.role", "unknown role 'x'", "c.yaml:7")
 
-    fake_deploy(monkeypatch, admin={"down": down})
+    fake_admin(monkeypatch, down=down)
     code, _, err = run(capsys, "down")
     assert (code, err) == (1, "error: c.yaml:7: pools.prefill.role: unknown role 'x'\n")
 
@@ -348,7 +358,7 @@ def test_an_unforeseen_error_is_one_line_too(capsys: Any, monkeypatch: pytest.Mo
     def down(address: str, drain_s: float) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    fake_deploy(monkeypatch, admin={"down": down})
+    fake_admin(monkeypatch, down=down)
     code, _, err = run(capsys, "down")
     assert code == 1
     assert err.startswith("error: ZeroDivisionError: two lines")
