@@ -1,0 +1,43 @@
+"""Page-aligned host memory for KV pools, in huge pages where the kernel gives them."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.kvtransfer.transport import Generations
+
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
+_POPULATE_LIMIT = 4 << 30  # touching more than this at start would delay it by seconds
+
+
+def allocate_pages(
+    nbytes: int, num_blocks: int
+) -> tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]:
+    """See registry.allocate. The pages are touched here, so that the first pull finds them."""
+    pool = _map_pages(nbytes)
+    counters = _map_pages(num_blocks * 8)
+    buffer = np.frombuffer(pool, dtype=np.uint8, count=nbytes)
+    generations = np.frombuffer(counters, dtype=np.int64, count=num_blocks)
+
+    def close() -> None:
+        for pages in (pool, counters):
+            # A view that somebody still has keeps its pages mapped until it goes.
+            with contextlib.suppress(BufferError):
+                pages.close()
+
+    return buffer, generations, close
+
+
+def _map_pages(nbytes: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    if nbytes <= _POPULATE_LIMIT:
+        with contextlib.suppress(OSError, ValueError):
+            pages.madvise(_POPULATE_WRITE)
+    return pages

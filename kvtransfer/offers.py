@@ -1,0 +1,182 @@
+"""The prefill side of the hand-off: blocks pinned for a reader, each under a lease.
+
+    OFFERED ──> RELEASED   the reader's fence notification, or its Release call
+       ├──────> EXPIRED    nobody came back before the lease's end
+       └──────> REVOKED    the owner went away, or its sequence was cancelled
+
+Each offer holds one reference on each of its blocks. Whichever exit comes first gives them back,
+once, through one function. What arrives later for that ticket finds nothing and is no error.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from crossdock.kvtransfer.ticket import make_ticket
+from crossdock.proto.v1.worker_pb2 import Ticket
+
+
+class Exit(enum.StrEnum):
+    """How a lease ended."""
+
+    RELEASED = "released"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True)
+class OfferSettings:
+    """What the tickets of one worker have in common. Times in seconds."""
+
+    worker: str
+    address: str
+    incarnation: bytes
+    layout_hash: bytes
+    cluster_key: bytes
+    lease_s: float = 30.0
+    max_renewal_s: float = 300.0  # no reader pins blocks for longer in one go
+
+
+@dataclass
+class Lease:
+    """One open offer. Owner: Offers, which holds a reference on every block of it."""
+
+    ticket_id: bytes
+    sequence_id: str
+    owner: str
+    block_ids: tuple[int, ...]
+    offered_at: float
+    deadline: float
+
+
+class Offers:
+    """All open offers of one prefill worker. Called by the engine thread alone.
+
+    `on_free(block_ids)` gives an offer's references back to the block pool.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        settings: OfferSettings,
+        on_free: Callable[[list[int]], None],
+    ) -> None:
+        self._clock = clock
+        self._settings = settings
+        self._on_free = on_free
+        self._leases: dict[bytes, Lease] = {}
+        self.offered = 0  # since start
+        self.unknown_releases = 0  # releases that found no open lease
+        self.exits: dict[Exit, int] = dict.fromkeys(Exit, 0)
+
+    def offer(
+        self,
+        sequence_id: str,
+        owner: str,
+        block_ids: Sequence[int],
+        generations: Sequence[int],
+        num_tokens: int,
+        first_token: int,
+    ) -> Ticket:
+        """Takes over one reference on each block and returns the signed ticket for them.
+
+        generations: of the blocks, as they are while the caller still holds them.
+        owner: the gateway whose request this is; losing it revokes the offer.
+        """
+        settings = self._settings
+        ticket = make_ticket(
+            key=settings.cluster_key,
+            prefill_worker=settings.worker,
+            prefill_address=settings.address,
+            incarnation=settings.incarnation,
+            block_ids=block_ids,
+            generations=generations,
+            num_tokens=num_tokens,
+            layout_hash=settings.layout_hash,
+            lease_s=settings.lease_s,
+            first_token=first_token,
+        )
+        now = self._clock()
+        self._leases[ticket.ticket_id] = Lease(
+            ticket_id=ticket.ticket_id,
+            sequence_id=sequence_id,
+            owner=owner,
+            block_ids=tuple(ticket.block_ids),
+            offered_at=now,
+            deadline=now + settings.lease_s,
+        )
+        self.offered += 1
+        return ticket
+
+    def renew(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
+        """Extends leases to `lease_s` from now, never shortens one; returns the ids not open."""
+        until = self._clock() + max(0.0, min(lease_s, self._settings.max_renewal_s))
+        unknown = []
+        for ticket_id in ticket_ids:
+            lease = self._leases.get(ticket_id)
+            if lease is None:
+                unknown.append(ticket_id)
+            else:
+                lease.deadline = max(lease.deadline, until)
+        return unknown
+
+    def release(self, ticket_ids: Iterable[bytes]) -> int:
+        """The reader is done with these. Returns how many were open."""
+        released = 0
+        for ticket_id in ticket_ids:
+            if ticket_id in self._leases:
+                self._leave(ticket_id, Exit.RELEASED)
+                released += 1
+            else:
+                self.unknown_releases += 1
+        return released
+
+    def revoke_owner(self, owner: str) -> int:
+        """The gateway is gone, and with it whoever would have asked for these blocks."""
+        return self._revoke(lease for lease in self._leases.values() if lease.owner == owner)
+
+    def revoke_sequence(self, sequence_id: str) -> int:
+        return self._revoke(
+            lease for lease in self._leases.values() if lease.sequence_id == sequence_id
+        )
+
+    def revoke_all(self) -> int:
+        """For a worker that stops: nobody can read its pool any more."""
+        return self._revoke(self._leases.values())
+
+    def reap(self) -> list[Lease]:
+        """Ends every lease whose time is over. Called on a timer, work or no work."""
+        now = self._clock()
+        expired = [lease for lease in self._leases.values() if lease.deadline <= now]
+        for lease in expired:
+            self._leave(lease.ticket_id, Exit.EXPIRED)
+        return expired
+
+    def next_deadline(self) -> float | None:
+        """When `reap` next has something to do, on the clock; None: no lease is open."""
+        return min((lease.deadline for lease in self._leases.values()), default=None)
+
+    def open(self) -> list[Lease]:
+        """The open leases, oldest first."""
+        return list(self._leases.values())
+
+    def held(self) -> list[tuple[int, ...]]:
+        """The block ids of each open lease: what the pool's integrity check counts for them."""
+        return [lease.block_ids for lease in self._leases.values()]
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def _revoke(self, leases: Iterable[Lease]) -> int:
+        revoked = list(leases)
+        for lease in revoked:
+            self._leave(lease.ticket_id, Exit.REVOKED)
+        return len(revoked)
+
+    def _leave(self, ticket_id: bytes, how: Exit) -> None:
+        """The one way out of OFFERED."""
+        lease = self._leases.pop(ticket_id)
+        self.exits[how] += 1
+        self._on_free(list(lease.block_ids))

@@ -1,0 +1,72 @@
+"""Transports by the name that the YAML gives them, and the memory that each can read.
+
+Libraries are imported when their transport is asked for: a worker on `local` needs no nixl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.kvtransfer.transport import Generations, PoolMemory, Transport
+from crossdock.proto.errors import ConfigError
+
+if TYPE_CHECKING:
+    from crossdock.kvtransfer.fake import FakeNetwork
+
+TRANSPORTS = ("nixl", "local", "fake")
+
+PoolBuffers = tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]
+
+
+def create_transport(
+    name: str,
+    incarnation: bytes,
+    memory: PoolMemory,
+    *,
+    ucx: Mapping[str, str] | None = None,
+    network: FakeNetwork | None = None,
+) -> Transport:
+    """A running transport over `memory`, which outlives it.
+
+    ucx: for nixl, e.g. {"TLS": "rc,cuda", "NET_DEVICES": "mlx5_0:1"}: UCX's own names without
+    their prefix. network: for fake. Raises ConfigError for an unknown name, TransferFailed when
+    the library does not start.
+    """
+    if name == "nixl":
+        from crossdock.kvtransfer.nixl import NixlTransport
+
+        return NixlTransport(incarnation, memory, ucx=ucx or {})
+    if name == "local":
+        from crossdock.kvtransfer.local import LocalTransport
+
+        return LocalTransport(incarnation, memory)
+    if name == "fake":
+        from crossdock.kvtransfer.fake import FakeTransport, default_network
+
+        return FakeTransport(network or default_network(), incarnation, memory)
+    raise _unknown(name)
+
+
+def allocate(name: str, nbytes: int, num_blocks: int) -> PoolBuffers:
+    """Host memory for a KV pool that the transport of that name can read: zeroed.
+
+    Returns (uint8 [nbytes], int64 [num_blocks] generations, a function that gives both back;
+    call it when neither is used any more).
+    """
+    if name == "local":
+        from crossdock.kvtransfer.local import allocate_segment
+
+        return allocate_segment(nbytes, num_blocks)
+    if name in TRANSPORTS:
+        from crossdock.kvtransfer.memory import allocate_pages
+
+        return allocate_pages(nbytes, num_blocks)
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError("kv.transport", f"{name!r} is not one of {', '.join(TRANSPORTS)}")

@@ -1,0 +1,123 @@
+"""Tickets: the signed offer of one sequence's KV blocks by a prefill worker.
+
+A ticket is checked in full before one byte is read on its word: who made it (MAC), which process
+it speaks of (incarnation), what its blocks look like (layout hash), and that its ids can exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+
+from crossdock.proto.errors import LayoutMismatch, TransferFailed
+from crossdock.proto.v1.worker_pb2 import Ticket
+
+TICKET_ID_BYTES = 16
+INCARNATION_BYTES = 16
+
+
+def new_incarnation() -> bytes:
+    """The name of one life of one process: 16 random bytes."""
+    return secrets.token_bytes(INCARNATION_BYTES)
+
+
+def make_ticket(
+    *,
+    key: bytes,
+    prefill_worker: str,
+    prefill_address: str,
+    incarnation: bytes,
+    block_ids: Sequence[int],
+    generations: Sequence[int],
+    num_tokens: int,
+    layout_hash: bytes,
+    lease_s: float,
+    first_token: int,
+) -> Ticket:
+    """A signed ticket with a fresh random id. `lease_s` in seconds."""
+    ticket = Ticket(
+        ticket_id=secrets.token_bytes(TICKET_ID_BYTES),
+        prefill_worker=prefill_worker,
+        prefill_address=prefill_address,
+        incarnation=incarnation,
+        block_ids=[int(block_id) for block_id in block_ids],
+        generations=[int(generation) for generation in generations],
+        num_tokens=num_tokens,
+        layout_hash=layout_hash,
+        lease_ms=round(lease_s * 1000),
+        first_token=first_token,
+    )
+    sign(ticket, key)
+    return ticket
+
+
+def sign(ticket: Ticket, key: bytes) -> None:
+    """Sets `mac` over all other fields."""
+    ticket.mac = _mac(ticket, key)
+
+
+def verify(ticket: Ticket, key: bytes) -> None:
+    """Raises TransferFailed unless the ticket was signed under `key`."""
+    if not hmac.compare_digest(ticket.mac, _mac(ticket, key)):
+        raise TransferFailed("ticket refused: its MAC is not of this cluster's key")
+
+
+def validate(
+    ticket: Ticket,
+    *,
+    key: bytes,
+    incarnation: bytes,
+    layout_hash: bytes,
+    num_blocks: int,
+    block_size: int,
+) -> None:
+    """Checks a ticket against the peer it speaks of, as this worker knows that peer.
+
+    incarnation, num_blocks: of the prefill worker. layout_hash: this worker's own.
+    Raises LayoutMismatch for another layout, else TransferFailed saying what is wrong.
+    """
+    verify(ticket, key)
+    if ticket.layout_hash != layout_hash:
+        raise LayoutMismatch(
+            f"ticket refused: its layout hash is {ticket.layout_hash.hex()}, "
+            f"this worker's is {layout_hash.hex()}"
+        )
+    if ticket.incarnation != incarnation:
+        raise TransferFailed(
+            f"ticket refused: made by incarnation {ticket.incarnation.hex()} of "
+            f"{ticket.prefill_worker}, now {incarnation.hex()}"
+        )
+    if len(ticket.ticket_id) != TICKET_ID_BYTES:
+        raise TransferFailed(f"ticket refused: an id of {len(ticket.ticket_id)} bytes")
+    if ticket.lease_ms <= 0:
+        raise TransferFailed(f"ticket refused: a lease of {ticket.lease_ms} ms")
+    _check_blocks(ticket, num_blocks, block_size)
+
+
+def _check_blocks(ticket: Ticket, num_blocks: int, block_size: int) -> None:
+    ids = list(ticket.block_ids)
+    if len(ids) != len(ticket.generations):
+        raise TransferFailed(
+            f"ticket refused: {len(ids)} block ids but {len(ticket.generations)} generations"
+        )
+    needed = -(-ticket.num_tokens // block_size)
+    if ticket.num_tokens < 1 or needed != len(ids):
+        raise TransferFailed(
+            f"ticket refused: {ticket.num_tokens} tokens do not fill "
+            f"{len(ids)} blocks of {block_size}"
+        )
+    if min(ids) < 0 or max(ids) >= num_blocks:
+        raise TransferFailed(
+            f"ticket refused: block ids from {min(ids)} to {max(ids)}, the pool has {num_blocks}"
+        )
+    if len(set(ids)) != len(ids):
+        raise TransferFailed("ticket refused: a block is named twice")
+
+
+def _mac(ticket: Ticket, key: bytes) -> bytes:
+    unsigned = Ticket()
+    unsigned.CopyFrom(ticket)
+    unsigned.ClearField("mac")
+    return hmac.digest(key, unsigned.SerializeToString(deterministic=True), hashlib.sha256)

@@ -1,0 +1,182 @@
+"""What moves KV bytes between workers, seen from the engine thread.
+
+A transport owns one thread (the fake: none) and makes every call of its library there. The engine
+thread posts reads and looks at handles; it never waits. A peer is one incarnation of one process:
+an address that comes back is a new peer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Generations = npt.NDArray[np.int64]
+MemoryType = Literal["DRAM", "VRAM"]
+
+
+@dataclass(frozen=True)
+class PoolMemory:
+    """One worker's KV pool as a transport sees it. Owner of the memory: whoever allocated it.
+
+    kv_ptr: address of block 0; block i lies at kv_ptr + i * block_bytes.
+    generations: int64 [num_blocks] in host memory, raised before a block gets a new owner.
+    """
+
+    kv_ptr: int
+    num_blocks: int
+    block_bytes: int
+    generations: Generations
+    memory_type: MemoryType = "DRAM"
+    device_id: int = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    def blocks(self) -> npt.NDArray[np.uint8]:
+        """uint8 [num_blocks, block_bytes] over the pool itself. Host memory only."""
+        if self.memory_type != "DRAM":
+            raise ValueError(f"a view of {self.memory_type} memory was asked for")
+        raw = (ctypes.c_uint8 * self.kv_bytes).from_address(self.kv_ptr)
+        return np.frombuffer(raw, dtype=np.uint8).reshape(self.num_blocks, self.block_bytes)
+
+
+class HandleState(enum.Enum):
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Handle:
+    """One posted read. Written by the transport, read by whoever posted it.
+
+    Terminal (DONE or FAILED) means that the transport touches the local blocks no more. There is
+    no way to cancel one: a library that says it did may still write.
+    `generations` is set on a DONE read of generations, in the order of the ids asked for.
+    """
+
+    __slots__ = ("error", "generations", "state")
+
+    def __init__(self) -> None:
+        self.state = HandleState.PENDING
+        self.error: str | None = None
+        self.generations: Generations | None = None
+
+    @property
+    def terminal(self) -> bool:
+        return self.state is not HandleState.PENDING
+
+    def finish(self, generations: Generations | None = None) -> None:
+        """For transports. The state is written last: readers look at it first."""
+        self.generations = generations
+        self.state = HandleState.DONE
+
+    def fail(self, reason: str) -> None:
+        """For transports."""
+        self.error = reason
+        self.state = HandleState.FAILED
+
+
+@dataclass
+class TransportStats:
+    """Since start."""
+
+    reads: int = 0
+    blocks: int = 0
+    descriptors: int = 0  # of block reads: one for each run of consecutive blocks
+    bytes: int = 0
+    fences: int = 0
+    failures: int = 0
+    notifications: int = 0  # received
+
+
+class Transport(Protocol):
+    """The calls that may block say so; all others return at once."""
+
+    @property
+    def stats(self) -> TransportStats: ...
+
+    def info(self) -> bytes:
+        """What a peer's `add_peer` needs of this worker."""
+
+    def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+        """Makes the peer's pool readable. Blocks for milliseconds; raises TransferFailed.
+
+        Adding a known incarnation again replaces what is known of it.
+        """
+
+    def remove_peer(self, incarnation: bytes) -> None:
+        """Refuses new reads of the peer at once. Those under way end by themselves, and only then
+        is its connection dropped: a dropped one may still write. Unknown peers are ignored.
+        """
+
+    def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
+        """Reads one generation entry, so that no request pays for connecting.
+
+        Blocks, on any thread but the transport's. Returns seconds; raises TransferFailed.
+        """
+
+    def read_blocks(
+        self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
+    ) -> Handle:
+        """Reads the peer's block remote_ids[i] into this pool's block local_ids[i]."""
+
+    def read_generations(
+        self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
+    ) -> Handle:
+        """Reads the generations of the peer's blocks, then notifies the peer if `notify`.
+
+        Without ids the notification alone is sent. DONE: it was handed over, not yet seen.
+        """
+
+    def notifications(self) -> list[bytes]:
+        """The ticket ids that peers have released since the last call."""
+
+    def expect_notifications(self, expected: bool) -> None:
+        """Whether to look for them often. An idle worker need not."""
+
+    def set_wakeup(self, callback: Callable[[], None]) -> None:
+        """Called on the transport's thread when a handle turned terminal or a release came."""
+
+    def close(self) -> None:
+        """Ends the thread and every connection; pending handles fail. Blocks briefly."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Blocks grouped into runs that are consecutive on both sides, in ascending remote order."""
+
+    remote: npt.NDArray[np.int64]  # [runs] first block of each
+    local: npt.NDArray[np.int64]  # [runs]
+    length: npt.NDArray[np.int64]  # [runs] blocks
+    order: npt.NDArray[np.int64] = field(repr=False)  # [blocks] ids[order] is ascending
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+
+def merge_runs(remote_ids: Sequence[int], local_ids: Sequence[int]) -> Runs:
+    """One run for each stretch of blocks that is consecutive remotely and locally."""
+    remote = np.asarray(remote_ids, dtype=np.int64)
+    local = np.asarray(local_ids, dtype=np.int64)
+    order = np.argsort(remote, kind="stable")
+    remote, local = remote[order], local[order]
+    breaks = np.flatnonzero((np.diff(remote) != 1) | (np.diff(local) != 1)) + 1
+    starts = np.concatenate(([0], breaks)).astype(np.int64) if len(remote) else breaks
+    length = np.diff(np.append(starts, len(remote)))
+    return Runs(remote[starts], local[starts], length, order)
+
+
+def check_ids(ids: Sequence[int], num_blocks: int, what: str) -> None:
+    """Raises ValueError for ids that the pool does not have."""
+    array: npt.NDArray[Any] = np.asarray(ids, dtype=np.int64)
+    if len(array) and (array.min() < 0 or array.max() >= num_blocks):
+        raise ValueError(
+            f"{what} block ids from {array.min()} to {array.max()}, the pool has {num_blocks}"
+        )
