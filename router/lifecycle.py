@@ -1,0 +1,134 @@
+"""The life-cycle events of one sequence: one name each, in spans, metrics, logs and reports.
+
+Two identities hold by construction, for stages() of every sequence:
+TTFT = admission + routing + prefill_queue + prefill + delivery, and
+hand-off stall (token 0 to token 1) = decode_queue + reserve + pull + fence + first_step.
+"""
+
+from __future__ import annotations
+
+from crossdock.proto.v1 import inference_pb2, worker_pb2
+
+# In the order in which they happen. `received` is the zero of the others.
+EVENTS = (
+    "admitted",
+    "routed",
+    "prefill_queued",
+    "prefill_started",
+    "first_token",
+    "ticket_offered",
+    "decode_queued",
+    "reserved",
+    "pulled",
+    "fenced",
+    "joined",
+    "last_token",
+    "finished",
+)
+WORKER_EVENTS = (
+    "prefill_queued",
+    "prefill_started",
+    "ticket_offered",
+    "decode_queued",
+    "reserved",
+    "pulled",
+    "fenced",
+    "joined",
+)
+TTFT_STAGES = ("admission", "routing", "prefill_queue", "prefill", "delivery")
+STALL_STAGES = ("decode_queue", "reserve", "pull", "fence", "first_step")
+
+
+class Timeline:
+    """When each event of one sequence happened, in seconds since the request was received.
+
+    The gateway's own events come from its clock. Workers report wall-clock milliseconds, which are
+    mapped over the moment of receipt and kept in order, so that a skewed clock distorts a stage but
+    never a sum. An event keeps its first time: a sequence that is prefilled again has one TTFT.
+    """
+
+    def __init__(self, received: float, received_unix: float) -> None:
+        self._received = received
+        self._received_unix = received_unix
+        self._at: dict[str, float] = {}
+        self._sampled: float | None = None  # token 0 was drawn on its worker
+        self._second: float | None = None  # token 1 was delivered
+
+    def mark(self, event: str, now: float) -> None:
+        """An event that the gateway itself saw, on its clock."""
+        self._at.setdefault(event, now - self._received)
+
+    def move(self, event: str, now: float) -> None:
+        """The same, but the newest time counts."""
+        self._at[event] = now - self._received
+
+    def mark_second_token(self, now: float) -> None:
+        self._second = now - self._received
+
+    def merge(self, times: worker_pb2.SequenceTimes) -> None:
+        """What a worker reported; unset fields are events that did not happen there."""
+        for event in WORKER_EVENTS:
+            wall_ms = getattr(times, event)
+            if wall_ms:
+                self._at.setdefault(event, wall_ms / 1000 - self._received_unix)
+        if times.first_token and self._sampled is None:
+            self._sampled = times.first_token / 1000 - self._received_unix
+
+    @property
+    def first_token(self) -> float | None:
+        return self._at.get("first_token")
+
+    @property
+    def last_token(self) -> float | None:
+        return self._at.get("last_token")
+
+    def ordered(self) -> dict[str, float]:
+        """Event -> seconds, never decreasing in the order of EVENTS.
+
+        Times of the gateway's clock are kept; a worker's time is moved to the nearest that fits
+        between the gateway's events around it.
+        """
+        own = {e: t for e, t in self._at.items() if e not in WORKER_EVENTS}
+        limit = float("inf")
+        upper: dict[str, float] = {}
+        for event in reversed(EVENTS):
+            limit = min(limit, own.get(event, limit))
+            upper[event] = limit
+        done: dict[str, float] = {}
+        last = 0.0
+        for event in EVENTS:
+            if event in self._at:
+                last = max(last, min(self._at[event], upper[event]))
+                done[event] = last
+        return done
+
+    def stages(self) -> dict[str, float]:
+        """Stage -> seconds, for the stages that the sequence went through."""
+        at = self.ordered()
+        found: dict[str, float] = {}
+        if "first_token" in at:
+            start = at.get("prefill_started", at.get("routed", 0.0))
+            sampled = at["first_token"] if self._sampled is None else self._sampled
+            sampled = min(max(sampled, start), at["first_token"])
+            marks = [0.0, at.get("admitted", 0.0), at.get("routed", 0.0), start, sampled]
+            marks.append(at["first_token"])
+            found |= _between(TTFT_STAGES, marks)
+        if "fenced" in at and self._second is not None:
+            marks = [at["first_token"]]
+            marks += [at.get(e, at["first_token"]) for e in ("decode_queued", "reserved")]
+            marks += [at.get("pulled", at["fenced"]), at["fenced"], self._second]
+            found |= _between(STALL_STAGES, marks)
+        return found
+
+    def timings(self) -> inference_pb2.Timings:
+        return inference_pb2.Timings(**self.ordered())  # type: ignore[arg-type]
+
+
+def _between(names: tuple[str, ...], marks: list[float]) -> dict[str, float]:
+    last = marks[0]
+    found = {}
+    for name, mark in zip(names, marks[1:], strict=True):
+        mark = max(mark, last)
+        found[name] = mark - last
+        last = mark
+    return found

@@ -1,0 +1,147 @@
+"""What a request may hold. Every error names field, value and limit, before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from crossdock.proto.errors import InvalidRequest, NotFound
+from crossdock.proto.types import MAX_N, SamplingParams
+
+MAX_PROMPTS = 64
+MAX_MESSAGES = 2048
+MAX_LABEL_CHARACTERS = 256
+UNLIMITED = 2**31 - 1  # max_tokens of a request that leaves it open, until its prompt is known
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the gateway knows of the model that it serves."""
+
+    model_id: str
+    vocab_size: int
+    context_length: int  # tokens
+    longest_token: int  # characters; bounds from below how many tokens a text has
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Checks against the model, and against the workers' KV pools as they are now."""
+
+    model: ModelFacts
+    pool_tokens: Callable[[], int | None]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence can have, prompt and completion together."""
+        pool = self.pool_tokens()
+        context = self.model.context_length
+        return context if pool is None else min(context, pool)
+
+    def check_model(self, name: str) -> None:
+        if name and name != self.model.model_id:
+            raise NotFound(
+                f"model: {name!r} is not served here; the model of this cluster is "
+                f"{self.model.model_id!r}"
+            )
+
+    def check_text(self, field: str, text: str) -> None:
+        """Before tokenization, so that what cannot fit costs nothing."""
+        if not text:
+            raise InvalidRequest(field, text, "must not be empty")
+        check_unicode(field, text)
+        if len(text) > self.capacity * self.model.longest_token:
+            raise InvalidRequest(
+                field, f"{len(text)} characters", f"at most {self.capacity - 1} tokens"
+            )
+
+    def check_prompt(self, field: str, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise InvalidRequest(field, [], "must not be empty")
+        for token_id in token_ids:
+            if not 0 <= token_id < self.model.vocab_size:
+                limit = f"token ids must be from 0 to {self.model.vocab_size - 1}"
+                raise InvalidRequest(field, token_id, limit)
+        if len(token_ids) >= self.capacity:
+            raise InvalidRequest(
+                field,
+                f"{len(token_ids)} tokens",
+                f"at most {self.capacity - 1} tokens before the first one generated, as "
+                f"{self._capacity_reason()}",
+            )
+
+    def check_count(self, field: str, n: int) -> None:
+        if not 1 <= n <= MAX_N:
+            raise InvalidRequest(field, n, f"must be from 1 to {MAX_N}")
+
+    def check_prompts(self, field: str, count: int) -> None:
+        if not 1 <= count <= MAX_PROMPTS:
+            raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """What can be known before the prompt is tokenized."""
+        sampling.validate(self.model.vocab_size)
+        for text in sampling.stop:
+            check_unicode("stop", text)
+        if sampling.max_tokens != UNLIMITED and sampling.max_tokens >= self.capacity:
+            raise InvalidRequest(
+                "max_tokens",
+                sampling.max_tokens,
+                f"must be less than {self.capacity}, as {self._capacity_reason()}",
+            )
+
+    def fit(self, sampling: SamplingParams, prompt_tokens: int) -> SamplingParams:
+        """With max_tokens filled in where it was left open. Raises where it does not fit."""
+        room = self.capacity - prompt_tokens
+        if sampling.max_tokens == UNLIMITED:
+            if sampling.min_tokens > room:
+                limit = f"at most {room} tokens fit after a prompt of {prompt_tokens}"
+                raise InvalidRequest("min_tokens", sampling.min_tokens, limit)
+            return replace(sampling, max_tokens=room)
+        if sampling.max_tokens > room:
+            raise InvalidRequest(
+                "max_tokens",
+                sampling.max_tokens,
+                f"at most {room} tokens fit after a prompt of {prompt_tokens}, as "
+                f"{self._capacity_reason()}",
+            )
+        return sampling
+
+    def _capacity_reason(self) -> str:
+        pool = self.pool_tokens()
+        if pool is not None and pool < self.model.context_length:
+            return f"the whole KV pool of a worker holds {pool} tokens"
+        return f"the context of {self.model.model_id} is {self.model.context_length} tokens"
+
+
+def check_unicode(field: str, text: str) -> None:
+    """JSON can spell half a character (a lone surrogate); UTF-8 and tokenizers cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise InvalidRequest(field, bad, "must be valid Unicode") from None
+
+
+def check_label(field: str, value: str) -> None:
+    """Short names that clients choose: request ids, tenants, salts."""
+    if len(value) > MAX_LABEL_CHARACTERS:
+        limit = f"at most {MAX_LABEL_CHARACTERS} characters"
+        raise InvalidRequest(field, f"{len(value)} characters", limit)
+    check_unicode(field, value)
+
+
+def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    if not messages:
+        raise InvalidRequest("messages", [], "must hold at least one message")
+    if len(messages) > MAX_MESSAGES:
+        limit = f"at most {MAX_MESSAGES} messages"
+        raise InvalidRequest("messages", f"{len(messages)} messages", limit)
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if role not in ("system", "developer", "user", "assistant", "tool"):
+            limit = "must be system, developer, user, assistant or tool"
+            raise InvalidRequest(f"messages[{i}].role", role, limit)
+        check_unicode(f"messages[{i}].content", message["content"])
+    if not any(message["content"] for message in messages):
+        raise InvalidRequest("messages", "only empty contents", "must not be empty")
