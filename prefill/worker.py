@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from crossdock.engine import block_tables
 from crossdock.engine.sequence import SampledToken, StepPlan, finish_of
-from crossdock.kvtransfer.offers import Offers
+from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.prefill.scheduler import PrefillScheduler
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker import tracing
@@ -22,12 +22,15 @@ class PrefillRole(WorkerRole):
     def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
         self._scheduler = PrefillScheduler(state.pool, state.config.chunk_tokens)
-        self._offers = Offers(
-            clock=state.clock,
-            lease_s=state.config.lease_s,
-            on_free=state.pool.release,
+        settings = OfferSettings(
+            worker=state.config.name,
+            address=state.address,
+            incarnation=state.incarnation,
+            layout_hash=state.layout_hash,
             cluster_key=state.config.cluster_key,
+            lease_s=state.config.lease_s,
         )
+        self._offers = Offers(state.clock, settings, state.pool.release)
 
     def _admit(self, job: Job) -> None:
         job.mark("prefill_queued")
@@ -76,10 +79,6 @@ class PrefillRole(WorkerRole):
             generations=state.pool.generations[blocks].tolist(),
             num_tokens=num_tokens,
             first_token=first_token,
-            prefill_worker=state.config.name,
-            prefill_address=state.address,
-            incarnation=state.incarnation,
-            layout_hash=state.layout_hash,
         )
 
     def _forget(self, job: Job) -> None:
@@ -102,7 +101,7 @@ class PrefillRole(WorkerRole):
     def poll(self) -> None:
         self._offers.release(self.state.transport.notifications())
         self._offers.reap()
-        self.state.transport.expect_notifications(bool(self._offers.open()))
+        self.state.transport.expect_notifications(len(self._offers) > 0)
 
     def next_deadline(self) -> float | None:
         return self._offers.next_deadline()
@@ -112,14 +111,25 @@ class PrefillRole(WorkerRole):
         return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
 
     def leases(self) -> list[worker_pb2.Lease]:
-        return self._offers.open()
+        now = self.state.clock()
+        return [
+            worker_pb2.Lease(
+                ticket_id=lease.ticket_id,
+                sequence_id=lease.sequence_id,
+                owner=lease.owner,
+                blocks=len(lease.block_ids),
+                age_s=now - lease.offered_at,
+                remaining_s=lease.deadline - now,
+            )
+            for lease in self._offers.open()
+        ]
 
-    def held(self) -> Iterable[list[int]]:
+    def held(self) -> Iterable[Sequence[int]]:
         return [*self._scheduler.held, *self._offers.held()]
 
     @property
     def idle(self) -> bool:
-        return not self.jobs and not self._offers.open()
+        return not self.jobs and len(self._offers) == 0
 
 
 def create(config: WorkerConfig) -> WorkerServer:

@@ -26,11 +26,11 @@ class Peers:
     def __init__(self, layout: worker_pb2.KVLayout, transport: Transport) -> None:
         self._layout = layout
         self._transport = transport
-        self._known: dict[bytes, asyncio.Task[None]] = {}
+        self._known: dict[bytes, asyncio.Task[worker_pb2.WorkerDescription]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def update(self, endpoints: Iterable[WorkerEndpoint]) -> None:
-        """The prefill workers among `endpoints` become the peers; a bad one is logged and left out."""
+        """The prefill workers among `endpoints` become the peers; a bad one is left out."""
         wanted = {bytes.fromhex(e.incarnation): e for e in endpoints if e.role is Role.PREFILL}
         for incarnation in [known for known in self._known if known not in wanted]:
             await self._drop(incarnation)
@@ -40,14 +40,14 @@ class Peers:
             except TransferFailed as error:
                 log.warning("no KV from %s: %s", endpoint.name, error)
 
-    async def ensure(self, incarnation: bytes, address: str) -> None:
+    async def ensure(self, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
         """Returns once blocks can be read from this peer. Raises TransferFailed saying why not."""
         task = self._known.get(incarnation)
         if task is None:
             task = asyncio.create_task(self._introduce(incarnation, address))
             self._known[incarnation] = task
         try:
-            await asyncio.shield(task)
+            return await asyncio.shield(task)
         except TransferFailed:
             if self._known.get(incarnation) is task:
                 del self._known[incarnation]
@@ -94,7 +94,7 @@ class Peers:
         for channel in self._channels.values():
             await channel.close()
 
-    async def _introduce(self, incarnation: bytes, address: str) -> None:
+    async def _introduce(self, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
         request = worker_pb2.DescribeRequest()
         try:
             peer = await self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
@@ -110,6 +110,7 @@ class Peers:
                 peer.block_bytes,
             )
             await asyncio.to_thread(self._transport.warm, incarnation)
+            return peer
         except TransferFailed:
             raise
         except Exception as error:

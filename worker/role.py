@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from crossdock.engine.block_pool import BlockPool
@@ -47,7 +47,7 @@ class WorkerState:
     incarnation: bytes
     transport: Transport
     memory: PoolMemory
-    address: str = ""  # of this worker's gRPC service, once it listens
+    address: str  # of this worker's gRPC service
     ticket_releases: list[tuple[str, bytes]] = field(default_factory=list)  # (peer, ticket id)
     outbox: Outbox = field(default_factory=Outbox)
     counters: Counters = field(default_factory=Counters)
@@ -96,7 +96,7 @@ class WorkerRole(ABC):
     def leases(self) -> list[worker_pb2.Lease]: ...
 
     @abstractmethod
-    def held(self) -> Iterable[list[int]]:
+    def held(self) -> Iterable[Sequence[int]]:
         """Every list of block references that is owned now, for check_integrity."""
 
     @property

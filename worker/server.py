@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,6 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from crossdock.engine.block_pool import BlockPool, IntegrityError
 from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.registry import allocate, create_transport
+from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import ConfigError
@@ -58,8 +58,6 @@ class WorkerServer:
     async def start(self) -> WorkerEndpoint:
         """Loads the model and listens. Raises ModelError or ConfigError saying what is wrong."""
         self._asyncio = asyncio.get_running_loop()
-        await asyncio.to_thread(self._build)
-        self.peers = Peers(self.description.layout, self._transport)
         self._service = WorkerService(self)
         self._grpc = grpc.aio.server(
             options=[
@@ -75,7 +73,8 @@ class WorkerServer:
             port = self._grpc.add_insecure_port(wanted)
         except RuntimeError as error:
             raise ConfigError("port", f"{wanted} is in use or not ours") from error
-        self._state.address = self.description.address = f"{self.config.host}:{port}"
+        await asyncio.to_thread(self._build, f"{self.config.host}:{port}")
+        self.peers = Peers(self.description.layout, self._transport)
         self._registry, self.description.metrics_address = metrics.serve(
             self._role, self.config.host
         )
@@ -124,6 +123,7 @@ class WorkerServer:
         if hasattr(self, "_grpc"):
             self._service.close()
             await self._grpc.stop(grace=0.2)
+        if hasattr(self, "peers"):
             await self.peers.close()
         if hasattr(self, "_loop"):
             await asyncio.to_thread(self._loop.stop, 10.0)
@@ -167,7 +167,7 @@ class WorkerServer:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _build(self, address: str) -> None:
         # Imported here: torch takes seconds, and only a process that runs a model needs it.
         from crossdock.engine.runner import ModelRunner
         from crossdock.engine.weights.config import load_config
@@ -177,14 +177,16 @@ class WorkerServer:
         files = resolve(config.model)
         model = load_config(files)
         self.vocab_size = model.vocab_size
-        block_bytes = ModelRunner.kv_bytes_per_block(model, config.block_size, config.dtype)
+        block_bytes = ModelRunner.kv_bytes_per_block(
+            model, config.block_size, config.dtype, config.device
+        )
         num_blocks = config.kv_blocks or (config.kv_memory_mb << 20) // block_bytes
         if num_blocks < 2:
             needed = -(-2 * block_bytes >> 20)
             raise ConfigError(
                 "kv_memory_mb", f"{config.kv_memory_mb} holds no 2 blocks; ≥ {needed}"
             )
-        incarnation = secrets.token_bytes(16)
+        incarnation = new_incarnation()
         buffer, generations, free = allocate(config.transport, num_blocks * block_bytes, num_blocks)
         self._closers.append(free)
         runner = ModelRunner(
@@ -219,6 +221,7 @@ class WorkerServer:
             block_bytes=block_bytes,
             transport=config.transport,
             transport_info=self._transport.info(),
+            address=address,
             pid=os.getpid(),
             node_id=config.node_id,
             revision=config.revision,
@@ -232,6 +235,7 @@ class WorkerServer:
             incarnation=incarnation,
             transport=self._transport,
             memory=memory,
+            address=address,
         )
         self._role = self._role_type(self._state)
         self._loop = EngineLoop(self._role, runner, self._publish)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import CrossdockError, TransferFailed
 from crossdock.proto.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from crossdock.worker.job import Job
@@ -114,11 +115,29 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             return
         ticket = request.ticket
         try:
-            await self._server.peers.ensure(ticket.incarnation, ticket.prefill_address)
-        except TransferFailed as error:
+            await self._check_ticket(ticket, len(request.sequence.token_ids))
+        except CrossdockError as error:
             self._answer(owner, request.sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
             return
         self._submit(request.sequence, ticket, owner)
+
+    async def _check_ticket(self, ticket: worker_pb2.Ticket, num_tokens: int) -> None:
+        """Raises CrossdockError unless the ticket is this cluster's and its blocks can be read."""
+        server = self._server
+        tickets.verify(ticket, server.config.cluster_key)
+        peer = await server.peers.ensure(ticket.incarnation, ticket.prefill_address)
+        tickets.validate(
+            ticket,
+            key=server.config.cluster_key,
+            incarnation=peer.incarnation,
+            layout_hash=server.description.layout_hash,
+            num_blocks=peer.num_blocks,
+            block_size=server.config.block_size,
+        )
+        if ticket.num_tokens != num_tokens - 1:
+            raise TransferFailed(
+                f"the ticket covers {ticket.num_tokens} tokens, the request {num_tokens - 1}"
+            )
 
     def _submit(
         self,

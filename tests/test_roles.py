@@ -1,0 +1,311 @@
+"""The hand-off between the two roles, every token checked against an undisturbed run."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from roles_kit import CONTEXT, Site, Worker, job, undisturbed
+
+from crossdock.proto.types import Role
+from crossdock.proto.v1 import inference_pb2, worker_pb2
+
+PROMPT = [(7 * i) % 900 + 3 for i in range(50)]
+
+
+@pytest.fixture
+def site() -> Site:
+    return Site()
+
+
+def prefill(worker: Worker, prompt: list[int], **options: object) -> worker_pb2.SequenceOutput:
+    """Token 0 and its ticket."""
+    worker.role.submit(job(prompt, **options))  # type: ignore[arg-type]
+    while not worker.outputs:
+        worker.turn()
+    (output,) = worker.take()
+    return output
+
+
+def hand_off(
+    decode: Worker, prompt: list[int], first: worker_pb2.SequenceOutput, **options: object
+) -> str:
+    made = job(prompt, emitted=list(first.token_ids), ticket=first.ticket, **options)  # type: ignore[arg-type]
+    decode.role.submit(made)
+    return made.id
+
+
+def tokens_of(outputs: list[worker_pb2.SequenceOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def pair(site: Site, **settings: object) -> tuple[Worker, Worker]:
+    workers = site.worker(Role.PREFILL, **settings), site.worker(Role.DECODE, **settings)  # type: ignore[arg-type]
+    site.introduce(*workers)
+    return workers
+
+
+def all_free(*workers: Worker) -> None:
+    for worker in workers:
+        worker.turn()
+        worker.check()
+        assert worker.role.idle and worker.role.state.pool.num_used == 0
+
+
+def test_handed_off_tokens_are_the_undisturbed_ones(site: Site) -> None:
+    p, d = pair(site)
+    first = prefill(p, PROMPT)
+    assert list(first.ticket.block_ids) and first.ticket.num_tokens == len(PROMPT)
+    hand_off(d, PROMPT, first)
+    d.turn(12)
+    outputs = d.take()
+    assert tokens_of([first, *outputs]) == undisturbed(PROMPT, 8)
+    assert outputs[-1].finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert outputs[0].transferred_blocks == len(first.ticket.block_ids) == 7
+    assert outputs[0].transferred_bytes == 7 * p.transport.memory.block_bytes
+    assert outputs[0].recomputed_tokens == d.role.state.counters.recomputed_tokens == 0
+    events = [name for name, _ in outputs[0].times.ListFields()]
+    assert [field.name for field in events] == [
+        *("decode_queued", "reserved", "pulled", "fenced", "joined")
+    ]
+    all_free(p, d)
+
+
+def test_a_second_turn_moves_only_what_decode_lacks(site: Site) -> None:
+    p, d = pair(site)
+    first = prefill(p, PROMPT)
+    hand_off(d, PROMPT, first)
+    d.turn(12)
+    longer = PROMPT + tokens_of([first, *d.take()]) + [5] * 10
+    first = prefill(p, longer)
+    assert first.cached_tokens == 48
+    hand_off(d, longer, first)
+    d.turn(12)
+    outputs = d.take()
+    assert tokens_of([first, *outputs]) == undisturbed(longer, 8)
+    # 57 tokens of the first turn had KV here: 7 full blocks of the 9.
+    assert outputs[0].transferred_blocks == 9 - 7
+    all_free(p, d)
+
+
+def test_a_token_that_ends_the_sequence_needs_no_ticket(site: Site) -> None:
+    p = site.worker(Role.PREFILL)
+    first = prefill(p, PROMPT, max_tokens=1)
+    assert first.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert not first.HasField("ticket")
+    all_free(p)
+
+
+def test_a_block_rewritten_after_the_offer_is_refused(site: Site) -> None:
+    p, d = pair(site)
+    first = prefill(p, PROMPT)
+    site.network.hold()
+    hand_off(d, PROMPT, first)
+    d.turn()
+    p.role.cancel(first.sequence_id, "the gateway gave up")
+    pool = p.role.state.pool
+    taken = pool.allocate(pool.num_available)  # every block has a new owner
+    site.network.deliver()
+    d.turn(2)
+    (output,) = d.take()
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    assert "fence refused" in output.error.message
+    assert not output.token_ids
+    pool.release(taken)
+    all_free(p, d)
+
+
+def test_cancelled_while_pulling_keeps_its_blocks_until_the_read_is_terminal(site: Site) -> None:
+    p, d = pair(site)
+    first = prefill(p, PROMPT)
+    site.network.hold()
+    sequence_id = hand_off(d, PROMPT, first)
+    d.turn()
+    d.role.cancel(sequence_id, "client went away")
+    d.turn()
+    assert d.role.state.pool.num_used == 7 and not d.role.jobs
+    d.check()
+    site.network.deliver()
+    d.turn(2)
+    assert not d.take()
+    assert d.releases == [(p.role.state.address, first.ticket.ticket_id)]
+    p.turn()
+    all_free(p, d)
+
+
+def test_an_expired_lease_frees_the_blocks_and_fails_the_pull(site: Site) -> None:
+    p, d = pair(site)
+    first = prefill(p, PROMPT)
+    site.network.hold()
+    hand_off(d, PROMPT, first)
+    d.turn()
+    site.clock.now += 31
+    p.turn()
+    assert p.role.idle
+    d.turn()
+    (output,) = d.take()
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    site.network.deliver()
+    d.turn()
+    all_free(p, d)
+
+
+def test_a_ticket_that_waits_for_blocks_is_renewed_or_fails(site: Site) -> None:
+    p = site.worker(Role.PREFILL)
+    d = site.worker(Role.DECODE, blocks=8)
+    site.introduce(p, d)
+    busy = job([9] * 40, max_tokens=20)
+    d.role.submit(busy)
+    d.turn(2)
+    first = prefill(p, PROMPT)
+    hand_off(d, PROMPT, first)
+    d.turn()
+    ((address, ticket_id),) = d.role.waiting_tickets()
+    site.clock.now += 20
+    assert (address, p.role.renew_tickets([ticket_id], 30.0)) == (p.role.state.address, [])
+    d.role.leases_renewed(({ticket_id}, set()), 30.0)
+    site.clock.now += 20
+    p.turn()
+    d.turn(60)
+    outputs = [output for output in d.take() if output.sequence_id != busy.id]
+    assert tokens_of([first, *outputs]) == undisturbed(PROMPT, 8)
+    all_free(p, d)
+
+
+def test_a_lost_ticket_fails_its_sequence(site: Site) -> None:
+    p, d = pair(site)
+    first = prefill(p, PROMPT)
+    site.network.hold()
+    hand_off(d, PROMPT, first)
+    d.turn()
+    d.role.leases_renewed((set(), {first.ticket.ticket_id}), 30.0)
+    d.turn()
+    (output,) = d.take()
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    site.network.deliver()
+    d.turn()
+    all_free(p, d)
+
+
+def test_a_dead_peer_fails_only_its_own_pulls(site: Site) -> None:
+    p, d = pair(site)
+    other = site.worker(Role.PREFILL)
+    site.introduce(other, d)
+    lost, kept = prefill(p, PROMPT), prefill(other, PROMPT[::-1])
+    site.network.kill(p.role.state.incarnation)
+    hand_off(d, PROMPT, lost)
+    hand_off(d, PROMPT[::-1], kept)
+    d.turn(14)
+    outputs = d.take()
+    (failed,) = [output for output in outputs if output.HasField("error")]
+    assert failed.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    finished = [output for output in outputs if not output.HasField("error")]
+    assert tokens_of([kept, *finished]) == undisturbed(PROMPT[::-1], 8)
+    all_free(other, d)
+
+
+def test_a_lost_gateway_frees_everything_it_had(site: Site) -> None:
+    p, d = pair(site)
+    prefill(p, PROMPT, owner="dead")
+    kept = prefill(p, PROMPT, owner="alive")
+    p.role.submit(job(PROMPT, owner="dead"))
+    d.role.submit(job([5] * 20, owner="dead"))
+    d.turn(2)
+    for worker in (p, d):
+        worker.role.owner_gone("dead")
+        worker.check()
+    assert not p.role.jobs and len(p.role.leases()) == 1
+    hand_off(d, PROMPT, kept)
+    d.turn(12)
+    p.turn()
+    all_free(p, d)
+
+
+def test_preempted_work_goes_back_and_continues_with_the_same_tokens(site: Site) -> None:
+    d = site.worker(Role.COLOCATED, blocks=10)
+    prompts = [[3 + i] * 30 for i in range(2)]
+    made = [job(prompt, max_tokens=30) for prompt in prompts]
+    for one in made:
+        d.role.submit(one)
+    emitted: dict[str, list[int]] = {one.id: [] for one in made}
+    for _ in range(200):
+        d.turn()
+        for output in d.take():
+            emitted[output.sequence_id] += output.token_ids
+            if output.HasField("error"):
+                assert output.error.code == worker_pb2.ERROR_CODE_PREEMPTED
+                index = [one.id for one in made].index(output.sequence_id)
+                again = job(
+                    prompts[index],
+                    emitted=emitted[output.sequence_id],
+                    sequence_id=output.sequence_id,
+                    max_tokens=30,
+                )
+                d.role.submit(again)
+    assert d.role.state.counters.preemptions > 0
+    assert [emitted[one.id] for one in made] == [undisturbed(prompt, 30) for prompt in prompts]
+    all_free(d)
+
+
+def test_a_deadline_ends_a_sequence_wherever_it_is(site: Site) -> None:
+    p = site.worker(Role.PREFILL)
+    p.role.submit(job(PROMPT, deadline_unix_ms=int(1000 * time.time()) - 1))
+    p.turn()
+    (output,) = p.take()
+    assert output.error.code == worker_pb2.ERROR_CODE_DEADLINE
+    all_free(p)
+
+
+def test_draining_refuses_new_work_and_finishes_what_runs(site: Site) -> None:
+    d = site.worker(Role.COLOCATED)
+    running = job(PROMPT)
+    d.role.submit(running)
+    d.turn(2)
+    d.role.draining = True
+    refused = job(PROMPT)
+    d.role.submit(refused)
+    d.turn(12)
+    outputs = d.take()
+    (no,) = [output for output in outputs if output.sequence_id == refused.id]
+    assert no.error.code == worker_pb2.ERROR_CODE_DRAINING
+    done = [output for output in outputs if output.sequence_id == running.id]
+    assert tokens_of(done) == undisturbed(PROMPT, 8)
+    all_free(d)
+
+
+def test_a_failed_step_ends_its_own_sequences_only(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = site.worker(Role.COLOCATED)
+    d.role.submit(job(PROMPT))
+    broken = d.runner.run
+    monkeypatch.setattr(d.runner, "run", lambda plan: 1 / 0)
+    d.turn()
+    (output,) = d.take()
+    assert output.error.code == worker_pb2.ERROR_CODE_INTERNAL
+    monkeypatch.setattr(d.runner, "run", broken)
+    d.role.submit(job(PROMPT))
+    d.turn(12)
+    assert tokens_of(d.take()) == undisturbed(PROMPT, 8)
+    all_free(d)
+
+
+def test_a_worker_that_is_full_says_so(site: Site) -> None:
+    d = site.worker(Role.COLOCATED, max_waiting=1, max_batch=1)
+    for _ in range(3):
+        d.role.submit(job(PROMPT))
+    d.turn()
+    (output,) = d.take()
+    assert output.error.code == worker_pb2.ERROR_CODE_OVERLOADED
+    d.turn(40)
+    all_free(d)
+
+
+def test_the_context_ends_a_sequence(site: Site) -> None:
+    d = site.worker(Role.COLOCATED, blocks=80)
+    d.role.submit(job([5] * (CONTEXT - 3), max_tokens=50))
+    d.turn(30)
+    outputs = d.take()
+    assert len(tokens_of(outputs)) == 3
+    assert outputs[-1].finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    all_free(d)
