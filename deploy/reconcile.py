@@ -142,6 +142,7 @@ class _Plan:
             target.pool: [m for m in self.members if m.pool == target.pool and m.live]
             for target in self.targets
         }
+        self.draining = Counter(m.pool for m in self.members if m.state is State.DRAINING)
         self.ready = Counter(m.role for m in self.members if m.state is State.READY)
         self.wanted: Counter[str] = Counter()
         for target in self.targets:
@@ -153,9 +154,13 @@ class _Plan:
             if member.state is State.LOST:
                 self._stop(member, f"lost ({member.why})" if member.why else "lost")
             elif member.state is State.DRAINING and member.drained:
-                self._stop(member, "drained")
+                self._depart(member, "drained")
             elif member.state is State.DRAINING and self.now >= member.drain_deadline:
-                self._stop(member, "drain deadline passed with work left")
+                self._depart(member, "drain deadline passed with work left")
+
+    def _depart(self, member: Member, reason: str) -> None:
+        self.draining[member.pool] -= 1
+        self._stop(member, reason)
 
     def remove_excess(self, target: Target) -> None:
         old, current = self._split(target)
@@ -178,7 +183,8 @@ class _Plan:
     def fill(self, target: Target) -> None:
         """Starts what is missing altogether."""
         _, current = self._split(target)
-        missing = target.replicas - max(len(current), len(self.live[target.pool]))
+        held = 0 if target.surge else self.draining[target.pool]
+        missing = target.replicas - max(len(current), len(self.live[target.pool])) - held
         if missing > 0 and self._start_allowed(target):
             for _ in range(missing):
                 self._start(target, f"{target.replicas} wanted")
@@ -194,10 +200,13 @@ class _Plan:
             and any(m.state is State.STARTING for m in self.live[t.pool])
             for t in self.targets
         )
+        # More than wanted may still be there where a floor keeps old ones: going on frees them.
         ready_to_roll = [
             t
             for t in behind
-            if t.surge and len(self.live[t.pool]) == t.replicas and self._start_allowed(t)
+            if t.surge
+            and len(self._split(t)[1]) < t.replicas <= len(self.live[t.pool])
+            and self._start_allowed(t)
         ]
         if ready_to_roll and not surging:
             target = min(ready_to_roll, key=lambda t: (self._updated_share(t), t.pool))
@@ -205,8 +214,7 @@ class _Plan:
 
     def _retire_without_surge(self, target: Target) -> None:
         old, current = self._split(target)
-        leaving = any(m.pool == target.pool and m.state is State.DRAINING for m in self.members)
-        if not leaving and all(m.state is State.READY for m in current):
+        if not self.draining[target.pool] and all(m.state is State.READY for m in current):
             self._retire(old[0], "of an old revision; its replacement takes its ports")
 
     def _split(self, target: Target) -> tuple[list[Member], list[Member]]:

@@ -35,7 +35,7 @@ def setting(
     *,
     low: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str | int, ...] = (),
     kind: str = "",
     factory: Any = MISSING,
 ) -> Any:
@@ -162,7 +162,7 @@ class KVSpec:
         "What moves KV blocks: nixl (RDMA, NVLink, TCP, shared memory) or local (one host).",
         choices=("nixl", "local"),
     )
-    block_size: int = setting(16, "Tokens in one KV block.", low=1, high=1024)
+    block_size: int = setting(16, "Tokens in one KV block.", choices=(8, 16, 32, 64, 128))
     lease_s: float = setting(
         30.0, "How long offered KV stays pinned without a renewal.", low=0.1, high=3600
     )
@@ -309,7 +309,7 @@ def check_value(path: str, about: Field[Any], value: Any) -> None:
     low, high = about.metadata["low"], about.metadata["high"]
     choices, kind = about.metadata["choices"], about.metadata["kind"]
     if choices and value not in choices:
-        raise ConfigError(path, f"{value!r} is not allowed; one of {', '.join(choices)}")
+        raise ConfigError(path, f"{value!r} is not allowed; one of {', '.join(map(str, choices))}")
     if low is not None and not (math.isfinite(value) and low <= value <= high):
         raise ConfigError(path, f"{value!r} is not allowed; must be from {low:g} to {high:g}")
     if kind == "text" and not value.strip():

@@ -39,6 +39,15 @@ def parse(text: str, file: str) -> ClusterSpec:
         raise ConfigError(error.field, message, reader.where(error.field)) from None
 
 
+def locate(text: str, file: str, path: str) -> str:
+    """file:line of a field in a text that `parse` takes."""
+    reader = _Reader(file)
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None:
+        reader.read(root, ClusterSpec, "")
+    return reader.where(path)
+
+
 class _Reader:
     """Turns nodes into values of the declared types, remembering where each field stands."""
 

@@ -117,7 +117,10 @@ def test_gateways_make_room_for_their_replacement():
     gateway = Target("gateway", "gateway", 1, "b", surge=0)
     old = ready("gateway-0", "gateway")
     assert decide([gateway], [old]) == ["drain gateway-0"]
-    assert decide([gateway], [replace(old, state=State.DRAINING)]) == ["start gateway-1"]
+    leaving = replace(old, state=State.DRAINING)
+    assert decide([gateway], [leaving]) == []
+    gone = replace(leaving, drained=True)
+    assert decide([gateway], [gone]) == ["stop gateway-0", "start gateway-1"]
 
 
 @dataclass
@@ -166,12 +169,14 @@ class World:
         if serves(ready_before):
             assert serves(after), actions
         leaving = {a.name for a in actions if a.do is not Do.START}
-        running = Counter(m.pool for m in before if m.live and m.name not in leaving)
+        new = {(t.pool, t.revision) for t in self.targets}
+        staying = [m for m in before if m.live and m.name not in leaving]
+        running = Counter(m.pool for m in staying if (m.pool, m.revision) in new)
         started = Counter(a.pool for a in actions if a.do is Do.START)
         for target in self.targets:
             if started[target.pool]:
                 total = running[target.pool] + started[target.pool]
-                assert total <= target.replicas + target.surge
+                assert total <= target.replicas
 
     def lose(self, name: str) -> None:
         member = self.members[name]

@@ -1,0 +1,418 @@
+"""The only file that speaks to Ray: actors around workers, gateways and the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import secrets
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from crossdock.deploy.runtime import Launch, Placement, Process, ProcessGone, Started, StartFailed
+from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
+from crossdock.proto.types import WorkerEndpoint
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CONTROLLER = "controller"
+HEAD_RESOURCE = "node:__internal_head__"
+MANY_CALLS = 1000
+LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one for want of them
+PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG")
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+
+class MemberActor:
+    """One worker or gateway process. Lives until it is stopped or killed."""
+
+    def __init__(self, launch: Launch) -> None:
+        _set_up_process(launch.name, launch.telemetry)
+        self._launch = launch
+        self._server: Any = None
+        self._starting = asyncio.Lock()
+        self._started: Started | None = None
+        self._stopped = asyncio.Event()
+
+    async def start(self) -> Started:
+        async with self._starting:
+            if self._started is None:
+                try:
+                    self._started = await self._start()
+                except CrossdockError as error:
+                    raise StartFailed(f"{type(error).__name__}: {error}") from None
+            return self._started
+
+    async def launch(self) -> Launch:
+        return self._launch
+
+    async def run(self) -> str:
+        """Pends as long as the process lives: its end is noticed by whoever awaits this."""
+        await self._stopped.wait()
+        return "stopped"
+
+    async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+        if self._launch.gateway is not None:
+            await self._server.update_members(list(endpoints))
+        else:
+            await self._server.update_peers(list(endpoints))
+
+    async def drain(self, timeout_s: float) -> bool:
+        drained = await self._server.drain(timeout_s)
+        return drained is not False  # a gateway's drain returns nothing
+
+    async def active_requests(self) -> int:
+        return int(self._server.active_requests) if self._started else 0
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop()
+        _flush_telemetry()
+        self._stopped.set()
+
+    async def _start(self) -> Started:
+        context = ray.get_runtime_context()
+        launch, node_id = self._launch, context.get_node_id()
+        # Imported here, in the actor: the controller and the driver need no torch.
+        if launch.worker is not None:
+            config = dataclasses.replace(launch.worker, host=_host(), node_id=node_id)
+            if launch.role == "prefill":
+                from crossdock.prefill.worker import create
+            else:
+                from crossdock.decode.worker import create
+            self._server = create(config)
+            endpoint = await self._server.start()
+            return self._as_started(node_id, endpoint=endpoint)
+        from crossdock.router.gateway import GatewayConfig, GatewayServer
+
+        assert launch.gateway is not None
+        self._server = GatewayServer(GatewayConfig(**launch.gateway))
+        await self._server.start()
+        return self._as_started(
+            node_id, grpc=self._server.grpc_address, http=self._server.http_address
+        )
+
+    def _as_started(self, node_id: str, **where: Any) -> Started:
+        launch = self._launch
+        return Started(
+            launch.name, launch.pool, launch.role, launch.revision, os.getpid(), node_id, **where
+        )
+
+
+class ControllerActor:
+    """The control plane's process. Ray restarts it; the spec on disk and the actors outlive it."""
+
+    def __init__(self, cluster: str, telemetry: Mapping[str, str] | None) -> None:
+        _set_up_process(CONTROLLER, telemetry)
+        self._cluster = cluster
+        self._failed = ""
+        self._controller: Any = None
+        self._started = asyncio.Event()
+        self._ending: asyncio.Future[None] | None = None
+        self._loop_task = asyncio.get_running_loop().create_task(self._run())
+
+    async def started(self) -> str:
+        """The address it answers operators at. Raises StartFailed."""
+        await self._started.wait()
+        if self._failed:
+            raise StartFailed(self._failed)
+        return self._address
+
+    async def status(self) -> bytes:
+        """A serialized ClusterStatus."""
+        from crossdock.deploy.admin_service import cluster_status
+
+        await self.started()
+        status = await cluster_status(self._controller)
+        return status.SerializeToString()
+
+    async def run(self) -> None:
+        """Pends until the cluster is down."""
+        await self.started()
+        await self._controller.ended.wait()
+
+    async def down(self, drain_s: float) -> None:
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._controller.down(drain_s))
+        await asyncio.shield(self._ending)
+
+    async def _run(self) -> None:
+        from crossdock.deploy.admin_service import serve_admin
+        from crossdock.deploy.controller import Controller
+        from crossdock.deploy.store import ClusterStore
+
+        try:
+            controller = Controller(RayRuntime(self._cluster), ClusterStore(self._cluster))
+            server, self._address = await serve_admin(controller, controller.spec.controller.grpc)
+        except (CrossdockError, OSError) as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            self._started.set()
+            return
+        self._controller = controller
+        self._started.set()
+        await controller.run()
+        await controller.ended.wait()
+        await server.stop(grace=1.0)
+        ray.actor.exit_actor()
+
+
+class RayProcess:
+    """A MemberActor as the controller handles it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._stopping = False
+
+    async def start(self) -> Started:
+        return await _call(self._actor.start.remote())
+
+    async def gone(self) -> str:
+        try:
+            return await _call(self._actor.run.remote())
+        except ProcessGone as error:
+            return str(error)
+
+    async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+        await _call(self._actor.update.remote(list(endpoints)))
+
+    async def drain(self, timeout_s: float) -> bool:
+        return await _call(self._actor.drain.remote(timeout_s))
+
+    async def active_requests(self) -> int:
+        return await _call(self._actor.active_requests.remote())
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        with contextlib.suppress(TimeoutError, ProcessGone, StartFailed):
+            async with asyncio.timeout(grace_s):
+                await _call(self._actor.stop.remote())
+        with contextlib.suppress(RayActorError, ValueError):
+            ray.kill(self._actor)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self.gone()
+
+
+class RayRuntime:
+    """Runtime over the Ray cluster that this process is part of."""
+
+    def __init__(self, cluster: str) -> None:
+        self._namespace = namespace(cluster)
+
+    async def launch(self, launch: Launch) -> Process:
+        # A name of its own for each launch: Ray frees a name only some time after its actor.
+        name = f"member/{launch.name}/{secrets.token_hex(4)}"
+        actor = (
+            ray.remote(MemberActor)
+            .options(
+                name=name,
+                namespace=self._namespace,
+                lifetime="detached",  # it outlives this controller; the next one adopts it
+                max_restarts=0,
+                max_concurrency=MANY_CALLS,
+                **_placed(launch.placement),
+            )
+            .remote(launch)
+        )
+        return RayProcess(actor)
+
+    async def adopt(self) -> Sequence[tuple[Launch, Process]]:
+        found: list[tuple[Launch, Process]] = []
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == self._namespace and entry["name"].startswith("member/"):
+                with contextlib.suppress(ValueError, ProcessGone, TimeoutError):
+                    actor = ray.get_actor(entry["name"], namespace=self._namespace)
+                    async with asyncio.timeout(10.0):
+                        launch: Launch = await _call(actor.launch.remote())
+                    found.append((launch, RayProcess(actor)))
+        return found
+
+    def why_waiting(self, launch: Launch) -> str:
+        return placement_problem(launch.placement, ray.nodes())
+
+
+def placement_problem(placement: Placement, nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Why no node can ever take a process, empty when one can. `nodes` as ray.nodes() has them."""
+    alive = [node for node in nodes if node["Alive"]]
+    if placement.labels:
+        wanted = placement.labels.items()
+        alive = [node for node in alive if wanted <= node.get("Labels", {}).items()]
+        if not alive:
+            labels = ", ".join(f"{key}={value}" for key, value in wanted)
+            return f"no node of the Ray cluster has the labels {labels}"
+    for resource, amount in _resources(placement).items():
+        most = max((node["Resources"].get(resource, 0.0) for node in alive), default=0.0)
+        if most < amount:
+            return f"no fitting node has {amount:g} of {resource}; the most is {most:g}"
+    return ""
+
+
+def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool = False) -> None:
+    """Joins the Ray cluster at `address`, or starts one on this machine under `temp_dir`.
+
+    Raises Unavailable when the cluster can't be joined.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    quiet: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.ERROR}
+    if address:
+        try:
+            ray.init(address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise Unavailable(f"ray.address: cannot join {address!r}: {error}") from None
+        return
+    ray.init(
+        "local",
+        num_cpus=int(LOCAL_CPUS),
+        include_dashboard=False,
+        object_store_memory=object_store_mb << 20,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=temp_dir,
+        **quiet,
+    )
+
+
+def stop_ray() -> None:
+    """Leaves the Ray cluster; one that `start_ray` started ends."""
+    ray.shutdown()
+
+
+class ControllerHandle:
+    """The controller as the process that started the cluster uses it. Calls block."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._run = actor.run.remote()
+
+    def started(self, timeout_s: float) -> str:
+        """Its address. Raises StartFailed, ProcessGone or TimeoutError."""
+        return str(_get(self._actor.started.remote(), timeout_s))
+
+    def status(self, timeout_s: float = 10.0) -> bytes:
+        """A serialized ClusterStatus."""
+        answer = _get(self._actor.status.remote(), timeout_s)
+        assert isinstance(answer, bytes)
+        return answer
+
+    def ended(self, wait_s: float) -> bool:
+        """Whether the cluster went down within `wait_s`."""
+        done, _ = ray.wait([self._run], timeout=wait_s)
+        return bool(done)
+
+    def down(self, drain_s: float, timeout_s: float) -> None:
+        _get(self._actor.down.remote(drain_s), timeout_s)
+
+
+def start_controller(cluster: str, telemetry: Mapping[str, str] | None) -> ControllerHandle:
+    """Raises ConfigError when a cluster of this name runs already."""
+    space = namespace(cluster)
+    with contextlib.suppress(ValueError):
+        ray.get_actor(CONTROLLER, namespace=space)
+        message = f"{cluster!r} runs already in this Ray cluster; use `crossdock apply`"
+        raise ConfigError("metadata.name", message)
+    actor = (
+        ray.remote(ControllerActor)
+        .options(
+            name=CONTROLLER,
+            namespace=space,
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=MANY_CALLS,
+            **_placed(Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})),
+        )
+        .remote(cluster, telemetry)
+    )
+    return ControllerHandle(actor)
+
+
+def namespace(cluster: str) -> str:
+    return f"crossdock-{cluster}"
+
+
+def _resources(placement: Placement) -> dict[str, float]:
+    wanted = {"CPU": placement.cpus, "GPU": placement.gpus, **placement.custom}
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def _placed(placement: Placement) -> dict[str, Any]:
+    """A placement as actor options."""
+    custom = dict(placement.custom)
+    if placement.on_head:
+        custom[HEAD_RESOURCE] = 0.001
+    env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    options: dict[str, Any] = {
+        "num_cpus": placement.cpus,
+        "num_gpus": placement.gpus,
+        "resources": custom,
+        "runtime_env": {"env_vars": {**env, **placement.env}},
+    }
+    if placement.memory_mb:
+        options["memory"] = placement.memory_mb << 20
+    if placement.labels:
+        options["label_selector"] = dict(placement.labels)
+    return options
+
+
+def _host() -> str:
+    """The address at which other nodes reach this one."""
+    return str(ray.util.get_node_ip_address())
+
+
+def _set_up_process(name: str, telemetry: Mapping[str, str] | None) -> None:
+    from crossdock.deploy.telemetry import configure
+
+    level = os.environ.get("CROSSDOCK_LOG", "INFO").upper()
+    logging.basicConfig(level=level, format=f"%(asctime)s {name} %(levelname)s %(message)s")
+    configure(telemetry, f"crossdock.{name.rpartition('-')[0] or name}", name)
+
+
+def _flush_telemetry() -> None:
+    from crossdock.deploy.telemetry import flush
+
+    flush()
+
+
+async def _call(reference: Awaitable[T]) -> T:
+    try:
+        return await reference
+    except RayActorError as error:
+        raise ProcessGone(_end_of(error)) from None
+    except RayTaskError as error:
+        raise _cause(error) from None
+
+
+def _get(reference: Any, timeout_s: float) -> object:
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+    except RayActorError as error:
+        raise ProcessGone(_end_of(error)) from None
+    except RayTaskError as error:
+        raise _cause(error) from None
+
+
+def _cause(error: RayTaskError) -> Exception:
+    cause = error.cause
+    if isinstance(cause, StartFailed):
+        return StartFailed(str(cause))
+    return StartFailed(f"{type(cause).__name__}: {cause}")
+
+
+def _end_of(error: RayActorError) -> str:
+    """The part of Ray's message that says how the process ended."""
+    text = str(error)
+    for line in text.splitlines():
+        if "exit" in line.lower() or "killed" in line.lower():
+            return line.strip()
+    return text.splitlines()[0] if text else type(error).__name__

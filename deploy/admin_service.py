@@ -1,0 +1,189 @@
+"""crossdock.v1.Admin over gRPC: what operators ask of the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+
+from crossdock.deploy.controller import Controller
+from crossdock.deploy.members import Watched
+from crossdock.deploy.reconcile import State
+from crossdock.deploy.runtime import ProcessGone
+from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
+from crossdock.proto.convert import ROLE_TO_PB
+from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
+from crossdock.proto.types import Role
+from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
+
+DEFAULT_WAIT_S = 600.0
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._down: asyncio.Task[None] | None = None
+
+    async def GetClusterStatus(
+        self, request: admin_pb2.GetClusterStatusRequest, context: Context
+    ) -> admin_pb2.ClusterStatus:
+        return await cluster_status(self._controller, request.check_integrity)
+
+    async def Apply(
+        self, request: admin_pb2.ApplyRequest, context: Context
+    ) -> admin_pb2.ApplyResponse:
+        async with _errors_sent(context):
+            spec = ClusterSpec.parse(request.yaml, request.file or "<apply>")
+            if request.dry_run:
+                actions = self._controller.plan(spec)
+                return admin_pb2.ApplyResponse(
+                    actions=actions, converged=not actions and self._controller.converged
+                )
+            return await self._change(spec, request.wait, request.timeout_s)
+        raise AssertionError("abort raises")
+
+    async def Scale(
+        self, request: admin_pb2.ScaleRequest, context: Context
+    ) -> admin_pb2.ApplyResponse:
+        async with _errors_sent(context):
+            spec = self._controller.spec.with_replicas(request.pool, request.replicas)
+            return await self._change(spec, request.wait, request.timeout_s)
+        raise AssertionError("abort raises")
+
+    async def Down(
+        self, request: admin_pb2.DownRequest, context: Context
+    ) -> admin_pb2.DownResponse:
+        if self._down is None:
+            self._down = asyncio.create_task(self._controller.down(request.drain_s))
+        await asyncio.shield(self._down)
+        return admin_pb2.DownResponse()
+
+    async def _change(
+        self, spec: ClusterSpec, wait: bool, timeout_s: float
+    ) -> admin_pb2.ApplyResponse:
+        if self._down is not None:
+            raise Unavailable("the cluster is going down")
+        actions = self._controller.apply(spec)
+        if wait:
+            done = await self._controller.wait_converged(timeout_s or DEFAULT_WAIT_S)
+        else:
+            done = self._controller.converged
+        return admin_pb2.ApplyResponse(actions=actions, converged=done)
+
+
+async def serve_admin(controller: Controller, address: str) -> tuple[grpc.aio.Server, str]:
+    """A started server and the address it has. Raises ConfigError when the port is taken."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    admin_pb2_grpc.add_AdminServicer_to_server(AdminService(controller), server)  # type: ignore[no-untyped-call]
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        raise ConfigError("controller.grpc", f"{address} is in use or not of this host") from None
+    await server.start()
+    return server, f"{address.rpartition(':')[0]}:{port}"
+
+
+async def cluster_status(
+    controller: Controller, check_integrity: bool = False
+) -> admin_pb2.ClusterStatus:
+    workers = [m for m in controller.members if not m.is_gateway]
+    gateways = [m for m in controller.members if m.is_gateway]
+    statuses: list[admin_pb2.MemberStatus] = list(
+        await asyncio.gather(*(_member_status(controller, m, check_integrity) for m in workers))
+    )
+    fronts: list[admin_pb2.GatewayStatus] = list(
+        await asyncio.gather(*(_gateway_status(controller, m) for m in gateways))
+    )
+    there = {m.name for m in controller.members}
+    for name in sorted(controller.errors.keys() - there):
+        _add_missing(controller, name, statuses, fronts)
+    statuses.sort(key=lambda w: (w.role, w.pool, len(w.name), w.name))
+    fronts.sort(key=lambda g: (len(g.name), g.name))
+    return admin_pb2.ClusterStatus(
+        name=controller.spec.name,
+        model=controller.spec.model.id,
+        workers=statuses,
+        gateways=fronts,
+        decisions=[
+            admin_pb2.Decision(unix_s=d.unix_s, action=d.action, reason=d.reason)
+            for d in controller.decisions
+        ],
+        converged=controller.converged,
+    )
+
+
+def _add_missing(
+    controller: Controller,
+    name: str,
+    workers: list[admin_pb2.MemberStatus],
+    gateways: list[admin_pb2.GatewayStatus],
+) -> None:
+    """Nothing runs in this place: it waits for the pause of a crash loop to end."""
+    error, restarts = controller.errors[name], controller.restarts[name]
+    pool, lost = name.rpartition("-")[0], State.LOST.value
+    if pool == GATEWAY_POOL:
+        gateways.append(
+            admin_pb2.GatewayStatus(name=name, state=lost, error=error, restarts=restarts)
+        )
+    elif pool in controller.spec.pools:
+        status = admin_pb2.MemberStatus(name=name, pool=pool, state=lost, error=error)
+        status.role = ROLE_TO_PB[Role(controller.spec.pools[pool].role)]
+        status.restarts = restarts
+        workers.append(status)
+
+
+async def _member_status(
+    controller: Controller, watched: Watched, check_integrity: bool
+) -> admin_pb2.MemberStatus:
+    launch, started = watched.launch, watched.started
+    status = admin_pb2.MemberStatus(
+        name=launch.name,
+        pool=launch.pool,
+        role=ROLE_TO_PB[Role(launch.role)],
+        state=watched.state.value,
+        revision=launch.revision,
+        restarts=controller.restarts[launch.name],
+        error=watched.why
+        or controller.errors.get(launch.name, "")
+        or controller.why_waiting(watched),
+    )
+    if started is not None:
+        status.address, status.pid = started.address, started.pid
+        status.node_id = started.node_id
+        if watched.state is not State.LOST:
+            answer = await watched.status(check_integrity)
+            if answer is not None:
+                status.worker.CopyFrom(answer)
+    return status
+
+
+async def _gateway_status(controller: Controller, watched: Watched) -> admin_pb2.GatewayStatus:
+    launch, started = watched.launch, watched.started
+    status = admin_pb2.GatewayStatus(
+        name=launch.name,
+        state=watched.state.value,
+        revision=launch.revision,
+        restarts=controller.restarts[launch.name],
+        error=watched.why
+        or controller.errors.get(launch.name, "")
+        or controller.why_waiting(watched),
+    )
+    if started is not None:
+        status.grpc, status.http, status.pid = started.grpc, started.http, started.pid
+        with contextlib.suppress(TimeoutError, ProcessGone):
+            async with asyncio.timeout(2.0):
+                status.active_requests = await watched.process.active_requests()
+    return status
+
+
+@contextlib.asynccontextmanager
+async def _errors_sent(context: Context) -> AsyncIterator[None]:
+    """Ends the call with the status of a CrossdockError."""
+    try:
+        yield
+    except CrossdockError as error:
+        await context.abort(getattr(grpc.StatusCode, error.grpc_status), str(error))

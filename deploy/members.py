@@ -1,0 +1,165 @@
+"""The controller's view of one worker or gateway, from its launch to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from crossdock.deploy.reconcile import Member, State
+from crossdock.deploy.runtime import Launch, Process, ProcessGone, Started, StartFailed
+from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """How closely members are watched, seconds."""
+
+    probe_every_s: float = 1.0
+    probe_timeout_s: float = 5.0
+    unresponsive_s: float = 30.0
+    start_timeout_s: float = 900.0
+    stop_grace_s: float = 5.0
+
+
+class Watched:
+    """One process under watch. `changed` is called whenever its state is another."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        process: Process,
+        changed: Callable[[], None],
+        settings: WatchSettings,
+    ) -> None:
+        self.launch = launch
+        self.process = process
+        self.state = State.STARTING
+        self.started: Started | None = None
+        self.launched_at = time.monotonic()
+        self.why = ""
+        self.drained = False
+        self.drain_deadline = float("inf")
+        self.pushed: object = None  # the membership it was last sent
+        self.told: object = None  # and the one it has taken
+        self._changed = changed
+        self._settings = settings
+        self._channel: grpc.aio.Channel | None = None
+        self._tasks = [asyncio.create_task(self._watch_end()), asyncio.create_task(self._start())]
+
+    @property
+    def name(self) -> str:
+        return self.launch.name
+
+    @property
+    def is_gateway(self) -> bool:
+        return self.launch.gateway is not None
+
+    def seen(self) -> Member:
+        """As reconcile() wants it."""
+        return Member(
+            name=self.name,
+            pool=self.launch.pool,
+            role=self.launch.role,
+            revision=self.launch.revision,
+            state=self.state,
+            drained=self.drained,
+            drain_deadline=self.drain_deadline,
+            why=self.why,
+        )
+
+    def leave(self, timeout_s: float) -> None:
+        """No new work from now on; `drain` carries it out."""
+        self.state = State.DRAINING
+        self.drain_deadline = time.monotonic() + timeout_s
+
+    async def drain(self) -> None:
+        try:
+            remaining = max(0.0, self.drain_deadline - time.monotonic())
+            self.drained = await self.process.drain(remaining)
+        except ProcessGone as error:
+            self._lost(str(error))
+        if not self.drained:
+            self.drain_deadline = min(self.drain_deadline, time.monotonic())
+        self._changed()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._channel is not None:
+            await self._channel.close(grace=None)
+        await self.process.stop(self._settings.stop_grace_s)
+
+    def release(self) -> None:
+        """Stops watching and leaves the process as it is."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def status(self, check_integrity: bool = False) -> worker_pb2.WorkerStatus | None:
+        """What the worker says of itself; None when it does not answer in time."""
+        try:
+            return await self._get_status(check_integrity)
+        except (grpc.aio.AioRpcError, OSError):
+            return None
+
+    async def _get_status(self, check_integrity: bool) -> worker_pb2.WorkerStatus:
+        assert self.started is not None
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self.started.address)
+        stub = worker_pb2_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
+        request = worker_pb2.GetStatusRequest(check_integrity=check_integrity)
+        answer = await stub.GetStatus(request, timeout=self._settings.probe_timeout_s)
+        assert isinstance(answer, worker_pb2.WorkerStatus)
+        return answer
+
+    async def _start(self) -> None:
+        try:
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                self.started = await self.process.start()
+        except TimeoutError:
+            self._lost(f"not ready within {self._settings.start_timeout_s:g} s")
+        except (StartFailed, ProcessGone) as error:
+            self._lost(str(error))
+        else:
+            if self.state is State.STARTING:
+                self.state = State.READY
+                self._changed()
+                self._tasks.append(asyncio.create_task(self._probe()))
+
+    async def _watch_end(self) -> None:
+        self._lost(await self.process.gone())
+
+    async def _probe(self) -> None:
+        """One that does not answer any more is as good as dead: a worker's status comes from its
+        engine thread, so an answer is progress."""
+        answered = time.monotonic()
+        while self.state is not State.LOST:
+            await asyncio.sleep(self._settings.probe_every_s)
+            if await self._answers():
+                answered = time.monotonic()
+            silent = time.monotonic() - answered
+            if silent > self._settings.unresponsive_s:
+                self._lost(f"did not answer for {silent:.0f} s")
+
+    async def _answers(self) -> bool:
+        if not self.is_gateway:
+            return await self.status() is not None
+        try:
+            async with asyncio.timeout(self._settings.probe_timeout_s):
+                await self.process.active_requests()
+        except (TimeoutError, ProcessGone):
+            return False
+        return True
+
+    def _lost(self, why: str) -> None:
+        if self.state is not State.LOST:
+            log.warning("%s is lost: %s", self.name, why)
+            self.state = State.LOST
+            self.why = why
+            self._changed()

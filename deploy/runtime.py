@@ -1,0 +1,167 @@
+"""What the controller needs of whatever runs its processes: Ray in life, a stand-in in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
+from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.worker.config import WorkerConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one process reserves and where it may run."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    memory_mb: int = 0
+    custom: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    on_head: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process to start: a worker (`worker` is set) or a gateway (`gateway` is)."""
+
+    name: str
+    pool: str
+    role: str
+    revision: str
+    placement: Placement
+    worker: WorkerConfig | None = None
+    gateway: Mapping[str, Any] | None = None
+    telemetry: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Started:
+    """Where a started process is found. `endpoint` is a worker's; `grpc` and `http` a gateway's."""
+
+    name: str
+    pool: str
+    role: str
+    revision: str
+    pid: int
+    node_id: str
+    endpoint: WorkerEndpoint | None = None
+    grpc: str = ""
+    http: str = ""
+
+    @property
+    def address(self) -> str:
+        return self.endpoint.address if self.endpoint else self.grpc
+
+
+class Process(Protocol):
+    """One worker or gateway process. Every method may raise ProcessGone."""
+
+    async def start(self) -> Started:
+        """Starts serving; returns at once when it serves already. Raises StartFailed."""
+
+    async def gone(self) -> str:
+        """Returns when the process is no more, and says why."""
+
+    async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+        """The members of the cluster: a gateway's to send to, a worker's to pull from."""
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new work, finishes what it has. True when nothing is left."""
+
+    async def active_requests(self) -> int:
+        """Requests that a gateway holds now."""
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Stops serving and ends the process, by force after `grace_s`. Never raises."""
+
+
+class Runtime(Protocol):
+    async def launch(self, launch: Launch) -> Process:
+        """Asks for a process; `start` of it waits until it is there."""
+
+    async def adopt(self) -> Sequence[tuple[Launch, Process]]:
+        """The processes of this cluster that run already."""
+
+    def why_waiting(self, launch: Launch) -> str:
+        """What keeps a launch from being placed, empty when nothing known does."""
+
+
+class ProcessGone(Exception):
+    """The process ended; the text says how."""
+
+
+class StartFailed(Exception):
+    """The process came up but could not serve; the text says why."""
+
+
+def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: bytes) -> Launch:
+    """How one worker of a pool is started."""
+    pool = spec.pools[pool_name]
+    revision = spec.pool_revision(pool_name)
+    threads = str(pool.engine_threads)
+    config = WorkerConfig(
+        name=name,
+        pool=pool_name,
+        role=Role(pool.role),
+        model=spec.model.id,
+        cluster_key=cluster_key,
+        dtype=spec.model.dtype,
+        block_size=spec.kv.block_size,
+        kv_memory_mb=pool.kv_memory_mb,
+        transport=spec.kv.transport,
+        transport_options=dict(spec.kv.ucx),
+        threads=pool.engine_threads,
+        lease_s=spec.kv.lease_s,
+        max_batch=pool.max_batch,
+        chunk_tokens=pool.chunk_tokens,
+        revision=revision,
+        telemetry=_telemetry(spec),
+    )
+    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+    env |= {f"UCX_{name}": value for name, value in spec.kv.ucx.items()}
+    placement = Placement(
+        cpus=pool.resources.cpus,
+        gpus=pool.resources.gpus,
+        memory_mb=pool.resources.memory_mb,
+        custom=dict(pool.resources.custom),
+        labels=dict(pool.nodes.labels),
+        env=env,
+    )
+    return Launch(
+        name, pool_name, pool.role, revision, placement, worker=config, telemetry=_telemetry(spec)
+    )
+
+
+def _telemetry(spec: ClusterSpec) -> dict[str, str] | None:
+    if spec.telemetry.exporter == "none":
+        return None
+    return {"exporter": spec.telemetry.exporter, "endpoint": spec.telemetry.endpoint}
+
+
+def gateway_launch(spec: ClusterSpec, name: str, index: int) -> Launch:
+    """How gateway `index` is started."""
+    grpc, http = spec.gateway_addresses(index)
+    settings = {
+        "name": name,
+        "model": spec.model.id,
+        "grpc": grpc,
+        "http": http,
+        "policy": spec.gateway.policy,
+        "block_size": spec.kv.block_size,
+        "max_body_bytes": int(spec.gateway.limits.max_body_mb * 1_000_000),
+    }
+    labels = dict(spec.gateway.nodes.labels)
+    placement = Placement(labels=labels, on_head=not labels, env={"OMP_NUM_THREADS": "1"})
+    return Launch(
+        name,
+        GATEWAY_POOL,
+        GATEWAY_POOL,
+        spec.gateway_revision(),
+        placement,
+        gateway=settings,
+        telemetry=_telemetry(spec),
+    )

@@ -1,0 +1,65 @@
+"""What outlives the controller's process: the applied spec, the cluster's key, a lock."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from crossdock.engine.weights.store import crossdock_home
+from crossdock.proto.errors import ConfigError
+
+KEY_BYTES = 32
+
+
+class ClusterStore:
+    """The folder of one cluster, readable by its owner alone."""
+
+    def __init__(self, name: str, home: Path | None = None) -> None:
+        self.name = name
+        self.folder = (home or crossdock_home()) / "clusters" / name
+        self.spec_path = self.folder / "spec.yaml"
+        self._key_path = self.folder / "key"
+
+    def begin(self, yaml: str) -> None:
+        """A new life of the cluster: its spec, and a new key."""
+        self._write(self._key_path, secrets.token_bytes(KEY_BYTES))
+        self.save_spec(yaml)
+
+    def save_spec(self, yaml: str) -> None:
+        self._write(self.spec_path, yaml.encode())
+
+    def spec(self) -> str:
+        return self.spec_path.read_text(encoding="utf-8")
+
+    def key(self) -> bytes:
+        return self._key_path.read_bytes()
+
+    def end(self) -> None:
+        """Forgets the cluster, so that nothing brings it back."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held by the one `crossdock up` of this name on this machine. Raises ConfigError."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.folder.parent / f"{self.name}.lock"
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"{self.name!r} is being served by another `crossdock up`"
+                raise ConfigError("metadata.name", message) from None
+            yield
+
+    def _write(self, path: Path, data: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = path.with_suffix(".new")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        fresh.replace(path)

@@ -1,0 +1,51 @@
+"""OpenTelemetry's SDK and exporters, set up once in each process as the spec says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
+
+
+def configure(telemetry: Mapping[str, str] | None, service_name: str, instance: str = "") -> None:
+    """Sends this process's spans where `telemetry` says; does nothing for None or "none".
+
+    `telemetry` holds exporter ("none", "otlp", "console") and endpoint (an OTLP gRPC collector).
+    """
+    exporter = (telemetry or {}).get("exporter", "none")
+    if telemetry is None or exporter == "none":
+        return
+    # Imported here: processes without telemetry don't pay for the SDK.
+    from opentelemetry import trace
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import (
+        BatchSpanProcessor,
+        ConsoleSpanExporter,
+        SimpleSpanProcessor,
+    )
+
+    attributes = {"service.name": service_name, "service.instance.id": instance or service_name}
+    provider = TracerProvider(resource=Resource.create(attributes))
+    if exporter == "console":
+        provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter()))
+    else:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        endpoint = telemetry["endpoint"]
+        secure = endpoint.startswith("https://")
+        provider.add_span_processor(
+            BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, insecure=not secure))
+        )
+    trace.set_tracer_provider(provider)
+
+
+def flush() -> None:
+    """Sends what is still held back; called before a process ends."""
+    from opentelemetry import trace
+
+    provider = trace.get_tracer_provider()
+    force_flush = getattr(provider, "force_flush", None)
+    if force_flush is not None:
+        force_flush(2000)
