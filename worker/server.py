@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HEARTBEAT_S = 1.0
+STALLED_S = 30.0  # no engine turn for this long: the worker stops calling itself alive
 MAX_MESSAGE_BYTES = 64 << 20
 
 
@@ -134,6 +136,11 @@ class WorkerServer:
     async def status(self, check_integrity: bool = False) -> worker_pb2.WorkerStatus:
         return await self.call(lambda role: self._status(role, check_integrity))
 
+    @property
+    def last_turn_age_s(self) -> float:
+        """Seconds since the engine thread last turned over: its progress."""
+        return time.monotonic() - self._loop.last_turn
+
     def metrics_text(self) -> bytes:
         """The Prometheus page."""
         assert self._registry is not None, "not started"
@@ -169,7 +176,7 @@ class WorkerServer:
 
     def _build(self, address: str) -> None:
         # Imported here: torch takes seconds, and only a process that runs a model needs it.
-        from crossdock.engine.runner import ModelRunner
+        from crossdock.engine.runner import ModelRunner, resolve_device
         from crossdock.engine.weights.config import load_config
         from crossdock.engine.weights.store import resolve
 
@@ -187,7 +194,9 @@ class WorkerServer:
                 "kv_memory_mb", f"{config.kv_memory_mb} holds no 2 blocks; ≥ {needed}"
             )
         incarnation = new_incarnation()
-        buffer, generations, free = allocate(config.transport, num_blocks * block_bytes, num_blocks)
+        on_host = resolve_device(config.device).type == "cpu"
+        nbytes = num_blocks * block_bytes if on_host else 1  # a GPU's pool is the runner's own
+        buffer, generations, free = allocate(config.transport, nbytes, num_blocks)
         self._closers.append(free)
         runner = ModelRunner(
             files,
@@ -196,15 +205,20 @@ class WorkerServer:
             threads=config.threads,
             block_size=config.block_size,
             num_blocks=num_blocks,
-            buffer=buffer,
+            buffer=buffer if on_host else None,
             generations=generations,
         )
         runner.warmup()
         memory = PoolMemory(
-            runner.kv.data_ptr, num_blocks, block_bytes, generations, runner.kv.memory_type
+            kv_ptr=runner.kv.data_ptr,
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+            generations=generations,
+            memory_type="DRAM" if on_host else "VRAM",
+            device_id=runner.device.index or 0,
         )
         self._transport = create_transport(
-            config.transport, incarnation, memory, dict(config.transport_options)
+            config.transport, incarnation, memory, ucx=config.transport_options
         )
         self._closers.append(self._transport.close)
         layout = runner.kv.layout(files.model_id, files.digest)
@@ -249,9 +263,14 @@ class WorkerServer:
             )
 
     async def _heartbeat(self) -> None:
+        load = worker_pb2.Load()
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            self._service.publish(Turn(load=await self.call(lambda role: role.load())))
+            # A long step must not look like a dead worker; an engine that stands still must.
+            with contextlib.suppress(TimeoutError):
+                load = await asyncio.wait_for(self.call(lambda role: role.load()), HEARTBEAT_S)
+            if self.last_turn_age_s < STALLED_S:
+                self._service.publish(Turn(load=load))
 
     async def _renew_leases(self) -> None:
         lease_s = self.config.lease_s
@@ -283,5 +302,5 @@ class WorkerServer:
             recomputed_tokens=counters.recomputed_tokens,
             integrity_error=integrity_error,
             used_blocks=state.pool.num_used,
-            last_step_age_s=time.monotonic() - self._loop.last_turn,
+            last_step_age_s=self.last_turn_age_s,
         )
