@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,12 +65,14 @@ class Frontend:
         text: TextModel,
         validator: Validator,
         dispatcher: Dispatcher,
+        timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
         self.text = text
         self.validator = validator
         self.dispatcher = dispatcher
+        self._timeout_s = timeout_s  # of a request that brings no deadline
         self._clock = clock
         self._rng = rng or random.Random()
 
@@ -79,8 +82,17 @@ class Frontend:
 
     def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
         now = self._clock()
-        deadline = None if timeout_s is None else now + timeout_s
-        return Arrival(now, time.time(), trace_context, deadline)
+        allowed = self._timeout_s if timeout_s is None else timeout_s
+        return Arrival(now, time.time(), trace_context, now + allowed)
+
+    @contextlib.contextmanager
+    def refusals_counted(self) -> Iterator[None]:
+        """Around what may refuse a request before the dispatcher has it."""
+        try:
+            yield
+        except CrossdockError as error:
+            self.dispatcher.metrics.outcome(error)
+            raise
 
     def draw_seed(self) -> int:
         """For a request that brings none: from here on it is as repeatable as one that does."""
@@ -118,24 +130,25 @@ class Frontend:
         extras: Extras,
     ) -> tuple[str, ResponseStream]:
         """Request id and stream. Raises InvalidRequest naming `field` for a bad prompt."""
-        for name in ("request_id", "tenant", "cache_salt"):
-            check_label(name, getattr(extras, name))
-        for i, prompt in enumerate(prompts):
-            self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
-        longest = max(len(prompt) for prompt in prompts)
-        request = Request(
-            request_id=extras.request_id or uuid.uuid4().hex,
-            prompts=prompts,
-            sampling=self.validator.fit(sampling, longest),
-            n=n,
-            tenant=extras.tenant,
-            priority=extras.priority,
-            cache_salt=_salt(extras),
-            received=arrival.received,
-            received_unix=arrival.received_unix,
-            deadline=arrival.deadline,
-            trace_context=arrival.trace_context,
-        )
+        with self.refusals_counted():
+            for name in ("request_id", "tenant", "cache_salt"):
+                check_label(name, getattr(extras, name))
+            for i, prompt in enumerate(prompts):
+                self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
+            longest = max(len(prompt) for prompt in prompts)
+            request = Request(
+                request_id=extras.request_id or uuid.uuid4().hex,
+                prompts=prompts,
+                sampling=self.validator.fit(sampling, longest),
+                n=n,
+                tenant=extras.tenant,
+                priority=extras.priority,
+                cache_salt=_salt(extras),
+                received=arrival.received,
+                received_unix=arrival.received_unix,
+                deadline=arrival.deadline,
+                trace_context=arrival.trace_context,
+            )
         return request.request_id, self.dispatcher.submit(request)
 
 

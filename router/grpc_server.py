@@ -133,7 +133,7 @@ class GrpcServer:
     ) -> tuple[str, ResponseStream]:
         frontend = self._frontend
         arrival = self._arrival(context)
-        try:
+        with frontend.refusals_counted():
             if isinstance(message, Unreadable):
                 raise message.error
             frontend.validator.check_model(message.model)
@@ -149,9 +149,6 @@ class GrpcServer:
             extras = Extras(
                 message.request_id, message.tenant, message.priority, message.cache_salt
             )
-        except CrossdockError as error:
-            frontend.dispatcher.metrics.outcome(error)
-            raise
         return frontend.submit(field, [prompt], sampling, n, arrival, extras)
 
     async def _prompt(self, message: pb.GenerateRequest) -> tuple[str, list[int]]:

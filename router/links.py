@@ -183,7 +183,7 @@ class WorkerLink:
         if refusal := self._refusal(frame):
             log.warning("worker %s at %s: %s", self.name, self.endpoint.address, refusal)
             return refusal
-        self._open(frame.hello)
+        self._open(frame.hello, has_snapshot=frame.block_events.snapshot)
         while frame is not grpc.aio.EOF:
             self._take(frame)
             frame = await call.read()
@@ -198,7 +198,7 @@ class WorkerLink:
             return f"incarnation {found} answers where {self.endpoint.incarnation} is the member"
         return ""
 
-    def _open(self, hello: pb.WorkerDescription) -> None:
+    def _open(self, hello: pb.WorkerDescription, *, has_snapshot: bool) -> None:
         facts = WorkerFacts(
             name=self.name,
             role=ROLE_FROM_PB.get(hello.role, self.endpoint.role),
@@ -215,7 +215,8 @@ class WorkerLink:
         if self.state is LinkState.CONNECTING:
             self.state = LinkState.OPEN
             self._worker = self._owner.view.connected(facts, self._owner.clock())
-        self._resync()
+        if not has_snapshot:
+            self._resync()
         self._owner.listener.on_change()
 
     def _take(self, frame: pb.WorkerFrame) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -24,10 +25,19 @@ _SHORT = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 _DECISION = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 1e-1)
 
 
+@dataclass(frozen=True)
+class Slo:
+    """What counts as good: a sequence within both is one of goodput."""
+
+    ttft_ms: float = 2000.0
+    tpot_ms: float = 100.0
+
+
 class GatewayMetrics:
     """All metrics of one gateway. Names start with `crossdock_`; times are seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, slo: Slo | None = None) -> None:
+        self._slo = slo or Slo()
         self.registry = CollectorRegistry()
         self.ttft = self._histogram("ttft", "Received to first token delivered", _LONG)
         self.itl = self._histogram("itl", "Between two tokens of a sequence", _STEP)
@@ -45,6 +55,9 @@ class GatewayMetrics:
         )
         self.stage = {name: stage.labels(name) for name in (*TTFT_STAGES, *STALL_STAGES)}
         self.requests = self._counter("requests", "Requests by how they ended", ["outcome"])
+        self.within_slo = self._counter(
+            "sequences_by_slo", "Finished sequences within both TTFT and TPOT aims", ["met"]
+        )
         self.restarts = self._counter(
             "restarted_sequences", "Sequences prefilled again elsewhere, by cause", ["cause"]
         )
@@ -83,8 +96,14 @@ class GatewayMetrics:
     def sequence_done(self, timeline: Timeline, generated: int) -> None:
         """Times of one sequence that ran to its end."""
         first, last = timeline.first_token, timeline.last_token
-        if first is not None and last is not None and generated > 1:
-            self.tpot.observe((last - first) / (generated - 1))
+        if first is None or last is None:
+            return
+        tpot = 0.0
+        if generated > 1:
+            tpot = (last - first) / (generated - 1)
+            self.tpot.observe(tpot)
+        met = first * 1000 <= self._slo.ttft_ms and tpot * 1000 <= self._slo.tpot_ms
+        self.within_slo.labels("true" if met else "false").inc()
         for name, seconds in timeline.stages().items():
             self.stage[name].observe(seconds)
 
