@@ -34,8 +34,11 @@ class Batch:
         return int(self.positions[self.chunk_start[chunk] + self.chunk_length[chunk] - 1])
 
 
-def make_batch(plan: StepPlan, block_size: int, every_token: bool = False) -> Batch:
-    """Raises ValueError for a chunk without tokens or whose block table does not reach its end."""
+def make_batch(
+    plan: StepPlan, block_size: int, num_blocks: int, every_token: bool = False
+) -> Batch:
+    """Raises ValueError for a chunk without tokens or whose block table does not reach its end,
+    and for a block that is not of the pool: kernels write without looking."""
     chunks = plan.chunks
     if not chunks:
         raise ValueError("a step needs at least one chunk")
@@ -56,6 +59,8 @@ def make_batch(plan: StepPlan, block_size: int, every_token: bool = False) -> Ba
     block_tables = np.zeros((len(chunks), max(used)), dtype=np.int32)
     for row, table, count in zip(block_tables, tables, used):
         row[:count] = table[:count]
+    if block_tables.min() < 0 or block_tables.max() >= num_blocks:
+        raise ValueError(f"block ids must be from 0 to {num_blocks - 1}")
 
     lengths = np.array([chunk.length for chunk in chunks], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths

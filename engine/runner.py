@@ -80,7 +80,7 @@ class ModelRunner:
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
         """As `run`, but returns the logits: float32 [sampled chunks, or all tokens; vocab]."""
-        batch = make_batch(plan, self.kv.block_size, every_token)
+        batch = make_batch(plan, self.kv.block_size, self.kv.num_blocks, every_token)
         with torch.inference_mode():
             return self._model.forward(batch, self.kv)
 
@@ -88,7 +88,7 @@ class ModelRunner:
         """Compiles and touches everything that a first request would otherwise wait for."""
         scratch = KVCache(4, self.config, self.kv.block_size, self.dtype, self.device)
         for plan in _warmup_plans(self.kv.block_size):
-            batch = make_batch(plan, self.kv.block_size)
+            batch = make_batch(plan, self.kv.block_size, scratch.num_blocks)
             with torch.inference_mode():
                 self._model.forward(batch, scratch)
 

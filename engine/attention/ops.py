@@ -5,6 +5,7 @@ Two rooms implement it: torch_ops (any device) and numba_ops (float32 on a CPU).
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 import torch
@@ -50,6 +51,10 @@ class Ops(Protocol):
 
 
 def make_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
+    if device.type == "cpu" and dtype == torch.float32 and importlib.util.find_spec("numba"):
+        from crossdock.engine.attention.numba_ops import NumbaOps
+
+        return NumbaOps(config)
     from crossdock.engine.attention.torch_ops import TorchOps
 
     return TorchOps(config, device)

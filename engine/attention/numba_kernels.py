@@ -1,0 +1,205 @@
+"""CPU kernels over the paged pool, compiled by numba for this machine and cached on disk.
+
+The pool comes flat (float32); a row of it is head_dim numbers at
+`(((block * layers + layer) * 2 + kv) * kv_heads + head) * block_size + offset`.
+Sizes that inner loops run over are compile-time constants (`paged_attention`, `rope_and_store`
+are made for one head_dim), which lets LLVM keep sums in registers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from crossdock.engine.weights.store import crossdock_home
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))
+
+import numba
+import numpy as np
+
+compiled = functools.partial(numba.njit, cache=True, nogil=True, fastmath=True, error_model="numpy")
+
+LOG2_E = np.float32(1.4426950408889634)
+LOWEST = np.float32(-87.0)
+
+
+@compiled(inline="always")
+def _exp(x: Any) -> Any:
+    """e**x for x <= 88 to 2e-7, in operations that LLVM vectorizes: 2**n by the exponent's bits
+    times 2**f, |f| <= 1/2, by its Taylor polynomial."""
+    scaled = max(x, LOWEST) * LOG2_E
+    whole = np.floor(scaled + np.float32(0.5))
+    f = scaled - whole
+    p = np.float32(1.5403530e-4)
+    p = p * f + np.float32(1.3333558e-3)
+    p = p * f + np.float32(9.6181291e-3)
+    p = p * f + np.float32(5.5504109e-2)
+    p = p * f + np.float32(2.4022651e-1)
+    p = p * f + np.float32(6.9314718e-1)
+    p = p * f + np.float32(1.0)
+    power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return p * power.view(np.float32)
+
+
+@compiled()
+def rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    """x, out [rows, size]"""
+    size = x.shape[1]
+    for row in range(x.shape[0]):
+        source, target = x[row], out[row]
+        total = np.float32(0.0)
+        for i in range(size):
+            total += source[i] * source[i]
+        scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+        for i in range(size):
+            target[i] = source[i] * scale * weight[i]
+
+
+@compiled()
+def swiglu(gate_up: Any, out: Any) -> None:
+    """gate_up [rows, 2 * size] → out [rows, size]"""
+    size = out.shape[1]
+    for row in range(out.shape[0]):
+        gate, up, target = gate_up[row, :size], gate_up[row, size:], out[row]
+        for i in range(size):
+            target[i] = gate[i] * up[i] / (np.float32(1.0) + _exp(-gate[i]))
+
+
+@compiled(inline="always")
+def _normalize(head: Any, weight: Any, eps: Any, size: Any) -> None:
+    total = np.float32(0.0)
+    for i in range(size):
+        total += head[i] * head[i]
+    scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+    for i in range(size):
+        head[i] = head[i] * scale * weight[i]
+
+
+@functools.cache
+def rope_and_store(head_dim: int) -> Callable[..., None]:
+    half = head_dim // 2
+
+    @compiled()
+    def kernel(
+        qkv: Any,  # [rows, (heads + 2 kv_heads) * head_dim], queries are treated in place
+        rope: Any,  # [context, head_dim]
+        positions: Any,  # [rows]
+        blocks: Any,  # [rows]
+        offsets: Any,  # [rows]
+        q_norm: Any,  # [head_dim], or [0]: none
+        k_norm: Any,
+        eps: Any,
+        pool: Any,
+        layout: Any,  # (layers, layer, kv_heads, block_size)
+    ) -> None:
+        layers, layer, kv_heads, block_size = layout
+        heads = qkv.shape[1] // head_dim - 2 * kv_heads
+        for row in range(qkv.shape[0]):
+            angles = rope[positions[row]]
+            cos, sin = angles[:half], angles[half:]
+            place = blocks[row] * layers + layer
+            for head in range(heads + kv_heads):
+                x = qkv[row, head * head_dim : (head + 1) * head_dim]
+                if len(q_norm):
+                    _normalize(x, q_norm if head < heads else k_norm, eps, head_dim)
+                for i in range(half):
+                    first, second = x[i], x[i + half]
+                    x[i] = first * cos[i] - second * sin[i]
+                    x[i + half] = second * cos[i] + first * sin[i]
+            for side in range(2):
+                start = (heads + side * kv_heads) * head_dim
+                for head in range(kv_heads):
+                    at = (((place * 2 + side) * kv_heads + head) * block_size) + offsets[row]
+                    target = pool[at * head_dim : (at + 1) * head_dim]
+                    source = qkv[row, start + head * head_dim : start + (head + 1) * head_dim]
+                    for i in range(head_dim):
+                        target[i] = source[i]
+
+    return kernel
+
+
+@compiled()
+def _softmax(line: Any, low: Any, begin: Any, end: Any, high: Any) -> Any:
+    """line[begin:end] becomes exp(line - max), the rest of line[low:high] 0; returns the sum."""
+    top = line[begin]
+    for t in range(begin, end):
+        top = max(top, line[t])
+    total = np.float32(0.0)
+    for t in range(begin, end):
+        weight = _exp(line[t] - top)
+        line[t] = weight
+        total += weight
+    line[low:begin] = np.float32(0.0)
+    line[end:high] = np.float32(0.0)
+    return total
+
+
+@functools.cache
+def paged_attention(head_dim: int, group: int, block_size: int) -> Callable[..., None]:
+    """Attention of single rows, each over its own context; `group` query heads a KV head.
+
+    Three passes: scores of all heads, block by block; softmax; weighted values, block by block.
+    So memory is read in runs of all KV heads of a block.
+    """
+    scale = np.float32(head_dim**-0.5)
+    per_head = block_size * head_dim
+
+    @compiled()
+    def kernel(
+        qkv: Any,  # [T, (heads + 2 kv_heads) * head_dim]
+        rows: Any,  # [n] which of the T
+        positions: Any,  # [T]
+        chunk_of_row: Any,  # [T]
+        tables: Any,  # [S, blocks]
+        window: Any,  # tokens seen; 0: all
+        pool: Any,
+        layout: Any,  # (layers, layer, kv_heads)
+        scores: Any,  # scratch [heads, blocks * block_size]
+        out: Any,  # [n, heads * head_dim]
+    ) -> None:
+        layers, layer, kv_heads = layout
+        for index in range(len(rows)):
+            row = rows[index]
+            table = tables[chunk_of_row[row]]
+            end = positions[row] + 1
+            begin = max(0, end - window) if window else 0
+            first, last = begin // block_size, (end - 1) // block_size + 1
+            for b in range(first, last):
+                place = (table[b] * layers + layer) * 2 * kv_heads
+                for head in range(kv_heads):
+                    start = head * group * head_dim
+                    query = qkv[row, start : start + group * head_dim]
+                    keys = pool[(place + head) * per_head : (place + head + 1) * per_head]
+                    for g in range(group):
+                        line = scores[head * group + g, b * block_size : (b + 1) * block_size]
+                        for t in range(block_size):
+                            dot = np.float32(0.0)
+                            for i in range(head_dim):
+                                dot += query[g * head_dim + i] * keys[t * head_dim + i]
+                            line[t] = dot * scale
+            for h in range(kv_heads * group):
+                line = scores[h]
+                total = _softmax(line, first * block_size, begin, end, last * block_size)
+                inverse = np.float32(1.0) / total
+                for t in range(begin, end):
+                    line[t] *= inverse
+            target = out[index]
+            target[:] = np.float32(0.0)
+            for b in range(first, last):
+                place = ((table[b] * layers + layer) * 2 + 1) * kv_heads
+                for head in range(kv_heads):
+                    values = pool[(place + head) * per_head : (place + head + 1) * per_head]
+                    for g in range(group):
+                        h = head * group + g
+                        line = scores[h, b * block_size : (b + 1) * block_size]
+                        sums = target[h * head_dim : (h + 1) * head_dim]
+                        for i in range(head_dim):
+                            total = sums[i]
+                            for t in range(block_size):
+                                total += line[t] * values[t * head_dim + i]
+                            sums[i] = total
+
+    return kernel
