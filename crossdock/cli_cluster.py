@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Wide enough for the widest table where the output is no terminal.
 FILE_WIDTH = 160
+SHOWN_DECISIONS = 5
 
 Address = Annotated[
     str, typer.Option(envvar="CROSSDOCK_ADMIN", help="The controller's address, host:port.")
@@ -201,7 +202,10 @@ def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
     console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {as_specified}")
     console.print(_workers(cluster))
     console.print(_gateways(cluster))
-    for decision in list(cluster.decisions)[-5:]:
+    for member in (*cluster.workers, *cluster.gateways):
+        if member.error:
+            console.print(f"{member.name}: {member.error}", markup=False, style="red")
+    for decision in list(cluster.decisions)[-SHOWN_DECISIONS:]:
         at = time.strftime("%H:%M:%S", time.localtime(decision.unix_s))
         console.print(f"{at}  {decision.action}: {decision.reason}", markup=False)
 
@@ -266,7 +270,9 @@ def what_is_wrong(cluster: admin_pb2.ClusterStatus) -> list[str]:
     """One line for each thing that keeps the cluster from being well and as specified."""
     wrong = [] if cluster.converged else ["the cluster is not what its spec says"]
     members: list[Any] = [*cluster.workers, *cluster.gateways]
-    wrong += [f"{each.name} is {each.state}" for each in members if each.state != "ready"]
+    for each in members:
+        if each.state != "ready":
+            wrong.append(f"{each.name} is {each.state}" + (f": {each.error}" if each.error else ""))
     for member in cluster.workers:
         if not member.HasField("worker"):
             wrong.append(f"{member.name} does not answer")

@@ -19,7 +19,7 @@ from crossdock.proto import errors
 from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import inference_pb2 as pb
-from crossdock.proto.v1.inference_pb2_grpc import InferenceStub
+from crossdock.proto.v1 import inference_pb2_grpc
 from crossdock.results import Chunk, ModelInfo, Result, read_chunk, read_models, read_result
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -30,6 +30,8 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 )
+
+InferenceStub: Any = inference_pb2_grpc.InferenceStub  # generated code has no types
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -294,35 +296,49 @@ _BY_STATUS: dict[grpc.StatusCode, type[errors.CrossdockError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.Cancelled,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.FAILED_PRECONDITION: errors.ModelError,
+}
+_BY_NAME = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type)
+    and issubclass(kind, errors.CrossdockError)
+    and not issubclass(kind, errors.ConfigError)
 }
 
 
 def translate(error: Any) -> errors.CrossdockError:
-    """The error of the tree in crossdock.proto.errors that a failed call stands for."""
+    """The error of the tree in crossdock.proto.errors that a failed call stands for.
+
+    The gateway names it in the trailer `error-type`; without one the status code decides.
+    """
     code, message = error.code(), error.details() or ""
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return errors.Overloaded(message, _retry_after(error))
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        return _invalid(message)
-    if code in _BY_STATUS:
-        return _BY_STATUS[code](message or code.name)
-    return errors.CrossdockError(f"{code.name}: {message}" if code else message)
+    trailers = dict(error.trailing_metadata() or ())
+    kind = _BY_STATUS.get(code, errors.CrossdockError)
+    named = _BY_NAME.get(str(trailers.get("error-type")), kind)
+    if named.grpc_status == code.name:
+        kind = named
+    if issubclass(kind, errors.Overloaded):
+        return kind(message, _seconds(trailers.get("retry-after"), default=1.0))
+    if issubclass(kind, errors.InvalidRequest):
+        return _invalid(kind, message)
+    if kind is errors.CrossdockError:
+        return kind(f"{code.name}: {message}")
+    return kind(message or code.name)
 
 
-def _retry_after(error: Any) -> float:
-    for key, value in error.trailing_metadata() or ():
-        if key == "retry-after":
-            try:
-                return float(value)
-            except ValueError:
-                break
-    return 1.0
+def _seconds(text: Any, default: float) -> float:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return default
 
 
-def _invalid(message: str) -> errors.InvalidRequest:
+def _invalid(kind: type[errors.InvalidRequest], message: str) -> errors.InvalidRequest:
     """The gateway's own words, not reworded; the field is what stands before the first colon."""
-    error = errors.InvalidRequest.__new__(errors.InvalidRequest)
+    error = errors.InvalidRequest.__new__(kind)
     Exception.__init__(error, message)
     field, _, rest = message.partition(": ")
     value, _, limit = rest.partition(" is not allowed; ")

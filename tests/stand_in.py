@@ -1,7 +1,8 @@
 """A gateway in miniature: speaks the public contract, computes nothing, records what it was asked.
 
 Token i of every answer is 100 + i, its text " i". A prompt may script its own fate:
-"abort NAME" ends with that gRPC status, "hang" answers one token and then waits for the cancel.
+"abort STATUS[:ErrorType] [words]" ends with that gRPC status, "hang" answers one token and then
+waits for the cancel.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from crossdock.proto.v1 import inference_pb2_grpc
 MODEL = "stand-in"
 
 
-class StandIn(inference_pb2_grpc.InferenceServicer, health_pb2_grpc.HealthServicer):
+Inference: Any = inference_pb2_grpc.InferenceServicer
+Health: Any = health_pb2_grpc.HealthServicer
+
+
+class StandIn(Inference, Health):
     """Serves on a loop of its own thread, for blocking and asyncio callers alike."""
 
     def __init__(self, tokens_per_chunk: int = 1, cached_tokens: int = 0) -> None:
@@ -127,10 +132,11 @@ class StandIn(inference_pb2_grpc.InferenceServicer, health_pb2_grpc.HealthServic
         self.deadlines.append(context.time_remaining())
         if request.text.startswith("abort "):
             _, name, *details = request.text.split(" ", 2)
+            status, _, kind = name.partition(":")
             await context.abort(
-                grpc.StatusCode[name],
+                grpc.StatusCode[status],
                 details[0] if details else "scripted",
-                trailing_metadata=(("retry-after", "7"),),
+                trailing_metadata=(("retry-after", "7"), ("error-type", kind)),
             )
 
     def _chunk(self, request: pb.GenerateRequest, start: int, end: int) -> pb.GenerateResponse:

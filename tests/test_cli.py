@@ -216,7 +216,11 @@ def cluster() -> admin_pb2.ClusterStatus:
         leases=[worker_pb2.Lease()] * 3,
     )
     decode = admin_pb2.MemberStatus(
-        name="decode-0", pool="decode", role=worker_pb2.ROLE_DECODE, state="starting"
+        name="decode-0",
+        pool="decode",
+        role=worker_pb2.ROLE_DECODE,
+        state="starting",
+        error="exit 7",
     )
     prefill = admin_pb2.MemberStatus(
         name="prefill-0",
@@ -269,6 +273,7 @@ def test_status_shows_workers_gateways_and_decisions(
     assert cells == ["prefill-0", "prefill", "prefill", "ready", "abcdef01", *figures]
     assert any("decode-0" in line and "starting" in line for line in out.splitlines())
     assert "127.0.0.1:50051" in out
+    assert "decode-0: exit 7" in out
     assert "start decode-0: pool decode has 0 of 1 [x]" in out
     code, out, _ = run(capsys, "status", "--json")
     assert json.loads(out)["workers"][0]["worker"]["used_blocks"] == 15
@@ -283,7 +288,7 @@ def test_status_check_fails_on_whatever_is_wrong(
     code, _, err = run(capsys, "status", "--check")
     assert code == 1
     assert "prefill-0: block 7 is nobody's" in err
-    assert "decode-0 is starting" in err
+    assert "decode-0 is starting: exit 7" in err
     assert "decode-0 does not answer" in err
     well = cluster()
     well.converged = True
