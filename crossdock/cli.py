@@ -68,9 +68,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
     target: Target = "127.0.0.1:50051",
     model: Model = "",
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
-    ] = False,
+    as_chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Through the chat template, or the text as it is.")
+    ] = True,
     system: System = "",
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -101,9 +101,10 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    if raw and system:
-        raise typer.BadParameter("--system needs the chat template; leave --raw away")
-    given: Any = text if raw else [*_system(system), {"role": "user", "content": text}]
+    if system and not as_chat:
+        raise typer.BadParameter("--system needs the chat template: not with --raw")
+    said = [*_system(system), {"role": "user", "content": text}]
+    given: Any = said if as_chat else text
     with _client(target) as client:
         if as_json or not stream or n != 1:
             _show_result(client.generate(given, timeout=timeout, **fields), as_json)
