@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import secrets
-from collections.abc import Awaitable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -16,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from crossdock.deploy.runtime import Launch, Placement, Process, ProcessGone, Started, StartFailed
 from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
-from crossdock.proto.types import WorkerEndpoint
+from crossdock.proto.types import Role, WorkerEndpoint
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,6 +27,7 @@ CONTROLLER = "controller"
 HEAD_RESOURCE = "node:__internal_head__"
 MANY_CALLS = 1000
 LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one for want of them
+CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
 PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG")
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -64,14 +67,18 @@ class MemberActor:
         return "stopped"
 
     async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
-        if self._launch.gateway is not None:
-            await self._server.update_members(list(endpoints))
-        else:
+        if self._launch.gateway is None:
             await self._server.update_peers(list(endpoints))
+            return
+        await self._server.update_members(list(endpoints))
+        if _can_serve(endpoints):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CONNECT_S):
+                    while not self._server.ready:
+                        await asyncio.sleep(0.02)
 
     async def drain(self, timeout_s: float) -> bool:
-        drained = await self._server.drain(timeout_s)
-        return drained is not False  # a gateway's drain returns nothing
+        return bool(await self._server.drain(timeout_s))
 
     async def active_requests(self) -> int:
         return int(self._server.active_requests) if self._started else 0
@@ -87,7 +94,9 @@ class MemberActor:
         launch, node_id = self._launch, context.get_node_id()
         # Imported here, in the actor: the controller and the driver need no torch.
         if launch.worker is not None:
-            config = dataclasses.replace(launch.worker, host=_host(), node_id=node_id)
+            config = dataclasses.replace(
+                launch.worker, host=launch.host or _host(), node_id=node_id
+            )
             if launch.role == "prefill":
                 from crossdock.prefill.worker import create
             else:
@@ -96,9 +105,11 @@ class MemberActor:
             endpoint = await self._server.start()
             return self._as_started(node_id, endpoint=endpoint)
         from crossdock.router.gateway import GatewayConfig, GatewayServer
+        from crossdock.router.metrics import Slo
 
         assert launch.gateway is not None
-        self._server = GatewayServer(GatewayConfig(**launch.gateway))
+        slo = Slo(**launch.gateway["slo"])
+        self._server = GatewayServer(GatewayConfig(**{**launch.gateway, "slo": slo}))
         await self._server.start()
         return self._as_started(
             node_id, grpc=self._server.grpc_address, http=self._server.http_address
@@ -114,13 +125,13 @@ class MemberActor:
 class ControllerActor:
     """The control plane's process. Ray restarts it; the spec on disk and the actors outlive it."""
 
-    def __init__(self, cluster: str, telemetry: Mapping[str, str] | None) -> None:
+    def __init__(self, cluster: str, telemetry: Mapping[str, str] | None, local: bool) -> None:
         _set_up_process(CONTROLLER, telemetry)
         self._cluster = cluster
+        self._local = local
         self._failed = ""
         self._controller: Any = None
         self._started = asyncio.Event()
-        self._ending: asyncio.Future[None] | None = None
         self._loop_task = asyncio.get_running_loop().create_task(self._run())
 
     async def started(self) -> str:
@@ -144,9 +155,8 @@ class ControllerActor:
         await self._controller.ended.wait()
 
     async def down(self, drain_s: float) -> None:
-        if self._ending is None:
-            self._ending = asyncio.ensure_future(self._controller.down(drain_s))
-        await asyncio.shield(self._ending)
+        await self.started()
+        await self._controller.down(drain_s)
 
     async def _run(self) -> None:
         from crossdock.deploy.admin_service import serve_admin
@@ -154,7 +164,9 @@ class ControllerActor:
         from crossdock.deploy.store import ClusterStore
 
         try:
-            controller = Controller(RayRuntime(self._cluster), ClusterStore(self._cluster))
+            controller = Controller(
+                RayRuntime(self._cluster, self._local), ClusterStore(self._cluster)
+            )
             server, self._address = await serve_admin(controller, controller.spec.controller.grpc)
         except (CrossdockError, OSError) as error:
             self._failed = f"{type(error).__name__}: {error}"
@@ -165,7 +177,7 @@ class ControllerActor:
         await controller.run()
         await controller.ended.wait()
         await server.stop(grace=1.0)
-        ray.actor.exit_actor()
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
 
 class RayProcess:
@@ -173,14 +185,13 @@ class RayProcess:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-        self._stopping = False
 
     async def start(self) -> Started:
         return await _call(self._actor.start.remote())
 
     async def gone(self) -> str:
         try:
-            return await _call(self._actor.run.remote())
+            return str(await _call(self._actor.run.remote()))
         except ProcessGone as error:
             return str(error)
 
@@ -207,10 +218,12 @@ class RayProcess:
 class RayRuntime:
     """Runtime over the Ray cluster that this process is part of."""
 
-    def __init__(self, cluster: str) -> None:
+    def __init__(self, cluster: str, local: bool) -> None:
         self._namespace = namespace(cluster)
+        self._host = "127.0.0.1" if local else ""
 
     async def launch(self, launch: Launch) -> Process:
+        launch = dataclasses.replace(launch, host=self._host)
         # A name of its own for each launch: Ray frees a name only some time after its actor.
         name = f"member/{launch.name}/{secrets.token_hex(4)}"
         actor = (
@@ -239,7 +252,8 @@ class RayRuntime:
         return found
 
     def why_waiting(self, launch: Launch) -> str:
-        return placement_problem(launch.placement, ray.nodes())
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        return placement_problem(launch.placement, nodes)
 
 
 def placement_problem(placement: Placement, nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -305,16 +319,36 @@ class ControllerHandle:
         return answer
 
     def ended(self, wait_s: float) -> bool:
-        """Whether the cluster went down within `wait_s`."""
+        """Whether the cluster went down within `wait_s`. Ray may restart it meanwhile."""
         done, _ = ray.wait([self._run], timeout=wait_s)
-        return bool(done)
+        if not done:
+            return False
+        try:
+            ray.get(self._run)
+        except ray.exceptions.ActorUnavailableError:
+            self._run = self._actor.run.remote()
+            return False
+        except RayActorError:
+            return True
+        return True
 
-    def down(self, drain_s: float, timeout_s: float) -> None:
-        _get(self._actor.down.remote(drain_s), timeout_s)
+    def down(self, drain_s: float, timeout_s: float, hurry: Callable[[], bool]) -> None:
+        """Ends the cluster; without waiting for its requests any more once `hurry` says so."""
+        downs = [self._actor.down.remote(drain_s)]
+        deadline = time.monotonic() + timeout_s
+        while not self.ended(0.2):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not down within {timeout_s:g} s")
+            if hurry() and len(downs) == 1:
+                downs.append(self._actor.down.remote(0.0))
 
 
-def start_controller(cluster: str, telemetry: Mapping[str, str] | None) -> ControllerHandle:
-    """Raises ConfigError when a cluster of this name runs already."""
+def start_controller(
+    cluster: str, telemetry: Mapping[str, str] | None, local: bool
+) -> ControllerHandle:
+    """`local`: all runs on this machine and is reached over its loopback.
+
+    Raises ConfigError when a cluster of this name runs already."""
     space = namespace(cluster)
     with contextlib.suppress(ValueError):
         ray.get_actor(CONTROLLER, namespace=space)
@@ -330,7 +364,7 @@ def start_controller(cluster: str, telemetry: Mapping[str, str] | None) -> Contr
             max_concurrency=MANY_CALLS,
             **_placed(Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})),
         )
-        .remote(cluster, telemetry)
+        .remote(cluster, telemetry, local)
     )
     return ControllerHandle(actor)
 
@@ -363,9 +397,14 @@ def _placed(placement: Placement) -> dict[str, Any]:
     return options
 
 
+def _can_serve(endpoints: Sequence[WorkerEndpoint]) -> bool:
+    roles = {endpoint.role for endpoint in endpoints}
+    return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
+
+
 def _host() -> str:
     """The address at which other nodes reach this one."""
-    return str(ray.util.get_node_ip_address())
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _set_up_process(name: str, telemetry: Mapping[str, str] | None) -> None:
@@ -411,8 +450,9 @@ def _cause(error: RayTaskError) -> Exception:
 
 def _end_of(error: RayActorError) -> str:
     """The part of Ray's message that says how the process ended."""
-    text = str(error)
-    for line in text.splitlines():
-        if "exit" in line.lower() or "killed" in line.lower():
-            return line.strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    text = " ".join(str(error).split())
+    died = re.search(r"exit type: (\w+) .*?exit detail: (.*?)\.?( Some common causes|$)", text)
+    if died:
+        return f"its process died ({died[1]}: {died[2]})"
+    because = re.search(r"The actor is dead because (.*)", text)
+    return because[1] if because else text[:300]

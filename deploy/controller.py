@@ -94,6 +94,7 @@ class Controller:
         self._turned = asyncio.Condition()
         self._closing = False
         self._looping = asyncio.Lock()  # held while the loop may start processes
+        self._drain_until = float("inf")
         self.ended = asyncio.Event()  # after `down`
         self._background: set[asyncio.Task[None]] = set()
 
@@ -264,26 +265,42 @@ class Controller:
         return self.converged
 
     async def down(self, drain_s: float) -> None:
-        """Lets gateways finish for `drain_s`, ends every process, forgets the cluster."""
-        self._closing = True
-        self._wake.set()
-        self._record("down", f"asked to, draining for {drain_s:g} s")
+        """Lets gateways finish for `drain_s`, ends every process, forgets the cluster.
+
+        Called again, it waits no longer than the shorter of both.
+        """
+        self._drain_until = min(self._drain_until, time.monotonic() + drain_s)
+        if not self._closing:
+            self._closing = True
+            self._wake.set()
+            self._record("down", f"asked to, draining for {drain_s:g} s")
+            await self._end_everything()
+        await self.ended.wait()
+
+    async def _end_everything(self) -> None:
         await self._looping.acquire()
-        gateways = [m for m in self.members if m.is_gateway and m.state is State.READY]
-        if drain_s > 0:
-            await asyncio.gather(*(self._drain_gateway(m, drain_s) for m in gateways))
+        await self._drain_gateways()
         await asyncio.gather(*(m.stop() for m in self.members if m.is_gateway))
         await asyncio.gather(*(m.stop() for m in self.members if not m.is_gateway))
         self.members.clear()
         if self._background:
-            await asyncio.gather(*self._background, return_exceptions=True)
+            await asyncio.wait(self._background, timeout=self._settings.update_timeout_s)
         self._store.end()
         self.ended.set()
 
+    async def _drain_gateways(self) -> None:
+        gateways = [m for m in self.members if m.is_gateway and m.state is State.READY]
+        remaining = max(0.0, self._drain_until - time.monotonic())
+        if not gateways or not remaining:
+            return
+        drains = asyncio.gather(*(self._drain_gateway(m, remaining) for m in gateways))
+        while not drains.done() and time.monotonic() < self._drain_until:
+            await asyncio.wait([drains], timeout=0.1)
+        drains.cancel()
+
     async def _drain_gateway(self, watched: Watched, drain_s: float) -> None:
-        with contextlib.suppress(TimeoutError, ProcessGone):
-            async with asyncio.timeout(drain_s + 1.0):
-                await watched.process.drain(drain_s)
+        with contextlib.suppress(ProcessGone):
+            await watched.process.drain(drain_s)
 
     def why_waiting(self, watched: Watched) -> str:
         """What keeps a starting member from being placed, empty when nothing known does."""

@@ -36,6 +36,7 @@ class Launch:
     worker: WorkerConfig | None = None
     gateway: Mapping[str, Any] | None = None
     telemetry: Mapping[str, str] | None = None
+    host: str = ""  # that a worker listens on; its node's address where empty
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def _telemetry(spec: ClusterSpec) -> dict[str, str] | None:
 def gateway_launch(spec: ClusterSpec, name: str, index: int) -> Launch:
     """How gateway `index` is started."""
     grpc, http = spec.gateway_addresses(index)
+    limits = spec.gateway.limits
     settings = {
         "name": name,
         "model": spec.model.id,
@@ -152,7 +154,12 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int) -> Launch:
         "http": http,
         "policy": spec.gateway.policy,
         "block_size": spec.kv.block_size,
-        "max_body_bytes": int(spec.gateway.limits.max_body_mb * 1_000_000),
+        "max_body_bytes": int(limits.max_body_mb * 1_000_000),
+        "max_active": limits.max_active,
+        "max_active_per_tenant": limits.max_active_per_tenant,
+        "request_timeout_s": limits.request_timeout_s,
+        "worker_wait_s": limits.worker_wait_s,
+        "slo": {"ttft_ms": spec.slo.ttft_ms, "tpot_ms": spec.slo.tpot_ms},
     }
     labels = dict(spec.gateway.nodes.labels)
     placement = Placement(labels=labels, on_head=not labels, env={"OMP_NUM_THREADS": "1"})

@@ -79,11 +79,15 @@ class NodesSpec:
 @dataclass(frozen=True)
 class LimitsSpec:
     max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)
-    max_queued: int = setting(
-        1024, "Requests that may wait for admission; more are refused.", low=1, high=1_000_000
+    max_active: int = setting(
+        1024, "Sequences under way in one gateway; more are refused.", low=1, high=1_000_000
     )
+    max_active_per_tenant: int = setting(512, "The same of one tenant.", low=1, high=1_000_000)
     request_timeout_s: float = setting(
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
+    )
+    worker_wait_s: float = setting(
+        5.0, "How long a request waits for a worker where none is there.", low=0, high=3600
     )
 
 
