@@ -224,7 +224,9 @@ def _best_of_two(
     least = min(costs)
     limit = _tie_limit(least[0])
     tied = [option for option in costs if option[0] <= limit]
-    return min(rng.sample(tied, 2)) if len(tied) > 1 else least
+    if len(tied) == 1:
+        return least
+    return min(rng.sample(tied, 2), key=lambda option: option[0])
 
 
 def _tie_limit(best_s: float) -> float:

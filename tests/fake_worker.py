@@ -1,0 +1,307 @@
+"""A worker in miniature: the real Worker service over real gRPC, with no engine behind it.
+
+Generated token k of a sequence is prompt[k % len(prompt)] ("echo"), or script[k % len(script)]
+where a script is set: a function of the sequence alone, as sampling is in a real worker, so that
+a sequence prefilled again elsewhere goes on with the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from crossdock.proto.convert import ROLE_TO_PB
+from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.proto.v1 import inference_pb2, worker_pb2_grpc
+from crossdock.proto.v1 import worker_pb2 as pb
+
+BLOCK_BYTES = 1000
+
+
+class FakeWorker(worker_pb2_grpc.WorkerServicer):
+    """`async with FakeWorker("prefill-0", Role.PREFILL) as worker: ... worker.endpoint`."""
+
+    def __init__(
+        self, name: str, role: Role, *, num_blocks: int = 1000, block_size: int = 16, port: int = 0
+    ) -> None:
+        self.name, self.role, self.port = name, role, port
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.incarnation = os.urandom(16)
+        self.load = pb.Load(free_blocks=num_blocks, total_blocks=num_blocks)
+        self.script: list[int] | None = None
+        self.refusals: deque[int] = deque()  # ErrorCodes that the next sequences get at once
+        self.fail_after: dict[int, int] = {}  # generated tokens -> ErrorCode, each used once
+        self.gate = asyncio.Event()  # closed: sequences wait before each token
+        self.gate.set()
+        self.step_s = 0.0
+        self.silent = False
+        self.prefills: list[pb.PrefillRequest] = []
+        self.decodes: list[pb.DecodeRequest] = []
+        self.cancels: list[pb.CancelRequest] = []
+        self.resyncs = 0
+        self.hellos: list[pb.GatewayHello] = []
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self.cached: dict[bytes, None] = {}
+        self.next_event = 0
+        self._streams: dict[asyncio.Queue[pb.WorkerFrame | None], None] = {}
+        self._server: Any = None
+
+    async def __aenter__(self) -> FakeWorker:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        self.break_streams()
+        for task in list(self.running.values()):
+            task.cancel()
+        await self._server.stop(0)
+
+    async def restart(self) -> None:
+        """The same address, another incarnation, an empty cache."""
+        await self.stop()
+        self.incarnation = os.urandom(16)
+        self.cached.clear()
+        self.next_event = 0
+        await self.start()
+
+    @property
+    def endpoint(self) -> WorkerEndpoint:
+        return WorkerEndpoint(
+            self.name, "pool", self.role, f"127.0.0.1:{self.port}", self.incarnation.hex()
+        )
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._streams)
+
+    # -- on command ---------------------------------------------------------------------------
+
+    def break_streams(self) -> None:
+        for outbox in list(self._streams):
+            outbox.put_nowait(None)
+
+    def send(self, frame: pb.WorkerFrame) -> None:
+        if not self.silent:
+            for outbox in self._streams:
+                outbox.put_nowait(frame)
+
+    def report(self, **load: Any) -> None:
+        """Changes the load and says so."""
+        for name, value in load.items():
+            setattr(self.load, name, value)
+        self.send(pb.WorkerFrame(load=self.load))
+
+    def store(self, hashes: list[bytes], *, lose: bool = False) -> None:
+        """Caches blocks; `lose` drops the event on its way."""
+        fresh = [name for name in hashes if name not in self.cached]
+        events = [pb.BlockEvent(stored=True, block_hash=name) for name in fresh]
+        first, self.next_event = self.next_event, self.next_event + len(events)
+        self.cached.update(dict.fromkeys(fresh))
+        if events and not lose:
+            self.send(
+                pb.WorkerFrame(block_events=pb.BlockEvents(first_sequence=first, events=events))
+            )
+
+    def evict(self, hashes: list[bytes]) -> None:
+        for name in hashes:
+            self.cached.pop(name, None)
+        events = [pb.BlockEvent(stored=False, block_hash=name) for name in hashes]
+        first, self.next_event = self.next_event, self.next_event + len(events)
+        self.send(pb.WorkerFrame(block_events=pb.BlockEvents(first_sequence=first, events=events)))
+
+    # -- the service --------------------------------------------------------------------------
+
+    async def Connect(self, frames: Any, context: Any) -> AsyncIterator[pb.WorkerFrame]:
+        first = await anext(aiter(frames))
+        self.hellos.append(first.hello)
+        outbox: asyncio.Queue[pb.WorkerFrame | None] = asyncio.Queue()
+        self._streams[outbox] = None
+        reader = asyncio.create_task(self._read(frames, outbox))
+        beat = asyncio.create_task(self._beat())
+        try:
+            yield pb.WorkerFrame(
+                hello=self.description(), load=self.load, block_events=self._snapshot()
+            )
+            while (frame := await outbox.get()) is not None:
+                yield frame
+        finally:
+            self._streams.pop(outbox, None)
+            reader.cancel()
+            beat.cancel()
+            for task in list(self.running.values()):
+                task.cancel()
+
+    def description(self) -> pb.WorkerDescription:
+        return pb.WorkerDescription(
+            name=self.name,
+            role=ROLE_TO_PB[self.role],
+            incarnation=self.incarnation,
+            layout=pb.KVLayout(block_size=self.block_size),
+            num_blocks=self.num_blocks,
+            block_bytes=BLOCK_BYTES,
+        )
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(0.2)
+            self.send(pb.WorkerFrame(load=self.load))
+
+    async def _read(self, frames: Any, outbox: asyncio.Queue[pb.WorkerFrame | None]) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            async for frame in frames:
+                kind = frame.WhichOneof("frame")
+                if kind == "prefill":
+                    self.prefills.append(frame.prefill)
+                    self._begin(frame.prefill.sequence, self._prefill(frame.prefill.sequence))
+                elif kind == "decode":
+                    self.decodes.append(frame.decode)
+                    self._begin(frame.decode.sequence, self._decode(frame.decode))
+                elif kind == "cancel":
+                    self.cancels.append(frame.cancel)
+                    if task := self.running.get(frame.cancel.sequence_id):
+                        task.cancel()
+                elif kind == "resync":
+                    self.resyncs += 1
+                    outbox.put_nowait(pb.WorkerFrame(block_events=self._snapshot()))
+        outbox.put_nowait(None)
+
+    def _snapshot(self) -> pb.BlockEvents:
+        events = [pb.BlockEvent(stored=True, block_hash=name) for name in self.cached]
+        first = self.next_event - len(events)
+        return pb.BlockEvents(first_sequence=first, events=events, snapshot=True)
+
+    # -- sequences ----------------------------------------------------------------------------
+
+    def _begin(self, sequence: pb.SequenceRequest, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self.running[sequence.sequence_id] = task
+        task.add_done_callback(lambda _: self.running.pop(sequence.sequence_id, None))
+
+    async def _prefill(self, sequence: pb.SequenceRequest) -> None:
+        started = self._now_ms()
+        if self._refused(sequence):
+            return
+        await self._pace()
+        hits = 0
+        for name in sequence.block_hashes:
+            if name not in self.cached:
+                break
+            hits += 1
+        cached = min(hits * self.block_size, len(sequence.token_ids) - 1)
+        self.store(list(sequence.block_hashes))
+        output = self._token(sequence)
+        output.cached_tokens = cached
+        now = self._now_ms()
+        output.times.CopyFrom(
+            pb.SequenceTimes(prefill_queued=started, prefill_started=started, first_token=now)
+        )
+        if not output.finish_reason:
+            output.times.ticket_offered = now
+            blocks = -(-len(sequence.token_ids) // self.block_size)
+            output.ticket.CopyFrom(
+                pb.Ticket(
+                    ticket_id=os.urandom(16),
+                    prefill_worker=self.name,
+                    incarnation=self.incarnation,
+                    block_ids=range(blocks),
+                    generations=[1] * blocks,
+                    num_tokens=len(sequence.token_ids),
+                    first_token=output.token_ids[0],
+                )
+            )
+        self._emit(output)
+
+    async def _decode(self, request: pb.DecodeRequest) -> None:
+        sequence = request.sequence
+        if self._refused(sequence):
+            return
+        arrived = self._now_ms()
+        first = True
+        while True:
+            await self._pace()
+            code = self.fail_after.pop(len(sequence.token_ids) - sequence.prompt_tokens, None)
+            if code is not None:
+                self._emit(_failed(sequence, code))
+                return
+            output = self._token(sequence)
+            if first and request.HasField("ticket"):
+                blocks = len(request.ticket.block_ids)
+                output.transferred_blocks = blocks
+                output.transferred_bytes = blocks * BLOCK_BYTES
+                now = self._now_ms()
+                output.times.CopyFrom(
+                    pb.SequenceTimes(
+                        decode_queued=arrived, reserved=arrived, pulled=now, fenced=now, joined=now
+                    )
+                )
+            elif first:
+                now = self._now_ms()
+                output.times.CopyFrom(
+                    pb.SequenceTimes(
+                        prefill_queued=arrived, prefill_started=arrived, first_token=now
+                    )
+                )
+            first = False
+            self._emit(output)
+            if output.finish_reason:
+                return
+
+    async def _pace(self) -> None:
+        await self.gate.wait()
+        await asyncio.sleep(self.step_s)
+
+    def _refused(self, sequence: pb.SequenceRequest) -> bool:
+        if not self.refusals:
+            return False
+        self._emit(_failed(sequence, self.refusals.popleft()))
+        return True
+
+    def _token(self, sequence: pb.SequenceRequest) -> pb.SequenceOutput:
+        """The next token, appended to the request's own token_ids."""
+        prompt = self.script or list(sequence.token_ids[: sequence.prompt_tokens])
+        k = len(sequence.token_ids) - sequence.prompt_tokens
+        token_id = prompt[k % len(prompt)]
+        sequence.token_ids.append(token_id)
+        output = pb.SequenceOutput(sequence_id=sequence.sequence_id, token_ids=[token_id])
+        sampling = sequence.sampling
+        if token_id in sequence.eos_token_ids and not sampling.ignore_eos:
+            output.finish_reason = inference_pb2.FINISH_REASON_STOP
+        elif token_id in sampling.stop_token_ids:
+            output.finish_reason = inference_pb2.FINISH_REASON_STOP
+            output.stop_reason = str(token_id)
+        elif k + 1 >= sampling.max_tokens:
+            output.finish_reason = inference_pb2.FINISH_REASON_LENGTH
+        if sampling.HasField("logprobs"):
+            chosen = inference_pb2.TokenLogprob(token_id=token_id, logprob=-0.25 - k)
+            output.logprobs.add(chosen=chosen, top=[chosen] * sampling.logprobs)
+        return output
+
+    def _emit(self, output: pb.SequenceOutput) -> None:
+        self.send(pb.WorkerFrame(outputs=[output], load=self.load))
+
+    def _now_ms(self) -> float:
+        return time.time() * 1000
+
+
+def _failed(sequence: pb.SequenceRequest, code: int) -> pb.SequenceOutput:
+    return pb.SequenceOutput(
+        sequence_id=sequence.sequence_id,
+        finish_reason=inference_pb2.FINISH_REASON_ERROR,
+        error=pb.SequenceError(code=code, message="scripted"),  # type: ignore[arg-type]
+    )
