@@ -32,7 +32,13 @@ cli_cluster.register(app)
 cli_bench.register(app)
 
 Target = Annotated[
-    str, typer.Option(envvar="CROSSDOCK_TARGET", help="The gateway's gRPC address, host:port.")
+    str,
+    typer.Option(
+        "--target",
+        "--address",
+        envvar="CROSSDOCK_TARGET",
+        help="The gateway's gRPC address, host:port.",
+    ),
 ]
 Model = Annotated[str, typer.Option(help="Model name; the cluster's own when empty.")]
 System = Annotated[str, typer.Option(help="A system message before the conversation.")]

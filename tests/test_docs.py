@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
-from stand_in import StandIn
+from fake_worker import FakeWorker
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crossdock.proto import errors, types
+from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
+from crossdock.router.gateway import GatewayConfig, GatewayServer
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 API = (DOCS / "api.md").read_text(encoding="utf-8")
@@ -37,18 +44,57 @@ def examples(text: str) -> list[Example]:
     ]
 
 
+@dataclass(frozen=True)
+class Served:
+    grpc: str
+    http: str
+
+
+async def serve(model: Path, up: queue.Queue[Served], done: asyncio.Event) -> None:
+    """A real gateway before two workers in miniature, until `done`."""
+    config = GatewayConfig("gateway-0", str(model), grpc="127.0.0.1:0", http="127.0.0.1:0")
+    server = GatewayServer(config)
+    prefill, decode = FakeWorker("prefill-0", Role.PREFILL), FakeWorker("decode-0", Role.DECODE)
+    async with prefill, decode:
+        await server.start()
+        try:
+            await server.update_members([prefill.endpoint, decode.endpoint])
+            up.put(Served(server.grpc_address, server.http_address))
+            await done.wait()
+        finally:
+            await server.stop()
+
+
 @pytest.fixture(scope="module")
-def gateway() -> Iterator[StandIn]:
-    with StandIn() as server:
-        yield server
+def gateway(tiny_model: Path) -> Iterator[Served]:
+    up: queue.Queue[Served] = queue.Queue()
+    loop, done = asyncio.new_event_loop(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(tiny_model, up, done),))
+    thread.start()
+    try:
+        served = up.get(timeout=60)
+        wait_until_serving(served.grpc)
+        yield served
+    finally:
+        loop.call_soon_threadsafe(done.set)
+        thread.join()
+        loop.close()
+
+
+def wait_until_serving(target: str) -> None:
+    with grpc.insecure_channel(target) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(), timeout=60
+        )
+        next(each for each in watch if each.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 @pytest.mark.parametrize("example", examples(API), ids=lambda each: f"api.md:{each.line}")
-def test_an_example_runs_as_printed(example: Example, gateway: StandIn) -> None:
+def test_an_example_runs_as_printed(example: Example, gateway: Served) -> None:
     if example.needs == "curl" and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    code = example.code.replace("127.0.0.1:50051", gateway.target)
-    code = code.replace("http://127.0.0.1:8000", gateway.url)
+    code = example.code.replace("127.0.0.1:50051", gateway.grpc)
+    code = code.replace("127.0.0.1:8000", gateway.http)
     if example.language == "python":
         command = [sys.executable, "-c", code]
     else:
@@ -60,7 +106,7 @@ def test_an_example_runs_as_printed(example: Example, gateway: StandIn) -> None:
         text=True,
         timeout=120,
         check=False,
-        env={"PATH": "/usr/bin:/bin", "CROSSDOCK_TARGET": gateway.target},
+        env={"PATH": "/usr/bin:/bin", "CROSSDOCK_TARGET": gateway.grpc},
     )
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert ran.stdout.strip()
