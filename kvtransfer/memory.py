@@ -1,4 +1,4 @@
-"""Page-aligned host memory for KV pools, in huge pages where the kernel gives them."""
+"""Host memory: pages for KV pools, in huge pages where the kernel gives them, and scratch."""
 
 from __future__ import annotations
 
@@ -41,3 +41,28 @@ def _map_pages(nbytes: int) -> mmap.mmap:
         with contextlib.suppress(OSError, ValueError):
             pages.madvise(_POPULATE_WRITE)
     return pages
+
+
+class Scratch:
+    """int64 entries that generations are read into, handed out in ranges, first fit."""
+
+    def __init__(self, entries: int) -> None:
+        self.entries: npt.NDArray[np.int64] = np.zeros(entries, dtype=np.int64)
+        self._free = [slice(0, entries)]
+
+    def take(self, count: int) -> slice | None:
+        for index, free in enumerate(self._free):
+            if free.stop - free.start >= count:
+                taken = slice(free.start, free.start + count)
+                self._free[index] = slice(taken.stop, free.stop)
+                return taken
+        return None
+
+    def give_back(self, taken: slice) -> None:
+        merged: list[slice] = []
+        for free in sorted([*self._free, taken], key=lambda part: (part.start, part.stop)):
+            if merged and merged[-1].stop == free.start:
+                merged[-1] = slice(merged[-1].start, free.stop)
+            elif free.stop > free.start:
+                merged.append(free)
+        self._free = merged

@@ -44,7 +44,8 @@ class PoolMemory:
         if self.memory_type != "DRAM":
             raise ValueError(f"a view of {self.memory_type} memory was asked for")
         raw = (ctypes.c_uint8 * self.kv_bytes).from_address(self.kv_ptr)
-        return np.frombuffer(raw, dtype=np.uint8).reshape(self.num_blocks, self.block_bytes)
+        pool: npt.NDArray[np.uint8] = np.ctypeslib.as_array(raw)
+        return pool.reshape(self.num_blocks, self.block_bytes)
 
 
 class HandleState(enum.Enum):
@@ -161,7 +162,7 @@ class Runs:
         return len(self.length)
 
 
-def merge_runs(remote_ids: Sequence[int], local_ids: Sequence[int]) -> Runs:
+def merge_runs(remote_ids: Sequence[int], local_ids: Sequence[int] | Generations) -> Runs:
     """One run for each stretch of blocks that is consecutive remotely and locally."""
     remote = np.asarray(remote_ids, dtype=np.int64)
     local = np.asarray(local_ids, dtype=np.int64)

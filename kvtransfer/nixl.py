@@ -1,0 +1,498 @@
+"""KV transfer over NIXL and UCX: RDMA, NVLink, TCP or shared memory, whatever joins the pair.
+
+The one file that calls nixl. Two things about it that were measured rather than read:
+
+- Its Python agent sets the progress thread's delay to 0, which makes that thread spin on a whole
+  core. With some milliseconds it sleeps on UCX's event descriptor instead: no CPU when idle, and
+  a fence of 0.05 to 0.3 ms. Without a progress thread a fence takes as long as the peer's next
+  look at its notifications, since the peer has to move its own end along.
+- Releasing a transfer under way, or removing its agent, stops nothing: over TCP the peer's bytes
+  arrived in the local blocks after both. So a transfer is kept until UCX says that it ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import nixl._api as api
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.kvtransfer.memory import Scratch
+from crossdock.kvtransfer.threaded import ThreadedTransport, reason_of, wait_for
+from crossdock.kvtransfer.transport import (
+    Handle,
+    MemoryType,
+    PoolMemory,
+    check_ids,
+    merge_runs,
+)
+from crossdock.proto.errors import TransferFailed
+
+log = logging.getLogger(__name__)
+
+# Version, incarnation, address of KV and of generations, blocks, block bytes, type, device.
+_INFO = struct.Struct("!B16sQQQQBI")
+_INFO_VERSION = 1
+_MEMORY_TYPES: tuple[MemoryType, ...] = ("DRAM", "VRAM")
+
+_PROGRESS_DELAY_US = 10_000  # how long NIXL's thread sleeps at most between two events
+_EXPECTING_POLL_S = 0.001
+_IDLE_POLL_S = 0.25
+_SCRATCH_ENTRIES = 65_536  # generations that fences may have under way at once: 512 KiB
+_RETRY_S = (0.25, 8.0)  # first and longest pause before a broken connection is tried again
+
+_abandoned: list[object] = []  # agents closed with transfers under way: never freed
+_making_agent = threading.Lock()  # holds while settings of the whole process are changed
+
+
+@dataclass(frozen=True)
+class _PeerMemory:
+    """The peer's pool, from its info."""
+
+    kv_ptr: int
+    generations_ptr: int
+    num_blocks: int
+    block_bytes: int
+    memory_type: MemoryType
+    device_id: int
+    metadata: bytes
+
+
+@dataclass
+class _Peer:
+    incarnation: bytes
+    memory: _PeerMemory
+    connected: bool = False
+    broken: str | None = None  # why it has to be connected again
+    removed: bool = False
+    in_flight: int = 0
+    retry_at: float = 0.0
+    pause_s: float = _RETRY_S[0]
+
+    @property
+    def name(self) -> str:
+        return self.incarnation.hex()
+
+
+@dataclass
+class _Transfer:
+    """One posted NIXL request. Owns its scratch entries until it is terminal."""
+
+    handle: Handle
+    peer: _Peer
+    request: Any
+    done: Callable[[], None]
+    scratch: slice | None = None
+
+
+class NixlTransport(ThreadedTransport):
+    """See transport.Transport. The agent's name is the incarnation in hexadecimal."""
+
+    def __init__(
+        self, incarnation: bytes, memory: PoolMemory, *, ucx: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(f"nixl-{incarnation.hex()[:8]}")
+        self._incarnation = incarnation
+        self._memory = memory
+        self._ucx = dict(ucx or {})
+        self._peers: dict[bytes, _Peer] = {}
+        self._active: list[_Transfer] = []
+        self._waiting: deque[tuple[Handle, Callable[[], bool]]] = deque()  # for scratch entries
+        self._scratch = Scratch(max(_SCRATCH_ENTRIES, memory.num_blocks))
+        self._busy_since = 0.0
+        self._agent: Any = None
+        self._registered: list[Any] = []
+        self._info = b""
+        self._start()
+
+    def info(self) -> bytes:
+        return self._info
+
+    def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+        memory = _parse_info(info, incarnation)
+        if (memory.num_blocks, memory.block_bytes) != (num_blocks, block_bytes):
+            raise TransferFailed(
+                f"peer {incarnation.hex()} describes {num_blocks} blocks of {block_bytes} bytes, "
+                f"its transport {memory.num_blocks} of {memory.block_bytes}"
+            )
+        if block_bytes != self._memory.block_bytes:
+            raise TransferFailed(
+                f"peer {incarnation.hex()} has blocks of {block_bytes} bytes, "
+                f"here they have {self._memory.block_bytes}"
+            )
+        self._call(lambda: self._add(incarnation, memory))
+
+    def remove_peer(self, incarnation: bytes) -> None:
+        if not self._closing:
+            self._enqueue(lambda: self._remove(incarnation))
+
+    def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
+        handle = self.read_generations(incarnation, [0], b"")
+        return wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
+
+    def read_blocks(
+        self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
+    ) -> Handle:
+        handle = Handle()
+        return self._submit(
+            handle, lambda: self._post_blocks(handle, incarnation, remote_ids, local_ids)
+        )
+
+    def read_generations(
+        self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
+    ) -> Handle:
+        handle = Handle()
+        return self._submit(
+            handle, lambda: self._post_generations(handle, incarnation, remote_ids, notify)
+        )
+
+    # On the transport's thread.
+
+    def _open(self) -> None:
+        logging.getLogger("nixl").setLevel(logging.WARNING)
+        memory = self._memory
+        with _making_agent, _environment(self._ucx), _sleeping_progress_thread():
+            config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
+            self._agent = api.nixl_agent(self._incarnation.hex(), config)
+        if "UCX" not in self._agent.backends:
+            raise TransferFailed("NIXL has no UCX plugin here")
+        pool = [(memory.kv_ptr, memory.kv_bytes, memory.device_id, "")]
+        counters = [
+            (array.ctypes.data, array.nbytes, 0, "")
+            for array in (memory.generations, self._scratch.entries)
+        ]
+        self._registered = [
+            self._agent.register_memory(pool, memory.memory_type),
+            self._agent.register_memory(counters, "DRAM"),
+        ]
+        self._info = (
+            _INFO.pack(
+                _INFO_VERSION,
+                self._incarnation,
+                memory.kv_ptr,
+                memory.generations.ctypes.data,
+                memory.num_blocks,
+                memory.block_bytes,
+                _MEMORY_TYPES.index(memory.memory_type),
+                memory.device_id,
+            )
+            + self._agent.get_agent_metadata()
+        )
+
+    def _add(self, incarnation: bytes, memory: _PeerMemory) -> None:
+        peer = self._peers.get(incarnation)
+        if peer is None or peer.memory != memory:
+            if peer is not None and peer.in_flight:
+                raise TransferFailed(f"peer {peer.name} changed while it was being read")
+            if peer is not None:
+                self._disconnect(peer)
+            peer = _Peer(incarnation, memory)
+        peer.removed = False
+        if not peer.connected:
+            self._connect(peer)
+        self._peers[incarnation] = peer
+
+    def _remove(self, incarnation: bytes) -> None:
+        peer = self._peers.get(incarnation)
+        if peer is not None:
+            peer.removed = True
+            self._settle_peer(peer)
+
+    def _connect(self, peer: _Peer) -> None:
+        try:
+            name = self._agent.add_remote_agent(peer.memory.metadata)
+        except Exception as error:
+            raise TransferFailed(
+                f"peer {peer.name} cannot be reached: {reason_of(error)}"
+            ) from None
+        named = name.decode() if isinstance(name, bytes) else str(name)
+        if named != peer.name:
+            raise TransferFailed(f"peer {peer.name} sent the metadata of {named}")
+        peer.connected, peer.broken = True, None
+
+    def _disconnect(self, peer: _Peer) -> None:
+        if peer.connected:
+            peer.connected = False
+            try:
+                self._agent.remove_remote_agent(peer.name)
+            except Exception as error:
+                log.warning("removing peer %s: %s", peer.name, reason_of(error))
+
+    def _break(self, peer: _Peer, reason: str) -> None:
+        """The library reported an error: connect anew, once nothing is under way, not at once."""
+        if peer.broken is None:
+            peer.broken = reason
+            peer.retry_at = time.monotonic() + peer.pause_s
+            peer.pause_s = min(2 * peer.pause_s, _RETRY_S[1])
+
+    def _settle_peer(self, peer: _Peer) -> None:
+        """Drops what is broken or removed as soon as no transfer holds it."""
+        if peer.in_flight == 0 and (peer.broken is not None or peer.removed):
+            self._disconnect(peer)
+            if peer.removed:
+                self._peers.pop(peer.incarnation, None)
+
+    def _ready_peer(self, incarnation: bytes) -> _Peer:
+        peer = self._peers.get(incarnation)
+        if peer is None or peer.removed:
+            raise TransferFailed(f"peer {incarnation.hex()} is unknown")
+        if peer.broken is None:
+            return peer
+        if peer.in_flight or time.monotonic() < peer.retry_at:
+            raise TransferFailed(f"peer {peer.name} is lost: {peer.broken}")
+        reason, peer.broken = peer.broken, None
+        self._disconnect(peer)
+        try:
+            self._connect(peer)
+        except TransferFailed:
+            self._break(peer, reason)
+            raise
+        return peer
+
+    def _post_blocks(
+        self,
+        handle: Handle,
+        incarnation: bytes,
+        remote_ids: Sequence[int],
+        local_ids: Sequence[int],
+    ) -> None:
+        peer = self._ready_peer(incarnation)
+        check_ids(remote_ids, peer.memory.num_blocks, "remote")
+        check_ids(local_ids, self._memory.num_blocks, "local")
+        if len(remote_ids) == 0:
+            self._finish(handle)
+            return
+        runs = merge_runs(remote_ids, local_ids)
+        size = self._memory.block_bytes
+        local = _descriptors(
+            self._memory.kv_ptr, runs.local, runs.length, size, self._memory.device_id
+        )
+        remote = _descriptors(
+            peer.memory.kv_ptr, runs.remote, runs.length, size, peer.memory.device_id
+        )
+
+        def done() -> None:
+            self.stats.reads += 1
+            self.stats.blocks += len(remote_ids)
+            self.stats.descriptors += len(runs)
+            self.stats.bytes += len(remote_ids) * size
+
+        self._post(
+            _Transfer(handle, peer, None, done),
+            self._agent.get_xfer_descs(local, self._memory.memory_type),
+            self._agent.get_xfer_descs(remote, peer.memory.memory_type),
+            b"",
+        )
+
+    def _post_generations(
+        self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
+    ) -> None:
+        peer = self._ready_peer(incarnation)
+        check_ids(remote_ids, peer.memory.num_blocks, "remote")
+        if len(remote_ids) == 0:
+            self._notify(peer, notify)
+            handle.generations = np.empty(0, dtype=np.int64)
+            self.stats.fences += 1
+            self._finish(handle)
+            return
+        if len(remote_ids) > len(self._scratch.entries):
+            raise TransferFailed(f"a fence of {len(remote_ids)} blocks is too long")
+        ids = list(remote_ids)
+        if self._waiting or not self._try_generations(handle, peer, ids, notify):
+            self._waiting.append((handle, lambda: self._try_generations(handle, peer, ids, notify)))
+
+    def _try_generations(
+        self, handle: Handle, peer: _Peer, remote_ids: list[int], notify: bytes
+    ) -> bool:
+        """False: no scratch entries are free now."""
+        scratch = self._scratch.take(len(remote_ids))
+        if scratch is None:
+            return False
+        slots = np.arange(scratch.start, scratch.stop)
+        runs = merge_runs(remote_ids, slots)
+        local = _descriptors(self._scratch.entries.ctypes.data, runs.local, runs.length, 8, 0)
+        remote = _descriptors(peer.memory.generations_ptr, runs.remote, runs.length, 8, 0)
+
+        def done() -> None:
+            handle.generations = self._scratch.entries[scratch].copy()
+            self.stats.fences += 1
+
+        self._post(
+            _Transfer(handle, peer, None, done, scratch),
+            self._agent.get_xfer_descs(local, "DRAM"),
+            self._agent.get_xfer_descs(remote, "DRAM"),
+            notify,
+        )
+        return True
+
+    def _notify(self, peer: _Peer, message: bytes) -> None:
+        if message:
+            try:
+                self._agent.send_notif(peer.name, message)
+            except Exception as error:
+                self._break(peer, reason_of(error))
+                self._settle_peer(peer)
+                raise
+
+    def _post(self, transfer: _Transfer, local: Any, remote: Any, notify: bytes) -> None:
+        peer = transfer.peer
+        peer.in_flight += 1
+        try:
+            transfer.request = self._agent.initialize_xfer("READ", local, remote, peer.name, notify)
+            state = self._agent.transfer(transfer.request)
+        except Exception as error:
+            self._end(transfer, reason_of(error))
+            return
+        if state == "PROC":
+            self._active.append(transfer)
+            self._busy_since = time.perf_counter()
+        else:
+            self._end(transfer, None if state == "DONE" else "NIXL refused it")
+
+    def _end(self, transfer: _Transfer, error: str | None) -> None:
+        """The one way out of a transfer, once NIXL has nothing under way for it."""
+        peer = transfer.peer
+        peer.in_flight -= 1
+        if error is None:
+            peer.pause_s = _RETRY_S[0]
+            transfer.done()
+            self._finish(transfer.handle)
+        else:
+            self._break(peer, error)
+            self._fail(transfer.handle, error)
+        if transfer.scratch is not None:
+            self._scratch.give_back(transfer.scratch)
+        if transfer.request is not None:
+            try:
+                self._agent.release_xfer_handle(transfer.request)
+            except Exception as problem:
+                log.warning("releasing a transfer with %s: %s", peer.name, reason_of(problem))
+        self._settle_peer(peer)
+
+    def _progress(self) -> float | None:
+        if self._active:
+            self._active = [transfer for transfer in self._active if not self._ended(transfer)]
+        while self._waiting:
+            handle, attempt = self._waiting[0]
+            try:
+                if not attempt():
+                    break
+            except Exception as error:
+                self._fail(handle, reason_of(error))
+            self._waiting.popleft()
+        for messages in self._agent.get_new_notifs().values():
+            for message in messages:
+                self._notified(bytes(message))
+        if self._active:
+            # Fences take a tenth of a millisecond, bulk reads over a network tens of them.
+            return 0.00005 if time.perf_counter() - self._busy_since < 0.005 else 0.0005
+        return _EXPECTING_POLL_S if self._expecting else _IDLE_POLL_S
+
+    def _ended(self, transfer: _Transfer) -> bool:
+        try:
+            state = self._agent.check_xfer_state(transfer.request)
+        except Exception as error:
+            self._end(transfer, reason_of(error))
+            return True
+        if state == "PROC":
+            return False
+        self._end(transfer, None if state == "DONE" else "NIXL reported an error")
+        return True
+
+    def _in_flight(self) -> int:
+        return len(self._active)
+
+    def _shut(self) -> None:
+        for handle, _ in self._waiting:
+            self._fail(handle, "transport is closed")
+        if self._active:
+            log.error("%d transfers never ended; their memory stays mapped", len(self._active))
+            _abandoned.append((self._agent, self._memory, self._scratch, self._active))
+            for transfer in self._active:
+                self._fail(transfer.handle, "transport is closed")
+            return
+        for peer in self._peers.values():
+            self._disconnect(peer)
+        for registration in self._registered:
+            self._agent.deregister_memory(registration)
+        self._agent = None
+
+
+def _descriptors(
+    base: int,
+    first: npt.NDArray[np.int64],
+    length: npt.NDArray[np.int64],
+    size: int,
+    device_id: int,
+) -> npt.NDArray[np.uint64]:
+    """uint64 [runs, 3]: address, bytes, device. One descriptor a run beat prepared lists of one
+    a block: benchmarks/kv_pull.py measures both.
+    """
+    rows = np.empty((len(first), 3), dtype=np.uint64)
+    rows[:, 0] = base + first * size
+    rows[:, 1] = length * size
+    rows[:, 2] = device_id
+    return rows
+
+
+def _parse_info(info: bytes, incarnation: bytes) -> _PeerMemory:
+    if len(info) <= _INFO.size or info[0] != _INFO_VERSION:
+        raise TransferFailed("the peer's transport info is not NIXL's, or of another version")
+    _, told, kv_ptr, generations_ptr, num_blocks, block_bytes, kind, device_id = _INFO.unpack_from(
+        info
+    )
+    if told != incarnation:
+        raise TransferFailed(f"peer {incarnation.hex()} sent the transport info of {told.hex()}")
+    if kind >= len(_MEMORY_TYPES):
+        raise TransferFailed(f"the peer's transport info names memory type {kind}")
+    return _PeerMemory(
+        kv_ptr=kv_ptr,
+        generations_ptr=generations_ptr,
+        num_blocks=num_blocks,
+        block_bytes=block_bytes,
+        memory_type=_MEMORY_TYPES[kind],
+        device_id=device_id,
+        metadata=info[_INFO.size :],
+    )
+
+
+@contextmanager
+def _environment(ucx: Mapping[str, str]) -> Iterator[None]:
+    """UCX takes its settings from the environment, when an agent is made."""
+    wanted = {f"UCX_{name}": str(value) for name, value in ucx.items()}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _sleeping_progress_thread() -> Iterator[None]:
+    """While inside, agents are made with a progress thread that sleeps (see the top)."""
+    original = api.nixlBind.nixlAgentConfig
+
+    class Config(original):  # type: ignore[misc, valid-type]
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, _PROGRESS_DELAY_US if name == "pthrDelay" else value)
+
+    api.nixlBind.nixlAgentConfig = Config
+    try:
+        yield
+    finally:
+        api.nixlBind.nixlAgentConfig = original

@@ -1,0 +1,229 @@
+"""What transports with a library behind them share: the one thread that makes all its calls."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from crossdock.kvtransfer.transport import Handle, HandleState, TransportStats
+from crossdock.proto.errors import TransferFailed
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CALL_TIMEOUT_S = 20.0
+_CLOSE_GRACE_S = 2.0  # for transfers under way, whose memory is given back after close
+
+
+class ThreadedTransport:
+    """Runs commands of other threads, then `_progress`, then sleeps as long as that allows.
+
+    A subclass implements the five hooks at the end; they run on the transport's thread only.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.stats = TransportStats()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._notifications: deque[bytes] = deque()
+        self._wakeup: Callable[[], None] = lambda: None
+        self._news = False  # something the wakeup has to tell
+        self._closing = False
+        self._expecting = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_fd, selectors.EVENT_READ)
+        self._opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    # Called by any thread.
+
+    def notifications(self) -> list[bytes]:
+        return [self._notifications.popleft() for _ in range(len(self._notifications))]
+
+    def expect_notifications(self, expected: bool) -> None:
+        if expected != self._expecting:
+            self._expecting = expected
+            if expected:
+                self._wake()
+
+    def set_wakeup(self, callback: Callable[[], None]) -> None:
+        self._wakeup = callback
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._wake()
+        self._thread.join(_CALL_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.error("%s did not end within %g s", self._thread.name, _CALL_TIMEOUT_S)
+
+    def _start(self) -> None:
+        """Raises TransferFailed when the library does not come up."""
+        self._thread.start()
+        try:
+            self._opened.result(timeout=60.0)
+        except Exception as error:
+            self._closing = True
+            raise TransferFailed(f"transport did not start: {reason_of(error)}") from error
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """Runs `function` on the transport's thread and waits for what it gives or raises."""
+        if self._closing:
+            raise TransferFailed("transport is closed")
+        answer: Future[T] = Future()
+
+        def command() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(function())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._enqueue(command)
+        try:
+            return answer.result(timeout=_CALL_TIMEOUT_S)
+        except TimeoutError:
+            answer.cancel()
+            raise TransferFailed(f"transport did not answer in {_CALL_TIMEOUT_S:g} s") from None
+
+    def _submit(self, handle: Handle, function: Callable[[], None]) -> Handle:
+        """Runs `function` on the transport's thread; what it raises fails the handle."""
+
+        def command() -> None:
+            try:
+                function()
+            except Exception as error:
+                self._fail(handle, reason_of(error))
+
+        if self._closing:
+            handle.fail("transport is closed")
+        else:
+            self._enqueue(command)
+        return handle
+
+    def _enqueue(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._wake()
+
+    def _wake(self) -> None:
+        # Overflow means that it is awake already; a closed descriptor that it is gone.
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.eventfd_write(self._wake_fd, 1)
+
+    # On the transport's thread.
+
+    def _run(self) -> None:
+        try:
+            self._open()
+        except BaseException as error:
+            self._opened.set_exception(error)
+            return
+        self._opened.set_result(None)
+        close_by = 0.0
+        while True:
+            if self._closing:
+                close_by = close_by or time.monotonic() + _CLOSE_GRACE_S
+                if not self._in_flight() or time.monotonic() > close_by:
+                    break
+            try:
+                self._turn()
+            except Exception:
+                log.exception("%s goes on after an error", self._thread.name)
+                time.sleep(0.01)
+        self._run_commands()
+        try:
+            self._shut()
+        except Exception:
+            log.exception("%s ended with an error", self._thread.name)
+        self._tell()
+        self._selector.close()
+        os.close(self._wake_fd)
+
+    def _turn(self) -> None:
+        self._run_commands()
+        timeout_s = self._progress()
+        self._tell()
+        if timeout_s is not None and 0.0 < timeout_s < 0.001:
+            time.sleep(timeout_s)  # the selector's timeout has only whole milliseconds
+            timeout_s = 0.0
+        for key, _ in self._selector.select(timeout_s):
+            if key.fd == self._wake_fd:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
+            else:
+                self._readable(key)
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _tell(self) -> None:
+        if self._news:
+            self._news = False
+            try:
+                self._wakeup()
+            except Exception:
+                log.exception("wakeup of %s failed", self._thread.name)
+
+    def _finish(self, handle: Handle) -> None:
+        if handle.state is HandleState.PENDING:
+            handle.finish(handle.generations)
+            self._news = True
+
+    def _fail(self, handle: Handle, reason: str) -> None:
+        if handle.state is HandleState.PENDING:
+            handle.fail(reason)
+            self.stats.failures += 1
+            self._news = True
+
+    def _notified(self, ticket_id: bytes) -> None:
+        self._notifications.append(ticket_id)
+        self.stats.notifications += 1
+        self._news = True
+
+    # What a subclass does.
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _progress(self) -> float | None:
+        """Moves everything along; returns how long the thread may sleep (None: until woken)."""
+        raise NotImplementedError
+
+    def _readable(self, key: selectors.SelectorKey) -> None:
+        """A descriptor that the subclass registered has something."""
+
+    def _in_flight(self) -> int:
+        raise NotImplementedError
+
+    def _shut(self) -> None:
+        raise NotImplementedError
+
+
+def wait_for(handle: Handle, timeout_s: float, what: str) -> float:
+    """Seconds until the handle was done, looking now and then. Raises TransferFailed."""
+    start = time.perf_counter()
+    while not handle.terminal:
+        if time.perf_counter() - start > timeout_s:
+            raise TransferFailed(f"{what}: nothing in {timeout_s:g} s")
+        time.sleep(0.0002)
+    if handle.state is HandleState.FAILED:
+        raise TransferFailed(f"{what}: {handle.error}")
+    return time.perf_counter() - start
+
+
+def reason_of(error: BaseException) -> str:
+    if isinstance(error, TransferFailed):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
