@@ -21,7 +21,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	rm -rf .lint build && $(PIP) --no-deps --no-compile --target .lint .
 	cd .lint && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p crossdock
-	PYTHONPATH=.lint $(BIN)/lint-imports --config pyproject.toml
+	cd .lint && PYTHONPATH=. ../$(BIN)/lint-imports --config ../pyproject.toml
 	rm -rf .lint build
 
 proto: $(VENV)/.dev

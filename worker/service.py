@@ -90,9 +90,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     self._submit(frame.prefill.sequence, None, stream.owner)
                 elif kind == "decode":
                     sequence_id = frame.decode.sequence.sequence_id
-                    task = asyncio.create_task(self._decode(frame.decode, stream.owner))
+                    met = self._decode(frame.decode, stream.owner)
+                    task = asyncio.create_task(met, name=sequence_id)
                     pending[sequence_id] = task
-                    task.add_done_callback(lambda _, key=sequence_id: pending.pop(key, None))
+                    task.add_done_callback(lambda done: pending.pop(done.get_name(), None))
                 elif kind == "cancel":
                     self._cancel(frame.cancel, pending.get(frame.cancel.sequence_id))
                 elif kind == "resync":
