@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from crossdock.bench import describe_machine
 from crossdock.client import AsyncClient
-from crossdock.engine.text import load_text
+from crossdock.engine.text.model import load_text
 from crossdock.engine.weights.store import ModelFiles, resolve
 
 TIE = 1e-3
@@ -76,6 +75,8 @@ async def answers(options: argparse.Namespace, given: list[list[int]]) -> list[t
 
 def reference(files: ModelFiles) -> Any:
     """The same weights by transformers, in float32."""
+    from transformers import AutoModelForCausalLM
+
     if files.format == "gguf":
         folder, name = files.path.parent, files.path.name
         return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
