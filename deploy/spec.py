@@ -60,7 +60,9 @@ class MetadataSpec:
 @dataclass(frozen=True)
 class ModelSpec:
     id: str = setting(
-        doc="A known model, a folder in Hugging Face layout, or a .gguf file.", kind="text"
+        doc="A known model, a folder in Hugging Face layout, or a .gguf file. "
+        "A path that begins with . is taken from this file's folder.",
+        kind="text",
     )
     dtype: str = setting(
         "auto",
@@ -116,7 +118,7 @@ class GatewaySpec:
 class ControllerSpec:
     grpc: str = setting(
         "127.0.0.1:50050",
-        "Where the controller answers `crossdock status|apply|scale|down`.",
+        "Where the controller answers crossdock status, apply, scale and down.",
         kind="address",
     )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
@@ -32,11 +34,21 @@ def parse(text: str, file: str) -> ClusterSpec:
     reader = _Reader(file)
     spec = reader.read(root, ClusterSpec, "")
     assert isinstance(spec, ClusterSpec)
+    spec = _with_model_beside(spec, file)
     try:
         return spec.validate()
     except ConfigError as error:
         message = str(error).removeprefix(f"{error.field}: ")
         raise ConfigError(error.field, message, reader.where(error.field)) from None
+
+
+def _with_model_beside(spec: ClusterSpec, file: str) -> ClusterSpec:
+    """A model path that begins with ., .. or ~ made absolute: from the file's folder, or home."""
+    model_id = spec.model.id
+    if not model_id.startswith(("./", "../", "~")):
+        return spec
+    path = Path(file).absolute().parent / Path(model_id).expanduser()
+    return replace(spec, model=replace(spec.model, id=os.path.normpath(path)))
 
 
 def locate(text: str, file: str, path: str) -> str:

@@ -1,0 +1,93 @@
+"""The YAML reference of docs/operations.md, made from the definitions of the spec.
+
+python -m crossdock.deploy.reference docs/operations.md    # writes it between the markers
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from crossdock.deploy.spec import ClusterSpec, type_hints
+
+BEGIN = "<!-- reference: made by crossdock.deploy.reference; edit deploy/spec.py instead -->"
+END = "<!-- end of reference -->"
+_NAMES = {str: "string", int: "whole number", float: "number", bool: "true or false"}
+
+
+def reference() -> str:
+    """A table of every field: name, type and limits, default, meaning."""
+    lines = ["| field | value | default | meaning |", "|---|---|---|---|"]
+    lines += [
+        f"| `{path}` | {_value(about, kind)} | {_default(about, kind)} | {about.metadata['doc']} |"
+        for path, about, kind in _walk(ClusterSpec, "")
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def with_reference(document: str) -> str:
+    """`document` with what stands between the markers replaced. Raises ValueError without them."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError("the markers of the reference are missing")
+    return f"{before}{BEGIN}\n\n{reference()}\n{END}{after}"
+
+
+def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Field[Any], Any]]:
+    hints = type_hints(kind)
+    for about in sorted(fields(kind), key=_as_written):
+        path, hint = prefix + about.name, hints[about.name]
+        entry = get_args(hint)[1] if get_origin(hint) is not None else None
+        yield path, about, hint
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _walk(hint, path + ".")
+        elif is_dataclass(entry):
+            assert isinstance(entry, type)
+            yield from _walk(entry, f"{path}.NAME.")
+
+
+def _as_written(about: Field[Any]) -> int:
+    """apiVersion and kind come first in a file, pools after gateway and controller."""
+    order = ("apiVersion", "kind", "metadata", "model", "gateway", "controller", "pools")
+    return order.index(about.name) if about.name in order else len(order)
+
+
+def _value(about: Field[Any], hint: Any) -> str:
+    limits = about.metadata
+    if is_dataclass(hint):
+        return "mapping"
+    if get_origin(hint) is not None:
+        entry = get_args(hint)[1]
+        return "mapping of " + ("pools by name" if is_dataclass(entry) else f"{_NAMES[entry]}s")
+    if limits["choices"]:
+        return "one of " + ", ".join(f"`{choice}`" for choice in limits["choices"])
+    if limits["low"] is not None:
+        return f"{_NAMES[hint]}, {limits['low']:,} to {limits['high']:,}"
+    return {"address": "HOST:PORT, port 0 takes a free one", "name": "name"}.get(
+        limits["kind"], _NAMES[hint]
+    )
+
+
+def _default(about: Field[Any], hint: Any) -> str:
+    if is_dataclass(hint):
+        return "required" if about.default_factory is MISSING else ""
+    if about.default_factory is not MISSING:
+        empty = about.default_factory()
+        assert isinstance(empty, Mapping)
+        return "`{}`"
+    if about.default is MISSING:
+        return "required"
+    value = about.default
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    return '`""`' if value == "" else f"`{value}`"
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.write_text(with_reference(target.read_text(encoding="utf-8")), encoding="utf-8")
