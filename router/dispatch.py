@@ -227,7 +227,7 @@ class Dispatcher:
         if now + predicted_s > deadline:
             raise Overloaded(
                 f"the first token is predicted in {predicted_s:.2f} s, "
-                f"after the deadline in {deadline - now:.2f} s",
+                f"after the deadline in {deadline - now:.1f} s",
                 self._retry_after_s(),
             )
 

@@ -78,11 +78,13 @@ class HttpServer:
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         # A client that goes away cancels its handler, and that its request.
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        )
         await self._runner.setup()
         host, _, port = self.address.rpartition(":")
         try:
-            await web.TCPSite(self._runner, host, int(port), shutdown_timeout=1.0).start()
+            await web.TCPSite(self._runner, host, int(port)).start()
         except OSError as error:
             await self._runner.cleanup()
             why = "port {} is in use" if error.errno == 98 else "port {}: {}"

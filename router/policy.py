@@ -13,7 +13,9 @@ from crossdock.router.view import ClusterView, WorkerView
 
 TIE_RELATIVE = 0.05
 TIE_ABSOLUTE_S = 0.0005
-DECODE_CANDIDATES = 8  # of the workers tied for the least TPOT, how many are paired with prefill
+# How many of each side are weighed as pairs, since each pair has a link of its own.
+PREFILL_CANDIDATES = 32
+DECODE_CANDIDATES = 8
 
 
 class NoWorker(Unavailable):
@@ -135,6 +137,10 @@ def _disaggregated(
 ) -> tuple[float, Placement]:
     tied = _least_tpot(demand, depths, decodes, rng)
     candidates = [_candidate(view, demand, depths, worker) for worker in prefills]
+    if len(candidates) > PREFILL_CANDIDATES:
+        ranked = [(candidate.ttft_s, rng.random(), candidate) for candidate in candidates]
+        nearest = heapq.nsmallest(PREFILL_CANDIDATES, ranked, key=lambda item: item[:2])
+        candidates = [candidate for _, _, candidate in nearest]
     pairs = [
         (candidate.ttft_s + _transfer_s(view, demand, depths, candidate.worker.name, decode), i, j)
         for i, candidate in enumerate(candidates)

@@ -167,10 +167,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             async for frame in frames:
                 kind = frame.WhichOneof("frame")
                 if kind == "prefill":
-                    self.prefills.append(frame.prefill)
+                    self.prefills.append(_copy(frame.prefill))
                     self._begin(frame.prefill.sequence, self._prefill(frame.prefill.sequence))
                 elif kind == "decode":
-                    self.decodes.append(frame.decode)
+                    self.decodes.append(_copy(frame.decode))
                     self._begin(frame.decode.sequence, self._decode(frame.decode))
                 elif kind == "cancel":
                     self.cancels.append(frame.cancel)
@@ -297,6 +297,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     def _now_ms(self) -> float:
         return time.time() * 1000
+
+
+def _copy(message: Any) -> Any:
+    """As it came: sequences grow while they run."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
 
 
 def _failed(sequence: pb.SequenceRequest, code: int) -> pb.SequenceOutput:

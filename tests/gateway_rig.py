@@ -1,0 +1,122 @@
+"""A real gateway on real ports before fake workers, for the tests of gRPC, HTTP and dispatch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from fake_worker import FakeWorker
+
+from crossdock.proto.types import Role
+from crossdock.proto.v1 import inference_pb2 as pb
+from crossdock.proto.v1 import inference_pb2_grpc
+from crossdock.router.gateway import GatewayConfig, GatewayServer
+
+FINISH = pb.FinishReason
+
+
+@dataclass
+class Rig:
+    gateway: GatewayServer
+    stub: inference_pb2_grpc.InferenceStub
+    channel: Any
+    prefills: list[FakeWorker] = field(default_factory=list)
+    decodes: list[FakeWorker] = field(default_factory=list)
+    colocated: list[FakeWorker] = field(default_factory=list)
+
+    @property
+    def workers(self) -> list[FakeWorker]:
+        return [*self.prefills, *self.decodes, *self.colocated]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.gateway.http_address}"
+
+    @property
+    def idle(self) -> bool:
+        return not self.gateway.active_requests and not any(w.running for w in self.workers)
+
+    async def members(self, *workers: FakeWorker) -> None:
+        """Tells the gateway its membership (all workers by default) and waits for the links."""
+        told = workers or self.workers
+        await self.gateway.update_members([worker.endpoint for worker in told])
+        names = {worker.name: worker.incarnation.hex() for worker in told}
+        await until(lambda: names.items() <= self._connected().items())
+
+    def _connected(self) -> dict[str, str]:
+        return {n: w.facts.incarnation for n, w in self.gateway.view.workers.items()}
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.gateway.metrics.registry.get_sample_value(f"crossdock_{name}", labels) or 0.0
+
+
+@asynccontextmanager
+async def start_rig(
+    model: Path,
+    *,
+    prefills: int = 1,
+    decodes: int = 1,
+    colocated: int = 0,
+    num_blocks: int = 1000,
+    **config: Any,
+) -> AsyncIterator[Rig]:
+    async with AsyncExitStack() as stack:
+
+        async def workers(prefix: str, role: Role, count: int) -> list[FakeWorker]:
+            made = [FakeWorker(f"{prefix}-{i}", role, num_blocks=num_blocks) for i in range(count)]
+            return [await stack.enter_async_context(worker) for worker in made]
+
+        local = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}
+        gateway = GatewayServer(GatewayConfig("gateway-0", str(model), **(local | config)))
+        await gateway.start()
+        stack.push_async_callback(gateway.stop)
+        channel = grpc.aio.insecure_channel(gateway.grpc_address)
+        await stack.enter_async_context(channel)
+        rig = Rig(
+            gateway,
+            inference_pb2_grpc.InferenceStub(channel),
+            channel,
+            await workers("prefill", Role.PREFILL, prefills),
+            await workers("decode", Role.DECODE, decodes),
+            await workers("colocated", Role.COLOCATED, colocated),
+        )
+        if rig.workers:
+            await rig.members()
+        yield rig
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Waits for what other tasks are about to make true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        await asyncio.sleep(0.002)
+
+
+def ask(token_ids: list[int] | None = None, *, n: int = 1, **sampling: Any) -> pb.GenerateRequest:
+    """A request by token ids, which the fake workers echo."""
+    ids = list(range(10, 50)) if token_ids is None else token_ids
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=ids), n=n, sampling=pb.SamplingParams(**sampling)
+    )
+
+
+async def collect(call: Any) -> list[pb.GenerateResponse]:
+    responses = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
+
+
+def ids_of(responses: list[pb.GenerateResponse], index: int = 0) -> list[int]:
+    return [t for r in responses if r.index == index for t in r.token_ids]
+
+
+def text_of(responses: list[pb.GenerateResponse], index: int = 0) -> str:
+    return "".join(r.text for r in responses if r.index == index)
