@@ -202,7 +202,8 @@ def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
     console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {as_specified}")
     console.print(_workers(cluster))
     console.print(_gateways(cluster))
-    for member in (*cluster.workers, *cluster.gateways):
+    members: list[Any] = [*cluster.workers, *cluster.gateways]
+    for member in members:
         if member.error:
             console.print(f"{member.name}: {member.error}", markup=False, style="red")
     for decision in list(cluster.decisions)[-SHOWN_DECISIONS:]:
