@@ -163,15 +163,12 @@ def model_list() -> None:
     from rich.table import Table
 
     from crossdock.engine.weights import store
-    from crossdock.proto.errors import ModelError
 
-    table = Table("model", "here", "format", "path")
-    for model_id in sorted(store.KNOWN_MODELS):
-        try:
-            files = store.resolve(model_id)
-            table.add_row(model_id, "yes", files.format, str(files.path))
-        except ModelError:
-            table.add_row(model_id, "no", "", f"crossdock model fetch {model_id}")
+    table = Table("model", "size", "licence", "here")
+    for name, model in store.KNOWN_MODELS.items():
+        fetched = store.is_fetched(name)
+        here = str(store.fetched_path(name)) if fetched else f"no: crossdock model fetch {name}"
+        table.add_row(name, f"{model.size / 1e6:.0f} MB", model.licence, here)
     _console().print(table)
 
 

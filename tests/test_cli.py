@@ -368,3 +368,29 @@ def test_an_unforeseen_error_is_one_line_too(capsys: Any, monkeypatch: pytest.Mo
     assert code == 1
     assert err.startswith("error: ZeroDivisionError: two lines")
     assert err.count("\n") == 1
+
+
+def test_model_list_says_what_is_here(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CROSSDOCK_HOME", str(tmp_path))
+    _, out, _ = run(capsys, "model", "list")
+    row = next(line for line in out.splitlines() if "smollm2-135m-instruct" in line)
+    assert "98 MB" in row
+    assert "no: crossdock model fetch smollm2-135m-instruct" in row
+    code, _, err = run(capsys, "model", "show", "smollm2-135m-instruct")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "crossdock model fetch" in err
+
+
+def test_model_show_describes_a_folder(capsys: Any, tiny_model: Path) -> None:
+    code, out, _ = run(capsys, "model", "show", str(tiny_model))
+    facts = dict(line.split(None, 1) for line in out.splitlines())
+    assert code == 0
+    assert (facts["architecture"], facts["num_layers"]) == ("llama", "2")
+    assert len(facts["digest"]) == 64
+
+
+def test_model_fetch_of_an_unknown_name_is_refused(capsys: Any) -> None:
+    code, _, err = run(capsys, "model", "fetch", "gpt-17")
+    assert (code, err.startswith("error: gpt-17")) == (1, True)
