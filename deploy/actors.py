@@ -9,10 +9,13 @@ import logging
 import os
 import re
 import secrets
+import signal
+import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from crossdock.deploy import ray_environment  # isort: skip  # noqa: F401  (before ray)
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -29,13 +32,6 @@ MANY_CALLS = 1000
 LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one for want of them
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
 PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG")
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_prestart_worker_first_driver": "0",
-}
 
 
 class MemberActor:
@@ -177,7 +173,7 @@ class ControllerActor:
         await controller.run()
         await controller.ended.wait()
         await server.stop(grace=1.0)
-        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+        ray.actor.exit_actor()
 
 
 class RayProcess:
@@ -252,7 +248,7 @@ class RayRuntime:
         return found
 
     def why_waiting(self, launch: Launch) -> str:
-        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        nodes = ray.nodes()
         return placement_problem(launch.placement, nodes)
 
 
@@ -277,14 +273,19 @@ def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool =
 
     Raises Unavailable when the cluster can't be joined.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     quiet: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.ERROR}
     if address:
         try:
-            ray.init(address, **quiet)
+            with _own_sigterm():
+                ray.init(address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Unavailable(f"ray.address: cannot join {address!r}: {error}") from None
         return
+    with _own_sigterm():
+        _start_local_ray(object_store_mb, temp_dir, quiet)
+
+
+def _start_local_ray(object_store_mb: int, temp_dir: str, quiet: Mapping[str, Any]) -> None:
     ray.init(
         "local",
         num_cpus=int(LOCAL_CPUS),
@@ -294,6 +295,15 @@ def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool =
         _temp_dir=temp_dir,
         **quiet,
     )
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """ray.init takes SIGTERM for itself; it is given back to who had it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def stop_ray() -> None:
@@ -404,7 +414,7 @@ def _can_serve(endpoints: Sequence[WorkerEndpoint]) -> bool:
 
 def _host() -> str:
     """The address at which other nodes reach this one."""
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return str(ray.util.get_node_ip_address())
 
 
 def _set_up_process(name: str, telemetry: Mapping[str, str] | None) -> None:

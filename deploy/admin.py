@@ -77,7 +77,7 @@ def _admin(address: str) -> Iterator[admin_pb2_grpc.AdminStub]:
     options = [("grpc.max_receive_message_length", MAX_STATUS_BYTES)]
     with grpc.insecure_channel(address, options=options) as channel:
         try:
-            yield admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+            yield admin_pb2_grpc.AdminStub(channel)
         except grpc.RpcError as error:
             raise _translated(address, error) from None
 

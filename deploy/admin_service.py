@@ -78,7 +78,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 async def serve_admin(controller: Controller, address: str) -> tuple[grpc.aio.Server, str]:
     """A started server and the address it has. Raises ConfigError when the port is taken."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    admin_pb2_grpc.add_AdminServicer_to_server(AdminService(controller), server)  # type: ignore[no-untyped-call]
+    admin_pb2_grpc.add_AdminServicer_to_server(AdminService(controller), server)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError:

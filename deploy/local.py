@@ -20,7 +20,8 @@ from crossdock.deploy.spec import ClusterSpec, split_address
 from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
 from crossdock.engine.weights import store as models
-from crossdock.proto.errors import ConfigError, Unavailable
+from crossdock.kvtransfer.local import cleanup_stale
+from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.v1 import admin_pb2
 
 POLL_S = 0.25
@@ -91,6 +92,7 @@ class Cluster:
         self._began = time.monotonic()
         self._cleanup = contextlib.ExitStack()
         self._controller: actors.ControllerHandle | None = None
+        self._model_name = Path(self.spec.model.id).stem.lower()
         self._decisions_seen = 0.0
 
     # -- start ---------------------------------------------------------------------------------
@@ -133,9 +135,12 @@ class Cluster:
         model_id = self.spec.model.id
         if self.ray_address:
             return  # each node finds its own
-        if model_id in models.KNOWN_MODELS:
-            models.fetch(model_id, progress=self._echo)
-        models.resolve(model_id)
+        try:
+            if model_id in models.KNOWN_MODELS:
+                models.fetch(model_id, progress=self._say)
+            self._model_name = models.resolve(model_id).model_id
+        except ModelError as error:
+            raise ModelError(f"{self._where('model.id')}: model.id: {error}") from None
 
     def _start_ray(self) -> None:
         if self.ray_address:
@@ -191,10 +196,9 @@ class Cluster:
 
     def _announce(self) -> None:
         self._echo(f"READY grpc={self.grpc} http={self.http}")
-        model = _short_name(self.spec.model.id)
         self._echo(
             f"  curl http://{self.http}/v1/chat/completions -H 'Content-Type: application/json' "
-            f'-d \'{{"model": "{model}", "temperature": 0, "messages": '
+            f'-d \'{{"model": "{self._model_name}", "temperature": 0, "messages": '
             '[{"role": "user", "content": "What is the capital of France?"}]}\''
         )
         self._echo(
@@ -252,6 +256,7 @@ class Cluster:
         ours = processes.descendants(os.getpid())
         actors.stop_ray()
         processes.end_all(ours, grace_s=5.0)
+        cleanup_stale()  # shared memory of workers that were killed
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -308,11 +313,6 @@ def _temp_folder() -> str:
     if len(base) > LONGEST_SOCKET_FOLDER:
         base = "/tmp"
     return tempfile.mkdtemp(prefix="crossdock-", dir=base)
-
-
-def _short_name(model_id: str) -> str:
-    path = Path(model_id)
-    return path.stem if path.suffix == ".gguf" else path.name
 
 
 def _say(line: str) -> None:

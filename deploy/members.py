@@ -112,7 +112,7 @@ class Watched:
         assert self.started is not None
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self.started.address)
-        stub = worker_pb2_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
+        stub = worker_pb2_grpc.WorkerStub(self._channel)
         request = worker_pb2.GetStatusRequest(check_integrity=check_integrity)
         answer = await stub.GetStatus(request, timeout=self._settings.probe_timeout_s)
         assert isinstance(answer, worker_pb2.WorkerStatus)

@@ -1,0 +1,22 @@
+"""Settings that Ray reads when it is imported: import this first.
+
+What the user set stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    # The controller tells of lost workers itself; signals are for `crossdock up` to handle.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+}
+
+for _name, _value in SETTINGS.items():
+    os.environ.setdefault(_name, _value)
