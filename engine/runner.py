@@ -48,6 +48,10 @@ class ModelRunner:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ConfigError("block_size", f"{block_size} must be a power of two")
+        if num_blocks < 1:
+            raise ConfigError("num_blocks", f"{num_blocks} must be at least 1")
         self.files, self.config = files, load_config(files)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.config, self.device)

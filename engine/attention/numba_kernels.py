@@ -24,6 +24,9 @@ compiled = functools.partial(numba.njit, cache=True, nogil=True, fastmath=True, 
 
 LOG2_E = np.float32(1.4426950408889634)
 LOWEST = np.float32(-87.0)
+TILE = 64  # tokens of context that chunk_attention works on at a time
+UNROLL = 16
+LOWEST_SCORE = np.float32(-1e30)  # finite: the kernels are compiled for finite numbers
 
 
 @compiled(inline="always")
@@ -121,12 +124,23 @@ def rope_and_store(head_dim: int) -> Callable[..., None]:
     return kernel
 
 
+@compiled(inline="always")
+def _highest(bits: Any, begin: Any, end: Any) -> Any:
+    """The maximum of floats, given as their bits: LLVM vectorizes the maximum of integers, which
+    order as the floats do once the negative ones are turned about."""
+    top = np.int32(-(2**31))
+    for t in range(begin, end):
+        bit = bits[t]
+        bit ^= (bit >> np.int32(31)) & np.int32(0x7FFFFFFF)
+        top = max(top, bit)
+    top ^= (top >> np.int32(31)) & np.int32(0x7FFFFFFF)
+    return np.int32(top).view(np.float32)
+
+
 @compiled()
 def _softmax(line: Any, low: Any, begin: Any, end: Any, high: Any) -> Any:
     """line[begin:end] becomes exp(line - max), the rest of line[low:high] 0; returns the sum."""
-    top = line[begin]
-    for t in range(begin, end):
-        top = max(top, line[t])
+    top = _highest(line.view(np.int32), begin, end)
     total = np.float32(0.0)
     for t in range(begin, end):
         weight = _exp(line[t] - top)
@@ -201,5 +215,130 @@ def paged_attention(head_dim: int, group: int, block_size: int) -> Callable[...,
                             for t in range(block_size):
                                 total += line[t] * values[t * head_dim + i]
                             sums[i] = total
+
+    return kernel
+
+
+@functools.cache
+def gather_context(head_dim: int, block_size: int) -> Callable[..., None]:
+    """Copies one sequence's keys, transposed, and values out of the pool. `block_size` is a power
+    of two, so that a tile is whole blocks or a block whole tiles."""
+    per_head, run = block_size * head_dim, min(block_size, TILE)
+
+    @compiled()
+    def kernel(
+        table: Any,  # [blocks]
+        first: Any,  # of them, the first and
+        last: Any,  # the one after the last to copy
+        pool: Any,
+        layout: Any,  # (layers, layer, kv_heads)
+        keys: Any,  # [kv_heads, tiles, head_dim * TILE]
+        values: Any,  # [kv_heads, tiles, TILE * head_dim]
+    ) -> None:
+        layers, layer, kv_heads = layout
+        for b in range(first, last):
+            place = (table[b] * layers + layer) * 2 * kv_heads
+            for part in range(0, block_size, run):
+                tile, inside = divmod(b * block_size + part, TILE)
+                for head in range(kv_heads):
+                    start = (place + head) * per_head + part * head_dim
+                    source = pool[start : start + run * head_dim]
+                    target = keys[head, tile]
+                    for i in range(head_dim):
+                        for t in range(run):
+                            target[i * TILE + inside + t] = source[t * head_dim + i]
+                    start += kv_heads * per_head
+                    source = pool[start : start + run * head_dim]
+                    target = values[head, tile, inside * head_dim : (inside + run) * head_dim]
+                    for i in range(run * head_dim):
+                        target[i] = source[i]
+
+    return kernel
+
+
+@compiled(inline="always")
+def _scores(query: Any, keys: Any, scores: Any, head_dim: Any) -> None:
+    """scores[t] = sum over i of query[i] * keys[i, t]; keys [head_dim * TILE]"""
+    scores[:] = np.float32(0.0)
+    for part in range(0, head_dim, UNROLL):
+        q, k = query[part : part + UNROLL], keys[part * TILE : (part + UNROLL) * TILE]
+        for t in range(TILE):
+            total = scores[t]
+            for i in range(UNROLL):
+                total += q[i] * k[i * TILE + t]
+            scores[t] = total
+
+
+@compiled(inline="always")
+def _add_weighted(weights: Any, values: Any, target: Any, head_dim: Any, end: Any) -> None:
+    """target[i] += sum over t < end of weights[t] * values[t, i]; values [TILE * head_dim]"""
+    for part in range(0, end, UNROLL):
+        w, v = weights[part : part + UNROLL], values[part * head_dim : (part + UNROLL) * head_dim]
+        for i in range(head_dim):
+            total = target[i]
+            for t in range(UNROLL):
+                total += w[t] * v[t * head_dim + i]
+            target[i] = total
+
+
+@functools.cache
+def chunk_attention(head_dim: int, group: int) -> Callable[..., None]:
+    """Causal attention of one chunk's rows over gathered context, tile by tile with a running
+    softmax (FlashAttention, arXiv:2205.14135): a tile of keys and values stays in the L1 cache
+    while all rows of the chunk pass it."""
+    scale = np.float32(head_dim**-0.5)
+
+    @compiled()
+    def kernel(
+        qkv: Any,  # [rows, (heads + 2 kv_heads) * head_dim]
+        start: Any,  # position of the first row
+        window: Any,  # tokens seen; 0: all
+        keys: Any,  # [kv_heads, tiles, head_dim * TILE]
+        values: Any,  # [kv_heads, tiles, TILE * head_dim]
+        tops: Any,  # scratch [rows]
+        sums: Any,  # scratch [rows]
+        out: Any,  # [rows, heads * head_dim]
+    ) -> None:
+        rows, kv_heads = qkv.shape[0], keys.shape[0]
+        query, scores = np.empty(head_dim, np.float32), np.empty(TILE, np.float32)
+        bits = scores.view(np.int32)
+        first = max(0, start + 1 - window) // TILE if window else 0
+        for head in range(kv_heads * group):
+            left, right = head * head_dim, (head + 1) * head_dim
+            tops[:] = LOWEST_SCORE
+            sums[:] = np.float32(0.0)
+            for row in range(rows):
+                out[row, left:right] = np.float32(0.0)
+            for tile in range(first, (start + rows - 1) // TILE + 1):
+                keys_tile, values_tile = keys[head // group, tile], values[head // group, tile]
+                for row in range(max(0, tile * TILE - start), rows):
+                    seen = start + row + 1 - tile * TILE
+                    end = min(TILE, seen)
+                    begin = max(0, seen - window) if window else 0
+                    if begin >= end:
+                        continue
+                    source, target = qkv[row, left:right], out[row, left:right]
+                    for i in range(head_dim):
+                        query[i] = source[i] * scale
+                    _scores(query, keys_tile, scores, head_dim)
+                    scores[:begin] = LOWEST_SCORE
+                    scores[end:] = LOWEST_SCORE
+                    top = max(tops[row], _highest(bits, 0, TILE))
+                    total = np.float32(0.0)
+                    for t in range(TILE):
+                        weight = _exp(scores[t] - top)
+                        scores[t] = weight
+                        total += weight
+                    shrink = _exp(tops[row] - top)
+                    tops[row] = top
+                    sums[row] = sums[row] * shrink + total
+                    for i in range(head_dim):
+                        target[i] *= shrink
+                    _add_weighted(scores, values_tile, target, head_dim, end)
+            for row in range(rows):
+                inverse = np.float32(1.0) / sums[row]
+                target = out[row, left:right]
+                for i in range(head_dim):
+                    target[i] *= inverse
 
     return kernel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from crossdock.engine.attention import numba_kernels as kernels
 from crossdock.engine.batch import Batch
@@ -13,7 +12,7 @@ from crossdock.engine.rope import rope_table
 from crossdock.engine.weights.config import ModelConfig
 
 NO_NORM = np.empty(0, dtype=np.float32)
-SHORT_CHUNK = 8  # tokens up to which a chunk's rows are cheaper one by one, without a gather
+SHORT_CHUNK = 4  # tokens up to which a chunk's rows are cheaper one by one, without a gather
 
 
 class NumbaOps:
@@ -42,6 +41,22 @@ class NumbaStep:
         long = batch.chunk_length > SHORT_CHUNK
         self._single = np.flatnonzero(~long[batch.chunk_of_row])
         self._long = [_LongChunk(batch, kv, int(chunk)) for chunk in np.flatnonzero(long)]
+        if self._long:
+            self._prepare_long(width)
+
+    def _prepare_long(self, width: int) -> None:
+        """Scratch that the long chunks of the step use in turn. Zeros: what no block filled must
+        be finite, for it is multiplied by a weight of 0."""
+        config, kv = self._config, self._kv
+        self._gather = kernels.gather_context(config.head_dim, kv.block_size)
+        self._chunk_attention = kernels.chunk_attention(
+            config.head_dim, config.num_heads // config.num_kv_heads
+        )
+        tiles = -(-width // kernels.TILE)
+        shape = (2, config.num_kv_heads, tiles, kernels.TILE * config.head_dim)
+        self._context = tuple(np.zeros(shape, dtype=np.float32))
+        rows = max(chunk.rows.stop - chunk.rows.start for chunk in self._long)
+        self._running = tuple(np.empty((2, rows), dtype=np.float32))
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(hidden)
@@ -78,7 +93,7 @@ class NumbaStep:
         if len(self._single):
             out[self._single] = self._attend_rows(layer, qkv, self._single)
         for chunk in self._long:
-            out[chunk.rows] = self._attend_chunk(layer, qkv[chunk.rows], chunk)
+            self._attend_chunk(layer, qkv[chunk.rows], chunk, out[chunk.rows])
         return out
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -103,43 +118,23 @@ class NumbaStep:
         )
         return out
 
-    def _attend_chunk(self, layer: int, qkv: torch.Tensor, chunk: _LongChunk) -> torch.Tensor:
-        """Gathers the context once and runs SDPA → [chunk rows, heads * head_dim]."""
-        config = self._config
-        kv_heads, head_dim = config.num_kv_heads, config.head_dim
-        keys_values = self._kv.data[:, layer].index_select(0, chunk.blocks)
-        context = keys_values.permute(1, 2, 0, 3, 4).reshape(2, 1, kv_heads, -1, head_dim)
-        queries = qkv[:, : config.query_size].view(-1, config.num_heads, head_dim)
-        out = functional.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),
-            context[0, :, :, : chunk.context],
-            context[1, :, :, : chunk.context],
-            attn_mask=chunk.mask(config.window(layer)),
-            is_causal=chunk.mask(config.window(layer)) is None,
-            enable_gqa=True,
+    def _attend_chunk(
+        self, layer: int, qkv: torch.Tensor, chunk: _LongChunk, out: torch.Tensor
+    ) -> None:
+        """Gathers the context once, then all rows of the chunk pass over it."""
+        config, window = self._config, self._config.window(layer)
+        first = max(0, chunk.start + 1 - window) // self._kv.block_size if window else 0
+        layout = (config.num_layers, layer, config.num_kv_heads)
+        table = self._batch.block_tables[chunk.index]
+        self._gather(table, first, chunk.blocks, self._pool, layout, *self._context)
+        self._chunk_attention(
+            qkv.numpy(), chunk.start, window, *self._context, *self._running, out.numpy()
         )
-        return out.squeeze(0).transpose(0, 1).reshape(len(qkv), -1)
 
 
 class _LongChunk:
-    def __init__(self, batch: Batch, kv: KVCache, chunk: int) -> None:
-        start, self.length = int(batch.chunk_start[chunk]), int(batch.chunk_length[chunk])
-        self.rows = slice(start, start + self.length)
-        self.context = batch.last_position(chunk) + 1
-        blocks = -(-self.context // kv.block_size)
-        self.blocks = torch.from_numpy(batch.block_tables[chunk, :blocks].astype(np.int64))
-        self._masks: dict[int, torch.Tensor | None] = {}
-
-    def mask(self, window: int) -> torch.Tensor | None:
-        """float32 [length, context] to add to the scores; None where plain causal says it all."""
-        if window not in self._masks:
-            self._masks[window] = self._make_mask(window)
-        return self._masks[window]
-
-    def _make_mask(self, window: int) -> torch.Tensor | None:
-        if self.length == self.context and not window:
-            return None
-        positions = torch.arange(self.context - self.length, self.context)[:, None]
-        ages = positions - torch.arange(self.context)
-        hidden = (ages < 0) | (ages >= window) if window else ages < 0
-        return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    def __init__(self, batch: Batch, kv: KVCache, index: int) -> None:
+        first_row, length = int(batch.chunk_start[index]), int(batch.chunk_length[index])
+        self.index, self.rows = index, slice(first_row, first_row + length)
+        self.start = int(batch.positions[first_row])
+        self.blocks = -(-(self.start + length) // kv.block_size)

@@ -51,10 +51,16 @@ class Ops(Protocol):
 
 
 def make_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
-    if device.type == "cpu" and dtype == torch.float32 and importlib.util.find_spec("numba"):
+    if _numba_fits(config, dtype, device):
         from crossdock.engine.attention.numba_ops import NumbaOps
 
         return NumbaOps(config)
     from crossdock.engine.attention.torch_ops import TorchOps
 
     return TorchOps(config, device)
+
+
+def _numba_fits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu" or dtype != torch.float32 or config.head_dim % 16:
+        return False
+    return importlib.util.find_spec("numba") is not None
