@@ -209,10 +209,9 @@ class HttpServer:
             for delta in deltas:
                 delta.text = answer.echo[delta.index // answer.n] + delta.text
         usages = {delta.index: delta.usage for delta in deltas if delta.usage is not None}
-        token_text = self._frontend.text.token_text
-        data = fmt.whole_answer(
-            answer.head, deltas, token_text, answer.logprobs, fmt.usage_of(usages, answer.n)
-        )
+        usage = fmt.usage_of(usages, answer.n)
+        names = self._frontend.text
+        data = fmt.whole_answer(answer.head, deltas, names, answer.logprobs, usage)
         return web.Response(body=data, content_type="application/json")
 
     async def _stream(self, request: web.Request, answer: Answer) -> web.StreamResponse:
@@ -222,7 +221,7 @@ class HttpServer:
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
         await response.prepare(request)
-        writer = EventWriter(answer, self._frontend.text.token_text)
+        writer = EventWriter(answer, self._frontend.text)
         try:
             while batch:
                 if data := b"".join([writer.event(delta) for delta in batch]):
@@ -274,10 +273,10 @@ class HttpServer:
 class EventWriter:
     """Turns deltas into server-sent events; remembers what each index has sent."""
 
-    def __init__(self, answer: Answer, token_text: fmt.TokenText) -> None:
+    def __init__(self, answer: Answer, names: fmt.TokenNames) -> None:
         self.usages: dict[int, inference_pb2.Usage] = {}
         self._answer = answer
-        self._token_text = token_text
+        self._names = names
         self._prefix = answer.head.event_prefix()
         self._begun: dict[int, int] = {}  # index -> characters sent
 
@@ -295,8 +294,8 @@ class EventWriter:
         offset = self._begun.get(delta.index, 0)
         self._begun[delta.index] = offset + len(delta.text)
         if answer.head.chat:
-            return fmt.chat_event(self._prefix, delta, first, self._token_text, answer.logprobs)
-        return fmt.completion_event(self._prefix, delta, offset, self._token_text, answer.logprobs)
+            return fmt.chat_event(self._prefix, delta, first, self._names, answer.logprobs)
+        return fmt.completion_event(self._prefix, delta, offset, self._names, answer.logprobs)
 
 
 def _extras(request: web.Request, body: SamplingFields) -> Extras:

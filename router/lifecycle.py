@@ -92,6 +92,8 @@ class Timeline:
         limit = float("inf")
         upper: dict[str, float] = {}
         for event in reversed(EVENTS):
+            if event == "joined" and self._second is not None:
+                limit = min(limit, self._second)
             limit = min(limit, own.get(event, limit))
             upper[event] = limit
         done: dict[str, float] = {}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -17,7 +17,12 @@ DONE = b"data: [DONE]\n\n"
 
 _encode = msgspec.json.encode
 
-TokenText = Callable[[int], str]
+
+class TokenNames(Protocol):
+    """How single tokens are shown."""
+
+    def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,14 @@ class Head:
 
 
 def chat_event(
-    prefix: bytes, delta: Delta, first: bool, token_text: TokenText, logprobs: bool
+    prefix: bytes, delta: Delta, first: bool, names: TokenNames, logprobs: bool
 ) -> bytes:
     """One server-sent event of a chat answer."""
     content = _encode(delta.text)
     opening = b'{"role":"assistant","content":' if first else b'{"content":'
     if not first and not delta.text and delta.finish_reason is not None:
         opening, content = b"{", b""
-    found = _encode(chat_logprobs(delta.logprobs, token_text)) if logprobs else b"null"
+    found = _encode(chat_logprobs(delta.logprobs, names)) if logprobs else b"null"
     return b"%b{%b%d,%b%b%b},%b%b,%b%b}]}\n\n" % (
         prefix,
         b'"index":',
@@ -66,12 +71,12 @@ def chat_event(
 
 
 def completion_event(
-    prefix: bytes, delta: Delta, offset: int, token_text: TokenText, logprobs: bool
+    prefix: bytes, delta: Delta, offset: int, names: TokenNames, logprobs: bool
 ) -> bytes:
     """One server-sent event of a completion; `offset` is where its text starts in the whole."""
     found = b"null"
     if logprobs:
-        found = _encode(completion_logprobs(delta.logprobs, token_text, offset))
+        found = _encode(completion_logprobs(delta.logprobs, names, offset))
     return b"%b{%b%d,%b%b,%b%b,%b%b}]}\n\n" % (
         prefix,
         b'"index":',
@@ -98,7 +103,7 @@ def error_event(error: CrossdockError) -> bytes:
 
 
 def whole_answer(
-    head: Head, deltas: Sequence[Delta], token_text: TokenText, logprobs: bool, usage: Any
+    head: Head, deltas: Sequence[Delta], names: TokenNames, logprobs: bool, usage: Any
 ) -> bytes:
     """The answer of a request that was not streamed; one delta an index."""
     choices = []
@@ -106,10 +111,10 @@ def whole_answer(
         choice: dict[str, Any] = {"index": delta.index}
         if head.chat:
             choice["message"] = {"role": "assistant", "content": delta.text, "refusal": None}
-            found: Any = chat_logprobs(delta.logprobs, token_text) if logprobs else None
+            found: Any = chat_logprobs(delta.logprobs, names) if logprobs else None
         else:
             choice["text"] = delta.text
-            found = completion_logprobs(delta.logprobs, token_text, 0) if logprobs else None
+            found = completion_logprobs(delta.logprobs, names, 0) if logprobs else None
         choice["logprobs"] = found
         choice["finish_reason"] = delta.finish_reason and delta.finish_reason.value
         choices.append(choice)
@@ -131,11 +136,14 @@ def usage_of(usages: dict[int, inference_pb2.Usage], n: int) -> dict[str, Any]:
 
 
 def chat_logprobs(
-    found: Sequence[inference_pb2.TokenLogprobs], token_text: TokenText
+    found: Sequence[inference_pb2.TokenLogprobs], names: TokenNames
 ) -> dict[str, Any]:
     def entry(item: inference_pb2.TokenLogprob) -> dict[str, Any]:
-        text = token_text(item.token_id)
-        return {"token": text, "logprob": item.logprob, "bytes": list(text.encode())}
+        return {
+            "token": names.token_text(item.token_id),
+            "logprob": item.logprob,
+            "bytes": list(names.token_bytes(item.token_id)),
+        }
 
     return {
         "content": [
@@ -146,9 +154,9 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    found: Sequence[inference_pb2.TokenLogprobs], token_text: TokenText, offset: int
+    found: Sequence[inference_pb2.TokenLogprobs], names: TokenNames, offset: int
 ) -> dict[str, Any]:
-    tokens = [token_text(item.chosen.token_id) for item in found]
+    tokens = [names.token_text(item.chosen.token_id) for item in found]
     offsets = []
     for token in tokens:
         offsets.append(offset)
@@ -156,7 +164,9 @@ def completion_logprobs(
     return {
         "tokens": tokens,
         "token_logprobs": [item.chosen.logprob for item in found],
-        "top_logprobs": [{token_text(t.token_id): t.logprob for t in item.top} for item in found],
+        "top_logprobs": [
+            {names.token_text(t.token_id): t.logprob for t in item.top} for item in found
+        ],
         "text_offset": offsets,
     }
 
