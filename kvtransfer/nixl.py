@@ -46,7 +46,7 @@ _INFO_VERSION = 1
 _MEMORY_TYPES: tuple[MemoryType, ...] = ("DRAM", "VRAM")
 
 _PROGRESS_DELAY_US = 10_000  # how long NIXL's thread sleeps at most between two events
-_EXPECTING_POLL_S = 0.001
+_EXPECTING_POLL_S = 0.002
 _IDLE_POLL_S = 0.25
 _SCRATCH_ENTRIES = 65_536  # generations that fences may have under way at once: 512 KiB
 _RETRY_S = (0.25, 8.0)  # first and longest pause before a broken connection is tried again
@@ -394,8 +394,9 @@ class NixlTransport(ThreadedTransport):
             for message in messages:
                 self._notified(bytes(message))
         if self._active:
-            # Fences take a tenth of a millisecond, bulk reads over a network tens of them.
-            return 0.00005 if time.perf_counter() - self._busy_since < 0.005 else 0.0005
+            # A fence ends within a fraction of a millisecond, a bulk read over TCP in tens of them.
+            busy_s = time.perf_counter() - self._busy_since
+            return 0.0 if busy_s < 0.0003 else 0.00005 if busy_s < 0.005 else 0.0005
         return _EXPECTING_POLL_S if self._expecting else _IDLE_POLL_S
 
     def _ended(self, transfer: _Transfer) -> bool:
@@ -435,8 +436,10 @@ def _descriptors(
     size: int,
     device_id: int,
 ) -> npt.NDArray[np.uint64]:
-    """uint64 [runs, 3]: address, bytes, device. One descriptor a run beat prepared lists of one
-    a block: benchmarks/kv_pull.py measures both.
+    """uint64 [runs, 3]: address, bytes, device.
+
+    Lists prepared ahead, one descriptor a block, read as fast (benchmarks/kv_pull.py measures
+    both) and would have to be made for every peer.
     """
     rows = np.empty((len(first), 3), dtype=np.uint64)
     rows[:, 0] = base + first * size

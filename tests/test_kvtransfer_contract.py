@@ -89,8 +89,8 @@ class Peer:
     def change_owner(self, block_id: int) -> None:
         raise NotImplementedError
 
-    def released(self, count: int) -> list[bytes]:
-        """Waits for so many release notifications."""
+    def releases(self, *tickets: Ticket) -> bool:
+        """Waits until all of them were released; False after WAIT_S."""
         raise NotImplementedError
 
     def kill(self) -> None:
@@ -100,6 +100,7 @@ class Peer:
 class FakePeer(Peer):
     def __init__(self, network: FakeNetwork, seed: int) -> None:
         self._network, self.seed = network, seed
+        self._seen: set[bytes] = set()
         self._pool = Pool("fake", network)
         self._pool.fill(seed)
         self.incarnation, self.info = self._pool.incarnation, self._pool.transport.info()
@@ -107,8 +108,9 @@ class FakePeer(Peer):
     def change_owner(self, block_id: int) -> None:
         self._pool.change_owner(block_id)
 
-    def released(self, count: int) -> list[bytes]:
-        return self._pool.transport.notifications()
+    def releases(self, *tickets: Ticket) -> bool:
+        self._seen.update(self._pool.transport.notifications())
+        return self._seen >= {ticket.ticket_id for ticket in tickets}
 
     def kill(self) -> None:
         self._network.kill(self.incarnation)
@@ -136,10 +138,10 @@ class ProcessPeer(Peer):
         return self._process.poll() is None
 
     def change_owner(self, block_id: int) -> None:
-        self._ask("change", block_id)
+        assert self._ask("change", str(block_id))
 
-    def released(self, count: int) -> list[bytes]:
-        return [bytes.fromhex(ticket_id) for ticket_id in self._ask("released", count)]
+    def releases(self, *tickets: Ticket) -> bool:
+        return self._ask("releases", ",".join(ticket.ticket_id.hex() for ticket in tickets))
 
     def kill(self) -> None:
         if self._process.poll() is None:
@@ -155,11 +157,11 @@ class ProcessPeer(Peer):
         self._process.stdin.close()
         return self._process.wait(WAIT_S)
 
-    def _ask(self, command: str, argument: int) -> list[str]:
+    def _ask(self, command: str, argument: str) -> bool:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{command} {argument}\n")
         self._process.stdin.flush()
-        return self._answer()
+        return bool(self._answer())
 
     def _answer(self):  # type: ignore[no-untyped-def]
         assert self._process.stdout is not None
@@ -284,14 +286,13 @@ def test_only_the_blocks_asked_for_are_moved(world: World) -> None:
 
 def test_the_release_arrives_with_the_ticket_id(world: World) -> None:
     puller, peer = world.puller(), world.standing
-    peer.released(0)
     ticket, cached = peer.ticket([1, 2]), peer.ticket([1, 2])
     puller.start("read", ticket, [1, 2], [0, 1], later())
     puller.start("all cached", cached, [], [], later())
     done = world.run(puller)
     assert [done["read"].error, done["all cached"].error] == [None, None]
     assert done["all cached"].nbytes == 0
-    assert set(peer.released(2)) == {ticket.ticket_id, cached.ticket_id}
+    assert peer.releases(ticket, cached)
 
 
 def test_a_new_owner_fails_the_fence(world: World) -> None:
@@ -306,7 +307,7 @@ def test_a_new_owner_fails_the_fence(world: World) -> None:
     assert error is not None
     assert "fence refused: 1 of 3" in error
     assert "block 11 is at generation 112, the ticket says 111" in error
-    assert set(peer.released(2)) == {ticket.ticket_id, fine.ticket_id}
+    assert peer.releases(ticket, fine)
 
 
 def test_an_owner_that_changes_between_read_and_fence_is_seen_every_time(world: World) -> None:
@@ -379,7 +380,6 @@ def _mine(index: int) -> list[int]:
 
 def test_a_cancelled_pull_ends_only_when_its_transfer_has(world: World) -> None:
     puller, peer = world.puller(), world.standing
-    peer.released(0)
     ticket = peer.ticket([1, 2])
     puller.start("s", ticket, [1, 2], [0, 1], later())
     assert puller.cancel("s")
@@ -387,7 +387,7 @@ def test_a_cancelled_pull_ends_only_when_its_transfer_has(world: World) -> None:
     done = world.run(puller)["s"]
     assert (done.error, done.nbytes) == ("cancelled", 0)
     assert puller.held() == []
-    assert peer.released(1) == [ticket.ticket_id]
+    assert peer.releases(ticket)
     assert not puller.cancel("s")
 
 
@@ -459,7 +459,7 @@ def test_a_closed_transport_refuses(world: World) -> None:
 
 
 def serve(name: str, seed: int, ucx: dict[str, str]) -> None:
-    """The peer process: obeys `change BLOCK` and `released COUNT` until its input ends."""
+    """The peer process: obeys `change BLOCK` and `releases ID,ID` until its input ends."""
     options = {"ucx": ucx} if name == "nixl" else {}
     pool = Pool(name, **options)
     pool.fill(seed)
@@ -468,18 +468,26 @@ def serve(name: str, seed: int, ucx: dict[str, str]) -> None:
     pool.transport.expect_notifications(True)
     described = {"incarnation": pool.incarnation.hex(), "info": pool.transport.info().hex()}
     print("> " + json.dumps(described), flush=True)
-    for line in sys.stdin:
-        command, argument = line.split()
-        released: list[bytes] = []
-        if command == "change":
-            pool.change_owner(int(argument))
+    seen: set[str] = set()
+
+    def released(wanted: set[str]) -> bool:
         end = time.monotonic() + WAIT_S
-        released += pool.transport.notifications()
-        while command == "released" and len(released) < int(argument) and time.monotonic() < end:
+        while time.monotonic() < end:
+            seen.update(ticket_id.hex() for ticket_id in pool.transport.notifications())
+            if seen >= wanted:
+                return True
             news.wait(0.05)
             news.clear()
-            released += pool.transport.notifications()
-        print("> " + json.dumps([ticket_id.hex() for ticket_id in released]), flush=True)
+        return False
+
+    for line in sys.stdin:
+        command, argument = line.split()
+        answer = True
+        if command == "change":
+            pool.change_owner(int(argument))
+        else:
+            answer = released(set(argument.split(",")))
+        print("> " + json.dumps(answer), flush=True)
     pool.close()
 
 

@@ -1,0 +1,115 @@
+"""Shared-memory pools: nothing of ours stays under /dev/shm, however a process ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crossdock.kvtransfer.local import LocalTransport, allocate_segment, cleanup_stale
+from crossdock.kvtransfer.registry import allocate
+from crossdock.kvtransfer.ticket import new_incarnation
+from crossdock.kvtransfer.transport import PoolMemory
+from crossdock.proto.errors import TransferFailed
+
+OWNER = """
+import os, sys
+from crossdock.kvtransfer.local import allocate_segment
+pool = allocate_segment(1 << 16, 16)
+print([name for name in os.listdir("/dev/shm") if f"crossdock-{os.getpid()}-" in name][0])
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+def path_of(name: str) -> Path:
+    return Path("/dev/shm") / name
+
+
+def spawn_owner() -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.communicate(timeout=20)
+
+
+def test_the_pool_of_a_killed_process_is_removed_and_a_live_one_is_not() -> None:
+    (dead, dead_name), (live, live_name) = spawn_owner(), spawn_owner()
+    dead.kill()
+    end(dead)
+    assert path_of(dead_name).exists()
+    removed = cleanup_stale()
+    assert dead_name in removed
+    assert live_name not in removed
+    assert not path_of(dead_name).exists()
+    assert path_of(live_name).exists()
+    end(live)  # its input ends, and so does it, without having closed its pool
+    assert not path_of(live_name).exists()
+
+
+def test_allocating_cleans_up_first() -> None:
+    dead, name = spawn_owner()
+    dead.kill()
+    end(dead)
+    _, _, close = allocate_segment(4096, 1)
+    assert not path_of(name).exists()
+    close()
+
+
+def test_memory_is_zeroed_aligned_and_given_back() -> None:
+    for transport in ("local", "nixl", "fake"):
+        before = set(Path("/dev/shm").glob("crossdock-*"))
+        buffer, generations, close = allocate(transport, 10_000, 700)
+        assert (buffer.shape, buffer.dtype) == ((10_000,), np.uint8)
+        assert (generations.shape, generations.dtype) == ((700,), np.int64)
+        assert buffer.ctypes.data % 4096 == 0
+        assert generations.ctypes.data % 8 == 0
+        assert not buffer.any()
+        assert not generations.any()
+        buffer[:] = 1
+        generations[:] = 2
+        assert buffer.sum() == 10_000  # they don't overlap
+        close()
+        close()
+        assert set(Path("/dev/shm").glob("crossdock-*")) <= before
+
+
+def test_no_room_is_an_error_that_says_so() -> None:
+    with pytest.raises(TransferFailed, match=r"no shared memory for a KV pool of \d+ bytes"):
+        allocate_segment(1 << 50, 16)
+
+
+def test_private_memory_is_refused() -> None:
+    buffer, generations, close = allocate("nixl", 4096, 1)
+    with pytest.raises(TransferFailed, match="shared memory"):
+        LocalTransport(new_incarnation(), PoolMemory(buffer.ctypes.data, 1, 4096, generations))
+    close()
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        b"",
+        b"[]",
+        b'{"segment": "../etc/passwd", "kv_offset": 4096, "num_blocks": 1, "block_bytes": 4096}',
+        b'{"segment": "crossdock-1-00000000000000000000000000000000", "kv_offset": 1,'
+        b' "num_blocks": 1, "block_bytes": 4096}',
+    ],
+)
+def test_info_that_names_no_pool_is_refused(info: bytes) -> None:
+    buffer, generations, close = allocate("local", 4096, 1)
+    transport = LocalTransport(
+        new_incarnation(), PoolMemory(buffer.ctypes.data, 1, 4096, generations)
+    )
+    with pytest.raises(TransferFailed, match="transport info"):
+        transport.add_peer(new_incarnation(), info, 1, 4096)
+    transport.close()
+    close()
