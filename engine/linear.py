@@ -19,7 +19,7 @@ class Linear(Protocol):
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-    """`weight` [out, in] is given up: a packed layer keeps its own arrangement of it."""
+    """A packed layer keeps its own arrangement of `weight` [out, in], a plain one the tensor."""
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and _can_pack():
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)

@@ -11,6 +11,7 @@ from crossdock.engine.attention.ops import make_ops
 from crossdock.engine.batch import make_batch
 from crossdock.engine.kv_cache import KVCache
 from crossdock.engine.models.llama import LlamaModel
+from crossdock.engine.sampler import SampleRow, sample
 from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan
 from crossdock.engine.weights.config import ModelConfig, load_config
 from crossdock.engine.weights.load import load_weights
@@ -59,9 +60,9 @@ class ModelRunner:
             num_blocks, self.config, block_size, self.dtype, self.device, buffer, generations
         )
         with torch.inference_mode():
-            weights = load_weights(files, self.config, self.dtype)
+            weights = load_weights(files, self.config)
             ops = make_ops(self.config, self.dtype, self.device)
-            self._model = LlamaModel(self.config, weights, ops, self.device)
+            self._model = LlamaModel(self.config, weights, ops, self.dtype, self.device)
 
     @staticmethod
     def kv_bytes_per_block(
@@ -78,7 +79,6 @@ class ModelRunner:
         logits = self.logits(plan)
         if not sampled:
             return []
-        from crossdock.engine.sampler import sample
 
         return sample(logits, [_sample_row(sequence) for sequence in sampled])
 
@@ -121,9 +121,7 @@ def resolve_dtype(dtype: str, config: ModelConfig, device: torch.device) -> torc
     return DTYPES[dtype]
 
 
-def _sample_row(sequence: Sequence):
-    from crossdock.engine.sampler import SampleRow
-
+def _sample_row(sequence: Sequence) -> SampleRow:
     return SampleRow(
         params=sequence.sampling,
         prompt_ids=sequence.token_ids[: sequence.prompt_tokens],

@@ -25,7 +25,7 @@ compiled = functools.partial(numba.njit, cache=True, nogil=True, fastmath=True, 
 LOG2_E = np.float32(1.4426950408889634)
 LOWEST = np.float32(-87.0)
 TILE = 64  # tokens of context that chunk_attention works on at a time
-UNROLL = 16
+UNROLL = 8
 LOWEST_SCORE = np.float32(-1e30)  # finite: the kernels are compiled for finite numbers
 
 
@@ -257,35 +257,63 @@ def gather_context(head_dim: int, block_size: int) -> Callable[..., None]:
 
 
 @compiled(inline="always")
-def _scores(query: Any, keys: Any, scores: Any, head_dim: Any) -> None:
-    """scores[t] = sum over i of query[i] * keys[i, t]; keys [head_dim * TILE]"""
-    scores[:] = np.float32(0.0)
+def _scores(queries: Any, keys: Any, one: Any, two: Any, head_dim: Any) -> None:
+    """one, two [TILE]: the products of queries [2 * head_dim] and keys [head_dim * TILE]"""
+    one[:] = np.float32(0.0)
+    two[:] = np.float32(0.0)
     for part in range(0, head_dim, UNROLL):
-        q, k = query[part : part + UNROLL], keys[part * TILE : (part + UNROLL) * TILE]
+        k = keys[part * TILE : (part + UNROLL) * TILE]
+        q = queries[part : part + UNROLL]
+        r = queries[head_dim + part : head_dim + part + UNROLL]
         for t in range(TILE):
-            total = scores[t]
+            a, b = one[t], two[t]
             for i in range(UNROLL):
-                total += q[i] * k[i * TILE + t]
-            scores[t] = total
+                a += q[i] * k[i * TILE + t]
+                b += r[i] * k[i * TILE + t]
+            one[t] = a
+            two[t] = b
 
 
 @compiled(inline="always")
-def _add_weighted(weights: Any, values: Any, target: Any, head_dim: Any, end: Any) -> None:
-    """target[i] += sum over t < end of weights[t] * values[t, i]; values [TILE * head_dim]"""
+def _weights(scores: Any, begin: Any, end: Any, top: Any) -> Any:
+    """exp(score - new top) of those in begin:end, nearly 0 for others; new top and sum."""
+    scores[:begin] = LOWEST_SCORE
+    scores[end:] = LOWEST_SCORE
+    top = max(top, _highest(scores.view(np.int32), 0, TILE))
+    total = np.float32(0.0)
+    for t in range(TILE):
+        weight = _exp(scores[t] - top)
+        scores[t] = weight
+        total += weight
+    return top, total
+
+
+@compiled(inline="always")
+def _add_weighted(
+    one: Any, two: Any, values: Any, first: Any, second: Any, shrinks: Any, head_dim: Any, end: Any
+) -> None:
+    """first, second [head_dim] = themselves * shrinks + weights one, two [end] times values
+    [TILE * head_dim]"""
+    for i in range(head_dim):
+        first[i] *= shrinks[0]
+        second[i] *= shrinks[1]
     for part in range(0, end, UNROLL):
-        w, v = weights[part : part + UNROLL], values[part * head_dim : (part + UNROLL) * head_dim]
+        w, x = one[part : part + UNROLL], two[part : part + UNROLL]
+        v = values[part * head_dim : (part + UNROLL) * head_dim]
         for i in range(head_dim):
-            total = target[i]
+            a, b = first[i], second[i]
             for t in range(UNROLL):
-                total += w[t] * v[t * head_dim + i]
-            target[i] = total
+                a += w[t] * v[t * head_dim + i]
+                b += x[t] * v[t * head_dim + i]
+            first[i] = a
+            second[i] = b
 
 
 @functools.cache
 def chunk_attention(head_dim: int, group: int) -> Callable[..., None]:
     """Causal attention of one chunk's rows over gathered context, tile by tile with a running
     softmax (FlashAttention, arXiv:2205.14135): a tile of keys and values stays in the L1 cache
-    while all rows of the chunk pass it."""
+    while all rows of the chunk pass it, two at a time so that each load serves both."""
     scale = np.float32(head_dim**-0.5)
 
     @compiled()
@@ -295,46 +323,44 @@ def chunk_attention(head_dim: int, group: int) -> Callable[..., None]:
         window: Any,  # tokens seen; 0: all
         keys: Any,  # [kv_heads, tiles, head_dim * TILE]
         values: Any,  # [kv_heads, tiles, TILE * head_dim]
-        tops: Any,  # scratch [rows]
-        sums: Any,  # scratch [rows]
+        tops: Any,  # scratch [rows rounded up to even]
+        sums: Any,  # the same
         out: Any,  # [rows, heads * head_dim]
     ) -> None:
         rows, kv_heads = qkv.shape[0], keys.shape[0]
-        query, scores = np.empty(head_dim, np.float32), np.empty(TILE, np.float32)
-        bits = scores.view(np.int32)
-        first = max(0, start + 1 - window) // TILE if window else 0
+        queries, unused = np.empty(2 * head_dim, np.float32), np.empty(head_dim, np.float32)
+        one, two = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        first_tile = max(0, start + 1 - window) // TILE if window else 0
         for head in range(kv_heads * group):
             left, right = head * head_dim, (head + 1) * head_dim
             tops[:] = LOWEST_SCORE
             sums[:] = np.float32(0.0)
             for row in range(rows):
                 out[row, left:right] = np.float32(0.0)
-            for tile in range(first, (start + rows - 1) // TILE + 1):
+            for tile in range(first_tile, (start + rows - 1) // TILE + 1):
                 keys_tile, values_tile = keys[head // group, tile], values[head // group, tile]
-                for row in range(max(0, tile * TILE - start), rows):
-                    seen = start + row + 1 - tile * TILE
-                    end = min(TILE, seen)
-                    begin = max(0, seen - window) if window else 0
-                    if begin >= end:
-                        continue
-                    source, target = qkv[row, left:right], out[row, left:right]
+                first_row = max(0, tile * TILE - start) // 2 * 2
+                for row in range(first_row, rows, 2):
+                    other = min(row + 1, rows - 1)
+                    source, beside = qkv[row, left:right], qkv[other, left:right]
                     for i in range(head_dim):
-                        query[i] = source[i] * scale
-                    _scores(query, keys_tile, scores, head_dim)
-                    scores[:begin] = LOWEST_SCORE
-                    scores[end:] = LOWEST_SCORE
-                    top = max(tops[row], _highest(bits, 0, TILE))
-                    total = np.float32(0.0)
-                    for t in range(TILE):
-                        weight = _exp(scores[t] - top)
-                        scores[t] = weight
-                        total += weight
-                    shrink = _exp(tops[row] - top)
-                    tops[row] = top
-                    sums[row] = sums[row] * shrink + total
-                    for i in range(head_dim):
-                        target[i] *= shrink
-                    _add_weighted(scores, values_tile, target, head_dim, end)
+                        queries[i] = source[i] * scale
+                        queries[head_dim + i] = beside[i] * scale
+                    _scores(queries, keys_tile, one, two, head_dim)
+                    seen = start + row + 1 - tile * TILE  # of the tile, by `row`
+                    begin = seen - window if window else 0
+                    top, total = _weights(one, _inside(begin), _inside(seen), tops[row])
+                    begin = seen + 1 - window if window else 0
+                    top2, total2 = _weights(two, _inside(begin), _inside(seen + 1), tops[row + 1])
+                    shrinks = (_exp(tops[row] - top), _exp(tops[row + 1] - top2))
+                    sums[row] = sums[row] * shrinks[0] + total
+                    sums[row + 1] = sums[row + 1] * shrinks[1] + total2
+                    tops[row], tops[row + 1] = top, top2
+                    target = out[other, left:right] if other > row else unused
+                    end = _inside(seen + 1)
+                    _add_weighted(
+                        one, two, values_tile, out[row, left:right], target, shrinks, head_dim, end
+                    )
             for row in range(rows):
                 inverse = np.float32(1.0) / sums[row]
                 target = out[row, left:right]
@@ -342,3 +368,8 @@ def chunk_attention(head_dim: int, group: int) -> Callable[..., None]:
                     target[i] *= inverse
 
     return kernel
+
+
+@compiled(inline="always")
+def _inside(place: Any) -> Any:
+    return min(max(place, 0), TILE)

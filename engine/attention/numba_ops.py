@@ -56,7 +56,7 @@ class NumbaStep:
         shape = (2, config.num_kv_heads, tiles, kernels.TILE * config.head_dim)
         self._context = tuple(np.zeros(shape, dtype=np.float32))
         rows = max(chunk.rows.stop - chunk.rows.start for chunk in self._long)
-        self._running = tuple(np.empty((2, rows), dtype=np.float32))
+        self._running = tuple(np.empty((2, rows + rows % 2), dtype=np.float32))
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(hidden)

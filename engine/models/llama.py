@@ -32,10 +32,15 @@ class Layer:
 
 class LlamaModel:
     def __init__(
-        self, config: ModelConfig, weights: Weights, ops: Ops, device: torch.device
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.config, self._ops = config, ops
-        read = _Reader(config, weights, device)
+        read = _Reader(config, weights, dtype, device)
         hidden, vocab = config.hidden_size, config.vocab_size
         self._embedding = read.tensor("model.embed_tokens.weight", vocab, hidden)
         self._layers = [read.layer(index) for index in range(config.num_layers)]
@@ -65,38 +70,44 @@ class LlamaModel:
 
 
 class _Reader:
-    """Asks for each tensor by name and shape, and fuses those that are used together."""
+    """Asks for each tensor by name and shape, and reads those that are used together side by side
+    into one."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device) -> None:
-        self._config, self._weights, self._device = config, weights, device
+    def __init__(
+        self, config: ModelConfig, weights: Weights, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config, self._weights, self._dtype, self._device = config, weights, dtype, device
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        return self._weights.get(name, shape).to(self._device)
+        out = torch.empty(shape, dtype=self._dtype)
+        self._weights.read(name, out)
+        return out.to(self._device)
 
     def layer(self, index: int) -> Layer:
         config, at = self._config, f"model.layers.{index}."
         hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
         attention = at + "self_attn."
         rows = {"q_proj": query, "k_proj": config.kv_size, "v_proj": config.kv_size}
-        q_norm = k_norm = None
+        q_norm = k_norm = qkv_bias = None
+        if config.qkv_bias:
+            qkv_bias = self._fused(attention, "bias", rows)
         if config.qk_norm:
             q_norm = self.tensor(attention + "q_norm.weight", config.head_dim)
             k_norm = self.tensor(attention + "k_norm.weight", config.head_dim)
+        gate_up = {"gate_proj": inner, "up_proj": inner}
         return Layer(
             input_norm=self.tensor(at + "input_layernorm.weight", hidden),
-            qkv=self._fused(attention, rows, hidden, config.qkv_bias),
+            qkv=make_linear(self._fused(attention, "weight", rows, hidden), qkv_bias),
             q_norm=q_norm,
             k_norm=k_norm,
             output=make_linear(self.tensor(attention + "o_proj.weight", hidden, query)),
             post_norm=self.tensor(at + "post_attention_layernorm.weight", hidden),
-            gate_up=self._fused(at + "mlp.", {"gate_proj": inner, "up_proj": inner}, hidden, False),
+            gate_up=make_linear(self._fused(at + "mlp.", "weight", gate_up, hidden)),
             down=make_linear(self.tensor(at + "mlp.down_proj.weight", hidden, inner)),
         )
 
-    def _fused(self, at: str, rows: dict[str, int], columns: int, bias: bool) -> Linear:
-        weight = torch.cat([self.tensor(f"{at}{n}.weight", r, columns) for n, r in rows.items()])
-        if not bias:
-            return make_linear(weight)
-        return make_linear(
-            weight, torch.cat([self.tensor(f"{at}{n}.bias", r) for n, r in rows.items()])
-        )
+    def _fused(self, at: str, kind: str, rows: dict[str, int], *columns: int) -> torch.Tensor:
+        fused = torch.empty((sum(rows.values()), *columns), dtype=self._dtype)
+        for name, part in zip(rows, fused.split(list(rows.values()))):
+            self._weights.read(f"{at}{name}.{kind}", part)
+        return fused.to(self._device)

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import gguf
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from crossdock.engine.weights.config import ModelConfig
+from crossdock.engine.weights.dequantize import dequantize
 from crossdock.engine.weights.gguf_file import GGUFFile, open_gguf
 from crossdock.proto.errors import ModelError
 
@@ -27,23 +27,23 @@ class Weights(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
-    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor on the CPU, in the dtype asked for. Raises ModelError naming file and tensor
-        when it is missing, unreadable or of another shape."""
+    def read(self, name: str, out: torch.Tensor) -> None:
+        """Fills `out`, a contiguous tensor on the CPU of any float dtype. Raises ModelError naming
+        file and tensor when it is missing, unreadable or not of out's shape."""
         ...
 
 
-def load_weights(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> Weights:
+def load_weights(files: ModelFiles, config: ModelConfig) -> Weights:
+    """Raises ModelError naming the file that is missing, truncated or corrupt."""
     if files.format == "gguf":
-        return GGUFWeights(open_gguf(files.path), config, dtype)
-    return SafetensorsWeights(files.path, dtype)
+        return GGUFWeights(open_gguf(files.path), config)
+    return SafetensorsWeights(files.path)
 
 
 class SafetensorsWeights:
     """model.safetensors, or the shards that model.safetensors.index.json names."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, folder: Path) -> None:
         self._open: dict[Path, safe_open] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
@@ -56,7 +56,7 @@ class SafetensorsWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def read(self, name: str, out: torch.Tensor) -> None:
         if name not in self._files:
             raise ModelError(f"{self._folder}: tensor {name} is missing")
         path = self._files[name]
@@ -65,7 +65,8 @@ class SafetensorsWeights:
             tensor = shard.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{path}: tensor {name}: {error}") from error
-        return _checked(tensor.to(self._dtype), name, shape, path)
+        _check(name, tuple(tensor.shape), out, path)
+        out.copy_(tensor)
 
     def _shard(self, path: Path) -> safe_open:
         if path not in self._open:
@@ -81,24 +82,25 @@ class GGUFWeights:
     """Dequantized on reading. Of llama models the rows of q and k are put back in half-split
     order: the file keeps the two halves of each head interleaved."""
 
-    def __init__(self, source: GGUFFile, config: ModelConfig, dtype: torch.dtype) -> None:
-        self._source, self._config, self._dtype = source, config, dtype
+    def __init__(self, source: GGUFFile, config: ModelConfig) -> None:
+        self._source, self._config = source, config
 
     def __contains__(self, name: str) -> bool:
         return gguf_name(name) in self._source.tensors
 
-    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def read(self, name: str, out: torch.Tensor) -> None:
         path, file_name = self._source.path, gguf_name(name)
         tensor = self._source.tensor(file_name)
+        _check(file_name, tuple(int(size) for size in reversed(tensor.shape)), out, path)
+        values = out if out.dtype == torch.float32 else torch.empty(out.shape)
         try:
-            values = gguf.dequantize(self._half_split(file_name, tensor.data), tensor.tensor_type)
+            rows = self._half_split(file_name, np.asarray(tensor.data))
+            dequantize(rows, tensor.tensor_type, values.numpy())
         except (NotImplementedError, ValueError) as error:
             kind = tensor.tensor_type.name
             raise ModelError(f"{path}: tensor {file_name} ({kind}): {error}") from error
-        values = np.ascontiguousarray(values)
-        if not values.flags.writeable:
-            values = values.copy()
-        return _checked(torch.from_numpy(values).to(self._dtype), file_name, shape, path)
+        if values is not out:
+            out.copy_(values)
 
     def _half_split(self, name: str, rows: np.ndarray) -> np.ndarray:
         heads = {"attn_q": self._config.num_heads, "attn_k": self._config.num_kv_heads}
@@ -145,7 +147,6 @@ def _read_index(path: Path) -> dict[str, Path]:
         raise ModelError(f"{path}: not an index of safetensors shards: {error!r}") from error
 
 
-def _checked(tensor: torch.Tensor, name: str, shape: tuple[int, ...], path: Path) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise ModelError(f"{path}: tensor {name} has shape {list(tensor.shape)}, not {list(shape)}")
-    return tensor
+def _check(name: str, shape: tuple[int, ...], out: torch.Tensor, path: Path) -> None:
+    if shape != tuple(out.shape):
+        raise ModelError(f"{path}: tensor {name} has shape {list(shape)}, not {list(out.shape)}")
