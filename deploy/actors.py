@@ -121,9 +121,16 @@ class MemberActor:
 class ControllerActor:
     """The control plane's process. Ray restarts it; the spec on disk and the actors outlive it."""
 
-    def __init__(self, cluster: str, telemetry: Mapping[str, str] | None, local: bool) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        yaml: str,
+        life: str,
+        telemetry: Mapping[str, str] | None,
+        local: bool,
+    ) -> None:
         _set_up_process(CONTROLLER, telemetry)
-        self._cluster = cluster
+        self._cluster, self._yaml, self._life = cluster, yaml, life
         self._local = local
         self._failed = ""
         self._controller: Any = None
@@ -151,8 +158,11 @@ class ControllerActor:
         await self._controller.ended.wait()
 
     async def down(self, drain_s: float) -> None:
-        await self.started()
-        await self._controller.down(drain_s)
+        await self._started.wait()
+        if self._controller is not None:
+            await self._controller.down(drain_s)
+        else:
+            ray.actor.exit_actor()
 
     async def _run(self) -> None:
         from crossdock.deploy.admin_service import serve_admin
@@ -160,9 +170,9 @@ class ControllerActor:
         from crossdock.deploy.store import ClusterStore
 
         try:
-            controller = Controller(
-                RayRuntime(self._cluster, self._local), ClusterStore(self._cluster)
-            )
+            store = ClusterStore(self._cluster)
+            store.begin(self._yaml, self._life)  # a restarted controller goes on with what is there
+            controller = Controller(RayRuntime(self._cluster, self._local), store)
             server, self._address = await serve_admin(controller, controller.spec.controller.grpc)
         except (CrossdockError, OSError) as error:
             self._failed = f"{type(error).__name__}: {error}"
@@ -354,11 +364,13 @@ class ControllerHandle:
 
 
 def start_controller(
-    cluster: str, telemetry: Mapping[str, str] | None, local: bool
+    cluster: str, yaml: str, telemetry: Mapping[str, str] | None, local: bool
 ) -> ControllerHandle:
-    """`local`: all runs on this machine and is reached over its loopback.
+    """Starts the control plane for the spec in `yaml`.
 
-    Raises ConfigError when a cluster of this name runs already."""
+    `local`: all runs on this machine and is reached over its loopback.
+    Raises ConfigError when a cluster of this name runs already.
+    """
     space = namespace(cluster)
     with contextlib.suppress(ValueError):
         ray.get_actor(CONTROLLER, namespace=space)
@@ -374,7 +386,7 @@ def start_controller(
             max_concurrency=MANY_CALLS,
             **_placed(Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})),
         )
-        .remote(cluster, telemetry, local)
+        .remote(cluster, yaml, secrets.token_hex(8), telemetry, local)
     )
     return ControllerHandle(actor)
 

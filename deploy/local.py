@@ -110,7 +110,6 @@ class Cluster:
         self._unless(interrupted)
         self._start_ray()
         self._unless(interrupted)
-        store.begin(self.spec.to_yaml())
         self._cleanup.callback(store.end)
         self._start_controller(timeout_s)
         status = self._await_ready(timeout_s, interrupted)
@@ -161,7 +160,7 @@ class Cluster:
             "endpoint": self.spec.telemetry.endpoint,
         }
         self._controller = actors.start_controller(
-            self.spec.name, telemetry, local=not self.ray_address
+            self.spec.name, self.spec.to_yaml(), telemetry, local=not self.ray_address
         )
         self._cleanup.callback(self._down, 0.0)
         try:

@@ -24,11 +24,15 @@ class ClusterStore:
         self.folder = (home or crossdock_home()) / "clusters" / name
         self.spec_path = self.folder / "spec.yaml"
         self._key_path = self.folder / "key"
+        self._life_path = self.folder / "life"
 
-    def begin(self, yaml: str) -> None:
-        """A new life of the cluster: its spec, and a new key."""
+    def begin(self, yaml: str, life: str) -> None:
+        """A new life of the cluster: its spec and a new key; nothing when `life` has begun."""
+        if self._life_path.exists() and self._life_path.read_text() == life:
+            return
         self._write(self._key_path, secrets.token_bytes(KEY_BYTES))
         self.save_spec(yaml)
+        self._write(self._life_path, life.encode())
 
     def save_spec(self, yaml: str) -> None:
         self._write(self.spec_path, yaml.encode())

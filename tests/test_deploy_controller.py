@@ -117,7 +117,7 @@ async def cluster():
 @pytest.fixture
 def store(tmp_path):
     store = ClusterStore("test", tmp_path)
-    store.begin(ClusterSpec.parse(YAML).to_yaml())
+    store.begin(ClusterSpec.parse(YAML).to_yaml(), "life")
     return store
 
 
@@ -282,6 +282,15 @@ async def test_a_second_down_hurries_the_first(cluster, controller):
 def test_the_key_is_the_owners_alone(store):
     assert len(store.key()) == 32
     assert (store.folder / "key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_life_begins_once_and_another_with_another_key(store):
+    key = store.key()
+    store.save_spec("changed since")
+    store.begin("as first applied", "life")
+    assert store.key() == key and store.spec() == "changed since"
+    store.begin("as first applied", "next life")
+    assert store.key() != key and store.spec() == "as first applied"
 
 
 def test_one_name_one_cluster(store):
