@@ -74,13 +74,21 @@ async def answers(options: argparse.Namespace, given: list[list[int]]) -> list[t
 
 
 def reference(files: ModelFiles) -> Any:
-    """The same weights by transformers, in float32."""
-    from transformers import AutoModelForCausalLM
+    """The same weights by transformers, in float32; a GGUF is read by transformers' own reader."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    if files.format == "gguf":
-        folder, name = files.path.parent, files.path.name
-        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
+    if files.format == "hf":
+        return AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(files.path.parent, gguf_file=files.path.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    read = load_gguf_checkpoint(str(files.path), return_tensors=True, model_to_load=model)
+    missing, unexpected = model.load_state_dict(read["tensors"], strict=False)
+    lacking = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if lacking or unexpected:
+        raise RuntimeError(f"{files.path}: lacks {sorted(lacking)}, has unknown {unexpected}")
+    model.tie_weights()
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -106,7 +114,7 @@ def main() -> int:
     started = time.perf_counter()
     came = asyncio.run(answers(options, given))
     print(f"{len(came)} answers in {time.perf_counter() - started:.1f} s", flush=True)
-    model = reference(files).eval()
+    model = reference(files)
     rows = [compare(model, prompt, answer) for prompt, answer in zip(given, came)]
     for row in rows:
         if row.ties or row.mismatches:

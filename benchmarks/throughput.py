@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def config(endpoint: str, options: argparse.Namespace, number: int) -> BenchConf
         num_requests=options.requests,
         input_tokens=(options.input_len - 20, options.input_len + 20),
         output_tokens=(options.output_len, options.output_len),
-        seed=1 + number,  # each round its own prompts, the same for every endpoint
+        seed=options.seed + number,  # each round its own prompts, the same for every endpoint
     )
 
 
@@ -126,6 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--input-len", type=int, default=280, help="± 20, uniform")
     parser.add_argument("--output-len", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31))
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

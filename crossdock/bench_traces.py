@@ -266,7 +266,7 @@ class PromptMaker:
         return " ".join(WORDS[token % len(WORDS)] for token in self.token_ids(request))
 
     def _tokens_by_name(self, names: Iterable[int]) -> list[int]:
-        keys = np.fromiter(names, dtype=np.uint64) + np.uint64(self.seed) * np.uint64(1 << 40)
+        keys = np.fromiter(names, dtype=np.uint64) + np.uint64((self.seed << 32) % (1 << 64))
         return [int(each) for each in self.low + _mix(keys) % np.uint64(self.high - self.low)]
 
     def _block(self, name: int) -> tuple[int, ...]:

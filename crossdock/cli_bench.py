@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,7 +81,14 @@ def bench(
     slo: Annotated[
         str, typer.Option(help="Bounds for goodput, as ttft=2s,tpot=100ms; also itl and e2e.")
     ] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is random here.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of all that is random here; drawn when unset, so that no prompt of an earlier "
+            "run is found in a cache.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the report to this file; - is stdout.")
     ] = None,
@@ -102,6 +110,7 @@ def bench(
     from crossdock.bench import BenchConfig
     from crossdock.bench_traces import TraceOptions
 
+    seed = secrets.randbelow(1 << 31) if seed is None else seed
     try:
         config = BenchConfig(
             endpoint=endpoint,

@@ -163,12 +163,15 @@ def model_list() -> None:
     from rich.table import Table
 
     from crossdock.engine.weights import store
+    from crossdock.proto.errors import ModelError
 
-    table = Table("model", "size", "licence", "here")
+    table = Table("model", "size", "here")
     for name, model in store.KNOWN_MODELS.items():
-        fetched = store.is_fetched(name)
-        here = str(store.fetched_path(name)) if fetched else f"no: crossdock model fetch {name}"
-        table.add_row(name, f"{model.size / 1e6:.0f} MB", model.licence, here)
+        try:
+            here = str(store.resolve(name).path)
+        except ModelError:
+            here = f"no: crossdock model fetch {name}"
+        table.add_row(name, f"{model.size / 1e6:.0f} MB", here)
     _console().print(table)
 
 

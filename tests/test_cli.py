@@ -186,6 +186,15 @@ def test_bench_json_to_standard_output_is_only_json(gateway: StandIn, capsys: An
     assert json.loads(out)["results"]["requests"] == 2
 
 
+def test_bench_sends_new_prompts_each_time_unless_seeded(gateway: StandIn, capsys: Any) -> None:
+    arguments = ["bench", "--endpoint", f"grpc://{gateway.target}", "--num-requests", "1"]
+    for seed in ([], [], ["--seed", "5"], ["--seed", "5"]):
+        assert run(capsys, *arguments, "--warmup", "0", *seed)[0] == 0
+    prompts = [tuple(request.token_ids.ids) for request in gateway.requests]
+    assert prompts[2] == prompts[3]
+    assert len(set(prompts)) == 3
+
+
 def test_explain_metrics_and_help_hold_every_formula(capsys: Any) -> None:
     from crossdock.bench_metrics import explain
 
@@ -393,4 +402,6 @@ def test_model_show_describes_a_folder(capsys: Any, tiny_model: Path) -> None:
 
 def test_model_fetch_of_an_unknown_name_is_refused(capsys: Any) -> None:
     code, _, err = run(capsys, "model", "fetch", "gpt-17")
-    assert (code, err.startswith("error: gpt-17")) == (1, True)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: ")
+    assert "gpt-17" in err
