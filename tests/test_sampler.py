@@ -342,13 +342,22 @@ def test_logprobs_only_where_asked_for():
 @pytest.mark.parametrize(
     "params", [{"temperature": 0.0}, {}, {"top_k": 50}, {"top_p": 0.95}], ids=str
 )
-def test_a_row_costs_far_less_than_a_decode_step(params):
+def test_a_row_costs_far_less_than_a_decode_step(params, one_thread):
     """A decode step of the default model takes tens of milliseconds."""
     logits = peaked(1, vocab=49_152)
     rows = [row(prompt=range(300), **params)]
     times = []
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.thread_time()
         sample(logits, rows)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.005
+        times.append(time.thread_time() - start)
+    assert min(times) < 0.003
+
+
+@pytest.fixture
+def one_thread():
+    """As a worker on a CPU runs by default."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
