@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.threaded import ThreadedTransport, wait_for
+from crossdock.kvtransfer.threaded import ThreadedTransport
 from crossdock.kvtransfer.transport import (
     Generations,
     Handle,
@@ -143,6 +143,7 @@ class _Peer:
     generations: Generations  # int64 [num_blocks], the peer's own
     blocks: npt.NDArray[np.uint8]  # [num_blocks, block_bytes], the peer's own
     lost: bool = False
+    unsent: deque[bytes] = field(default_factory=deque)  # releases that its socket had no room for
 
 
 @dataclass
@@ -193,10 +194,6 @@ class LocalTransport(ThreadedTransport):
     def remove_peer(self, incarnation: bytes) -> None:
         if not self._closing:
             self._enqueue(lambda: self._drop(incarnation, "peer was removed"))
-
-    def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
-        handle = self.read_generations(incarnation, [0], b"")
-        return wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
 
     def read_blocks(
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
@@ -292,9 +289,21 @@ class LocalTransport(ThreadedTransport):
         handle.generations = peer.generations[np.asarray(remote_ids, dtype=np.int64)]
         self._check_alive(peer)
         if notify:
-            peer.connection.send(notify, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            peer.unsent.append(notify)
+            self._send(peer)
         self.stats.fences += 1
         self._finish(handle)
+
+    def _send(self, peer: _Peer) -> None:
+        """A peer that does not read now, since it is busy or stopped, gets the rest later."""
+        try:
+            while peer.unsent:
+                peer.connection.send(peer.unsent[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                peer.unsent.popleft()
+        except BlockingIOError:
+            pass
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
+        self._selector.modify(peer.connection, events, data=peer.incarnation)
 
     def _progress(self) -> float | None:
         if not self._copies:
@@ -339,8 +348,9 @@ class LocalTransport(ThreadedTransport):
         elif key.data is not None:
             peer = self._peers.get(key.data)
             if peer is not None:
-                with contextlib.suppress(TransferFailed):
+                with contextlib.suppress(TransferFailed, OSError):
                     self._check_alive(peer)
+                    self._send(peer)
         elif isinstance(key.fileobj, socket.socket):
             self._receive(key.fileobj)
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdock.kvtransfer.memory import Scratch
-from crossdock.kvtransfer.threaded import ThreadedTransport, reason_of, wait_for
+from crossdock.kvtransfer.threaded import ThreadedTransport, reason_of
 from crossdock.kvtransfer.transport import (
     Handle,
     MemoryType,
@@ -135,10 +135,6 @@ class NixlTransport(ThreadedTransport):
     def remove_peer(self, incarnation: bytes) -> None:
         if not self._closing:
             self._enqueue(lambda: self._remove(incarnation))
-
-    def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
-        handle = self.read_generations(incarnation, [0], b"")
-        return wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
 
     def read_blocks(
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]

@@ -9,7 +9,7 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -27,7 +27,8 @@ _CLOSE_GRACE_S = 2.0  # for transfers under way, whose memory is given back afte
 class ThreadedTransport:
     """Runs commands of other threads, then `_progress`, then sleeps as long as that allows.
 
-    A subclass implements the five hooks at the end; they run on the transport's thread only.
+    A subclass implements the reads and the five hooks at the end, which run on the transport's
+    thread only.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,6 +46,15 @@ class ThreadedTransport:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     # Called by any thread.
+
+    def read_generations(
+        self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
+    ) -> Handle:
+        raise NotImplementedError
+
+    def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
+        handle = self.read_generations(incarnation, [0], b"")
+        return _wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
 
     def notifications(self) -> list[bytes]:
         return [self._notifications.popleft() for _ in range(len(self._notifications))]
@@ -211,7 +221,7 @@ class ThreadedTransport:
         raise NotImplementedError
 
 
-def wait_for(handle: Handle, timeout_s: float, what: str) -> float:
+def _wait_for(handle: Handle, timeout_s: float, what: str) -> float:
     """Seconds until the handle was done, looking now and then. Raises TransferFailed."""
     start = time.perf_counter()
     while not handle.terminal:

@@ -26,6 +26,8 @@ class PoolMemory:
 
     kv_ptr: address of block 0; block i lies at kv_ptr + i * block_bytes.
     generations: int64 [num_blocks] in host memory, raised before a block gets a new owner.
+    A transport reads what is in memory, whatever stream still writes: the owner of VRAM waits for
+    its kernels before it offers a block.
     """
 
     kv_ptr: int

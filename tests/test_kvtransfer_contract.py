@@ -89,6 +89,10 @@ class Peer:
     def change_owner(self, block_id: int) -> None:
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Every block as in the beginning."""
+        raise NotImplementedError
+
     def releases(self, *tickets: Ticket) -> bool:
         """Waits until all of them were released; False after WAIT_S."""
         raise NotImplementedError
@@ -107,6 +111,9 @@ class FakePeer(Peer):
 
     def change_owner(self, block_id: int) -> None:
         self._pool.change_owner(block_id)
+
+    def reset(self) -> None:
+        self._pool.fill(self.seed)
 
     def releases(self, *tickets: Ticket) -> bool:
         self._seen.update(self._pool.transport.notifications())
@@ -139,6 +146,9 @@ class ProcessPeer(Peer):
 
     def change_owner(self, block_id: int) -> None:
         assert self._ask("change", str(block_id))
+
+    def reset(self) -> None:
+        assert self._ask("reset", "all")
 
     def releases(self, *tickets: Ticket) -> bool:
         return self._ask("releases", ",".join(ticket.ticket_id.hex() for ticket in tickets))
@@ -182,7 +192,8 @@ class World:
         self.peers: list[Peer] = []
         self._news = threading.Event()
         self.transport.set_wakeup(self._news.set)
-        self.standing = self.spawn()  # never killed: shows that others' faults don't matter to it
+        # Never killed: they show that others' faults don't matter to them.
+        self.standing, self.second = self.spawn(), self.spawn()
 
     def spawn(self) -> Peer:
         seed = len(self.peers) + 1
@@ -296,8 +307,9 @@ def test_the_release_arrives_with_the_ticket_id(world: World) -> None:
 
 
 def test_a_new_owner_fails_the_fence(world: World) -> None:
-    puller, peer = world.puller(), world.spawn()
+    puller, peer = world.puller(), world.second
     ticket, fine = peer.ticket([10, 11, 12]), peer.ticket([20, 21])
+    peer.reset()
     peer.change_owner(11)
     puller.start("stale", ticket, [10, 11, 12], [0, 1, 2], later())
     puller.start("fine", fine, [20, 21], [3, 4], later())
@@ -311,7 +323,8 @@ def test_a_new_owner_fails_the_fence(world: World) -> None:
 
 
 def test_an_owner_that_changes_between_read_and_fence_is_seen_every_time(world: World) -> None:
-    peer = world.spawn()
+    peer = world.second
+    peer.reset()
     for round_ in range(20):
         block_id = 1 + 3 * round_
         read = world.transport.read_blocks(peer.incarnation, [block_id, block_id + 1], [0, 1])
@@ -361,7 +374,8 @@ def test_warming_up(world: World) -> None:
 
 def test_many_pulls_at_once(world: World) -> None:
     puller = world.puller(max_reading=4)
-    other = world.spawn()
+    other = world.second
+    other.reset()
     for index in range(16):
         peer = (world.standing, other)[index % 2]
         remote = [index, index + 16, index + 17]
@@ -439,7 +453,8 @@ def test_a_restarted_peer_is_a_new_peer(world: World) -> None:
 
 
 def test_a_removed_peer_can_be_added_again(world: World) -> None:
-    puller, peer = world.puller(), world.spawn()
+    puller, peer = world.puller(), world.second
+    peer.reset()
     for round_ in range(3):
         world.transport.remove_peer(peer.incarnation)
         failed = world.transport.read_blocks(peer.incarnation, [1], [0])
@@ -459,7 +474,7 @@ def test_a_closed_transport_refuses(world: World) -> None:
 
 
 def serve(name: str, seed: int, ucx: dict[str, str]) -> None:
-    """The peer process: obeys `change BLOCK` and `releases ID,ID` until its input ends."""
+    """The peer process: obeys `change BLOCK`, `reset all` and `releases ID,ID`, a line each."""
     options = {"ucx": ucx} if name == "nixl" else {}
     pool = Pool(name, **options)
     pool.fill(seed)
@@ -485,6 +500,8 @@ def serve(name: str, seed: int, ucx: dict[str, str]) -> None:
         answer = True
         if command == "change":
             pool.change_owner(int(argument))
+        elif command == "reset":
+            pool.fill(seed)
         else:
             answer = released(set(argument.split(",")))
         print("> " + json.dumps(answer), flush=True)

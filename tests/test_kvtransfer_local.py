@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_kvtransfer_contract import BLOCK_BYTES, NUM_BLOCKS, Pool, ProcessPeer, later
 
 from crossdock.kvtransfer.local import LocalTransport, allocate_segment, cleanup_stale
 from crossdock.kvtransfer.registry import allocate
 from crossdock.kvtransfer.ticket import new_incarnation
-from crossdock.kvtransfer.transport import PoolMemory
+from crossdock.kvtransfer.transport import HandleState, PoolMemory
 from crossdock.proto.errors import TransferFailed
 
 OWNER = """
@@ -92,6 +97,27 @@ def test_private_memory_is_refused() -> None:
     with pytest.raises(TransferFailed, match="shared memory"):
         LocalTransport(new_incarnation(), PoolMemory(buffer.ctypes.data, 1, 4096, generations))
     close()
+
+
+def test_releases_to_a_busy_peer_wait_for_it() -> None:
+    pool, peer = Pool("local"), ProcessPeer("local", 1)
+    try:
+        pool.transport.add_peer(peer.incarnation, peer.info, NUM_BLOCKS, BLOCK_BYTES)
+        os.kill(peer.pid, signal.SIGSTOP)
+        tickets = [peer.ticket([1]) for _ in range(2000)]  # far more than its socket holds
+        handles = [
+            pool.transport.read_generations(peer.incarnation, [1], ticket.ticket_id)
+            for ticket in tickets
+        ]
+        end = later()
+        while not all(handle.terminal for handle in handles) and time.monotonic() < end:
+            threading.Event().wait(0.01)
+        assert {handle.state for handle in handles} == {HandleState.DONE}
+        os.kill(peer.pid, signal.SIGCONT)
+        assert peer.releases(*tickets)
+    finally:
+        peer.kill()
+        pool.close()
 
 
 @pytest.mark.parametrize(

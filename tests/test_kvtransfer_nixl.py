@@ -174,3 +174,27 @@ def test_scratch_is_handed_out_and_merged_again() -> None:
     assert scratch.take(5) is None  # six entries are free, in two pieces
     scratch.give_back(second)
     assert scratch.take(10) == slice(0, 10)
+
+
+def test_a_broken_connection_is_made_again(bench: Bench) -> None:
+    """The peer lives, the link had an error: refused for a moment, then as before."""
+    transport, peer = bench.transport, bench.spawn()
+    assert isinstance(transport, nixl.NixlTransport)
+
+    def snap() -> None:
+        known = transport._peers[peer.incarnation]
+        transport._break(known, "the link went down")
+        transport._settle_peer(known)
+
+    transport._call(snap)
+    refused = transport.read_blocks(peer.incarnation, [1], [0])
+    bench.settled(refused)
+    assert "lost: the link went down" in str(refused.error)
+    end = later()
+    while time.monotonic() < end:
+        read = transport.read_blocks(peer.incarnation, [1], [0])
+        bench.settled(read)
+        if read.state is HandleState.DONE:
+            break
+        threading.Event().wait(0.05)
+    assert np.array_equal(bench.pool.blocks[0], content(peer.seed, 1))
