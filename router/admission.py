@@ -1,4 +1,4 @@
-"""How much a gateway takes on: bounds on what is active, in all and of one tenant."""
+"""How much a gateway takes on: bounds on what is active, and deadlines that can be met."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from crossdock.proto.errors import ConfigError, Overloaded
+from crossdock.router.policy import Placement
+from crossdock.router.request import Request
+from crossdock.router.view import ClusterView
+
+LONGEST_RETRY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,7 @@ class Limits:
 
     max_active: int = 1024
     max_active_per_tenant: int = 512
-    worker_wait_s: float = 5.0  # how long a request waits for a worker of a role to appear
+    worker_wait_s: float = 20.0  # how long a request waits for a worker of a role to appear
     max_restarts: int = 5  # of a sequence, without a token gained in between
     first_backoff_s: float = 0.05  # before a refused sequence is offered again; doubles
 
@@ -64,3 +69,26 @@ class Admission:
         self._by_tenant[tenant] -= sequences
         if not self._by_tenant[tenant]:
             del self._by_tenant[tenant]
+
+
+def check_deadline(request: Request, placement: Placement, now: float, retry_s: float) -> None:
+    """Refuses what would miss its deadline, at once. A prediction that rests on no measurement
+    refuses nothing. Raises Overloaded."""
+    deadline = request.deadline
+    if deadline is None or not placement.measured or now + placement.predicted_ttft_s <= deadline:
+        return
+    raise Overloaded(
+        f"the first token is predicted in {placement.predicted_ttft_s:.2f} s, "
+        f"after the deadline in {deadline - now:.1f} s",
+        retry_s,
+    )
+
+
+def retry_after_s(view: ClusterView) -> float:
+    """When a place is likely to be free: the shortest queue over how fast it goes."""
+    waits = [
+        worker.queued_tokens / view.prefill_rate(worker)
+        for worker in view.workers.values()
+        if worker.queued_tokens
+    ]
+    return min(LONGEST_RETRY_S, max(1.0, min(waits, default=1.0)))

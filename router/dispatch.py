@@ -20,13 +20,12 @@ from crossdock.proto.errors import (
     CrossdockError,
     DeadlineExceeded,
     Draining,
-    Overloaded,
     Unavailable,
     WorkerLost,
 )
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router import tracing
-from crossdock.router.admission import Admission, Limits
+from crossdock.router.admission import Admission, Limits, check_deadline, retry_after_s
 from crossdock.router.delivery import Spoken, failure_of, sampling_message, speak
 from crossdock.router.flight import (
     Active,
@@ -154,7 +153,7 @@ class Dispatcher:
             raise Draining("this gateway is shutting down; send the request again")
         if request.deadline is not None and request.deadline <= now:
             raise DeadlineExceeded("the deadline passed before any work started")
-        self._admission.admit(request.tenant, request.num_sequences, self._retry_after_s())
+        self._admission.admit(request.tenant, request.num_sequences, retry_after_s(self.view))
 
     def close(self) -> None:
         """Ends everything that is under way."""
@@ -177,7 +176,8 @@ class Dispatcher:
             return
         finally:
             self.metrics.decision.observe(time.perf_counter() - started)
-        self._check_deadline(flight, placement.predicted_ttft_s, placement.measured, now)
+        if not flight.active.started:  # what has begun is carried on
+            check_deadline(flight.active.request, placement, now, retry_after_s(self.view))
         link = self.links.get(placement.prefill or placement.decode)
         if link is None:
             self._park(flight, self._route, NoWorker("the chosen worker is not connected"))
@@ -216,20 +216,6 @@ class Dispatcher:
             block_size=self._block_size,
             avoid=frozenset(flight.avoid),
         )
-
-    def _check_deadline(
-        self, flight: Flight, predicted_s: float, measured: bool, now: float
-    ) -> None:
-        """Refuses a new request that would miss its deadline; what has begun is carried on."""
-        deadline = flight.active.request.deadline
-        if deadline is None or not measured or flight.active.started:
-            return
-        if now + predicted_s > deadline:
-            raise Overloaded(
-                f"the first token is predicted in {predicted_s:.2f} s, "
-                f"after the deadline in {deadline - now:.1f} s",
-                self._retry_after_s(),
-            )
 
     def _park(self, flight: Flight, again: Callable[[Flight], None], why: Unavailable) -> None:
         """Waits a while for a worker to appear."""
@@ -325,7 +311,9 @@ class Dispatcher:
         flight.recomputed_tokens += output.recomputed_tokens
         if output.token_ids or output.finish_reason:
             self._deliver(flight, speak(flight, output, self._eos), now)
-        if flight.phase is Phase.PREFILL and output.HasField("ticket"):
+        if flight.phase is Phase.PREFILL and output.token_ids:
+            if not output.HasField("ticket"):
+                raise CrossdockError(f"prefill worker {link.name} gave token 0 without a ticket")
             flight.ticket = output.ticket
             self._hand_off(flight)
 
@@ -499,12 +487,3 @@ class Dispatcher:
             for worker in {flight.placement.prefill, flight.placement.decode, flight.decode_worker}:
                 if worker:
                     self.view.unplace(worker, flight.sequence_id)
-
-    def _retry_after_s(self) -> float:
-        """When a place is likely to be free: what is queued, over how fast it goes."""
-        waits = [
-            worker.queued_tokens / self.view.prefill_rate(worker)
-            for worker in self.view.workers.values()
-            if worker.queued_tokens
-        ]
-        return min(60.0, max(1.0, min(waits, default=1.0)))

@@ -15,7 +15,13 @@ from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.types import SamplingParams
 from crossdock.router.dispatch import Dispatcher
 from crossdock.router.request import Request, ResponseStream
-from crossdock.router.validate import Validator, check_label, check_messages
+from crossdock.router.validate import (
+    UNLIMITED,
+    Validator,
+    check_label,
+    check_messages,
+    check_priority,
+)
 
 INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
 
@@ -56,6 +62,7 @@ class Extras:
     tenant: str = ""
     priority: int = 0
     cache_salt: str = ""
+    default_max_tokens: int = UNLIMITED  # of a request that leaves it open
 
 
 class Frontend:
@@ -134,13 +141,14 @@ class Frontend:
         with self.refusals_counted():
             for name in ("request_id", "tenant", "cache_salt"):
                 check_label(name, getattr(extras, name))
+            check_priority(extras.priority)
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
             longest = max(len(prompt) for prompt in prompts)
             request = Request(
                 request_id=extras.request_id or uuid.uuid4().hex,
                 prompts=prompts,
-                sampling=self.validator.fit(sampling, longest),
+                sampling=self.validator.fit(sampling, longest, extras.default_max_tokens),
                 n=n,
                 tenant=extras.tenant,
                 priority=extras.priority,

@@ -25,6 +25,7 @@ from crossdock.router import openai_format as fmt
 from crossdock.router import tracing
 from crossdock.router.frontend import Arrival, Extras, Frontend
 from crossdock.router.openai_schemas import (
+    DEFAULT_COMPLETION_TOKENS,
     Body,
     ChatBody,
     CompletionBody,
@@ -35,6 +36,7 @@ from crossdock.router.openai_schemas import (
     sampling_of,
 )
 from crossdock.router.request import Delta, ResponseStream
+from crossdock.router.validate import UNLIMITED
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class HttpServer:
         with frontend.refusals_counted():
             body, sampling, n = self._common(await self._read(request), ChatBody)
             prompt = await frontend.encode_chat(messages_of(body))
-        extras = _extras(request, body)
+        extras = _extras(request, body, UNLIMITED)
         request_id, stream = frontend.submit("messages", [prompt], sampling, n, arrival, extras)
         head = self._head(request_id, body, arrival, chat=True)
         return await self._answer(
@@ -125,7 +127,7 @@ class HttpServer:
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"
                 prompts.append(await frontend.encode(field, one) if isinstance(one, str) else one)
-        extras = _extras(request, body)
+        extras = _extras(request, body, DEFAULT_COMPLETION_TOKENS)
         request_id, stream = frontend.submit("prompt", prompts, sampling, n, arrival, extras)
         echo: tuple[str, ...] = ()
         if body.echo:
@@ -298,12 +300,13 @@ class EventWriter:
         return fmt.completion_event(self._prefix, delta, offset, self._names, answer.logprobs)
 
 
-def _extras(request: web.Request, body: SamplingFields) -> Extras:
+def _extras(request: web.Request, body: SamplingFields, max_tokens: int) -> Extras:
     return Extras(
         request_id=request.headers.get(REQUEST_ID_HEADER, ""),
         tenant=request.headers.get(TENANT_HEADER, ""),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        default_max_tokens=max_tokens,
     )
 
 

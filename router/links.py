@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LinkSettings:
-    hello_timeout_s: float = 5.0
+    hello_timeout_s: float = 10.0
     silence_s: float = 5.0  # workers send a frame at least once a second
     tick_s: float = 0.5
     first_backoff_s: float = 0.1

@@ -210,11 +210,10 @@ def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
 
 
 def _max_tokens(body: SamplingFields) -> int:
-    if isinstance(body, ChatBody):
-        if body.max_completion_tokens is not None:
-            return body.max_completion_tokens
-        return UNLIMITED if body.max_tokens is None else body.max_tokens
-    return DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    given = body.max_tokens
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        given = body.max_completion_tokens
+    return UNLIMITED if given is None else given
 
 
 def _logprobs(body: SamplingFields) -> int | None:

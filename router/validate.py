@@ -11,7 +11,7 @@ from crossdock.proto.types import MAX_N, SamplingParams
 MAX_PROMPTS = 64
 MAX_MESSAGES = 2048
 MAX_LABEL_CHARACTERS = 256
-UNLIMITED = 2**31 - 1  # max_tokens of a request that leaves it open, until its prompt is known
+UNLIMITED = 2**62  # max_tokens of a request that leaves it open, until its prompt is known
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,6 @@ class Validator:
     def check_prompt(self, field: str, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise InvalidRequest(field, [], "must not be empty")
-        for token_id in token_ids:
-            if not 0 <= token_id < self.model.vocab_size:
-                limit = f"token ids must be from 0 to {self.model.vocab_size - 1}"
-                raise InvalidRequest(field, token_id, limit)
         if len(token_ids) >= self.capacity:
             raise InvalidRequest(
                 field,
@@ -69,6 +65,10 @@ class Validator:
                 f"at most {self.capacity - 1} tokens before the first one generated, as "
                 f"{self._capacity_reason()}",
             )
+        for token_id in token_ids:
+            if not 0 <= token_id < self.model.vocab_size:
+                limit = f"token ids must be from 0 to {self.model.vocab_size - 1}"
+                raise InvalidRequest(field, token_id, limit)
 
     def check_count(self, field: str, n: int) -> None:
         if not 1 <= n <= MAX_N:
@@ -90,14 +90,18 @@ class Validator:
                 f"must be less than {self.capacity}, as {self._capacity_reason()}",
             )
 
-    def fit(self, sampling: SamplingParams, prompt_tokens: int) -> SamplingParams:
-        """With max_tokens filled in where it was left open. Raises where it does not fit."""
+    def fit(
+        self, sampling: SamplingParams, prompt_tokens: int, default_max_tokens: int
+    ) -> SamplingParams:
+        """With max_tokens filled in where it was left open: the default, or what fits of it.
+        Raises where what was asked for does not fit."""
         room = self.capacity - prompt_tokens
         if sampling.max_tokens == UNLIMITED:
             if sampling.min_tokens > room:
                 limit = f"at most {room} tokens fit after a prompt of {prompt_tokens}"
                 raise InvalidRequest("min_tokens", sampling.min_tokens, limit)
-            return replace(sampling, max_tokens=room)
+            default = max(sampling.min_tokens, min(room, default_max_tokens))
+            return replace(sampling, max_tokens=default)
         if sampling.max_tokens > room:
             raise InvalidRequest(
                 "max_tokens",
@@ -121,6 +125,11 @@ def check_unicode(field: str, text: str) -> None:
     except UnicodeEncodeError as error:
         bad = f"U+{ord(text[error.start]):04X} at character {error.start}"
         raise InvalidRequest(field, bad, "must be valid Unicode") from None
+
+
+def check_priority(priority: int) -> None:
+    if not -(2**31) <= priority < 2**31:
+        raise InvalidRequest("priority", priority, f"must be from {-(2**31)} to {2**31 - 1}")
 
 
 def check_label(field: str, value: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -713,6 +715,15 @@ async def test_a_port_in_use_is_named(rig: Rig, tiny_model: Path) -> None:
         with pytest.raises(ConfigError, match=f"gateway.{kind}: {address}: .*in use"):
             async with start_rig(tiny_model, prefills=0, decodes=0, **{kind: address}):
                 pass
+
+
+def test_the_gateway_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, crossdock.router.gateway;"
+        "print([m for m in ('torch', 'ray', 'nixl', 'crossdock.worker') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,13 @@ async def test_streams_of_several_prompts_are_told_apart(
     assert reasons == {0: "length", 1: "length"}
 
 
+async def test_16_tokens_by_default_or_what_fits(rig: Rig) -> None:
+    for size, expected in ((5, 16), (2043, 5)):
+        body = {"prompt": [7] * size, "ignore_eos": True}
+        _, _, answer = await post(rig, "/v1/completions", body)
+        assert answer["usage"]["completion_tokens"] == expected
+
+
 @pytest.mark.parametrize("stop", ["is Pa", ["zzz", "is Pa"]])
 async def test_stop(rig: Rig, client: openai.AsyncOpenAI, text: Any, model: str, stop: Any) -> None:
     say(rig, text, SAID)
@@ -413,6 +420,7 @@ BAD = [
         "messages[0].content[0].type",
         "image_url",
     ),
+    (chat(priority=2**40), "priority", "1099511627776"),
     (chat(top_logprobs=3), "top_logprobs", "needs logprobs"),
     (chat(logprobs=True, top_logprobs=40), "logprobs", "40"),
     (chat(tools=[{"type": "function"}]), "tools", "not supported"),
