@@ -77,6 +77,9 @@ def reference(files: ModelFiles) -> Any:
     """The same weights by transformers, in float32; a GGUF is read by transformers' own reader."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     if files.format == "hf":
         return AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32).eval()
