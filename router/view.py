@@ -18,7 +18,7 @@ DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
 DEFAULT_STEP_BASE_S = 0.02
 DEFAULT_STEP_PER_SEQUENCE_S = 0.005
 DEFAULT_BANDWIDTH = 1e9  # bytes/s
-BANDWIDTH_WEIGHT = 0.2  # of the newest measurement in the running mean
+BANDWIDTH_MEMORY = 0.8  # how much of the pulls before counts beside the newest one
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class ClusterView:
     def __init__(self) -> None:
         self.workers: dict[str, WorkerView] = {}
         self.index = PrefixIndex()
-        self._bandwidth: dict[tuple[str, str], float] = {}
+        # (prefill, decode) -> decayed sums of bytes and seconds, so that large pulls count most.
+        self._pulled: dict[tuple[str, str], tuple[float, float]] = {}
         self._free_slots: list[int] = []
 
     # -- what the links tell ------------------------------------------------------------------
@@ -142,10 +143,11 @@ class ClusterView:
         """Folds one measured pull into the pair's bandwidth."""
         if nbytes <= 0 or seconds <= 0:
             return
-        rate = nbytes / seconds
-        old = self._bandwidth.get((prefill, decode))
-        new = rate if old is None else old + BANDWIDTH_WEIGHT * (rate - old)
-        self._bandwidth[prefill, decode] = new
+        old_bytes, old_seconds = self._pulled.get((prefill, decode), (0.0, 0.0))
+        self._pulled[prefill, decode] = (
+            BANDWIDTH_MEMORY * old_bytes + nbytes,
+            BANDWIDTH_MEMORY * old_seconds + seconds,
+        )
 
     # -- what the dispatcher tells ------------------------------------------------------------
 
@@ -178,7 +180,8 @@ class ClusterView:
 
     def bandwidth(self, prefill: str, decode: str) -> float:
         """Bytes per second of pulls between the two, as measured or by default."""
-        return self._bandwidth.get((prefill, decode), DEFAULT_BANDWIDTH)
+        nbytes, seconds = self._pulled.get((prefill, decode), (DEFAULT_BANDWIDTH, 1.0))
+        return nbytes / seconds
 
     def prefill_rate(self, worker: WorkerView) -> float:
         """Tokens per second: its own measurement, or the mean of its peers', or the default."""
@@ -216,4 +219,4 @@ class ClusterView:
         worker = self.workers.pop(name)
         self.index.drop(worker.slot)
         self._free_slots.append(worker.slot)
-        self._bandwidth = {pair: v for pair, v in self._bandwidth.items() if name not in pair}
+        self._pulled = {pair: v for pair, v in self._pulled.items() if name not in pair}

@@ -103,6 +103,19 @@ def test_a_slow_link_turns_the_pair(rng: random.Random) -> None:
     assert (placement.prefill, placement.decode) == ("p1", "d1")
 
 
+def test_bandwidth_follows_the_bytes_not_the_number_of_pulls() -> None:
+    view = make_view(p0=Role.PREFILL, d0=Role.DECODE)
+    view.transferred("p0", "d0", nbytes=10**9, seconds=1.0)
+    view.transferred("p0", "d0", nbytes=1000, seconds=0.001)  # 1 MB/s, being all latency
+    assert view.bandwidth("p0", "d0") == pytest.approx(1e9, rel=0.01)
+    for _ in range(30):
+        view.transferred("p0", "d0", nbytes=10**8, seconds=1.0)
+    assert view.bandwidth("p0", "d0") == pytest.approx(1e8, rel=0.05)
+    view.transferred("p0", "d0", nbytes=0, seconds=1.0)
+    view.disconnected("d0", "d0-incarnation")
+    assert view.bandwidth("p0", "d0") == DEFAULT_BANDWIDTH
+
+
 def test_blocks_that_decode_holds_are_not_counted_as_transfer(rng: random.Random) -> None:
     view, asked = make_view(p0=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE), demand(160)
     for decode in ("d0", "d1"):
