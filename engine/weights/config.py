@@ -14,7 +14,16 @@ from crossdock.proto.errors import ModelError
 if TYPE_CHECKING:
     from crossdock.engine.weights.store import ModelFiles
 
-ROPE_TYPES = ("llama3", "linear", "factors")
+ROPE_TYPES = {  # and what each needs to be told
+    "linear": ("factor",),
+    "factors": ("factors",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def _from_hf(folder: Path) -> ModelConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=raw.integer("num_key_value_heads", heads),
-        head_dim=raw.integer("head_dim", hidden // heads),
+        head_dim=raw.integer("head_dim", hidden // max(1, heads)),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
@@ -138,6 +147,9 @@ def _hf_rope(raw: _Fields) -> tuple[float, Mapping[str, Any] | None]:
         return theta, None
     if rope_type not in ROPE_TYPES:
         raise ModelError(f"{raw.path}: rope_type {rope_type!r} is not supported")
+    for name in ROPE_TYPES[rope_type]:
+        if not isinstance(parameters.get(name), (int, float)):
+            raise ModelError(f"{raw.path}: rope_scaling: {name}: {parameters.get(name)!r}")
     return theta, {**parameters, "rope_type": rope_type}
 
 
@@ -164,7 +176,7 @@ def _from_gguf(gguf: GGUFFile) -> ModelConfig:
         return gguf.require(key) if default is None else gguf.metadata.get(key, default)
 
     heads, hidden = int(field("attention.head_count")), int(field("embedding_length"))
-    head_dim = int(field("attention.key_length", hidden // heads))
+    head_dim = int(field("attention.key_length", hidden // max(1, heads)))
     if int(field("rope.dimension_count", head_dim)) != head_dim:
         raise ModelError(f"{gguf.path}: {architecture}.rope.dimension_count must be {head_dim}")
     embedding = gguf.tensor("token_embd.weight")

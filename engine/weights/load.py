@@ -41,7 +41,7 @@ def load_weights(files: ModelFiles, config: ModelConfig) -> Weights:
 
 
 class SafetensorsWeights:
-    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    """The shards that model.safetensors.index.json names, or every .safetensors of the folder."""
 
     def __init__(self, folder: Path) -> None:
         self._open: dict[Path, safe_open] = {}
@@ -49,8 +49,9 @@ class SafetensorsWeights:
         if index.exists():
             self._files = _read_index(index)
         else:
-            path = folder / "model.safetensors"
-            self._files = dict.fromkeys(self._shard(path).keys(), path)
+            self._files = {}
+            for path in sorted(folder.glob("*.safetensors")):
+                self._files |= dict.fromkeys(self._shard(path).keys(), path)
         self._folder = folder
 
     def __contains__(self, name: str) -> bool:
