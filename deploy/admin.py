@@ -47,8 +47,7 @@ def apply(
             answer: admin_pb2.ApplyResponse = stub.Apply(request, timeout=timeout_s + 30)
     except ConfigError as error:
         text = Path(path).read_text(encoding="utf-8")
-        message = str(error).removeprefix(f"{error.field}: ")
-        raise ConfigError(error.field, message, locate(text, str(path), error.field)) from None
+        raise error.at(locate(text, str(path), error.field)) from None
     return answer
 
 

@@ -103,7 +103,10 @@ class Cluster:
         """Returns when the cluster serves. Raises CrossdockError saying what failed and why."""
         self._began = time.monotonic()
         store = ClusterStore(self.spec.name)
-        self._cleanup.enter_context(store.locked())
+        try:
+            self._cleanup.enter_context(store.locked())
+        except ConfigError as error:
+            raise error.at(self._where(error.field)) from None
         if not self.ray_address:
             self._check_ports()
         self._have_model()

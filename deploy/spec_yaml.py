@@ -38,8 +38,7 @@ def parse(text: str, file: str) -> ClusterSpec:
     try:
         return spec.validate()
     except ConfigError as error:
-        message = str(error).removeprefix(f"{error.field}: ")
-        raise ConfigError(error.field, message, reader.where(error.field)) from None
+        raise error.at(reader.where(error.field)) from None
 
 
 def _with_model_beside(spec: ClusterSpec, file: str) -> ClusterSpec:

@@ -103,7 +103,11 @@ class ConfigError(CrossdockError):
 
     def __init__(self, field: str, message: str, where: str = "") -> None:
         super().__init__(f"{where}: {field}: {message}" if where else f"{field}: {message}")
-        self.field, self.where = field, where
+        self.field, self.message, self.where = field, message, where
+
+    def at(self, where: str) -> ConfigError:
+        """The same error with the place it was found at."""
+        return ConfigError(self.field, self.message, where)
 
 
 class ModelError(CrossdockError):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,15 +20,19 @@ import pytest
 
 from crossdock.client import AsyncClient, Client
 from crossdock.deploy import admin, processes
-from crossdock.deploy.local import Cluster, serving
-from crossdock.proto.errors import Unavailable
+from crossdock.deploy.local import Cluster, serving, up
+from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 YAML = """
 metadata: {{name: {name}}}
 model: {{id: "{model}"}}
-gateway: {{grpc: "127.0.0.1:0", http: "127.0.0.1:0", drain_s: 2}}
+gateway:
+  grpc: "127.0.0.1:0"
+  http: "127.0.0.1:0"
+  policy: round_robin  # every worker gets its turn, so that each is seen to work
+  drain_s: 2
 controller: {{grpc: "127.0.0.1:0"}}
 pools:
   prefill:
@@ -42,8 +49,8 @@ pools:
 PROMPT = list(range(5, 105))
 
 
-def write_spec(path: Path, model: Path, prefill=1, decode=1, on_p="", on_d="") -> Path:
-    name = f"test-{os.getpid()}"
+def write_spec(path: Path, model: Path, prefill=1, decode=1, on_p="", on_d="", name="") -> Path:
+    name = f"test{name}-{os.getpid()}"
     text = YAML.format(name=name, model=model, prefill=prefill, decode=decode, on_p=on_p, on_d=on_d)
     path.write_text(text)
     return path
@@ -122,6 +129,11 @@ def spec_path(tmp_path_factory, tiny_model) -> Path:
 def cluster(spec_path):
     with serving(spec_path, timeout_s=120) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def own_spec(tmp_path, tiny_model) -> Path:
+    return write_spec(tmp_path / "own.yaml", tiny_model, name="-own")
 
 
 def test_a_request_is_served_by_two_processes(cluster):
@@ -216,6 +228,19 @@ def answers_after(cluster: Cluster, old_pid: int) -> bool:
     return False
 
 
+def test_one_name_is_served_once(cluster, spec_path):
+    with pytest.raises(ConfigError, match=r"cluster\.yaml:2: metadata\.name: .*another"):
+        up(spec_path)
+
+
+def test_what_cannot_change_is_refused_with_its_line(cluster, own_spec):
+    with pytest.raises(ConfigError, match=r"own\.yaml:2: metadata\.name: cannot change"):
+        admin.apply(own_spec, cluster.admin)
+    with pytest.raises(ConfigError, match="pool: 'encode' is unknown; the pools are"):
+        admin.scale("encode", 1, cluster.admin)
+    assert admin.status(cluster.admin).converged
+
+
 # -- in a process of its own ------------------------------------------------------------------
 
 UP = "import sys; from crossdock.deploy.local import up; sys.exit(up(sys.argv[1]))"
@@ -237,11 +262,6 @@ def started(path: Path):
             os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
         process.wait()
-
-
-@pytest.fixture
-def own_spec(tmp_path, tiny_model) -> Path:
-    return write_spec(tmp_path / "own.yaml", tiny_model)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -285,31 +305,36 @@ def temp_folders(pid: int) -> set[str]:
 
 
 def test_up_names_the_worker_that_cannot_start_and_why(own_spec, tiny_model, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in tiny_model.iterdir():
-        data = file.read_bytes()
-        (broken / file.name).write_bytes(
-            data[: len(data) // 2] if file.suffix == ".safetensors" else data
-        )
-    write_spec(own_spec, broken)
+    model = shutil.copytree(tiny_model, tmp_path / "broken")
+    config = json.loads((model / "config.json").read_text())
+    config["num_hidden_layers"] += 1  # whose weights are not there
+    (model / "config.json").write_text(json.dumps(config))
+    write_spec(own_spec, model, name="-own")
     with started(own_spec) as process:
         output = process.stdout.read()
         assert process.wait(60) != 0
-    assert "ModelError" in output and ".safetensors" in output, output
+    assert re.search(r"(prefill|decode)-0 did not start: ModelError: .*broken", output), output
     assert "READY" not in output
 
 
+def test_a_truncated_model_is_found_before_anything_starts(own_spec, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "short")
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    write_spec(own_spec, model)
+    with pytest.raises(ModelError, match=r"own\.yaml:3: model\.id: .*model\.safetensors"):
+        up(own_spec, echo=lambda line: pytest.fail(f"started: {line}"))
+
+
 def test_up_names_the_field_of_a_port_in_use(own_spec):
-    with socket.create_server(("127.0.0.1", 0)) as taken, started(own_spec) as process:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = own_spec.read_text().replace('http: "127.0.0.1:0"', f'http: "127.0.0.1:{port}"')
-        process.kill()
         own_spec.write_text(text)
         with started(own_spec) as process:
             output = process.stdout.read()
             assert process.wait(30) != 0
-    assert f"own.yaml:4: gateway.http: cannot listen on 127.0.0.1:{port}" in output
+    assert f"own.yaml:6: gateway.http: cannot listen on 127.0.0.1:{port}" in output
 
 
 # -- on three nodes ---------------------------------------------------------------------------
