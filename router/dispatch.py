@@ -125,28 +125,33 @@ class Dispatcher:
         active.stream = ResponseStream(
             lambda: self._end(active, Cancelled("the client went away"), "client gone")
         )
+        self._requests.add(active)
+        try:
+            self._take_off(active, now)
+        except Exception as error:
+            known = isinstance(error, CrossdockError)
+            self._end(active, error if known else CrossdockError(repr(error)), "refused")
+            raise
+        return active.stream
+
+    def _take_off(self, active: Active, now: float) -> None:
+        request = active.request
+        if request.deadline is not None:
+            active.deadline_timer = asyncio.get_running_loop().call_later(
+                request.deadline - now, self._deadline_passed, active
+            )
+        active.unfinished = request.num_sequences
         active.flights = make_flights(
             active,
             self._block_size,
             lambda i: sampling_message(request, i),
             lambda ids: self._detokenizer_of(ids, request.sampling.stop),
         )
-        active.unfinished = request.num_sequences
-        self._requests.add(active)
-        if request.deadline is not None:
-            active.deadline_timer = asyncio.get_running_loop().call_later(
-                request.deadline - now, self._deadline_passed, active
-            )
         for flight in active.flights:
             flight.timeline.mark("admitted", now)
-        try:
-            for flight in active.flights:
-                if flight.phase is Phase.ROUTING:
-                    self._route(flight)
-        except CrossdockError as error:
-            self._end(active, error, "refused")
-            raise
-        return active.stream
+        for flight in active.flights:
+            if flight.phase is Phase.ROUTING:
+                self._route(flight)
 
     def _admit(self, request: Request, now: float) -> None:
         if self.draining:
@@ -292,6 +297,9 @@ class Dispatcher:
                 self._take(flight, link, output, now)
             except CrossdockError as error:
                 self._end(flight.active, error, "failed")
+            except Exception as error:  # of one request; the others on the stream go on
+                log.exception("%s: an output could not be delivered", flight.sequence_id)
+                self._end(flight.active, CrossdockError(f"internal error: {error!r}"), "failed")
 
     def _take(
         self, flight: Flight, link: WorkerLink, output: pb.SequenceOutput, now: float

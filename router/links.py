@@ -157,13 +157,15 @@ class WorkerLink:
                 if self._broken and self.state is not LinkState.CLOSED:
                     return self._broken
                 raise
+            except Exception as error:
+                log.exception("worker %s: its stream could not be read", self.name)
+                return f"{type(error).__name__}: {error}"
             finally:
                 self._call = None
                 self._outbox.clear()
                 writer.cancel()
                 call.cancel()
-                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
-                    await writer
+                await asyncio.gather(writer, return_exceptions=True)
 
     async def _write(self, call: Any) -> None:
         owner = self._owner

@@ -552,6 +552,26 @@ async def test_a_workers_error_ends_the_request(rig: Rig, code: int, status: Any
     await until(lambda: rig.idle)
 
 
+async def test_a_failure_here_is_of_one_request(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, *_: Any) -> None: ...
+
+        def push(self, token_ids: list[int]) -> Any:
+            raise RuntimeError("planted")
+
+    rig.decodes[0].gate.clear()
+    sound = rig.stub.Generate(ask(PROMPT, max_tokens=4))
+    await sound.read()
+    monkeypatch.setattr("crossdock.router.gateway.IncrementalDetokenizer", Broken)
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await collect(rig.stub.Generate(ask(PROMPT)))
+    assert error.value.code() is grpc.StatusCode.INTERNAL
+    assert "planted" in error.value.details()
+    rig.decodes[0].gate.set()
+    assert ids_of(await collect(sound)) == PROMPT[1:4]
+    await until(lambda: rig.prefills[0].cancels and rig.idle)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_a_lost_worker_ends_its_requests_with_a_retriable_error(rig: Rig, role: str) -> None:
     lost = rig.prefills[0] if role == "prefill" else rig.decodes[0]
