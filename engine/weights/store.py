@@ -297,6 +297,8 @@ def _why_pip_failed(stderr: str) -> str:
     signs = ("connection", "resolve", "resolution", "unreachable", "timed out", "proxy", "ssl")
     if any(sign in stderr.lower() for sign in signs):
         return f"the package index could not be reached; is there a network? pip says: {last}"
+    if "from versions: none" in stderr:
+        return f"pip's index has no such package; is there a network? pip says: {last}"
     return f"the package could not be downloaded; pip says: {last}"
 
 
