@@ -22,8 +22,12 @@ DISAGGREGATED = """\
   prefill: {role: prefill, replicas: 1, resources: {cpus: 1}}
   decode:  {role: decode,  replicas: 1, resources: {cpus: 1}}
 """
-COLOCATED = """\
-  both: {role: colocated, replicas: 2, resources: {cpus: 1}}
+
+
+def colocated(chunk_tokens: int) -> str:
+    """Two workers of both phases; `chunk_tokens` of prompts are the most one step computes."""
+    return f"""\
+  both: {{role: colocated, replicas: 2, chunk_tokens: {chunk_tokens}, resources: {{cpus: 1}}}}
 """
 
 

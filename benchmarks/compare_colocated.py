@@ -1,10 +1,11 @@
 """What separating the phases buys: inter-token latency of chats while long prompts storm in.
 
-Two clusters of the same cores, one after another and interleaved over rounds: one prefill and one
+Clusters of the same cores, one after another and interleaved over rounds: one prefill and one
 decode worker, and two workers that do both. Each sees the same load: chats that decode steadily,
 then bursts of long prompts. The figure is the p99 of the chats' inter-token latency during the
-storm, disaggregated over co-located; below 1 is better. What it costs (the storm's own TTFT, the
-chats' throughput) is printed beside it.
+storm, disaggregated over co-located; below 1 is better. Co-located workers trade that latency
+against the storm's TTFT by the size of their prefill chunks, so several sizes can be compared.
+What each pays (the storm's own TTFT, the chats' throughput) is printed beside it.
 
     python benchmarks/compare_colocated.py --rounds 2 --json result.json
 """
@@ -19,14 +20,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from clusters import COLOCATED, DEFAULT_MODEL, DISAGGREGATED, running, spec
+from clusters import DEFAULT_MODEL, DISAGGREGATED, colocated, running, spec
 
 from crossdock.bench import describe_machine
 from crossdock.bench_load import GrpcEndpoint, Job, closed_loop, open_loop, send
 from crossdock.bench_metrics import RequestRecord, count_errors, distribution
 from crossdock.bench_traces import PromptMaker, RandomOptions, random_workload
-
-VARIANTS = {"disaggregated": DISAGGREGATED, "colocated": COLOCATED}
 
 
 @dataclass
@@ -102,51 +101,61 @@ async def one_round(target: str, options: argparse.Namespace, seed: int, seen: S
 
 def main() -> int:
     options = arguments()
-    seen = {name: Seen() for name in VARIANTS}
+    pools_of = {"disaggregated": DISAGGREGATED}
+    pools_of |= {f"colocated/{size}": colocated(size) for size in options.colocated_chunks}
+    seen = {name: Seen() for name in pools_of}
     for number in range(options.rounds):
-        for name, pools in VARIANTS.items():
+        for name, pools in pools_of.items():
             with running(spec(name, pools, options.model), verbose=options.verbose) as cluster:
                 asyncio.run(one_round(cluster.grpc, options, number, seen[name]))
             print(f"round {number + 1} of {options.rounds}: {name} done", flush=True)
     variants = {name: each.report() for name, each in seen.items()}
-    ratio = (
-        variants["disaggregated"]["itl_storm_s"]["p99"]
-        / variants["colocated"]["itl_storm_s"]["p99"]
-    )
-    show(variants, ratio)
+    p99 = {name: each["itl_storm_s"]["p99"] for name, each in variants.items()}
+    ours = p99.pop("disaggregated")
+    ratios = {name: ours / theirs for name, theirs in p99.items()}
+    show(variants, ratios)
     if options.json:
         report = {
             "machine": describe_machine(),
             "config": {name: value for name, value in vars(options).items() if name != "json"},
             "variants": variants,
-            "p99_itl_ratio": ratio,
+            "p99_itl_ratio": ratios,
         }
         options.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
     return 1 if any(each["errors"] for each in variants.values()) else 0
 
 
-def show(variants: dict[str, dict[str, Any]], ratio: float) -> None:
+def show(variants: dict[str, dict[str, Any]], ratios: dict[str, float]) -> None:
     print(
-        f"{'':<14} {'ITL calm p50':>13} {'storm p50':>10} {'storm p99':>10} {'storm max':>10}",
+        f"{'':<15} {'ITL calm p50':>13} {'storm p50':>10} {'storm p99':>10} {'storm max':>10}",
         end="",
     )
     print(f" {'storm TTFT p50':>15} {'chat tok/s':>11}")
     for name, each in variants.items():
         calm, storm = each["itl_calm_s"], each["itl_storm_s"]
         print(
-            f"{name:<14} {calm['p50']:>11.3f} s {storm['p50']:>8.3f} s {storm['p99']:>8.3f} s",
+            f"{name:<15} {calm['p50']:>11.3f} s {storm['p50']:>8.3f} s {storm['p99']:>8.3f} s",
             end="",
         )
         print(f" {storm['max']:>8.3f} s {each['storm_ttft_s']['p50']:>13.2f} s", end="")
         print(f" {each['chat_tokens_per_s']:>11.1f}")
         for kind, count in each["errors"].items():
             print(f"  {count['count']} × {kind}: {count['example']}")
-    print(f"p99 ITL under the storm, disaggregated / colocated: {ratio:.3f}")
+    for name, ratio in ratios.items():
+        print(f"p99 ITL under the storm, disaggregated over {name}: {ratio:.3f}")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument(
+        "--colocated-chunks",
+        type=int,
+        nargs="+",
+        default=[256],
+        metavar="TOKENS",
+        help="prefill chunk of the co-located workers; one cluster for each",
+    )
     parser.add_argument("--rounds", type=int, default=2, help="of both clusters, interleaved")
     parser.add_argument("--chats", type=int, default=4, help="that decode at any time")
     parser.add_argument("--chat-tokens", type=int, default=64, help="prompt tokens of a chat")

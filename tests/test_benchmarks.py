@@ -76,11 +76,12 @@ def test_a_storm_comes_in_bursts() -> None:
 
 
 def test_the_clusters_compared_have_equal_cores() -> None:
-    from clusters import COLOCATED, DISAGGREGATED, spec
+    from clusters import DISAGGREGATED, colocated, spec
 
-    made = [ClusterSpec.parse(spec("a", pools)) for pools in (COLOCATED, DISAGGREGATED)]
+    made = [ClusterSpec.parse(spec("a", pools)) for pools in (colocated(64), DISAGGREGATED)]
     cores = [sum(pool.replicas * pool.resources.cpus for pool in s.pools.values()) for s in made]
     assert cores == [2.0, 2.0]
+    assert made[0].pools["both"].chunk_tokens == 64
 
 
 def test_a_cluster_that_ends_before_ready_says_what_it_said() -> None:
