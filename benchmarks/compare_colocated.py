@@ -102,7 +102,7 @@ async def one_round(target: str, options: argparse.Namespace, seed: int, seen: S
 def main() -> int:
     options = arguments()
     pools_of = {"disaggregated": DISAGGREGATED}
-    pools_of |= {f"colocated/{size}": colocated(size) for size in options.colocated_chunks}
+    pools_of |= {f"colocated-{size}": colocated(size) for size in options.colocated_chunks}
     seen = {name: Seen() for name in pools_of}
     for number in range(options.rounds):
         for name, pools in pools_of.items():
