@@ -58,6 +58,7 @@ class ControllerSettings:
     """Times in seconds."""
 
     turn_s: float = 1.0
+    adopt_s: float = 5.0  # for processes that run already to say so
     update_timeout_s: float = 10.0
     loss_memory_s: float = 60.0  # losses further apart than this are not a crash loop
     decisions_kept: int = 200
@@ -103,14 +104,24 @@ class Controller:
     async def run(self) -> None:
         """Adopts what runs already, then keeps the cluster as specified until `down`."""
         async with self._looping:
-            for launch, process in await self._runtime.adopt():
-                self._watch(launch, process)
-                self._record(f"adopt {launch.name}", "was running when the controller started")
+            await self._adopt()
             while not self._closing:
                 await self.turn()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._settings.turn_s):
                         await self._wake.wait()
+
+    async def _adopt(self) -> None:
+        """Takes over what runs. Who serves is known before anyone is told a membership: one that
+        lacks a worker would break what that worker has under way."""
+        for launch, process in await self._runtime.adopt():
+            self._watch(launch, process)
+            self._record(f"adopt {launch.name}", "was running when the controller started")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.adopt_s):
+                while any(m.state is State.STARTING for m in self.members):
+                    self._wake.clear()
+                    await self._wake.wait()
 
     async def turn(self) -> None:
         self._wake.clear()

@@ -9,7 +9,7 @@ CrossdockError                      INTERNAL              500
 ├── Cancelled                       CANCELLED             499
 ├── Unavailable                     UNAVAILABLE           503   retriable
 │   ├── WorkerLost
-│   ├── TransferFailed                                          a pull failed or the fence refused it
+│   ├── TransferFailed                                          a pull failed or was refused
 │   └── Draining
 ├── LayoutMismatch                  FAILED_PRECONDITION   409   names both values
 ├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field

@@ -33,7 +33,7 @@ gateway:
   http: "127.0.0.1:0"
   policy: round_robin  # every worker gets its turn, so that each is seen to work
   drain_s: 2
-controller: {{grpc: "127.0.0.1:0"}}
+controller: {{grpc: "127.0.0.1:{admin}"}}
 pools:
   prefill:
     role: prefill
@@ -48,12 +48,30 @@ pools:
 """
 PROMPT = list(range(5, 105))
 
+ADMIN_PORTS: dict[str, int] = {}
+
 
 def write_spec(path: Path, model: Path, prefill=1, decode=1, on_p="", on_d="", name="") -> Path:
     name = f"test{name}-{os.getpid()}"
-    text = YAML.format(name=name, model=model, prefill=prefill, decode=decode, on_p=on_p, on_d=on_d)
-    path.write_text(text)
+    # One for each cluster: a restarted controller is found where it was.
+    admin_port = ADMIN_PORTS.setdefault(name, free_port())
+    path.write_text(
+        YAML.format(
+            name=name,
+            model=model,
+            admin=admin_port,
+            prefill=prefill,
+            decode=decode,
+            on_p=on_p,
+            on_d=on_d,
+        )
+    )
     return path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def ask(cluster: Cluster, salt: int = 0, tokens: int = 8, timeout: float = 30.0):
@@ -321,7 +339,7 @@ def test_a_truncated_model_is_found_before_anything_starts(own_spec, tiny_model,
     model = shutil.copytree(tiny_model, tmp_path / "short")
     with (model / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
-    write_spec(own_spec, model)
+    write_spec(own_spec, model, name="-own")
     with pytest.raises(ModelError, match=r"own\.yaml:3: model\.id: .*model\.safetensors"):
         up(own_spec, echo=lambda line: pytest.fail(f"started: {line}"))
 

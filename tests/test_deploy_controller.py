@@ -37,6 +37,7 @@ class FakeProcess:
         self.members: list[WorkerEndpoint] = []
         self.busy = asyncio.Event()  # set: has work that a drain waits for
         self.draining = False
+        self.told: list[set[str]] = []
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @property
@@ -50,6 +51,7 @@ class FakeProcess:
         if why := self.cluster.broken.get(self.launch.pool):
             raise StartFailed(why)
         await self.cluster.may_start.wait()
+        await asyncio.sleep(0.01 * self.number)  # each in its own time
         launch, where = self.launch, f"127.0.0.1:{self.number}"
         common = (launch.name, launch.pool, launch.role, launch.revision, self.number, "node")
         if launch.gateway is not None:
@@ -67,6 +69,7 @@ class FakeProcess:
         if not self.alive:
             raise ProcessGone("killed")
         self.members = list(endpoints)
+        self.told.append({m.name for m in endpoints})
 
     async def drain(self, timeout_s: float) -> bool:
         self.draining = True
@@ -210,10 +213,14 @@ async def test_a_restarted_controller_adopts_the_living_and_keeps_the_applied_sp
     controller.apply(controller.spec.with_replicas("prefill", 2))
     assert await controller.wait_converged(5)
     before = list(cluster.processes)
+    for process in before:
+        process.told.clear()
     async with running(cluster, store) as another:
         assert await another.wait_converged(5)
         assert another.spec.pools["prefill"].replicas == 2
         assert cluster.processes == before, "nothing was started again"
+        whole = {"prefill-0", "prefill-1", "decode-0"}
+        assert all(p.told == [whole] for p in before), "a membership without the living"
         assert sum(d.action.startswith("adopt") for d in another.decisions) == 4
         assert another._key == controller._key
 
