@@ -429,6 +429,7 @@ async def test_a_client_that_goes_away_stops_the_decode_worker(rig: Rig) -> None
     call = rig.stub.Generate(ask(PROMPT, max_tokens=500))
     for _ in range(3):
         await call.read()
+    assert not rig.gateway._links.get("prefill-0").sequences, "it let go when decode joined"
     call.cancel()
     await until(lambda: rig.decodes[0].cancels)
     await until(lambda: rig.idle)
@@ -596,6 +597,17 @@ async def test_a_lost_prefill_worker_does_not_touch_who_has_joined(rig: Rig) -> 
         await call.read()
     rig.prefills[0].break_streams()
     assert ids_of(await collect(call)) == PROMPT[3:30]
+
+
+async def test_a_prefill_worker_lost_during_the_pull_is_for_decode_to_judge(rig: Rig) -> None:
+    rig.decodes[0].gate.clear()
+    call = rig.stub.Generate(ask(PROMPT, max_tokens=5))
+    await call.read()
+    await until(lambda: rig.decodes[0].running)
+    rig.prefills[0].break_streams()
+    await until(lambda: rig.metric("worker_streams_lost_total") == 1)
+    rig.decodes[0].gate.set()
+    assert ids_of(await collect(call)) == PROMPT[1:5]
 
 
 async def test_a_lost_decode_worker_before_the_hand_off_is_replaced(tiny_model: Path) -> None:
