@@ -23,7 +23,7 @@ import numpy as np
 compiled = functools.partial(numba.njit, cache=True, nogil=True, fastmath=True, error_model="numpy")
 
 LOG2_E = np.float32(1.4426950408889634)
-LOWEST = np.float32(-87.0)
+LOWEST, HIGHEST = np.float32(-87.0), np.float32(88.0)  # e** them is still an ordinary float32
 TILE = 64  # tokens of context that chunk_attention works on at a time
 UNROLL = 8
 LOWEST_SCORE = np.float32(-1e30)  # finite: the kernels are compiled for finite numbers
@@ -31,9 +31,9 @@ LOWEST_SCORE = np.float32(-1e30)  # finite: the kernels are compiled for finite 
 
 @compiled(inline="always")
 def _exp(x: Any) -> Any:
-    """e**x for x <= 88 to 2e-7, in operations that LLVM vectorizes: 2**n by the exponent's bits
-    times 2**f, |f| <= 1/2, by its Taylor polynomial."""
-    scaled = max(x, LOWEST) * LOG2_E
+    """e**x to 2e-7 for x from -87 to 88, and beyond as there, in operations that LLVM vectorizes:
+    2**n by the exponent's bits times 2**f, |f| <= 1/2, by its Taylor polynomial."""
+    scaled = min(max(x, LOWEST), HIGHEST) * LOG2_E
     whole = np.floor(scaled + np.float32(0.5))
     f = scaled - whole
     p = np.float32(1.5403530e-4)
