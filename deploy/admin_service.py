@@ -98,7 +98,7 @@ async def cluster_status(
     fronts: list[admin_pb2.GatewayStatus] = list(
         await asyncio.gather(*(_gateway_status(controller, m) for m in gateways))
     )
-    there = {m.name for m in controller.members}
+    there = {m.name for m in (*workers, *gateways)}
     for name in sorted(controller.errors.keys() - there):
         _add_missing(controller, name, statuses, fronts)
     statuses.sort(key=lambda w: (w.role, w.pool, len(w.name), w.name))

@@ -148,7 +148,8 @@ class Controller:
     def converged(self) -> bool:
         """Everything runs as specified, and everyone knows of everyone."""
         as_specified = converged(targets(self.spec), self.observed())
-        return not self._closing and as_specified and all(m.told == m.pushed for m in self.members)
+        told = all(m.told == self._membership_for(m) for m in self.members)
+        return as_specified and told and not self._closing
 
     async def _act(self, action: Action) -> Watched | None:
         """Starts or stops; what is to be drained is returned, marked as such."""
@@ -214,16 +215,20 @@ class Controller:
     # -- who is there --------------------------------------------------------------------------
 
     def _push_membership(self) -> list[asyncio.Task[None]]:
-        """Gateways send to ready workers; workers pull from draining ones too."""
-        serving = self._endpoints(State.READY)
-        peers = self._endpoints(State.READY, State.DRAINING)
+        """Tells everyone whose membership is another than it was told."""
         pushes = []
         for watched in self.members:
-            wanted = serving if watched.is_gateway else peers
+            wanted = self._membership_for(watched)
             if watched.state in (State.READY, State.DRAINING) and watched.pushed != wanted:
                 watched.pushed = wanted
                 pushes.append(self._spawn(self._push(watched, wanted)))
         return pushes
+
+    def _membership_for(self, watched: Watched) -> list[WorkerEndpoint]:
+        """Gateways send to ready workers; workers pull from draining ones too."""
+        if watched.is_gateway:
+            return self._endpoints(State.READY)
+        return self._endpoints(State.READY, State.DRAINING)
 
     def _endpoints(self, *states: State) -> list[WorkerEndpoint]:
         return [
