@@ -129,8 +129,8 @@ class Dispatcher:
         try:
             self._take_off(active, now)
         except Exception as error:
-            known = isinstance(error, CrossdockError)
-            self._end(active, error if known else CrossdockError(repr(error)), "refused")
+            told = error if isinstance(error, CrossdockError) else CrossdockError(repr(error))
+            self._end(active, told, "refused")
             raise
         return active.stream
 
