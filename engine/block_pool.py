@@ -357,13 +357,14 @@ class BlockPool:
         children = sum(len(names) for names in self._children.values())
         parents = sum(parent is not None for parent in self._parent.values())
         _check(children == parents, f"{children} children, {parents} parents")
-        for block, name in enumerate(self._name):
-            if name is not None and self._holder.get(name) != block:
-                _check(block in self._twins.get(name, ()), f"block {block} has a lost name")
+        for block, content in enumerate(self._name):
+            if content is not None and self._holder.get(content) != block:
+                _check(block in self._twins.get(content, ()), f"block {block} has a lost name")
         twins = [(name, block) for name, blocks in self._twins.items() for block in blocks]
-        for name, block in twins:
-            _check(self._name[block] == name, f"block {block} is a twin of nothing")
-            _check(self._references[self._holder[name]] > 0, f"unused holder beside {block}")
+        for twin_name, block in twins:
+            _check(self._name[block] == twin_name, f"block {block} is a twin of nothing")
+            holder = self._holder[twin_name]
+            _check(self._references[holder] > 0, f"unused holder beside {block}")
 
 
 def _check(ok: bool, message: str) -> None:

@@ -50,11 +50,7 @@ class SampleRow:
     def adjusted(self) -> bool:
         """Whether logits are changed before the temperature."""
         params = self.params
-        return (
-            params.penalized
-            or bool(params.logit_bias)
-            or len(self.generated_ids) < params.min_tokens
-        )
+        return params.penalized or bool(params.logit_bias) or bool(self.suppressed)
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:

@@ -215,6 +215,33 @@ def test_all_available_blocks_can_be_allocated_even_under_a_used_tail():
     pool.check_integrity([table[2:], taken])
 
 
+def test_a_parent_that_gets_a_child_while_cached_is_no_leaf_any_more():
+    pool = BlockPool(4, BLOCK)
+    p, c, other = *names(1, 2), *names(3)
+    pool.release(fill(pool, [p]))
+    pool.release(fill(pool, [other]))
+    table = pool.allocate(2)
+    pool.seal(table[0], c, p)
+    table += pool.allocate(1)
+    assert set(stored(pool)) == {p, c}
+    pool.check_integrity([table])
+
+
+def test_blocks_that_lose_their_name_lose_it_all():
+    """Two users of one content below a released head: its room is asked for."""
+    pool = BlockPool(4, BLOCK)
+    p, c = names(1, 2)
+    table = fill(pool, [p, c])
+    twin = pool.allocate(1)
+    pool.seal(twin[0], c, p)
+    pool.release(table[:1])
+    table = table[1:] + pool.allocate(2)
+    assert stored(pool) == []
+    pool.check_integrity([table, twin])
+    pool.release(twin)
+    assert pool.num_free == 1
+
+
 def test_without_a_prefix_cache_nothing_is_kept():
     pool = BlockPool(4, BLOCK, prefix_cache=False)
     hashes = names(1, 2)
@@ -417,6 +444,9 @@ class Sequences(RuleBasedStateMachine):
         assert self.pool.num_available == 14 - len(used)
 
 
+short_chains = st.lists(st.integers(0, 1), min_size=1, max_size=3)
+
+
 class Blocks(RuleBasedStateMachine):
     """Owners of single blocks who seal and let go in any order: nothing may leak or go missing."""
 
@@ -439,7 +469,7 @@ class Blocks(RuleBasedStateMachine):
         self.held += taken
         return multiple(*taken)
 
-    @rule(target=blocks, chain=chains)
+    @rule(target=blocks, chain=short_chains)
     def acquire(self, chain):
         taken = self.pool.acquire_prefix(names(*chain))
         self.held += taken
@@ -456,7 +486,7 @@ class Blocks(RuleBasedStateMachine):
         self.pool.release([block])
         self.held.remove(block)
 
-    @rule(block=blocks, chain=chains)
+    @rule(block=blocks, chain=short_chains)
     def seal(self, block, chain):
         hashes = names(*chain)
         self.replay.parents.update(zip(hashes, [None, *hashes]))

@@ -151,6 +151,16 @@ def test_each_uniform_number_gives_the_token_of_the_inverse_cdf():
         assert draw(logits, seed=5, position=position, top_p=0.9) == expected
 
 
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}], ids=str)
+def test_the_ends_of_the_unit_interval_give_kept_tokens(params, monkeypatch):
+    logits = torch.tensor([-math.inf, -9.0, 1.0, 1.5, 2.0, -9.0, -math.inf])
+    first, last = (2, 4) if params else (1, 5)
+    monkeypatch.setattr("crossdock.engine.sampler.uniform", lambda seed, position: 0.0)
+    assert draw(logits, **params) == first
+    monkeypatch.setattr("crossdock.engine.sampler.uniform", lambda seed, position: 1 - 2.0**-53)
+    assert draw(logits, **params) == last
+
+
 def test_top_p_keeps_the_token_that_crosses_and_at_least_one():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert set(drawn(logits, 500, top_p=0.49)) == {0}

@@ -92,7 +92,6 @@ class IncrementalDetokenizer:
         found = self._first_stop(text)
         if found is not None:
             start, self._stopped = found
-            self._held = ""
             return text[:start]
         keep = self._begins_stop_at(text)
         self._held = text[keep:]
