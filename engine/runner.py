@@ -27,6 +27,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+WARMUP_TOKENS = 32
+
 
 class ModelRunner:
     """One model and its KV pool on one device. Not thread-safe: one engine thread calls it.
@@ -89,12 +91,16 @@ class ModelRunner:
             return self._model.forward(batch, self.kv)
 
     def warmup(self) -> None:
-        """Compiles and touches everything that a first request would otherwise wait for."""
-        scratch = KVCache(4, self.config, self.kv.block_size, self.dtype, self.device)
-        for plan in _warmup_plans(self.kv.block_size):
-            batch = make_batch(plan, self.kv.block_size, scratch.num_blocks)
-            with torch.inference_mode():
-                self._model.forward(batch, scratch)
+        """Compiles and touches everything that a first request would otherwise wait for. The pool
+        is left as it is."""
+        blocks = -(-WARMUP_TOKENS // self.kv.block_size)
+        scratch = KVCache(2 * blocks, self.config, self.kv.block_size, self.dtype, self.device)
+        pool, self.kv = self.kv, scratch
+        try:
+            for plan in _warmup_plans(blocks):
+                self.run(plan)
+        finally:
+            self.kv = pool
 
 
 def resolve_device(device: str) -> torch.device:
@@ -131,22 +137,21 @@ def _sample_row(sequence: Sequence) -> SampleRow:
     )
 
 
-def _warmup_plans(block_size: int) -> list[StepPlan]:
-    """A prefill chunk, its continuation, and a decode token beside another chunk."""
-    params = SamplingParams()
+def _warmup_plans(blocks: int) -> list[StepPlan]:
+    """A prefill chunk, its continuation beside another sequence, then decode beside prefill."""
+    half = WARMUP_TOKENS // 2
     one, other = (
         Sequence(
             sequence_id="warm-up",
-            token_ids=[0] * (2 * block_size),
-            prompt_tokens=2 * block_size,
-            sampling=params,
-            block_table=table,
+            token_ids=[0] * WARMUP_TOKENS,
+            prompt_tokens=WARMUP_TOKENS,
+            sampling=SamplingParams(),
+            block_table=list(range(first, first + blocks)),
         )
-        for table in ([0, 1], [2, 3])
+        for first in (0, blocks)
     )
-    size = block_size
     return [
-        StepPlan((Chunk(one, 0, size, False),)),
-        StepPlan((Chunk(one, size, size - 1, True), Chunk(other, 0, size, False))),
-        StepPlan((Chunk(one, 2 * size - 1, 1, True), Chunk(other, size, size, True))),
+        StepPlan((Chunk(one, 0, half, False),)),
+        StepPlan((Chunk(one, half, half - 1, True), Chunk(other, 0, half, False))),
+        StepPlan((Chunk(one, WARMUP_TOKENS - 1, 1, True), Chunk(other, half, half, True))),
     ]

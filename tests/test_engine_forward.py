@@ -183,3 +183,29 @@ def test_handed_over_blocks_continue(folder: Path, reference: torch.nn.Module) -
         decode.kv.data[there] = prefill.kv.data[here]
     ours = decode.logits(StepPlan((Chunk(target, 69, 1, True),)))
     assert error(ours[0], reference_logits(reference, ids)[-1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_warmup_leaves_the_pool_alone(tiny_model: Path, block_size: int) -> None:
+    """And afterwards nothing is left to compile."""
+    from crossdock.engine.attention import numba_kernels as kernels
+
+    runner = ModelRunner(
+        resolve(str(tiny_model)), num_blocks=80, block_size=block_size, device="cpu"
+    )
+    runner.warmup()
+    assert not runner.kv.data.any()
+    used = (
+        kernels.rms_norm,
+        kernels.swiglu,
+        kernels.rope_and_store(16),
+        kernels.paged_attention(16, 2, block_size),
+        kernels.gather_context(16, block_size),
+        kernels.chunk_attention(16, 2),
+    )
+    compiled = [kernel.signatures for kernel in used]
+    assert all(compiled)
+    sequence = Sequence("s", tokens(60, 384), 60, GREEDY, block_table=list(range(60)))
+    for start, length in ((0, 30), (30, 3), (33, 26), (59, 1)):
+        runner.run(StepPlan((Chunk(sequence, start, length, start == 59),)))
+    assert [kernel.signatures for kernel in used] == compiled
