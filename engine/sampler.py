@@ -104,8 +104,7 @@ def _draw_random(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     total = cumulative[:, -1:]
     _check_finite(total)
     u = [uniform(row.params.seed, row.position) for row in rows]
-    at = _column(u, logits, torch.float64) * total
-    at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
+    at = _column(u, logits, torch.float64) * total  # below total: u <= 1 - 2**-53
     return torch.searchsorted(cumulative, at, right=True).squeeze(1).tolist()
 
 
