@@ -134,6 +134,14 @@ def test_bfloat16_weights_compute_in_float32_on_a_cpu(tmp_path: Path) -> None:
     assert 0 < difference.abs().max() < 1.0
 
 
+def test_half_precision_takes_the_operators_of_a_gpu(tiny_model: Path) -> None:
+    exact = logits(resolve(str(tiny_model)))
+    for dtype in ("bfloat16", "float16"):
+        rough = logits(resolve(str(tiny_model)), dtype=dtype)
+        assert rough.dtype == torch.float32
+        assert 0 < (rough - exact).abs().max() < (0.5 if dtype == "bfloat16" else 0.06)
+
+
 # -- broken models ---------------------------------------------------------------------------
 
 
