@@ -60,7 +60,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Items[str] | Items[Items[int]],
+        prompts: Items[str | Items[int]],
         sampling: SamplingParams | Items[SamplingParams] | None = None,
         *,
         chat: bool = False,

@@ -24,6 +24,7 @@ VARIANTS = {
     "mistral": {},
     "mistral-window": {"architecture": "mistral", "sliding_window": 40},
     "qwen2": {},
+    "qwen2-window": {"architecture": "qwen2", "sliding_window": 24},
     "qwen3": {},
 }
 

@@ -24,7 +24,7 @@ return x ** 2 + 1  # Größe, 速度, 🙂 """
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> LLM:
-    return LLM(str(smollm2), num_blocks=128, device="cpu", threads=2)
+    return LLM(str(smollm2), num_blocks=128, device="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")

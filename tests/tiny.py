@@ -53,7 +53,7 @@ def make_tiny_model(
     seed: int = 0,
 ) -> Path:
     """Writes the model folder and returns it. Llama gets llama3 RoPE scaling; `tied` defaults
-    to True for qwen2 and qwen3 alone."""
+    to True for qwen2 and qwen3 alone, whose first layer stays without `sliding_window`."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _write_tokenizer(folder, context_length)
     tied = architecture.startswith("qwen") if tied is None else tied
@@ -86,6 +86,9 @@ def make_tiny_model(
         }
     if architecture == "mistral":
         config["sliding_window"] = sliding_window
+    elif sliding_window:
+        window = {"use_sliding_window": True, "sliding_window": sliding_window}
+        config |= window | {"max_window_layers": 1}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     tensors = _random_tensors(config, torch.Generator().manual_seed(seed))
     _write_safetensors(folder, {name: t.to(dtype) for name, t in tensors.items()}, shards)

@@ -33,7 +33,7 @@ class TorchStep:
         self._blocks, self._offsets = self._tensor(batch.blocks), self._tensor(batch.offsets)
         self._tables = self._tensor(batch.block_tables.astype(np.int64))
         single = batch.chunk_start[batch.chunk_length == 1]
-        self._long = np.flatnonzero(batch.chunk_length > 1)
+        self._long: list[int] = np.flatnonzero(batch.chunk_length > 1).tolist()
         self._single_rows = _Rows(self, single)
         self._sampled_rows = _Rows(self, batch.sampled)
 

@@ -74,7 +74,9 @@ class _Reader(GGUFReader):
             self.arrays[field.name], self._last_array = self._last_array, None
         return super()._push_field(field, skip_sum)
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list, list]:
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         if self.byte_order != "I":
@@ -83,7 +85,7 @@ class _Reader(GGUFReader):
         count = int(self._get(orig_offs + 4, np.uint64)[0])
         start = orig_offs + 12
         if item_type == GGUFValueType.STRING:
-            end, self._last_array = _read_strings(memoryview(self.data), start, count)
+            end, self._last_array = _read_strings(self.data.data, start, count)
         else:
             values = self._get(start, self.gguf_scalar_to_np[item_type], count)
             if len(values) != count:
