@@ -186,6 +186,22 @@ def test_pools_grow_and_shrink_under_load_without_a_failed_request(
     assert len(admin.status(cluster.admin).workers) == 2
 
 
+def test_a_changed_setting_replaces_every_worker_under_load_without_a_failed_request(
+    cluster, spec_path, tmp_path
+):
+    before = {w.pid for w in admin.status(cluster.admin).workers}
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(spec_path.read_text().replace("kv_memory_mb: 8", "kv_memory_mb: 12"))
+    with Load(cluster.grpc) as load:
+        load.more(4)
+        assert admin.apply(changed, cluster.admin, timeout_s=120).converged
+        load.more(4)
+    assert not load.errors, load.errors[:3]
+    after = admin.status(cluster.admin).workers
+    assert len(after) == 2 and not before & {w.pid for w in after}
+    assert admin.apply(changed, cluster.admin, dry_run=True).actions == []
+
+
 def all_at_work(cluster: Cluster) -> bool:
     workers = admin.status(cluster.admin).workers
     return all(w.worker.generated_tokens for w in workers) and len(workers) == 4

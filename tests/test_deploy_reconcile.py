@@ -98,7 +98,7 @@ def test_pools_roll_in_turn_one_worker_at_a_time():
     fresh = Member("decode-2", "decode", "decode", "b", State.STARTING)
     assert decide(targets, [*members, fresh]) == [], "one more than wanted in the whole cluster"
     fresh = replace(fresh, state=State.READY)
-    assert decide(targets, [*members, fresh]) == ["drain decode-0", "start prefill-2"]
+    assert decide(targets, [*members, fresh]) == ["drain decode-0", "start decode-3"]
 
 
 def test_the_last_worker_of_a_role_stays_until_another_pool_has_one():
