@@ -15,6 +15,7 @@ serve: $(VENV)/.serve
 	@exec $(BIN)/crossdock up $(CLUSTER)
 
 test: $(VENV)/.dev
+	@$(BIN)/crossdock model fetch smollm2-135m-instruct
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev

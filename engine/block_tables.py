@@ -27,7 +27,8 @@ def grow(pool: BlockPool, sequence: Sequence, num_tokens: int) -> None:
     """Extends the table to hold `num_tokens`. Raises OutOfBlocks and takes nothing."""
     missing = blocks_for(num_tokens, pool.block_size) - len(sequence.block_table)
     if missing > 0:
-        sequence.block_table.extend(pool.allocate(missing))
+        last = sequence.block_table[-1] if sequence.block_table else None
+        sequence.block_table.extend(pool.allocate(missing, after=last))
 
 
 def seal_full(pool: BlockPool, sequence: Sequence) -> None:

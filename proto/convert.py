@@ -49,7 +49,7 @@ def sampling_to_pb(params: SamplingParams) -> inference_pb2.SamplingParams:
 def sampling_from_pb(message: inference_pb2.SamplingParams, **defaults: int) -> SamplingParams:
     """Unset fields take `defaults`, then those of SamplingParams. Validates nothing."""
     given: dict[str, object] = dict(defaults)
-    given |= {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}  # type: ignore[arg-type]
+    given |= {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
     return SamplingParams(
         **given,  # type: ignore[arg-type]
         logit_bias=dict(message.logit_bias),

@@ -106,10 +106,14 @@ class EngineLoop:
         if plan is not None:
             self._step(plan)
         self.last_turn = time.monotonic()
+        self.flush()
+        return plan is not None
+
+    def flush(self) -> None:
+        """Hands over what has come up so far. On the engine thread."""
         turn = self._collect()
         if turn:
             self._publish(turn)
-        return plan is not None
 
     def _take_commands(self) -> None:
         while self._commands:
@@ -128,7 +132,7 @@ class EngineLoop:
             self._failed_steps += 1
             if self._failed_steps == FAILED_STEPS_LIMIT:
                 log.critical("%d engine steps failed in a row: exiting", FAILED_STEPS_LIMIT)
-                self._publish(self._collect())
+                self.flush()
                 threading.Timer(1.0, os._exit, (1,)).start()
             return
         self._failed_steps = 0

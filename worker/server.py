@@ -162,6 +162,7 @@ class WorkerServer:
         """Has `deliver` called on the asyncio loop with the whole prefix cache and the load."""
 
         def take() -> None:
+            self._loop.flush()  # a snapshot begins after the events that were handed over
             first, events = self._state.pool.snapshot()
             frame = worker_pb2.WorkerFrame(
                 hello=hello,
