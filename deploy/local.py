@@ -102,18 +102,16 @@ class Cluster:
     ) -> None:
         """Returns when the cluster serves. Raises CrossdockError saying what failed and why."""
         self._began = time.monotonic()
-        store = ClusterStore(self.spec.name)
         try:
-            self._cleanup.enter_context(store.locked())
+            if not self.ray_address:
+                self._cleanup.enter_context(ClusterStore(self.spec.name).locked())
+                self._check_ports()
         except ConfigError as error:
             raise error.at(self._where(error.field)) from None
-        if not self.ray_address:
-            self._check_ports()
         self._have_model()
         self._unless(interrupted)
         self._start_ray()
         self._unless(interrupted)
-        self._cleanup.callback(store.end)
         self._start_controller(timeout_s)
         status = self._await_ready(timeout_s, interrupted)
         self.grpc, self.http = status.gateways[0].grpc, status.gateways[0].http
@@ -131,7 +129,7 @@ class Cluster:
                 _try_bind(host, port)
             except OSError as error:
                 message = f"cannot listen on {address}: {error.strerror}"
-                raise ConfigError(field, message, self._where(field)) from None
+                raise ConfigError(field, message) from None
 
     def _have_model(self) -> None:
         model_id = self.spec.model.id
@@ -162,9 +160,13 @@ class Cluster:
             "exporter": self.spec.telemetry.exporter,
             "endpoint": self.spec.telemetry.endpoint,
         }
-        self._controller = actors.start_controller(
-            self.spec.name, self.spec.to_yaml(), telemetry, local=not self.ray_address
-        )
+        try:
+            self._controller = actors.start_controller(
+                self.spec.name, self.spec.to_yaml(), telemetry, local=not self.ray_address
+            )
+        except ConfigError as error:
+            raise error.at(self._where(error.field)) from None
+        self._cleanup.callback(ClusterStore(self.spec.name).end)
         self._cleanup.callback(self._down, 0.0)
         try:
             self.admin = self._controller.started(timeout_s)
@@ -232,6 +234,7 @@ class Cluster:
     def leave(self) -> None:
         """The cluster stays; this process lets go of it."""
         self._cleanup.pop_all()
+        self._controller = None
         actors.stop_ray()
 
     # -- end -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ What the user set stays as it is.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -20,3 +21,8 @@ SETTINGS = {
 
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
+
+# Ray clusters ask for the token that Ray keeps here; without the mode Ray would not show it to
+# a cluster that is joined by its address.
+if (Path.home() / ".ray" / "auth_token").exists() or "RAY_AUTH_TOKEN" in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from crossdock.engine.weights.store import crossdock_home
 from crossdock.proto.errors import ConfigError
@@ -52,13 +53,26 @@ class ClusterStore:
         """Held by the one `crossdock up` of this name on this machine. Raises ConfigError."""
         self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder.parent / f"{self.name}.lock"
-        with path.open("w") as file:
+        with self._own(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _own(self, path: Path) -> IO[str]:
+        while True:
+            file = path.open("w")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    return file
+            except FileNotFoundError:
+                pass  # its last owner removed it meanwhile
             except BlockingIOError:
+                file.close()
                 message = f"{self.name!r} is being served by another `crossdock up`"
                 raise ConfigError("metadata.name", message) from None
-            yield
+            file.close()
 
     def _write(self, path: Path, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
