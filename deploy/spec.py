@@ -89,7 +89,7 @@ class LimitsSpec:
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
     )
     worker_wait_s: float = setting(
-        5.0, "How long a request waits for a worker where none is there.", low=0, high=3600
+        20.0, "How long a request waits for a worker where none is there.", low=0, high=3600
     )
 
 

@@ -21,13 +21,14 @@ class Limits:
     max_active_per_tenant: int = 512
     worker_wait_s: float = 20.0  # how long a request waits for a worker of a role to appear
     max_restarts: int = 5  # of a sequence, without a token gained in between
+    max_losses: int = 2  # workers that may die under one sequence before it is refused
     first_backoff_s: float = 0.05  # before a refused sequence is offered again; doubles
 
     def __post_init__(self) -> None:
         for name in ("max_active", "max_active_per_tenant"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"gateway.limits.{name}", f"{getattr(self, name)}: at least 1")
-        for name in ("worker_wait_s", "max_restarts", "first_backoff_s"):
+        for name in ("worker_wait_s", "max_restarts", "max_losses", "first_backoff_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"gateway.limits.{name}", f"{getattr(self, name)}: at least 0")
 

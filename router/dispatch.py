@@ -14,6 +14,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from crossdock.proto.errors import (
     Cancelled,
@@ -440,13 +441,20 @@ class Dispatcher:
             flight.let_go(link.name)
             if flight.phase is Phase.DECODE and link.name != flight.decode_worker:
                 continue  # the pull may be over already; the decode worker will say
-            role = "decode" if flight.phase is Phase.DECODE else "prefill"
-            error = WorkerLost(
-                f"{role} worker {link.name} was lost ({reason}) after {flight.generated} tokens; "
-                "send the request again"
-            )
-            self._end(flight.active, error, "another worker was lost")
+            self._guarded(flight, partial(self._lost_under, link.name, reason))
         link.sequences.clear()
+
+    def _lost_under(self, worker: str, reason: str, flight: Flight) -> None:
+        """Starts over where the client has seen nothing yet; otherwise raises WorkerLost."""
+        role = "decode" if flight.phase is Phase.DECODE else "prefill"
+        error = WorkerLost(
+            f"{role} worker {worker} was lost ({reason}) after {flight.generated} tokens; "
+            "send the request again"
+        )
+        flight.losses += 1
+        if flight.generated or flight.losses > self._limits.max_losses:
+            raise error
+        self._restart(flight, worker, "worker lost", error)
 
     def _deadline_passed(self, active: Active) -> None:
         request = active.request

@@ -66,6 +66,7 @@ class Flight:
     holders: dict[str, WorkerLink] = field(default_factory=dict)  # who has something of it
     ticket: pb.Ticket | None = None
     restarts: int = 0  # since the last token gained
+    losses: int = 0  # workers that died while they held it
     avoid: set[str] = field(default_factory=set)
     timer: asyncio.TimerHandle | None = None
     prefill_worker: str = ""

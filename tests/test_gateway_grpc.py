@@ -573,21 +573,41 @@ async def test_a_failure_here_is_of_one_request(rig: Rig, monkeypatch: pytest.Mo
     await until(lambda: rig.prefills[0].cancels and rig.idle)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_a_lost_worker_ends_its_requests_with_a_retriable_error(rig: Rig, role: str) -> None:
-    lost = rig.prefills[0] if role == "prefill" else rig.decodes[0]
-    lost.gate.clear()
+async def test_a_lost_decode_worker_ends_its_requests_with_a_retriable_error(rig: Rig) -> None:
+    rig.decodes[0].gate.clear()
     call = rig.stub.Generate(ask(PROMPT, max_tokens=9))
-    await until(lambda: lost.running)
-    lost.break_streams()
+    await until(lambda: rig.decodes[0].running)
+    rig.decodes[0].break_streams()
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await collect(call)
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert f"{role} worker {role}-0 was lost" in error.value.details()
+    assert "decode worker decode-0 was lost" in error.value.details()
     assert trailer(error.value, "retriable") == "true"
-    lost.gate.set()
+    rig.decodes[0].gate.set()
     # It comes back by itself, and requests wait for it meanwhile.
     assert ids_of(await collect(rig.stub.Generate(ask(PROMPT, max_tokens=3)))) == PROMPT[:3]
+
+
+async def test_a_prefill_worker_lost_before_token_0_is_not_noticed(rig: Rig) -> None:
+    rig.prefills[0].gate.clear()
+    call = rig.stub.Generate(ask(PROMPT, max_tokens=9))
+    await until(lambda: rig.prefills[0].running)
+    rig.prefills[0].break_streams()
+    rig.prefills[0].gate.set()
+    assert ids_of(await collect(call)) == PROMPT[:9]
+
+
+async def test_a_request_under_which_workers_keep_dying_is_refused(rig: Rig) -> None:
+    rig.prefills[0].gate.clear()
+    call = rig.stub.Generate(ask(PROMPT, max_tokens=9))
+    for _ in range(3):
+        await until(lambda: rig.prefills[0].running)
+        rig.prefills[0].break_streams()
+        await until(lambda: not rig.prefills[0].running)
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await collect(call)
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "prefill worker prefill-0 was lost" in error.value.details()
 
 
 async def test_a_lost_prefill_worker_does_not_touch_who_has_joined(rig: Rig) -> None:
