@@ -99,7 +99,8 @@ async def cluster_status(
         await asyncio.gather(*(_gateway_status(controller, m) for m in gateways))
     )
     there = {m.name for m in (*workers, *gateways)}
-    for name in sorted(controller.errors.keys() - there):
+    missing = set() if controller.converged else controller.errors.keys() - there
+    for name in sorted(missing):
         _add_missing(controller, name, statuses, fronts)
     statuses.sort(key=lambda w: (w.role, w.pool, len(w.name), w.name))
     fronts.sort(key=lambda g: (len(g.name), g.name))

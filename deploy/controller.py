@@ -12,7 +12,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import (
@@ -130,6 +130,8 @@ class Controller:
         told = self._push_membership()
         if self.converged:
             self.errors.clear()
+            for pool, losses in self._losses.items():
+                self._losses[pool] = replace(losses, places=())
         for watched in filter(None, leaving):
             self._spawn(self._drain(watched, told))
         await self._notify()
@@ -157,6 +159,7 @@ class Controller:
         if action.do is Do.START:
             launch = self._launch(action)
             self._watch(launch, await self._runtime.launch(launch))
+            self._place_taken(action)
             return None
         watched = next(m for m in self.members if m.name == action.name)
         if action.do is Do.DRAIN:
@@ -168,6 +171,11 @@ class Controller:
         else:
             self._spawn(watched.stop())
         return None
+
+    def _place_taken(self, action: Action) -> None:
+        losses = self._losses.get(action.pool, Losses())
+        places = tuple(name for name in losses.places if name != action.name)
+        self._losses[action.pool] = replace(losses, places=places)
 
     async def _drain(self, watched: Watched, told: Sequence[asyncio.Task[None]]) -> None:
         """First the gateways hear that it goes, then it refuses new work."""
@@ -208,7 +216,8 @@ class Controller:
             pool = watched.launch.pool
             before = self._losses.get(pool, Losses())
             again = now - before.last < self._settings.loss_memory_s
-            self._losses[pool] = Losses(before.count + 1 if again else 1, now)
+            places = (*before.places, watched.name)
+            self._losses[pool] = Losses(before.count + 1 if again else 1, now, places)
             self.errors[watched.name] = watched.why
             self.restarts[watched.name] += 1
 

@@ -65,10 +65,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one pool in a row, each soon after a start; `last` is the time of the newest."""
+    """Losses of one pool in a row, each soon after a start; `last` is the time of the newest.
+    `places` are the names that were lost and not started again."""
 
     count: int = 0
     last: float = float("-inf")
+    places: tuple[str, ...] = ()
 
     @property
     def start_allowed_at(self) -> float:
@@ -239,7 +241,8 @@ class _Plan:
         return served_by_others or self.ready[member.role] > 1
 
     def _start(self, target: Target, reason: str) -> None:
-        name = _free_name(target.pool, self.used)
+        lost = self.losses.get(target.pool, Losses()).places
+        name = next((n for n in lost if n not in self.used), _free_name(target.pool, self.used))
         self.used.add(name)
         self.live[target.pool].append(
             Member(name, target.pool, target.role, target.revision, State.STARTING)

@@ -76,6 +76,13 @@ def test_a_lost_worker_is_replaced_at_once_and_a_crash_loop_is_slowed():
         assert decide([D], [lost], losses, 100 + pause) == ["stop decode-0", "start decode-0"]
 
 
+def test_a_lost_worker_is_replaced_under_its_name():
+    lost = replace(ready("decode-1", "decode"), state=State.LOST)
+    losses = {"decode": Losses(1, 0.0, places=("decode-1",))}
+    assert decide([D], [lost], losses) == ["stop decode-1", "start decode-1"]
+    assert decide([replace(D, replicas=2)], [], losses) == ["start decode-1", "start decode-0"]
+
+
 def test_a_new_revision_is_ready_before_the_old_worker_goes():
     targets = [replace(P, revision="b"), D]
     members = [ready("prefill-0", "prefill"), ready("decode-0", "decode")]
@@ -185,8 +192,8 @@ class World:
     def lose(self, name: str) -> None:
         member = self.members[name]
         self.members[name] = replace(member, state=State.LOST)
-        count = self.losses.get(member.pool, Losses()).count + 1
-        self.losses[member.pool] = Losses(count, self.now)
+        before = self.losses.get(member.pool, Losses())
+        self.losses[member.pool] = Losses(before.count + 1, self.now, (*before.places, name))
 
     def progress(self, name: str) -> None:
         member = self.members[name]
