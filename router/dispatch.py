@@ -49,6 +49,7 @@ RESTARTED = {
     pb.ERROR_CODE_PREEMPTED: "preempted",
     pb.ERROR_CODE_OVERLOADED: "overloaded",
     pb.ERROR_CODE_DRAINING: "draining",
+    pb.ERROR_CODE_PULL_FAILED: "pull failed",
 }
 
 
@@ -445,14 +446,14 @@ class Dispatcher:
         link.sequences.clear()
 
     def _lost_under(self, worker: str, reason: str, flight: Flight) -> None:
-        """Starts over where the client has seen nothing yet; otherwise raises WorkerLost."""
+        """Carries the sequence on elsewhere; raises WorkerLost once it has seen too many die."""
         role = "decode" if flight.phase is Phase.DECODE else "prefill"
         error = WorkerLost(
             f"{role} worker {worker} was lost ({reason}) after {flight.generated} tokens; "
             "send the request again"
         )
         flight.losses += 1
-        if flight.generated or flight.losses > self._limits.max_losses:
+        if flight.losses > self._limits.max_losses:
             raise error
         self._restart(flight, worker, "worker lost", error)
 

@@ -538,7 +538,6 @@ async def test_overloaded_everywhere_ends_with_resource_exhausted(rig: Rig) -> N
 @pytest.mark.parametrize(
     ("code", "status"),
     [
-        (worker_pb2.ERROR_CODE_PULL_FAILED, grpc.StatusCode.UNAVAILABLE),
         (worker_pb2.ERROR_CODE_INVALID, grpc.StatusCode.INVALID_ARGUMENT),
         (worker_pb2.ERROR_CODE_INTERNAL, grpc.StatusCode.INTERNAL),
         (worker_pb2.ERROR_CODE_DEADLINE, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -573,28 +572,25 @@ async def test_a_failure_here_is_of_one_request(rig: Rig, monkeypatch: pytest.Mo
     await until(lambda: rig.prefills[0].cancels and rig.idle)
 
 
-async def test_a_lost_decode_worker_ends_its_requests_with_a_retriable_error(rig: Rig) -> None:
-    rig.decodes[0].gate.clear()
-    call = rig.stub.Generate(ask(PROMPT, max_tokens=9))
-    await until(lambda: rig.decodes[0].running)
-    rig.decodes[0].break_streams()
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await collect(call)
-    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert "decode worker decode-0 was lost" in error.value.details()
-    assert trailer(error.value, "retriable") == "true"
-    rig.decodes[0].gate.set()
-    # It comes back by itself, and requests wait for it meanwhile.
-    assert ids_of(await collect(rig.stub.Generate(ask(PROMPT, max_tokens=3)))) == PROMPT[:3]
-
-
-async def test_a_prefill_worker_lost_before_token_0_is_not_noticed(rig: Rig) -> None:
-    rig.prefills[0].gate.clear()
-    call = rig.stub.Generate(ask(PROMPT, max_tokens=9))
-    await until(lambda: rig.prefills[0].running)
-    rig.prefills[0].break_streams()
-    rig.prefills[0].gate.set()
-    assert ids_of(await collect(call)) == PROMPT[:9]
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_lost_worker_is_a_longer_gap(rig: Rig, role: str) -> None:
+    lost = rig.prefills[0] if role == "prefill" else rig.decodes[0]
+    call = rig.stub.Generate(ask(PROMPT, max_tokens=30, logprobs=0))
+    before = []
+    if role == "decode":
+        rig.decodes[0].step_s = 0.01
+        before = [await call.read() for _ in range(4)]
+    else:
+        lost.gate.clear()
+        await until(lambda: lost.running)
+    lost.break_streams()
+    lost.gate.set()
+    responses = [*before, *await collect(call)]
+    assert ids_of(responses) == PROMPT[:30]
+    assert sum(len(response.logprobs) for response in responses) == 30
+    assert responses[-1].usage.completion_tokens == 30
+    assert rig.metric("restarted_sequences_total", cause="worker lost") == 1
+    await until(lambda: rig.idle)
 
 
 async def test_a_request_under_which_workers_keep_dying_is_refused(rig: Rig) -> None:
@@ -608,6 +604,15 @@ async def test_a_request_under_which_workers_keep_dying_is_refused(rig: Rig) -> 
         await collect(call)
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     assert "prefill worker prefill-0 was lost" in error.value.details()
+    assert trailer(error.value, "retriable") == "true"
+    rig.prefills[0].gate.set()
+    assert ids_of(await collect(rig.stub.Generate(ask(PROMPT, max_tokens=3)))) == PROMPT[:3]
+
+
+async def test_a_failed_pull_is_prefilled_again(rig: Rig) -> None:
+    rig.decodes[0].refusals.append(worker_pb2.ERROR_CODE_PULL_FAILED)
+    assert ids_of(await collect(rig.stub.Generate(ask(PROMPT, max_tokens=9)))) == PROMPT[:9]
+    assert rig.metric("restarted_sequences_total", cause="pull failed") == 1
 
 
 async def test_a_lost_prefill_worker_does_not_touch_who_has_joined(rig: Rig) -> None:
