@@ -208,6 +208,7 @@ class WorkerLink:
             num_blocks=hello.num_blocks,
             block_size=hello.layout.block_size,
             block_bytes=hello.block_bytes,
+            pool=self.endpoint.pool,
         )
         if facts.block_size != self._owner.block_size:
             log.warning(

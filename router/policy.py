@@ -117,7 +117,7 @@ def decode_for(
     if not decodes:
         raise NoWorker("no decode worker is ready")
     depths = view.index.depths(demand.block_hashes)
-    tied = _least_tpot(demand, depths, decodes, rng)
+    tied = _least_tpot(view, demand, depths, decodes, rng)
     return min(tied, key=lambda d: _transfer_s(view, demand, depths, prefill, d)).name
 
 
@@ -135,7 +135,7 @@ def _disaggregated(
     decodes: Sequence[WorkerView],
     rng: random.Random,
 ) -> tuple[float, Placement]:
-    tied = _least_tpot(demand, depths, decodes, rng)
+    tied = _least_tpot(view, demand, depths, decodes, rng)
     candidates = [_candidate(view, demand, depths, worker) for worker in prefills]
     if len(candidates) > PREFILL_CANDIDATES:
         ranked = [(candidate.ttft_s, rng.random(), candidate) for candidate in candidates]
@@ -151,7 +151,7 @@ def _disaggregated(
     reason = (
         f"{chosen.worker.queued_tokens} queued + {chosen.uncached} own tokens at "
         f"{chosen.rate:.0f}/s, transfer {cost - chosen.ttft_s:.4f} s, "
-        f"tpot {decode.step_s(decode.sequences + 1):.4f} s"
+        f"tpot {view.step_s(decode, decode.sequences + 1):.4f} s"
     )
     return cost, _placement(chosen.worker, decode, chosen, cost, reason)
 
@@ -167,7 +167,8 @@ def _colocated(
     candidates = [_candidate(view, demand, depths, worker) for worker in fitting]
     # Both phases share the engine: a step of the running batch goes before each chunk.
     costs = [
-        (c.ttft_s + c.worker.step_s(c.worker.sequences), i, 0) for i, c in enumerate(candidates)
+        (c.ttft_s + view.step_s(c.worker, c.worker.sequences), i, 0)
+        for i, c in enumerate(candidates)
     ]
     cost, i, _ = _best_of_two(costs, rng)
     chosen = candidates[i]
@@ -199,7 +200,11 @@ def _placement(
 
 
 def _least_tpot(
-    demand: Demand, depths: dict[int, int], decodes: Sequence[WorkerView], rng: random.Random
+    view: ClusterView,
+    demand: Demand,
+    depths: dict[int, int],
+    decodes: Sequence[WorkerView],
+    rng: random.Random,
 ) -> list[WorkerView]:
     """Those within a tie of the least TPOT after joining, of those that have the blocks; where
     nobody has, those with the most room. Fewest blocks to pull first."""
@@ -207,7 +212,7 @@ def _least_tpot(
     if not fitting:
         roomiest = max(d.available_blocks for d in decodes)
         fitting = [d for d in decodes if d.available_blocks == roomiest]
-    tpots = [(d.step_s(d.sequences + 1), d) for d in fitting]
+    tpots = [(view.step_s(d, d.sequences + 1), d) for d in fitting]
     limit = _tie_limit(min(tpot for tpot, _ in tpots))
     tied = [(-depths.get(d.slot, 0), rng.random(), d) for tpot, d in tpots if tpot <= limit]
     return [d for _, _, d in heapq.nsmallest(DECODE_CANDIDATES, tied, key=lambda item: item[:2])]

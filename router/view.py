@@ -6,17 +6,16 @@ report arrives that can have seen it; without this a burst would go to one worke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from crossdock.proto.types import Role
 from crossdock.router.prefix_index import PrefixIndex
+from crossdock.router.speed import DEFAULT_PREFILL_TOKENS_PER_S, DEFAULT_STEP_S, PoolSpeed
 
 STALE_AFTER_S = 3.0  # workers report at least once a second
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
-DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
-DEFAULT_STEP_BASE_S = 0.02
-DEFAULT_STEP_PER_SEQUENCE_S = 0.005
 DEFAULT_BANDWIDTH = 1e9  # bytes/s
 BANDWIDTH_MEMORY = 0.8  # how much of the pulls before counts beside the newest one
 
@@ -36,6 +35,12 @@ class LoadReport:
     step_per_sequence_s: float = 0.0
     draining: bool = False
 
+    @property
+    def step_s(self) -> tuple[float, float] | None:
+        """Base and slope of a decode step's time; None where nothing was measured."""
+        line = (self.step_base_s, self.step_per_sequence_s)
+        return line if any(line) else None
+
 
 @dataclass(frozen=True)
 class WorkerFacts:
@@ -47,6 +52,7 @@ class WorkerFacts:
     num_blocks: int
     block_size: int
     block_bytes: int
+    pool: str = ""
 
 
 @dataclass
@@ -92,13 +98,6 @@ class WorkerView:
     def is_stale(self, now: float) -> bool:
         return now - self.reported_at > STALE_AFTER_S
 
-    def step_s(self, batch: int) -> float:
-        """Predicted time of one decode step over `batch` sequences, which is their TPOT."""
-        base = self.load.step_base_s or DEFAULT_STEP_BASE_S
-        if not self.load.step_base_s and not self.load.step_per_sequence_s:
-            return base + DEFAULT_STEP_PER_SEQUENCE_S * batch
-        return self.load.step_base_s + self.load.step_per_sequence_s * batch
-
 
 class ClusterView:
     """Every connected worker by name, the prefix index over them, and measured link speeds."""
@@ -108,6 +107,7 @@ class ClusterView:
         self.index = PrefixIndex()
         # (prefill, decode) -> decayed sums of bytes and seconds, so that large pulls count most.
         self._pulled: dict[tuple[str, str], tuple[float, float]] = {}
+        self._speeds: dict[str, PoolSpeed] = defaultdict(PoolSpeed)  # by pool
         self._free_slots: list[int] = []
 
     # -- what the links tell ------------------------------------------------------------------
@@ -128,6 +128,11 @@ class ClusterView:
             self._forget(name)
 
     def reported(self, worker: WorkerView, load: LoadReport, now: float) -> None:
+        speed = self._speeds[worker.facts.pool]
+        if load.prefill_tokens_per_s not in (0.0, worker.load.prefill_tokens_per_s):
+            speed.prefill_measured(load.prefill_tokens_per_s)
+        if load.step_s not in (None, worker.load.step_s):
+            speed.step_measured(load.step_base_s, load.step_per_sequence_s)
         worker.load = load
         worker.reported_at = now
         if worker.unseen:
@@ -184,11 +189,19 @@ class ClusterView:
         return nbytes / seconds
 
     def prefill_rate(self, worker: WorkerView) -> float:
-        """Tokens per second: its own measurement, or the mean of its peers', or the default."""
-        if worker.load.prefill_tokens_per_s > 0:
-            return worker.load.prefill_tokens_per_s
-        known = [r for r in self._rates() if r > 0]
-        return sum(known) / len(known) if known else DEFAULT_PREFILL_TOKENS_PER_S
+        """Prompt tokens per second, as presumed by speed.py."""
+        own = worker.load.prefill_tokens_per_s
+        if own and worker.queued_tokens:
+            return own
+        of_pool = self._speeds[worker.facts.pool].prefill_tokens_per_s
+        return of_pool or own or DEFAULT_PREFILL_TOKENS_PER_S
+
+    def step_s(self, worker: WorkerView, batch: int) -> float:
+        """Predicted time of one decode step over `batch` sequences, which is their TPOT."""
+        own = worker.load.step_s
+        presumed = own if worker.sequences else None
+        presumed = presumed or self._speeds[worker.facts.pool].step_s or own or DEFAULT_STEP_S
+        return presumed[0] + presumed[1] * batch
 
     @property
     def ready(self) -> bool:
@@ -211,9 +224,6 @@ class ClusterView:
         return max(paths) if paths else None
 
     # -----------------------------------------------------------------------------------------
-
-    def _rates(self) -> Iterator[float]:
-        return (w.load.prefill_tokens_per_s for w in self.workers.values())
 
     def _forget(self, name: str) -> None:
         worker = self.workers.pop(name)

@@ -77,9 +77,28 @@ def test_a_deeper_queue_outweighs_a_prefix_hit(rng: random.Random) -> None:
     assert least_latency(view, asked, 0.0, rng).prefill == "p1"
 
 
+def test_one_slow_measurement_does_not_keep_work_from_an_idle_worker(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(1000)
+    report(view, "p0", prefill_tokens_per_s=100.0)
+    report(view, "d0", step_base_s=0.5, step_per_sequence_s=0.0)
+    for _ in range(50):
+        report(view, "p1", prefill_tokens_per_s=1000.0 + rng.random())
+        report(view, "d1", step_base_s=0.01 + rng.random() / 1000, step_per_sequence_s=0.0)
+    chosen = [least_latency(view, asked, 0.0, rng) for _ in range(40)]
+    assert {c.prefill for c in chosen} == {"p0", "p1"}
+    assert {c.decode for c in chosen} == {"d0", "d1"}
+
+
+def test_a_new_worker_is_presumed_as_fast_as_its_pool(rng: random.Random) -> None:
+    view = make_view(p0=Role.PREFILL)
+    add(view, "d0", Role.DECODE, step_base_s=0.001, step_per_sequence_s=0.001, running=3)
+    add(view, "d1", Role.DECODE)
+    assert least_latency(view, demand(100), 0.0, rng).decode == "d1"
+
+
 def test_a_slower_worker_needs_a_shorter_queue(rng: random.Random) -> None:
     view, asked = two_and_two(), demand(1000)
-    report(view, "p0", prefill_tokens_per_s=250.0)
+    report(view, "p0", prefill_tokens_per_s=250.0, queued_tokens=10)
     report(view, "p1", prefill_tokens_per_s=1000.0, queued_tokens=2000)
     assert least_latency(view, asked, 0.0, rng).prefill == "p1"  # 3 s against 4 s
     report(view, "p1", prefill_tokens_per_s=1000.0, queued_tokens=3500)
