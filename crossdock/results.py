@@ -6,25 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from crossdock.proto.convert import FINISH_FROM_PB
-from crossdock.proto.types import FinishReason
+from crossdock.proto.types import LIFE_CYCLE, FinishReason
 from crossdock.proto.v1 import inference_pb2 as pb
-
-# The life-cycle events of a request, in the order in which they happen.
-EVENTS = (
-    "admitted",
-    "routed",
-    "prefill_queued",
-    "prefill_started",
-    "first_token",
-    "ticket_offered",
-    "decode_queued",
-    "reserved",
-    "pulled",
-    "fenced",
-    "joined",
-    "last_token",
-    "finished",
-)
 
 
 @dataclass(frozen=True)
@@ -179,7 +162,7 @@ def _usage(message: pb.Usage) -> Usage:
 
 def _timings(message: pb.Timings) -> Timings:
     return Timings(
-        events={name: getattr(message, name) for name in EVENTS if message.HasField(name)},
+        events={name: getattr(message, name) for name in LIFE_CYCLE if message.HasField(name)},
         prefill_worker=message.prefill_worker,
         decode_worker=message.decode_worker,
         transferred_bytes=message.transferred_bytes,

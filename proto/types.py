@@ -16,6 +16,24 @@ MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_N = 16
 
+# The life-cycle events of a request after `received`, in the order in which they happen: one name
+# each in spans, metrics, logs and reports.
+LIFE_CYCLE = (
+    "admitted",
+    "routed",
+    "prefill_queued",
+    "prefill_started",
+    "first_token",
+    "ticket_offered",
+    "decode_queued",
+    "reserved",
+    "pulled",
+    "fenced",
+    "joined",
+    "last_token",
+    "finished",
+)
+
 
 class Role(enum.StrEnum):
     """What a worker does: which scheduler it runs."""

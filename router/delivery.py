@@ -23,6 +23,15 @@ from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.flight import Flight
 from crossdock.router.request import Request
 
+# Causes for which a sequence is prefilled again elsewhere, prompt and delivered tokens, and its
+# stream goes on. Any other error of a worker ends the request.
+RESTARTED = {
+    pb.ERROR_CODE_PREEMPTED: "preempted",
+    pb.ERROR_CODE_OVERLOADED: "overloaded",
+    pb.ERROR_CODE_DRAINING: "draining",
+    pb.ERROR_CODE_PULL_FAILED: "pull failed",
+}
+
 
 @dataclass
 class Spoken:

@@ -27,7 +27,7 @@ from crossdock.proto.errors import (
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router import tracing
 from crossdock.router.admission import Admission, Limits, check_deadline, retry_after_s
-from crossdock.router.delivery import Spoken, failure_of, sampling_message, speak
+from crossdock.router.delivery import RESTARTED, Spoken, failure_of, sampling_message, speak
 from crossdock.router.flight import (
     Active,
     Detokenizer,
@@ -42,15 +42,6 @@ from crossdock.router.request import Delta, Request, ResponseStream
 from crossdock.router.view import ClusterView
 
 log = logging.getLogger(__name__)
-
-# Causes for which a sequence is prefilled again elsewhere, prompt and delivered tokens, and its
-# stream goes on. Any other error of a worker ends the request.
-RESTARTED = {
-    pb.ERROR_CODE_PREEMPTED: "preempted",
-    pb.ERROR_CODE_OVERLOADED: "overloaded",
-    pb.ERROR_CODE_DRAINING: "draining",
-    pb.ERROR_CODE_PULL_FAILED: "pull failed",
-}
 
 
 class Dispatcher:

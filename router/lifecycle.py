@@ -7,24 +7,9 @@ hand-off stall (token 0 to token 1) = decode_queue + reserve + pull + fence + fi
 
 from __future__ import annotations
 
+from crossdock.proto.types import LIFE_CYCLE
 from crossdock.proto.v1 import inference_pb2, worker_pb2
 
-# In the order in which they happen. `received` is the zero of the others.
-EVENTS = (
-    "admitted",
-    "routed",
-    "prefill_queued",
-    "prefill_started",
-    "first_token",
-    "ticket_offered",
-    "decode_queued",
-    "reserved",
-    "pulled",
-    "fenced",
-    "joined",
-    "last_token",
-    "finished",
-)
 WORKER_EVENTS = (
     "prefill_queued",
     "prefill_started",
@@ -83,7 +68,7 @@ class Timeline:
         return self._at.get("last_token")
 
     def ordered(self) -> dict[str, float]:
-        """Event -> seconds, never decreasing in the order of EVENTS.
+        """Event -> seconds, never decreasing in the order of LIFE_CYCLE.
 
         Times of the gateway's clock are kept; a worker's time is moved to the nearest that fits
         between the gateway's events around it.
@@ -91,14 +76,14 @@ class Timeline:
         own = {e: t for e, t in self._at.items() if e not in WORKER_EVENTS}
         limit = float("inf")
         upper: dict[str, float] = {}
-        for event in reversed(EVENTS):
+        for event in reversed(LIFE_CYCLE):
             if event == "joined" and self._second is not None:
                 limit = min(limit, self._second)
             limit = min(limit, own.get(event, limit))
             upper[event] = limit
         done: dict[str, float] = {}
         last = 0.0
-        for event in EVENTS:
+        for event in LIFE_CYCLE:
             if event in self._at:
                 last = max(last, min(self._at[event], upper[event]))
                 done[event] = last

@@ -12,8 +12,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from crossdock.proto.types import LIFE_CYCLE
 from crossdock.router import tracing
-from crossdock.router.lifecycle import EVENTS, STALL_STAGES, TTFT_STAGES
+from crossdock.router.lifecycle import STALL_STAGES, TTFT_STAGES
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -41,14 +42,14 @@ async def test_the_span_of_a_request(tiny_model: Path, spans: InMemorySpanExport
     request = found["crossdock.request"]
     assert f"{request.context.trace_id:032x}" == TRACE
     assert f"{request.parent.span_id:016x}" == PARENT
-    assert tuple(event.name for event in request.events) == EVENTS
+    assert tuple(event.name for event in request.events) == LIFE_CYCLE
     times = [event.timestamp for event in request.events]
     assert times == sorted(times)
     assert request.start_time <= times[0] and times[-1] <= request.end_time
     children = [found[name] for name in TTFT_STAGES + STALL_STAGES]
     assert {child.parent.span_id for child in children} == {request.context.span_id}
     ttft = sum(child.end_time - child.start_time for child in children[:5])
-    first_token = times[EVENTS.index("first_token")]
+    first_token = times[LIFE_CYCLE.index("first_token")]
     assert ttft == pytest.approx(first_token - request.start_time, abs=1000)
     assert children[5].start_time == pytest.approx(first_token, abs=1000)
     sequence = rig.prefills[0].prefills[0].sequence

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crossdock.proto.types import LIFE_CYCLE
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.router.lifecycle import EVENTS, STALL_STAGES, TTFT_STAGES, Timeline
+from crossdock.router.lifecycle import STALL_STAGES, TTFT_STAGES, Timeline
 
 RECEIVED, UNIX = 500.0, 1_700_000_000.0  # the gateway's clock and the wall clock at one moment
 
@@ -71,7 +72,7 @@ def test_token_0_is_the_gateways_time() -> None:
 def test_a_skewed_clock_distorts_no_sum_and_no_order(skew: float) -> None:
     timeline = whole_life(skew)
     at = timeline.ordered()
-    assert list(at) == list(EVENTS)
+    assert list(at) == list(LIFE_CYCLE)
     assert list(at.values()) == sorted(at.values())
     stages = timeline.stages()
     assert sum(stages[name] for name in TTFT_STAGES) == pytest.approx(0.052)
