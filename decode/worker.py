@@ -12,6 +12,7 @@ from itertools import count
 from crossdock.decode.scheduler import DecodeScheduler
 from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan, finish_of
 from crossdock.kvtransfer.pull import PullDone, Puller
+from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
@@ -63,14 +64,18 @@ class DecodeRole(WorkerRole):
         pull_id = f"{job.id}#{next(self._pull_ids)}"
         self._pulls[pull_id] = job
         deadline = min(self.state.clock() + self.state.config.pull_timeout_s, job.lease_end)
-        self._puller.start(
-            pull_id,
-            ticket,
-            remote_block_ids=list(ticket.block_ids[wanted]),
-            local_block_ids=sequence.block_table[wanted],
-            deadline=deadline,
-            lease_until=job.lease_end,
-        )
+        try:
+            self._puller.start(
+                pull_id,
+                ticket,
+                remote_block_ids=list(ticket.block_ids[wanted]),
+                local_block_ids=sequence.block_table[wanted],
+                deadline=deadline,
+                lease_until=job.lease_end,
+            )
+        except TransferFailed as error:
+            del self._pulls[pull_id]
+            self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
 
     def poll(self) -> None:
         for done in self._puller.poll():
@@ -183,7 +188,7 @@ class DecodeRole(WorkerRole):
             if job.ticket is None or job.lease_end is None:
                 continue
             ticket_id = job.ticket.ticket_id
-            if ticket_id in lost:
+            if ticket_id in lost and not self._is_pulling(job):  # a pull's fence will judge
                 message = "the prefill worker no longer holds the ticket"
                 self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, message)
             elif ticket_id in renewed:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from crossdock.deploy import ray_environment  # isort: skip  # noqa: F401  (before ray)
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from crossdock.deploy.runtime import Launch, Placement, Process, ProcessGone, Started, StartFailed
 from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
@@ -250,11 +250,15 @@ class RayRuntime:
         found: list[tuple[Launch, Process]] = []
         for entry in ray.util.list_named_actors(all_namespaces=True):
             if entry["namespace"] == self._namespace and entry["name"].startswith("member/"):
-                with contextlib.suppress(ValueError, ProcessGone, TimeoutError):
+                with contextlib.suppress(ValueError, ProcessGone):
                     actor = ray.get_actor(entry["name"], namespace=self._namespace)
-                    async with asyncio.timeout(10.0):
-                        launch: Launch = await _call(actor.launch.remote())
-                    found.append((launch, RayProcess(actor)))
+                    try:
+                        async with asyncio.timeout(10.0):
+                            launch: Launch = await _call(actor.launch.remote())
+                    except TimeoutError:  # not placed yet, or hung: nobody would watch it
+                        ray.kill(actor)
+                    else:
+                        found.append((launch, RayProcess(actor)))
         return found
 
     def why_waiting(self, launch: Launch) -> str:
@@ -450,6 +454,8 @@ async def _call(reference: Awaitable[T]) -> T:
         raise ProcessGone(_end_of(error)) from None
     except RayTaskError as error:
         raise _cause(error) from None
+    except RayError as error:  # out of memory, unschedulable, broken environment
+        raise ProcessGone(str(error)) from None
 
 
 def _get(reference: Any, timeout_s: float) -> object:
@@ -461,6 +467,8 @@ def _get(reference: Any, timeout_s: float) -> object:
         raise ProcessGone(_end_of(error)) from None
     except RayTaskError as error:
         raise _cause(error) from None
+    except RayError as error:
+        raise ProcessGone(str(error)) from None
 
 
 def _cause(error: RayTaskError) -> Exception:

@@ -31,6 +31,7 @@ from crossdock.deploy.runtime import (
     Process,
     ProcessGone,
     Runtime,
+    StartFailed,
     gateway_launch,
     worker_launch,
 )
@@ -252,7 +253,7 @@ class Controller:
                 await watched.process.update(endpoints)
             watched.told = endpoints
             await self._notify()
-        except (TimeoutError, ProcessGone) as error:
+        except (TimeoutError, ProcessGone, StartFailed) as error:
             log.warning("%s was not told the membership: %r", watched.name, error)
             if watched.pushed is endpoints:
                 watched.pushed = None

@@ -126,6 +126,9 @@ class Watched:
             self._lost(f"not ready within {self._settings.start_timeout_s:g} s")
         except (StartFailed, ProcessGone) as error:
             self._lost(str(error))
+        except Exception as error:
+            log.exception("starting %s", self.name)
+            self._lost(f"{type(error).__name__}: {error}")
         else:
             if self.state is State.STARTING:
                 self.state = State.READY
@@ -133,7 +136,12 @@ class Watched:
                 self._tasks.append(asyncio.create_task(self._probe()))
 
     async def _watch_end(self) -> None:
-        self._lost(await self.process.gone())
+        try:
+            why = await self.process.gone()
+        except Exception as error:
+            log.exception("watching %s", self.name)
+            why = f"{type(error).__name__}: {error}"
+        self._lost(why)
 
     async def _probe(self) -> None:
         """One that does not answer any more is as good as dead: a worker's status comes from its

@@ -20,6 +20,8 @@ from crossdock.engine.sequence import SampledToken
 from crossdock.proto.errors import CrossdockError
 from crossdock.proto.types import SamplingParams
 
+_LOWEST = torch.finfo(torch.float32).min
+
 # Below this the distribution is one token for any logits of a model: drawn as greedy.
 LEAST_TEMPERATURE = 1e-5
 
@@ -165,6 +167,7 @@ def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         if params.logit_bias:
             ids = _ids(list(params.logit_bias), row)
             row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device).to(row)
+        row.clamp_(_LOWEST, -_LOWEST)  # no penalty makes a finite logit infinite
         if suppressed := rows[i].suppressed:
             row[_ids(suppressed, row)] = -math.inf
     return logits

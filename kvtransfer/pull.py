@@ -15,6 +15,7 @@ terminal; `poll` reports it then, and only then may they be reused.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,7 @@ class PullState(enum.StrEnum):
 
 @dataclass(frozen=True)
 class PullLimits:
-    """max_reading: pulls whose blocks are read at the same time; further ones wait their turn."""
+    """max_reading: pulls from one peer whose blocks are read at once; others wait their turn."""
 
     max_reading: int = 16
 
@@ -214,7 +215,12 @@ class Puller:
 
     def _begin_reads(self) -> None:
         """RESERVED -> PULLING, oldest first; nothing to read: straight to FENCING."""
-        reading = sum(pull.state is PullState.PULLING for pull in self._pulls.values())
+        # Given-up reads are not counted: a peer that hangs must not take the turns of the others.
+        reading = Counter(
+            pull.ticket.incarnation
+            for pull in self._pulls.values()
+            if pull.state is PullState.PULLING and pull.stopped is None
+        )
         now = self._clock()
         for pull in self._pulls.values():
             pull.stop_if_due(now)
@@ -223,12 +229,12 @@ class Puller:
             if not pull.remote_ids:
                 pull.pulled_at = now
                 self._begin_fence(pull)
-            elif reading < self._limits.max_reading:
+            elif reading[pull.ticket.incarnation] < self._limits.max_reading:
                 pull.handle = self._transport.read_blocks(
                     pull.ticket.incarnation, pull.remote_ids, pull.local_ids
                 )
                 pull.state = PullState.PULLING
-                reading += 1
+                reading[pull.ticket.incarnation] += 1
 
     def _begin_fence(self, pull: _Pull) -> None:
         """The release travels with the fence: pass or fail, these blocks are not read again."""

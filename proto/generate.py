@@ -1,4 +1,5 @@
-"""Makes the generated protobuf code beside its .proto files: `python proto/generate.py`."""
+"""Makes the generated protobuf code: `python proto/generate.py [FOLDER]`, by default beside the
+.proto files."""
 
 from __future__ import annotations
 
@@ -28,5 +29,5 @@ def generate(into: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for path in generate(HERE / "v1"):
-        print(path.relative_to(HERE.parent), file=sys.stderr)
+    for path in generate(Path(sys.argv[1]) if sys.argv[1:] else HERE / "v1"):
+        print(path, file=sys.stderr)

@@ -89,10 +89,7 @@ class SamplingParams:
         if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise InvalidRequest("top_p", self.top_p, "must be in (0, 1]")
         _within("min_p", self.min_p, 0.0, 1.0)
-        if not (math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 10.0):
-            raise InvalidRequest(
-                "repetition_penalty", self.repetition_penalty, "must be in (0, 10]"
-            )
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _at_most("logit_bias", self.logit_bias, MAX_LOGIT_BIAS, "entries")

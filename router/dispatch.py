@@ -401,6 +401,8 @@ class Dispatcher:
         failure = failure_of(link.name, error)
         if error.code not in RESTARTED:
             raise failure
+        if error.code == pb.ERROR_CODE_PULL_FAILED:
+            flight.avoid.add(flight.prefill_worker)  # either end of the pair may be the broken one
         self._restart(flight, link.name, RESTARTED[error.code], failure)
 
     def _restart(self, flight: Flight, culprit: str, cause: str, failure: CrossdockError) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,9 @@ PROTO = Path(crossdock.proto.__path__[0])
 
 def test_generated_code_is_current(tmp_path: Path) -> None:
     """`make proto` would change nothing."""
-    made = runpy.run_path(str(PROTO / "generate.py"))["generate"](tmp_path)
+    # In a process of its own: protoc's library does not bear company.
+    subprocess.run([sys.executable, str(PROTO / "generate.py"), str(tmp_path)], check=True)
+    made = sorted(tmp_path.iterdir())
     assert len(made) == 9
     for file in made:
         assert file.read_text() == (PROTO / "v1" / file.name).read_text(), file.name
@@ -63,6 +64,7 @@ def test_errors_name_field_value_and_limit() -> None:
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-38),
         ("repetition_penalty", 10.1),
         ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1),

@@ -7,6 +7,8 @@ import time
 import pytest
 from roles_kit import CONTEXT, Site, Worker, job, undisturbed
 
+from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.proto.errors import CrossdockError
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2, worker_pb2
 
@@ -173,17 +175,20 @@ def test_a_ticket_that_waits_for_blocks_is_renewed_or_fails(site: Site) -> None:
 
 
 def test_a_lost_ticket_fails_its_sequence(site: Site) -> None:
-    p, d = pair(site)
+    p = site.worker(Role.PREFILL)
+    d = site.worker(Role.DECODE, blocks=8)
+    site.introduce(p, d)
+    d.role.submit(job([9] * 40, max_tokens=5))
+    d.turn(2)
     first = prefill(p, PROMPT)
-    site.network.hold()
-    hand_off(d, PROMPT, first)
+    waiting = hand_off(d, PROMPT, first)  # no room for it yet
     d.turn()
     d.role.leases_renewed((set(), {first.ticket.ticket_id}), 30.0)
     d.turn()
-    (output,) = d.take()
+    (output,) = [output for output in d.take() if output.sequence_id == waiting]
     assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
-    site.network.deliver()
-    d.turn()
+    d.turn(10)
+    p.role.release_tickets([ticket_id for _, ticket_id in d.releases])
     all_free(p, d)
 
 
@@ -288,6 +293,61 @@ def test_a_failed_step_ends_its_own_sequences_only(
     d.turn(12)
     assert tokens_of(d.take()) == undisturbed(PROMPT, 8)
     all_free(d)
+
+
+def test_one_bad_request_does_not_take_the_batch_with_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = site.worker(Role.COLOCATED)
+    good, bad = job(PROMPT), job([5] * 20)
+    run = d.runner.run
+
+    def run_unless_bad(plan: StepPlan) -> list[SampledToken]:
+        if any(chunk.sequence is bad.sequence for chunk in plan.chunks):
+            raise CrossdockError("its logits are not finite")
+        return run(plan)
+
+    monkeypatch.setattr(d.runner, "run", run_unless_bad)
+    for one in (good, bad):
+        d.role.submit(one)
+    d.turn(12)
+    outputs = d.take()
+    assert tokens_of([o for o in outputs if o.sequence_id == good.id]) == undisturbed(PROMPT, 8)
+    (failed,) = [o for o in outputs if o.sequence_id == bad.id]
+    assert failed.error.code == worker_pb2.ERROR_CODE_INTERNAL
+    all_free(d)
+
+
+def test_a_peer_that_hangs_does_not_take_the_turns_of_others(site: Site) -> None:
+    """32 reads of a frozen peer never end; a healthy peer's pulls go on."""
+    frozen, healthy = site.worker(Role.PREFILL, blocks=256), site.worker(Role.PREFILL)
+    d = site.worker(Role.DECODE, blocks=512)
+    site.introduce(frozen, healthy, d)
+    site.network.hold()
+    for i in range(32):
+        hand_off(d, [i + 3] * 9, prefill(frozen, [i + 3] * 9))
+    d.turn()
+    site.clock.now += 11
+    d.turn()
+    assert {o.error.code for o in d.take()} == {worker_pb2.ERROR_CODE_PULL_FAILED}
+    first = prefill(healthy, PROMPT)
+    site.network.holding = False
+    hand_off(d, PROMPT, first)
+    d.turn(12)
+    assert tokens_of([first, *d.take()]) == undisturbed(PROMPT, 8)
+    d.check()
+
+
+def test_a_renewal_that_comes_after_the_fence_changes_nothing(site: Site) -> None:
+    p, d = pair(site)
+    first = prefill(p, PROMPT)
+    site.network.hold()
+    hand_off(d, PROMPT, first)
+    d.turn()
+    site.network.deliver()  # the fence's notification has released the ticket
+    d.role.leases_renewed((set(), {first.ticket.ticket_id}), 30.0)
+    d.turn(12)
+    assert tokens_of([first, *d.take()]) == undisturbed(PROMPT, 8)
 
 
 def test_a_worker_that_is_full_says_so(site: Site) -> None:

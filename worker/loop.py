@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.proto.errors import CrossdockError
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.role import WorkerRole
 
@@ -91,11 +92,16 @@ class EngineLoop:
         return future
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._wakeup.clear()
-            worked = self.turn()
-            if not worked and not self._commands:
-                self._wakeup.wait(self._idle_wait())
+        try:
+            while not self._stopping:
+                self._wakeup.clear()
+                worked = self.turn()
+                if not worked and not self._commands:
+                    self._wakeup.wait(self._idle_wait())
+        except Exception:
+            # A defect in the bookkeeping: what this worker holds can be trusted no more.
+            log.critical("the engine thread failed; the process ends", exc_info=True)
+            _exit_soon()
 
     def turn(self) -> bool:
         """Commands, transfers and leases, one step, what came of it. True if a step ran."""
@@ -127,17 +133,28 @@ class EngineLoop:
         try:
             tokens = self._runner.run(plan)
         except Exception as error:
-            log.exception("engine step failed")
-            self._role.step_failed(plan, error)
-            self._failed_steps += 1
-            if self._failed_steps == FAILED_STEPS_LIMIT:
-                log.critical("%d engine steps failed in a row: exiting", FAILED_STEPS_LIMIT)
-                self.flush()
-                threading.Timer(1.0, os._exit, (1,)).start()
+            self._step_failed(plan, error)
             return
         self._failed_steps = 0
         self._role.observe_step(plan, time.monotonic() - started)
         self._role.apply(plan, tokens)
+
+    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
+        """Runs the chunks one by one, so that only those that fail by themselves end."""
+        if len(plan.chunks) > 1:
+            log.warning("an engine step failed, trying its chunks alone: %s", error)
+            for chunk in plan.chunks:
+                self._step(StepPlan((chunk,)))
+            return
+        log.error("engine step failed", exc_info=error)
+        self._role.step_failed(plan, error)
+        if isinstance(error, CrossdockError):
+            return  # of the request, not of the device
+        self._failed_steps += 1
+        if self._failed_steps == FAILED_STEPS_LIMIT:
+            log.critical("%d engine steps failed in a row: the process ends", FAILED_STEPS_LIMIT)
+            self.flush()
+            _exit_soon()
 
     def _collect(self) -> Turn:
         state = self._role.state
@@ -153,3 +170,9 @@ class EngineLoop:
         if deadline is None:
             return IDLE_WAIT_S
         return min(IDLE_WAIT_S, max(0.0, deadline - self._role.state.clock()))
+
+
+def _exit_soon() -> None:
+    """Ends the process once its last words are out; its gateways and the controller know how to
+    go on without it."""
+    threading.Timer(1.0, os._exit, (1,)).start()
