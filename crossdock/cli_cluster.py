@@ -1,4 +1,4 @@
-"""Commands for who runs a cluster: up, status, apply, scale, down, model."""
+"""Commands for who runs a cluster: up, status, doctor, apply, scale, down, model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ models = typer.Typer(help="Fetch and inspect models.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, status, apply, scale, down):
+    for command in (up, status, doctor, apply, scale, down):
         app.command()(command)
     app.add_typer(models, name="model")
 
@@ -91,6 +91,35 @@ def status(
         for line in wrong:
             print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def doctor(
+    address: Address = DEFAULT_ADMIN,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    at_once: Annotated[
+        int,
+        typer.Option(min=1, help="Pairs measured at the same time, no worker in two of them."),
+    ] = 1,
+) -> None:
+    """Check clocks, versions and layouts of all workers, and how KV moves in every pair.
+
+    Exit 1 where something is wrong, with a line for each problem that says what to do.
+    """
+    from crossdock import doctor
+    from crossdock.deploy import admin
+
+    report = doctor.examine(admin.status(address), at_once)
+    if as_json:
+        print(json.dumps(doctor.as_json(report), indent=2))
+    else:
+        doctor.show(report, _console())
+    findings = report.findings
+    for finding in findings:
+        print(f"{'error' if finding.problem else 'warning'}: {finding}", file=sys.stderr)
+    if any(finding.problem for finding in findings):
+        raise typer.Exit(1)
+    if not as_json:
+        print(f"sound: {len(report.workers)} workers, {len(report.pairs)} pairs")
 
 
 def apply(

@@ -53,6 +53,16 @@ class Peers:
                 del self._known[incarnation]
             raise
 
+    async def describe(self, address: str) -> worker_pb2.WorkerDescription:
+        """Who answers there now. Raises TransferFailed where nobody does."""
+        request = worker_pb2.DescribeRequest()
+        try:
+            peer = await self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise TransferFailed(f"{address} does not answer ({error.code().name})") from error
+        assert isinstance(peer, worker_pb2.WorkerDescription)
+        return peer
+
     async def renew(
         self, tickets: Iterable[tuple[str, bytes]], lease_s: float
     ) -> tuple[set[bytes], set[bytes]]:
@@ -95,9 +105,8 @@ class Peers:
             await channel.close()
 
     async def _introduce(self, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
-        request = worker_pb2.DescribeRequest()
         try:
-            peer = await self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
+            peer = await self.describe(address)
             if peer.incarnation != incarnation:
                 found = peer.incarnation.hex()
                 raise TransferFailed(f"{address} is now {found}, not {incarnation.hex()}")

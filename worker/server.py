@@ -27,6 +27,7 @@ from crossdock.worker import metrics
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.loop import EngineLoop, Turn
 from crossdock.worker.peers import Peers
+from crossdock.worker.probe import Prober
 from crossdock.worker.role import WorkerRole, WorkerState
 from crossdock.worker.service import WorkerService
 from crossdock.worker.streams import block_events
@@ -46,6 +47,7 @@ class WorkerServer:
     description: worker_pb2.WorkerDescription
     vocab_size: int
     peers: Peers
+    prober: Prober
 
     def __init__(self, config: WorkerConfig, role_type: Callable[[WorkerState], WorkerRole]):
         self.config = config
@@ -77,6 +79,7 @@ class WorkerServer:
             raise ConfigError("port", f"{wanted} is in use or not ours") from error
         await asyncio.to_thread(self._build, f"{self.config.host}:{port}")
         self.peers = Peers(self.description.layout, self._transport)
+        self.prober = Prober(self, self._transport, self._state.memory.memory_type)
         self._registry, self.description.metrics_address = metrics.serve(
             self._role, self.config.host
         )
@@ -126,6 +129,7 @@ class WorkerServer:
             self._service.close()
             await self._grpc.stop(grace=0.2)
         if hasattr(self, "peers"):
+            self.prober.close()
             await self.peers.close()
         if hasattr(self, "_loop"):
             await asyncio.to_thread(self._loop.stop, 10.0)
@@ -287,7 +291,7 @@ class WorkerServer:
         integrity_error = ""
         if check_integrity:
             try:
-                state.pool.check_integrity(role.held())
+                state.pool.check_integrity([*role.held(), *self.prober.held])
             except IntegrityError as error:
                 integrity_error = str(error) or "integrity check failed"
         return worker_pb2.WorkerStatus(

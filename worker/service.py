@@ -202,3 +202,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerStatus:
         return await self._server.status(request.check_integrity)
+
+    async def Probe(
+        self, request: worker_pb2.ProbeRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ProbeResponse:
+        return await self._server.prober.probe(request)

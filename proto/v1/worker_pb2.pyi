@@ -26,6 +26,15 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_CANCELLED: _ClassVar[ErrorCode]
     ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
     ERROR_CODE_INTERNAL: _ClassVar[ErrorCode]
+
+class LinkOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LINK_OUTCOME_UNSPECIFIED: _ClassVar[LinkOutcome]
+    LINK_OUTCOME_OK: _ClassVar[LinkOutcome]
+    LINK_OUTCOME_UNREACHABLE: _ClassVar[LinkOutcome]
+    LINK_OUTCOME_LAYOUT: _ClassVar[LinkOutcome]
+    LINK_OUTCOME_READ_FAILED: _ClassVar[LinkOutcome]
+    LINK_OUTCOME_BUSY: _ClassVar[LinkOutcome]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
@@ -39,6 +48,12 @@ ERROR_CODE_DEADLINE: ErrorCode
 ERROR_CODE_CANCELLED: ErrorCode
 ERROR_CODE_DRAINING: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
+LINK_OUTCOME_UNSPECIFIED: LinkOutcome
+LINK_OUTCOME_OK: LinkOutcome
+LINK_OUTCOME_UNREACHABLE: LinkOutcome
+LINK_OUTCOME_LAYOUT: LinkOutcome
+LINK_OUTCOME_READ_FAILED: LinkOutcome
+LINK_OUTCOME_BUSY: LinkOutcome
 
 class KVLayout(_message.Message):
     __slots__ = ("wire_version", "model_id", "weights_digest", "dtype", "block_size", "layers", "kv_heads", "head_dim", "tp_degree")
@@ -391,3 +406,65 @@ class WorkerStatus(_message.Message):
     used_blocks: int
     last_step_age_s: float
     def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., integrity_error: _Optional[str] = ..., used_blocks: _Optional[int] = ..., last_step_age_s: _Optional[float] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("peer_address", "peer_incarnation")
+    PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PEER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    peer_address: str
+    peer_incarnation: bytes
+    def __init__(self, peer_address: _Optional[str] = ..., peer_incarnation: _Optional[bytes] = ...) -> None: ...
+
+class ProbeResponse(_message.Message):
+    __slots__ = ("unix_s", "versions", "ucx", "rdma_devices", "host_id", "memory_type", "link")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class UcxEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    UCX_FIELD_NUMBER: _ClassVar[int]
+    RDMA_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TYPE_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    unix_s: float
+    versions: _containers.ScalarMap[str, str]
+    ucx: _containers.ScalarMap[str, str]
+    rdma_devices: _containers.RepeatedScalarFieldContainer[str]
+    host_id: str
+    memory_type: str
+    link: LinkProbe
+    def __init__(self, unix_s: _Optional[float] = ..., versions: _Optional[_Mapping[str, str]] = ..., ucx: _Optional[_Mapping[str, str]] = ..., rdma_devices: _Optional[_Iterable[str]] = ..., host_id: _Optional[str] = ..., memory_type: _Optional[str] = ..., link: _Optional[_Union[LinkProbe, _Mapping]] = ...) -> None: ...
+
+class LinkProbe(_message.Message):
+    __slots__ = ("outcome", "message", "handshake_s", "latency_s", "bytes_per_s", "blocks", "bytes", "tcp_bytes", "rdma_bytes")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    HANDSHAKE_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TCP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RDMA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    outcome: LinkOutcome
+    message: str
+    handshake_s: float
+    latency_s: float
+    bytes_per_s: float
+    blocks: int
+    bytes: int
+    tcp_bytes: int
+    rdma_bytes: int
+    def __init__(self, outcome: _Optional[_Union[LinkOutcome, str]] = ..., message: _Optional[str] = ..., handshake_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., tcp_bytes: _Optional[int] = ..., rdma_bytes: _Optional[int] = ...) -> None: ...

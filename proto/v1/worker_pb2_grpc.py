@@ -59,6 +59,11 @@ class WorkerStub:
                 request_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/crossdock.v1.Worker/Probe',
+                request_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -97,6 +102,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request, context):
+        """For `crossdock doctor`: what runs here, and, where a peer is named, how well its KV can be read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +136,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.GetStatusRequest.FromString,
                     response_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.WorkerStatus.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeRequest.FromString,
+                    response_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -261,6 +278,33 @@ class Worker:
             '/crossdock.v1.Worker/GetStatus',
             crossdock_dot_proto_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
             crossdock_dot_proto_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/crossdock.v1.Worker/Probe',
+            crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
+            crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,267 @@
+"""What `crossdock doctor` asks of a worker: what runs here, and how well a peer's KV can be read.
+
+A probe reads whatever some of the peer's blocks hold into blocks of this pool that nobody else has
+meanwhile, and throws it away. It is small, and one at a time: running requests feel one short pull.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from crossdock.kvtransfer import traffic
+from crossdock.kvtransfer.layout import check_layouts
+from crossdock.kvtransfer.transport import Handle, HandleState, Transport
+from crossdock.proto.errors import LayoutMismatch, TransferFailed
+from crossdock.proto.v1 import worker_pb2
+
+if TYPE_CHECKING:
+    from crossdock.worker.role import WorkerRole
+    from crossdock.worker.server import WorkerServer
+
+MAX_BLOCKS = 64
+MAX_READ_BYTES = 64 << 20
+BULK_READS = 3
+SMALL_READS = 20
+TURN_S = 5.0  # for the probe before this one, and for the engine thread to set blocks aside
+HANDSHAKE_S = 10.0
+READS_S = 5.0  # for all reads of one kind
+PACKAGES = ("crossdock", "torch", "nixl", "ray")
+
+
+class Busy(Exception):
+    """Nothing could be spared for the probe; says what."""
+
+
+@dataclass(eq=False)
+class _Hold:
+    """Blocks set aside for one probe, and the reads into them.
+
+    `blocks` is the engine thread's. They are given back when every read is terminal.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    reads: list[Handle] = field(default_factory=list)
+
+    @property
+    def settled(self) -> bool:
+        return all(read.terminal for read in self.reads)
+
+
+class Prober:
+    def __init__(self, server: WorkerServer, transport: Transport, memory_type: str) -> None:
+        self._server = server
+        self._transport = transport
+        self._memory_type = memory_type
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._holds: list[_Hold] = []  # the engine thread's
+
+    @property
+    def held(self) -> list[list[int]]:
+        """On the engine thread: block references that belong to probes."""
+        return [hold.blocks for hold in self._holds]
+
+    async def probe(self, request: worker_pb2.ProbeRequest) -> worker_pb2.ProbeResponse:
+        response = worker_pb2.ProbeResponse(
+            unix_s=time.time(),
+            versions=_versions(),
+            rdma_devices=traffic.rdma_devices(),
+            host_id=traffic.host_id(),
+            memory_type=self._memory_type,
+        )
+        config = self._server.config
+        if config.transport == "nixl":
+            response.ucx.update(_ucx_environment())
+            response.ucx.update(config.transport_options)
+        if request.peer_address:
+            # A caller that goes away must not leave blocks behind: the task ends by itself.
+            task = asyncio.create_task(self._link(request))
+            self._keep(task)
+            response.link.CopyFrom(await asyncio.shield(task))
+        return response
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _link(self, request: worker_pb2.ProbeRequest) -> worker_pb2.LinkProbe:
+        link = worker_pb2.LinkProbe(outcome=worker_pb2.LINK_OUTCOME_OK)
+        try:
+            async with asyncio.timeout(TURN_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            return _fail(link, worker_pb2.LINK_OUTCOME_BUSY, "another probe is running here")
+        try:
+            await self._measure(request, link)
+        finally:
+            self._turn.release()
+        return link
+
+    async def _measure(
+        self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe
+    ) -> worker_pb2.LinkProbe:
+        peer_id = request.peer_incarnation
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                peer = await self._handshake(request, link)
+        except LayoutMismatch as error:
+            return _fail(link, worker_pb2.LINK_OUTCOME_LAYOUT, str(error))
+        except TransferFailed as error:
+            return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, str(error))
+        except TimeoutError:
+            why = f"no handshake within {HANDSHAKE_S:g} s"
+            return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, why)
+        hold = _Hold()
+        try:
+            link.latency_s = await asyncio.to_thread(_latency, self._transport, peer_id)
+            await self._set_aside(hold, peer)
+            await asyncio.to_thread(_bandwidth, self._transport, peer, hold, link)
+        except Busy as error:
+            _fail(link, worker_pb2.LINK_OUTCOME_BUSY, str(error))
+        except Exception as error:
+            _fail(link, worker_pb2.LINK_OUTCOME_READ_FAILED, str(error) or repr(error))
+        # Not where it was cancelled: the worker stops, and the thread above may still post reads.
+        self._give_back(hold)
+        return link
+
+    async def _handshake(
+        self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe
+    ) -> worker_pb2.WorkerDescription:
+        start = time.perf_counter()
+        peers = self._server.peers
+        found = await peers.describe(request.peer_address)
+        if found.incarnation != request.peer_incarnation:
+            raise TransferFailed(f"{request.peer_address} was restarted, or is another worker now")
+        check_layouts(self._server.description.layout, found.layout)
+        peer = await peers.ensure(request.peer_incarnation, request.peer_address)
+        link.handshake_s = time.perf_counter() - start
+        return peer
+
+    # -- blocks --------------------------------------------------------------------------------
+
+    async def _set_aside(self, hold: _Hold, peer: worker_pb2.WorkerDescription) -> None:
+        most = min(MAX_BLOCKS, max(1, MAX_READ_BYTES // peer.block_bytes), peer.num_blocks)
+        try:
+            async with asyncio.timeout(TURN_S):
+                await self._server.call(lambda role: self._allocate(role, hold, most))
+        except TimeoutError:
+            raise Busy(f"the engine did not turn over within {TURN_S:g} s") from None
+
+    def _allocate(self, role: WorkerRole, hold: _Hold, most: int) -> None:
+        """On the engine thread. Leaves half of what could be had to the requests."""
+        pool = role.state.pool
+        count = min(most, pool.num_available // 2)
+        if count == 0:
+            raise Busy(f"{pool.num_used} of {pool.num_blocks} KV blocks are in use")
+        hold.blocks = pool.allocate(count)
+        self._holds.append(hold)
+
+    def _give_back(self, hold: _Hold) -> None:
+        """Once no read can write any more. Commands run in order, so this comes after _allocate."""
+        if hold.settled:
+            self._server.post(lambda role: self._release(role, hold))
+        else:
+            self._keep(asyncio.create_task(self._quarantine(hold)))
+
+    async def _quarantine(self, hold: _Hold) -> None:
+        while not hold.settled:
+            await asyncio.sleep(0.05)
+        self._give_back(hold)
+
+    def _release(self, role: WorkerRole, hold: _Hold) -> None:
+        """On the engine thread."""
+        if hold in self._holds:
+            self._holds.remove(hold)
+            role.state.pool.release(hold.blocks)
+
+    def _keep(self, task: asyncio.Task[worker_pb2.LinkProbe] | asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+# -- reads: on a thread of their own, which may wait -------------------------------------------
+
+
+def _latency(transport: Transport, incarnation: bytes) -> float:
+    """Median seconds of reading one generation: what a fence costs at least."""
+    deadline = time.monotonic() + READS_S
+    read = partial(transport.read_generations, incarnation, [0], b"")
+    return statistics.median(_wait(read(), deadline) for _ in range(SMALL_READS))
+
+
+def _bandwidth(
+    transport: Transport,
+    peer: worker_pb2.WorkerDescription,
+    hold: _Hold,
+    link: worker_pb2.LinkProbe,
+) -> None:
+    link.blocks = len(hold.blocks)
+    before = traffic.received()
+    nbytes = link.blocks * peer.block_bytes
+    link.bytes_per_s = nbytes / statistics.median(_bulk_reads(transport, peer, hold))
+    link.bytes = BULK_READS * nbytes
+    grown = traffic.growth(before, traffic.received())
+    if grown.tcp is not None:
+        link.tcp_bytes = grown.tcp
+    if grown.rdma is not None:
+        link.rdma_bytes = grown.rdma
+
+
+def _bulk_reads(
+    transport: Transport, peer: worker_pb2.WorkerDescription, hold: _Hold
+) -> Iterator[float]:
+    """Seconds of each. Others of the peer's blocks every time: caches would make it look faster."""
+    deadline = time.monotonic() + READS_S
+    count = len(hold.blocks)
+    for number in range(BULK_READS):
+        first = number * count % (peer.num_blocks - count + 1)
+        read = transport.read_blocks(peer.incarnation, range(first, first + count), hold.blocks)
+        hold.reads.append(read)
+        yield _wait(read, deadline)
+
+
+def _wait(read: Handle, deadline: float) -> float:
+    """Seconds until it was done. Raises TransferFailed."""
+    start = time.perf_counter()
+    while not read.terminal:
+        if time.monotonic() > deadline:
+            raise TransferFailed(f"reads did not end within {READS_S:g} s")
+        time.sleep(0.00002 if time.perf_counter() - start < 0.001 else 0.0002)
+    if read.state is HandleState.FAILED:
+        raise TransferFailed(read.error or "a read failed")
+    return time.perf_counter() - start
+
+
+def _fail(
+    link: worker_pb2.LinkProbe, outcome: worker_pb2.LinkOutcome, message: str
+) -> worker_pb2.LinkProbe:
+    link.outcome, link.message = outcome, message
+    return link
+
+
+@cache
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = ""
+    return versions
+
+
+def _ucx_environment() -> dict[str, str]:
+    return {
+        name.removeprefix("UCX_"): value
+        for name, value in os.environ.items()
+        if name.startswith("UCX_")
+    }
