@@ -182,7 +182,7 @@ class DecodeRole(WorkerRole):
             if job.ticket is not None and job.lease_end is not None
         ]
 
-    def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], lease_s: float) -> None:
+    def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], until: float) -> None:
         renewed, lost = answer
         for job in list(self.jobs.values()):
             if job.ticket is None or job.lease_end is None:
@@ -192,8 +192,8 @@ class DecodeRole(WorkerRole):
                 message = "the prefill worker no longer holds the ticket"
                 self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, message)
             elif ticket_id in renewed:
-                job.lease_end = self.state.clock() + lease_s
-                self._puller.renewed(ticket_id, int(lease_s * 1000))
+                job.lease_end = until
+                self._puller.renewed(ticket_id, until)
 
     def next_deadline(self) -> float | None:
         ends = [job.lease_end for job in self.jobs.values() if job.lease_end is not None]

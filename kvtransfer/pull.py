@@ -151,12 +151,12 @@ class Puller:
         )
         self._begin_reads()
 
-    def renewed(self, ticket_id: bytes, lease_ms: int, asked_at: float | None = None) -> None:
-        """The prefill worker has granted `lease_ms` more, counted from when it was asked."""
-        asked = self._clock() if asked_at is None else asked_at
+    def renewed(self, ticket_id: bytes, until: float) -> None:
+        """The prefill worker has extended the lease. `until`, on the clock, counts from when it
+        was asked."""
         for pull in self._pulls.values():
             if pull.ticket.ticket_id == ticket_id:
-                pull.lease_until = max(pull.lease_until, asked + lease_ms / 1000)
+                pull.lease_until = max(pull.lease_until, until)
 
     def cancel(self, sequence_id: str) -> bool:
         """The sequence is not wanted any more. False: no pull of it is under way."""

@@ -205,7 +205,7 @@ class Simulation:
                 continue
             unknown = peer.worker.role.renew_tickets([ticket_id], 30.0)
             (lost if unknown else renewed).add(ticket_id)
-        seat.worker.role.leases_renewed((renewed, lost), 30.0)
+        seat.worker.role.leases_renewed((renewed, lost), self.site.clock.now + 30.0)
 
     def _release_calls(self) -> None:
         for seat in self.seats:

@@ -129,9 +129,9 @@ def test_a_renewed_lease_lives_on(pair: Pair) -> None:
     pair.network.hold()
     ticket = pair.start("s", [3], [0])
     pair.now = 20.0
-    pair.puller.renewed(ticket.ticket_id, 30_000, asked_at=19.0)
-    pair.puller.renewed(ticket.ticket_id, 1)  # never shortens
-    pair.puller.renewed(b"another", 90_000)
+    pair.puller.renewed(ticket.ticket_id, 49.0)
+    pair.puller.renewed(ticket.ticket_id, 20.0)  # never shortens
+    pair.puller.renewed(b"another", 110.0)
     pair.now = 48.9
     pair.network.deliver(1)
     assert pair.puller.poll() == []

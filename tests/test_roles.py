@@ -165,7 +165,7 @@ def test_a_ticket_that_waits_for_blocks_is_renewed_or_fails(site: Site) -> None:
     ((address, ticket_id),) = d.role.waiting_tickets()
     site.clock.now += 20
     assert (address, p.role.renew_tickets([ticket_id], 30.0)) == (p.role.state.address, [])
-    d.role.leases_renewed(({ticket_id}, set()), 30.0)
+    d.role.leases_renewed(({ticket_id}, set()), site.clock.now + 30.0)
     site.clock.now += 20
     p.turn()
     d.turn(60)
@@ -183,7 +183,7 @@ def test_a_lost_ticket_fails_its_sequence(site: Site) -> None:
     first = prefill(p, PROMPT)
     waiting = hand_off(d, PROMPT, first)  # no room for it yet
     d.turn()
-    d.role.leases_renewed((set(), {first.ticket.ticket_id}), 30.0)
+    d.role.leases_renewed((set(), {first.ticket.ticket_id}), site.clock.now + 30.0)
     d.turn()
     (output,) = [output for output in d.take() if output.sequence_id == waiting]
     assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
@@ -345,7 +345,7 @@ def test_a_renewal_that_comes_after_the_fence_changes_nothing(site: Site) -> Non
     hand_off(d, PROMPT, first)
     d.turn()
     site.network.deliver()  # the fence's notification has released the ticket
-    d.role.leases_renewed((set(), {first.ticket.ticket_id}), 30.0)
+    d.role.leases_renewed((set(), {first.ticket.ticket_id}), site.clock.now + 30.0)
     d.turn(12)
     assert tokens_of([first, *d.take()]) == undisturbed(PROMPT, 8)
 

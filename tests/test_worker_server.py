@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from crossdock.proto.types import Role, SamplingParams
 from crossdock.proto.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.server import WorkerServer
+from crossdock.worker.streams import GatewayStream
 
 BLOCK = 16
 KEY = b"a key of this test cluster"
@@ -181,6 +183,55 @@ async def test_a_ticket_that_is_not_what_was_offered_is_refused(pair: Pair, fiel
     assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
     assert not output.token_ids
     await settled(pair.decode)
+
+
+async def test_a_peer_that_leaves_while_it_is_met_fails_the_request(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropped in the middle of the introduction: the gateway must hear of it."""
+    first = await pair.first("s", PROMPT)
+    await pair.decode.update_peers([])
+    met = asyncio.Event()
+
+    async def never(*_: object) -> None:
+        met.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(pair.decode.peers, "_introduce", never)
+    answer = asyncio.create_task(pair.rest("s", PROMPT, first))
+    await met.wait()
+    await pair.decode.update_peers([])
+    (output,) = await answer
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    assert "left the cluster" in output.error.message
+    await settled(pair.decode)
+
+
+async def test_a_stream_that_ends_before_its_snapshot_is_forgotten(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, entered, left = pair.prefill._service, asyncio.Event(), asyncio.Event()
+    opens = service._open
+
+    async def spied(stream: GatewayStream) -> None:
+        entered.set()
+        try:
+            await opens(stream)
+        finally:
+            left.set()
+
+    monkeypatch.setattr(service, "_open", spied)
+    stepping = threading.Event()
+    pair.prefill.post(lambda role: stepping.wait(20))  # the engine is in a long step
+    late = Gateway(pair.prefill.description.address)
+    opening = asyncio.create_task(late.connect())
+    await entered.wait()
+    opening.cancel()
+    await late.close()
+    await left.wait()
+    stepping.set()
+    await pair.prefill.status()  # after the snapshot
+    assert len(service._streams) == 1
 
 
 async def test_bad_requests_are_answered_and_start_nothing(pair: Pair) -> None:

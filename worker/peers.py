@@ -28,17 +28,21 @@ class Peers:
         self._transport = transport
         self._known: dict[bytes, asyncio.Task[worker_pb2.WorkerDescription]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._updating = asyncio.Lock()
 
     async def update(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """The prefill workers among `endpoints` become the peers; a bad one is left out."""
         wanted = {bytes.fromhex(e.incarnation): e for e in endpoints if e.role is Role.PREFILL}
-        for incarnation in [known for known in self._known if known not in wanted]:
-            await self._drop(incarnation)
-        for incarnation, endpoint in wanted.items():
-            try:
-                await self.ensure(incarnation, endpoint.address)
-            except TransferFailed as error:
-                log.warning("no KV from %s: %s", endpoint.name, error)
+        async with self._updating:
+            for incarnation in [known for known in self._known if known not in wanted]:
+                await self._drop(incarnation)
+            for incarnation, endpoint in wanted.items():
+                try:
+                    await self.ensure(incarnation, endpoint.address)
+                except TransferFailed as error:
+                    log.warning("no KV from %s: %s", endpoint.name, error)
+            for address in self._channels.keys() - {e.address for e in wanted.values()}:
+                await self._channels.pop(address).close()
 
     async def ensure(self, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
         """Returns once blocks can be read from this peer. Raises TransferFailed saying why not."""
@@ -51,6 +55,10 @@ class Peers:
         except TransferFailed:
             if self._known.get(incarnation) is task:
                 del self._known[incarnation]
+            raise
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise TransferFailed(f"{address} left the cluster") from None
             raise
 
     async def describe(self, address: str) -> worker_pb2.WorkerDescription:
@@ -70,28 +78,25 @@ class Peers:
 
         A peer that does not answer leaves its tickets as they were: their leases run on.
         """
-        by_address = defaultdict(list)
-        for address, ticket_id in tickets:
-            by_address[address].append(ticket_id)
         renewed: set[bytes] = set()
         lost: set[bytes] = set()
-        for address, ids in by_address.items():
+
+        async def renew_at(address: str, ids: list[bytes]) -> None:
             request = worker_pb2.RenewLeasesRequest(ticket_ids=ids, lease_ms=int(1000 * lease_s))
             try:
                 answer = await self._stub(address).RenewLeases(request, timeout=CALL_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 log.warning("leases at %s were not renewed: %s", address, error.code().name)
-                continue
+                return
             lost.update(answer.unknown_ticket_ids)
             renewed.update(set(ids) - set(answer.unknown_ticket_ids))
+
+        await asyncio.gather(*(renew_at(*group) for group in _by_address(tickets)))
         return renewed, lost
 
     async def release(self, tickets: Iterable[tuple[str, bytes]]) -> None:
         """Best effort: a ticket that cannot be released ends with its lease."""
-        by_address = defaultdict(list)
-        for address, ticket_id in tickets:
-            by_address[address].append(ticket_id)
-        for address, ids in by_address.items():
+        for address, ids in _by_address(tickets):
             request = worker_pb2.ReleaseTicketsRequest(ticket_ids=ids)
             try:
                 await self._stub(address).ReleaseTickets(request, timeout=CALL_TIMEOUT_S)
@@ -126,7 +131,9 @@ class Peers:
             raise TransferFailed(f"cannot reach {address}: {error}") from error
 
     async def _drop(self, incarnation: bytes) -> None:
-        self._known.pop(incarnation).cancel()
+        task = self._known.pop(incarnation, None)
+        if task is not None:
+            task.cancel()
         try:
             await asyncio.to_thread(self._transport.remove_peer, incarnation)
         except Exception as error:
@@ -136,3 +143,10 @@ class Peers:
         if address not in self._channels:
             self._channels[address] = grpc.aio.insecure_channel(address)
         return worker_pb2_grpc.WorkerStub(self._channels[address])
+
+
+def _by_address(tickets: Iterable[tuple[str, bytes]]) -> Iterable[tuple[str, list[bytes]]]:
+    groups: dict[str, list[bytes]] = defaultdict(list)
+    for address, ticket_id in tickets:
+        groups[address].append(ticket_id)
+    return groups.items()

@@ -120,8 +120,8 @@ class WorkerRole(ABC):
         """(prefill address, ticket id) of every ticket whose lease this role still needs."""
         return []
 
-    def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], lease_s: float) -> None:  # noqa: B027
-        """What prefill workers answered for waiting_tickets: ids renewed, ids lost."""
+    def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], until: float) -> None:  # noqa: B027
+        """What prefill workers said of waiting_tickets: ids renewed until a time, ids lost."""
 
     # What they share.
 

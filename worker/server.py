@@ -69,6 +69,10 @@ class WorkerServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+                # A gateway that hangs or is cut off is noticed, and what it had is freed.
+                ("grpc.keepalive_time_ms", 2000),
+                ("grpc.keepalive_timeout_ms", 3000),
+                ("grpc.http2.max_pings_without_data", 0),
             ]
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._grpc)
@@ -283,8 +287,10 @@ class WorkerServer:
             await asyncio.sleep(lease_s / 3)
             tickets = await self.call(lambda role: role.waiting_tickets())
             if tickets:
+                asked_at = self._state.clock()
                 answer = await self.peers.renew(tickets, lease_s)
-                await self.call(partial(WorkerRole.leases_renewed, answer=answer, lease_s=lease_s))
+                until = asked_at + lease_s
+                await self.call(partial(WorkerRole.leases_renewed, answer=answer, until=until))
 
     def _status(self, role: WorkerRole, check_integrity: bool) -> worker_pb2.WorkerStatus:
         state, counters = role.state, role.state.counters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from itertools import count
@@ -19,6 +20,8 @@ from crossdock.worker.streams import GatewayStream, block_events
 
 if TYPE_CHECKING:
     from crossdock.worker.server import WorkerServer
+
+log = logging.getLogger(__name__)
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -42,13 +45,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             return
         owner = f"{first.hello.gateway}/{next(self._stream_ids)}"
         stream = GatewayStream(owner)
-        await self._open(stream)
-        reader = asyncio.create_task(self._read(frames, stream))
+        reader: asyncio.Task[None] | None = None
         try:
+            await self._open(stream)
+            reader = asyncio.create_task(self._read(frames, stream))
             while (frame := await stream.next_frame()) is not None:
                 yield frame
         finally:
-            reader.cancel()
+            if reader is not None:
+                reader.cancel()
             self._streams.pop(owner, None)
             self._server.post(lambda role: role.owner_gone(owner))
 
@@ -72,6 +77,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         opened = asyncio.get_running_loop().create_future()
 
         def register(frame: worker_pb2.WorkerFrame) -> None:
+            if opened.done():
+                return  # the gateway went away before its snapshot was there
             self._streams[stream.owner] = stream
             stream.send(frame)
             opened.set_result(None)
@@ -120,6 +127,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         except CrossdockError as error:
             self._answer(owner, request.sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
             return
+        except Exception as error:
+            log.exception("taking %s", request.sequence.sequence_id)
+            message = f"{type(error).__name__}: {error}"
+            self._answer(owner, request.sequence, worker_pb2.ERROR_CODE_INTERNAL, message)
+            return
         self._submit(request.sequence, ticket, owner)
 
     async def _check_ticket(self, ticket: worker_pb2.Ticket, num_tokens: int) -> None:
@@ -146,6 +158,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         ticket: worker_pb2.Ticket | None,
         owner: str,
     ) -> None:
+        if owner not in self._streams:
+            return  # its stream ended meanwhile, and nobody would free the sequence
         server = self._server
         try:
             job = Job.from_pb(
