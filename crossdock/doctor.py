@@ -257,13 +257,18 @@ def examine(cluster: admin_pb2.ClusterStatus, at_once: int = 1) -> Report:
     """
     workers = [_examine_worker(member) for member in cluster.workers]
     incarnations = {m.name: m.worker.description.incarnation for m in cluster.workers}
+
+    def ask(pair: tuple[WorkerFacts, WorkerFacts]) -> PairFacts:
+        decode, prefill = pair
+        return _examine_pair(decode, prefill, incarnations[prefill.name])
+
     known = [worker for worker in workers if not worker.error]
     decodes = [worker for worker in known if worker.role != Role.PREFILL]
     prefills = [worker for worker in known if worker.role == Role.PREFILL]
     pairs: list[PairFacts] = []
     with ThreadPoolExecutor(max_workers=max(1, at_once)) as pool:
         for some in rounds(decodes, prefills):
-            pairs += pool.map(lambda pair: _examine_pair(*pair, incarnations[pair[1].name]), some)
+            pairs += pool.map(ask, some)
     pairs.sort(key=lambda pair: (pair.decode, pair.prefill))
     return Report(cluster.name, workers, pairs)
 

@@ -22,7 +22,7 @@ from crossdock.proto import errors
 from crossdock.proto.v1 import admin_pb2, worker_pb2
 
 COMMANDS = [
-    *("generate", "chat", "status", "model", "up", "apply", "scale", "down"),
+    *("generate", "chat", "status", "doctor", "model", "up", "apply", "scale", "down"),
     *("bench", "bench-trace"),
 ]
 

@@ -440,3 +440,23 @@ def test_the_command_prints_and_exits(
         assert found["ok"] == sound and found["pairs"][0]["decode"] == "d"
     else:
         assert "pairs" in out and ("sound: 2 workers, 1 pairs" in out) == sound
+
+
+def test_a_read_that_ends_at_once_is_timed_from_before_it_is_posted() -> None:
+    def post() -> Handle:
+        time.sleep(0.01)
+        done = Handle()
+        done.finish()
+        return done
+
+    assert probe._seconds(post, time.monotonic() + 1) >= 0.01
+
+
+def test_the_page_describes_every_column() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = page.split("## Is the cluster sound?")[1].split("\n## ")[0]
+    tables = (doctor._workers_table([P, D]), doctor._pairs_table([OK]))
+    for column in (column for table in tables for column in table.columns):
+        assert str(column.header) in section
+    for outcome in worker_pb2.LinkOutcome.keys()[1:]:
+        assert f"`{outcome.removeprefix('LINK_OUTCOME_').lower()}`" in section

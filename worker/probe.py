@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import metadata
@@ -115,11 +115,11 @@ class Prober:
                 peer = await self._handshake(request, link)
         except LayoutMismatch as error:
             return _fail(link, worker_pb2.LINK_OUTCOME_LAYOUT, str(error))
-        except TransferFailed as error:
-            return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, str(error))
         except TimeoutError:
             why = f"no handshake within {HANDSHAKE_S:g} s"
             return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, why)
+        except Exception as error:
+            return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, str(error) or repr(error))
         hold = _Hold()
         try:
             link.latency_s = await asyncio.to_thread(_latency, self._transport, peer_id)
@@ -195,7 +195,7 @@ def _latency(transport: Transport, incarnation: bytes) -> float:
     """Median seconds of reading one generation: what a fence costs at least."""
     deadline = time.monotonic() + READS_S
     read = partial(transport.read_generations, incarnation, [0], b"")
-    return statistics.median(_wait(read(), deadline) for _ in range(SMALL_READS))
+    return statistics.median(_seconds(read, deadline) for _ in range(SMALL_READS))
 
 
 def _bandwidth(
@@ -222,16 +222,21 @@ def _bulk_reads(
     """Seconds of each. Others of the peer's blocks every time: caches would make it look faster."""
     deadline = time.monotonic() + READS_S
     count = len(hold.blocks)
+
+    def read(first: int) -> Handle:
+        ids = range(first, first + count)
+        hold.reads.append(transport.read_blocks(peer.incarnation, ids, hold.blocks))
+        return hold.reads[-1]
+
     for number in range(BULK_READS):
         first = number * count % (peer.num_blocks - count + 1)
-        read = transport.read_blocks(peer.incarnation, range(first, first + count), hold.blocks)
-        hold.reads.append(read)
-        yield _wait(read, deadline)
+        yield _seconds(partial(read, first), deadline)
 
 
-def _wait(read: Handle, deadline: float) -> float:
-    """Seconds until it was done. Raises TransferFailed."""
+def _seconds(post: Callable[[], Handle], deadline: float) -> float:
+    """From before a read is posted until it is done. Raises TransferFailed."""
     start = time.perf_counter()
+    read = post()
     while not read.terminal:
         if time.monotonic() > deadline:
             raise TransferFailed(f"reads did not end within {READS_S:g} s")
