@@ -1,293 +1,669 @@
 """The whole hand-off protocol under a seeded scheduler.
 
-Real roles, pools, offers and pulls over the fake transport and a virtual clock; a gateway in
-miniature; messages that come late; processes that die and come back as others; leases that run
-out; pools that are too small.
+Real roles, pools, offers and pulls over a fake transport and a virtual clock; two gateways in
+miniature, each with a stream to every worker; workers and gateways that die, pause, drain and come
+back as others; messages that are lost, late, doubled or out of order; leases and deadlines that
+run out; pools that are too small.
 
 What must hold after every step, whatever happened:
-  1. every block of every worker is accounted for;
-  2. a client's tokens are a prefix of the undisturbed run's: none wrong, none twice, none missing;
-  3. a request ends exactly once.
-And once the faults stop: every request ends, and then nothing is held anywhere.
+  1. every block of every worker is accounted for: free, cached, or held by its known owners;
+  2. a sequence joins on exactly the KV that was offered: same process, block, owner and tokens;
+  3. no transfer writes into a block that has a new owner, and no offer is released while read;
+  4. no lease, wait, pull or request outlives its deadline by more than a turn of its worker;
+  5. a cancel, or the end of a gateway's stream, leaves nothing of it but blocks being written;
+  6. a client's tokens are a prefix of the undisturbed run's: none wrong, twice or missing;
+  7. a request ends exactly once.
+And once the faults stop: every request ends, and then no lease is open and no block is held.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from roles_kit import Site, Worker, job, undisturbed
+from protocol_wire import MoodyNetwork, MoodyTransport, RememberingPool, Truth
+from roles_kit import BLOCK, KEY, Site, Worker, job, undisturbed
 
+from crossdock.kvtransfer import ticket as tickets
+from crossdock.proto.errors import TransferFailed
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2, worker_pb2
+from crossdock.worker.job import Job
+from crossdock.worker.loop import Turn
 
-PREFILLS, DECODES = 2, 2
-MAX_REQUESTS = 12
+PREFILLS, DECODES, GATEWAYS = 2, 2, 2
+MAX_REQUESTS = 16
+LEASE_S = 30.0
+LOST = None  # the last thing a gateway hears of a stream
+RESTARTED = {
+    worker_pb2.ERROR_CODE_PREEMPTED,
+    worker_pb2.ERROR_CODE_OVERLOADED,
+    worker_pb2.ERROR_CODE_DRAINING,
+    worker_pb2.ERROR_CODE_PULL_FAILED,
+}
+
+
+class Violation(AssertionError):
+    """An invariant does not hold. The text names the seed, and the seed replays it."""
+
+
+@dataclass(eq=False)
+class Gateway:
+    """One life of one gateway."""
+
+    name: str
+    streams: dict[Seat, Stream] = field(default_factory=dict)
+    attempts: dict[str, Attempt] = field(default_factory=dict)  # by sequence id
 
 
 @dataclass(eq=False)
 class Request:
     prompt: list[int]
     expected: list[int]
-    emitted: list[int] = field(default_factory=list)
-    attempt: str = ""  # sequence id of the running attempt
-    cancelled: bool = False
-    ends: int = 0
+    gateway: Gateway
+    deadline: float | None
+    received: list[int] = field(default_factory=list)  # by the client
+    emitted: list[int] = field(default_factory=list)  # as the gateway remembers
+    ends: list[str] = field(default_factory=list)
+    attempt: Attempt | None = None
+
+
+@dataclass(eq=False)
+class Attempt:
+    id: str
+    request: Request
+    holders: list[Stream]
+    decoding_on: Stream | None = None
 
 
 @dataclass(eq=False)
 class Seat:
-    """A place in the cluster: one worker after another, and the gateway's stream to it."""
+    """A place in the cluster, held by one worker after another under one name."""
 
     name: str
     role: Role
     worker: Worker
-    inbox: deque = field(default_factory=deque)  # gateway -> worker: (method, arguments)
-    outbox: deque = field(default_factory=deque)  # worker -> gateway: outputs
+
+
+@dataclass(eq=False)
+class Stream:
+    """One gateway's stream to one worker. What is sent after its end goes nowhere."""
+
+    owner: str
+    gateway: Gateway
+    worker: Worker
+    seat: Seat
+    inbox: deque = field(default_factory=deque)  # to the worker: (what, sequence id, job)
+    outbox: deque = field(default_factory=deque)  # to the gateway: SequenceOutput | LOST
+    ended: bool = False
+
+    def send(self, what: str, sequence_id: str, job: Job | None = None) -> None:
+        if not self.ended:
+            self.inbox.append((what, sequence_id, job))
+
+    def end(self, rng: random.Random) -> None:
+        """Each side still hears a part of what was under way, then learns that it is over."""
+        if self.ended:
+            return
+        self.ended = True
+        for box in (self.inbox, self.outbox):
+            for _ in range(rng.randrange(len(box) + 1)):
+                box.pop()
+        self.inbox.append(("gone", "", None))
+        self.outbox.append(LOST)
 
 
 class Simulation:
-    """One seed, one history: `run` raises AssertionError with the seed when something is wrong."""
+    """One seed, one history: `run` raises Violation when an invariant breaks."""
 
-    def __init__(self, seed: int, steps: int = 250) -> None:
-        self.seed, self.steps = seed, steps
+    def __init__(self, seed: int, steps: int = 250, trace: Callable[[str], None] | None = None):
+        self.seed, self.steps, self.trace = seed, steps, trace
         self.rng = random.Random(seed)
-        self.site = Site()
-        self.faults = True
+        self.seen: Counter[str] = Counter()
+        self.network = MoodyNetwork(rng=self.rng, seen=self._see)
+        self.site = Site(self.network, pool_type=RememberingPool, transport_type=MoodyTransport)
+        self.site.wall_clock = self.site.clock
+        self.truth = Truth(self.network)
+        self.workers: list[Worker] = []  # all processes that run, also those given up for lost
+        self.met: dict[Worker, dict[bytes, int]] = {}  # by decode worker: peer -> blocks
+        self.meeting: list[tuple[Stream, Job]] = []  # decode requests whose peer is being met
+        self.paused: set[Worker] = set()
+        self.calls: list[tuple] = []  # between workers, in no order
+        self.streams: list[Stream] = []
         self.requests: list[Request] = []
-        self.attempts: dict[str, Request] = {}
-        self.holders: dict[str, list[Seat]] = {}
         self.counter = 0
-        roles = [Role.PREFILL] * PREFILLS + [Role.DECODE] * DECODES
-        self.seats = [Seat(f"{role}{i}", role, self._worker(role)) for i, role in enumerate(roles)]
-        self._introduce_all()
+        self.touched: dict[Worker, None] = {}
+        self.seats: list[Seat] = []
+        for i, role in enumerate([Role.PREFILL] * PREFILLS + [Role.DECODE] * DECODES):
+            self.seats.append(Seat(f"{role}{i}", role, self._worker(role, f"{role}{i}")))
+        self.gateways = [self._gateway(f"gateway{i}") for i in range(GATEWAYS)]
+        self.actions = {
+            self._turn: 40,
+            self._to_worker: 24,
+            self._to_gateway: 20,
+            self._network: 12,
+            self._call: 8,
+            self._advance: 6,
+            self._new_request: 14,
+            self._meet: 3,
+            self._renew: 4,
+            self._client_cancels: 1,
+            self._kill: 1,
+            self._pause: 1,
+            self._resume: 3,
+            self._replace: 1,
+            self._drain: 0.5,
+            self._stream_breaks: 1,
+            self._gateway_dies: 0.5,
+            self._peers_forgotten: 0.5,
+        }
 
     # -- the schedule --------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self) -> Simulation:
+        actions, weights = list(self.actions), list(self.actions.values())
         try:
-            for _ in range(self.steps):
-                self._step()
+            for action in self.rng.choices(actions, weights, k=self.steps):
+                self._log(action.__name__)
+                action()
                 self._check()
             self._settle()
-        except Exception as error:
-            raise AssertionError(f"seed {self.seed}: {type(error).__name__}: {error}") from error
+        except AssertionError as error:
+            raise Violation(f"seed {self.seed}: {error}") from error
+        return self
 
-    def _step(self) -> None:
-        actions = {
-            self._turn: 40,
-            self._deliver_to_worker: 20,
-            self._deliver_to_gateway: 20,
-            self._network: 12,
-            self._advance: 8,
-            self._new_request: 8,
-            self._renew: 3,
-            self._release_calls: 3,
-            self._client_cancels: 1,
-            self._kill: 1,
-            self._gateway_stream_breaks: 1,
-        }
-        self.rng.choices(list(actions), list(actions.values()))[0]()
+    def _log(self, what: str) -> None:
+        if self.trace is not None:
+            self.trace(f"{self.site.clock.now:8.1f} {what}")
+
+    def _see(self, what: str) -> None:
+        self.seen[what] += 1
+        self._log(f"         {what}")
 
     def _settle(self) -> None:
         """No more faults: everything must come to its end, by work or by time."""
-        self.faults = False
-        for _ in range(600):
-            self.site.network.deliver()
-            for seat in self.seats:
-                while seat.inbox:
-                    self._pop_inbox(seat)
-                self._turn_of(seat)
-                while seat.outbox:
-                    self._output(seat, seat.outbox.popleft())
-            self._release_calls()
-            self._check()
-            if all(request.ends for request in self.requests) and self._quiet():
-                break
-            self.site.clock.now += 0.5
+        self.network.calm = True
+        self.network._failures.clear()
+        self.network._drops = 0
+        self.paused.clear()
+        self._log("the faults stop")
+        for _ in range(800):
+            if not self._settle_once():
+                if self._over():
+                    break
+                self._renew_all()
+                ends = [worker.role.next_deadline() for worker in self.workers]
+                next_end = min((end for end in ends if end is not None), default=1e9)
+                now = self.site.clock.now
+                self.site.clock.now = min(max(next_end, now + 0.1), now + LEASE_S / 3)
         for request in self.requests:
-            assert request.ends == 1, f"a request ended {request.ends} times"
-            assert request.cancelled or request.emitted == request.expected, "tokens are missing"
-        for seat in self.seats:
-            pool = seat.worker.role.state.pool
-            assert seat.worker.role.idle, f"{seat.name} still holds work"
-            assert pool.num_used == 0, f"{seat.name} still holds {pool.num_used} blocks"
+            assert len(request.ends) == 1, f"a request ended so: {request.ends}"
+            whole = request.ends != ["finished"] or request.received == request.expected
+            assert whole, "tokens are missing"
+        for worker in self.workers:
+            role = worker.role
+            assert role.idle and not role.leases(), f"{role.state.config.name} still holds work"
+            used = role.state.pool.num_used
+            assert not used, f"{role.state.config.name} still holds {used} blocks"
 
-    def _quiet(self) -> bool:
-        return all(
-            seat.worker.role.idle and not seat.inbox and not seat.outbox for seat in self.seats
+    def _settle_once(self) -> bool:
+        """All that can happen at this time, once. False: nothing did."""
+        moved = self.network.deliver() > 0
+        while self.network.deliver_late():
+            moved = True
+        while self.meeting:
+            self._introduced(*self.meeting.pop(0))
+            moved = True
+        for stream in list(self.streams):
+            while stream.inbox:
+                self._receive(stream)
+                moved = True
+        for worker in self.workers:
+            moved |= self._turn_of(worker)
+        while self.calls:
+            self._carry_out(self.calls.pop(0))
+            moved = True
+        for stream in list(self.streams):
+            while stream.outbox:
+                self._hear(stream)
+                moved = True
+        self._check()
+        return moved
+
+    def _over(self) -> bool:
+        return all(request.ends for request in self.requests) and all(
+            worker.role.idle for worker in self.workers
         )
 
     def _check(self) -> None:
-        for seat in self.seats:
-            seat.worker.check()
+        """A worker's bookkeeping changes only when it is called: only then is it looked at."""
+        for worker in self.touched:
+            worker.check()
+        self.touched.clear()
 
     # -- workers -------------------------------------------------------------------------------
 
-    def _worker(self, role: Role) -> Worker:
-        blocks = self.rng.choice([9, 12, 40])  # the longest sequence fits in each
-        return self.site.worker(role, blocks=blocks, max_batch=4, pull_timeout_s=10.0)
+    def _worker(self, role: Role, name: str, address: str = "") -> Worker:
+        """A fresh process: its pool, its incarnation and all it knows are new."""
+        self.counter += 1
+        blocks = self.rng.choice([9, 9, 12, 24])  # the longest sequence fits in each
+        worker = self.site.worker(
+            role,
+            blocks,
+            address or f"{name}:{self.counter}",
+            name=name,
+            max_batch=4,
+            max_waiting=self.rng.choice([1, 16]),
+            lease_s=LEASE_S,
+        )
+        state = worker.role.state
+        worker.transport.pool = state.pool
+        self.network.homes[state.incarnation] = state.address
+        worker.on_turn = lambda turn: self._made(worker, turn)
+        if role is Role.PREFILL:
+            self.truth.watch_prefill(worker, lambda: self.workers)
+        else:
+            self.truth.watch_decode(worker)
+            self.met[worker] = {}
+        self.workers.append(worker)
+        return worker
 
-    def _introduce_all(self) -> None:
-        self.site.introduce(*(seat.worker for seat in self.seats))
+    def _made(self, worker: Worker, turn: Turn) -> None:
+        """What a turn of a worker has for the others."""
+        streams = {stream.owner: stream for stream in self.streams if stream.worker is worker}
+        for owner, outputs in turn.outputs.items():
+            for output in outputs:
+                if output.HasField("ticket"):
+                    self.truth.offered(worker, output.ticket)
+                if owner in streams and not streams[owner].ended:
+                    streams[owner].outbox.append(output)
+        for address, ticket_id in turn.ticket_releases:
+            self.truth.called.add(ticket_id)
+            self.calls.append(("release", address, [ticket_id]))
 
     def _turn(self) -> None:
-        self._turn_of(self.rng.choice(self.seats))
+        worker = self.rng.choice(self.workers)
+        if worker not in self.paused:
+            self._turn_of(worker)
 
-    def _turn_of(self, seat: Seat) -> None:
-        seat.worker.turn()
-        seat.outbox.extend(seat.worker.take())
+    def _turn_of(self, worker: Worker) -> bool:
+        worked = worker.loop.turn()
+        self.touched[worker] = None
+        now, role = self.site.clock.now, worker.role
+        for lease in role.leases():
+            assert lease.remaining_s > 0, "a lease outlived its end"
+        for held in role.jobs.values():
+            late = held.deadline_unix_s is not None and held.deadline_unix_s <= now
+            assert not late, "a request outlived its deadline"
+            waited = held.lease_end is not None and held.lease_end <= now
+            assert not waited, "a wait for KV outlived its lease"
+        return worked
 
     def _kill(self) -> None:
-        """SIGKILL, noticed by the gateway at once, and a fresh process in its place."""
+        """SIGKILL, and a fresh process under the same name, mostly at the same address."""
         seat = self.rng.choice(self.seats)
-        self.site.network.kill(seat.worker.role.state.incarnation)
-        seat.worker = self._worker(seat.role)
-        self._introduce_all()
-        self._stream_lost(seat)
+        address = seat.worker.role.state.address
+        self._die(seat.worker)
+        same = self.rng.random() < 0.7
+        seat.worker = self._worker(seat.role, seat.name, address if same else "")
+        self._see("killed, back at the same address" if same else "killed")
 
-    def _gateway_stream_breaks(self) -> None:
+    def _die(self, worker: Worker) -> None:
+        self._count(worker)
+        self.network.kill(worker.role.state.incarnation)
+        self.workers.remove(worker)
+        self.paused.discard(worker)
+        self.meeting = [
+            (stream, job) for stream, job in self.meeting if stream.worker is not worker
+        ]
+        for stream in [stream for stream in self.streams if stream.worker is worker]:
+            stream.end(self.rng)
+            stream.inbox.clear()
+
+    def _pause(self) -> None:
+        """SIGSTOP: nothing is heard of it, while its memory can be read as ever."""
+        self.paused.add(self.rng.choice(self.workers))
+        self._see("paused")
+
+    def _resume(self) -> None:
+        if self.paused:
+            paused = [worker for worker in self.workers if worker in self.paused]
+            self.paused.discard(self.rng.choice(paused))
+
+    def _replace(self) -> None:
+        """A paused worker is given up for lost; later it goes on beside its successor."""
+        seats = [seat for seat in self.seats if seat.worker in self.paused]
+        if seats and len(self.workers) < len(self.seats) + 2:
+            seat = self.rng.choice(seats)
+            for stream in [stream for stream in self.streams if stream.worker is seat.worker]:
+                stream.end(self.rng)
+            seat.worker = self._worker(seat.role, seat.name)
+            self._see("given up while paused")
+
+    def _drain(self) -> None:
+        """Takes nothing new, moves away what it has, and leaves once its streams have ended."""
         seat = self.rng.choice(self.seats)
-        seat.worker.role.owner_gone("gateway")
-        self._stream_lost(seat)
+        seat.worker.role.draining = True
+        if self.rng.random() < 0.5:
+            seat.worker.role.eject_all(worker_pb2.ERROR_CODE_DRAINING, "draining")
+            self._turn_of(seat.worker)
+            self._die(seat.worker)
+            seat.worker = self._worker(seat.role, seat.name)
+            self._see("drained")
+        elif self.rng.random() < 0.5:
+            seat.worker.role.draining = False
 
-    def _stream_lost(self, seat: Seat) -> None:
-        seat.inbox.clear()
-        seat.outbox.clear()
-        lost = [attempt for attempt, seats in self.holders.items() if seat in seats]
-        for attempt in lost:
-            self.holders[attempt].remove(seat)
-            request = self.attempts[attempt]
-            # Once decode has the ticket, losing the prefill worker is the pull's business.
-            if seat.role is Role.DECODE or not self.holders[attempt]:
-                self._restart(request)
+    def _advance(self) -> None:
+        self.site.clock.now += self.rng.choice([0.1, 0.1, 1.0, 1.0, 5.0, 12.0, 31.0])
 
-    # -- messages ------------------------------------------------------------------------------
-
-    def _deliver_to_worker(self) -> None:
-        seat = self.rng.choice(self.seats)
-        if seat.inbox:
-            self._pop_inbox(seat)
-
-    def _pop_inbox(self, seat: Seat) -> None:
-        method, arguments = seat.inbox.popleft()
-        getattr(seat.worker.role, method)(*arguments)
-
-    def _deliver_to_gateway(self) -> None:
-        seat = self.rng.choice(self.seats)
-        if seat.outbox:
-            self._output(seat, seat.outbox.popleft())
+    # -- between workers -----------------------------------------------------------------------
 
     def _network(self) -> None:
-        network = self.site.network
-        what = self.rng.random()
-        if what < 0.4:
+        network, what = self.network, self.rng.random()
+        if what < 0.35:
             network.hold()
-        elif what < 0.8:
+        elif what < 0.5:
+            network.deliver_any()
+        elif what < 0.75:
             network.deliver(self.rng.choice([1, 2, None]))
-        elif what < 0.9:
+        elif what < 0.85:
+            network.deliver_late()
+        elif what < 0.92:
             network.fail_next_read()
         else:
             network.drop_next_notification()
 
-    def _advance(self) -> None:
-        self.site.clock.now += self.rng.choice([0.1, 1.0, 5.0, 12.0, 31.0])
-
     def _renew(self) -> None:
-        """One decode worker's renewal round; some calls are not answered."""
-        seat = self.rng.choice([seat for seat in self.seats if seat.role is Role.DECODE])
-        renewed: set[bytes] = set()
-        lost: set[bytes] = set()
-        for address, ticket_id in seat.worker.role.waiting_tickets():
-            peer = self._at(address)
-            if peer is None or self.rng.random() < 0.2:
-                continue
-            unknown = peer.worker.role.renew_tickets([ticket_id], 30.0)
-            (lost if unknown else renewed).add(ticket_id)
-        seat.worker.role.leases_renewed((renewed, lost), self.site.clock.now + 30.0)
+        worker = self.rng.choice([seat.worker for seat in self.seats if seat.role is Role.DECODE])
+        if worker not in self.paused:
+            self._ask_renewal(worker)
 
-    def _release_calls(self) -> None:
+    def _renew_all(self) -> None:
+        for worker in self.met:
+            if worker in self.workers:
+                self._ask_renewal(worker)
+
+    def _ask_renewal(self, worker: Worker) -> None:
+        until = self.site.clock.now + LEASE_S
+        for address, ticket_id in worker.role.waiting_tickets():
+            self.calls.append(("renew", address, [ticket_id], worker, until))
+
+    def _call(self) -> None:
+        """One call between workers arrives, or is lost, or arrives and arrives again."""
+        if not self.calls:
+            return
+        index, what = self.rng.randrange(len(self.calls)), self.rng.random()
+        call = self.calls[index] if what < 0.1 else self.calls.pop(index)
+        if what < 0.9:
+            self._carry_out(call)
+
+    def _carry_out(self, call: tuple) -> None:
+        what, address, ids, *rest = call
+        if what == "answer":
+            worker, until = rest
+            if worker in self.workers and worker not in self.paused:
+                worker.role.leases_renewed(ids, until)
+                self.touched[worker] = None
+            return
+        peer = next((w for w in reversed(self.workers) if w.role.state.address == address), None)
+        if peer is None or peer in self.paused:
+            return
+        self.touched[peer] = None
+        if what == "release":
+            peer.role.release_tickets(ids)
+            return
+        held = {lease.ticket_id for lease in peer.role.leases()}
+        unknown = set(peer.role.renew_tickets(ids, LEASE_S))
+        assert unknown == set(ids) - held, "a lease was renewed that is not open"
+        self.calls.append(("answer", "", (set(ids) - unknown, unknown), *rest))
+
+    def _meet(self) -> None:
+        if self.meeting:
+            met = self.meeting[self.rng.randrange(len(self.meeting))]
+            if met[0].worker not in self.paused:
+                self.meeting.remove(met)
+                self._introduced(*met)
+
+    def _introduced(self, stream: Stream, job: Job) -> None:
+        """Worker.service and peers: who signed the ticket, and whether it can be read from."""
+        ticket, worker = job.ticket, stream.worker
+        self.touched[worker] = None
+        try:
+            tickets.validate(
+                ticket,
+                key=KEY,
+                incarnation=ticket.incarnation,
+                layout_hash=worker.role.state.layout_hash,
+                num_blocks=self._ensure(worker, ticket),
+                block_size=BLOCK,
+            )
+        except TransferFailed as error:
+            self._see("peer not met")
+            code = worker_pb2.ERROR_CODE_PULL_FAILED
+            failed = worker_pb2.SequenceError(code=code, message=str(error))
+            if not stream.ended:
+                answer = worker_pb2.SequenceOutput(sequence_id=job.id, error=failed)
+                stream.outbox.append(answer)
+            return
+        worker.role.submit(job)
+
+    def _ensure(self, worker: Worker, ticket: worker_pb2.Ticket) -> int:
+        """How many blocks the ticket's peer has. Raises TransferFailed."""
+        known = self.met[worker]
+        if ticket.incarnation not in known:
+            address = ticket.prefill_address
+            peer = next((w for w in self.workers if w.role.state.address == address), None)
+            if peer is None or peer.role.state.incarnation != ticket.incarnation:
+                raise TransferFailed(f"{address} is gone or another")
+            memory = peer.transport.memory
+            worker.transport.add_peer(
+                ticket.incarnation, peer.transport.info(), memory.num_blocks, memory.block_bytes
+            )
+            known[ticket.incarnation] = memory.num_blocks
+        return known[ticket.incarnation]
+
+    def _peers_forgotten(self) -> None:
+        """The controller's list without some peer: it is met again when a ticket comes."""
+        worker = self.rng.choice([seat.worker for seat in self.seats if seat.role is Role.DECODE])
+        for incarnation in list(self.met[worker]):
+            worker.transport.remove_peer(incarnation)
+            del self.met[worker][incarnation]
+
+    # -- the streams, on the worker's side -----------------------------------------------------
+
+    def _to_worker(self) -> None:
+        waiting = [s for s in self.streams if s.inbox and s.worker not in self.paused]
+        if waiting:
+            self._receive(self.rng.choice(waiting))
+
+    def _receive(self, stream: Stream) -> None:
+        what, sequence_id, job = stream.inbox.popleft()
+        role = stream.worker.role
+        self.touched[stream.worker] = None
+        if what == "submit" and job.ticket is not None:
+            self.meeting.append((stream, job))
+            if self.rng.random() < 0.8 or self.network.calm:
+                self._introduced(*self.meeting.pop())
+        elif what == "submit":
+            role.submit(job)
+        elif what == "cancel":
+            self.meeting = [
+                (s, j) for s, j in self.meeting if s is not stream or j.id != sequence_id
+            ]
+            role.cancel(sequence_id, "given up")
+            left = [lease for lease in role.leases() if lease.sequence_id == sequence_id]
+            assert sequence_id not in role.jobs and not left, "a cancel left something behind"
+        else:
+            self.meeting = [(s, j) for s, j in self.meeting if s is not stream]
+            role.owner_gone(stream.owner)
+            left = [lease for lease in role.leases() if lease.owner == stream.owner]
+            left += [held for held in role.jobs.values() if held.owner == stream.owner]
+            assert not left, "a gateway's end left something behind"
+
+    # -- the gateways --------------------------------------------------------------------------
+
+    def _gateway(self, name: str) -> Gateway:
+        gateway = Gateway(name)
         for seat in self.seats:
-            releases, seat.worker.releases = seat.worker.releases, []
-            for address, ticket_id in releases:
-                peer = self._at(address)
-                if peer is not None and not (self.faults and self.rng.random() < 0.3):
-                    peer.worker.role.release_tickets([ticket_id])
+            self._connect(gateway, seat)
+        return gateway
 
-    def _at(self, address: str) -> Seat | None:
-        for seat in self.seats:
-            if seat.worker.role.state.address == address:
-                return seat
-        return None
+    def _connect(self, gateway: Gateway, seat: Seat) -> None:
+        self.counter += 1
+        stream = Stream(f"{gateway.name}/{self.counter}", gateway, seat.worker, seat)
+        gateway.streams[seat] = stream
+        self.streams.append(stream)
 
-    # -- the gateway ---------------------------------------------------------------------------
+    def _stream_breaks(self) -> None:
+        stream = self.rng.choice(self.streams)
+        stream.end(self.rng)
+        self._see("stream broken")
+
+    def _gateway_dies(self) -> None:
+        """All its streams end at once; its requests are the clients' to repeat."""
+        index = self.rng.randrange(GATEWAYS)
+        dead = self.gateways[index]
+        for stream in dead.streams.values():
+            stream.end(self.rng)
+            stream.outbox.clear()
+        for request in self.requests:
+            if request.gateway is dead and not request.ends:
+                request.ends.append("gateway lost")
+        dead.attempts.clear()
+        self.gateways[index] = self._gateway(dead.name)
+        self._see("gateway lost")
 
     def _new_request(self) -> None:
         if len(self.requests) >= MAX_REQUESTS:
             return
-        shared = [11] * self.rng.choice([0, 8, 16])  # prefixes that caches can share
-        prompt = shared + [self.rng.randrange(3, 900) for _ in range(self.rng.randrange(1, 40))]
-        tokens = self.rng.randrange(1, 12)
-        request = Request(prompt, undisturbed(prompt, tokens))
+        rng = self.rng
+        shared = [11] * rng.choice([0, 8, 16])  # prefixes that caches can share
+        prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, 40))]
+        expected = undisturbed(prompt, rng.randrange(1, 16))
+        deadline = self.site.clock.now + rng.choice([5.0, 40.0]) if rng.random() < 0.2 else None
+        request = Request(prompt, expected, rng.choice(self.gateways), deadline)
         self.requests.append(request)
         self._start(request)
 
     def _start(self, request: Request) -> None:
+        """On a prefill worker, or, where the router would bypass the hand-off, on a decode one."""
+        role = Role.DECODE if self.rng.random() < 0.2 else Role.PREFILL
+        stream = self._choose(request.gateway, role)
         self.counter += 1
-        request.attempt = f"a{self.counter}"
-        self.attempts[request.attempt] = request
-        seat = self.rng.choice([seat for seat in self.seats if seat.role is Role.PREFILL])
-        self.holders[request.attempt] = [seat]
-        seat.inbox.append(("submit", (self._job(request, None),)))
+        attempt = Attempt(f"a{self.counter}", request, [stream])
+        if role is Role.DECODE:
+            attempt.decoding_on = stream
+            self._see("no hand-off")
+        request.attempt = attempt
+        request.gateway.attempts[attempt.id] = attempt
+        stream.send("submit", attempt.id, self._job(stream, attempt, None))
 
-    def _job(self, request: Request, ticket: worker_pb2.Ticket | None):
+    def _choose(self, gateway: Gateway, role: Role) -> Stream:
+        return gateway.streams[self.rng.choice([seat for seat in self.seats if seat.role is role])]
+
+    def _job(self, stream: Stream, attempt: Attempt, ticket: worker_pb2.Ticket | None) -> Job:
+        request = attempt.request
         return job(
             request.prompt,
             emitted=request.emitted,
             ticket=ticket,
-            sequence_id=request.attempt,
+            owner=stream.owner,
+            sequence_id=attempt.id,
+            deadline_unix_ms=int(1000 * (request.deadline or 0)),
             max_tokens=len(request.expected),
         )
 
-    def _restart(self, request: Request) -> None:
-        """Prefills prompt and emitted tokens elsewhere; the client's stream goes on."""
-        self._let_go(request)
-        if not request.ends:
-            self._start(request)
+    def _end(self, request: Request, how: str) -> None:
+        """The one way out of a request: frees what is left of it on the workers."""
+        request.ends.append(how)
+        self._see(how)
+        self._give_up(request)
 
-    def _let_go(self, request: Request) -> None:
-        attempt = request.attempt
-        self.attempts.pop(attempt, None)
-        for seat in self.holders.pop(attempt, []):
-            seat.inbox.append(("cancel", (attempt, "given up")))
+    def _give_up(self, request: Request) -> None:
+        attempt, request.attempt = request.attempt, None
+        if attempt is not None:
+            del request.gateway.attempts[attempt.id]
+            for stream in attempt.holders:
+                stream.send("cancel", attempt.id)
+
+    def _restart(self, request: Request) -> None:
+        """Prompt and emitted tokens are prefilled elsewhere; the client's stream goes on."""
+        self._give_up(request)
+        self._see("restarted")
+        self._start(request)
 
     def _client_cancels(self) -> None:
         running = [request for request in self.requests if not request.ends]
         if running:
-            request = self.rng.choice(running)
-            request.cancelled = True
-            request.ends += 1
-            self._let_go(request)
+            self._end(self.rng.choice(running), "cancelled")
 
-    def _output(self, seat: Seat, output: worker_pb2.SequenceOutput) -> None:
-        request = self.attempts.get(output.sequence_id)
-        if request is None or seat not in self.holders[output.sequence_id]:
-            return  # of an attempt that was given up
-        if output.HasField("error"):
-            self.holders[output.sequence_id].remove(seat)
-            self._restart(request)
+    def _to_gateway(self) -> None:
+        waiting = [stream for stream in self.streams if stream.outbox]
+        if waiting:
+            self._hear(self.rng.choice(waiting))
+
+    def _hear(self, stream: Stream) -> None:
+        output = stream.outbox.popleft()
+        gateway = stream.gateway
+        if output is not LOST:
+            attempt = gateway.attempts.get(output.sequence_id)
+            if attempt is not None and stream in attempt.holders:
+                self._take(attempt, stream, output)
             return
-        if seat.role is Role.DECODE:
-            self.holders[output.sequence_id] = [seat]  # the prefill worker has let go
+        if gateway not in self.gateways:
+            return
+        self._connect(gateway, stream.seat)
+        for attempt in [a for a in gateway.attempts.values() if stream in a.holders]:
+            attempt.holders.remove(stream)
+            # Once a decode worker has the ticket, losing the other one is the pull's business.
+            if attempt.decoding_on in (None, stream):
+                self._restart(attempt.request)
+
+    def _take(self, attempt: Attempt, stream: Stream, output: worker_pb2.SequenceOutput) -> None:
+        request = attempt.request
+        judged = attempt.decoding_on in (None, stream)
+        if output.HasField("error"):
+            attempt.holders.remove(stream)
+            code = output.error.code
+            self._see(worker_pb2.ErrorCode.Name(code))
+            if judged and code == worker_pb2.ERROR_CODE_DEADLINE:
+                assert request.deadline <= self.site.clock.now, "ended before its deadline"
+                self._end(request, "deadline")
+            elif judged:
+                assert code in RESTARTED, f"a worker failed: {output.error.message}"
+                self._restart(request)
+            return
+        assert judged, "a prefill worker goes on after its ticket was passed on"
+        request.received += output.token_ids
         request.emitted += output.token_ids
-        so_far = request.expected[: len(request.emitted)]
-        assert request.emitted == so_far, f"wrong tokens: {request.emitted}, not {so_far}"
+        so_far = request.expected[: len(request.received)]
+        assert request.received == so_far, f"wrong tokens: {request.received}, not {so_far}"
+        if attempt.decoding_on is stream:
+            attempt.holders = [stream]  # the prefill worker has let go
         if output.finish_reason == inference_pb2.FINISH_REASON_LENGTH:
-            request.ends += 1
-            self.holders[output.sequence_id].remove(seat)
-            self._let_go(request)
-        elif output.HasField("ticket"):
-            decode = self.rng.choice([seat for seat in self.seats if seat.role is Role.DECODE])
-            self.holders[output.sequence_id].append(decode)
-            decode.inbox.append(("submit", (self._job(request, output.ticket),)))
+            attempt.holders.remove(stream)
+            self._end(request, "finished")
+        elif attempt.decoding_on is None:
+            assert output.HasField("ticket"), "token 0 without a ticket"
+            attempt.decoding_on = decode = self._choose(request.gateway, Role.DECODE)
+            attempt.holders.append(decode)
+            decode.send("submit", attempt.id, self._job(decode, attempt, output.ticket))
+
+    # -- what has been seen --------------------------------------------------------------------
+
+    def tally(self) -> Counter[str]:
+        """What happened in this history, to tell that the faults do happen."""
+        for worker in self.workers:
+            self._count(worker)
+        return self.seen
+
+    def _count(self, worker: Worker) -> None:
+        role = worker.role
+        if role.state.config.role is Role.PREFILL:
+            self.seen.update({f"lease {how}": n for how, n in role._offers.exits.items()})
+        else:
+            counts = role._puller.counts
+            self.seen.update({f"pull: {why}": n for why, n in counts.reasons.items()})
+            self.seen["joined"] += counts.joined

@@ -6,6 +6,8 @@ so that a token computed from a wrong, missing or foreign block is a wrong token
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -42,8 +44,10 @@ def toy_token(kv: np.ndarray) -> int:
 def undisturbed(prompt: list[int], tokens: int) -> list[int]:
     """What a request must answer, whatever happens on the way."""
     ids = list(prompt)
+    total = sum(weight * token for weight, token in enumerate(ids, 1))
     for _ in range(tokens):
-        ids.append(toy_token(np.array(ids)))
+        ids.append(total % VOCAB)
+        total += len(ids) * ids[-1]
     return ids[len(prompt) :]
 
 
@@ -64,9 +68,12 @@ class ToyRunner:
                 tokens.append(SampledToken(self._next(chunk)))
         return tokens
 
+    def kv_of(self, block_table: list[int]) -> np.ndarray:
+        """int64 [len(block_table) * BLOCK]: the tokens whose KV these blocks hold."""
+        return self._kv[block_table].reshape(-1)
+
     def _next(self, chunk: Chunk) -> int:
-        kv = self._kv[chunk.sequence.block_table].reshape(-1)
-        return toy_token(kv[: chunk.start + chunk.length])
+        return toy_token(self.kv_of(chunk.sequence.block_table)[: chunk.start + chunk.length])
 
 
 @dataclass
@@ -77,7 +84,7 @@ class Clock:
         return self.now
 
 
-@dataclass
+@dataclass(eq=False)
 class Worker:
     """One role with its loop; `turn` is one turn of the engine thread."""
 
@@ -87,6 +94,7 @@ class Worker:
     transport: FakeTransport
     outputs: list[worker_pb2.SequenceOutput] = field(default_factory=list)
     releases: list[tuple[str, bytes]] = field(default_factory=list)
+    on_turn: Callable[[Turn], None] | None = None  # takes what a turn made, by owner
 
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
@@ -106,12 +114,15 @@ class Site:
 
     network: FakeNetwork = field(default_factory=FakeNetwork)
     clock: Clock = field(default_factory=Clock)
+    wall_clock: Callable[[], float] = time.time
+    pool_type: type[BlockPool] = BlockPool
+    transport_type: type[FakeTransport] = FakeTransport
     _names: count = field(default_factory=count)
 
-    def worker(self, role: Role, blocks: int = 64, **settings: object) -> Worker:
-        settings = {"chunk_tokens": 32, "lease_s": 30.0} | settings
+    def worker(self, role: Role, blocks: int = 64, address: str = "", **settings: object) -> Worker:
+        """`address`: of a restarted worker, its predecessor's; else one that nobody had."""
+        settings = {"name": f"{role}-{next(self._names)}", "chunk_tokens": 32} | settings
         config = WorkerConfig(
-            name=f"{role}-{next(self._names)}",
             pool=str(role),
             role=role,
             model="toy",
@@ -122,18 +133,19 @@ class Site:
         kv = np.zeros((blocks, BLOCK), dtype=np.int64)
         memory = PoolMemory(kv.ctypes.data, blocks, 8 * BLOCK, np.zeros(blocks, dtype=np.int64))
         incarnation = new_incarnation()
-        transport = FakeTransport(self.network, incarnation, memory)
+        transport = self.transport_type(self.network, incarnation, memory)
         state = WorkerState(
             config=config,
-            pool=BlockPool(blocks, BLOCK, memory.generations),
+            pool=self.pool_type(blocks, BLOCK, memory.generations),
             block_bytes=memory.block_bytes,
             context_length=CONTEXT,
             layout_hash=b"l" * 16,
             incarnation=incarnation,
             transport=transport,
             memory=memory,
-            address=config.name,
+            address=address or config.name,
             clock=self.clock,
+            wall_clock=self.wall_clock,
         )
         made = (PrefillRole if role is Role.PREFILL else DecodeRole)(state)
         runner = ToyRunner(kv)
@@ -154,6 +166,9 @@ class Site:
 
 
 def _collect(worker: Worker, turn: Turn) -> None:
+    if worker.on_turn is not None:
+        worker.on_turn(turn)
+        return
     for outputs in turn.outputs.values():
         worker.outputs.extend(outputs)
     worker.releases.extend(turn.ticket_releases)
