@@ -10,15 +10,20 @@ from pathlib import Path
 
 import grpc
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from crossdock.client import AsyncClient
 from crossdock.decode import worker as decode_worker
 from crossdock.engine.llm import LLM
 from crossdock.prefill import worker as prefill_worker
 from crossdock.proto.errors import DeadlineExceeded
-from crossdock.proto.types import Role, SamplingParams
+from crossdock.proto.types import LIFE_CYCLE, Role, SamplingParams
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+from crossdock.router import tracing as router_tracing
 from crossdock.router.gateway import GatewayConfig, GatewayServer
+from crossdock.worker import tracing as worker_tracing
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.server import WorkerServer
 
@@ -182,6 +187,36 @@ async def test_a_pool_that_is_too_small_preempts_and_the_streams_go_on(tiny_mode
         await cluster.settled()
     finally:
         await stop(cluster)
+
+
+async def test_one_trace_spans_gateway_prefill_and_decode(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for module in (router_tracing, worker_tracing):
+        monkeypatch.setattr(module, "_tracer", provider.get_tracer("test"))
+    answers = await asyncio.gather(
+        *(cluster.client.generate(p, max_tokens=6, ignore_eos=True) for p in prompts(12))
+    )
+    await cluster.settled()
+    async with asyncio.timeout(5):
+        while sum(s.name == "crossdock.request" for s in exporter.get_finished_spans()) < 12:
+            await asyncio.sleep(0.01)
+    traces: dict[int, dict[str, ReadableSpan]] = {}
+    for span in exporter.get_finished_spans():
+        traces.setdefault(span.context.trace_id, {})[span.name] = span
+    assert len(traces) == 12
+    for spans in traces.values():
+        request = spans["crossdock.request"]
+        for name in ("crossdock.prefill", "crossdock.decode"):
+            assert spans[name].parent.span_id == request.context.span_id
+        assert {e.name for e in spans["crossdock.prefill"].events} >= {"prefill_queued"}
+        assert {e.name for e in spans["crossdock.decode"].events} >= {"fenced", "joined"}
+    for answer in answers:
+        events = answer.timings.events
+        assert list(events) == list(LIFE_CYCLE) and list(events.values()) == sorted(events.values())
 
 
 async def test_colocated_workers_answer_the_same(tiny_model: Path) -> None:
