@@ -31,7 +31,6 @@ model: {{id: "{model}"}}
 gateway:
   grpc: "127.0.0.1:0"
   http: "127.0.0.1:0"
-  policy: round_robin  # every worker gets its turn, so that each is seen to work
   drain_s: 2
 controller: {{grpc: "127.0.0.1:{admin}"}}
 pools:
