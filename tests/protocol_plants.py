@@ -1,6 +1,6 @@
 """Defects put into the product on purpose: the simulation must find every one of them.
 
-Those of the gateway are put into the simulation's own, since the real one is not simulated.
+Those of the gateway are put into the gateways in miniature, since the real one is not simulated.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import pytest
-from protocol_sim import Request, Simulation, Violation
+from protocol_gateways import Gateways, Request
+from protocol_sim import Simulation, Violation
 from protocol_wire import MoodyNetwork, MoodyTransport
 
 from crossdock.decode.worker import DecodeRole
@@ -246,24 +247,24 @@ def preempted_without_freeing(patch: pytest.MonkeyPatch) -> None:
 
 def restart_forgets_a_token(patch: pytest.MonkeyPatch) -> None:
     """The last emitted token is drawn, and sent, again."""
-    restart = Simulation._restart
+    restart = Gateways.restart
 
-    def forget_and_restart(self: Simulation, request: Request) -> None:
+    def forget_and_restart(self: Gateways, request: Request) -> None:
         del request.emitted[-1:]
         restart(self, request)
 
-    patch.setattr(Simulation, "_restart", forget_and_restart)
+    patch.setattr(Gateways, "restart", forget_and_restart)
 
 
 def restart_repeats_a_token(patch: pytest.MonkeyPatch) -> None:
     """The last emitted token is in the new attempt's prompt twice."""
-    restart = Simulation._restart
+    restart = Gateways.restart
 
-    def repeat_and_restart(self: Simulation, request: Request) -> None:
+    def repeat_and_restart(self: Gateways, request: Request) -> None:
         request.emitted += request.emitted[-1:]
         restart(self, request)
 
-    patch.setattr(Simulation, "_restart", repeat_and_restart)
+    patch.setattr(Gateways, "restart", repeat_and_restart)
 
 
 PLANTS: list[Plant] = [

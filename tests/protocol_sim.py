@@ -19,100 +19,26 @@ And once the faults stop: every request ends, and then no lease is open and no b
 from __future__ import annotations
 
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from protocol_gateways import Gateways, Seat, Stream
 from protocol_wire import MoodyNetwork, MoodyTransport, RememberingPool, Truth
-from roles_kit import BLOCK, KEY, Site, Worker, job, undisturbed
+from roles_kit import BLOCK, KEY, Site, Worker
 
 from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.types import Role
-from crossdock.proto.v1 import inference_pb2, worker_pb2
+from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.job import Job
 from crossdock.worker.loop import Turn
 
-PREFILLS, DECODES, GATEWAYS = 2, 2, 2
-MAX_REQUESTS = 16
+PREFILLS, DECODES = 2, 2
 LEASE_S = 30.0
-LOST = None  # the last thing a gateway hears of a stream
-RESTARTED = {
-    worker_pb2.ERROR_CODE_PREEMPTED,
-    worker_pb2.ERROR_CODE_OVERLOADED,
-    worker_pb2.ERROR_CODE_DRAINING,
-    worker_pb2.ERROR_CODE_PULL_FAILED,
-}
 
 
 class Violation(AssertionError):
     """An invariant does not hold. The text names the seed, and the seed replays it."""
-
-
-@dataclass(eq=False)
-class Gateway:
-    """One life of one gateway."""
-
-    name: str
-    streams: dict[Seat, Stream] = field(default_factory=dict)
-    attempts: dict[str, Attempt] = field(default_factory=dict)  # by sequence id
-
-
-@dataclass(eq=False)
-class Request:
-    prompt: list[int]
-    expected: list[int]
-    gateway: Gateway
-    deadline: float | None
-    received: list[int] = field(default_factory=list)  # by the client
-    emitted: list[int] = field(default_factory=list)  # as the gateway remembers
-    ends: list[str] = field(default_factory=list)
-    attempt: Attempt | None = None
-
-
-@dataclass(eq=False)
-class Attempt:
-    id: str
-    request: Request
-    holders: list[Stream]
-    decoding_on: Stream | None = None
-
-
-@dataclass(eq=False)
-class Seat:
-    """A place in the cluster, held by one worker after another under one name."""
-
-    name: str
-    role: Role
-    worker: Worker
-
-
-@dataclass(eq=False)
-class Stream:
-    """One gateway's stream to one worker. What is sent after its end goes nowhere."""
-
-    owner: str
-    gateway: Gateway
-    worker: Worker
-    seat: Seat
-    inbox: deque = field(default_factory=deque)  # to the worker: (what, sequence id, job)
-    outbox: deque = field(default_factory=deque)  # to the gateway: SequenceOutput | LOST
-    ended: bool = False
-
-    def send(self, what: str, sequence_id: str, job: Job | None = None) -> None:
-        if not self.ended:
-            self.inbox.append((what, sequence_id, job))
-
-    def end(self, rng: random.Random) -> None:
-        """Each side still hears a part of what was under way, then learns that it is over."""
-        if self.ended:
-            return
-        self.ended = True
-        for box in (self.inbox, self.outbox):
-            for _ in range(rng.randrange(len(box) + 1)):
-                box.pop()
-        self.inbox.append(("gone", "", None))
-        self.outbox.append(LOST)
 
 
 class Simulation:
@@ -131,32 +57,30 @@ class Simulation:
         self.meeting: list[tuple[Stream, Job]] = []  # decode requests whose peer is being met
         self.paused: set[Worker] = set()
         self.calls: list[tuple] = []  # between workers, in no order
-        self.streams: list[Stream] = []
-        self.requests: list[Request] = []
         self.counter = 0
         self.touched: dict[Worker, None] = {}
         self.seats: list[Seat] = []
         for i, role in enumerate([Role.PREFILL] * PREFILLS + [Role.DECODE] * DECODES):
             self.seats.append(Seat(f"{role}{i}", role, self._worker(role, f"{role}{i}")))
-        self.gateways = [self._gateway(f"gateway{i}") for i in range(GATEWAYS)]
+        self.front = Gateways(self.rng, self.site.clock, self.seats, self._see)
         self.actions = {
             self._turn: 40,
             self._to_worker: 24,
-            self._to_gateway: 20,
+            self.front.hear_any: 20,
             self._network: 12,
             self._call: 8,
             self._advance: 6,
-            self._new_request: 14,
+            self.front.new_request: 14,
             self._meet: 3,
             self._renew: 4,
-            self._client_cancels: 1,
+            self.front.client_cancels: 1,
             self._kill: 1,
             self._pause: 1,
             self._resume: 3,
             self._replace: 1,
             self._drain: 0.5,
-            self._stream_breaks: 1,
-            self._gateway_dies: 0.5,
+            self.front.stream_breaks: 1,
+            self.front.gateway_dies: 0.5,
             self._peers_forgotten: 0.5,
         }
 
@@ -198,7 +122,7 @@ class Simulation:
                 next_end = min((end for end in ends if end is not None), default=1e9)
                 now = self.site.clock.now
                 self.site.clock.now = min(max(next_end, now + 0.1), now + LEASE_S / 3)
-        for request in self.requests:
+        for request in self.front.requests:
             assert len(request.ends) == 1, f"a request ended so: {request.ends}"
             whole = request.ends != ["finished"] or request.received == request.expected
             assert whole, "tokens are missing"
@@ -216,7 +140,7 @@ class Simulation:
         while self.meeting:
             self._introduced(*self.meeting.pop(0))
             moved = True
-        for stream in list(self.streams):
+        for stream in list(self.front.streams):
             while stream.inbox:
                 self._receive(stream)
                 moved = True
@@ -225,15 +149,15 @@ class Simulation:
         while self.calls:
             self._carry_out(self.calls.pop(0))
             moved = True
-        for stream in list(self.streams):
+        for stream in list(self.front.streams):
             while stream.outbox:
-                self._hear(stream)
+                self.front.hear(stream)
                 moved = True
         self._check()
         return moved
 
     def _over(self) -> bool:
-        return all(request.ends for request in self.requests) and all(
+        return all(request.ends for request in self.front.requests) and all(
             worker.role.idle for worker in self.workers
         )
 
@@ -272,7 +196,7 @@ class Simulation:
 
     def _made(self, worker: Worker, turn: Turn) -> None:
         """What a turn of a worker has for the others."""
-        streams = {stream.owner: stream for stream in self.streams if stream.worker is worker}
+        streams = {stream.owner: stream for stream in self.front.streams if stream.worker is worker}
         for owner, outputs in turn.outputs.items():
             for output in outputs:
                 if output.HasField("ticket"):
@@ -318,7 +242,7 @@ class Simulation:
         self.meeting = [
             (stream, job) for stream, job in self.meeting if stream.worker is not worker
         ]
-        for stream in [stream for stream in self.streams if stream.worker is worker]:
+        for stream in [stream for stream in self.front.streams if stream.worker is worker]:
             stream.end(self.rng)
             stream.inbox.clear()
 
@@ -337,7 +261,7 @@ class Simulation:
         seats = [seat for seat in self.seats if seat.worker in self.paused]
         if seats and len(self.workers) < len(self.seats) + 2:
             seat = self.rng.choice(seats)
-            for stream in [stream for stream in self.streams if stream.worker is seat.worker]:
+            for stream in [stream for stream in self.front.streams if stream.worker is seat.worker]:
                 stream.end(self.rng)
             seat.worker = self._worker(seat.role, seat.name)
             self._see("given up while paused")
@@ -474,7 +398,7 @@ class Simulation:
     # -- the streams, on the worker's side -----------------------------------------------------
 
     def _to_worker(self) -> None:
-        waiting = [s for s in self.streams if s.inbox and s.worker not in self.paused]
+        waiting = [s for s in self.front.streams if s.inbox and s.worker not in self.paused]
         if waiting:
             self._receive(self.rng.choice(waiting))
 
@@ -501,155 +425,6 @@ class Simulation:
             left = [lease for lease in role.leases() if lease.owner == stream.owner]
             left += [held for held in role.jobs.values() if held.owner == stream.owner]
             assert not left, "a gateway's end left something behind"
-
-    # -- the gateways --------------------------------------------------------------------------
-
-    def _gateway(self, name: str) -> Gateway:
-        gateway = Gateway(name)
-        for seat in self.seats:
-            self._connect(gateway, seat)
-        return gateway
-
-    def _connect(self, gateway: Gateway, seat: Seat) -> None:
-        self.counter += 1
-        stream = Stream(f"{gateway.name}/{self.counter}", gateway, seat.worker, seat)
-        gateway.streams[seat] = stream
-        self.streams.append(stream)
-
-    def _stream_breaks(self) -> None:
-        stream = self.rng.choice(self.streams)
-        stream.end(self.rng)
-        self._see("stream broken")
-
-    def _gateway_dies(self) -> None:
-        """All its streams end at once; its requests are the clients' to repeat."""
-        index = self.rng.randrange(GATEWAYS)
-        dead = self.gateways[index]
-        for stream in dead.streams.values():
-            stream.end(self.rng)
-            stream.outbox.clear()
-        for request in self.requests:
-            if request.gateway is dead and not request.ends:
-                request.ends.append("gateway lost")
-        dead.attempts.clear()
-        self.gateways[index] = self._gateway(dead.name)
-        self._see("gateway lost")
-
-    def _new_request(self) -> None:
-        if len(self.requests) >= MAX_REQUESTS:
-            return
-        rng = self.rng
-        shared = [11] * rng.choice([0, 8, 16])  # prefixes that caches can share
-        prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, 40))]
-        expected = undisturbed(prompt, rng.randrange(1, 16))
-        deadline = self.site.clock.now + rng.choice([5.0, 40.0]) if rng.random() < 0.2 else None
-        request = Request(prompt, expected, rng.choice(self.gateways), deadline)
-        self.requests.append(request)
-        self._start(request)
-
-    def _start(self, request: Request) -> None:
-        """On a prefill worker, or, where the router would bypass the hand-off, on a decode one."""
-        role = Role.DECODE if self.rng.random() < 0.2 else Role.PREFILL
-        stream = self._choose(request.gateway, role)
-        self.counter += 1
-        attempt = Attempt(f"a{self.counter}", request, [stream])
-        if role is Role.DECODE:
-            attempt.decoding_on = stream
-            self._see("no hand-off")
-        request.attempt = attempt
-        request.gateway.attempts[attempt.id] = attempt
-        stream.send("submit", attempt.id, self._job(stream, attempt, None))
-
-    def _choose(self, gateway: Gateway, role: Role) -> Stream:
-        return gateway.streams[self.rng.choice([seat for seat in self.seats if seat.role is role])]
-
-    def _job(self, stream: Stream, attempt: Attempt, ticket: worker_pb2.Ticket | None) -> Job:
-        request = attempt.request
-        return job(
-            request.prompt,
-            emitted=request.emitted,
-            ticket=ticket,
-            owner=stream.owner,
-            sequence_id=attempt.id,
-            deadline_unix_ms=int(1000 * (request.deadline or 0)),
-            max_tokens=len(request.expected),
-        )
-
-    def _end(self, request: Request, how: str) -> None:
-        """The one way out of a request: frees what is left of it on the workers."""
-        request.ends.append(how)
-        self._see(how)
-        self._give_up(request)
-
-    def _give_up(self, request: Request) -> None:
-        attempt, request.attempt = request.attempt, None
-        if attempt is not None:
-            del request.gateway.attempts[attempt.id]
-            for stream in attempt.holders:
-                stream.send("cancel", attempt.id)
-
-    def _restart(self, request: Request) -> None:
-        """Prompt and emitted tokens are prefilled elsewhere; the client's stream goes on."""
-        self._give_up(request)
-        self._see("restarted")
-        self._start(request)
-
-    def _client_cancels(self) -> None:
-        running = [request for request in self.requests if not request.ends]
-        if running:
-            self._end(self.rng.choice(running), "cancelled")
-
-    def _to_gateway(self) -> None:
-        waiting = [stream for stream in self.streams if stream.outbox]
-        if waiting:
-            self._hear(self.rng.choice(waiting))
-
-    def _hear(self, stream: Stream) -> None:
-        output = stream.outbox.popleft()
-        gateway = stream.gateway
-        if output is not LOST:
-            attempt = gateway.attempts.get(output.sequence_id)
-            if attempt is not None and stream in attempt.holders:
-                self._take(attempt, stream, output)
-            return
-        if gateway not in self.gateways:
-            return
-        self._connect(gateway, stream.seat)
-        for attempt in [a for a in gateway.attempts.values() if stream in a.holders]:
-            attempt.holders.remove(stream)
-            # Once a decode worker has the ticket, losing the other one is the pull's business.
-            if attempt.decoding_on in (None, stream):
-                self._restart(attempt.request)
-
-    def _take(self, attempt: Attempt, stream: Stream, output: worker_pb2.SequenceOutput) -> None:
-        request = attempt.request
-        judged = attempt.decoding_on in (None, stream)
-        if output.HasField("error"):
-            attempt.holders.remove(stream)
-            code = output.error.code
-            self._see(worker_pb2.ErrorCode.Name(code))
-            if judged and code == worker_pb2.ERROR_CODE_DEADLINE:
-                assert request.deadline <= self.site.clock.now, "ended before its deadline"
-                self._end(request, "deadline")
-            elif judged:
-                assert code in RESTARTED, f"a worker failed: {output.error.message}"
-                self._restart(request)
-            return
-        assert judged, "a prefill worker goes on after its ticket was passed on"
-        request.received += output.token_ids
-        request.emitted += output.token_ids
-        so_far = request.expected[: len(request.received)]
-        assert request.received == so_far, f"wrong tokens: {request.received}, not {so_far}"
-        if attempt.decoding_on is stream:
-            attempt.holders = [stream]  # the prefill worker has let go
-        if output.finish_reason == inference_pb2.FINISH_REASON_LENGTH:
-            attempt.holders.remove(stream)
-            self._end(request, "finished")
-        elif attempt.decoding_on is None:
-            assert output.HasField("ticket"), "token 0 without a ticket"
-            attempt.decoding_on = decode = self._choose(request.gateway, Role.DECODE)
-            attempt.holders.append(decode)
-            decode.send("submit", attempt.id, self._job(decode, attempt, output.ticket))
 
     # -- what has been seen --------------------------------------------------------------------
 
