@@ -225,14 +225,15 @@ class Controller:
     # -- who is there --------------------------------------------------------------------------
 
     def _push_membership(self) -> list[asyncio.Task[None]]:
-        """Tells everyone whose membership is another than it was told."""
-        pushes = []
+        """Tells everyone whose membership is another than it was told, one push at a time each:
+        two under way could arrive in either order."""
         for watched in self.members:
             wanted = self._membership_for(watched)
-            if watched.state in (State.READY, State.DRAINING) and watched.pushed != wanted:
-                watched.pushed = wanted
-                pushes.append(self._spawn(self._push(watched, wanted)))
-        return pushes
+            busy = watched.push is not None and not watched.push.done()
+            serving = watched.state in (State.READY, State.DRAINING)
+            if serving and not busy and watched.told != wanted:
+                watched.push = self._spawn(self._push(watched, wanted))
+        return [m.push for m in self.members if m.push is not None and not m.push.done()]
 
     def _membership_for(self, watched: Watched) -> list[WorkerEndpoint]:
         """Gateways send to ready workers; workers pull from draining ones too."""
@@ -253,10 +254,9 @@ class Controller:
                 await watched.process.update(endpoints)
             watched.told = endpoints
             await self._notify()
+            self._wake.set()  # the membership may have changed meanwhile
         except (TimeoutError, ProcessGone, StartFailed) as error:
             log.warning("%s was not told the membership: %r", watched.name, error)
-            if watched.pushed is endpoints:
-                watched.pushed = None
 
     # -- what is asked of it -------------------------------------------------------------------
 

@@ -46,8 +46,8 @@ class Watched:
         self.why = ""
         self.drained = False
         self.drain_deadline = float("inf")
-        self.pushed: object = None  # the membership it was last sent
-        self.told: object = None  # and the one it has taken
+        self.told: object = None  # the membership it has taken
+        self.push: asyncio.Task[None] | None = None  # that tells it another
         self._changed = changed
         self._settings = settings
         self._channel: grpc.aio.Channel | None = None

@@ -12,6 +12,7 @@ import pytest
 from crossdock.deploy.admin_service import cluster_status
 from crossdock.deploy.controller import Controller, ControllerSettings
 from crossdock.deploy.members import WatchSettings
+from crossdock.deploy.reconcile import State
 from crossdock.deploy.runtime import Launch, ProcessGone, Started, StartFailed
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.store import ClusterStore
@@ -38,6 +39,7 @@ class FakeProcess:
         self.busy = asyncio.Event()  # set: has work that a drain waits for
         self.draining = False
         self.told: list[set[str]] = []
+        self.slow_updates = 0  # so many of the next ones take their time
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @property
@@ -68,6 +70,9 @@ class FakeProcess:
     async def update(self, endpoints) -> None:
         if not self.alive:
             raise ProcessGone("killed")
+        if self.slow_updates:
+            self.slow_updates -= 1
+            await self.cluster.may_update.wait()
         self.members = list(endpoints)
         self.told.append({m.name for m in endpoints})
 
@@ -95,6 +100,7 @@ class FakeCluster:
         self.broken: dict[str, str] = {}  # pool -> why its processes cannot start
         self.may_start = asyncio.Event()
         self.may_start.set()
+        self.may_update = asyncio.Event()
         self._numbers = itertools.count(1)
 
     async def launch(self, launch: Launch) -> FakeProcess:
@@ -160,6 +166,21 @@ async def test_all_start_together_and_are_told_of_each_other(cluster, store):
         assert await controller.wait_converged(5)
     for process in cluster.processes:
         assert {m.name for m in process.members} == {"prefill-0", "decode-0"}
+
+
+async def test_a_slow_update_never_overtakes_a_newer_membership(cluster, controller):
+    """What a member was told last is the membership that is."""
+    gateway = next(p for p in cluster.processes if p.launch.gateway is not None)
+    gateway.slow_updates = 1
+    controller.apply(controller.spec.with_replicas("decode", 2))
+    await until(lambda: gateway.slow_updates == 0)
+    controller.apply(controller.spec.with_replicas("decode", 3))
+    await until(lambda: len(cluster.alive("decode")) == 3)
+    await until(lambda: all(m.state is State.READY for m in controller.members))
+    assert not controller.converged
+    cluster.may_update.set()
+    assert await controller.wait_converged(5)
+    assert {m.name for m in gateway.members} == {"prefill-0", "decode-0", "decode-1", "decode-2"}
 
 
 async def test_a_killed_worker_is_replaced_under_its_name_by_another_incarnation(

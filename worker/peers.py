@@ -36,11 +36,11 @@ class Peers:
         async with self._updating:
             for incarnation in [known for known in self._known if known not in wanted]:
                 await self._drop(incarnation)
-            for incarnation, endpoint in wanted.items():
-                try:
-                    await self.ensure(incarnation, endpoint.address)
-                except TransferFailed as error:
-                    log.warning("no KV from %s: %s", endpoint.name, error)
+            meetings = (self.ensure(key, endpoint.address) for key, endpoint in wanted.items())
+            results = await asyncio.gather(*meetings, return_exceptions=True)
+            for endpoint, result in zip(wanted.values(), results):
+                if isinstance(result, BaseException):
+                    log.warning("no KV from %s: %s", endpoint.name, result)
             for address in self._channels.keys() - {e.address for e in wanted.values()}:
                 await self._channels.pop(address).close()
 

@@ -21,7 +21,7 @@ from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.types import WorkerEndpoint
+from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.worker import metrics
 from crossdock.worker.config import WorkerConfig
@@ -107,7 +107,8 @@ class WorkerServer:
         )
 
     async def update_peers(self, endpoints: Iterable[WorkerEndpoint]) -> None:
-        await self.peers.update(endpoints)
+        if self.config.role is Role.DECODE:  # the only one that pulls
+            await self.peers.update(endpoints)
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new work and waits for what is here; moves the rest away when time is up.
