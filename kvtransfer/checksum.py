@@ -1,0 +1,62 @@
+"""What a block's bytes are, in eight of them: XXH3 with 64 bits, for whoever wants a second proof.
+
+The fence proves that a block had one owner while it was read; a checksum proves that the bytes
+arrived. It finds accidents, not attackers: anyone can compute another block of the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from crossdock.kvtransfer.transport import PoolMemory, check_ids, merge_runs
+
+_STAGING_BYTES = 32 << 20  # of pinned host memory that VRAM is copied through, while it is summed
+
+
+def checksums(memory: PoolMemory, block_ids: Sequence[int]) -> list[int]:
+    """The unsigned 64-bit XXH3 of each block's bytes, in the order of the ids.
+
+    Host memory is read where it lies. VRAM is copied to the host on a stream of its own, a run of
+    consecutive blocks at a time: like a transport, this reads what is in memory, so whoever owns
+    the blocks has waited for its kernels. Raises ValueError for ids that the pool does not have.
+    """
+    check_ids(block_ids, memory.num_blocks, "checksummed")
+    if memory.memory_type == "DRAM":
+        blocks = memory.blocks()
+        return [xxh3_64_intdigest(blocks[block_id]) for block_id in block_ids]
+    sums: dict[int, int] = {}
+    for first, rows in _copied(memory, block_ids):
+        sums.update((first + row, xxh3_64_intdigest(rows[row])) for row in range(len(rows)))
+    return [sums[block_id] for block_id in block_ids]
+
+
+def _copied(
+    memory: PoolMemory, block_ids: Sequence[int]
+) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """(first block id, uint8 [blocks, block_bytes]) of each piece; valid until the next one."""
+    import cupy
+
+    size = memory.block_bytes
+    most = max(1, _STAGING_BYTES // size)
+    unique = sorted(set(block_ids))
+    with cupy.cuda.Device(memory.device_id):
+        stream = cupy.cuda.Stream(non_blocking=True)
+        staging = cupy.cuda.alloc_pinned_memory(min(most, len(unique) or 1) * size)
+        host = np.frombuffer(staging, dtype=np.uint8)
+        runs = merge_runs(unique, unique)
+        for run, length in zip(runs.remote.tolist(), runs.length.tolist(), strict=True):
+            for first in range(run, run + length, most):
+                count = min(most, run + length - first)
+                cupy.cuda.runtime.memcpyAsync(
+                    staging.ptr,
+                    memory.kv_ptr + first * size,
+                    count * size,
+                    cupy.cuda.runtime.memcpyDeviceToHost,
+                    stream.ptr,
+                )
+                stream.synchronize()
+                yield first, host[: count * size].reshape(count, size)
