@@ -171,7 +171,6 @@ def pull(puller: Puller, news: threading.Event, peer: Peer, remote: list[int], l
         num_tokens=16 * len(remote),
         layout_hash=b"",
         lease_s=30.0,
-        first_token=0,
     )
     puller.start("s", ticket, remote, local, time.perf_counter() + 30.0)
     while True:

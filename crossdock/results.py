@@ -29,6 +29,7 @@ class Timings:
     transferred_bytes: int = 0
     transferred_blocks: int = 0
     recomputed_tokens: int = 0
+    late_bytes: int = 0  # of transferred_bytes, what moved after token 0
 
     @property
     def ttft(self) -> float | None:
@@ -168,6 +169,7 @@ def _timings(message: pb.Timings) -> Timings:
         transferred_bytes=message.transferred_bytes,
         transferred_blocks=message.transferred_blocks,
         recomputed_tokens=message.recomputed_tokens,
+        late_bytes=message.late_bytes,
     )
 
 

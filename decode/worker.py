@@ -42,7 +42,7 @@ class DecodeRole(WorkerRole):
             self._scheduler.add(job.sequence)
             return
         job.mark("decode_queued")
-        job.lease_end = self.state.clock() + job.ticket.lease_ms / 1000
+        job.lease_end = self._lease_end(job.ticket)
         self._scheduler.add(job.sequence, remote_tokens=job.ticket.num_tokens)
 
     def schedule(self) -> StepPlan | None:
@@ -56,6 +56,29 @@ class DecodeRole(WorkerRole):
                 self.jobs[chunk.sequence.sequence_id].mark("prefill_started")
         return plan
 
+    def hand_off(self, progress: worker_pb2.HandOff) -> None:
+        job = self.jobs.get(progress.sequence_id)
+        if job is None or job.ticket is None or progress.sealed_blocks <= job.sealed_blocks:
+            return  # it has ended here, or this is old
+        job.sealed_blocks = min(progress.sealed_blocks, len(job.ticket.block_ids))
+        job.lease_end = self._lease_end(job.ticket)
+        if job.sealed:
+            job.sequence.token_ids.append(progress.first_token)
+            job.checksums = tuple(progress.checksums)
+        pull_id = self._pull_of(job)
+        if pull_id is not None:
+            self._puller.more(
+                pull_id, job.sealed_blocks, self._read_by(), job.lease_end, job.checksums
+            )
+
+    def _lease_end(self, ticket: worker_pb2.Ticket) -> float:
+        """Until when a ticket is good without another word. While the prompt is computed, each
+        word of it counts; then the lease begins."""
+        return self.state.clock() + ticket.lease_ms / 1000
+
+    def _read_by(self) -> float:
+        return self.state.clock() + self.state.config.pull_timeout_s
+
     def _start_pull(self, job: Job) -> None:
         assert job.ticket is not None and job.lease_end is not None
         job.mark("reserved")
@@ -63,15 +86,16 @@ class DecodeRole(WorkerRole):
         wanted = slice(sequence.num_sealed, len(ticket.block_ids))
         pull_id = f"{job.id}#{next(self._pull_ids)}"
         self._pulls[pull_id] = job
-        deadline = min(self.state.clock() + self.state.config.pull_timeout_s, job.lease_end)
         try:
             self._puller.start(
                 pull_id,
                 ticket,
                 remote_block_ids=list(ticket.block_ids[wanted]),
                 local_block_ids=sequence.block_table[wanted],
-                deadline=deadline,
+                deadline=self._read_by(),
                 lease_until=job.lease_end,
+                sealed=job.sealed_blocks,
+                checksums=job.checksums,
             )
         except TransferFailed as error:
             del self._pulls[pull_id]
@@ -107,9 +131,12 @@ class DecodeRole(WorkerRole):
         job.mark("fenced", done.fenced_at + wall_offset)
         job.lease_end = None
         job.transferred_bytes, job.transferred_blocks = done.nbytes, done.nblocks
+        job.late_bytes = done.late_blocks * self.state.memory.block_bytes
+        job.transfer_s = done.reading_s
         counters = self.state.counters
         counters.transferred_bytes += done.nbytes
         counters.transferred_blocks += done.nblocks
+        counters.late_bytes += job.late_bytes
         self._scheduler.join(job.sequence)
         job.mark("joined")
 
@@ -155,7 +182,7 @@ class DecodeRole(WorkerRole):
         tracing.record(job, self.state.config, error=message)
 
     def _forget(self, job: Job) -> None:
-        pull_id = next((key for key, pulled in self._pulls.items() if pulled is job), None)
+        pull_id = self._pull_of(job)
         if pull_id is None:
             self._scheduler.remove(job.sequence)
             if job.lease_end is not None:
@@ -167,25 +194,33 @@ class DecodeRole(WorkerRole):
         self._puller.cancel(pull_id)
 
     def _give_back(self, job: Job) -> None:
-        """Releases a ticket that was not fenced, by a call, once its blocks are read no more."""
+        """Releases a ticket that was not fenced, by a call, once its blocks are read no more.
+
+        One whose prompt is still being computed has no lease, and may yet go to another reader.
+        """
         assert job.ticket is not None
+        if not job.sealed:
+            return
         self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))
 
+    def _pull_of(self, job: Job) -> str | None:
+        return next((key for key, pulled in self._pulls.items() if pulled is job), None)
+
     def _is_pulling(self, job: Job) -> bool:
-        return any(pulled is job for pulled in self._pulls.values())
+        return self._pull_of(job) is not None
 
     def waiting_tickets(self) -> list[tuple[str, bytes]]:
         """(prefill address, ticket id) of every ticket that still needs its lease."""
         return [
             (job.ticket.prefill_address, job.ticket.ticket_id)
             for job in self.jobs.values()
-            if job.ticket is not None and job.lease_end is not None
+            if job.ticket is not None and job.lease_end is not None and job.sealed
         ]
 
     def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], until: float) -> None:
         renewed, lost = answer
         for job in list(self.jobs.values()):
-            if job.ticket is None or job.lease_end is None:
+            if job.ticket is None or job.lease_end is None or not job.sealed:
                 continue
             ticket_id = job.ticket.ticket_id
             if ticket_id in lost and not self._is_pulling(job):  # a pull's fence will judge

@@ -21,6 +21,7 @@ import yaml
 
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.types import Role
+from crossdock.worker.config import RESERVE, VERIFY
 
 API_VERSION = "crossdock/v1"
 KIND = "Cluster"
@@ -171,6 +172,18 @@ class KVSpec:
     block_size: int = setting(16, "Tokens in one KV block.", choices=(8, 16, 32, 64, 128))
     lease_s: float = setting(
         30.0, "How long offered KV stays pinned without a renewal.", low=0.1, high=3600
+    )
+    reserve: str = setting(
+        "early",
+        "When a decode worker sets blocks aside: early, to pull a prompt's KV while the rest of it "
+        "is computed; late, once it is computed.",
+        choices=RESERVE,
+    )
+    verify: str = setting(
+        "fence",
+        "What pulled KV must pass: fence, that no block had another owner meanwhile; checksum, "
+        "that its bytes are those sent as well.",
+        choices=VERIFY,
     )
     ucx: Mapping[str, str] = setting(
         factory=_no_entries,

@@ -1,11 +1,13 @@
 """The prefill side of the hand-off: blocks pinned for a reader, each under a lease.
 
-    OFFERED ──> RELEASED   the reader's fence notification, or its Release call
-       ├──────> EXPIRED    nobody came back before the lease's end
-       └──────> REVOKED    the owner went away, or its sequence was cancelled
+    ANNOUNCED ──> OFFERED ──> RELEASED   the reader's fence notification, or its Release call
+                     ├──────> EXPIRED    nobody came back before the lease's end
+                     └──────> REVOKED    the owner went away, or its sequence was cancelled
 
-Each offer holds one reference on each of its blocks. Whichever exit comes first gives them back,
-once, through one function. What arrives later for that ticket finds nothing and is no error.
+A ticket may be announced while its prompt is still being computed: readers take the blocks that
+are sealed, which the sequence still owns. Once all are, the offer holds one reference on each.
+Whichever exit comes first gives them back, once, through one function. What arrives later for that
+ticket finds nothing and is no error.
 """
 
 from __future__ import annotations
@@ -71,22 +73,15 @@ class Offers:
         self.unknown_releases = 0  # releases that found no open lease
         self.exits: dict[Exit, int] = dict.fromkeys(Exit, 0)
 
-    def offer(
-        self,
-        sequence_id: str,
-        owner: str,
-        block_ids: Sequence[int],
-        generations: Sequence[int],
-        num_tokens: int,
-        first_token: int,
+    def announce(
+        self, block_ids: Sequence[int], generations: Sequence[int], num_tokens: int
     ) -> Ticket:
-        """Takes over one reference on each block and returns the signed ticket for them.
+        """The signed ticket for blocks that the caller holds, and goes on to hold.
 
-        generations: of the blocks, as they are while the caller still holds them.
-        owner: the gateway whose request this is; losing it revokes the offer.
+        generations: of the blocks, as they are now. Nothing is pinned and no lease begins.
         """
         settings = self._settings
-        ticket = make_ticket(
+        return make_ticket(
             key=settings.cluster_key,
             prefill_worker=settings.worker,
             prefill_address=settings.address,
@@ -96,8 +91,13 @@ class Offers:
             num_tokens=num_tokens,
             layout_hash=settings.layout_hash,
             lease_s=settings.lease_s,
-            first_token=first_token,
         )
+
+    def offer(self, ticket: Ticket, sequence_id: str, owner: str) -> None:
+        """Takes over one reference on each block of an announced ticket; its lease begins.
+
+        owner: the gateway whose request this is; losing it revokes the offer.
+        """
         now = self._clock()
         self._leases[ticket.ticket_id] = Lease(
             ticket_id=ticket.ticket_id,
@@ -105,10 +105,9 @@ class Offers:
             owner=owner,
             block_ids=tuple(ticket.block_ids),
             offered_at=now,
-            deadline=now + settings.lease_s,
+            deadline=now + self._settings.lease_s,
         )
         self.offered += 1
-        return ticket
 
     def renew(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
         """Extends leases to `lease_s` from now, never shortens one; returns the ids not open."""

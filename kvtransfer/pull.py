@@ -3,10 +3,11 @@
     RESERVED ──> PULLING ──> FENCING ──> JOINED
         └───────────┴───────────┴──────> FAILED(why)
 
-RESERVED: local blocks are set aside, the read waits for its turn. PULLING: one READ of the blocks
-is under way. FENCING: the generations of the same blocks are read, after the blocks. They equal
-the ticket's only if nobody else owned a block in between, since a generation is raised before
-its block gets a new owner. Only then is the KV what was offered.
+RESERVED: local blocks are set aside, nothing was read yet. PULLING: the blocks that are sealed are
+read, part by part while the prompt is still being computed. FENCING: the generations of the same
+blocks are read, after the last of the blocks. They equal the ticket's only if nobody else owned a
+block in between, since a generation is raised before its block gets a new owner. Only then is the
+KV what was offered.
 
 A pull that is cancelled or past its deadline still owns its local blocks until its transfer is
 terminal; `poll` reports it then, and only then may they be reused.
@@ -15,12 +16,15 @@ terminal; `poll` reports it then, and only then may they be reused.
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
+from crossdock.kvtransfer.checksum import checksums as checksums_of
 from crossdock.kvtransfer.transport import (
     Generations,
     Handle,
@@ -50,7 +54,8 @@ class PullDone:
     """The end of one pull. Its local blocks are the caller's again.
 
     error: None exactly when the fence held and the sequence may join the batch. Times are of the
-    puller's clock, 0.0 where the pull never got there.
+    puller's clock, 0.0 where the pull never got there. late_blocks: of nblocks, those that had not
+    been read when the prompt's last block was sealed. reading_s: while a read was under way.
     """
 
     sequence_id: str
@@ -58,6 +63,8 @@ class PullDone:
     error: str | None
     nbytes: int
     nblocks: int
+    late_blocks: int
+    reading_s: float
     started_at: float
     pulled_at: float
     fenced_at: float
@@ -69,23 +76,52 @@ class _Pull:
     ticket: Ticket
     remote_ids: list[int]
     local_ids: list[int]
-    expected: Generations  # of remote_ids, by the ticket
-    deadline: float
+    places: list[int]  # of remote_ids among the ticket's blocks, ascending
+    deadline: float  # of the reads that are asked for
     lease_until: float
     started_at: float
+    sealed: int = 0  # of the ticket's blocks
+    checksums: Sequence[int] = ()  # of the ticket's blocks
+    num_read: int = 0  # of remote_ids, terminal and well
+    num_posted: int = 0  # of remote_ids, read or being read
+    late_blocks: int = 0
     state: PullState = PullState.RESERVED
     handle: Handle | None = None
+    posted_at: float = 0.0
+    reading_s: float = 0.0
     stopped: str | None = None  # why it is to fail once its transfer is terminal
     reported_overdue: bool = False
     pulled_at: float = 0.0
 
     @property
+    def num_ready(self) -> int:
+        """Of remote_ids, how many are sealed."""
+        return bisect_left(self.places, self.sealed)
+
+    @property
+    def reading(self) -> bool:
+        return self.handle is not None and self.state is PullState.PULLING
+
+    @property
+    def complete(self) -> bool:
+        """The whole prompt is computed."""
+        return self.sealed == len(self.ticket.block_ids)
+
+    @property
+    def waits(self) -> bool:
+        """All that is sealed has been read, and the prompt is still being computed."""
+        return not self.complete and self.num_read == self.num_ready
+
+    @property
     def due(self) -> float:
-        return min(self.deadline, self.lease_until)
+        return self.lease_until if self.waits else min(self.deadline, self.lease_until)
 
     def stop_if_due(self, now: float) -> None:
         if self.stopped is None and self.due <= now:
-            self.stopped = "deadline passed" if self.deadline <= now else "lease is over"
+            if self.waits:
+                self.stopped = "no word of the prompt"
+            else:
+                self.stopped = "deadline passed" if self.deadline <= now else "lease is over"
 
 
 @dataclass
@@ -127,29 +163,59 @@ class Puller:
         local_block_ids: Sequence[int],
         deadline: float,
         lease_until: float | None = None,
+        sealed: int | None = None,
+        checksums: Sequence[int] = (),
     ) -> None:
         """Begins to read the ticket's block remote_block_ids[i] into local_block_ids[i].
 
         ticket: validated (see ticket.validate). remote_block_ids: those of its blocks that are
-        not in this pool already, maybe none. deadline, lease_until: on the clock; without
-        lease_until the lease runs from now. Raises TransferFailed, and then owns nothing.
+        not in this pool already, in its order, maybe none. sealed: how many of the ticket's blocks
+        hold their KV, from the first; all when None. deadline, lease_until: on the clock; without
+        lease_until the lease runs from now. checksums: of the ticket's blocks, to be compared too;
+        none: the fence alone decides. Raises TransferFailed, and then owns nothing.
         """
         if sequence_id in self._pulls:
             raise TransferFailed(f"pull of {sequence_id} refused: one is under way")
-        expected = _expected(ticket, remote_block_ids)
+        places = _places(ticket, remote_block_ids)
         self._check_local(local_block_ids, len(remote_block_ids))
         now = self._clock()
-        self._pulls[sequence_id] = _Pull(
+        pull = self._pulls[sequence_id] = _Pull(
             sequence_id=sequence_id,
             ticket=ticket,
             remote_ids=list(remote_block_ids),
             local_ids=list(local_block_ids),
-            expected=expected,
+            places=places,
             deadline=deadline,
             lease_until=now + ticket.lease_ms / 1000 if lease_until is None else lease_until,
             started_at=now,
         )
+        self._seal(pull, len(ticket.block_ids) if sealed is None else sealed, checksums)
         self._begin_reads()
+
+    def more(
+        self,
+        sequence_id: str,
+        sealed: int,
+        deadline: float,
+        lease_until: float,
+        checksums: Sequence[int] = (),
+    ) -> None:
+        """More of the ticket's blocks are sealed. Pulls that have ended meanwhile are ignored.
+
+        deadline: of reading them. A count that is no greater than an earlier one is old.
+        """
+        pull = self._pulls.get(sequence_id)
+        if pull is None or sealed <= pull.sealed:
+            return
+        pull.deadline, pull.lease_until = deadline, lease_until
+        self._seal(pull, sealed, checksums)
+        self._begin_reads()
+
+    def _seal(self, pull: _Pull, sealed: int, checksums: Sequence[int]) -> None:
+        pull.sealed = min(sealed, len(pull.ticket.block_ids))
+        pull.checksums = checksums
+        if pull.complete:
+            pull.late_blocks = len(pull.remote_ids) - pull.num_read
 
     def renewed(self, ticket_id: bytes, until: float) -> None:
         """The prefill worker has extended the lease. `until`, on the clock, counts from when it
@@ -214,53 +280,74 @@ class Puller:
             raise TransferFailed("pull refused: a local block id is out of range")
 
     def _begin_reads(self) -> None:
-        """RESERVED -> PULLING, oldest first; nothing to read: straight to FENCING."""
+        """Posts what can be read now, oldest first, as far as there are turns."""
         # Given-up reads are not counted: a peer that hangs must not take the turns of the others.
         reading = Counter(
             pull.ticket.incarnation
             for pull in self._pulls.values()
-            if pull.state is PullState.PULLING and pull.stopped is None
+            if pull.reading and pull.stopped is None
         )
         now = self._clock()
         for pull in self._pulls.values():
             pull.stop_if_due(now)
-            if pull.state is not PullState.RESERVED or pull.stopped is not None:
+            if pull.handle is not None or pull.stopped is not None:
                 continue
-            if not pull.remote_ids:
-                pull.pulled_at = now
-                self._begin_fence(pull)
-            elif reading[pull.ticket.incarnation] < self._limits.max_reading:
-                pull.handle = self._transport.read_blocks(
-                    pull.ticket.incarnation, pull.remote_ids, pull.local_ids
-                )
-                pull.state = PullState.PULLING
-                reading[pull.ticket.incarnation] += 1
+            turn = reading[pull.ticket.incarnation] < self._limits.max_reading
+            if turn or pull.num_posted == pull.num_ready:
+                self._begin_next(pull, now)
+                reading[pull.ticket.incarnation] += pull.reading
 
-    def _begin_fence(self, pull: _Pull) -> None:
-        """The release travels with the fence: pass or fail, these blocks are not read again."""
-        pull.handle = self._transport.read_generations(
-            pull.ticket.incarnation, pull.remote_ids, pull.ticket.ticket_id
-        )
-        pull.state = PullState.FENCING
+    def _begin_next(self, pull: _Pull, now: float) -> None:
+        """The next read, or the fence after the last; neither while the prompt is not as far."""
+        ready = pull.num_ready
+        if pull.num_posted < ready:
+            part = slice(pull.num_posted, ready)
+            pull.handle = self._transport.read_blocks(
+                pull.ticket.incarnation, pull.remote_ids[part], pull.local_ids[part]
+            )
+            pull.num_posted = ready
+            pull.posted_at = now
+            pull.state = PullState.PULLING
+        elif pull.complete:
+            # The release travels with the fence: pass or fail, these blocks are not read again.
+            pull.handle = self._transport.read_generations(
+                pull.ticket.incarnation, pull.remote_ids, pull.ticket.ticket_id
+            )
+            pull.pulled_at = pull.pulled_at or now
+            pull.state = PullState.FENCING
 
     def _advance(self, pull: _Pull) -> PullDone | None:
         now = self._clock()
         pull.stop_if_due(now)
-        handle = pull.handle
-        if handle is None:
-            return None if pull.stopped is None else self._end(pull, pull.stopped)
-        if handle.state is HandleState.PENDING:
+        while pull.handle is not None:
+            handle = pull.handle
+            if handle.state is HandleState.PENDING:
+                return None
+            if handle.state is HandleState.FAILED:
+                what = "fence" if pull.state is PullState.FENCING else "read"
+                return self._end(pull, pull.stopped or f"{what} failed: {handle.error}")
+            if pull.state is PullState.FENCING:
+                error = pull.stopped or _compare(pull, handle) or self._verify(pull)
+                return self._end(pull, error, fenced_at=now)
+            pull.num_read, pull.pulled_at, pull.handle = pull.num_posted, now, None
+            pull.reading_s += now - pull.posted_at
+            if pull.stopped is None:
+                self._begin_next(pull, now)
+        return None if pull.stopped is None else self._end(pull, pull.stopped)
+
+    def _verify(self, pull: _Pull) -> str | None:
+        """None where every block read has the checksum that was sent, or none was sent."""
+        if not pull.checksums:
             return None
-        if handle.state is HandleState.FAILED:
-            what = "read" if pull.state is PullState.PULLING else "fence"
-            return self._end(pull, pull.stopped or f"{what} failed: {handle.error}")
-        if pull.state is PullState.PULLING:
-            pull.pulled_at = now
-            if pull.stopped is not None:
-                return self._end(pull, pull.stopped)
-            self._begin_fence(pull)
-            return self._advance(pull)
-        return self._end(pull, pull.stopped or _compare(pull, handle), fenced_at=now)
+        if len(pull.checksums) != len(pull.ticket.block_ids):
+            return (
+                f"checksum refused: {len(pull.checksums)} for {len(pull.ticket.block_ids)} blocks"
+            )
+        found = checksums_of(self._memory, pull.local_ids)
+        for block_id, place, checksum in zip(pull.remote_ids, pull.places, found, strict=True):
+            if checksum != pull.checksums[place]:
+                return f"checksum refused: block {block_id} was read as other bytes than were sent"
+        return None
 
     def _end(self, pull: _Pull, error: str | None, fenced_at: float = 0.0) -> PullDone:
         """The one way out, to JOINED or FAILED."""
@@ -273,8 +360,9 @@ class Puller:
             self.counts.failed += 1
             reason = error.split(":", 1)[0]
             self.counts.reasons[reason] = self.counts.reasons.get(reason, 0) + 1
-            if pull.state is not PullState.FENCING:
-                # Spares the prefill side the wait for the lease's end. Best effort.
+            if pull.complete and pull.state is not PullState.FENCING:
+                # Spares the prefill side the wait for the lease's end. Best effort. Before the
+                # prompt is complete there is no lease, and another reader may yet get the ticket.
                 self._transport.read_generations(pull.ticket.incarnation, [], pull.ticket.ticket_id)
         return PullDone(
             sequence_id=pull.sequence_id,
@@ -282,36 +370,40 @@ class Puller:
             error=error,
             nbytes=len(pull.remote_ids) * self._memory.block_bytes if error is None else 0,
             nblocks=len(pull.remote_ids) if error is None else 0,
+            late_blocks=pull.late_blocks,
+            reading_s=pull.reading_s,
             started_at=pull.started_at,
             pulled_at=pull.pulled_at,
             fenced_at=fenced_at,
         )
 
 
-def _expected(ticket: Ticket, remote_ids: Sequence[int]) -> Generations:
-    """int64 [len(remote_ids)]: what the ticket says of those blocks."""
-    by_id = dict(zip(ticket.block_ids, ticket.generations, strict=True))
+def _places(ticket: Ticket, remote_ids: Sequence[int]) -> list[int]:
+    """Where those blocks stand in the ticket. Raises TransferFailed unless each does, in order."""
+    by_id = {block_id: place for place, block_id in enumerate(ticket.block_ids)}
     unknown = [block_id for block_id in remote_ids if block_id not in by_id]
     if unknown:
         raise TransferFailed(f"pull refused: blocks {unknown[:8]} are not of the ticket")
-    if len(set(remote_ids)) != len(remote_ids):
-        raise TransferFailed("pull refused: a remote block is named twice")
-    return np.array([by_id[block_id] for block_id in remote_ids], dtype=np.int64)
+    places = [by_id[block_id] for block_id in remote_ids]
+    if any(after <= before for before, after in pairwise(places)):
+        raise TransferFailed("pull refused: the remote blocks are not in the ticket's order")
+    return places
 
 
 def _compare(pull: _Pull, handle: Handle) -> str | None:
     """None where every generation read is the ticket's."""
     if not pull.remote_ids:
         return None
+    expected: Generations = np.array(pull.ticket.generations, dtype=np.int64)[pull.places]
     found = handle.generations
-    if found is None or len(found) != len(pull.expected):
+    if found is None or len(found) != len(expected):
         return "fence refused: the generations could not be read"
-    changed = np.flatnonzero(found != pull.expected)
+    changed = np.flatnonzero(found != expected)
     if len(changed) == 0:
         return None
     first = int(changed[0])
     return (
-        f"fence refused: {len(changed)} of {len(pull.expected)} blocks had a new owner, block "
-        f"{pull.remote_ids[first]} is at generation {found[first]}, "
-        f"the ticket says {pull.expected[first]}"
+        f"fence refused: {len(changed)} of {len(expected)} blocks had a new owner, "
+        f"block {pull.remote_ids[first]} is at generation {found[first]}, "
+        f"the ticket says {expected[first]}"
     )

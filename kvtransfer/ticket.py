@@ -34,7 +34,6 @@ def make_ticket(
     num_tokens: int,
     layout_hash: bytes,
     lease_s: float,
-    first_token: int,
 ) -> Ticket:
     """A signed ticket with a fresh random id. `lease_s` in seconds."""
     ticket = Ticket(
@@ -47,7 +46,6 @@ def make_ticket(
         num_tokens=num_tokens,
         layout_hash=layout_hash,
         lease_ms=round(lease_s * 1000),
-        first_token=first_token,
     )
     sign(ticket, key)
     return ticket

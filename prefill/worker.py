@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from crossdock.engine import block_tables
 from crossdock.engine.sequence import SampledToken, StepPlan, finish_of
+from crossdock.kvtransfer.checksum import checksums
 from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.prefill.scheduler import PrefillScheduler
 from crossdock.proto.v1 import worker_pb2
@@ -17,7 +18,10 @@ from crossdock.worker.server import WorkerServer
 
 
 class PrefillRole(WorkerRole):
-    """Owns a prompt's blocks until its ticket takes them; the ticket's end frees them."""
+    """Owns a prompt's blocks until its ticket's lease takes them; the lease's end frees them.
+
+    With `reserve` early the ticket is announced as soon as there is a block to read.
+    """
 
     def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
@@ -40,7 +44,9 @@ class PrefillRole(WorkerRole):
         plan = self._scheduler.schedule()
         for chunk in plan.chunks if plan else ():
             if chunk.start == chunk.sequence.num_cached:
-                self.jobs[chunk.sequence.sequence_id].mark("prefill_started")
+                job = self.jobs[chunk.sequence.sequence_id]
+                job.mark("prefill_started")
+                self._announce(job)  # what was found in the prefix cache
         return plan
 
     def apply(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
@@ -50,13 +56,31 @@ class PrefillRole(WorkerRole):
             counters.computed_tokens += chunk.length
             if chunk.sample:
                 self._first_token(self.jobs.pop(chunk.sequence.sequence_id), next(drawn))
+            else:
+                self._announce(self.jobs[chunk.sequence.sequence_id])
+
+    def _announce(self, job: Job) -> None:
+        """The blocks that are sealed may be read while the rest is computed."""
+        sequence = job.sequence
+        one_token = sequence.num_generated + 1 >= sequence.sampling.max_tokens
+        if self.state.config.reserve == "late" or sequence.num_sealed == 0 or one_token:
+            return
+        if job.ticket is None:
+            job.ticket = self._ticket(job, sequence.num_tokens)
+            self.state.outbox.sealed(job, sequence.num_sealed, job.ticket)
+        else:
+            self.state.outbox.sealed(job, sequence.num_sealed)
+
+    def _ticket(self, job: Job, num_tokens: int) -> worker_pb2.Ticket:
+        blocks = job.sequence.block_table
+        generations = self.state.pool.generations[blocks].tolist()
+        return self._offers.announce(blocks, generations, num_tokens)
 
     def _first_token(self, job: Job, token: SampledToken) -> None:
         sequence, counters = job.sequence, self.state.counters
-        num_tokens = sequence.num_tokens
-        sequence.token_ids.append(token.token_id)
         job.mark("first_token")
-        counters.prompt_tokens += num_tokens
+        counters.prompt_tokens += sequence.num_tokens
+        sequence.token_ids.append(token.token_id)
         counters.cached_tokens += sequence.num_cached
         counters.generated_tokens += 1
         finish = finish_of(sequence, self.state.context_length)
@@ -64,22 +88,22 @@ class PrefillRole(WorkerRole):
             self.state.outbox.token(job, token, finish)
             block_tables.release(self.state.pool, sequence)
         else:
-            ticket = self._offer(job, num_tokens, token.token_id)
-            self.state.outbox.token(job, token, None, ticket)
+            self._offer(job, token)
         tracing.record(job, self.state.config)
 
-    def _offer(self, job: Job, num_tokens: int, first_token: int) -> worker_pb2.Ticket:
-        state, blocks = self.state, job.sequence.block_table
+    def _offer(self, job: Job, token: SampledToken) -> None:
+        """The sequence's blocks pass to the lease."""
+        announced = job.ticket is not None
+        ticket = job.ticket or self._ticket(job, job.sequence.num_computed)
         job.sequence.block_table = []
         job.mark("ticket_offered")
-        return self._offers.offer(
-            sequence_id=job.id,
-            owner=job.owner,
-            block_ids=blocks,
-            generations=state.pool.generations[blocks].tolist(),
-            num_tokens=num_tokens,
-            first_token=first_token,
-        )
+        self._offers.offer(ticket, job.id, job.owner)
+        output = self.state.outbox.token(job, token, None)
+        output.sealed_blocks = len(ticket.block_ids)
+        if not announced:
+            output.ticket.CopyFrom(ticket)
+        if self.state.config.verify == "checksum":
+            output.checksums.extend(checksums(self.state.memory, ticket.block_ids))
 
     def _forget(self, job: Job) -> None:
         self._scheduler.remove(job.sequence)

@@ -35,9 +35,10 @@ from crossdock.router.flight import (
     Phase,
     make_flights,
 )
+from crossdock.router.handoff import HandOffs
 from crossdock.router.links import Links, WorkerLink
 from crossdock.router.metrics import GatewayMetrics
-from crossdock.router.policy import Demand, NoWorker, Policy, decode_for
+from crossdock.router.policy import NoWorker, Policy
 from crossdock.router.request import Delta, Request, ResponseStream
 from crossdock.router.view import ClusterView
 
@@ -78,6 +79,9 @@ class Dispatcher:
         self._on_ready = on_ready
         self._clock = clock
         self._rng = rng or random.Random()
+        self._hand_offs = HandOffs(
+            view, lambda name: self.links.get(name), block_size, self._eos_list, self._rng
+        )
         self._turn = 0
         self._count = 0
         self._flights: dict[str, Flight] = {}  # by sequence id
@@ -168,7 +172,9 @@ class Dispatcher:
         started = time.perf_counter()
         self._turn += 1
         try:
-            placement = self._policy(self.view, self._demand(flight), now, self._rng, self._turn)
+            placement = self._policy(
+                self.view, flight.demand(self._block_size), now, self._rng, self._turn
+            )
         except NoWorker as error:
             self._park(flight, self._route, error)
             return
@@ -183,15 +189,15 @@ class Dispatcher:
         self._count += 1
         flight.sequence_id = f"{self._prefix}-{self._count}"
         flight.placement = placement
-        flight.ticket = None
+        flight.ticket, flight.decode_worker = None, ""
         flight.active.started = True
         self._flights[flight.sequence_id] = flight
         flight.hold(link)
         flight.timeline.mark("routed", now)
         log.debug("%s: %s, %s: %s", flight.sequence_id, placement.prefill, placement.decode,
                   placement.reason)  # fmt: skip
-        demand = self._demand(flight)
-        message = flight.request_message(flight.active.traceparent, self._eos_list)
+        demand = flight.demand(self._block_size)
+        message = flight.request_message(self._eos_list)
         sid = flight.sequence_id
         if placement.prefill is None:
             flight.phase = Phase.DECODE
@@ -206,14 +212,6 @@ class Dispatcher:
             prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)
             link.send(pb.GatewayFrame(prefill=prefill))
         self.view.sent(link.name, sid, now)
-
-    def _demand(self, flight: Flight) -> Demand:
-        return Demand(
-            num_tokens=len(flight.token_ids),
-            block_hashes=flight.hashes,
-            block_size=self._block_size,
-            avoid=frozenset(flight.avoid),
-        )
 
     def _park(self, flight: Flight, again: Callable[[Flight], None], why: Unavailable) -> None:
         """Waits a while for a worker to appear."""
@@ -249,34 +247,11 @@ class Dispatcher:
             self._end(flight.active, error, "refused")
 
     def _hand_off(self, flight: Flight) -> None:
-        """Token 0 is delivered: the decode worker may pull."""
-        assert flight.placement is not None
-        flight.phase = Phase.HAND_OFF
-        now = self._clock()
-        name, sid = flight.placement.decode, flight.sequence_id
-        link = self.links.get(name)
-        flight.extend_hashes(self._block_size)
-        if link is None:
-            # It was lost or began to leave meanwhile; the ticket is good for any of its peers.
-            self.view.unplace(name, sid)
-            demand = self._demand(flight)
-            try:
-                name = decode_for(self.view, demand, flight.prefill_worker, now, self._rng)
-            except NoWorker as error:
-                self._park(flight, self._hand_off, error)
-                return
-            link = self.links.get(name)
-            if link is None:
-                self._park(flight, self._hand_off, NoWorker("no decode worker is ready"))
-                return
-            self.view.place(name, sid, 0, demand.blocks)
-        flight.phase = Phase.DECODE
-        flight.decode_worker = name
-        flight.hold(link)
-        message = flight.request_message(flight.active.traceparent, self._eos_list)
-        decode = pb.DecodeRequest(sequence=message, ticket=flight.ticket)
-        link.send(pb.GatewayFrame(decode=decode))
-        self.view.sent(name, sid, now)
+        """Token 0 is delivered: a decode worker goes on from here, as soon as there is one."""
+        try:
+            self._hand_offs.complete(flight, self._clock())
+        except NoWorker as error:
+            self._park(flight, self._hand_off, error)
 
     # -- what the workers say -----------------------------------------------------------------
 
@@ -312,11 +287,12 @@ class Dispatcher:
         flight.recomputed_tokens += output.recomputed_tokens
         if output.token_ids or output.finish_reason:
             self._deliver(flight, speak(flight, output, self._eos), now)
-        if flight.phase is Phase.PREFILL and output.token_ids:
-            if not output.HasField("ticket"):
-                raise CrossdockError(f"prefill worker {link.name} gave token 0 without a ticket")
-            flight.ticket = output.ticket
-            self._hand_off(flight)
+        if flight.phase is Phase.PREFILL and link.name == flight.prefill_worker:
+            self._hand_offs.note(flight, output)
+            if output.token_ids:
+                self._hand_off(flight)
+            else:
+                self._hand_offs.advance(flight, now)
 
     def _joined(self, flight: Flight, output: pb.SequenceOutput) -> None:
         """The first token after a hand-off: the prefill worker has let go."""
@@ -325,23 +301,25 @@ class Dispatcher:
         flight.ticket = None
         flight.transferred_bytes += output.transferred_bytes
         flight.transferred_blocks += output.transferred_blocks
+        flight.late_bytes += output.late_bytes
         self.metrics.transferred_bytes.inc(output.transferred_bytes)
         self.metrics.transferred_blocks.inc(output.transferred_blocks)
-        if output.times.reserved and output.times.pulled:
-            self.view.transferred(
-                flight.prefill_worker,
-                flight.decode_worker,
-                output.transferred_bytes,
-                (output.times.pulled - output.times.reserved) / 1000,
-            )
+        self.metrics.late_bytes.inc(output.late_bytes)
+        self.view.transferred(
+            flight.prefill_worker,
+            flight.decode_worker,
+            output.transferred_bytes,
+            output.transfer_s,
+        )
 
     def _deliver(self, flight: Flight, spoken: Spoken, now: float) -> None:
         """Passes new tokens to the reader, and the end of the sequence with the last of them."""
         self._count_tokens(flight, spoken.token_ids, now)
         delta = Delta(flight.index, spoken.text, spoken.token_ids, spoken.logprobs)
         if spoken.finish_reason is not None:
-            if spoken.cut_short:
-                self._cancel_on_holders(flight, "stop string")
+            reads_along = flight.phase is Phase.PREFILL and flight.decode_worker
+            if spoken.cut_short or reads_along:
+                self._cancel_on_holders(flight, "finished")
             delta.finish_reason, delta.stop_reason = spoken.finish_reason, spoken.stop_reason
             self._finish(flight, now)
             delta.usage, delta.timings = flight.usage(), flight.timings()
@@ -397,8 +375,12 @@ class Dispatcher:
         if flight.phase is Phase.DECODE and link.name != flight.decode_worker:
             flight.let_go(link.name)  # the prefill side's word; the decode worker will judge
             return
-        flight.let_go(link.name)
         failure = failure_of(link.name, error)
+        reads_along = flight.phase is Phase.PREFILL and link.name == flight.decode_worker
+        if reads_along and error.code in RESTARTED:
+            self._hand_offs.drop(flight)
+            return
+        flight.let_go(link.name)
         if error.code not in RESTARTED:
             raise failure
         if error.code == pb.ERROR_CODE_PULL_FAILED:
@@ -440,7 +422,7 @@ class Dispatcher:
 
     def _lost_under(self, worker: str, reason: str, flight: Flight) -> None:
         """Carries the sequence on elsewhere; raises WorkerLost once it has seen too many die."""
-        role = "decode" if flight.phase is Phase.DECODE else "prefill"
+        role = "decode" if worker == flight.decode_worker else "prefill"
         error = WorkerLost(
             f"{role} worker {worker} was lost ({reason}) after {flight.generated} tokens; "
             "send the request again"
@@ -448,6 +430,9 @@ class Dispatcher:
         flight.losses += 1
         if flight.losses > self._limits.max_losses:
             raise error
+        if flight.phase is Phase.PREFILL and worker == flight.decode_worker:
+            self._hand_offs.drop(flight)
+            return
         self._restart(flight, worker, "worker lost", error)
 
     def _deadline_passed(self, active: Active) -> None:

@@ -13,7 +13,7 @@ from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.lifecycle import Timeline
 from crossdock.router.links import WorkerLink
-from crossdock.router.policy import Placement
+from crossdock.router.policy import Demand, Placement
 from crossdock.router.request import Request, ResponseStream
 
 
@@ -65,15 +65,18 @@ class Flight:
     placement: Placement | None = None
     holders: dict[str, WorkerLink] = field(default_factory=dict)  # who has something of it
     ticket: pb.Ticket | None = None
+    sealed_blocks: int = 0  # of the ticket's
+    checksums: list[int] = field(default_factory=list)  # of the ticket's blocks, where asked for
     restarts: int = 0  # since the last token gained
     losses: int = 0  # workers that died while they held it
     avoid: set[str] = field(default_factory=set)
     timer: asyncio.TimerHandle | None = None
     prefill_worker: str = ""
-    decode_worker: str = ""
+    decode_worker: str = ""  # once it has been told
     cached_tokens: int | None = None
     transferred_bytes: int = 0
     transferred_blocks: int = 0
+    late_bytes: int = 0
     recomputed_tokens: int = 0
 
     @property
@@ -115,10 +118,19 @@ class Flight:
         timings.decode_worker = self.decode_worker
         timings.transferred_bytes = self.transferred_bytes
         timings.transferred_blocks = self.transferred_blocks
+        timings.late_bytes = self.late_bytes
         timings.recomputed_tokens = self.recomputed_tokens
         return timings
 
-    def request_message(self, traceparent: str, eos: list[int]) -> pb.SequenceRequest:
+    def demand(self, block_size: int) -> Demand:
+        return Demand(
+            num_tokens=len(self.token_ids),
+            block_hashes=self.hashes,
+            block_size=block_size,
+            avoid=frozenset(self.avoid),
+        )
+
+    def request_message(self, eos: list[int]) -> pb.SequenceRequest:
         """What a worker is told of it, as it stands now."""
         request = self.active.request
         deadline = 0
@@ -134,7 +146,7 @@ class Flight:
             cache_salt=request.cache_salt,
             deadline_unix_ms=deadline,
             priority=request.priority,
-            traceparent=traceparent,
+            traceparent=self.active.traceparent,
             eos_token_ids=eos,
         )
 

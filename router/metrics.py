@@ -69,6 +69,9 @@ class GatewayMetrics:
         self.generated_tokens = self._counter("generated_tokens", "Tokens delivered", [])
         self.transferred_bytes = self._counter("transferred_bytes", "KV bytes pulled", [])
         self.transferred_blocks = self._counter("transferred_blocks", "KV blocks pulled", [])
+        self.late_bytes = self._counter(
+            "late_bytes", "Of transferred_bytes, what was pulled after token 0", []
+        )
         self.recomputed_tokens = self._counter(
             "recomputed_tokens", "Prompt tokens that decode workers computed again", []
         )

@@ -222,9 +222,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                     block_ids=range(blocks),
                     generations=[1] * blocks,
                     num_tokens=len(sequence.token_ids),
-                    first_token=output.token_ids[0],
                 )
             )
+            output.sealed_blocks = blocks
         self._emit(output)
 
     async def _decode(self, request: pb.DecodeRequest) -> None:

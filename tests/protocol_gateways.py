@@ -1,7 +1,8 @@
 """Gateways in miniature, as router.dispatch has them: each owns its requests to their ends.
 
     submit to a prefill worker ──token 0, ticket──> submit to a decode worker ──> finished
-              ^───────────────── restart ─────────────────────┘
+              ^       └──sealed blocks──> a decode worker reads along ──^   │
+              └───────────────────────── restart ───────────────────────────┘
 
 Their streams to the workers keep their order and break at any message.
 """
@@ -56,7 +57,10 @@ class Attempt:
     id: str
     request: Request
     holders: list[Stream]
+    reading_on: Stream | None = None  # a decode worker, while the prompt is computed
     decoding_on: Stream | None = None
+    ticket: worker_pb2.Ticket | None = None
+    dropped: bool = False  # whoever read along fell out; token 0 finds another
 
 
 @dataclass(eq=False)
@@ -76,13 +80,14 @@ class Stream:
     gateway: Gateway
     worker: Worker
     seat: Seat
-    inbox: deque = field(default_factory=deque)  # to the worker: (what, sequence id, job)
+    inbox: deque = field(default_factory=deque)  # to the worker: (what, sequence id, load)
     outbox: deque = field(default_factory=deque)  # to the gateway: SequenceOutput | LOST
     ended: bool = False
 
-    def send(self, what: str, sequence_id: str, job: Job | None = None) -> None:
+    def send(self, what: str, sequence_id: str, load: object = None) -> None:
+        """`load`: the Job of a submit, the HandOff of a hand_off."""
         if not self.ended:
-            self.inbox.append((what, sequence_id, job))
+            self.inbox.append((what, sequence_id, load))
 
     def end(self, rng: random.Random) -> None:
         """Each side still hears a part of what was under way, then learns that it is over."""
@@ -166,19 +171,20 @@ class Gateways:
             self._see("no hand-off")
         request.attempt = attempt
         request.gateway.attempts[attempt.id] = attempt
-        stream.send("submit", attempt.id, self._job(stream, attempt, None))
+        stream.send("submit", attempt.id, self._job(stream, attempt))
 
     def _choose(self, gateway: Gateway, role: Role) -> Stream:
         return gateway.streams[
             self._rng.choice([seat for seat in self._seats if seat.role is role])
         ]
 
-    def _job(self, stream: Stream, attempt: Attempt, ticket: worker_pb2.Ticket | None) -> Job:
+    def _job(self, stream: Stream, attempt: Attempt, sealed: int | None = None) -> Job:
         request = attempt.request
         return job(
             request.prompt,
             emitted=request.emitted,
-            ticket=ticket,
+            ticket=attempt.ticket,
+            sealed=sealed,
             owner=stream.owner,
             sequence_id=attempt.id,
             deadline_unix_ms=int(1000 * (request.deadline or 0)),
@@ -228,7 +234,9 @@ class Gateways:
         for attempt in [a for a in gateway.attempts.values() if stream in a.holders]:
             attempt.holders.remove(stream)
             # Once a decode worker has the ticket, losing the other one is the pull's business.
-            if attempt.decoding_on in (None, stream):
+            if attempt.reading_on is stream:
+                self._fell_out(attempt)
+            elif attempt.decoding_on in (None, stream):
                 self.restart(attempt.request)
 
     def _take(self, attempt: Attempt, stream: Stream, output: worker_pb2.SequenceOutput) -> None:
@@ -238,7 +246,9 @@ class Gateways:
             attempt.holders.remove(stream)
             code = output.error.code
             self._see(worker_pb2.ErrorCode.Name(code))
-            if judged and code == worker_pb2.ERROR_CODE_DEADLINE:
+            if attempt.reading_on is stream and code in RESTARTED:
+                self._fell_out(attempt)
+            elif judged and code == worker_pb2.ERROR_CODE_DEADLINE:
                 assert request.deadline <= self._clock(), "ended before its deadline"
                 self._end(request, "deadline")
             elif judged:
@@ -246,6 +256,11 @@ class Gateways:
                 self.restart(request)
             return
         assert judged, "a prefill worker goes on after its ticket was passed on"
+        if output.HasField("ticket"):
+            attempt.ticket = output.ticket
+        if not output.token_ids:
+            self._read_along(attempt, output)
+            return
         request.received += output.token_ids
         request.emitted += output.token_ids
         so_far = request.expected[: len(request.received)]
@@ -256,7 +271,40 @@ class Gateways:
             attempt.holders.remove(stream)
             self._end(request, "finished")
         elif attempt.decoding_on is None:
-            assert output.HasField("ticket"), "token 0 without a ticket"
-            attempt.decoding_on = decode = self._choose(request.gateway, Role.DECODE)
-            attempt.holders.append(decode)
-            decode.send("submit", attempt.id, self._job(decode, attempt, output.ticket))
+            self._hand_off(attempt, output)
+
+    def _read_along(self, attempt: Attempt, output: worker_pb2.SequenceOutput) -> None:
+        """Some blocks are sealed: a decode worker may have them while the others are computed."""
+        sealed = output.sealed_blocks
+        if attempt.reading_on is not None:
+            progress = worker_pb2.HandOff(sequence_id=attempt.id, sealed_blocks=sealed)
+            attempt.reading_on.send("hand_off", attempt.id, progress)
+        elif not attempt.dropped:
+            attempt.reading_on = reader = self._choose(attempt.request.gateway, Role.DECODE)
+            attempt.holders.append(reader)
+            reader.send("submit", attempt.id, self._job(reader, attempt, sealed))
+            self._see("read along")
+
+    def _hand_off(self, attempt: Attempt, output: worker_pb2.SequenceOutput) -> None:
+        assert attempt.ticket is not None, "token 0 without a ticket"
+        assert output.sealed_blocks == len(attempt.ticket.block_ids), "token 0 before its blocks"
+        if attempt.reading_on is not None:
+            attempt.decoding_on, attempt.reading_on = attempt.reading_on, None
+            progress = worker_pb2.HandOff(
+                sequence_id=attempt.id,
+                sealed_blocks=output.sealed_blocks,
+                first_token=output.token_ids[0],
+                checksums=output.checksums,
+            )
+            attempt.decoding_on.send("hand_off", attempt.id, progress)
+            return
+        attempt.decoding_on = decode = self._choose(attempt.request.gateway, Role.DECODE)
+        attempt.holders.append(decode)
+        made = self._job(decode, attempt)
+        made.checksums = tuple(output.checksums)
+        decode.send("submit", attempt.id, made)
+
+    def _fell_out(self, attempt: Attempt) -> None:
+        """Whoever read along is lost, or will not have it: another gets the ticket at token 0."""
+        attempt.reading_on, attempt.dropped = None, True
+        self._see("reader fell out")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
 from protocol_gateways import Gateways, Request
 from protocol_sim import Simulation, Violation
@@ -21,6 +22,7 @@ from crossdock.kvtransfer.offers import Exit, Offers
 from crossdock.kvtransfer.pull import Puller
 from crossdock.prefill.worker import PrefillRole
 from crossdock.worker.job import Job
+from crossdock.worker.outbox import Outbox
 from crossdock.worker.role import WorkerRole
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -56,6 +58,8 @@ def fence_read_before_the_blocks(patch: pytest.MonkeyPatch) -> None:
             peer = self._transport._network.transports.get(each.ticket.incarnation)
             if peer is not None and not hasattr(each, "early"):
                 each.early = peer.memory.generations[each.remote_ids].copy()
+                ticket = each.ticket
+                each.expected = np.array(ticket.generations, dtype=np.int64)[each.places]
 
     def compare(each: object, handle: object) -> str | None:
         same = (each.early == each.expected).all()
@@ -112,6 +116,42 @@ def named_before_the_fence(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DecodeRole, "_start_pull", name_and_start)
 
 
+# -- the prompt that is still being computed -----------------------------------------------------
+
+
+def announced_before_it_is_computed(patch: pytest.MonkeyPatch) -> None:
+    sealed = Outbox.sealed
+    patch.setattr(
+        Outbox, "sealed", lambda self, job, blocks, *ticket: sealed(self, job, blocks + 1, *ticket)
+    )
+
+
+def fenced_before_the_last_part(patch: pytest.MonkeyPatch) -> None:
+    """The fence follows the first part that was read, and the sequence joins."""
+    patch.setattr(pull._Pull, "complete", property(lambda self: True))
+
+
+def released_while_it_is_computed(patch: pytest.MonkeyPatch) -> None:
+    """A reader that falls out releases the ticket, which then goes to another."""
+
+    def always(self: DecodeRole, job: Job) -> None:
+        self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))
+
+    patch.setattr(DecodeRole, "_give_back", always)
+
+
+def announced_with_the_generations_to_come(patch: pytest.MonkeyPatch) -> None:
+    """The ticket is signed for whoever owns the blocks next."""
+    announce = Offers.announce
+    patch.setattr(
+        Offers,
+        "announce",
+        lambda self, ids, generations, num_tokens: announce(
+            self, ids, [each + 1 for each in generations], num_tokens
+        ),
+    )
+
+
 # -- who may read, and for how long --------------------------------------------------------------
 
 
@@ -152,10 +192,9 @@ def lease_end_ignored_while_waiting(patch: pytest.MonkeyPatch) -> None:
 def offered_but_not_pinned(patch: pytest.MonkeyPatch) -> None:
     offer = PrefillRole._offer
 
-    def offer_and_free(self: PrefillRole, job: Job, num_tokens: int, token: int) -> object:
-        ticket = offer(self, job, num_tokens, token)
-        self._offers.release([ticket.ticket_id])
-        return ticket
+    def offer_and_free(self: PrefillRole, job: Job, token: object) -> None:
+        offer(self, job, token)
+        self._offers.release([self._offers.open()[-1].ticket_id])
 
     patch.setattr(PrefillRole, "_offer", offer_and_free)
 
@@ -273,6 +312,10 @@ PLANTS: list[Plant] = [
     generation_never_raised,
     generation_raised_after_reuse,
     named_before_the_fence,
+    announced_before_it_is_computed,
+    fenced_before_the_last_part,
+    released_while_it_is_computed,
+    announced_with_the_generations_to_come,
     peer_keyed_by_address,
     reaper_off,
     unknown_ticket_renewed,

@@ -55,6 +55,7 @@ class Simulation:
         self.workers: list[Worker] = []  # all processes that run, also those given up for lost
         self.met: dict[Worker, dict[bytes, int]] = {}  # by decode worker: peer -> blocks
         self.meeting: list[tuple[Stream, Job]] = []  # decode requests whose peer is being met
+        self.after_meeting: list[tuple[Stream, worker_pb2.HandOff]] = []  # for one of those
         self.paused: set[Worker] = set()
         self.calls: list[tuple] = []  # between workers, in no order
         self.counter = 0
@@ -180,6 +181,9 @@ class Simulation:
             name=name,
             max_batch=4,
             max_waiting=self.rng.choice([1, 16]),
+            chunk_tokens=self.rng.choice([8, 16, 32]),
+            reserve=self.rng.choice(["early", "early", "early", "late"]),
+            verify=self.rng.choice(["fence", "fence", "checksum"]),
             lease_s=LEASE_S,
         )
         state = worker.role.state
@@ -372,6 +376,10 @@ class Simulation:
                 stream.outbox.append(answer)
             return
         worker.role.submit(job)
+        for waiting in [w for w in self.after_meeting if w[0] is stream]:
+            if waiting[1].sequence_id == job.id:
+                self.after_meeting.remove(waiting)
+                worker.role.hand_off(waiting[1])
 
     def _ensure(self, worker: Worker, ticket: worker_pb2.Ticket) -> int:
         """How many blocks the ticket's peer has. Raises TransferFailed."""
@@ -403,15 +411,21 @@ class Simulation:
             self._receive(self.rng.choice(waiting))
 
     def _receive(self, stream: Stream) -> None:
-        what, sequence_id, job = stream.inbox.popleft()
+        what, sequence_id, load = stream.inbox.popleft()
         role = stream.worker.role
         self.touched[stream.worker] = None
+        job = load
         if what == "submit" and job.ticket is not None:
             self.meeting.append((stream, job))
             if self.rng.random() < 0.8 or self.network.calm:
                 self._introduced(*self.meeting.pop())
         elif what == "submit":
             role.submit(job)
+        elif what == "hand_off":
+            if any(s is stream and j.id == sequence_id for s, j in self.meeting):
+                self.after_meeting.append((stream, load))  # its request comes first
+            else:
+                role.hand_off(load)
         elif what == "cancel":
             self.meeting = [
                 (s, j) for s, j in self.meeting if s is not stream or j.id != sequence_id

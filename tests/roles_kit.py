@@ -182,12 +182,16 @@ def job(
     *,
     emitted: list[int] | None = None,
     ticket: worker_pb2.Ticket | None = None,
+    sealed: int | None = None,
     owner: str = "gateway",
     sequence_id: str = "",
     deadline_unix_ms: int = 0,
     **sampling: object,
 ) -> Job:
-    """A request as a gateway would send it, with what it has emitted so far."""
+    """A request as a gateway would send it, with what it has emitted so far.
+
+    sealed: of the ticket's blocks; None: all, and then `emitted` has token 0.
+    """
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | sampling))  # type: ignore[arg-type]
     ids = prompt + (emitted or [])
     request = worker_pb2.SequenceRequest(
@@ -206,5 +210,7 @@ def job(
         context_length=CONTEXT,
         block_size=BLOCK,
     )
-    made.ticket = ticket
+    if ticket is not None:
+        made.ticket = ticket
+        made.sealed_blocks = len(ticket.block_ids) if sealed is None else sealed
     return made

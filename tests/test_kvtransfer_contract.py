@@ -83,7 +83,6 @@ class Peer:
             num_tokens=len(block_ids) * 16,
             layout_hash=b"",
             lease_s=lease_s,
-            first_token=1,
         )
 
     def change_owner(self, block_id: int) -> None:

@@ -25,7 +25,9 @@ class Side:
 
     def offer(self, first: int, sequence: str = "s", owner: str = "gateway") -> Ticket:
         ids = [first, first + 1]
-        return self.offers.offer(sequence, owner, ids, [7, 8], num_tokens=20, first_token=3)
+        ticket = self.offers.announce(ids, [7, 8], num_tokens=20)
+        self.offers.offer(ticket, sequence, owner)
+        return ticket
 
 
 @pytest.fixture

@@ -49,7 +49,9 @@ class Pair:
 
     def offer(self, ids: list[int]) -> Ticket:
         generations = self.prefill.memory.generations[ids].tolist()
-        return self.offers.offer("s", "g", ids, generations, len(ids) * 16, 1)
+        ticket = self.offers.announce(ids, generations, len(ids) * 16)
+        self.offers.offer(ticket, "s", "g")
+        return ticket
 
     def start(self, name: str, ids: list[int], local: list[int], deadline: float = 100.0) -> Ticket:
         ticket = self.offer(ids)
@@ -238,7 +240,7 @@ def test_a_peer_that_dies_fails_what_was_under_way_and_its_successor_is_another(
         ([9], [0], r"blocks \[9\] are not of the ticket"),
         ([1], [0, 1], "1 remote blocks, 2 local"),
         ([1, 2], [0, 0], "a local block is named twice"),
-        ([1, 1], [0, 1], "a remote block is named twice"),
+        ([1, 1], [0, 1], "not in the ticket's order"),
         ([1], [BLOCKS], "out of range"),
     ],
 )

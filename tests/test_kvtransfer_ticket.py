@@ -65,7 +65,6 @@ def ticket(**changes: object) -> Ticket:
         "num_tokens": 40,
         "layout_hash": LAYOUT,
         "lease_s": 30.0,
-        "first_token": 17,
     }
     return make_ticket(**(fields | changes))  # type: ignore[arg-type]
 
@@ -87,7 +86,6 @@ def test_a_good_ticket_is_valid() -> None:
     [
         lambda t: t.block_ids.append(1),
         lambda t: t.generations.__setitem__(0, 7),
-        lambda t: setattr(t, "first_token", 18),
         lambda t: setattr(t, "ticket_id", bytes(16)),
         lambda t: setattr(t, "lease_ms", 1 << 40),
         lambda t: setattr(t, "prefill_address", "10.6.6.6:7000"),

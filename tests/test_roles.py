@@ -22,10 +22,14 @@ def site() -> Site:
 
 def prefill(worker: Worker, prompt: list[int], **options: object) -> worker_pb2.SequenceOutput:
     """Token 0 and its ticket."""
-    worker.role.submit(job(prompt, **options))  # type: ignore[arg-type]
-    while not worker.outputs:
+    made = job(prompt, **options)  # type: ignore[arg-type]
+    worker.role.submit(made)
+    while made.id in worker.role.jobs:
         worker.turn()
-    (output,) = worker.take()
+    *announced, output = worker.take()
+    for earlier in announced:
+        if earlier.HasField("ticket"):
+            output.ticket.CopyFrom(earlier.ticket)
     return output
 
 

@@ -58,7 +58,8 @@ class Gateway:
             for output in frame.outputs:
                 if output.sequence_id == sequence_id:
                     yield output
-                    if output.finish_reason or output.HasField("ticket"):
+                    offered = output.token_ids and output.sealed_blocks
+                    if output.finish_reason or offered:
                         return
 
     async def close(self) -> None:
@@ -74,13 +75,21 @@ class Pair:
     async def first(self, sequence_id: str, prompt: list[int]) -> worker_pb2.SequenceOutput:
         request = worker_pb2.PrefillRequest(sequence=sequence(sequence_id, prompt))
         await self.p.send(prefill=request)
-        return [output async for output in self.p.outputs(sequence_id)][-1]
+        *announced, first = [output async for output in self.p.outputs(sequence_id)]
+        for earlier in announced:
+            if earlier.HasField("ticket"):
+                first.ticket.CopyFrom(earlier.ticket)
+        return first
 
     async def rest(
         self, sequence_id: str, prompt: list[int], first: worker_pb2.SequenceOutput
     ) -> list[worker_pb2.SequenceOutput]:
         request = sequence(sequence_id, prompt, list(first.token_ids))
-        await self.d.send(decode=worker_pb2.DecodeRequest(sequence=request, ticket=first.ticket))
+        await self.d.send(
+            decode=worker_pb2.DecodeRequest(
+                sequence=request, ticket=first.ticket, sealed_blocks=first.sealed_blocks
+            )
+        )
         return [output async for output in self.d.outputs(sequence_id)]
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.types import Role
 
+RESERVE = ("early", "late")  # when a decode worker sets blocks aside: as the prompt is computed
+VERIFY = ("fence", "checksum")  # what is compared before a sequence joins on pulled KV
+
 
 @dataclass(frozen=True)
 class WorkerConfig:
@@ -30,6 +33,8 @@ class WorkerConfig:
     port: int = 0
     lease_s: float = 30.0
     pull_timeout_s: float = 10.0
+    reserve: str = "early"
+    verify: str = "fence"
     max_batch: int = 64
     max_waiting: int = 1024
     chunk_tokens: int = 256
@@ -44,5 +49,8 @@ class WorkerConfig:
                 raise ConfigError(name, f"{getattr(self, name)} must be greater than 0")
         if self.block_size not in (8, 16, 32, 64, 128):
             raise ConfigError("block_size", f"{self.block_size} must be 8, 16, 32, 64 or 128")
+        for name, choices in (("reserve", RESERVE), ("verify", VERIFY)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(name, f"{getattr(self, name)!r} is not one of {choices}")
         if len(self.cluster_key) < 16:
             raise ConfigError("cluster_key", f"{len(self.cluster_key)} bytes; at least 16")

@@ -21,16 +21,25 @@ class Job:
     traceparent: str = ""
     deadline_unix_s: float | None = None
     ticket: worker_pb2.Ticket | None = None
-    lease_end: float | None = None  # monotonic seconds; while a ticket waits for blocks
+    sealed_blocks: int = 0  # of the ticket's blocks, how many hold their KV
+    checksums: tuple[int, ...] = ()  # of the ticket's blocks; empty: not to be compared
+    lease_end: float | None = None  # monotonic seconds; until then a ticket not joined is good
     times: dict[str, float] = field(default_factory=dict)  # life-cycle event -> wall-clock ms
     transferred_bytes: int = 0
     transferred_blocks: int = 0
+    late_bytes: int = 0  # of transferred_bytes, those that moved after token 0
+    transfer_s: float = 0.0
     recomputed_tokens: int = 0
     first_output_sent: bool = False
 
     @property
     def id(self) -> str:
         return self.sequence.sequence_id
+
+    @property
+    def sealed(self) -> bool:
+        """The prompt of the ticket is computed, and token 0 is known."""
+        return self.ticket is not None and self.sealed_blocks == len(self.ticket.block_ids)
 
     def mark(self, event: str, unix_s: float | None = None) -> None:
         """Notes when a life-cycle event happened first."""

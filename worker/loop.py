@@ -110,6 +110,8 @@ class EngineLoop:
         self._role.check_deadlines()
         plan = self._role.schedule()
         if plan is not None:
+            if self._role.state.outbox:
+                self.flush()  # what others can begin with while the step runs
             self._step(plan)
         self.last_turn = time.monotonic()
         self.flush()

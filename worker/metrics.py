@@ -17,6 +17,7 @@ _COUNTERS = {
     "generated_tokens": "Tokens generated here.",
     "transferred_bytes": "KV bytes pulled from prefill workers and fenced.",
     "transferred_blocks": "KV blocks pulled from prefill workers and fenced.",
+    "late_bytes": "Of transferred_bytes, what had not been pulled when the prompt was computed.",
     "recomputed_tokens": "Prompt tokens computed here although their KV had been handed off.",
     "preemptions": "Sequences handed back for want of KV blocks.",
     "steps": "Engine steps.",

@@ -17,6 +17,9 @@ class Outbox:
     def __init__(self) -> None:
         self._outputs: dict[str, list[worker_pb2.SequenceOutput]] = defaultdict(list)
 
+    def __bool__(self) -> bool:
+        return bool(self._outputs)
+
     def take(self) -> dict[str, list[worker_pb2.SequenceOutput]]:
         """Everything since the last take, by gateway."""
         taken, self._outputs = self._outputs, defaultdict(list)
@@ -27,8 +30,7 @@ class Outbox:
         job: Job,
         token: SampledToken,
         finish: tuple[FinishReason, str] | None,
-        ticket: worker_pb2.Ticket | None = None,
-    ) -> None:
+    ) -> worker_pb2.SequenceOutput:
         """One new token; the first one carries the sequence's times and counts as well."""
         output = worker_pb2.SequenceOutput(sequence_id=job.id, token_ids=(token.token_id,))
         if token.logprob is not None:
@@ -36,15 +38,23 @@ class Outbox:
         if finish:
             output.finish_reason = FINISH_TO_PB[finish[0]]
             output.stop_reason = finish[1]
-        if ticket is not None:
-            output.ticket.CopyFrom(ticket)
         if not job.first_output_sent:
             job.first_output_sent = True
             output.cached_tokens = job.sequence.num_cached
             output.transferred_bytes = job.transferred_bytes
             output.transferred_blocks = job.transferred_blocks
+            output.late_bytes = job.late_bytes
+            output.transfer_s = job.transfer_s
             output.recomputed_tokens = job.recomputed_tokens
             output.times.CopyFrom(worker_pb2.SequenceTimes(**job.times))
+        self._outputs[job.owner].append(output)
+        return output
+
+    def sealed(self, job: Job, blocks: int, ticket: worker_pb2.Ticket | None = None) -> None:
+        """So many of its ticket's blocks can be read; the first time with the ticket."""
+        output = worker_pb2.SequenceOutput(sequence_id=job.id, sealed_blocks=blocks)
+        if ticket is not None:
+            output.ticket.CopyFrom(ticket)
         self._outputs[job.owner].append(output)
 
     def error(self, owner: str, sequence_id: str, code: worker_pb2.ErrorCode, message: str) -> None:

@@ -28,6 +28,7 @@ class Counters:
     generated_tokens: int = 0
     transferred_bytes: int = 0
     transferred_blocks: int = 0
+    late_bytes: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
@@ -109,6 +110,9 @@ class WorkerRole(ABC):
         """A gateway's stream ended: frees all that it had here."""
         for job in [job for job in self.jobs.values() if job.owner == owner]:
             self._end(job)
+
+    def hand_off(self, progress: worker_pb2.HandOff) -> None:  # noqa: B027
+        """How far the prompt of a ticket is; only a role that pulls has any."""
 
     def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:  # noqa: B027
         """A peer is done with these; only a role that offers has any."""

@@ -101,6 +101,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     task = asyncio.create_task(met, name=sequence_id)
                     pending[sequence_id] = task
                     task.add_done_callback(lambda done: pending.pop(done.get_name(), None))
+                elif kind == "hand_off":
+                    self._hand_off(frame.hand_off, pending.get(frame.hand_off.sequence_id))
                 elif kind == "cancel":
                     self._cancel(frame.cancel, pending.get(frame.cancel.sequence_id))
                 elif kind == "resync":
@@ -109,6 +111,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             for task in list(pending.values()):
                 task.cancel()
             stream.close()
+
+    def _hand_off(self, progress: worker_pb2.HandOff, pending: asyncio.Task[None] | None) -> None:
+        if not 0 <= progress.first_token < self._server.vocab_size:
+            log.error("%s: no such token: %d", progress.sequence_id, progress.first_token)
+            return  # no word of its prompt: the request fails by itself
+
+        def post(_: object = None) -> None:
+            self._server.post(lambda role: role.hand_off(progress))
+
+        if pending is None:
+            post()
+        else:  # its request comes first
+            pending.add_done_callback(post)
 
     def _cancel(
         self, request: worker_pb2.CancelRequest, pending: asyncio.Task[None] | None
@@ -121,9 +136,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if not request.HasField("ticket"):
             self._submit(request.sequence, None, owner)
             return
-        ticket = request.ticket
         try:
-            await self._check_ticket(ticket, len(request.sequence.token_ids))
+            await self._check_ticket(request)
         except CrossdockError as error:
             self._answer(owner, request.sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
             return
@@ -132,11 +146,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             message = f"{type(error).__name__}: {error}"
             self._answer(owner, request.sequence, worker_pb2.ERROR_CODE_INTERNAL, message)
             return
-        self._submit(request.sequence, ticket, owner)
+        self._submit(request.sequence, request, owner)
 
-    async def _check_ticket(self, ticket: worker_pb2.Ticket, num_tokens: int) -> None:
+    async def _check_ticket(self, request: worker_pb2.DecodeRequest) -> None:
         """Raises CrossdockError unless the ticket is this cluster's and its blocks can be read."""
-        server = self._server
+        server, ticket = self._server, request.ticket
         tickets.verify(ticket, server.config.cluster_key)
         peer = await server.peers.ensure(ticket.incarnation, ticket.prefill_address)
         tickets.validate(
@@ -147,17 +161,25 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             num_blocks=peer.num_blocks,
             block_size=server.config.block_size,
         )
-        if ticket.num_tokens != num_tokens - 1:
+        if not 0 < request.sealed_blocks <= len(ticket.block_ids):
             raise TransferFailed(
-                f"the ticket covers {ticket.num_tokens} tokens, the request {num_tokens - 1}"
+                f"{request.sealed_blocks} blocks are sealed, the ticket has {len(ticket.block_ids)}"
+            )
+        # Token 0 comes with the last block.
+        covered = len(request.sequence.token_ids)
+        covered -= request.sealed_blocks == len(ticket.block_ids)
+        if ticket.num_tokens != covered:
+            raise TransferFailed(
+                f"the ticket covers {ticket.num_tokens} tokens, the request {covered}"
             )
 
     def _submit(
         self,
         request: worker_pb2.SequenceRequest,
-        ticket: worker_pb2.Ticket | None,
+        pull: worker_pb2.DecodeRequest | None,
         owner: str,
     ) -> None:
+        """`pull`: the request's ticket and how far it is; None: the prompt is computed here."""
         if owner not in self._streams:
             return  # its stream ended meanwhile, and nobody would free the sequence
         server = self._server
@@ -173,7 +195,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         except CrossdockError as error:
             self._answer(owner, request, worker_pb2.ERROR_CODE_INVALID, str(error))
             return
-        job.ticket = ticket
+        if pull is not None:
+            job.ticket, job.sealed_blocks = pull.ticket, pull.sealed_blocks
+            job.checksums = tuple(pull.checksums)
         server.post(lambda role: role.submit(job))
 
     def _answer(

@@ -27,6 +27,7 @@ def record(job: Job, config: WorkerConfig, error: str | None = None) -> None:
             "crossdock.prompt_tokens": job.sequence.prompt_tokens,
             "crossdock.cached_tokens": job.sequence.num_cached,
             "crossdock.transferred_bytes": job.transferred_bytes,
+            "crossdock.late_bytes": job.late_bytes,
         },
     )
     for name, at_ms in events:

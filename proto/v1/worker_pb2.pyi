@@ -116,7 +116,7 @@ class WorkerDescription(_message.Message):
     def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., layout_hash: _Optional[bytes] = ..., model_id: _Optional[str] = ..., context_length: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transport_info: _Optional[bytes] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("ticket_id", "prefill_worker", "prefill_address", "incarnation", "block_ids", "generations", "num_tokens", "layout_hash", "lease_ms", "first_token", "mac")
+    __slots__ = ("ticket_id", "prefill_worker", "prefill_address", "incarnation", "block_ids", "generations", "num_tokens", "layout_hash", "lease_ms", "mac")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -126,7 +126,6 @@ class Ticket(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MAC_FIELD_NUMBER: _ClassVar[int]
     ticket_id: bytes
     prefill_worker: str
@@ -137,9 +136,8 @@ class Ticket(_message.Message):
     num_tokens: int
     layout_hash: bytes
     lease_ms: int
-    first_token: int
     mac: bytes
-    def __init__(self, ticket_id: _Optional[bytes] = ..., prefill_worker: _Optional[str] = ..., prefill_address: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., layout_hash: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., first_token: _Optional[int] = ..., mac: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, ticket_id: _Optional[bytes] = ..., prefill_worker: _Optional[str] = ..., prefill_address: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., layout_hash: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class SequenceRequest(_message.Message):
     __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "cache_salt", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids")
@@ -174,12 +172,28 @@ class PrefillRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., decode_worker: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("sequence", "ticket")
+    __slots__ = ("sequence", "ticket", "sealed_blocks", "checksums")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    SEALED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     sequence: SequenceRequest
     ticket: Ticket
-    def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
+    sealed_blocks: int
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., sealed_blocks: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class HandOff(_message.Message):
+    __slots__ = ("sequence_id", "sealed_blocks", "first_token", "checksums")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    SEALED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    sealed_blocks: int
+    first_token: int
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_id: _Optional[str] = ..., sealed_blocks: _Optional[int] = ..., first_token: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("sequence_id", "reason")
@@ -202,18 +216,20 @@ class ResyncBlocks(_message.Message):
     def __init__(self) -> None: ...
 
 class GatewayFrame(_message.Message):
-    __slots__ = ("hello", "prefill", "decode", "cancel", "resync")
+    __slots__ = ("hello", "prefill", "decode", "cancel", "resync", "hand_off")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RESYNC_FIELD_NUMBER: _ClassVar[int]
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     hello: GatewayHello
     prefill: PrefillRequest
     decode: DecodeRequest
     cancel: CancelRequest
     resync: ResyncBlocks
-    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., resync: _Optional[_Union[ResyncBlocks, _Mapping]] = ...) -> None: ...
+    hand_off: HandOff
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., resync: _Optional[_Union[ResyncBlocks, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ...) -> None: ...
 
 class SequenceError(_message.Message):
     __slots__ = ("code", "message")
@@ -246,7 +262,7 @@ class SequenceTimes(_message.Message):
     def __init__(self, prefill_queued: _Optional[float] = ..., prefill_started: _Optional[float] = ..., first_token: _Optional[float] = ..., ticket_offered: _Optional[float] = ..., decode_queued: _Optional[float] = ..., reserved: _Optional[float] = ..., pulled: _Optional[float] = ..., fenced: _Optional[float] = ..., joined: _Optional[float] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "ticket", "error", "times", "cached_tokens", "transferred_bytes", "transferred_blocks", "recomputed_tokens")
+    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "ticket", "error", "times", "cached_tokens", "transferred_bytes", "transferred_blocks", "recomputed_tokens", "transfer_s", "late_bytes", "sealed_blocks", "checksums")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +275,10 @@ class SequenceOutput(_message.Message):
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    LATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SEALED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]
@@ -271,7 +291,11 @@ class SequenceOutput(_message.Message):
     transferred_bytes: int
     transferred_blocks: int
     recomputed_tokens: int
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ...) -> None: ...
+    transfer_s: float
+    late_bytes: int
+    sealed_blocks: int
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., transfer_s: _Optional[float] = ..., late_bytes: _Optional[int] = ..., sealed_blocks: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("waiting", "running", "queued_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "draining")

@@ -1,0 +1,178 @@
+"""Blocks pulled while their prompt is still being computed, between the two roles."""
+
+from __future__ import annotations
+
+import pytest
+from roles_kit import Site, Worker, job, undisturbed
+from test_roles import PROMPT, all_free, hand_off, pair, prefill, tokens_of
+
+from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.proto.types import Role
+from crossdock.proto.v1 import worker_pb2
+from crossdock.worker.job import Job
+
+
+@pytest.fixture
+def site() -> Site:
+    return Site()
+
+
+def announced(worker: Worker, prompt: list[int], **options: object) -> worker_pb2.SequenceOutput:
+    """What a prefill worker says after the first chunk of a prompt."""
+    worker.role.submit(job(prompt, **options))  # type: ignore[arg-type]
+    worker.turn()
+    (output,) = worker.take()
+    assert not output.token_ids
+    return output
+
+
+def follow(decode: Worker, made: Job, output: worker_pb2.SequenceOutput) -> None:
+    """Passes on what a prefill worker said, as a gateway does."""
+    progress = worker_pb2.HandOff(sequence_id=made.id, sealed_blocks=output.sealed_blocks)
+    if output.token_ids:
+        progress.first_token = output.token_ids[0]
+        progress.checksums.extend(output.checksums)
+    decode.role.hand_off(progress)
+
+
+def test_blocks_are_pulled_while_the_prompt_is_computed(site: Site) -> None:
+    p, d = pair(site, chunk_tokens=16)
+    part = announced(p, PROMPT)
+    assert (part.sealed_blocks, len(part.ticket.block_ids)) == (2, 7)
+    reader = job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks)
+    d.role.submit(reader)
+    moved = []
+    while True:
+        d.turn(3)
+        moved.append(d.transport.stats.blocks)
+        assert not d.take() and not d.role.waiting_tickets() and not p.role.leases()
+        p.turn()
+        (output,) = p.take()
+        if output.token_ids:
+            break
+        assert not output.HasField("ticket")
+        follow(d, reader, output)
+    assert moved == [2, 4, 6]
+    assert len(p.role.leases()) == 1
+    follow(d, reader, output)
+    d.turn(12)
+    outputs = d.take()
+    assert tokens_of([output, *outputs]) == undisturbed(PROMPT, 8)
+    assert outputs[0].transferred_blocks == 7
+    assert outputs[0].late_bytes == p.transport.memory.block_bytes  # the last chunk: one block
+    assert d.transport.stats.reads == 4 and d.transport.stats.fences == 1
+    all_free(p, d)
+
+
+def test_a_prefix_found_by_prefill_is_pulled_before_the_rest_is_computed(site: Site) -> None:
+    p = site.worker(Role.PREFILL)
+    prefill(p, PROMPT)
+    p.role.submit(job([*PROMPT, 5, 6, 7]))
+    said_before_the_step: list[int] = []
+    run = p.runner.run
+
+    def noting_run(plan: StepPlan) -> list[SampledToken]:
+        said_before_the_step.append(len(p.outputs))
+        return run(plan)
+
+    p.runner.run = noting_run  # type: ignore[method-assign]
+    p.turn()
+    part, last = p.take()
+    assert said_before_the_step == [1]
+    assert (part.sealed_blocks, list(part.token_ids)) == (6, [])
+    assert len(last.token_ids) == 1 and last.sealed_blocks == 7 and not last.HasField("ticket")
+
+
+def test_reserve_late_says_nothing_before_token_0(site: Site) -> None:
+    p = site.worker(Role.PREFILL, chunk_tokens=16, reserve="late")
+    p.role.submit(job(PROMPT))
+    p.turn(3)
+    assert not p.take()
+    p.turn()
+    (output,) = p.take()
+    assert output.token_ids and output.sealed_blocks == 7 and output.HasField("ticket")
+
+
+def test_a_reader_that_hears_nothing_more_of_its_prompt_gives_up(site: Site) -> None:
+    p, d = pair(site, chunk_tokens=16)
+    part = announced(p, PROMPT)
+    d.role.submit(job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks))
+    d.turn(3)
+    site.clock.now += 29.9
+    d.turn()
+    assert d.role.jobs
+    site.clock.now += 0.1
+    d.turn()
+    (output,) = d.take()
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    assert not d.releases, "the ticket may yet go to another reader"
+    d.turn()
+    all_free(d)
+
+
+def test_a_ticket_outlives_the_reader_that_fell_out(site: Site) -> None:
+    """Its first reader is cancelled in mid-read; another takes the same ticket to its end."""
+    p, d = pair(site, chunk_tokens=16)
+    other = site.worker(Role.DECODE)
+    site.introduce(p, d, other)
+    part = announced(p, PROMPT)
+    site.network.hold()
+    first = job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks)
+    d.role.submit(first)
+    d.turn()
+    d.role.cancel(first.id, "draining")
+    d.turn()
+    site.network.deliver()
+    d.turn(2)
+    assert not d.releases
+    while p.role.jobs:
+        p.turn()
+    last = p.take()[-1]
+    assert len(p.role.leases()) == 1
+    last.ticket.CopyFrom(part.ticket)
+    hand_off(other, PROMPT, last)
+    other.turn(12)
+    assert tokens_of([last, *other.take()]) == undisturbed(PROMPT, 8)
+    all_free(p, d, other)
+
+
+def test_an_old_word_of_a_prompt_changes_nothing(site: Site) -> None:
+    p, d = pair(site, chunk_tokens=16)
+    part = announced(p, PROMPT)
+    reader = job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks)
+    d.role.submit(reader)
+    while p.role.jobs:
+        p.turn()
+    *parts, last = p.take()
+    for output in (last, *parts, part, last):
+        follow(d, reader, output)
+    d.role.hand_off(worker_pb2.HandOff(sequence_id="nobody's", sealed_blocks=3))
+    d.turn(12)
+    assert tokens_of([last, *d.take()]) == undisturbed(PROMPT, 8)
+    all_free(p, d)
+
+
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_bytes_that_are_not_those_sent_are_refused(site: Site, corrupt: bool) -> None:
+    p, d = pair(site, verify="checksum")
+    first = prefill(p, PROMPT)
+    assert len(first.checksums) == 7
+    made = job(PROMPT, emitted=list(first.token_ids), ticket=first.ticket)
+    made.checksums = tuple(first.checksums)
+    site.network.hold()
+    d.role.submit(made)
+    d.turn()
+    site.network.deliver(1)
+    if corrupt:
+        d.transport.memory.blocks()[made.sequence.block_table[3], 5] ^= 1
+    site.network.deliver()
+    d.turn(12)
+    outputs = d.take()
+    if corrupt:
+        (failed,) = outputs
+        assert failed.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+        assert "checksum refused: block" in failed.error.message
+    else:
+        assert tokens_of([first, *outputs]) == undisturbed(PROMPT, 8)
+    p.turn()
+    all_free(p, d)
