@@ -40,16 +40,21 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.fail_after: dict[int, int] = {}  # generated tokens -> ErrorCode, each used once
         self.gate = asyncio.Event()  # closed: sequences wait before each token
         self.gate.set()
+        self.parts: list[int] = []  # sealed blocks that a prefill tells of before token 0
+        self.token_0 = asyncio.Event()  # closed: prefills wait before it, their parts told
+        self.token_0.set()
         self.step_s = 0.0
         self.silent = False
         self.prefills: list[pb.PrefillRequest] = []
         self.decodes: list[pb.DecodeRequest] = []
+        self.hand_offs: list[pb.HandOff] = []
         self.cancels: list[pb.CancelRequest] = []
         self.resyncs = 0
         self.hellos: list[pb.GatewayHello] = []
         self.running: dict[str, asyncio.Task[None]] = {}
         self.cached: dict[bytes, None] = {}
         self.next_event = 0
+        self._reading: dict[str, asyncio.Future[int]] = {}
         self._streams: dict[asyncio.Queue[pb.WorkerFrame | None], None] = {}
         self._server: Any = None
 
@@ -172,6 +177,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 elif kind == "decode":
                     self.decodes.append(_copy(frame.decode))
                     self._begin(frame.decode.sequence, self._decode(frame.decode))
+                elif kind == "hand_off":
+                    self.hand_offs.append(frame.hand_off)
+                    self._hand_off(frame.hand_off)
                 elif kind == "cancel":
                     self.cancels.append(frame.cancel)
                     if task := self.running.get(frame.cancel.sequence_id):
@@ -205,6 +213,21 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             hits += 1
         cached = min(hits * self.block_size, len(sequence.token_ids) - 1)
         self.store(list(sequence.block_hashes))
+        blocks = -(-len(sequence.token_ids) // self.block_size)
+        ticket = pb.Ticket(
+            ticket_id=os.urandom(16),
+            prefill_worker=self.name,
+            incarnation=self.incarnation,
+            block_ids=range(blocks),
+            generations=[1] * blocks,
+            num_tokens=len(sequence.token_ids),
+        )
+        for sealed in self.parts:
+            part = pb.SequenceOutput(sequence_id=sequence.sequence_id, sealed_blocks=sealed)
+            if sealed == self.parts[0]:
+                part.ticket.CopyFrom(ticket)
+            self._emit(part)
+        await self.token_0.wait()
         output = self._token(sequence)
         output.cached_tokens = cached
         now = self._now_ms()
@@ -213,18 +236,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         )
         if not output.finish_reason:
             output.times.ticket_offered = now
-            blocks = -(-len(sequence.token_ids) // self.block_size)
-            output.ticket.CopyFrom(
-                pb.Ticket(
-                    ticket_id=os.urandom(16),
-                    prefill_worker=self.name,
-                    incarnation=self.incarnation,
-                    block_ids=range(blocks),
-                    generations=[1] * blocks,
-                    num_tokens=len(sequence.token_ids),
-                )
-            )
             output.sealed_blocks = blocks
+            if not self.parts:
+                output.ticket.CopyFrom(ticket)
         self._emit(output)
 
     async def _decode(self, request: pb.DecodeRequest) -> None:
@@ -232,6 +246,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if self._refused(sequence):
             return
         arrived = self._now_ms()
+        if request.sealed_blocks < len(request.ticket.block_ids):
+            self._reading[sequence.sequence_id] = token_0 = asyncio.Future[int]()
+            sequence.token_ids.append(await token_0)
         first = True
         while True:
             await self._pace()
@@ -261,6 +278,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self._emit(output)
             if output.finish_reason:
                 return
+
+    def _hand_off(self, progress: pb.HandOff) -> None:
+        if progress.first_token:
+            self._reading.pop(progress.sequence_id).set_result(progress.first_token)
 
     async def _pace(self) -> None:
         await self.gate.wait()
