@@ -76,12 +76,14 @@ class ModelRunner:
 
     def run(self, plan: StepPlan) -> list[SampledToken]:
         """Computes the chunks, writes their KV into their block tables and draws one token for
-        each chunk with `sample`, in plan order. What comes before a chunk must be in its blocks."""
+        each chunk with `sample`, in plan order. What comes before a chunk must be in its blocks.
+        When this returns the KV is in memory, for transports read it past the device's streams."""
         sampled = [chunk.sequence for chunk in plan.chunks if chunk.sample]
         logits = self.logits(plan)
         if not sampled:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
             return []
-
         return sample(logits, [_sample_row(sequence) for sequence in sampled])
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
