@@ -61,7 +61,7 @@ class ControllerSettings:
     turn_s: float = 1.0
     adopt_s: float = 5.0  # for processes that run already to say so
     update_timeout_s: float = 10.0
-    loss_memory_s: float = 60.0  # losses further apart than this are not a crash loop
+    loss_memory_s: float = 60.0  # losses further apart than this are no crash loop
     decisions_kept: int = 200
     watch: WatchSettings = field(default_factory=WatchSettings)
 
@@ -216,7 +216,7 @@ class Controller:
                 continue
             pool = watched.launch.pool
             before = self._losses.get(pool, Losses())
-            again = now - before.last < self._settings.loss_memory_s
+            again = watched.barely_served and now - before.last < self._settings.loss_memory_s
             places = (*before.places, watched.name)
             self._losses[pool] = Losses(before.count + 1 if again else 1, now, places)
             self.errors[watched.name] = watched.why

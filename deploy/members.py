@@ -43,6 +43,8 @@ class Watched:
         self.state = State.STARTING
         self.started: Started | None = None
         self.launched_at = time.monotonic()
+        self.ready_at: float | None = None
+        self.lost_at: float | None = None
         self.why = ""
         self.drained = False
         self.drain_deadline = float("inf")
@@ -60,6 +62,15 @@ class Watched:
     @property
     def is_gateway(self) -> bool:
         return self.launch.gateway is not None
+
+    @property
+    def barely_served(self) -> bool:
+        """Whether it was lost sooner after its start than that start took."""
+        if self.lost_at is None:
+            return False
+        if self.ready_at is None:
+            return True
+        return self.lost_at - self.ready_at < self.ready_at - self.launched_at
 
     def seen(self) -> Member:
         """As reconcile() wants it."""
@@ -132,6 +143,7 @@ class Watched:
         else:
             if self.state is State.STARTING:
                 self.state = State.READY
+                self.ready_at = time.monotonic()
                 self._changed()
                 self._tasks.append(asyncio.create_task(self._probe()))
 
@@ -169,5 +181,6 @@ class Watched:
         if self.state is not State.LOST:
             log.warning("%s is lost: %s", self.name, why)
             self.state = State.LOST
+            self.lost_at = time.monotonic()
             self.why = why
             self._changed()

@@ -65,7 +65,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one pool in a row, each soon after a start; `last` is the time of the newest.
+    """Losses of one pool in a row, each sooner after a start than the start took; `last` is the
+    time of the newest.
     `places` are the names that were lost and not started again."""
 
     count: int = 0

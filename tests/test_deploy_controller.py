@@ -198,6 +198,22 @@ async def test_a_killed_worker_is_replaced_under_its_name_by_another_incarnation
     assert any("killed" in d.reason for d in controller.decisions)
 
 
+async def test_only_workers_that_barely_served_are_a_crash_loop(cluster, controller):
+    """One that served for longer than its start took is replaced at once, however often."""
+    for _ in range(3):
+        [victim] = cluster.alive("decode")
+        [watched] = [m for m in controller.members if m.process is victim]
+        await asyncio.sleep(2 * (watched.ready_at - watched.launched_at))
+        victim.kill()
+        await until(lambda: cluster.alive("decode") and controller.converged)
+        assert controller._losses["decode"].count == 1
+    cluster.may_start.clear()
+    for count in (1, 2):  # the first of these had served
+        await until(lambda: cluster.alive("decode"))
+        cluster.alive("decode")[0].kill()
+        await until(lambda count=count: controller._losses["decode"].count == count)
+
+
 async def test_scaling_down_waits_for_the_work_of_who_goes(cluster, controller):
     bigger = controller.spec.with_replicas("decode", 2)
     assert controller.apply(bigger) == ["start decode-1: 2 wanted"]
