@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
 
 import grpc
 
@@ -16,6 +17,7 @@ from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CALL_TIMEOUT_S = 5.0
 
@@ -64,10 +66,7 @@ class Peers:
     async def describe(self, address: str) -> worker_pb2.WorkerDescription:
         """Who answers there now. Raises TransferFailed where nobody does."""
         request = worker_pb2.DescribeRequest()
-        try:
-            peer = await self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise TransferFailed(f"{address} does not answer ({error.code().name})") from error
+        peer = await _answer(self._stub(address).Describe, request, address)
         assert isinstance(peer, worker_pb2.WorkerDescription)
         return peer
 
@@ -84,9 +83,9 @@ class Peers:
         async def renew_at(address: str, ids: list[bytes]) -> None:
             request = worker_pb2.RenewLeasesRequest(ticket_ids=ids, lease_ms=int(1000 * lease_s))
             try:
-                answer = await self._stub(address).RenewLeases(request, timeout=CALL_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                log.warning("leases at %s were not renewed: %s", address, error.code().name)
+                answer = await _answer(self._stub(address).RenewLeases, request, address)
+            except TransferFailed as error:
+                log.warning("leases were not renewed: %s", error)
                 return
             lost.update(answer.unknown_ticket_ids)
             renewed.update(set(ids) - set(answer.unknown_ticket_ids))
@@ -99,9 +98,9 @@ class Peers:
         for address, ids in _by_address(tickets):
             request = worker_pb2.ReleaseTicketsRequest(ticket_ids=ids)
             try:
-                await self._stub(address).ReleaseTickets(request, timeout=CALL_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                log.info("tickets at %s end with their leases: %s", address, error.code().name)
+                await _answer(self._stub(address).ReleaseTickets, request, address)
+            except TransferFailed as error:
+                log.info("tickets end with their leases: %s", error)
 
     async def close(self) -> None:
         for incarnation in list(self._known):
@@ -143,6 +142,20 @@ class Peers:
         if address not in self._channels:
             self._channels[address] = grpc.aio.insecure_channel(address)
         return worker_pb2_grpc.WorkerStub(self._channels[address])
+
+
+async def _answer(call: Callable[..., Awaitable[T]], request: object, address: str) -> T:
+    """What the peer answers in time. Raises TransferFailed saying why it did not."""
+    try:
+        return await call(request, timeout=CALL_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        raise TransferFailed(f"{address} does not answer ({error.code().name})") from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Not this task but its call was cancelled, by the end of the channel.
+        raise TransferFailed(f"{address} left the cluster") from None
 
 
 def _by_address(tickets: Iterable[tuple[str, bytes]]) -> Iterable[tuple[str, list[bytes]]]:
