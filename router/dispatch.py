@@ -193,7 +193,7 @@ class Dispatcher:
         flight.active.started = True
         self._flights[flight.sequence_id] = flight
         flight.hold(link)
-        flight.timeline.mark("routed", now)
+        flight.timeline.mark("routed", self._clock())
         log.debug("%s: %s, %s: %s", flight.sequence_id, placement.prefill, placement.decode,
                   placement.reason)  # fmt: skip
         demand = flight.demand(self._block_size)
