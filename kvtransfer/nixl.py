@@ -1,6 +1,6 @@
 """KV transfer over NIXL and UCX: RDMA, NVLink, TCP or shared memory, whatever joins the pair.
 
-The one file that calls nixl. Two things about it that were measured rather than read:
+The one file that calls nixl. What was measured of it rather than read:
 
 - Its Python agent sets the progress thread's delay to 0, which makes that thread spin on a whole
   core. With some milliseconds it sleeps on UCX's event descriptor instead: no CPU when idle, and
@@ -8,12 +8,12 @@ The one file that calls nixl. Two things about it that were measured rather than
   look at its notifications, since the peer has to move its own end along.
 - Releasing a transfer under way, or removing its agent, stops nothing: over TCP the peer's bytes
   arrived in the local blocks after both. So a transfer is kept until UCX says that it ended.
+- A connection that had an error stays broken; only a new one tells when the link is back.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import struct
 import threading
 import time
@@ -36,6 +36,7 @@ from crossdock.kvtransfer.transport import (
     check_ids,
     merge_runs,
 )
+from crossdock.kvtransfer.ucx import environment
 from crossdock.proto.errors import TransferFailed
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ _PROGRESS_DELAY_US = 10_000  # how long NIXL's thread sleeps at most between two
 _EXPECTING_POLL_S = 0.002
 _IDLE_POLL_S = 0.25
 _SCRATCH_ENTRIES = 65_536  # generations that fences may have under way at once: 512 KiB
-_RETRY_S = (0.25, 8.0)  # first and longest pause before a broken connection is tried again
+_RETRY_S = (0.25, 8.0)  # first and longest pause between two tries to connect to a lost peer
 
 _abandoned: list[object] = []  # agents closed with transfers under way: never freed
 _making_agent = threading.Lock()  # holds while settings of the whole process are changed
@@ -73,9 +74,10 @@ class _Peer:
     incarnation: bytes
     memory: _PeerMemory
     connected: bool = False
-    broken: str | None = None  # why it has to be connected again
+    broken: str | None = None  # why it is lost, until a probe over a new connection came back
     removed: bool = False
     in_flight: int = 0
+    probe: Handle | None = None  # the read over a new connection that tells whether it is back
     retry_at: float = 0.0
     pause_s: float = _RETRY_S[0]
 
@@ -110,6 +112,7 @@ class NixlTransport(ThreadedTransport):
         self._waiting: deque[tuple[Handle, Callable[[], bool]]] = deque()  # for scratch entries
         self._scratch = Scratch(max(_SCRATCH_ENTRIES, memory.num_blocks))
         self._busy_since = 0.0
+        self._heal_at = 0.0
         self._agent: Any = None
         self._registered: list[Any] = []
         self._info = b""
@@ -157,7 +160,7 @@ class NixlTransport(ThreadedTransport):
     def _open(self) -> None:
         logging.getLogger("nixl").setLevel(logging.WARNING)
         memory = self._memory
-        with _making_agent, _environment(self._ucx), _sleeping_progress_thread():
+        with _making_agent, environment(self._ucx), _sleeping_progress_thread():
             config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
             self._agent = api.nixl_agent(self._incarnation.hex(), config)
         if "UCX" not in self._agent.backends:
@@ -196,11 +199,11 @@ class NixlTransport(ThreadedTransport):
         peer.removed = False
         if not peer.connected:
             self._connect(peer)
+            peer.broken = None
         self._peers[incarnation] = peer
 
     def _remove(self, incarnation: bytes) -> None:
-        peer = self._peers.get(incarnation)
-        if peer is not None:
+        if peer := self._peers.get(incarnation):
             peer.removed = True
             self._settle_peer(peer)
 
@@ -214,7 +217,7 @@ class NixlTransport(ThreadedTransport):
         named = name.decode() if isinstance(name, bytes) else str(name)
         if named != peer.name:
             raise TransferFailed(f"peer {peer.name} sent the metadata of {named}")
-        peer.connected, peer.broken = True, None
+        peer.connected = True
 
     def _disconnect(self, peer: _Peer) -> None:
         if peer.connected:
@@ -228,8 +231,28 @@ class NixlTransport(ThreadedTransport):
         """The library reported an error: connect anew, once nothing is under way, not at once."""
         if peer.broken is None:
             peer.broken = reason
-            peer.retry_at = time.monotonic() + peer.pause_s
-            peer.pause_s = min(2 * peer.pause_s, _RETRY_S[1])
+            self._retry_later(peer)
+
+    def _retry_later(self, peer: _Peer) -> None:
+        peer.retry_at = time.monotonic() + peer.pause_s
+        peer.pause_s = min(2 * peer.pause_s, _RETRY_S[1])
+
+    def _heal(self) -> None:
+        """Connects to lost peers again; each is as before once its probe came back."""
+        now = time.monotonic()
+        if now < self._heal_at:
+            return
+        self._heal_at = now + _RETRY_S[0]
+        lost = [p for p in self._peers.values() if p.broken is not None and not p.removed]
+        for peer in [peer for peer in lost if not peer.in_flight and peer.retry_at <= now]:
+            self._retry_later(peer)
+            self._disconnect(peer)
+            try:
+                self._connect(peer)
+                peer.probe = Handle()
+                self._try_generations(peer.probe, peer, [0], b"")
+            except Exception as error:
+                log.info("peer %s stays lost: %s", peer.name, reason_of(error))
 
     def _settle_peer(self, peer: _Peer) -> None:
         """Drops what is broken or removed as soon as no transfer holds it."""
@@ -242,17 +265,8 @@ class NixlTransport(ThreadedTransport):
         peer = self._peers.get(incarnation)
         if peer is None or peer.removed:
             raise TransferFailed(f"peer {incarnation.hex()} is unknown")
-        if peer.broken is None:
-            return peer
-        if peer.in_flight or time.monotonic() < peer.retry_at:
+        if peer.broken is not None:
             raise TransferFailed(f"peer {peer.name} is lost: {peer.broken}")
-        reason, peer.broken = peer.broken, None
-        self._disconnect(peer)
-        try:
-            self._connect(peer)
-        except TransferFailed:
-            self._break(peer, reason)
-            raise
         return peer
 
     def _post_blocks(
@@ -360,6 +374,9 @@ class NixlTransport(ThreadedTransport):
         peer = transfer.peer
         peer.in_flight -= 1
         if error is None:
+            if transfer.handle is peer.probe:
+                log.warning("peer %s is back after: %s", peer.name, peer.broken)
+                peer.broken = None
             peer.pause_s = _RETRY_S[0]
             transfer.done()
             self._finish(transfer.handle)
@@ -376,6 +393,7 @@ class NixlTransport(ThreadedTransport):
         self._settle_peer(peer)
 
     def _progress(self) -> float | None:
+        self._heal()
         if self._active:
             self._active = [transfer for transfer in self._active if not self._ended(transfer)]
         while self._waiting:
@@ -463,22 +481,6 @@ def _parse_info(info: bytes, incarnation: bytes) -> _PeerMemory:
         device_id=device_id,
         metadata=info[_INFO.size :],
     )
-
-
-@contextmanager
-def _environment(ucx: Mapping[str, str]) -> Iterator[None]:
-    """UCX takes its settings from the environment, when an agent is made."""
-    wanted = {f"UCX_{name}": str(value) for name, value in ucx.items()}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

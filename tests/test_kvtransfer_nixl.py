@@ -21,7 +21,7 @@ from test_kvtransfer_contract import (
     later,
 )
 
-from crossdock.kvtransfer import nixl
+from crossdock.kvtransfer import nixl, ucx
 from crossdock.kvtransfer.memory import Scratch
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.kvtransfer.transport import Handle, HandleState
@@ -76,6 +76,21 @@ def test_ucx_settings_reach_ucx_and_not_the_environment(bench: Bench) -> None:
     with pytest.raises(TransferFailed, match="did not start"):
         Pool("nixl", ucx={"TLS": "no_such_transport"})
     assert "UCX_TLS" not in os.environ
+
+
+def test_settings_go_before_the_environment_and_that_before_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("UCX_TCP_KEEPCNT", "9")
+    monkeypatch.setenv("UCX_TCP_KEEPIDLE", "9s")
+    monkeypatch.delenv("UCX_TCP_SYN_CNT", raising=False)
+    with ucx.environment({"TCP_KEEPIDLE": "7s", "TLS": "tcp"}):
+        assert os.environ["UCX_TCP_KEEPIDLE"] == "7s"
+        assert os.environ["UCX_TCP_KEEPCNT"] == "9"
+        assert os.environ["UCX_TCP_SYN_CNT"] == ucx.DEFAULTS["TCP_SYN_CNT"]
+        assert os.environ["UCX_TLS"] == "tcp"
+    assert os.environ["UCX_TCP_KEEPIDLE"] == "9s"
+    assert not {"UCX_TCP_SYN_CNT", "UCX_TLS"} & os.environ.keys()
 
 
 def test_a_frozen_peer_holds_its_readers_blocks_until_it_is_over(bench: Bench) -> None:
@@ -177,7 +192,8 @@ def test_scratch_is_handed_out_and_merged_again() -> None:
 
 
 def test_a_broken_connection_is_made_again(bench: Bench) -> None:
-    """The peer lives, the link had an error: refused for a moment, then as before."""
+    """The peer lives, the link had an error: refused until a read of the transport's own, which
+    no request asked for, came back over another connection."""
     transport, peer = bench.transport, bench.spawn()
     assert isinstance(transport, nixl.NixlTransport)
 
@@ -191,10 +207,9 @@ def test_a_broken_connection_is_made_again(bench: Bench) -> None:
     bench.settled(refused)
     assert "lost: the link went down" in str(refused.error)
     end = later()
-    while time.monotonic() < end:
-        read = transport.read_blocks(peer.incarnation, [1], [0])
-        bench.settled(read)
-        if read.state is HandleState.DONE:
-            break
+    while transport._peers[peer.incarnation].broken and time.monotonic() < end:
         threading.Event().wait(0.05)
+    read = transport.read_blocks(peer.incarnation, [1], [0])
+    bench.settled(read)
+    assert read.state is HandleState.DONE
     assert np.array_equal(bench.pool.blocks[0], content(peer.seed, 1))
