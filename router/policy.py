@@ -72,14 +72,15 @@ def least_latency(
 
     TTFT = (queued + own uncached tokens) / prefill rate + bytes to pull / bandwidth of the pair, so
     queue depth and prefix hits are one number in seconds. Near ties go to the better of two at
-    random, so that gateways with slightly old views do not herd. Raises NoWorker.
+    random, so that gateways with slightly old views do not herd. Pairs whose pulls fail are left to
+    rest while there are others. Raises NoWorker.
     """
     depths = view.index.depths(demand.block_hashes)
     best: list[tuple[float, Placement]] = []
     prefills = view.usable(Role.PREFILL, now, demand.avoid)
     decodes = view.usable(Role.DECODE, now, demand.avoid)
     if prefills and decodes:
-        best.append(_disaggregated(view, demand, depths, prefills, decodes, rng))
+        best.append(_disaggregated(view, demand, depths, prefills, decodes, now, rng))
     colocated = view.usable(Role.COLOCATED, now, demand.avoid)
     if colocated:
         best.append(_colocated(view, demand, depths, colocated, rng))
@@ -102,6 +103,7 @@ def round_robin(
     if not (prefills and decodes):
         raise NoWorker(missing(prefills, decodes))
     chosen = _candidate(view, demand, depths, prefills[turn % len(prefills)])
+    decodes = _rested(view, [chosen.worker.name], decodes, now)
     decode = decodes[turn % len(decodes)]
     return _placement(chosen.worker, decode, chosen, chosen.ttft_s, "round robin")
 
@@ -116,6 +118,7 @@ def decode_for(
     decodes = view.usable(Role.DECODE, now, demand.avoid)
     if not decodes:
         raise NoWorker("no decode worker is ready")
+    decodes = _rested(view, [prefill], decodes, now)
     depths = view.index.depths(demand.block_hashes)
     tied = _least_tpot(view, demand, depths, decodes, rng)
     return min(tied, key=lambda d: _transfer_s(view, demand, depths, prefill, d)).name
@@ -133,8 +136,10 @@ def _disaggregated(
     depths: dict[int, int],
     prefills: Sequence[WorkerView],
     decodes: Sequence[WorkerView],
+    now: float,
     rng: random.Random,
 ) -> tuple[float, Placement]:
+    decodes = _rested(view, [worker.name for worker in prefills], decodes, now)
     tied = _least_tpot(view, demand, depths, decodes, rng)
     candidates = [_candidate(view, demand, depths, worker) for worker in prefills]
     if len(candidates) > PREFILL_CANDIDATES:
@@ -146,6 +151,12 @@ def _disaggregated(
         for i, candidate in enumerate(candidates)
         for j, decode in enumerate(tied)
     ]
+    if view.any_resting:
+        pairs = [
+            (cost, i, j)
+            for cost, i, j in pairs
+            if not view.resting(candidates[i].worker.name, tied[j].name, now)
+        ] or pairs
     cost, i, j = _best_of_two(pairs, rng)
     chosen, decode = candidates[i], tied[j]
     reason = (
@@ -154,6 +165,17 @@ def _disaggregated(
         f"tpot {view.step_s(decode, decode.sequences + 1):.4f} s"
     )
     return cost, _placement(chosen.worker, decode, chosen, cost, reason)
+
+
+def _rested(
+    view: ClusterView, prefills: Sequence[str], decodes: Sequence[WorkerView], now: float
+) -> Sequence[WorkerView]:
+    """The decode workers that do not rest from all of `prefills`; all, where none is one."""
+    if not view.any_resting:
+        return decodes
+    return [
+        d for d in decodes if not all(view.resting(name, d.name, now) for name in prefills)
+    ] or decodes
 
 
 def _colocated(

@@ -18,6 +18,8 @@ STALE_AFTER_S = 3.0  # workers report at least once a second
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
 DEFAULT_BANDWIDTH = 1e9  # bytes/s
 BANDWIDTH_MEMORY = 0.8  # how much of the pulls before counts beside the newest one
+# First and longest time that a pair is left alone after a failed pull; each further one doubles it.
+PAIR_REST_S = (5.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class ClusterView:
         self.index = PrefixIndex()
         # (prefill, decode) -> decayed sums of bytes and seconds, so that large pulls count most.
         self._pulled: dict[tuple[str, str], tuple[float, float]] = {}
+        # (prefill, decode) -> until when it rests, and how long that is; since the last good pull.
+        self._rests: dict[tuple[str, str], tuple[float, float]] = {}
         self._speeds: dict[str, PoolSpeed] = defaultdict(PoolSpeed)  # by pool
         self._free_slots: list[int] = []
 
@@ -145,14 +149,24 @@ class ClusterView:
                 del worker.unseen[key]
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
-        """Folds one measured pull into the pair's bandwidth."""
+        """Folds one measured pull into the pair's bandwidth; the pair works."""
         if nbytes <= 0 or seconds <= 0:
             return
+        self._rests.pop((prefill, decode), None)
         old_bytes, old_seconds = self._pulled.get((prefill, decode), (0.0, 0.0))
         self._pulled[prefill, decode] = (
             BANDWIDTH_MEMORY * old_bytes + nbytes,
             BANDWIDTH_MEMORY * old_seconds + seconds,
         )
+
+    def pull_failed(self, prefill: str, decode: str, now: float) -> None:
+        """The link of the two may be cut, though both are well: others are taken for a while."""
+        first, longest = PAIR_REST_S
+        until, rest = self._rests.get((prefill, decode), (float("-inf"), 0.0))
+        if now < until:
+            return  # of the pulls that were under way when the first one failed
+        rest = first if now - until > longest else min(2 * rest, longest)
+        self._rests[prefill, decode] = (now + rest, rest)
 
     # -- what the dispatcher tells ------------------------------------------------------------
 
@@ -182,6 +196,15 @@ class ClusterView:
         avoided = frozenset(avoid)
         preferred = [w for w in alive if w.name not in avoided and not w.is_stale(now)]
         return preferred or [w for w in alive if not w.is_stale(now)] or alive
+
+    def resting(self, prefill: str, decode: str, now: float) -> bool:
+        """Whether a pull between the two failed lately, and none succeeded since."""
+        return now < self._rests.get((prefill, decode), (now, 0.0))[0]
+
+    @property
+    def any_resting(self) -> bool:
+        """Cheap, and false on most days."""
+        return bool(self._rests)
 
     def bandwidth(self, prefill: str, decode: str) -> float:
         """Bytes per second of pulls between the two, as measured or by default."""
@@ -230,3 +253,4 @@ class ClusterView:
         self.index.drop(worker.slot)
         self._free_slots.append(worker.slot)
         self._pulled = {pair: v for pair, v in self._pulled.items() if name not in pair}
+        self._rests = {pair: v for pair, v in self._rests.items() if name not in pair}

@@ -8,9 +8,17 @@ from collections import Counter
 import pytest
 
 from crossdock.proto.types import Role
-from crossdock.router.policy import Demand, NoWorker, decode_for, least_latency, round_robin
+from crossdock.router.policy import (
+    Demand,
+    NoWorker,
+    Policy,
+    decode_for,
+    least_latency,
+    round_robin,
+)
 from crossdock.router.view import (
     DEFAULT_BANDWIDTH,
+    PAIR_REST_S,
     SEEN_AFTER_S,
     STALE_AFTER_S,
     ClusterView,
@@ -292,3 +300,57 @@ def test_the_pool_bound_is_of_the_best_path() -> None:
     assert view.pool_tokens == 70 * BLOCK
     view.connected(WorkerFacts("c0", Role.COLOCATED, "c0", 90, BLOCK, 1), 0.0)
     assert view.pool_tokens == 90 * BLOCK
+
+
+@pytest.mark.parametrize("policy", [least_latency, round_robin])
+def test_a_pair_whose_pull_failed_rests_and_its_two_workers_work_on(
+    rng: random.Random, policy: Policy
+) -> None:
+    view = two_and_two()
+
+    def pairs(now: float) -> set[tuple[str | None, str]]:
+        for name in view.workers:
+            report(view, name, now)
+        chosen = [policy(view, demand(), now, rng, turn) for turn in range(100)]
+        return {(placement.prefill, placement.decode) for placement in chosen}
+
+    view.pull_failed("p0", "d0", 0.0)
+    first, _ = PAIR_REST_S
+    others = pairs(first / 2)
+    assert ("p0", "d0") not in others
+    assert {pair[0] for pair in others} == {"p0", "p1"}
+    assert policy is round_robin or {pair[1] for pair in others} == {"d0", "d1"}
+    assert decode_for(view, demand(), "p0", first / 2, rng) == "d1"
+    assert any(decode_for(view, demand(), "p1", first / 2, rng) == "d0" for _ in range(50))
+    view.pull_failed("p0", "d1", first / 2)
+    if policy is least_latency:  # the baseline takes its turns with prefill workers all the same
+        assert pairs(first / 2) == {("p1", "d0"), ("p1", "d1")}
+    view.pull_failed("p1", "d0", first / 2)
+    view.pull_failed("p1", "d1", first / 2)
+    assert pairs(first / 2)  # nobody else is left
+
+
+def test_a_pair_rests_longer_each_time_until_a_pull_succeeds() -> None:
+    view = two_and_two()
+    first, longest = PAIR_REST_S
+
+    def rest_of(now: float) -> float:
+        view.pull_failed("p0", "d0", now)
+        view.pull_failed("p0", "d0", now)  # another that was under way: the same failure
+        after = now
+        while view.resting("p0", "d0", after):
+            after += 0.25
+        return after - now
+
+    now, rests = 0.0, []
+    for _ in range(6):
+        rests.append(rest_of(now))
+        now += rests[-1]
+    assert rests == [min(first * 2**i, longest) for i in range(6)]
+    assert not view.resting("p1", "d0", now)
+    view.transferred("p0", "d0", 0, 0.0)  # all was cached: nothing crossed the link
+    assert rest_of(now) == longest
+    view.transferred("p0", "d0", 1000, 0.1)
+    assert not view.resting("p0", "d0", now)
+    assert rest_of(now) == first
+    assert rest_of(now + 10 * longest) == first  # long ago
