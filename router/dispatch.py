@@ -385,6 +385,7 @@ class Dispatcher:
             raise failure
         if error.code == pb.ERROR_CODE_PULL_FAILED:
             flight.avoid.add(flight.prefill_worker)  # either end of the pair may be the broken one
+            self.view.pull_failed(flight.prefill_worker, link.name, self._clock())
         self._restart(flight, link.name, RESTARTED[error.code], failure)
 
     def _restart(self, flight: Flight, culprit: str, cause: str, failure: CrossdockError) -> None:
