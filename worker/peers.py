@@ -20,6 +20,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CALL_TIMEOUT_S = 5.0
+# A link that dies and comes back is noticed both times within seconds, also by idle channels.
+CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.min_reconnect_backoff_ms", 5000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
 
 
 class Peers:
@@ -95,12 +103,15 @@ class Peers:
 
     async def release(self, tickets: Iterable[tuple[str, bytes]]) -> None:
         """Best effort: a ticket that cannot be released ends with its lease."""
-        for address, ids in _by_address(tickets):
+
+        async def release_at(address: str, ids: list[bytes]) -> None:
             request = worker_pb2.ReleaseTicketsRequest(ticket_ids=ids)
             try:
                 await _answer(self._stub(address).ReleaseTickets, request, address)
             except TransferFailed as error:
                 log.info("tickets end with their leases: %s", error)
+
+        await asyncio.gather(*(release_at(*group) for group in _by_address(tickets)))
 
     async def close(self) -> None:
         for incarnation in list(self._known):
@@ -140,7 +151,7 @@ class Peers:
 
     def _stub(self, address: str) -> worker_pb2_grpc.WorkerStub:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address)
+            self._channels[address] = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
         return worker_pb2_grpc.WorkerStub(self._channels[address])
 
 
