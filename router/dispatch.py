@@ -377,6 +377,8 @@ class Dispatcher:
             return
         failure = failure_of(link.name, error)
         reads_along = flight.phase is Phase.PREFILL and link.name == flight.decode_worker
+        if error.code == pb.ERROR_CODE_PULL_FAILED:
+            self.view.pull_failed(flight.prefill_worker, link.name, self._clock())
         if reads_along and error.code in RESTARTED:
             self._hand_offs.drop(flight)
             return
@@ -385,7 +387,6 @@ class Dispatcher:
             raise failure
         if error.code == pb.ERROR_CODE_PULL_FAILED:
             flight.avoid.add(flight.prefill_worker)  # either end of the pair may be the broken one
-            self.view.pull_failed(flight.prefill_worker, link.name, self._clock())
         self._restart(flight, link.name, RESTARTED[error.code], failure)
 
     def _restart(self, flight: Flight, culprit: str, cause: str, failure: CrossdockError) -> None:

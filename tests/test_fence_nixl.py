@@ -81,9 +81,8 @@ class PrefillSide(Side):
             self.kv[block_id] = content(round_, block_id)
         self.transport.expect_notifications(True)
         generations = self.pool.generations[offered].tolist()
-        ticket = self._offers.offer(
-            "s", "gateway", offered, generations, len(offered) * BLOCK_SIZE, first_token=1
-        )
+        ticket = self._offers.announce(offered, generations, len(offered) * BLOCK_SIZE)
+        self._offers.offer(ticket, "s", "gateway")
         return base64.b64encode(ticket.SerializeToString()).decode()
 
     def rewrite(self, blocks: int) -> list[int]:
