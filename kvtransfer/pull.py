@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -85,8 +86,9 @@ class _Pull:
     num_read: int = 0  # of remote_ids, terminal and well
     num_posted: int = 0  # of remote_ids, read or being read
     late_blocks: int = 0
-    state: PullState = PullState.RESERVED
-    handle: Handle | None = None
+    read: Handle | None = None
+    fencing: bool = False  # the fence is posted, or will be by the transport's thread
+    fence: Handle | None = None
     posted_at: float = 0.0
     reading_s: float = 0.0
     stopped: str | None = None  # why it is to fail once its transfer is terminal
@@ -99,8 +101,10 @@ class _Pull:
         return bisect_left(self.places, self.sealed)
 
     @property
-    def reading(self) -> bool:
-        return self.handle is not None and self.state is PullState.PULLING
+    def state(self) -> PullState:
+        if self.fence is not None:
+            return PullState.FENCING
+        return PullState.PULLING if self.num_posted else PullState.RESERVED
 
     @property
     def complete(self) -> bool:
@@ -247,7 +251,7 @@ class Puller:
         late = [
             pull
             for pull in self._pulls.values()
-            if pull.due <= now and pull.handle is not None and not pull.reported_overdue
+            if pull.due <= now and not pull.reported_overdue and (pull.read or pull.fencing)
         ]
         for pull in late:
             pull.reported_overdue = True
@@ -285,55 +289,65 @@ class Puller:
         reading = Counter(
             pull.ticket.incarnation
             for pull in self._pulls.values()
-            if pull.reading and pull.stopped is None
+            if pull.read is not None and pull.stopped is None
         )
         now = self._clock()
         for pull in self._pulls.values():
             pull.stop_if_due(now)
-            if pull.handle is not None or pull.stopped is not None:
+            if pull.read is not None or pull.fencing or pull.stopped is not None:
                 continue
             turn = reading[pull.ticket.incarnation] < self._limits.max_reading
             if turn or pull.num_posted == pull.num_ready:
                 self._begin_next(pull, now)
-                reading[pull.ticket.incarnation] += pull.reading
+                reading[pull.ticket.incarnation] += pull.read is not None
 
     def _begin_next(self, pull: _Pull, now: float) -> None:
         """The next read, or the fence after the last; neither while the prompt is not as far."""
         ready = pull.num_ready
         if pull.num_posted < ready:
             part = slice(pull.num_posted, ready)
-            pull.handle = self._transport.read_blocks(
+            pull.num_posted, pull.posted_at = ready, now
+            pull.read = self._transport.read_blocks(
                 pull.ticket.incarnation, pull.remote_ids[part], pull.local_ids[part]
             )
-            pull.num_posted = ready
-            pull.posted_at = now
-            pull.state = PullState.PULLING
+            if pull.complete:
+                pull.fencing = True
+                pull.read.when_done(partial(self._fence, pull))
         elif pull.complete:
-            # The release travels with the fence: pass or fail, these blocks are not read again.
-            pull.handle = self._transport.read_generations(
-                pull.ticket.incarnation, pull.remote_ids, pull.ticket.ticket_id
-            )
-            pull.pulled_at = pull.pulled_at or now
-            pull.state = PullState.FENCING
+            pull.fencing = True
+            self._fence(pull)
+
+    def _fence(self, pull: _Pull) -> None:
+        """After the last read; mostly on the transport's thread, since an engine step is long.
+
+        The release travels with the fence: pass or fail, these blocks are not read again.
+        """
+        pull.pulled_at = self._clock()
+        pull.fence = self._transport.read_generations(
+            pull.ticket.incarnation, pull.remote_ids, pull.ticket.ticket_id
+        )
 
     def _advance(self, pull: _Pull) -> PullDone | None:
         now = self._clock()
         pull.stop_if_due(now)
-        while pull.handle is not None:
-            handle = pull.handle
-            if handle.state is HandleState.PENDING:
+        while pull.read is not None:
+            if pull.read.state is HandleState.PENDING:
                 return None
-            if handle.state is HandleState.FAILED:
-                what = "fence" if pull.state is PullState.FENCING else "read"
-                return self._end(pull, pull.stopped or f"{what} failed: {handle.error}")
-            if pull.state is PullState.FENCING:
-                error = pull.stopped or _compare(pull, handle) or self._verify(pull)
-                return self._end(pull, error, fenced_at=now)
-            pull.num_read, pull.pulled_at, pull.handle = pull.num_posted, now, None
-            pull.reading_s += now - pull.posted_at
-            if pull.stopped is None:
+            if pull.read.state is HandleState.FAILED:
+                return self._end(pull, pull.stopped or f"read failed: {pull.read.error}")
+            pull.reading_s += (pull.pulled_at or now) - pull.posted_at
+            pull.num_read, pull.read = pull.num_posted, None
+            if pull.stopped is None and not pull.fencing:
                 self._begin_next(pull, now)
-        return None if pull.stopped is None else self._end(pull, pull.stopped)
+        if not pull.fencing:
+            return None if pull.stopped is None else self._end(pull, pull.stopped)
+        fence = pull.fence
+        if fence is None or fence.state is HandleState.PENDING:
+            return None
+        if fence.state is HandleState.FAILED:
+            return self._end(pull, pull.stopped or f"fence failed: {fence.error}")
+        error = pull.stopped or _compare(pull, fence) or self._verify(pull)
+        return self._end(pull, error, fenced_at=now)
 
     def _verify(self, pull: _Pull) -> str | None:
         """None where every block read has the checksum that was sent, or none was sent."""
@@ -360,7 +374,7 @@ class Puller:
             self.counts.failed += 1
             reason = error.split(":", 1)[0]
             self.counts.reasons[reason] = self.counts.reasons.get(reason, 0) + 1
-            if pull.complete and pull.state is not PullState.FENCING:
+            if pull.complete and pull.fence is None:
                 # Spares the prefill side the wait for the lease's end. Best effort. Before the
                 # prompt is complete there is no lease, and another reader may yet get the ticket.
                 self._transport.read_generations(pull.ticket.incarnation, [], pull.ticket.ticket_id)

@@ -64,21 +64,37 @@ class Handle:
     `generations` is set on a DONE read of generations, in the order of the ids asked for.
     """
 
-    __slots__ = ("error", "generations", "state")
+    __slots__ = ("_next", "error", "generations", "state")
 
     def __init__(self) -> None:
         self.state = HandleState.PENDING
         self.error: str | None = None
         self.generations: Generations | None = None
+        self._next: list[Callable[[], None]] = []
 
     @property
     def terminal(self) -> bool:
         return self.state is not HandleState.PENDING
 
+    def when_done(self, action: Callable[[], None]) -> None:
+        """Calls `action` once when the read is DONE, mostly on the transport's thread; a FAILED
+        read calls nothing. It saves the next read a wait for the thread that posted this one."""
+        self._next.append(action)
+        if self.state is HandleState.DONE:
+            self._call_next()
+
     def finish(self, generations: Generations | None = None) -> None:
         """For transports. The state is written last: readers look at it first."""
         self.generations = generations
         self.state = HandleState.DONE
+        self._call_next()
+
+    def _call_next(self) -> None:
+        try:
+            action = self._next.pop()
+        except IndexError:
+            return  # none, or the other thread was here first
+        action()
 
     def fail(self, reason: str) -> None:
         """For transports."""

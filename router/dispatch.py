@@ -190,6 +190,7 @@ class Dispatcher:
         flight.sequence_id = f"{self._prefix}-{self._count}"
         flight.placement = placement
         flight.ticket, flight.decode_worker = None, ""
+        flight.lost_readers.clear()
         flight.active.started = True
         self._flights[flight.sequence_id] = flight
         flight.hold(link)
@@ -252,6 +253,8 @@ class Dispatcher:
             self._hand_offs.complete(flight, self._clock())
         except NoWorker as error:
             self._park(flight, self._hand_off, error)
+        except WorkerLost as error:
+            self._restart(flight, "the decode worker", "worker lost", error)
 
     # -- what the workers say -----------------------------------------------------------------
 
@@ -380,7 +383,7 @@ class Dispatcher:
         if error.code == pb.ERROR_CODE_PULL_FAILED:
             self.view.pull_failed(flight.prefill_worker, link.name, self._clock())
         if reads_along and error.code in RESTARTED:
-            self._hand_offs.drop(flight)
+            self._hand_offs.drop(flight, lost=False)
             return
         flight.let_go(link.name)
         if error.code not in RESTARTED:
@@ -433,7 +436,7 @@ class Dispatcher:
         if flight.losses > self._limits.max_losses:
             raise error
         if flight.phase is Phase.PREFILL and worker == flight.decode_worker:
-            self._hand_offs.drop(flight)
+            self._hand_offs.drop(flight, lost=True)
             return
         self._restart(flight, worker, "worker lost", error)
 

@@ -4,6 +4,7 @@
        └───────────────────────── all sealed, token 0 ──────────────────────────^
 
 A decode worker that falls out while it reads along costs nothing: the ticket is good for any other.
+One whose stream broke may not know it yet, so it gets the same sequence only under another id.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from crossdock.proto.errors import CrossdockError
+from crossdock.proto.errors import CrossdockError, WorkerLost
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.flight import Flight, Phase
 from crossdock.router.links import WorkerLink
@@ -55,7 +56,10 @@ class HandOffs:
             self._tell(flight, link, now)
 
     def complete(self, flight: Flight, now: float) -> None:
-        """Token 0 is delivered: the decode worker may fence and go on. Raises NoWorker."""
+        """Token 0 is delivered: the decode worker may fence and go on.
+
+        Raises NoWorker, or WorkerLost where the only one left may still have the sequence.
+        """
         if flight.ticket is None:
             raise CrossdockError(f"{flight.prefill_worker} gave token 0 without a ticket")
         flight.phase = Phase.HAND_OFF
@@ -66,10 +70,12 @@ class HandOffs:
             self._tell(flight, self._choose(flight, now), now)
         flight.phase = Phase.DECODE
 
-    def drop(self, flight: Flight) -> None:
-        """The decode worker that reads along is lost, or will not have the sequence."""
+    def drop(self, flight: Flight, lost: bool) -> None:
+        """The decode worker that reads along is lost, or has given the sequence back."""
         assert flight.placement is not None
         name = flight.decode_worker
+        if lost:
+            flight.lost_readers.add(name)
         flight.let_go(name)
         flight.avoid.add(name)
         self._view.unplace(name, flight.sequence_id)
@@ -87,6 +93,8 @@ class HandOffs:
             link = self._link_of(name)
             if link is None:
                 raise NoWorker("no decode worker is ready")
+            if name in flight.lost_readers:
+                raise WorkerLost(f"{name}, lost while it read along, is the only decode worker")
             self._view.place(name, flight.sequence_id, 0, demand.blocks)
         return link
 

@@ -61,6 +61,7 @@ class Attempt:
     decoding_on: Stream | None = None
     ticket: worker_pb2.Ticket | None = None
     dropped: bool = False  # whoever read along fell out; token 0 finds another
+    lost: Seat | None = None  # of a reader whose stream broke: it may still have the sequence
 
 
 @dataclass(eq=False)
@@ -235,6 +236,7 @@ class Gateways:
             attempt.holders.remove(stream)
             # Once a decode worker has the ticket, losing the other one is the pull's business.
             if attempt.reading_on is stream:
+                attempt.lost = stream.seat
                 self._fell_out(attempt)
             elif attempt.decoding_on in (None, stream):
                 self.restart(attempt.request)
@@ -298,7 +300,11 @@ class Gateways:
             )
             attempt.decoding_on.send("hand_off", attempt.id, progress)
             return
-        attempt.decoding_on = decode = self._choose(attempt.request.gateway, Role.DECODE)
+        decode = self._choose(attempt.request.gateway, Role.DECODE)
+        if decode.seat is attempt.lost:
+            self.restart(attempt.request)  # under another id
+            return
+        attempt.decoding_on = decode
         attempt.holders.append(decode)
         made = self._job(decode, attempt)
         made.checksums = tuple(output.checksums)

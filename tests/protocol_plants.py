@@ -204,10 +204,10 @@ def released_before_the_fence(patch: pytest.MonkeyPatch) -> None:
     begin = Puller._begin_reads
 
     def begin_and_release(self: Puller) -> None:
-        reserved = [each for each in self._pulls.values() if each.handle is None]
+        reserved = [each for each in self._pulls.values() if each.read is None]
         begin(self)
         for each in reserved:
-            if each.handle is not None:
+            if each.read is not None:
                 ticket = each.ticket
                 self._transport.read_generations(ticket.incarnation, [], ticket.ticket_id)
 

@@ -183,6 +183,6 @@ def _reads(worker: Worker, ticket_id: bytes) -> bool:
     for pull in puller._pulls.values():
         if not pull.complete:
             continue  # it fell out, or will: the ticket went to another reader
-        if pull.ticket.ticket_id == ticket_id and not (pull.handle and pull.handle.terminal):
-            return pull.handle is not None or pull.stopped is None
+        if pull.ticket.ticket_id == ticket_id and pull.fence is None:
+            return pull.read is not None or pull.stopped is None
     return False

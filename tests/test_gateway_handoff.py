@@ -95,6 +95,23 @@ async def test_the_only_reader_may_be_asked_again(tiny_model: Path) -> None:
         assert len(rig.prefills[0].prefills) == 1
 
 
+async def test_the_only_reader_lost_meanwhile_gets_the_prompt_anew(tiny_model: Path) -> None:
+    """It may still have the sequence, so it gets it under another id, with another ticket."""
+    async with start_rig(tiny_model) as rig:
+        rig.prefills[0].parts = [1]
+        rig.prefills[0].token_0.clear()
+        call = rig.stub.Generate(ask(PROMPT, max_tokens=5))
+        await until(lambda: rig.decodes[0].decodes)
+        rig.decodes[0].break_streams()
+        await until(lambda: nobody_reads(rig) and rig.decodes[0].connected)
+        rig.prefills[0].token_0.set()
+        assert ids_of(await collect(call)) == PROMPT[:5]
+        ids = [request.sequence.sequence_id for request in rig.decodes[0].decodes]
+        assert len(set(ids)) == len(ids) == 2 == len(rig.prefills[0].prefills)
+        assert rig.metric("restarted_sequences_total", cause="worker lost") == 1
+        await until(lambda: rig.idle)
+
+
 async def test_token_0_that_ends_the_sequence_sends_the_reader_away(rig: Rig) -> None:
     call = rig.stub.Generate(ask(PROMPT, max_tokens=5, stop_token_ids=[PROMPT[0]]))
     await until(lambda: told(rig))
