@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdock.kvtransfer.memory import Scratch
-from crossdock.kvtransfer.threaded import ThreadedTransport, reason_of
+from crossdock.kvtransfer.threaded import ThreadedTransport, polling_pause, reason_of
 from crossdock.kvtransfer.transport import (
     Handle,
     MemoryType,
@@ -408,9 +408,7 @@ class NixlTransport(ThreadedTransport):
             for message in messages:
                 self._notified(bytes(message))
         if self._active:
-            # A fence ends within a fraction of a millisecond, a bulk read over TCP in tens of them.
-            busy_s = time.perf_counter() - self._busy_since
-            return 0.0 if busy_s < 0.0003 else 0.00005 if busy_s < 0.005 else 0.0005
+            return polling_pause(time.perf_counter() - self._busy_since)
         return _EXPECTING_POLL_S if self._expecting else _IDLE_POLL_S
 
     def _ended(self, transfer: _Transfer) -> bool:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CALL_TIMEOUT_S = 20.0
+_CLOSING_POLL_S = 0.005
 _CLOSE_GRACE_S = 2.0  # for transfers under way, whose memory is given back after close
 
 
@@ -54,7 +55,7 @@ class ThreadedTransport:
 
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
         handle = self.read_generations(incarnation, [0], b"")
-        return _wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
+        return wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
 
     def notifications(self) -> list[bytes]:
         return [self._notifications.popleft() for _ in range(len(self._notifications))]
@@ -163,6 +164,8 @@ class ThreadedTransport:
     def _turn(self) -> None:
         self._run_commands()
         timeout_s = self._progress()
+        if self._closing and (timeout_s is None or timeout_s > _CLOSING_POLL_S):
+            timeout_s = _CLOSING_POLL_S  # nobody wakes it when the last transfer has ended
         self._tell()
         if timeout_s is not None and 0.0 < timeout_s < 0.001:
             time.sleep(timeout_s)  # the selector's timeout has only whole milliseconds
@@ -221,7 +224,7 @@ class ThreadedTransport:
         raise NotImplementedError
 
 
-def _wait_for(handle: Handle, timeout_s: float, what: str) -> float:
+def wait_for(handle: Handle, timeout_s: float, what: str) -> float:
     """Seconds until the handle was done, looking now and then. Raises TransferFailed."""
     start = time.perf_counter()
     while not handle.terminal:
@@ -231,6 +234,12 @@ def _wait_for(handle: Handle, timeout_s: float, what: str) -> float:
     if handle.state is HandleState.FAILED:
         raise TransferFailed(f"{what}: {handle.error}")
     return time.perf_counter() - start
+
+
+def polling_pause(busy_s: float) -> float:
+    """Seconds to sleep between two looks at transfers: a fence ends within a fraction of a
+    millisecond, a bulk read over TCP in tens of them."""
+    return 0.0 if busy_s < 0.0003 else 0.00005 if busy_s < 0.005 else 0.0005
 
 
 def reason_of(error: BaseException) -> str:
