@@ -120,18 +120,6 @@ def test_releases_to_a_busy_peer_wait_for_it() -> None:
         pool.close()
 
 
-def test_closing_ends_with_the_last_copy() -> None:
-    pool, peer = Pool("local"), Pool("local")
-    pool.transport.add_peer(peer.incarnation, peer.transport.info(), NUM_BLOCKS, BLOCK_BYTES)
-    every = range(NUM_BLOCKS)
-    reads = [pool.transport.read_blocks(peer.incarnation, every, every) for _ in range(2000)]
-    start = time.monotonic()
-    pool.close()
-    assert time.monotonic() - start < 10.0
-    assert all(read.terminal for read in reads)
-    peer.close()
-
-
 @pytest.mark.parametrize(
     "info",
     [
