@@ -16,8 +16,9 @@ from crossdock.proto.errors import ConfigError
 
 if TYPE_CHECKING:
     from crossdock.kvtransfer.fake import FakeNetwork
+    from crossdock.kvtransfer.nccl_communicator import Communicators
 
-TRANSPORTS = ("nixl", "local", "fake")
+TRANSPORTS = ("nixl", "nccl", "local", "fake")
 
 PoolBuffers = tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]
 
@@ -28,18 +29,28 @@ def create_transport(
     memory: PoolMemory,
     *,
     ucx: Mapping[str, str] | None = None,
+    cluster_key: bytes = b"",
+    host: str = "127.0.0.1",
+    communicators: Communicators | None = None,
     network: FakeNetwork | None = None,
 ) -> Transport:
     """A running transport over `memory`, which outlives it.
 
     ucx: for nixl, e.g. {"TLS": "rc,cuda", "NET_DEVICES": "mlx5_0:1"}: UCX's own names without
-    their prefix. network: for fake. Raises ConfigError for an unknown name, TransferFailed when
-    the library does not start.
+    their prefix. cluster_key, host: for nccl, whose peers reach this one at that host and prove
+    that they know the key; communicators: in NCCL's place. network: for fake. Raises ConfigError
+    for an unknown name, TransferFailed when the library does not start.
     """
     if name == "nixl":
         from crossdock.kvtransfer.nixl import NixlTransport
 
         return NixlTransport(incarnation, memory, ucx=ucx or {})
+    if name == "nccl":
+        from crossdock.kvtransfer.nccl import NcclTransport
+
+        return NcclTransport(
+            incarnation, memory, key=cluster_key, host=host, communicators=communicators
+        )
     if name == "local":
         from crossdock.kvtransfer.local import LocalTransport
 

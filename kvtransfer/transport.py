@@ -192,7 +192,7 @@ def merge_runs(remote_ids: Sequence[int], local_ids: Sequence[int] | Generations
     return Runs(remote[starts], local[starts], length, order)
 
 
-def check_ids(ids: Sequence[int], num_blocks: int, what: str) -> None:
+def check_ids(ids: Sequence[int] | Generations, num_blocks: int, what: str) -> None:
     """Raises ValueError for ids that the pool does not have."""
     array: npt.NDArray[Any] = np.asarray(ids, dtype=np.int64)
     if len(array) and (array.min() < 0 or array.max() >= num_blocks):

@@ -1,4 +1,6 @@
-"""One contract for every transport: nixl and local between real processes, fake in memory.
+"""One contract for every transport: nixl, nccl and local between real processes, fake in memory.
+
+nccl runs on its stand-in for NCCL, which moves host memory and needs no GPU.
 
 Run as a program this file is the peer: it serves a pool and obeys lines on its standard input.
 """
@@ -19,6 +21,7 @@ import pytest
 
 from crossdock.kvtransfer.fake import FakeNetwork
 from crossdock.kvtransfer.local import cleanup_stale
+from crossdock.kvtransfer.nccl_stand_in import StandInCommunicators
 from crossdock.kvtransfer.pull import PullDone, Puller, PullLimits
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
@@ -46,6 +49,8 @@ class Pool:
         buffer, generations, self._free = allocate(name, NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
         self.memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
         self.blocks = buffer.reshape(NUM_BLOCKS, BLOCK_BYTES)
+        if name == "nccl":
+            options = {"communicators": StandInCommunicators(), "cluster_key": KEY, **options}
         self.transport: Transport = create_transport(
             name, self.incarnation, self.memory, network=network, **options
         )
@@ -250,7 +255,7 @@ class World:
         assert not list(SHM.glob(f"crossdock-{os.getpid()}-*"))
 
 
-@pytest.fixture(scope="module", params=["fake", "local", "nixl"])
+@pytest.fixture(scope="module", params=["fake", "local", "nixl", "nccl"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     world = World(request.param)
     yield world

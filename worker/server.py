@@ -228,7 +228,12 @@ class WorkerServer:
             device_id=runner.device.index or 0,
         )
         self._transport = create_transport(
-            config.transport, incarnation, memory, ucx=config.transport_options
+            config.transport,
+            incarnation,
+            memory,
+            ucx=config.transport_options,
+            cluster_key=config.cluster_key,
+            host=config.host,
         )
         self._closers.append(self._transport.close)
         layout = runner.kv.layout(files.model_id, files.digest)

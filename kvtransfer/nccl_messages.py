@@ -1,0 +1,95 @@
+"""What is inside the nccl transport's messages, and what of it is believed.
+
+All integers little-endian. A parser raises ValueError for what the pool does not have, so that one
+request is refused; TransferFailed where the peer is not what it should be.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.kvtransfer.transport import Generations, PoolMemory, Runs, check_ids
+from crossdock.proto.errors import TransferFailed
+
+Address = tuple[socket.AddressFamily, Any]  # the second as sockets of that family take it
+
+# Version, incarnation, blocks, block bytes, port; then the host.
+_INFO = struct.Struct("<B16sQQH")
+_INFO_VERSION = 1
+_MAX_NOTIFICATION = 255
+
+
+def pack_info(incarnation: bytes, memory: PoolMemory, host: str, port: int) -> bytes:
+    head = (_INFO_VERSION, incarnation, memory.num_blocks, memory.block_bytes, port)
+    return _INFO.pack(*head) + host.encode()
+
+
+def parse_info(info: bytes, incarnation: bytes) -> tuple[Address, tuple[int, int]]:
+    """Where the peer listens; its number of blocks and their bytes. May ask a name server."""
+    if len(info) <= _INFO.size or info[0] != _INFO_VERSION:
+        raise TransferFailed("the peer's transport info is not NCCL's, or of another version")
+    _, told, num_blocks, block_bytes, port = _INFO.unpack_from(info)
+    if told != incarnation:
+        raise TransferFailed(f"peer {incarnation.hex()} sent the transport info of {told.hex()}")
+    host = info[_INFO.size :].decode(errors="replace")
+    return resolve(host, port), (num_blocks, block_bytes)
+
+
+def resolve(host: str, port: int) -> Address:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, ValueError) as error:
+        raise TransferFailed(f"no address for {host!r}: {error}") from error
+    return family, address
+
+
+def pack_read(runs: Runs) -> bytes:
+    return np.column_stack((runs.remote, runs.length)).astype("<i8").tobytes()
+
+
+def parse_read(body: bytes, num_blocks: int) -> npt.NDArray[np.int64]:
+    """int64 [runs, 2]: first block and blocks of each, all of them inside the pool."""
+    if len(body) % 16:
+        raise ValueError(f"a read of {len(body)} bytes")
+    runs = np.frombuffer(body, dtype="<i8").reshape(-1, 2).astype(np.int64)
+    if len(runs) > num_blocks:
+        raise ValueError(f"a read of {len(runs)} runs, the pool has {num_blocks} blocks")
+    first, count = runs[:, 0], runs[:, 1]
+    # Each bound by itself: a sum could leave 64 bits.
+    outside = (first < 0) | (count < 1) | (count > num_blocks) | (first > num_blocks - count)
+    if outside.any():
+        begin, length = runs[np.argmax(outside)].tolist()
+        raise ValueError(f"{length} blocks from {begin}, the pool has {num_blocks}")
+    return runs
+
+
+def pack_fence(notify: bytes, ids: Sequence[int]) -> bytes:
+    if len(notify) > _MAX_NOTIFICATION:
+        raise ValueError(f"a notification of {len(notify)} bytes")
+    return bytes([len(notify)]) + notify + np.asarray(ids, dtype="<i8").tobytes()
+
+
+def parse_fence(body: bytes, num_blocks: int) -> tuple[bytes, npt.NDArray[np.int64]]:
+    """The notification, and the ids, all of them inside the pool."""
+    end = 1 + body[0] if body else 0
+    if not body or len(body) < end or (len(body) - end) % 8:
+        raise ValueError(f"a fence of {len(body)} bytes")
+    ids = np.frombuffer(body, dtype="<i8", offset=end).astype(np.int64)
+    check_ids(ids, num_blocks, "fenced")
+    return body[1:end], ids
+
+
+def pack_generations(generations: Generations) -> bytes:
+    return generations.astype("<i8").tobytes()
+
+
+def parse_generations(body: bytes) -> Generations:
+    if len(body) % 8:
+        raise TransferFailed(f"generations of {len(body)} bytes")
+    return np.frombuffer(body, dtype="<i8").astype(np.int64)
