@@ -166,8 +166,9 @@ class PoolSpec:
 class KVSpec:
     transport: str = setting(
         "nixl",
-        "What moves KV blocks: nixl (RDMA, NVLink, TCP, shared memory) or local (one host).",
-        choices=("nixl", "local"),
+        "What moves KV blocks: nixl (RDMA, NVLink, TCP, shared memory), nccl (between GPUs, for "
+        "clusters without RDMA) or local (one host).",
+        choices=("nixl", "nccl", "local"),
     )
     block_size: int = setting(16, "Tokens in one KV block.", choices=(8, 16, 32, 64, 128))
     lease_s: float = setting(
@@ -264,6 +265,7 @@ class ClusterSpec:
         for path, about, value in walk(self):
             check_value(path, about, value)
         _check_pools(self.pools)
+        _check_gpus(self)
         _check_ports(self)
         return self
 
@@ -379,6 +381,16 @@ def _check_pools(pools: Mapping[str, PoolSpec]) -> None:
         counts = ", ".join(f"{count} {role}" for role, count in workers.items())
         message = "nothing could be served: at least 1 prefill and 1 decode worker, or 1 colocated"
         raise ConfigError("pools", f"{message}, must be there ({counts})")
+
+
+def _check_gpus(spec: ClusterSpec) -> None:
+    """NCCL moves GPU memory only, and never between two workers on one GPU."""
+    for name, pool in spec.pools.items():
+        if spec.kv.transport == "nccl" and pool.resources.gpus < 1:
+            found = f"{pool.resources.gpus:g} is not allowed"
+            raise ConfigError(
+                f"pools.{name}.resources.gpus", f"{found}; kv.transport nccl needs at least 1"
+            )
 
 
 def _check_ports(spec: ClusterSpec) -> None:

@@ -63,7 +63,7 @@ WRONG = [
     ("zone: east", "zone: [east]", 14, "pools.prefill.nodes.labels.zone", "a string, not a list"),
     ("block_size: 16", "block_size: 20", 17, "kv.block_size", "one of 8, 16, 32, 64, 128"),
     ("block_size: 16", "block_size: yes", 17, "kv.block_size", "a whole number, not 'yes'"),
-    ("transport: nixl", "transport: rdma", 17, "kv.transport", "one of nixl, local"),
+    ("transport: nixl", "transport: rdma", 17, "kv.transport", "one of nixl, nccl, local"),
     ("ttft_ms: 2000", "ttft_ms:", 18, "slo.ttft_ms", "must be a number, not nothing"),
     ("ttft_ms: 2000", "tfft_ms: 2000", 18, "slo.tfft_ms", "did you mean ttft_ms?"),
     ("    role: decode", "    role: prefill", 9, "pools", "2 prefill, 0 decode, 0 colocated"),
@@ -84,6 +84,22 @@ def test_errors_name_file_line_field_and_what_is_allowed(old, new, line, field, 
     assert str(caught.value).startswith(f"cluster.yaml:{line}: {field}: ")
     assert message in str(caught.value)
     assert caught.value.field == field
+
+
+def test_nccl_needs_a_whole_gpu_for_each_worker():
+    def spec(prefill: str, decode: str) -> ClusterSpec:
+        text = TEXT.replace("transport: nixl", "transport: nccl")
+        text = text.replace("gpus: 0", f"gpus: {prefill}")
+        return ClusterSpec.parse(
+            text.replace("role: decode\n", f"role: decode\n{decode}"), "c.yaml"
+        )
+
+    gpus = "    resources: {gpus: 1}\n"
+    assert spec("1", gpus).kv.transport == "nccl"
+    with pytest.raises(ConfigError, match=r"c\.yaml:13: pools\.prefill\.resources\.gpus: 0\.5"):
+        spec("0.5", gpus)
+    with pytest.raises(ConfigError, match=r"pools\.decode\.resources\.gpus: 0 is not .* least 1"):
+        spec("1", "")
 
 
 @pytest.mark.parametrize(

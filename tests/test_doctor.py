@@ -83,6 +83,12 @@ def test_a_layout_that_differs_names_its_fields_and_both_values() -> None:
     assert line.startswith("d-1: its KV layout differs: dtype is 'bfloat16', 'float32' on p; ")
 
 
+def test_versions_are_those_of_the_transport() -> None:
+    assert set(probe._versions("nixl")) == {"python", *probe.PACKAGES}
+    with_nccl = {"python", *probe.PACKAGES, "cupy-cuda13x", "nvidia-nccl-cu13"}
+    assert set(probe._versions("nccl")) == with_nccl
+
+
 def test_versions_that_differ_name_who_has_which() -> None:
     old = replace(D, name="d-1", versions=VERSIONS | {"torch": "2.12.0"})
     (line,) = lines([P, D, old])

@@ -35,6 +35,7 @@ TURN_S = 5.0  # for the probe before this one, and for the engine thread to set 
 HANDSHAKE_S = 10.0
 READS_S = 5.0  # for all reads of one kind
 PACKAGES = ("crossdock", "torch", "nixl", "ray")
+TRANSPORT_PACKAGES = {"nccl": ("cupy-cuda13x", "nvidia-nccl-cu13")}
 
 
 class Busy(Exception):
@@ -73,7 +74,7 @@ class Prober:
     async def probe(self, request: worker_pb2.ProbeRequest) -> worker_pb2.ProbeResponse:
         response = worker_pb2.ProbeResponse(
             unix_s=time.time(),
-            versions=_versions(),
+            versions=_versions(self._server.config.transport),
             rdma_devices=traffic.rdma_devices(),
             host_id=traffic.host_id(),
             memory_type=self._memory_type,
@@ -254,9 +255,9 @@ def _fail(
 
 
 @cache
-def _versions() -> dict[str, str]:
+def _versions(transport: str) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *TRANSPORT_PACKAGES.get(transport, ())):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
