@@ -217,7 +217,7 @@ class Cluster:
         assert self._controller is not None, "not started"
         try:
             return admin_pb2.ClusterStatus.FromString(self._controller.status())
-        except (ProcessGone, TimeoutError) as error:
+        except (ProcessGone, StartFailed, TimeoutError) as error:
             raise Unavailable(f"the controller does not answer: {error}") from None
 
     def watch(self, interrupted: Callable[[], bool]) -> None:

@@ -116,8 +116,13 @@ class Watched:
         """What the worker says of itself; None when it does not answer in time."""
         try:
             return await self._get_status(check_integrity)
-        except (grpc.aio.AioRpcError, OSError):
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, OSError):
             return None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return None  # gRPC's word for a channel that was closed meanwhile: the worker is lost
 
     async def _get_status(self, check_integrity: bool) -> worker_pb2.WorkerStatus:
         assert self.started is not None

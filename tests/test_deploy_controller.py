@@ -11,9 +11,15 @@ import pytest
 
 from crossdock.deploy.admin_service import cluster_status
 from crossdock.deploy.controller import Controller, ControllerSettings
-from crossdock.deploy.members import WatchSettings
+from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
-from crossdock.deploy.runtime import Launch, ProcessGone, Started, StartFailed
+from crossdock.deploy.runtime import (
+    Launch,
+    ProcessGone,
+    Started,
+    StartFailed,
+    worker_launch,
+)
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
@@ -284,6 +290,30 @@ async def test_a_worker_that_cannot_start_is_named_with_its_reason(cluster, stor
         cluster.broken.clear()
         assert await controller.wait_converged(10)
         await until(lambda: not controller.errors)
+
+
+async def test_a_worker_that_is_stopped_while_it_is_asked_has_no_status(cluster):
+    """gRPC cancels the calls of a channel that is closed; whoever asked is not cancelled."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    process = await cluster.launch(
+        worker_launch(ClusterSpec.parse(YAML), "decode", "d-0", bytes(32))
+    )
+    watched = Watched(process.launch, process, lambda: None, WatchSettings())
+    await until(lambda: watched.started is not None)
+    port = server.sockets[0].getsockname()[1]
+    there = replace(watched.started.endpoint, address=f"127.0.0.1:{port}")
+    watched.started = replace(watched.started, endpoint=there)
+    asked = asyncio.create_task(watched.status())
+    await asyncio.sleep(0.05)
+    await watched.stop()
+    assert await asked is None
+    assert await watched.status() is None
+    server.close()
 
 
 async def test_gateways_take_ports_one_after_another(cluster, controller):
