@@ -58,6 +58,7 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
+                ("grpc.http2.ping_timeout_ms", 5_000),  # else a client that is cut off lives on
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ]
         )

@@ -381,6 +381,7 @@ def _channel_options(settings: LinkSettings) -> list[tuple[str, int]]:
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_s * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_receive_message_length", settings.max_frame_bytes),
         ("grpc.max_send_message_length", settings.max_frame_bytes),
