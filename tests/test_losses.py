@@ -21,6 +21,7 @@ FREED_S = 5.0
 WAIT_S = 60.0
 REQUESTS = 16
 TOKENS = 200
+PACE_S = 0.05
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -42,7 +43,7 @@ class Held:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        cluster.everywhere(pace_s=0.05)
+        cluster.everywhere(pace_s=PACE_S)
         cluster.workers["prefill-1"].ask(pace_s=0.5)
         cluster.workers["decode-1"].ask(reads=False)
 
@@ -60,8 +61,9 @@ class Held:
             and decodes["decode-1"].load.waiting > 0
         )
 
-    def let_go(self) -> None:
-        self._cluster.everywhere(pace_s=0.0, reads=True)
+    def let_go(self, pace_s: float = PACE_S) -> None:
+        """At this pace of a step, TOKENS of them do not end by themselves within FREED_S."""
+        self._cluster.everywhere(pace_s=pace_s, reads=True)
 
 
 class Clients:
@@ -141,7 +143,7 @@ async def test_a_peer_killed_in_the_middle_leaves_nothing_behind(
     clients = Clients(target, salt)
     await asyncio.to_thread(held.wait)
     await asyncio.to_thread(cluster.kill, victim)
-    await asyncio.to_thread(held.let_go)
+    await asyncio.to_thread(held.let_go, 0.0)
     tokens = await clients.ends()
     await freed(cluster, time.monotonic())
     assert tokens == await Clients(target, salt).ends()
