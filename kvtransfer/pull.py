@@ -347,7 +347,7 @@ class Puller:
         if fence.state is HandleState.FAILED:
             return self._end(pull, pull.stopped or f"fence failed: {fence.error}")
         error = pull.stopped or _compare(pull, fence) or self._verify(pull)
-        return self._end(pull, error, fenced_at=now)
+        return self._end(pull, error, fenced_at=self._clock())
 
     def _verify(self, pull: _Pull) -> str | None:
         """None where every block read has the checksum that was sent, or none was sent."""

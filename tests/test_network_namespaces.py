@@ -174,7 +174,8 @@ class Rig:
             before = await self.status("decode-1")
             (run,) = self.begin(attempt)
             await self.finished([run], HEALED_S)
-            assert run.pair == PAIR and run.timings is not None
+            # Tokens drawn by one prefill after another may be all: then nothing was decoded.
+            assert run.pair in (PAIR, (PAIR[0], "")) and run.timings is not None
             if run.timings.transferred_blocks == BLOCKS:
                 break
             assert time.monotonic() - since < HEALED_S
