@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import queue
+import subprocess
 import sys
 import types
 from argparse import Namespace
@@ -96,3 +99,59 @@ def test_a_cluster_that_ends_before_ready_says_what_it_said() -> None:
     assert _ready(printed, until=sys.maxsize) == ("127.0.0.1:1", "127.0.0.1:2")
     with pytest.raises(TimeoutError):
         _ready(printed, until=0.0)
+
+
+def vram_hand_off(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "vram_hand_off.py"), *options],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_without_a_gpu_the_vram_hand_off_says_so_and_is_no_failure() -> None:
+    ended = vram_hand_off()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("vram_hand_off: nothing measured: no GPU that torch")
+    assert ended.stdout.count("\n") == 1
+
+
+def test_without_nixl_the_vram_hand_off_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vram_hand_off
+
+    monkeypatch.setattr(vram_hand_off.importlib.util, "find_spec", lambda name: None)
+    assert vram_hand_off.missing("cpu") == "nixl is not installed"
+
+
+def test_the_vram_hand_off_runs_on_host_memory(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    sizes = ["--pool=24", "--blocks=8", "--rounds=2", "--layers=3", "--kv-heads=2"]
+    ended = vram_hand_off("--device=cpu", f"--json={report_file}", *sizes)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("bytes equal\n")
+    report = json.loads(report_file.read_text())
+    assert report["block_bytes"] == 2 * 3 * 2 * 128 * 16 * 2
+    assert report["descriptors_of_one_run"] == {"runs": 1, "blocks": 8, "layer_major": 48}
+    for layout in ("one run", "scattered"):
+        assert all(value > 0 for value in report[layout].values())
+
+
+def test_the_three_ways_describe_the_same_number_of_bytes_inside_the_pools() -> None:
+    from vram_hand_off import WAYS, Shape
+
+    shape = Shape(pool=32, layers=4)
+    remote, local = [3, 4, 5, 31, 0], [7, 8, 9, 0, 31]
+    counts = {}
+    for name, describe in WAYS.items():
+        pieces = describe(remote, local, shape)
+        counts[name] = len(pieces.nbytes)
+        assert pieces.nbytes.sum() == 5 * shape.block_bytes
+        for start in (pieces.remote, pieces.local):
+            order = start.argsort()
+            ends = (start + pieces.nbytes)[order]
+            assert start.min() >= 0
+            assert ends[-1] <= shape.pool * shape.block_bytes
+            assert (start[order][1:] >= ends[:-1]).all()
+    assert counts == {"runs": 3, "blocks": 5, "layer_major": 40}
