@@ -175,11 +175,11 @@ def test_what_hangs_is_aborted_after_its_time(
     monkeypatch: pytest.MonkeyPatch, pair: tuple[Worker, Worker]
 ) -> None:
     reader, owner = pair
-    monkeypatch.setattr(nccl_link, "REQUEST_S", 0.3)
+    monkeypatch.setattr(nccl_link, "REQUEST_S", 1.0)
     start = time.monotonic()
     read = post_and_hang(reader, owner)
     assert settled(read) == [HandleState.FAILED]
-    assert 0.25 < time.monotonic() - start < 5.0
+    assert 0.9 < time.monotonic() - start < 10.0
     assert "too long" in str(read.error)
 
 
@@ -187,16 +187,17 @@ def test_a_frozen_peer_writes_nothing_once_it_was_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With NIXL its bytes arrive when it wakes up; here an abort is an end."""
-    monkeypatch.setattr(nccl_link, "REQUEST_S", 0.5)
     reader, peer = Worker(), ProcessPeer("nccl", 4)
     try:
         reader.meet(peer)
         assert reader.reads_again(peer)
+        monkeypatch.setattr(nccl_link, "REQUEST_S", 1.0)
         os.kill(peer.pid, signal.SIGSTOP)
         read = reader.read(peer, list(range(32)), list(range(32)))
         fence = reader.transport.read_generations(peer.incarnation, [1], b"late")
         assert settled(read, fence) == [HandleState.FAILED, HandleState.FAILED]
         reader.pool.blocks[:] = 0  # their next owner's
+        monkeypatch.undo()
         os.kill(peer.pid, signal.SIGCONT)
         until(lambda: reader.reads_again(peer))
         assert not reader.pool.blocks[1:].any()
@@ -393,7 +394,7 @@ def test_an_address_that_is_another_workers_now_is_refused(pair: tuple[Worker, W
 def test_strangers_are_few_and_do_not_stay(
     monkeypatch: pytest.MonkeyPatch, pair: tuple[Worker, Worker]
 ) -> None:
-    monkeypatch.setattr(nccl_link, "HANDSHAKE_S", 0.4)
+    monkeypatch.setattr(nccl_link, "HANDSHAKE_S", 1.5)
     reader, owner = pair
     (_, address), _ = messages.parse_info(owner.transport.info(), owner.incarnation)
     silent = [socket.create_connection(address[:2]) for _ in range(80)]
