@@ -81,7 +81,7 @@ class NcclTransport(ThreadedTransport):
         super().__init__(f"nccl-{incarnation.hex()[:8]}")
         self._incarnation, self._memory = incarnation, memory
         self._key, self._host = key, host
-        self._communicators = communicators or _of_nccl()
+        self._communicators = communicators or communicators_of_nccl()
         self._listener: socket.socket | None = None
         self._peers: dict[bytes, _Peer] = {}
         self._links: dict[Link, int] = {}  # all, with what the selector watches for
@@ -290,7 +290,7 @@ class NcclTransport(ThreadedTransport):
         kind, number, body = frame
         if link.rank == OWNER:
             if kind == Kind.MEET:
-                link.meet(body)
+                link.meet(body, time.monotonic())
             elif kind == Kind.READ:
                 self._give_blocks(link, number, body)
             elif kind == Kind.FENCE:
@@ -300,7 +300,8 @@ class NcclTransport(ThreadedTransport):
         elif kind == Kind.SENDING:
             link.receive(number)
         elif kind == Kind.GENERATIONS:
-            link.answered(number).done(messages.parse_generations(body))
+            generations = messages.parse_generations(body)
+            link.answered(number).done(generations)
         elif kind == Kind.REFUSED:
             reason = body.decode(errors="replace")
             self._fail(link.refused(number).handle, f"the peer refused: {reason}")
@@ -399,7 +400,7 @@ class NcclTransport(ThreadedTransport):
             self._listener.close()
 
 
-def _of_nccl() -> Communicators:
+def communicators_of_nccl() -> Communicators:
     try:
         from crossdock.kvtransfer.nccl_cupy import CupyCommunicators
     except ImportError as error:

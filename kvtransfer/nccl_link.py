@@ -66,6 +66,7 @@ class Link:
         self._communicator: Communicator | None = None
         self._wanted = False  # the reader needs the communicator
         self._opened_at = opened_at
+        self._meet_by: float | None = None  # while the communicator's ranks have not met
         self._queued: deque[_Group] = deque()
         self._posted: deque[_Group] = deque()
         self._numbers = 0
@@ -81,10 +82,10 @@ class Link:
 
     def answered(self, number: int) -> Request:
         """The request that has its answer. Raises TransferFailed where there is none."""
-        request = self.requests.pop(number, None)
+        request = self.requests.get(number)
         if request is None or request.spans:
             raise TransferFailed(f"the peer answers request {number}, which waits for nothing")
-        return request
+        return self.requests.pop(number)
 
     def refused(self, number: int) -> Request:
         request = self.requests.get(number)
@@ -101,12 +102,12 @@ class Link:
 
     # What the owner does.
 
-    def meet(self, unique_id: bytes) -> None:
+    def meet(self, unique_id: bytes, now: float) -> None:
         if self._communicator is not None:
             raise TransferFailed("the peer wants a second communicator")
         if len(unique_id) != UNIQUE_ID_BYTES:
             raise TransferFailed(f"the peer names its communicator in {len(unique_id)} bytes")
-        self._communicator = self._communicators.join(unique_id, OWNER)
+        self._join(unique_id, now)
 
     def give(self, number: int, spans: Sequence[Span], now: float) -> None:
         self._queued.append(_Group(number, spans, now + REQUEST_S))
@@ -120,15 +121,18 @@ class Link:
     @property
     def moving(self) -> bool:
         """Whether there is something to look at again soon."""
-        return self._communicator is not None and bool(self._queued or self._posted)
+        busy = self._queued or self._posted or self._meet_by is not None
+        return self._communicator is not None and bool(busy)
 
     @property
     def due(self) -> float | None:
         """When it is to end for want of progress."""
         if not self.channel.established:
             return self._opened_at + HANDSHAKE_S
+        oldest = next(iter(self.requests.values()), None)
         waiting = [group.due for group in (*self._queued, *self._posted)]
-        waiting += [request.due for request in list(self.requests.values())[:1]]
+        waiting += [oldest.due] if oldest is not None else []
+        waiting += [self._meet_by] if self._meet_by is not None else []
         return min(waiting, default=None)
 
     def advance(self, now: float) -> None:
@@ -137,10 +141,12 @@ class Link:
             raise TransferFailed("nothing moved for too long")
         if self._wanted and self.channel.established and self._communicator is None:
             unique_id = self._communicators.unique_id()
-            self._communicator = self._communicators.join(unique_id, READER)
+            self._join(unique_id, now)
             self.channel.send(Kind.MEET, 0, unique_id)
         if self._communicator is None:
             return
+        if self._meet_by is not None and self._communicator.ready():
+            self._meet_by = None
         while self._posted and self._ended(self._posted[0]):
             self._finish(self._posted.popleft())
         while self._queued and self._communicator.ready():
@@ -154,6 +160,10 @@ class Link:
     def quiet(self) -> bool:
         """After `abort`: whether its blocks are touched no more."""
         return self._communicator is None or self._communicator.quiet()
+
+    def _join(self, unique_id: bytes, now: float) -> None:
+        self._communicator = self._communicators.join(unique_id, self.rank)
+        self._meet_by = now + REQUEST_S
 
     def _post(self, communicator: Communicator, group: _Group) -> None:
         if self.rank == OWNER:

@@ -23,10 +23,11 @@ _MOST_BYTES = 4 << 20  # moved in one look
 
 class StandInCommunicators:
     """See Communicators. Scripted faults, for all it makes: `fault` breaks them at their next
-    look, `stuck` moves nothing, `noisy` is not quiet after an abort."""
+    look, `apart` lets no ranks meet, `stuck` moves nothing, `noisy` is not quiet after an abort."""
 
     def __init__(self) -> None:
         self.fault: str | None = None
+        self.apart = False
         self.stuck = False
         self.noisy = False
         self.made: list[StandInCommunicator] = []
@@ -86,6 +87,8 @@ class StandInCommunicator:
     def ready(self) -> bool:
         if self._owner.fault is not None or self.aborted:
             raise TransferFailed(self._owner.fault or "aborted")
+        if self._owner.apart:
+            return False
         if self._owner.stuck:
             return self._socket is not None or self._alone
         if self._alone:

@@ -17,6 +17,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from crossdock.client import AsyncClient
 from crossdock.decode import worker as decode_worker
 from crossdock.engine.llm import LLM
+from crossdock.kvtransfer import nccl
+from crossdock.kvtransfer.nccl_stand_in import StandInCommunicators
 from crossdock.prefill import worker as prefill_worker
 from crossdock.proto.errors import DeadlineExceeded
 from crossdock.proto.types import LIFE_CYCLE, Role, SamplingParams
@@ -100,10 +102,11 @@ def prompts(count: int, length: int = 120) -> list[list[int]]:
     return [[(i * 31 + j * (i + 3)) % 200 + 3 for j in range(length + i)] for i in range(count)]
 
 
-@pytest.mark.parametrize("transport", ["nixl", "local"])
+@pytest.mark.parametrize("transport", ["nixl", "nccl", "local"])
 async def test_streams_equal_one_engine_whatever_the_transport(
-    tiny_model: Path, transport: str
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, transport: str
 ) -> None:
+    monkeypatch.setattr(nccl, "communicators_of_nccl", StandInCommunicators)  # no GPU is needed
     cluster = await start(tiny_model, [Role.PREFILL, Role.DECODE], transport)
     try:
         kinds = [

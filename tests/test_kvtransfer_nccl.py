@@ -159,6 +159,34 @@ def test_an_error_on_the_owners_side_fails_the_readers_handles(
     until(lambda: reader.reads_again(owner))
 
 
+def test_a_communicator_that_does_not_come_about_fails_at_once() -> None:
+    reader, owner = Worker(), Worker(seed=3)
+    reader.meet(owner)
+    reader.nccl.fault = "out of memory"
+    start = time.monotonic()
+    read = reader.read(owner, [1], [10])
+    assert settled(read) == [HandleState.FAILED]
+    assert "out of memory" in str(read.error)
+    assert time.monotonic() - start < 5.0
+    reader.nccl.fault = None
+    until(lambda: reader.reads_again(owner))
+    reader.pool.close()
+    owner.pool.close()
+
+
+def test_ranks_that_never_meet_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Worker, Worker]
+) -> None:
+    _, owner = pair
+    monkeypatch.setattr(nccl_link, "REQUEST_S", 1.0)
+    owner.nccl.apart = True
+    wicked = Reader(owner)
+    wicked.channel.send(Kind.MEET, 0, StandInCommunicators().unique_id())
+    with pytest.raises(TransferFailed, match="too long"):
+        until(lambda: wicked.frames())
+    assert owner.nccl.made[-1].aborted
+
+
 def test_a_lost_connection_aborts_both_sides(pair: tuple[Worker, Worker]) -> None:
     reader, owner = pair
     read = post_and_hang(reader, owner)
@@ -338,14 +366,46 @@ def test_an_owner_that_answers_what_nobody_asked_loses_its_reader(
     reader, owner = pair
     for kind in (Kind.SENDING, Kind.GENERATIONS, Kind.REFUSED, Kind.FENCE):
         until(lambda: reader.reads_again(owner))
-        before = reader.transport._peers[owner.incarnation].link
-
-        def lie(kind: Kind = kind) -> None:
-            for link in owner.transport._links:
-                link.channel.send(kind, 10_000)
-
-        owner.transport._call(lie)
+        before = _link(reader, owner)
+        lie(owner, kind, 10_000)
         until(lambda before=before: before not in reader.transport._links)  # type: ignore[misc]
+
+
+def lie(owner: Worker, kind: Kind, number: int, body: bytes = b"") -> None:
+    def tell() -> None:
+        for link in owner.transport._links:
+            link.channel.send(kind, number, body)
+
+    owner.transport._call(tell)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"), [(Kind.GENERATIONS, b""), (Kind.REFUSED, b"late"), (Kind.SENDING, b"")]
+)
+def test_an_answer_that_does_not_fit_its_question_fails_the_handle(
+    pair: tuple[Worker, Worker], kind: Kind, body: bytes
+) -> None:
+    """To a read whose receives are posted."""
+    reader, owner = pair
+    read = post_and_hang(reader, owner)
+    number = next(iter(_link(reader, owner).requests))
+    lie(owner, kind, number, body)
+    assert settled(read) == [HandleState.FAILED]
+    assert f"request {number}" in str(read.error)
+    assert reader.nccl.made[-1].aborted
+
+
+@pytest.mark.parametrize(
+    ("body", "why"), [(bytes(9), "9 bytes"), (bytes(16), "other generations than asked for")]
+)
+def test_generations_of_another_number_fail_the_fence(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Worker, Worker], body: bytes, why: str
+) -> None:
+    reader, owner = pair
+    monkeypatch.setattr(messages, "pack_generations", lambda generations: body)
+    fence = reader.transport.read_generations(owner.incarnation, [1], b"")
+    assert settled(fence) == [HandleState.FAILED]
+    assert why in str(fence.error)
 
 
 # Who may ask.
