@@ -162,13 +162,17 @@ def test_an_error_on_the_owners_side_fails_the_readers_handles(
 def test_a_communicator_that_does_not_come_about_fails_at_once() -> None:
     reader, owner = Worker(), Worker(seed=3)
     reader.meet(owner)
+    reader.nccl.apart = owner.nccl.apart = True
+    read = reader.read(owner, [1], [10])
+    until(lambda: reader.nccl.made and owner.nccl.made)
+    time.sleep(0.05)  # both have nothing to do now but to look whether they have met
     reader.nccl.fault = "out of memory"
     start = time.monotonic()
-    read = reader.read(owner, [1], [10])
     assert settled(read) == [HandleState.FAILED]
     assert "out of memory" in str(read.error)
     assert time.monotonic() - start < 5.0
     reader.nccl.fault = None
+    reader.nccl.apart = owner.nccl.apart = False
     until(lambda: reader.reads_again(owner))
     reader.pool.close()
     owner.pool.close()
