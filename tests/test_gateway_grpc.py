@@ -6,6 +6,7 @@ import asyncio
 import random
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -613,6 +614,22 @@ async def test_a_failed_pull_is_prefilled_again(rig: Rig) -> None:
     rig.decodes[0].refusals.append(worker_pb2.ERROR_CODE_PULL_FAILED)
     assert ids_of(await collect(rig.stub.Generate(ask(PROMPT, max_tokens=9)))) == PROMPT[:9]
     assert rig.metric("restarted_sequences_total", cause="pull failed") == 1
+
+
+async def test_a_pair_whose_pull_failed_gets_nothing_for_a_while(tiny_model: Path) -> None:
+    async with start_rig(tiny_model, prefills=2, decodes=2) as rig:
+        for decode in rig.decodes:
+            decode.refusals.append(worker_pb2.ERROR_CODE_PULL_FAILED)
+        assert ids_of(await collect(rig.stub.Generate(ask(PROMPT, max_tokens=9)))) == PROMPT[:9]
+        now, view = time.monotonic(), rig.gateway.view
+        resting = [
+            (prefill, decode)
+            for prefill in ("prefill-0", "prefill-1")
+            for decode in ("decode-0", "decode-1")
+            if view.resting(prefill, decode, now)
+        ]
+        assert rig.metric("restarted_sequences_total", cause="pull failed") == 2
+        assert len({prefill for prefill, _ in resting}) == len({d for _, d in resting}) == 2
 
 
 async def test_a_lost_prefill_worker_does_not_touch_who_has_joined(rig: Rig) -> None:
