@@ -288,7 +288,7 @@ async def test_a_host_that_is_cut_off_frees_everything_and_comes_back(rig: Rig, 
     lost, role = {"a": ("prefill-1", 0), "b": ("decode-1", 1)}[host]
     base = 100 + 50 * role
     await rig.members(*PAIR)
-    streaming = rig.begin(base, length=600)  # its KV is there: it is in the middle of its answer
+    streaming = rig.begin(base, length=300)  # its KV is there: it is in the middle of its answer
     async with asyncio.timeout(20):
         while len(streaming[0].tokens) < 5:
             await asyncio.sleep(0.01)
@@ -329,5 +329,7 @@ async def test_a_link_cut_for_good_costs_nobody_else_anything(rig: Rig) -> None:
         await asyncio.sleep(0.5)
     await rig.finished(fresh, PULL_TIMEOUT_S)
     assert PAIR not in {run.pair for run in fresh}
+    rig.network.repair()  # after all
+    await rig.pair_transfers(240, time.monotonic())
     await rig.quiet(since=time.monotonic(), within_s=5.0)
     rig.check_tokens()
