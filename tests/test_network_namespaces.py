@@ -183,7 +183,20 @@ class Rig:
         print(f"healed {run.begun - since:.1f} s after the link was whole")
         after = await self.status("decode-1")
         assert after.transferred_blocks == before.transferred_blocks + BLOCKS
+        await self.calls_reach_the_peer()
         await self.members()
+
+    async def calls_reach_the_peer(self) -> None:
+        """Not only KV: decode-1 renews and releases leases of prefill-1 again."""
+        peer = self.cluster.workers["prefill-1"].endpoint
+        request = worker_pb2.ProbeRequest(
+            peer_address=peer["address"], peer_incarnation=bytes.fromhex(peer["incarnation"])
+        )
+        link = worker_pb2.LinkProbe()
+        async with asyncio.timeout(10):
+            while link.outcome != worker_pb2.LINK_OUTCOME_OK:
+                link = (await self.stubs["decode-1"].Probe(request, timeout=20)).link
+                await asyncio.sleep(0.1)
 
 
 def holds(status: worker_pb2.WorkerStatus) -> bool:
@@ -243,16 +256,17 @@ async def rig(cluster: Cluster, engine: LLM) -> AsyncIterator[Rig]:
 
 
 async def test_a_slow_link_is_waited_for_only_so_long(rig: Rig) -> None:
-    if reason := rig.network.slow("a", 64.0):  # 1.6 s for a prompt
+    if reason := rig.network.slow("a", 90.0):  # 1.2 s for a prompt
         pytest.skip(reason)
     await rig.members(*PAIR)
     slow = rig.begin(1)
     await rig.finished(slow, PULL_TIMEOUT_S + 2.0)
-    assert slow[0].pair == PAIR and slow[0].longest_gap > 1.0
+    assert slow[0].pair == PAIR and slow[0].longest_gap > 0.8
     rig.network.slow("a", 4.0)  # 26 s
     too_slow = rig.begin(2)
-    while not too_slow[0].tokens:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(20):
+        while not too_slow[0].tokens:
+            await asyncio.sleep(0.01)
     await rig.members()
     await rig.finished(too_slow, ELSEWHERE_S)
     assert too_slow[0].pair == ("prefill-2", "decode-2")
