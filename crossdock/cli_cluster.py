@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Wide enough for the widest table where the output is no terminal.
 FILE_WIDTH = 160
 SHOWN_DECISIONS = 5
+SHOWN_LEASES = 20
 
 Address = Annotated[
     str, typer.Option(envvar="CROSSDOCK_ADMIN", help="The controller's address, host:port.")
@@ -231,6 +232,7 @@ def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
     console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {as_specified}")
     console.print(_workers(cluster))
     console.print(_gateways(cluster))
+    _show_leases(cluster, console)
     members: list[Any] = [*cluster.workers, *cluster.gateways]
     for member in members:
         if member.error:
@@ -294,6 +296,25 @@ def _gateways(cluster: admin_pb2.ClusterStatus) -> Table:
         active = str(gateway.active_requests)
         table.add_row(gateway.name, gateway.state, gateway.grpc, gateway.http, active)
     return table
+
+
+def _show_leases(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
+    """Who has pinned KV blocks, and for how long: the oldest first."""
+    from rich.table import Table
+
+    leases = [(member.name, lease) for member in cluster.workers for lease in member.worker.leases]
+    if not leases:
+        return
+    leases.sort(key=lambda each: each[1].age_s, reverse=True)
+    table = Table("worker", "sequence", "owner", title="open leases", title_justify="left")
+    for name in ("blocks", "age", "left"):
+        table.add_column(name, justify="right")
+    for worker, lease in leases[:SHOWN_LEASES]:
+        seconds = (f"{lease.age_s:.1f} s", f"{lease.remaining_s:.1f} s")
+        table.add_row(worker, lease.sequence_id, lease.owner, str(lease.blocks), *seconds)
+    console.print(table)
+    if len(leases) > SHOWN_LEASES:
+        console.print(f"… and {len(leases) - SHOWN_LEASES} more")
 
 
 def what_is_wrong(cluster: admin_pb2.ClusterStatus) -> list[str]:

@@ -288,6 +288,46 @@ def test_status_shows_workers_gateways_and_decisions(
     assert json.loads(out)["workers"][0]["worker"]["used_blocks"] == 15
 
 
+def test_status_shows_open_leases_the_oldest_first(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who holds KV, since when and for how long: on all workers together, and not all of many."""
+    many = cluster()
+    del many.workers[0].worker.leases[:]
+    fake_admin(monkeypatch, status=lambda **_: many)
+    assert "open leases" not in run(capsys, "status")[1]
+
+    def lease(index: int) -> worker_pb2.Lease:
+        return worker_pb2.Lease(
+            ticket_id=bytes([index]) * 16,
+            sequence_id=f"gateway-0-ab-{index}",
+            owner=f"gateway-0/{index}",
+            blocks=70 + index,
+            age_s=index + 0.25,
+            remaining_s=30 - index,
+        )
+
+    many.workers[0].worker.leases.extend(lease(index) for index in range(0, 24, 2))
+    many.workers[1].worker.leases.extend(lease(index) for index in range(1, 24, 2))
+    code, out, _ = run(capsys, "status")
+    shown = out.split("open leases")[1].splitlines()
+    rows = [[c.strip() for c in line.strip("│").split("│")] for line in shown if "-ab-" in line]
+    assert code == 0 and len(rows) == 20
+    assert rows[0] == ["decode-0", "gateway-0-ab-23", "gateway-0/23", "93", "23.2 s", "7.0 s"]
+    assert rows[1][0] == "prefill-0"
+    assert [int(row[3]) for row in rows] == list(range(93, 73, -1))
+    assert "… and 4 more" in out
+    told = json.loads(run(capsys, "status", "--json")[1])["workers"][0]["worker"]["leases"]
+    assert len(told) == 12 and told[1] | {"ticket_id": ""} == {
+        "ticket_id": "",
+        "sequence_id": "gateway-0-ab-2",
+        "owner": "gateway-0/2",
+        "blocks": 72,
+        "age_s": 2.25,
+        "remaining_s": 28.0,
+    }
+
+
 def test_status_check_fails_on_whatever_is_wrong(
     capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
