@@ -40,6 +40,7 @@ _DRAIN = "the controller ends the worker at its drain deadline"
 _WORKLESS = "has nothing to do until then; its stream's end or a cancel ends it"
 _LIFE = "lasts as long as what it serves"
 BOUNDED_OTHERWISE = {
+    "worker/peers.py: await call": "made with a timeout by each of its callers",
     "worker/peers.py: asyncio.shield(task)": "_introduce: each of its calls has a timeout",
     "worker/probe.py: asyncio.shield(task)": "_link: each of its parts has a timeout",
     "worker/server.py: self.call(lambda role: setattr(role, 'draining', True))": _DRAIN,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable
 from typing import TypeVar
 
 import grpc
@@ -74,7 +74,8 @@ class Peers:
     async def describe(self, address: str) -> worker_pb2.WorkerDescription:
         """Who answers there now. Raises TransferFailed where nobody does."""
         request = worker_pb2.DescribeRequest()
-        peer = await _answer(self._stub(address).Describe, request, address)
+        call = self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
+        peer = await _answer(call, address)
         assert isinstance(peer, worker_pb2.WorkerDescription)
         return peer
 
@@ -91,7 +92,8 @@ class Peers:
         async def renew_at(address: str, ids: list[bytes]) -> None:
             request = worker_pb2.RenewLeasesRequest(ticket_ids=ids, lease_ms=int(1000 * lease_s))
             try:
-                answer = await _answer(self._stub(address).RenewLeases, request, address)
+                call = self._stub(address).RenewLeases(request, timeout=CALL_TIMEOUT_S)
+                answer = await _answer(call, address)
             except TransferFailed as error:
                 log.warning("leases were not renewed: %s", error)
                 return
@@ -107,7 +109,8 @@ class Peers:
         async def release_at(address: str, ids: list[bytes]) -> None:
             request = worker_pb2.ReleaseTicketsRequest(ticket_ids=ids)
             try:
-                await _answer(self._stub(address).ReleaseTickets, request, address)
+                call = self._stub(address).ReleaseTickets(request, timeout=CALL_TIMEOUT_S)
+                await _answer(call, address)
             except TransferFailed as error:
                 log.info("tickets end with their leases: %s", error)
 
@@ -155,10 +158,10 @@ class Peers:
         return worker_pb2_grpc.WorkerStub(self._channels[address])
 
 
-async def _answer(call: Callable[..., Awaitable[T]], request: object, address: str) -> T:
-    """What the peer answers in time. Raises TransferFailed saying why it did not."""
+async def _answer(call: Awaitable[T], address: str) -> T:
+    """What the peer answers. Raises TransferFailed saying why it did not."""
     try:
-        return await call(request, timeout=CALL_TIMEOUT_S)
+        return await call
     except grpc.aio.AioRpcError as error:
         raise TransferFailed(f"{address} does not answer ({error.code().name})") from error
     except asyncio.CancelledError:
