@@ -16,12 +16,14 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
 from crossdock.client import AsyncClient, Client
 from crossdock.deploy import admin, processes
 from crossdock.deploy.local import Cluster, serving, up
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
+from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -236,17 +238,39 @@ def served_again(cluster: Cluster) -> bool:
 
 
 def test_a_killed_controller_comes_back_and_disturbs_nobody(cluster):
-    before = {w.name: w.pid for w in admin.status(cluster.admin).workers}
+    workers = admin.status(cluster.admin).workers
+    before = {w.name: w.pid for w in workers}
     [controller] = [p.pid for p in processes.descendants(os.getpid()) if is_controller(p.pid)]
-    with Load(cluster.grpc) as load:
+    prefill, decode = worker_of(cluster, "prefill"), worker_of(cluster, "decode")
+    with Load(cluster.grpc) as load, Client(cluster.grpc) as client:
         load.more(2)
+        os.kill(decode.pid, signal.SIGSTOP)
+        stream = client.stream([9, *PROMPT], max_tokens=8, temperature=0, ignore_eos=True)
+        assert len(next(stream).token_ids) == 1
+        assert status_of(prefill).leases  # open while nobody controls
         os.kill(controller, signal.SIGKILL)
+        os.kill(decode.pid, signal.SIGCONT)
+        assert sum(len(chunk.token_ids) for chunk in stream) == 7
         until(lambda: answers_after(cluster, controller), 30, "the controller answers")
         load.more(4)
     assert not load.errors
+    until(lambda: not any(held(worker) for worker in workers), 5, "nothing is held")
     status = cluster.status()
     assert {w.name: w.pid for w in status.workers} == before
     assert any(d.action.startswith("adopt") for d in status.decisions)
+
+
+def status_of(worker) -> worker_pb2.WorkerStatus:
+    """From the worker itself."""
+    with grpc.insecure_channel(worker.worker.description.address) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        return stub.GetStatus(worker_pb2.GetStatusRequest(check_integrity=True), timeout=20)
+
+
+def held(worker) -> int:
+    status = status_of(worker)
+    assert not status.integrity_error
+    return status.used_blocks + len(status.leases)
 
 
 def is_controller(pid: int) -> bool:
