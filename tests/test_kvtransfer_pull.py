@@ -281,7 +281,8 @@ def test_a_fence_answers_in_the_order_asked(pair: Pair) -> None:
 
 
 def test_an_unknown_transport_is_a_config_error(pair: Pair) -> None:
-    with pytest.raises(ConfigError, match=r"'carrier pigeon' is not one of nixl, nccl, local, fake"):
+    says = r"'carrier pigeon' is not one of nixl, nccl, local, fake"
+    with pytest.raises(ConfigError, match=says):
         create_transport("carrier pigeon", pair.decode.incarnation, pair.decode.memory)
     with pytest.raises(ConfigError, match=r"kv\.transport"):
         allocate("carrier pigeon", 64, 1)
