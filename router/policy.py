@@ -103,8 +103,8 @@ def round_robin(
     if not (prefills and decodes):
         raise NoWorker(missing(prefills, decodes))
     chosen = _candidate(view, demand, depths, prefills[turn % len(prefills)])
-    decodes = _rested(view, [chosen.worker.name], decodes, now)
-    decode = decodes[turn % len(decodes)]
+    rested = _rested(view, [chosen.worker.name], decodes, now)
+    decode = rested[turn % len(rested)]
     return _placement(chosen.worker, decode, chosen, chosen.ttft_s, "round robin")
 
 
@@ -118,9 +118,9 @@ def decode_for(
     decodes = view.usable(Role.DECODE, now, demand.avoid)
     if not decodes:
         raise NoWorker("no decode worker is ready")
-    decodes = _rested(view, [prefill], decodes, now)
+    rested = _rested(view, [prefill], decodes, now)
     depths = view.index.depths(demand.block_hashes)
-    tied = _least_tpot(view, demand, depths, decodes, rng)
+    tied = _least_tpot(view, demand, depths, rested, rng)
     return min(tied, key=lambda d: _transfer_s(view, demand, depths, prefill, d)).name
 
 
