@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import re
 import signal
@@ -12,9 +13,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from crossdock.deploy.spec import ClusterSpec
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 READY = re.compile(r"READY grpc=(\S+) http=(\S+)")
@@ -35,6 +38,7 @@ def colocated(chunk_tokens: int) -> str:
 class Cluster:
     grpc: str  # host:port
     http: str
+    admin: str
     startup_s: float
 
 
@@ -60,7 +64,12 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running(yaml: str, ready_s: float = 180.0, verbose: bool = False) -> Iterator[Cluster]:
+def running(
+    yaml: str,
+    ready_s: float = 180.0,
+    verbose: bool = False,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Cluster]:
     """The cluster of this YAML, from READY until the block is left. Raises TimeoutError."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cluster.yaml"
@@ -71,13 +80,15 @@ def running(yaml: str, ready_s: float = 180.0, verbose: bool = False) -> Iterato
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, **(env or {})},
         )
         printed: queue.Queue[str | None] = queue.Queue()
         reader = threading.Thread(target=_read, args=(process, printed, verbose), daemon=True)
         reader.start()
         try:
             grpc, http = _ready(printed, started + ready_s)
-            yield Cluster(grpc, http, time.monotonic() - started)
+            address = ClusterSpec.parse(yaml).controller.grpc
+            yield Cluster(grpc, http, address, time.monotonic() - started)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
