@@ -169,13 +169,12 @@ def _disaggregated(
 
 def _rested(
     view: ClusterView, prefills: Sequence[str], decodes: Sequence[WorkerView], now: float
-) -> Sequence[WorkerView]:
+) -> list[WorkerView]:
     """The decode workers that do not rest from all of `prefills`; all, where none is one."""
     if not view.any_resting:
-        return decodes
-    return [
-        d for d in decodes if not all(view.resting(name, d.name, now) for name in prefills)
-    ] or decodes
+        return list(decodes)
+    rested = [d for d in decodes if not all(view.resting(p, d.name, now) for p in prefills)]
+    return rested or list(decodes)
 
 
 def _colocated(
