@@ -117,6 +117,7 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
         transport_options=dict(spec.kv.ucx),
         threads=pool.engine_threads,
         lease_s=spec.kv.lease_s,
+        pull_timeout_s=spec.kv.pull_timeout_s,
         reserve=spec.kv.reserve,
         verify=spec.kv.verify,
         max_batch=pool.max_batch,

@@ -174,6 +174,12 @@ class KVSpec:
     lease_s: float = setting(
         30.0, "How long offered KV stays pinned without a renewal.", low=0.1, high=3600
     )
+    pull_timeout_s: float = setting(
+        10.0,
+        "How long reading KV may take before the request is prefilled elsewhere.",
+        low=0.1,
+        high=3600,
+    )
     reserve: str = setting(
         "early",
         "When a decode worker sets blocks aside: early, to pull a prompt's KV while the rest of it "
