@@ -5,7 +5,6 @@ A job without a ticket computes its prompt here: that is all a colocated worker 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from itertools import count
 
@@ -126,7 +125,7 @@ class DecodeRole(WorkerRole):
             self._joined(job, done)
 
     def _joined(self, job: Job, done: PullDone) -> None:
-        wall_offset = time.time() - self.state.clock()
+        wall_offset = self.state.wall_clock() - self.state.clock()
         job.mark("pulled", done.pulled_at + wall_offset)
         job.mark("fenced", done.fenced_at + wall_offset)
         job.lease_end = None

@@ -345,7 +345,7 @@ class Dispatcher:
             if last is not None:
                 gap = now - flight.active.request.received - last
                 self.metrics.itl.observe(gap)
-            if had == 1:
+            if had == 1 and flight.phase is Phase.DECODE:  # else another prefill drew it
                 timeline.mark_second_token(now)
         timeline.move("last_token", now)
         flight.token_ids += ids

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
@@ -54,6 +54,7 @@ class WorkerServer:
         self._role_type = role_type
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
+        self._load = worker_pb2.Load()  # the last that the engine told
         self._closers: list[Callable[[], None]] = []
         self._registry: CollectorRegistry | None = None
 
@@ -92,8 +93,8 @@ class WorkerServer:
         self._loop.start()
         await self._grpc.start()
         self._tasks = [
-            asyncio.create_task(self._heartbeat()),
-            asyncio.create_task(self._renew_leases()),
+            asyncio.create_task(self._every(HEARTBEAT_S, self._heartbeat)),
+            asyncio.create_task(self._every(self.config.lease_s / 3, self._renew_leases)),
         ]
         return self.endpoint
 
@@ -279,26 +280,29 @@ class WorkerServer:
                 self.peers.release(turn.ticket_releases), self._asyncio
             )
 
-    async def _heartbeat(self) -> None:
-        load = worker_pb2.Load()
+    async def _every(self, seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+        """For as long as this worker runs, whatever happens to one of the actions."""
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            # A long step must not look like a dead worker; an engine that stands still must.
-            with contextlib.suppress(TimeoutError):
-                load = await asyncio.wait_for(self.call(lambda role: role.load()), HEARTBEAT_S)
-            if self.last_turn_age_s < STALLED_S:
-                self._service.publish(Turn(load=load))
+            await asyncio.sleep(seconds)
+            try:
+                await action()
+            except Exception:
+                log.exception("%s failed; it is tried again", action.__name__)
+
+    async def _heartbeat(self) -> None:
+        # A long step must not look like a dead worker; an engine that stands still must.
+        with contextlib.suppress(TimeoutError):
+            self._load = await asyncio.wait_for(self.call(lambda role: role.load()), HEARTBEAT_S)
+        if self.last_turn_age_s < STALLED_S:
+            self._service.publish(Turn(load=self._load))
 
     async def _renew_leases(self) -> None:
-        lease_s = self.config.lease_s
-        while True:
-            await asyncio.sleep(lease_s / 3)
-            tickets = await self.call(lambda role: role.waiting_tickets())
-            if tickets:
-                asked_at = self._state.clock()
-                answer = await self.peers.renew(tickets, lease_s)
-                until = asked_at + lease_s
-                await self.call(partial(WorkerRole.leases_renewed, answer=answer, until=until))
+        tickets = await self.call(lambda role: role.waiting_tickets())
+        if tickets:
+            asked_at = self._state.clock()
+            answer = await self.peers.renew(tickets, self.config.lease_s)
+            until = asked_at + self.config.lease_s
+            await self.call(partial(WorkerRole.leases_renewed, answer=answer, until=until))
 
     def _status(self, role: WorkerRole, check_integrity: bool) -> worker_pb2.WorkerStatus:
         state, counters = role.state, role.state.counters
