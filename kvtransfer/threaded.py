@@ -39,6 +39,8 @@ class ThreadedTransport:
         self._wakeup: Callable[[], None] = lambda: None
         self._news = False  # something the wakeup has to tell
         self._closing = False
+        self._gone = False  # takes no command, has no descriptor
+        self._gate = threading.Lock()  # over that, for whoever posts
         self._expecting = False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
@@ -101,7 +103,8 @@ class ThreadedTransport:
             except Exception as error:
                 answer.set_exception(error)
 
-        self._enqueue(command)
+        if not self._enqueue(command):
+            raise TransferFailed("transport is closed")
         try:
             return answer.result(timeout=_CALL_TIMEOUT_S)
         except TimeoutError:
@@ -117,20 +120,24 @@ class ThreadedTransport:
             except Exception as error:
                 self._fail(handle, reason_of(error))
 
-        if self._closing:
+        if self._closing or not self._enqueue(command):
             handle.fail("transport is closed")
-        else:
-            self._enqueue(command)
         return handle
 
-    def _enqueue(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
+    def _enqueue(self, command: Callable[[], None]) -> bool:
+        """False: the thread has ended, or is about to."""
+        with self._gate:
+            if self._gone:
+                return False
+            self._commands.append(command)
         self._wake()
+        return True
 
     def _wake(self) -> None:
-        # Overflow means that it is awake already; a closed descriptor that it is gone.
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.eventfd_write(self._wake_fd, 1)
+        with self._gate:
+            if not self._gone:
+                with contextlib.suppress(BlockingIOError):  # awake already
+                    os.eventfd_write(self._wake_fd, 1)
 
     # On the transport's thread.
 
@@ -138,6 +145,8 @@ class ThreadedTransport:
         try:
             self._open()
         except BaseException as error:
+            self._leave()
+            self._selector.close()
             self._opened.set_exception(error)
             return
         self._opened.set_result(None)
@@ -152,6 +161,7 @@ class ThreadedTransport:
             except Exception:
                 log.exception("%s goes on after an error", self._thread.name)
                 time.sleep(0.01)
+        self._leave()
         self._run_commands()
         try:
             self._shut()
@@ -159,7 +169,12 @@ class ThreadedTransport:
             log.exception("%s ended with an error", self._thread.name)
         self._tell()
         self._selector.close()
-        os.close(self._wake_fd)
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._gone = True
+            self._selector.unregister(self._wake_fd)
+            os.close(self._wake_fd)
 
     def _turn(self) -> None:
         self._run_commands()
