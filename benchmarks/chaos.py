@@ -36,9 +36,10 @@ from crossdock.deploy import admin
 from crossdock.proto.errors import CrossdockError, Overloaded, Unavailable
 
 WIRE = Path(__file__).resolve().parent / "chaos_wire"
+# A small pool: touching its pages is a quarter of a worker's start, and workers start often here.
 POOLS = """\
-  prefill: {role: prefill, replicas: 2, resources: {cpus: 1}}
-  decode:  {role: decode,  replicas: 2, resources: {cpus: 1}}
+  prefill: {role: prefill, replicas: 2, kv_memory_mb: 192, resources: {cpus: 1}}
+  decode:  {role: decode,  replicas: 2, kv_memory_mb: 192, resources: {cpus: 1}}
 """
 # Few candidates for the sampled ones: prompts computed in other chunks differ in the last bits, and
 # among thousands of almost equally likely tokens that would choose another now and then.

@@ -63,7 +63,9 @@ def plan(rng: random.Random, rounds: int) -> list[Planned]:
     made: list[Planned] = []
     for _ in range(rounds):
         for event in EVENTS:
-            made += [Planned(Kind.ABORT, event, delay_s=delay) for delay in (0.0, soon())]
+            over = event in ("last_token", "finished")  # nobody is left to go away soon after it
+            delays = (0.0, 0.0 if over else soon())
+            made += [Planned(Kind.ABORT, event, delay_s=delay) for delay in delays]
             for role in ROLES:
                 made.append(Planned(Kind.KILL, event, role))
                 length = rng.uniform(0.5, rng.choice((1.5, 1.5, 6.0)))

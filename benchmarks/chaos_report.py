@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -226,7 +227,12 @@ class Outcome:
             _spread("worker start, kill to connected", started),
             f"whole again, nothing held, every block accounted for: {self.settled_s:.1f} s after",
             *self._table(),
+            *(f"refused, {count}: {why}" for why, count in self._refusals().most_common(5)),
         ]
+
+    def _refusals(self) -> Counter[str]:
+        texts = (each.error for each in self.asked if each.end is End.REFUSED)
+        return Counter(re.sub(r"\d+", "N", text) for text in texts)
 
     def _table(self) -> list[str]:
         """Requests struck in each state, by kind of fault."""
