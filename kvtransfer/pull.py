@@ -83,17 +83,17 @@ class _Pull:
     started_at: float
     sealed: int = 0  # of the ticket's blocks
     checksums: Sequence[int] = ()  # of the ticket's blocks
-    num_read: int = 0  # of remote_ids, terminal and well
     num_posted: int = 0  # of remote_ids, read or being read
     late_blocks: int = 0
     read: Handle | None = None
-    fencing: bool = False  # the fence is posted, or will be by the transport's thread
-    fence: Handle | None = None
-    posted_at: float = 0.0
-    reading_s: float = 0.0
+    fencing: bool = False  # the fence is posted, or will be once the last read is done
     stopped: str | None = None  # why it is to fail once its transfer is terminal
     reported_overdue: bool = False
+    # Noted as a read ends, mostly on the transport's thread; before `fence` is terminal.
+    num_read: int = 0  # of remote_ids, terminal and well
+    reading_s: float = 0.0
     pulled_at: float = 0.0
+    fence: Handle | None = None
 
     @property
     def num_ready(self) -> int:
@@ -306,23 +306,25 @@ class Puller:
         ready = pull.num_ready
         if pull.num_posted < ready:
             part = slice(pull.num_posted, ready)
-            pull.num_posted, pull.posted_at = ready, now
+            pull.num_posted, pull.fencing = ready, pull.complete
             pull.read = self._transport.read_blocks(
                 pull.ticket.incarnation, pull.remote_ids[part], pull.local_ids[part]
             )
-            if pull.complete:
-                pull.fencing = True
-                pull.read.when_done(partial(self._fence, pull))
+            # What follows is settled now: `more` may come before the transport's thread is there.
+            pull.read.when_done(partial(self._was_read, pull, ready, now, last=pull.complete))
         elif pull.complete:
-            pull.fencing = True
+            pull.fencing, pull.pulled_at = True, now
+            self._fence(pull)
+
+    def _was_read(self, pull: _Pull, num_read: int, posted_at: float, last: bool) -> None:
+        """Mostly on the transport's thread, since an engine step is long."""
+        pull.num_read, pull.pulled_at = num_read, self._clock()
+        pull.reading_s += pull.pulled_at - posted_at
+        if last:
             self._fence(pull)
 
     def _fence(self, pull: _Pull) -> None:
-        """After the last read; mostly on the transport's thread, since an engine step is long.
-
-        The release travels with the fence: pass or fail, these blocks are not read again.
-        """
-        pull.pulled_at = self._clock()
+        """The release travels with the fence: pass or fail, these blocks are not read again."""
         pull.fence = self._transport.read_generations(
             pull.ticket.incarnation, pull.remote_ids, pull.ticket.ticket_id
         )
@@ -335,8 +337,7 @@ class Puller:
                 return None
             if pull.read.state is HandleState.FAILED:
                 return self._end(pull, pull.stopped or f"read failed: {pull.read.error}")
-            pull.reading_s += (pull.pulled_at or now) - pull.posted_at
-            pull.num_read, pull.read = pull.num_posted, None
+            pull.read = None
             if pull.stopped is None and not pull.fencing:
                 self._begin_next(pull, now)
         if not pull.fencing:

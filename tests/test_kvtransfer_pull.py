@@ -58,6 +58,10 @@ class Pair:
         self.puller.start(name, ticket, ids, local, deadline)
         return ticket
 
+    def read_along(self, name: str, ids: list[int], local: list[int], sealed: int) -> None:
+        ticket = self.offer(ids)
+        self.puller.start(name, ticket, ids, local, 100.0, sealed=sealed)
+
     def only(self) -> PullDone:
         [done] = self.puller.poll()
         return done
@@ -148,6 +152,23 @@ def test_nothing_to_read_still_releases_and_minds_the_lease(pair: Pair) -> None:
     assert pair.take_releases() == 1
     pair.puller.start("late", pair.offer([4]), [], [], deadline=100.0, lease_until=0.0)
     assert pair.only().error == "lease is over"
+
+
+def test_what_was_read_is_told_by_when_it_was_read_not_by_when_it_was_looked_at(pair: Pair) -> None:
+    """An engine step is long: both its reads ended, and the last word came, while one ran."""
+    pair.network.hold()
+    pair.read_along("s", [3, 4, 5], [0, 1, 2], sealed=2)
+    pair.now = 1.0
+    pair.network.deliver(1)
+    pair.now = 5.0
+    pair.puller.more("s", 3, 100.0, 100.0)
+    assert pair.puller.poll() == []
+    pair.now = 6.0
+    pair.network.deliver(1)
+    pair.now = 9.0
+    pair.network.deliver()
+    done = pair.only()
+    assert (done.error, done.late_blocks, done.reading_s, done.pulled_at) == (None, 1, 2.0, 6.0)
 
 
 def test_a_cancelled_pull_keeps_its_blocks_until_the_read_is_over(pair: Pair) -> None:
