@@ -1,16 +1,20 @@
 """Which sequences a decode worker advances next. Pure bookkeeping: no torch, no clock.
 
     WAITING ─reserve─> PULLING ─join─> RUNNING ─token after token─> gone
-        └──admit (no ticket: this worker computes the prompt)──^  └─preempt─> gone, handed back
+        │                 └──────preempt──────┴─> gone, handed back
+        └──admit (no ticket: this worker computes the prompt)──^
 
 Decode tokens go first in every step; prompts computed here (colocated workers, short suffixes)
-share what is left of the step's token budget. Blocks are reserved late, when there is room for all
-that the sequence has and for one more step of everything that runs.
+share what is left of the step's token budget. Blocks are reserved when there is room for all that
+the sequence has and for one more step of everything that runs. A sequence that reads along, its
+prompt still being computed elsewhere, only uses what room there is: it holds up nobody who is
+complete, and gives its blocks back before anybody who runs has to.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 
 from crossdock.engine import block_tables
 from crossdock.engine.block_pool import BlockPool, OutOfBlocks
@@ -41,10 +45,19 @@ class DecodeScheduler:
         their prompt here have gone on to run.
         """
         reserved = []
-        while self._waiting and self.running + len(self._pulling) < self._max_batch:
-            if not self._take_blocks(self._waiting[0]):
+        crowded = False  # there was no room for one that reads along
+        for sequence in self._waiting.copy():
+            if self.running + len(self._pulling) >= self._max_batch:
                 break
-            sequence = self._waiting.pop(0)
+            reads_along = self._reads_along(sequence)
+            if reads_along and crowded:
+                continue
+            if not self._take_blocks(sequence):
+                if not reads_along:
+                    break
+                crowded = True
+                continue
+            self._waiting.remove(sequence)
             if sequence in self._remote:
                 self._pulling.append(sequence)
                 reserved.append(sequence)
@@ -69,12 +82,16 @@ class DecodeScheduler:
                 return
         raise KeyError(sequence.sequence_id)
 
-    def schedule(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """The next step and the sequences preempted for it, whose blocks are already free."""
+    def schedule(self, at_rest: Iterable[Sequence] = ()) -> tuple[StepPlan | None, list[Sequence]]:
+        """The next step and the sequences preempted for it, whose blocks are already free.
+
+        at_rest: of those that read along, the ones whose blocks no transfer touches just now.
+        """
+        spare = sorted(at_rest, key=_order)
         preempted: list[Sequence] = []
         chunks = []
         for sequence in sorted(self._running, key=_order):
-            if sequence.num_uncomputed == 1 and self._make_room(sequence, preempted):
+            if sequence.num_uncomputed == 1 and self._make_room(sequence, spare, preempted):
                 chunks.append(Chunk(sequence, sequence.num_computed, 1, sample=True))
         budget = self._chunk_tokens - len(chunks)
         for sequence in self._running:
@@ -123,14 +140,21 @@ class DecodeScheduler:
         block_tables.grow(self._pool, sequence, sequence.num_tokens)
         return True
 
-    def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """A slot for the sequence's next token, by preemption of the last in order if need be."""
+    def _reads_along(self, sequence: Sequence) -> bool:
+        """Its prompt is still being computed elsewhere: token 0 is not known."""
+        return self._remote.get(sequence) == sequence.num_tokens
+
+    def _make_room(
+        self, sequence: Sequence, spare: list[Sequence], preempted: list[Sequence]
+    ) -> bool:
+        """A slot for the sequence's next token, by preemption of the last in order if need be: of
+        the spare ones, which lose nothing by it, or else of those that run."""
         while sequence not in preempted:
             try:
                 block_tables.grow(self._pool, sequence, sequence.num_tokens)
                 return True
             except OutOfBlocks:
-                victim = max(self._running, key=_order)
+                victim = spare.pop() if spare else max(self._running, key=_order)
                 self.remove(victim)
                 preempted.append(victim)
         return False

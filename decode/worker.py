@@ -47,7 +47,8 @@ class DecodeRole(WorkerRole):
     def schedule(self) -> StepPlan | None:
         for sequence in self._scheduler.reserve():
             self._start_pull(self.jobs[sequence.sequence_id])
-        plan, preempted = self._scheduler.schedule()
+        at_rest = [self._pulls[pull_id].sequence for pull_id in self._puller.at_rest()]
+        plan, preempted = self._scheduler.schedule(at_rest)
         for sequence in preempted:
             self._preempted(sequence)
         for chunk in plan.chunks if plan else ():
@@ -175,22 +176,28 @@ class DecodeRole(WorkerRole):
 
     def _preempted(self, sequence: Sequence) -> None:
         job = self.jobs.pop(sequence.sequence_id)
+        self._stop_pull(job)
         self.state.counters.preemptions += 1
         message = f"{self.state.config.name} ran out of KV blocks"
         self._refuse(job, worker_pb2.ERROR_CODE_PREEMPTED, message)
         tracing.record(job, self.state.config, error=message)
 
     def _forget(self, job: Job) -> None:
-        pull_id = self._pull_of(job)
-        if pull_id is None:
-            self._scheduler.remove(job.sequence)
-            if job.lease_end is not None:
-                self._give_back(job)
-            return
-        self._quarantine[pull_id] = job.sequence.block_table
-        job.sequence.block_table = []
+        pull_id = self._stop_pull(job)
+        if pull_id is not None:
+            self._quarantine[pull_id] = job.sequence.block_table
+            job.sequence.block_table = []
+        elif job.lease_end is not None:
+            self._give_back(job)
         self._scheduler.remove(job.sequence)
-        self._puller.cancel(pull_id)
+
+    def _stop_pull(self, job: Job) -> str | None:
+        """The id of the job's pull where a transfer of it is still under way."""
+        pull_id = self._pull_of(job)
+        if pull_id is None or self._puller.cancel(pull_id):
+            return pull_id
+        del self._pulls[pull_id]
+        return None
 
     def _give_back(self, job: Job) -> None:
         """Releases a ticket that was not fenced, by a call, once its blocks are read no more.

@@ -9,8 +9,8 @@ blocks are read, after the last of the blocks. They equal the ticket's only if n
 block in between, since a generation is raised before its block gets a new owner. Only then is the
 KV what was offered.
 
-A pull that is cancelled or past its deadline still owns its local blocks until its transfer is
-terminal; `poll` reports it then, and only then may they be reused.
+A pull that is cancelled or past its deadline while a transfer is under way still owns its local
+blocks until that is terminal; `poll` reports it then, and only then may they be reused.
 """
 
 from __future__ import annotations
@@ -110,6 +110,11 @@ class _Pull:
     def complete(self) -> bool:
         """The whole prompt is computed."""
         return self.sealed == len(self.ticket.block_ids)
+
+    @property
+    def under_way(self) -> bool:
+        """A transfer may still touch its local blocks, or is about to."""
+        return self.read is not None or self.fencing
 
     @property
     def waits(self) -> bool:
@@ -229,12 +234,24 @@ class Puller:
                 pull.lease_until = max(pull.lease_until, until)
 
     def cancel(self, sequence_id: str) -> bool:
-        """The sequence is not wanted any more. False: no pull of it is under way."""
+        """The sequence is not wanted any more. False: no transfer of it is under way, so its local
+        blocks are the caller's at once; True: they are when `poll` reports it."""
         pull = self._pulls.get(sequence_id)
         if pull is None:
             return False
         pull.stopped = pull.stopped or "cancelled"
+        if not pull.under_way:
+            self._end(pull, pull.stopped)
+            return False
         return True
+
+    def at_rest(self) -> list[str]:
+        """Pulls whose prompt is still being computed and that read nothing just now."""
+        return [
+            pull.sequence_id
+            for pull in self._pulls.values()
+            if not (pull.complete or pull.under_way or pull.stopped)
+        ]
 
     def poll(self) -> list[PullDone]:
         """Takes every pull as far as it goes without waiting; returns those that ended."""
@@ -251,7 +268,7 @@ class Puller:
         late = [
             pull
             for pull in self._pulls.values()
-            if pull.due <= now and not pull.reported_overdue and (pull.read or pull.fencing)
+            if pull.due <= now and not pull.reported_overdue and pull.under_way
         ]
         for pull in late:
             pull.reported_overdue = True
@@ -294,7 +311,7 @@ class Puller:
         now = self._clock()
         for pull in self._pulls.values():
             pull.stop_if_due(now)
-            if pull.read is not None or pull.fencing or pull.stopped is not None:
+            if pull.under_way or pull.stopped is not None:
                 continue
             turn = reading[pull.ticket.incarnation] < self._limits.max_reading
             if turn or pull.num_posted == pull.num_ready:

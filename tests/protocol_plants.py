@@ -251,6 +251,23 @@ def quarantine_skipped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DecodeRole, "_forget", forget_at_once)
 
 
+def preempted_in_mid_read(patch: pytest.MonkeyPatch) -> None:
+    """Whoever reads along gives its blocks to others while a read still writes into them."""
+    preempted = DecodeRole._preempted
+
+    def forget(self: DecodeRole, sequence: Sequence) -> None:
+        pull_id = self._pull_of(self.jobs[sequence.sequence_id])
+        preempted(self, sequence)
+        if pull_id is not None and self._pulls.pop(pull_id, None):
+            del self._puller._pulls[pull_id]
+
+    def at_rest(self: Puller) -> list[str]:
+        return [key for key, p in self._pulls.items() if not (p.complete or p.stopped)]
+
+    patch.setattr(DecodeRole, "_preempted", forget)
+    patch.setattr(Puller, "at_rest", at_rest)
+
+
 def quarantine_never_left(patch: pytest.MonkeyPatch) -> None:
     """The blocks of a pull that was given up are forgotten."""
     ended = DecodeRole._pull_ended
@@ -324,6 +341,7 @@ PLANTS: list[Plant] = [
     released_before_the_fence,
     released_twice,
     quarantine_skipped,
+    preempted_in_mid_read,
     quarantine_never_left,
     cancel_leaves_the_offer,
     gateway_end_leaves_the_offers,

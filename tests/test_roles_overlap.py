@@ -136,6 +136,35 @@ def test_a_ticket_outlives_the_reader_that_fell_out(site: Site) -> None:
     all_free(p, d, other)
 
 
+def test_a_reader_makes_room_for_a_sequence_that_runs(site: Site) -> None:
+    """It loses nothing: the ticket comes back at token 0, when there is room again."""
+    p, d = site.worker(Role.PREFILL, chunk_tokens=16), site.worker(Role.DECODE, blocks=12)
+    site.introduce(p, d)
+    short = list(range(500, 520))
+    first = prefill(p, short, max_tokens=40)
+    running = hand_off(d, short, first, max_tokens=40)
+    d.turn(3)
+    part = announced(p, PROMPT)
+    d.role.submit(job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks))
+    d.turn(30)
+    outputs = d.take()
+    (given_up,) = [output for output in outputs if output.sequence_id != running]
+    assert given_up.error.code == worker_pb2.ERROR_CODE_PREEMPTED
+    while p.role.jobs:
+        p.turn()
+    last = p.take()[-1]
+    assert len(p.role.leases()) == 1, "nobody has released what was given up while it was computed"
+    last.ticket.CopyFrom(part.ticket)
+    hand_off(d, PROMPT, last)
+    d.turn(50)
+    later = d.take()
+    mine = [output for output in (*outputs, *later) if output.sequence_id == running]
+    assert tokens_of([first, *mine]) == undisturbed(short, 40)
+    theirs = [output for output in later if output.sequence_id != running]
+    assert tokens_of([last, *theirs]) == undisturbed(PROMPT, 8)
+    all_free(p, d)
+
+
 def test_an_old_word_of_a_prompt_changes_nothing(site: Site) -> None:
     p, d = pair(site, chunk_tokens=16)
     part = announced(p, PROMPT)

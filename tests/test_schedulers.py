@@ -204,6 +204,55 @@ def test_decode_preempts_the_last_in_order_and_frees_its_blocks() -> None:
     assert scheduler.running == 1 and old.num_tokens > 31
 
 
+def reading_along(scheduler: DecodeScheduler, tokens: int) -> Sequence:
+    """A sequence whose prompt is still being computed: token 0 is not there yet."""
+    made = sequence(tokens)
+    scheduler.add(made, remote_tokens=tokens)
+    return made
+
+
+def test_decode_gives_up_who_reads_along_before_anybody_who_runs() -> None:
+    pool = BlockPool(8, BLOCK, prefix_cache=False)
+    scheduler = DecodeScheduler(pool, max_batch=8, chunk_tokens=64)
+    running, covered = handed_off(15)
+    scheduler.add(running, remote_tokens=covered)
+    for seq in scheduler.reserve():
+        scheduler.join(seq)
+    first, second = reading_along(scheduler, 30), reading_along(scheduler, 30)
+    assert scheduler.reserve() == [first, second]
+    while pool.num_available:
+        assert not decode_step(scheduler)
+    for _ in range(BLOCK):
+        plan, preempted = scheduler.schedule([first, second])
+        assert shape(plan) == [(running.sequence_id, running.num_tokens - 1, 1, True)]
+        if preempted:
+            break
+        scheduler.computed(plan.chunks[0])
+        running.token_ids.append(3)
+    assert preempted == [second] and not second.block_table
+    pool.check_integrity(scheduler.held)
+
+
+def test_decode_lets_who_is_complete_pass_who_reads_along_and_finds_no_room() -> None:
+    pool = BlockPool(8, BLOCK, prefix_cache=False)
+    scheduler = DecodeScheduler(pool, max_batch=8, chunk_tokens=64)
+    running, covered = handed_off(64)
+    scheduler.add(running, remote_tokens=covered)
+    for seq in scheduler.reserve():
+        scheduler.join(seq)
+    unready, unready_too = reading_along(scheduler, 64), reading_along(scheduler, 10)
+    ready, covered = handed_off(10)
+    scheduler.add(ready, remote_tokens=covered)
+    assert scheduler.reserve() == [ready]
+    unready.token_ids.append(3)  # its token 0: from now on it is its turn
+    later, covered = handed_off(2)
+    scheduler.add(later, remote_tokens=covered)
+    assert scheduler.reserve() == []
+    scheduler.remove(running)
+    assert scheduler.reserve() == [unready]
+    assert unready_too in scheduler._waiting and later in scheduler._waiting
+
+
 def test_decode_holds_to_max_batch() -> None:
     scheduler = DecodeScheduler(BlockPool(64, BLOCK), max_batch=2, chunk_tokens=64)
     for _ in range(3):
