@@ -283,7 +283,7 @@ class Dispatcher:
         if flight.phase is Phase.DECODE:
             if link.name != flight.decode_worker:
                 return
-            if len(flight.holders) > 1 and output.token_ids:
+            if flight.ticket is not None and output.token_ids:
                 self._joined(flight, output)
         if flight.cached_tokens is None and output.token_ids:
             flight.cached_tokens = output.cached_tokens
@@ -298,7 +298,7 @@ class Dispatcher:
                 self._hand_offs.advance(flight, now)
 
     def _joined(self, flight: Flight, output: pb.SequenceOutput) -> None:
-        """The first token after a hand-off: the prefill worker has let go."""
+        """The first token after a hand-off: the prefill worker, if it is still there, let go."""
         for name in [name for name in flight.holders if name != flight.decode_worker]:
             flight.let_go(name)
         flight.ticket = None

@@ -51,7 +51,7 @@ class HandOffs:
         if flight.decode_worker:
             self._send(flight)
             return
-        link = self._link_of(flight.placement.decode)
+        link = self._taking(flight.placement.decode)
         if link is not None:
             self._tell(flight, link, now)
 
@@ -83,20 +83,25 @@ class HandOffs:
         flight.placement = replace(flight.placement, decode="")
 
     def _choose(self, flight: Flight, now: float) -> WorkerLink:
-        """The decode worker of the placement, or any other where that was lost or leaves."""
+        """The decode worker of the placement, or any other where that was lost or drains."""
         assert flight.placement is not None
-        link = self._link_of(flight.placement.decode)
+        link = self._taking(flight.placement.decode)
         if link is None:
             self._view.unplace(flight.placement.decode, flight.sequence_id)
             demand = flight.demand(self._block_size)
             name = decode_for(self._view, demand, flight.prefill_worker, now, self._rng)
-            link = self._link_of(name)
+            link = self._taking(name)
             if link is None:
                 raise NoWorker("no decode worker is ready")
             if name in flight.lost_readers:
                 raise WorkerLost(f"{name}, lost while it read along, is the only decode worker")
             self._view.place(name, flight.sequence_id, 0, demand.blocks)
         return link
+
+    def _taking(self, name: str) -> WorkerLink | None:
+        """The open link to a worker, where it takes new work."""
+        worker = self._view.workers.get(name)
+        return None if worker is None or worker.load.draining else self._link_of(name)
 
     def _tell(self, flight: Flight, link: WorkerLink, now: float) -> None:
         flight.decode_worker = link.name

@@ -145,3 +145,42 @@ async def test_a_client_that_goes_away_meanwhile_frees_both(rig: Rig) -> None:
     await until(lambda: rig.idle)
     assert rig.prefills[0].cancels
     assert [worker for worker in rig.decodes if worker.cancels]
+
+
+@pytest.mark.parametrize("parts", [[], [1]])
+async def test_a_decode_worker_that_drains_by_token_0_is_not_asked(
+    rig: Rig, parts: list[int]
+) -> None:
+    """Refusing it would have the prompt computed twice. One that reads along already goes on."""
+    prefill = rig.prefills[0]
+    prefill.parts = parts
+    call = rig.stub.Generate(ask(PROMPT, max_tokens=5))
+    await until(lambda: prefill.prefills and len(told(rig)) == len(parts))
+    meant = prefill.prefills[0].decode_worker
+    leaver = next(worker for worker in rig.decodes if worker.name == meant)
+    leaver.report(draining=True)
+    await until(lambda: rig.gateway.view.workers[meant].load.draining)
+    prefill.token_0.set()
+    assert ids_of(await collect(call)) == PROMPT[:5]
+    ((name, _),) = told(rig)
+    assert (name == meant) == bool(parts)
+    assert len(prefill.prefills) == 1
+    await until(lambda: rig.idle)
+
+
+async def test_what_was_pulled_counts_though_its_prefill_worker_is_gone(rig: Rig) -> None:
+    for worker in rig.decodes:
+        worker.gate.clear()
+    prefill = rig.prefills[0]
+    prefill.token_0.set()
+    call = rig.stub.Generate(ask(PROMPT, max_tokens=5))
+    await until(lambda: any(hand_off.first_token for w in rig.decodes for hand_off in w.hand_offs))
+    await prefill.stop()
+    await until(lambda: prefill.name not in rig.gateway.view.workers)
+    for worker in rig.decodes:
+        worker.gate.set()
+    responses = await collect(call)
+    assert ids_of(responses) == PROMPT[:5]
+    assert responses[-1].timings.transferred_blocks == 5
+    assert rig.metric("transferred_blocks_total") == 5
+    await prefill.start()
