@@ -150,7 +150,7 @@ class ClusterView:
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
         """Folds one measured pull into the pair's bandwidth; the pair works."""
-        if nbytes <= 0 or seconds <= 0:
+        if nbytes <= 0 or seconds <= 0 or not self._connected(prefill, decode):
             return
         self._rests.pop((prefill, decode), None)
         old_bytes, old_seconds = self._pulled.get((prefill, decode), (0.0, 0.0))
@@ -161,6 +161,8 @@ class ClusterView:
 
     def pull_failed(self, prefill: str, decode: str, now: float) -> None:
         """The link of the two may be cut, though both are well: others are taken for a while."""
+        if not self._connected(prefill, decode):
+            return  # a worker died, which says nothing of the link to its successor
         first, longest = PAIR_REST_S
         until, rest = self._rests.get((prefill, decode), (float("-inf"), 0.0))
         if now < until:
@@ -247,6 +249,9 @@ class ClusterView:
         return max(paths) if paths else None
 
     # -----------------------------------------------------------------------------------------
+
+    def _connected(self, *names: str) -> bool:
+        return all(name in self.workers for name in names)
 
     def _forget(self, name: str) -> None:
         worker = self.workers.pop(name)

@@ -330,6 +330,16 @@ def test_a_pair_whose_pull_failed_rests_and_its_two_workers_work_on(
     assert pairs(first / 2)  # nobody else is left
 
 
+def test_pulls_from_a_worker_that_is_gone_say_nothing_of_its_successor() -> None:
+    """Names come back, incarnations do not; and what nobody forgets any more would stay for good."""
+    view = two_and_two()
+    view.disconnected("p0", "p0-incarnation")
+    view.pull_failed("p0", "d0", 0.0)
+    view.transferred("p0", "d0", 1000, 1.0)
+    assert not view.any_resting and not view.resting("p0", "d0", 0.0)
+    assert view.bandwidth("p0", "d0") == DEFAULT_BANDWIDTH
+
+
 def test_a_pair_rests_longer_each_time_until_a_pull_succeeds() -> None:
     view = two_and_two()
     first, longest = PAIR_REST_S
