@@ -116,6 +116,8 @@ class DecodeRole(WorkerRole):
 
     def _pull_ended(self, done: PullDone) -> None:
         job = self._pulls.pop(done.sequence_id)
+        if done.released:
+            job.lease_end = None
         blocks = self._quarantine.pop(done.sequence_id, None)
         if blocks is not None:
             self.state.pool.release(blocks)
@@ -129,7 +131,6 @@ class DecodeRole(WorkerRole):
         wall_offset = self.state.wall_clock() - self.state.clock()
         job.mark("pulled", done.pulled_at + wall_offset)
         job.mark("fenced", done.fenced_at + wall_offset)
-        job.lease_end = None
         job.transferred_bytes, job.transferred_blocks = done.nbytes, done.nblocks
         job.late_bytes = done.late_blocks * self.state.memory.block_bytes
         job.transfer_s = done.reading_s
@@ -187,7 +188,7 @@ class DecodeRole(WorkerRole):
         if pull_id is not None:
             self._quarantine[pull_id] = job.sequence.block_table
             job.sequence.block_table = []
-        elif job.lease_end is not None:
+        else:
             self._give_back(job)
         self._scheduler.remove(job.sequence)
 
@@ -200,14 +201,12 @@ class DecodeRole(WorkerRole):
         return None
 
     def _give_back(self, job: Job) -> None:
-        """Releases a ticket that was not fenced, by a call, once its blocks are read no more.
+        """Releases a ticket that no fence released, by a call, once its blocks are read no more.
 
         One whose prompt is still being computed has no lease, and may yet go to another reader.
         """
-        assert job.ticket is not None
-        if not job.sealed:
-            return
-        self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))
+        if job.ticket is not None and job.sealed and job.lease_end is not None:
+            self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))
 
     def _pull_of(self, job: Job) -> str | None:
         return next((key for key, pulled in self._pulls.items() if pulled is job), None)

@@ -54,7 +54,8 @@ class PullLimits:
 class PullDone:
     """The end of one pull. Its local blocks are the caller's again.
 
-    error: None exactly when the fence held and the sequence may join the batch. Times are of the
+    error: None exactly when the fence held and the sequence may join the batch. released: the
+    prefill side was told with the fence; else that is left to the caller. Times are of the
     puller's clock, 0.0 where the pull never got there. late_blocks: of nblocks, those that had not
     been read when the prompt's last block was sealed. reading_s: while a read was under way.
     """
@@ -62,6 +63,7 @@ class PullDone:
     sequence_id: str
     ticket_id: bytes
     error: str | None
+    released: bool
     nbytes: int
     nblocks: int
     late_blocks: int
@@ -392,14 +394,11 @@ class Puller:
             self.counts.failed += 1
             reason = error.split(":", 1)[0]
             self.counts.reasons[reason] = self.counts.reasons.get(reason, 0) + 1
-            if pull.complete and pull.fence is None:
-                # Spares the prefill side the wait for the lease's end. Best effort. Before the
-                # prompt is complete there is no lease, and another reader may yet get the ticket.
-                self._transport.read_generations(pull.ticket.incarnation, [], pull.ticket.ticket_id)
         return PullDone(
             sequence_id=pull.sequence_id,
             ticket_id=pull.ticket.ticket_id,
             error=error,
+            released=pull.fence is not None and pull.fence.state is HandleState.DONE,
             nbytes=len(pull.remote_ids) * self._memory.block_bytes if error is None else 0,
             nblocks=len(pull.remote_ids) if error is None else 0,
             late_blocks=pull.late_blocks,

@@ -135,7 +135,9 @@ def released_while_it_is_computed(patch: pytest.MonkeyPatch) -> None:
     """A reader that falls out releases the ticket, which then goes to another."""
 
     def always(self: DecodeRole, job: Job) -> None:
-        self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))
+        if job.ticket is not None:
+            release = job.ticket.prefill_address, job.ticket.ticket_id
+            self.state.ticket_releases.append(release)
 
     patch.setattr(DecodeRole, "_give_back", always)
 

@@ -361,6 +361,7 @@ def test_a_failed_read_is_said_at_once(site: Site) -> None:
     d.turn(2)  # no time passes
     last = end_of(d, name)
     assert (last.error.code, last.error.message) == (PULL_FAILED, "read failed: cable")
+    p.role.release_tickets([ticket_id for _, ticket_id in d.releases])
     all_free(p, d)  # the prefill side heard of it too
 
 

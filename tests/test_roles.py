@@ -102,6 +102,27 @@ def test_a_token_that_ends_the_sequence_needs_no_ticket(site: Site) -> None:
     all_free(p)
 
 
+@pytest.mark.parametrize("failing", ["read", "fence"])
+def test_a_ticket_that_failed_is_released_once(site: Site, failing: str) -> None:
+    """With the fence where that came through, else by a call."""
+    p, d = pair(site)
+    first = prefill(p, PROMPT)
+    site.network.hold()
+    hand_off(d, PROMPT, first)
+    d.turn()
+    if failing == "read":
+        site.network.fail_next_read()
+    p.role.state.pool.generations[first.ticket.block_ids[0]] += 1
+    site.network.deliver()
+    d.turn(2)
+    (output,) = d.take()
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    p.role.release_tickets([ticket_id for _, ticket_id in d.releases])
+    assert len(d.releases) == (failing == "read")
+    all_free(p, d)
+    assert p.role._offers.unknown_releases == 0
+
+
 def test_a_block_rewritten_after_the_offer_is_refused(site: Site) -> None:
     p, d = pair(site)
     first = prefill(p, PROMPT)
@@ -133,9 +154,7 @@ def test_cancelled_while_pulling_keeps_its_blocks_until_the_read_is_terminal(sit
     d.check()
     site.network.deliver()
     d.turn(2)
-    assert not d.take()
-    assert d.releases == [(p.role.state.address, first.ticket.ticket_id)]
-    p.turn()
+    assert not d.take() and not d.releases  # the ticket was released with the fence
     all_free(p, d)
 
 

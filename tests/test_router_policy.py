@@ -331,7 +331,7 @@ def test_a_pair_whose_pull_failed_rests_and_its_two_workers_work_on(
 
 
 def test_pulls_from_a_worker_that_is_gone_say_nothing_of_its_successor() -> None:
-    """Names come back, incarnations do not; and what nobody forgets any more would stay for good."""
+    """Names come back, incarnations do not; what nobody forgets any more would stay for good."""
     view = two_and_two()
     view.disconnected("p0", "p0-incarnation")
     view.pull_failed("p0", "d0", 0.0)

@@ -23,7 +23,7 @@ class Job:
     ticket: worker_pb2.Ticket | None = None
     sealed_blocks: int = 0  # of the ticket's blocks, how many hold their KV
     checksums: tuple[int, ...] = ()  # of the ticket's blocks; empty: not to be compared
-    lease_end: float | None = None  # monotonic seconds; until then a ticket not joined is good
+    lease_end: float | None = None  # monotonic seconds; until then a ticket not released is good
     times: dict[str, float] = field(default_factory=dict)  # life-cycle event -> wall-clock ms
     transferred_bytes: int = 0
     transferred_blocks: int = 0
