@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -60,12 +61,9 @@ class Peers:
         if task is None:
             task = asyncio.create_task(self._introduce(incarnation, address))
             self._known[incarnation] = task
+            task.add_done_callback(partial(self._met, incarnation))
         try:
             return await asyncio.shield(task)
-        except TransferFailed:
-            if self._known.get(incarnation) is task:
-                del self._known[incarnation]
-            raise
         except asyncio.CancelledError:
             if task.cancelled():
                 raise TransferFailed(f"{address} left the cluster") from None
@@ -121,6 +119,12 @@ class Peers:
             await self._drop(incarnation)
         for channel in self._channels.values():
             await channel.close()
+
+    def _met(self, incarnation: bytes, task: asyncio.Task[worker_pb2.WorkerDescription]) -> None:
+        """A meeting that failed is tried again by the next who asks, whoever waited for it."""
+        failed = task.cancelled() or task.exception() is not None
+        if failed and self._known.get(incarnation) is task:
+            del self._known[incarnation]
 
     async def _introduce(self, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
         try:
