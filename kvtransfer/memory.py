@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,32 @@ def _map_pages(nbytes: int) -> mmap.mmap:
         with contextlib.suppress(OSError, ValueError):
             pages.madvise(_POPULATE_WRITE)
     return pages
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Stretches of entries that hold all that is wanted, and maybe others between."""
+
+    first: npt.NDArray[np.int64]  # [spans] the first entry of each
+    length: npt.NDArray[np.int64]  # [spans]
+    offset: npt.NDArray[np.int64]  # [spans] where each lies when they are laid end to end
+    places: npt.NDArray[np.int64]  # [ids] where each wanted entry lies then
+
+
+def spans_of(ids: Sequence[int], gap: int) -> Spans:
+    """Few spans over these entries, that hold at most `gap` entries for each of them."""
+    wanted = np.asarray(ids, dtype=np.int64)
+    low, high = min(ids), max(ids)
+    if high - low < gap * len(ids):
+        zero = np.zeros(1, dtype=np.int64)
+        return Spans(zero + low, zero + high - low + 1, zero, wanted - low)
+    ascending = np.sort(wanted)
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(ascending) >= gap) + 1))
+    first = ascending[starts]
+    length = ascending[np.append(starts[1:], len(ascending)) - 1] - first + 1
+    offset = np.cumsum(length) - length
+    span = np.searchsorted(first, wanted, side="right") - 1
+    return Spans(first, length, offset, offset[span] + wanted - first[span])
 
 
 class Scratch:

@@ -27,7 +27,7 @@ import nixl._api as api
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.memory import Scratch
+from crossdock.kvtransfer.memory import Scratch, spans_of
 from crossdock.kvtransfer.threaded import ThreadedTransport, polling_pause, reason_of
 from crossdock.kvtransfer.transport import (
     Handle,
@@ -50,6 +50,7 @@ _PROGRESS_DELAY_US = 10_000  # how long NIXL's thread sleeps at most between two
 _EXPECTING_POLL_S = 0.002
 _IDLE_POLL_S = 0.25
 _SCRATCH_ENTRIES = 65_536  # generations that fences may have under way at once: 512 KiB
+_GAP = 128  # generations read for one that is wanted, at most: descriptors cost more
 _RETRY_S = (0.25, 8.0)  # first and longest pause between two tries to connect to a lost peer
 
 _abandoned: list[object] = []  # agents closed with transfers under way: never freed
@@ -325,16 +326,18 @@ class NixlTransport(ThreadedTransport):
         self, handle: Handle, peer: _Peer, remote_ids: list[int], notify: bytes
     ) -> bool:
         """False: no scratch entries are free now."""
-        scratch = self._scratch.take(len(remote_ids))
+        spans = spans_of(remote_ids, _GAP)
+        if spans.length.sum() > len(self._scratch.entries):
+            spans = spans_of(remote_ids, 1)
+        scratch = self._scratch.take(int(spans.length.sum()))
         if scratch is None:
             return False
-        slots = np.arange(scratch.start, scratch.stop)
-        runs = merge_runs(remote_ids, slots)
-        local = _descriptors(self._scratch.entries.ctypes.data, runs.local, runs.length, 8, 0)
-        remote = _descriptors(peer.memory.generations_ptr, runs.remote, runs.length, 8, 0)
+        entries, offset = self._scratch.entries, scratch.start + spans.offset
+        local = _descriptors(entries.ctypes.data, offset, spans.length, 8, 0)
+        remote = _descriptors(peer.memory.generations_ptr, spans.first, spans.length, 8, 0)
 
         def done() -> None:
-            handle.generations = self._scratch.entries[scratch].copy()
+            handle.generations = entries[scratch.start + spans.places]
             self.stats.fences += 1
 
         self._post(

@@ -179,6 +179,8 @@ class ThreadedTransport:
     def _turn(self) -> None:
         self._run_commands()
         timeout_s = self._progress()
+        if self._commands:
+            return  # what follows a read that has ended does not wait for anybody to be told
         if self._closing and (timeout_s is None or timeout_s > _CLOSING_POLL_S):
             timeout_s = _CLOSING_POLL_S  # nobody wakes it when the last transfer has ended
         self._tell()
@@ -206,8 +208,8 @@ class ThreadedTransport:
 
     def _finish(self, handle: Handle) -> None:
         if handle.state is HandleState.PENDING:
-            handle.finish(handle.generations)
-            self._news = True
+            followed = handle.finish(handle.generations)
+            self._news |= not followed
 
     def _fail(self, handle: Handle, reason: str) -> None:
         if handle.state is HandleState.PENDING:

@@ -83,18 +83,20 @@ class Handle:
         if self.state is HandleState.DONE:
             self._call_next()
 
-    def finish(self, generations: Generations | None = None) -> None:
-        """For transports. The state is written last: readers look at it first."""
+    def finish(self, generations: Generations | None = None) -> bool:
+        """For transports. The state is written last: readers look at it first. Returns whether
+        something followed, so that nobody need be told of this read alone."""
         self.generations = generations
         self.state = HandleState.DONE
-        self._call_next()
+        return self._call_next()
 
-    def _call_next(self) -> None:
+    def _call_next(self) -> bool:
         try:
             action = self._next.pop()
         except IndexError:
-            return  # none, or the other thread was here first
+            return False  # none, or the other thread was here first
         action()
+        return True
 
     def fail(self, reason: str) -> None:
         """For transports."""

@@ -22,7 +22,7 @@ from test_kvtransfer_contract import (
 )
 
 from crossdock.kvtransfer import nixl, ucx
-from crossdock.kvtransfer.memory import Scratch
+from crossdock.kvtransfer.memory import Scratch, spans_of
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.kvtransfer.transport import Handle, HandleState
 from crossdock.proto.errors import TransferFailed
@@ -176,6 +176,21 @@ def test_waiting_costs_no_cpu(bench: Bench) -> None:
     before, start = cpu_s(), time.monotonic()
     threading.Event().wait(0.5)
     assert (cpu_s() - before) / (time.monotonic() - start) < 0.3
+
+
+def test_spans_hold_every_entry_wanted() -> None:
+    for ids, gap, count in (
+        ([9300, 5, 7, 9, 9200, 8], 128, 2),
+        ([300, 5, 7, 9, 200, 8], 128, 1),
+        ([3], 1, 1),
+        (list(range(100, 200)), 128, 1),
+        (list(range(0, 1000, 2)), 1, 500),
+    ):
+        spans = spans_of(ids, gap)
+        laid = np.concatenate([np.arange(f, f + n) for f, n in zip(spans.first, spans.length)])
+        assert laid[spans.places].tolist() == ids
+        assert laid[spans.offset].tolist() == spans.first.tolist()
+        assert len(spans.first) == count and len(laid) <= gap * len(ids)
 
 
 def test_scratch_is_handed_out_and_merged_again() -> None:
