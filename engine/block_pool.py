@@ -339,21 +339,25 @@ class BlockPool:
                     f"block {block} has {references} references, its owners hold {expected[block]}"
                 )
             if block in free_ids:
-                _check(not references and name is None, f"block {block} is free but in use")
+                if references or name is not None:
+                    raise IntegrityError(f"block {block} is free but in use")
             elif not references:
                 cached += 1
                 if name is None or self._holder.get(name) != block:
                     raise IntegrityError(f"block {block} is leaked: neither free, cached nor used")
-                if name not in self._children:
-                    _check((self._last_use[block], block) in leaves, f"leaf {block} is stuck")
+                if name not in self._children and (self._last_use[block], block) not in leaves:
+                    raise IntegrityError(f"leaf {block} is stuck")
         _check(cached == self._num_cached, f"{cached} cached blocks, {self._num_cached} counted")
 
     def _check_names(self) -> None:
         for name, block in self._holder.items():
-            _check(self._name[block] == name, f"block {block} does not know the name it holds")
+            if self._name[block] != name:
+                raise IntegrityError(f"block {block} does not know the name it holds")
             parent = self._parent[name]
-            _check(parent is None or parent in self._holder, f"block {block} outlived its parent")
-            _check(parent is None or name in self._children[parent], f"child {block} is lost")
+            if parent is not None and parent not in self._holder:
+                raise IntegrityError(f"block {block} outlived its parent")
+            if parent is not None and name not in self._children[parent]:
+                raise IntegrityError(f"child {block} is lost")
         children = sum(len(names) for names in self._children.values())
         parents = sum(parent is not None for parent in self._parent.values())
         _check(children == parents, f"{children} children, {parents} parents")

@@ -155,7 +155,8 @@ class Gateways:
         rng = self._rng
         shared = [11] * rng.choice([0, 8, 16])  # prefixes that caches can share
         prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, 40))]
-        expected = undisturbed(prompt, rng.choice([rng.randrange(1, 16), 72 - len(prompt)]))
+        tokens = 72 - len(prompt) if rng.random() < 0.2 else rng.randrange(1, 16)
+        expected = undisturbed(prompt, tokens)
         deadline = self._clock() + rng.choice([5.0, 40.0]) if rng.random() < 0.2 else None
         request = Request(prompt, expected, rng.choice(self.gateways), deadline)
         self.requests.append(request)

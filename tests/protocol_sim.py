@@ -44,7 +44,7 @@ class Violation(AssertionError):
 class Simulation:
     """One seed, one history: `run` raises Violation when an invariant breaks."""
 
-    def __init__(self, seed: int, steps: int = 250, trace: Callable[[str], None] | None = None):
+    def __init__(self, seed: int, steps: int = 200, trace: Callable[[str], None] | None = None):
         self.seed, self.steps, self.trace = seed, steps, trace
         self.rng = random.Random(seed)
         self.seen: Counter[str] = Counter()
@@ -216,7 +216,7 @@ class Simulation:
     def _turn(self) -> None:
         """Mostly one; now and then a worker gets many done while the others get none."""
         worker = self.rng.choice(self.workers)
-        for _ in range(self.rng.choice([1] * 5 + [16])):
+        for _ in range(self.rng.choice([1] * 11 + [16])):
             if worker not in self.paused:
                 self._turn_of(worker)
 
