@@ -254,7 +254,7 @@ class Dispatcher:
         except NoWorker as error:
             self._park(flight, self._hand_off, error)
         except WorkerLost as error:
-            self._restart(flight, "the decode worker", "worker lost", error)
+            self._restart(flight, min(flight.lost_readers), "worker lost", error)
 
     # -- what the workers say -----------------------------------------------------------------
 
