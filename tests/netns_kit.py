@@ -27,6 +27,9 @@ from typing import Any
 
 MEMBER_START_S = 180.0
 COMMAND_S = 20.0
+# ip and tc are often where only an administrator's PATH leads.
+TOOLS = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+ENVIRONMENT = os.environ | {"PATH": TOOLS}
 
 
 class NotPermitted(Exception):
@@ -53,7 +56,7 @@ class Network:
         self._slowed: set[str] = set()
         self.hosts: dict[str, Host] = {}
         for tool in ("ip", "unshare", "nsenter"):
-            if shutil.which(tool) is None:
+            if shutil.which(tool, path=TOOLS) is None:
                 raise NotPermitted(f"no network namespaces: {tool} is not installed")
         try:
             self._switch = self._hold([] if os.geteuid() == 0 else ["--user", "--map-root-user"])
@@ -130,6 +133,7 @@ class Network:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
         )
         self._holders.append(holder)
         assert holder.stdout is not None and holder.stderr is not None
@@ -144,7 +148,11 @@ class Network:
 
     def _run(self, pid: int, command: str) -> None:
         done = subprocess.run(
-            [*_enter(pid), *command.split()], capture_output=True, text=True, timeout=20
+            [*_enter(pid), *command.split()],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            env=ENVIRONMENT,
         )
         if done.returncode:
             raise RuntimeError(f"{command}: {done.stderr.strip()}")
