@@ -117,8 +117,8 @@ class Rig:
     async def pulling(self, *indices: int) -> list[Run]:
         """Requests that prefill-1 has computed and decode-1 pulls, mid-flight."""
         await self.members(*PAIR)
-        if self.network.slow("a", SLOW_MBIT):
-            self.network.cut("a", "b")  # then nothing of it arrives, instead of a part
+        if reason := self.network.slow("a", SLOW_MBIT):
+            pytest.skip(reason)  # a pull is over before anything can be cut
         before = (await self.status("decode-1")).transferred_blocks
         runs = self.begin(*indices)
         async with asyncio.timeout(30):
