@@ -22,10 +22,10 @@ from typing import Any
 
 from clusters import DEFAULT_MODEL, DISAGGREGATED, colocated, running, spec
 
-from crossdock.bench import describe_machine
-from crossdock.bench_load import GrpcEndpoint, Job, closed_loop, open_loop, send
-from crossdock.bench_metrics import RequestRecord, count_errors, distribution
-from crossdock.bench_traces import PromptMaker, RandomOptions, random_workload
+from crossdock.bench.load import GrpcEndpoint, Job, closed_loop, open_loop, send
+from crossdock.bench.metrics import RequestRecord, count_errors, distribution
+from crossdock.bench.run import describe_machine
+from crossdock.bench.traces import PromptMaker, RandomOptions, random_workload
 
 
 @dataclass

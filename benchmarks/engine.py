@@ -17,11 +17,11 @@ from collections.abc import Callable
 
 import torch
 
-from crossdock.engine.linear import Linear, make_linear
-from crossdock.engine.runner import ModelRunner
+from crossdock.engine.native.linear import Linear, make_linear
+from crossdock.engine.native.runner import ModelRunner
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
-from crossdock.engine.weights.config import ModelConfig
-from crossdock.engine.weights.store import resolve
+from crossdock.model.config import ModelConfig
+from crossdock.model.store import resolve
 from crossdock.proto.types import SamplingParams
 
 BLOCK_SIZE = 16

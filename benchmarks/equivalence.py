@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from crossdock.bench import describe_machine
+from crossdock.bench.run import describe_machine
 from crossdock.client import AsyncClient
-from crossdock.engine.text.model import load_text
-from crossdock.engine.weights.store import ModelFiles, resolve
+from crossdock.model.store import ModelFiles, resolve
+from crossdock.model.text import load_text
 
 TIE = 1e-3
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"

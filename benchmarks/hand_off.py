@@ -23,7 +23,7 @@ from typing import Any
 
 from clusters import DEFAULT_MODEL, DISAGGREGATED, running, spec
 
-from crossdock.bench import describe_machine
+from crossdock.bench.run import describe_machine
 from crossdock.client import AsyncClient
 
 SMALL_POOL = """\

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "simulation"))
 
 from protocol_plants import LIMIT, PLANTS, find
 from protocol_sim import Simulation

@@ -19,8 +19,8 @@ from typing import Any
 
 from clusters import DEFAULT_MODEL, DISAGGREGATED, running, spec
 
-from crossdock.bench import BenchConfig, describe_machine, run_bench
-from crossdock.bench_metrics import RequestRecord, Run, count_errors, summarize
+from crossdock.bench.metrics import RequestRecord, Run, count_errors, summarize
+from crossdock.bench.run import BenchConfig, describe_machine, run_bench
 
 # What the default cluster must reach on 2 cores: (metric, its value, bound, at most or at least).
 BOUNDS = (

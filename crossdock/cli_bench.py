@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crossdock.bench_metrics import explain
+from crossdock.bench.metrics import explain
 from crossdock.proto.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from crossdock.bench import BenchConfig, BenchReport
-    from crossdock.bench_metrics import RequestRecord
+    from crossdock.bench.metrics import RequestRecord
+    from crossdock.bench.run import BenchConfig, BenchReport
 
 METRICS_HELP = "[bold]Metrics[/bold]\n\n" + "\n\n".join(
     f"[bold]{name}[/bold]: {formula}" for name, formula in explain()
@@ -107,8 +107,8 @@ def bench(
         for name, formula in explain():
             print(f"{name:<20} {formula}")
         return
-    from crossdock.bench import BenchConfig
-    from crossdock.bench_traces import TraceOptions
+    from crossdock.bench.run import BenchConfig
+    from crossdock.bench.traces import TraceOptions
 
     seed = secrets.randbelow(1 << 31) if seed is None else seed
     try:
@@ -158,7 +158,7 @@ def _span(option: str, text: str) -> tuple[int, int]:
 
 
 def _run(config: BenchConfig, console: Console) -> BenchReport:
-    from crossdock.bench import run_bench
+    from crossdock.bench.run import run_bench
 
     progress = _progress(console)
     counts = {"tokens": 0, "failed": 0}
@@ -193,8 +193,8 @@ def _progress(console: Console) -> Progress:
 def show_report(report: BenchReport, console: Console) -> None:
     from rich.table import Table
 
-    from crossdock.bench import rows
-    from crossdock.bench_metrics import PERCENTILES, count_errors
+    from crossdock.bench.metrics import PERCENTILES, count_errors
+    from crossdock.bench.run import rows
 
     totals, latencies = rows(report)
     summary = Table(
@@ -231,7 +231,7 @@ def bench_trace(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a synthetic trace: bursts, long-tailed lengths, a block all share, growing chats."""
-    from crossdock.bench_traces import SyntheticOptions, synthesize, write_mooncake
+    from crossdock.bench.traces import SyntheticOptions, synthesize, write_mooncake
 
     for name, value in (
         ("--rate", rate),

@@ -51,14 +51,14 @@ def up(
     """Start a cluster and keep it up until Ctrl-C or SIGTERM, which stop all of it."""
     from importlib.resources import as_file, files
 
-    from crossdock.deploy import local
+    from crossdock.deploy.up import up as up_local
 
     if file is not None:
-        code = local.up(file, address=address)
+        code = up_local(file, address=address)
     else:
         packaged = files("crossdock.deploy") / "manifests" / "local-cpu.yaml"
         with as_file(packaged) as default:
-            code = local.up(default, address=address)
+            code = up_local(default, address=address)
     raise typer.Exit(code or 0)
 
 
@@ -182,7 +182,7 @@ def model_fetch(
     model_id: Annotated[str, typer.Argument(help="A known model; see crossdock model list.")],
 ) -> None:
     """Download a known model, check its digest and keep it under CROSSDOCK_HOME."""
-    from crossdock.engine.weights import store
+    from crossdock.model import store
 
     print(store.fetch(model_id, progress=lambda line: print(line, file=sys.stderr)))
 
@@ -192,7 +192,7 @@ def model_list() -> None:
     """Models that are known by name, and whether they are here."""
     from rich.table import Table
 
-    from crossdock.engine.weights import store
+    from crossdock.model import store
     from crossdock.proto.errors import ModelError
 
     table = Table("model", "size", "here")
@@ -212,8 +212,8 @@ def model_show(
     """What a model is: its shape, context and digest."""
     from dataclasses import asdict
 
-    from crossdock.engine.weights import store
-    from crossdock.engine.weights.config import load_config
+    from crossdock.model import store
+    from crossdock.model.config import load_config
 
     files = store.resolve(model)
     facts = {

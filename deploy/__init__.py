@@ -1,0 +1,1 @@
+"""The control plane: spec, reconcile, controller, actors, telemetry."""

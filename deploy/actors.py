@@ -94,14 +94,14 @@ class MemberActor:
                 launch.worker, host=launch.host or _host(), node_id=node_id
             )
             if launch.role == "prefill":
-                from crossdock.prefill.worker import create
+                from crossdock.prefill.role import create
             else:
-                from crossdock.decode.worker import create
+                from crossdock.decode.role import create
             self._server = create(config)
             endpoint = await self._server.start()
             return self._as_started(node_id, endpoint=endpoint)
+        from crossdock.router.dispatch.metrics import Slo
         from crossdock.router.gateway import GatewayConfig, GatewayServer
-        from crossdock.router.metrics import Slo
 
         assert launch.gateway is not None
         slo = Slo(**launch.gateway["slo"])

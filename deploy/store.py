@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from crossdock.engine.weights.store import crossdock_home
+from crossdock.model.store import crossdock_home
 from crossdock.proto.errors import ConfigError
 
 KEY_BYTES = 32

@@ -16,7 +16,7 @@ from crossdock.proto.errors import ConfigError
 
 if TYPE_CHECKING:
     from crossdock.kvtransfer.fake import FakeNetwork
-    from crossdock.kvtransfer.nccl_communicator import Communicators
+    from crossdock.kvtransfer.nccl.communicator import Communicators
 
 TRANSPORTS = ("nixl", "nccl", "local", "fake")
 
@@ -46,7 +46,7 @@ def create_transport(
 
         return NixlTransport(incarnation, memory, ucx=ucx or {})
     if name == "nccl":
-        from crossdock.kvtransfer.nccl import NcclTransport
+        from crossdock.kvtransfer.nccl.transport import NcclTransport
 
         return NcclTransport(
             incarnation, memory, key=cluster_key, host=host, communicators=communicators

@@ -1,0 +1,1 @@
+"""Gateways: the front door, the dispatcher behind it, and placement."""

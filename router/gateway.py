@@ -9,22 +9,22 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from crossdock.engine.text.detokenizer import IncrementalDetokenizer
-from crossdock.engine.text.model import load_text
-from crossdock.engine.weights.store import resolve
+from crossdock.model.detokenizer import IncrementalDetokenizer
+from crossdock.model.store import resolve
+from crossdock.model.text import load_text
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.types import Role, WorkerEndpoint
-from crossdock.router.admission import Limits
-from crossdock.router.dispatch import Dispatcher
-from crossdock.router.flight import Detokenizer
-from crossdock.router.frontend import Frontend, TextModel
-from crossdock.router.grpc_server import GrpcServer
-from crossdock.router.http_server import HttpServer
-from crossdock.router.links import Links, LinkSettings
-from crossdock.router.metrics import GatewayMetrics, Slo
-from crossdock.router.policy import POLICIES
-from crossdock.router.validate import ModelFacts, Validator
-from crossdock.router.view import ClusterView
+from crossdock.router.dispatch.admission import Limits
+from crossdock.router.dispatch.dispatcher import Dispatcher
+from crossdock.router.dispatch.links import Links, LinkSettings
+from crossdock.router.dispatch.metrics import GatewayMetrics, Slo
+from crossdock.router.dispatch.sequence import Detokenizer
+from crossdock.router.frontdoor.frontend import Frontend, TextModel
+from crossdock.router.frontdoor.grpc_server import GrpcServer
+from crossdock.router.frontdoor.http_server import HttpServer
+from crossdock.router.frontdoor.validate import ModelFacts, Validator
+from crossdock.router.placement.policy import POLICIES
+from crossdock.router.placement.view import ClusterView
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class GatewayServer:
             raise
         self.metrics.watch(
             active=lambda: dispatcher.active_sequences,
-            waiting=lambda: dispatcher.parked_sequences,
+            waiting=lambda: dispatcher.waiting_sequences,
             workers=self._connected,
             resyncs=lambda: self._links.resyncs if self._links else 0,
         )

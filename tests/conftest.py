@@ -18,7 +18,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The default model's GGUF; skips where it was not fetched."""
-    from crossdock.engine.weights.store import crossdock_home
+    from crossdock.model.store import crossdock_home
 
     folder = crossdock_home() / "models" / "smollm2-135m-instruct"
     found = sorted(folder.glob("*.gguf"))

@@ -1,0 +1,1 @@
+"""What both roles share: the engine loop, the gRPC service, peers, metrics."""

@@ -189,9 +189,9 @@ class WorkerServer:
 
     def _build(self, address: str) -> None:
         # Imported here: torch takes seconds, and only a process that runs a model needs it.
-        from crossdock.engine.runner import ModelRunner, resolve_device
-        from crossdock.engine.weights.config import load_config
-        from crossdock.engine.weights.store import resolve
+        from crossdock.engine.native.runner import ModelRunner, resolve_device
+        from crossdock.model.config import load_config
+        from crossdock.model.store import resolve
 
         config = self.config
         files = resolve(config.model)

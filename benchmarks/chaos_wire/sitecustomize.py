@@ -89,13 +89,13 @@ def _fences(transport: Any) -> None:
     transport.read_generations = fence
 
 
-def _flights(module: ModuleType) -> None:
-    flight = module.Flight
-    init, hold, let_go = flight.__init__, flight.hold, flight.let_go
+def _sequences(module: ModuleType) -> None:
+    sequence = module.SequenceState
+    init, hold, let_go = sequence.__init__, sequence.hold, sequence.let_go
 
     def received(self: Any, *args: Any, **fields: Any) -> None:
         init(self, *args, **fields)
-        self.timeline.flight = self
+        self.timeline.sequence = self
         reached("received", self.active.request.request_id)
 
     def held(self: Any, link: Any) -> None:
@@ -107,7 +107,7 @@ def _flights(module: ModuleType) -> None:
             note("let_go", self.active.request.request_id, f"{self.sequence_id}@{name}")
         let_go(self, name)
 
-    flight.__init__, flight.hold, flight.let_go = received, held, gone
+    sequence.__init__, sequence.hold, sequence.let_go = received, held, gone
 
 
 def _timelines(module: ModuleType) -> None:
@@ -116,12 +116,12 @@ def _timelines(module: ModuleType) -> None:
     def marked(self: Any, event: str, now: float) -> None:
         mark(self, event, now)
         name = "delivered" if event == "first_token" else event
-        reached(name, self.flight.active.request.request_id)
+        reached(name, self.sequence.active.request.request_id)
 
     def moved(self: Any, event: str, now: float) -> None:
         move(self, event, now)
-        if self.flight.generated + 1 >= self.flight.sampling.max_tokens:
-            reached(event, self.flight.active.request.request_id)
+        if self.sequence.generated + 1 >= self.sequence.sampling.max_tokens:
+            reached(event, self.sequence.active.request.request_id)
 
     module.Timeline.mark, module.Timeline.move = marked, moved
 
@@ -156,9 +156,9 @@ PLACES: dict[str, Callable[[ModuleType], None]] = {
     "crossdock.worker.server": _servers,
     "crossdock.kvtransfer.nixl": _reads,
     "crossdock.kvtransfer.local": _reads,
-    "crossdock.router.flight": _flights,
-    "crossdock.router.lifecycle": _timelines,
-    "crossdock.router.view": _views,
+    "crossdock.router.dispatch.sequence": _sequences,
+    "crossdock.router.dispatch.lifecycle": _timelines,
+    "crossdock.router.placement.view": _views,
 }
 
 

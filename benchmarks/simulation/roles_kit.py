@@ -1,0 +1,216 @@
+"""Both roles without gRPC, Ray or a model: a real pool, real schedulers, a fake transport.
+
+The toy model keeps each token id as its KV and draws the next token from all the KV it can reach,
+so that a token computed from a wrong, missing or foreign block is a wrong token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from crossdock.decode.role import DecodeRole
+from crossdock.engine.block_pool import BlockPool
+from crossdock.engine.sequence import Chunk, SampledToken, StepPlan
+from crossdock.kvtransfer.fake import FakeNetwork, FakeTransport
+from crossdock.kvtransfer.ticket import new_incarnation
+from crossdock.kvtransfer.transport import PoolMemory
+from crossdock.prefill.role import PrefillRole
+from crossdock.proto.convert import sampling_to_pb
+from crossdock.proto.hashing import chain_hashes
+from crossdock.proto.types import Role, SamplingParams
+from crossdock.proto.v1 import worker_pb2
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.job import Job
+from crossdock.worker.loop import EngineLoop, Turn
+from crossdock.worker.role import WorkerRole, WorkerState
+
+BLOCK = 8
+VOCAB = 997
+CONTEXT = 512
+KEY = b"a key of this test cluster"
+
+
+def toy_token(kv: np.ndarray) -> int:
+    """What the toy model says after the tokens `kv`."""
+    weights = np.arange(1, len(kv) + 1)
+    return int((kv * weights).sum() % VOCAB)
+
+
+def undisturbed(prompt: list[int], tokens: int) -> list[int]:
+    """What a request must answer, whatever happens on the way."""
+    ids = list(prompt)
+    total = sum(weight * token for weight, token in enumerate(ids, 1))
+    for _ in range(tokens):
+        ids.append(total % VOCAB)
+        total += len(ids) * ids[-1]
+    return ids[len(prompt) :]
+
+
+class ToyRunner:
+    def __init__(self, pool_memory: np.ndarray) -> None:
+        self._kv = pool_memory  # int64 [blocks, BLOCK]
+        self.plans: list[StepPlan] = []
+
+    def run(self, plan: StepPlan) -> list[SampledToken]:
+        self.plans.append(plan)
+        tokens = []
+        for chunk in plan.chunks:
+            table = chunk.sequence.block_table
+            for position in range(chunk.start, chunk.start + chunk.length):
+                token = chunk.sequence.token_ids[position]
+                self._kv[table[position // BLOCK], position % BLOCK] = token
+            if chunk.sample:
+                tokens.append(SampledToken(self._next(chunk)))
+        return tokens
+
+    def kv_of(self, block_table: list[int]) -> np.ndarray:
+        """int64 [len(block_table) * BLOCK]: the tokens whose KV these blocks hold."""
+        return self._kv[block_table].reshape(-1)
+
+    def _next(self, chunk: Chunk) -> int:
+        return toy_token(self.kv_of(chunk.sequence.block_table)[: chunk.start + chunk.length])
+
+
+@dataclass
+class Clock:
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(eq=False)
+class Worker:
+    """One role with its loop; `turn` is one turn of the engine thread."""
+
+    role: WorkerRole
+    loop: EngineLoop
+    runner: ToyRunner
+    transport: FakeTransport
+    outputs: list[worker_pb2.SequenceOutput] = field(default_factory=list)
+    releases: list[tuple[str, bytes]] = field(default_factory=list)
+    on_turn: Callable[[Turn], None] | None = None  # takes what a turn made, by owner
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.loop.turn()
+
+    def take(self) -> list[worker_pb2.SequenceOutput]:
+        taken, self.outputs = self.outputs, []
+        return taken
+
+    def check(self) -> None:
+        self.role.state.pool.check_integrity(self.role.held())
+
+
+@dataclass
+class Site:
+    """A network and a clock that its workers share."""
+
+    network: FakeNetwork = field(default_factory=FakeNetwork)
+    clock: Clock = field(default_factory=Clock)
+    wall_clock: Callable[[], float] = time.time
+    pool_type: type[BlockPool] = BlockPool
+    transport_type: type[FakeTransport] = FakeTransport
+    _names: count = field(default_factory=count)
+
+    def worker(self, role: Role, blocks: int = 64, address: str = "", **settings: object) -> Worker:
+        """`address`: of a restarted worker, its predecessor's; else one that nobody had."""
+        settings = {"name": f"{role}-{next(self._names)}", "chunk_tokens": 32} | settings
+        config = WorkerConfig(
+            pool=str(role),
+            role=role,
+            model="toy",
+            cluster_key=KEY,
+            block_size=BLOCK,
+            **settings,  # type: ignore[arg-type]
+        )
+        kv = np.zeros((blocks, BLOCK), dtype=np.int64)
+        memory = PoolMemory(kv.ctypes.data, blocks, 8 * BLOCK, np.zeros(blocks, dtype=np.int64))
+        incarnation = new_incarnation()
+        transport = self.transport_type(self.network, incarnation, memory)
+        state = WorkerState(
+            config=config,
+            pool=self.pool_type(blocks, BLOCK, memory.generations),
+            block_bytes=memory.block_bytes,
+            context_length=CONTEXT,
+            layout_hash=b"l" * 16,
+            incarnation=incarnation,
+            transport=transport,
+            memory=memory,
+            address=address or config.name,
+            clock=self.clock,
+            wall_clock=self.wall_clock,
+        )
+        made = (PrefillRole if role is Role.PREFILL else DecodeRole)(state)
+        runner = ToyRunner(kv)
+        worker = Worker(made, None, runner, transport)  # type: ignore[arg-type]
+        worker.loop = EngineLoop(made, runner, lambda turn: _collect(worker, turn))
+        return worker
+
+    def introduce(self, *workers: Worker) -> None:
+        for one in workers:
+            for other in workers:
+                memory = other.transport.memory
+                one.transport.add_peer(
+                    other.role.state.incarnation,
+                    other.transport.info(),
+                    memory.num_blocks,
+                    memory.block_bytes,
+                )
+
+
+def _collect(worker: Worker, turn: Turn) -> None:
+    if worker.on_turn is not None:
+        worker.on_turn(turn)
+        return
+    for outputs in turn.outputs.values():
+        worker.outputs.extend(outputs)
+    worker.releases.extend(turn.ticket_releases)
+
+
+_ids = count()
+
+
+def job(
+    prompt: list[int],
+    *,
+    emitted: list[int] | None = None,
+    ticket: worker_pb2.Ticket | None = None,
+    sealed: int | None = None,
+    owner: str = "gateway",
+    sequence_id: str = "",
+    deadline_unix_ms: int = 0,
+    **sampling: object,
+) -> Job:
+    """A request as a gateway would send it, with what it has emitted so far.
+
+    sealed: of the ticket's blocks; None: all, and then `emitted` has token 0.
+    """
+    params = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | sampling))  # type: ignore[arg-type]
+    ids = prompt + (emitted or [])
+    request = worker_pb2.SequenceRequest(
+        sequence_id=sequence_id or f"s{next(_ids)}",
+        token_ids=ids,
+        block_hashes=chain_hashes(ids, BLOCK),
+        sampling=sampling_to_pb(params),
+        prompt_tokens=len(prompt),
+        deadline_unix_ms=deadline_unix_ms,
+    )
+    made = Job.from_pb(
+        request,
+        owner,
+        arrival=float(next(_ids)),
+        vocab_size=VOCAB,
+        context_length=CONTEXT,
+        block_size=BLOCK,
+    )
+    if ticket is not None:
+        made.ticket = ticket
+        made.sealed_blocks = len(ticket.block_ids) if sealed is None else sealed
+    return made

@@ -1,0 +1,324 @@
+"""`crossdock up`: one cluster in the foreground, from its YAML to the last process gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from crossdock.deploy import actors, processes
+from crossdock.deploy.runtime import ProcessGone, StartFailed
+from crossdock.deploy.spec import ClusterSpec, split_address
+from crossdock.deploy.spec_yaml import locate
+from crossdock.deploy.store import ClusterStore
+from crossdock.kvtransfer.local import cleanup_stale
+from crossdock.model import store as models
+from crossdock.proto.errors import ConfigError, ModelError, Unavailable
+from crossdock.proto.v1 import admin_pb2
+
+POLL_S = 0.25
+WATCH_S = 1.0
+HURRY_STOP_S = 15.0
+LONGEST_SOCKET_FOLDER = 40  # Ray puts Unix sockets deep below it; their paths end at 107 bytes
+
+Echo = Callable[[str], None]
+
+
+def up(
+    spec_path: str | Path,
+    address: str | None = None,
+    *,
+    wait: bool = True,
+    verbose: bool = False,
+    start_timeout_s: float = 600.0,
+    echo: Echo | None = None,
+) -> int:
+    """Serves the cluster of a YAML file until SIGINT or SIGTERM; a second one hurries.
+
+    `address` joins that Ray cluster (before ray.address of the file). `wait=False` returns once
+    it is ready and leaves it running, which takes a Ray cluster that was joined. Returns 0 after
+    an orderly end, 130 when interrupted before it was ready. Raises ConfigError, ModelError or
+    Unavailable when it can't start; whatever had been started is stopped by then.
+    """
+    say = echo or _say
+    cluster = Cluster(spec_path, address, verbose=verbose, echo=say)
+    if not wait and not cluster.ray_address:
+        raise ConfigError("wait", "a Ray that is started here ends with this command")
+    with _Signals() as signals:
+        try:
+            cluster.start(start_timeout_s, interrupted=lambda: signals.count > 0)
+            if not wait:
+                cluster.leave()
+                return 0
+            cluster.watch(lambda: signals.count > 0)
+            return 0
+        except Interrupted:
+            return 130
+        finally:
+            cluster.stop(hurry=lambda: signals.count > 1)
+
+
+class Interrupted(Exception):
+    """A signal came before the cluster was ready."""
+
+
+class Cluster:
+    """A cluster that this process starts and ends. `start` and `stop` pair up, also on errors."""
+
+    def __init__(
+        self,
+        spec_path: str | Path,
+        address: str | None = None,
+        *,
+        verbose: bool = False,
+        echo: Echo = lambda line: None,
+    ) -> None:
+        self.path = str(spec_path)
+        self.spec = ClusterSpec.load(spec_path)
+        self.ray_address = address or self.spec.ray.address
+        self.grpc = ""  # set by start: where the first gateway is
+        self.http = ""
+        self.admin = ""  # and the controller
+        self._echo = echo
+        self._verbose = verbose
+        self._began = time.monotonic()
+        self._cleanup = contextlib.ExitStack()
+        self._controller: actors.ControllerHandle | None = None
+        self._model_name = Path(self.spec.model.id).stem.lower()
+        self._decisions_seen = 0.0
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def start(
+        self, timeout_s: float = 600.0, interrupted: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Returns when the cluster serves. Raises CrossdockError saying what failed and why."""
+        self._began = time.monotonic()
+        try:
+            if not self.ray_address:
+                self._cleanup.enter_context(ClusterStore(self.spec.name).locked())
+                self._check_ports()
+        except ConfigError as error:
+            raise error.at(self._where(error.field)) from None
+        self._have_model()
+        self._unless(interrupted)
+        self._start_ray()
+        self._unless(interrupted)
+        self._start_controller(timeout_s)
+        status = self._await_ready(timeout_s, interrupted)
+        self.grpc, self.http = status.gateways[0].grpc, status.gateways[0].http
+        self._announce()
+
+    def _check_ports(self) -> None:
+        """Before anything is started: are the ports ours to take?"""
+        claims = [("controller.grpc", self.spec.controller.grpc)]
+        for index in range(self.spec.gateway.replicas):
+            grpc, http = self.spec.gateway_addresses(index)
+            claims += [("gateway.grpc", grpc), ("gateway.http", http)]
+        for field, address in claims:
+            host, port = split_address(address)
+            try:
+                _try_bind(host, port)
+            except OSError as error:
+                message = f"cannot listen on {address}: {error.strerror}"
+                raise ConfigError(field, message) from None
+
+    def _have_model(self) -> None:
+        model_id = self.spec.model.id
+        if self.ray_address:
+            return  # each node finds its own
+        try:
+            if model_id in models.KNOWN_MODELS:
+                models.fetch(model_id, progress=self._say)
+            self._model_name = models.resolve(model_id).model_id
+        except ModelError as error:
+            raise ModelError(f"{self._where('model.id')}: model.id: {error}") from None
+
+    def _start_ray(self) -> None:
+        if self.ray_address:
+            self._say(f"joining Ray at {self.ray_address}")
+            actors.start_ray(self.ray_address, self.spec.ray.object_store_mb, "", self._verbose)
+            self._cleanup.callback(actors.stop_ray)
+            return
+        self._say("starting Ray")
+        folder = _temp_folder()
+        self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        self._cleanup.callback(self._stop_local_ray)
+        actors.start_ray("", self.spec.ray.object_store_mb, folder, self._verbose)
+
+    def _start_controller(self, timeout_s: float) -> None:
+        self._say("starting the controller")
+        telemetry = {
+            "exporter": self.spec.telemetry.exporter,
+            "endpoint": self.spec.telemetry.endpoint,
+        }
+        try:
+            self._controller = actors.start_controller(
+                self.spec.name, self.spec.to_yaml(), telemetry, local=not self.ray_address
+            )
+        except ConfigError as error:
+            raise error.at(self._where(error.field)) from None
+        self._cleanup.callback(ClusterStore(self.spec.name).end)
+        self._cleanup.callback(self._down, 0.0)
+        try:
+            self.admin = self._controller.started(timeout_s)
+        except (StartFailed, ProcessGone, TimeoutError) as error:
+            raise Unavailable(f"the controller did not start: {error}") from None
+
+    def _await_ready(
+        self, timeout_s: float, interrupted: Callable[[], bool]
+    ) -> admin_pb2.ClusterStatus:
+        shown: dict[str, str] = {}
+        while True:
+            self._unless(interrupted)
+            status = self.status()
+            self._show_progress(status, shown)
+            if status.converged:
+                return status
+            if time.monotonic() - self._began > timeout_s:
+                waiting = ", ".join(name for name, state in shown.items() if state != "ready")
+                raise Unavailable(f"not ready after {timeout_s:g} s; waited for {waiting}")
+            time.sleep(POLL_S)
+
+    def _show_progress(self, status: admin_pb2.ClusterStatus, shown: dict[str, str]) -> None:
+        members: list[admin_pb2.GatewayStatus | admin_pb2.MemberStatus] = [*status.gateways]
+        for member in [*members, *status.workers]:
+            if member.state == "lost" or member.restarts:
+                raise Unavailable(f"{member.name} did not start: {member.error or 'it was lost'}")
+            state = f"{member.state} ({member.error})" if member.error else member.state
+            if shown.get(member.name) != state:
+                shown[member.name] = state
+                self._say(f"{member.name} {state}")
+
+    def _announce(self) -> None:
+        self._echo(f"READY grpc={self.grpc} http={self.http}")
+        self._echo(
+            f"  curl http://{self.http}/v1/chat/completions -H 'Content-Type: application/json' "
+            f'-d \'{{"model": "{self._model_name}", "temperature": 0, "messages": '
+            '[{"role": "user", "content": "What is the capital of France?"}]}\''
+        )
+        self._echo(
+            f"  crossdock generate --address {self.grpc} --chat --temperature 0 "
+            '"What is the capital of France?"'
+        )
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def status(self) -> admin_pb2.ClusterStatus:
+        """Raises Unavailable when the controller is gone."""
+        assert self._controller is not None, "not started"
+        try:
+            return admin_pb2.ClusterStatus.FromString(self._controller.status())
+        except (ProcessGone, StartFailed, TimeoutError) as error:
+            raise Unavailable(f"the controller does not answer: {error}") from None
+
+    def watch(self, interrupted: Callable[[], bool]) -> None:
+        """Shows decisions as they are made, until interrupted or brought down by another."""
+        assert self._controller is not None, "not started"
+        self._decisions_seen = time.time()
+        while not interrupted() and not self._controller.ended(WATCH_S):
+            with contextlib.suppress(Unavailable):  # Ray restarts it
+                for decision in self.status().decisions:
+                    if decision.unix_s > self._decisions_seen:
+                        self._decisions_seen = decision.unix_s
+                        self._say(f"{decision.action}: {decision.reason}")
+
+    def leave(self) -> None:
+        """The cluster stays; this process lets go of it."""
+        self._cleanup.pop_all()
+        self._controller = None
+        actors.stop_ray()
+
+    # -- end -----------------------------------------------------------------------------------
+
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Ends every process of the cluster; requests may finish for gateway.drain_s."""
+        if self._controller is not None and self.grpc:
+            self._say("stopping")
+            self._down(0.0 if hurry() else self.spec.gateway.drain_s, hurry)
+        self.grpc = self.http = ""
+        self._cleanup.close()
+
+    def _down(self, drain_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        controller, self._controller = self._controller, None
+        if controller is None:
+            return
+        try:
+            controller.down(drain_s, drain_s + HURRY_STOP_S, hurry)
+        except (ProcessGone, StartFailed, TimeoutError) as error:
+            self._say(f"the controller did not end in order ({error}); ending its processes")
+
+    def _stop_local_ray(self) -> None:
+        """Ray ends its processes on a shutdown; those that outlive it are killed."""
+        ours = processes.descendants(os.getpid())
+        actors.stop_ray()
+        processes.end_all(ours, grace_s=5.0)
+        cleanup_stale()  # shared memory of workers that were killed
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _unless(self, interrupted: Callable[[], bool]) -> None:
+        if interrupted():
+            raise Interrupted
+
+    def _where(self, field: str) -> str:
+        return locate(Path(self.path).read_text(encoding="utf-8"), self.path, field)
+
+    def _say(self, line: str) -> None:
+        self._echo(f"[{time.monotonic() - self._began:5.1f} s] {line}")
+
+
+@contextlib.contextmanager
+def serving(spec_path: str | Path, timeout_s: float = 300.0) -> Iterator[Cluster]:
+    """A cluster for the length of a `with` block, for tests and scripts."""
+    cluster = Cluster(spec_path)
+    try:
+        cluster.start(timeout_s)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+class _Signals:
+    """Counts SIGINT and SIGTERM instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> _Signals:
+        self._before = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def _try_bind(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        probe.listen(1)
+
+
+def _temp_folder() -> str:
+    base = tempfile.gettempdir()
+    if len(base) > LONGEST_SOCKET_FOLDER:
+        base = "/tmp"
+    return tempfile.mkdtemp(prefix="crossdock-", dir=base)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True, file=sys.stdout)

@@ -1,0 +1,1 @@
+"""This project's own engine: Llama-like models on CPUs and GPUs."""

@@ -1,0 +1,1 @@
+"""Attention over the paged KV pool: torch everywhere, numba on CPUs."""

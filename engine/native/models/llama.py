@@ -1,0 +1,113 @@
+"""The Llama family's forward pass: Llama, Mistral, Qwen2, Qwen3 (see FAMILIES in weights/config).
+
+Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from crossdock.engine.native.attention.ops import Ops
+from crossdock.engine.native.batch import Batch
+from crossdock.engine.native.kv_cache import KVCache
+from crossdock.engine.native.linear import Linear, make_linear
+from crossdock.engine.native.weights.load import Weights
+from crossdock.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Layer:
+    input_norm: torch.Tensor
+    qkv: Linear  # fused: queries, keys, values
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear  # fused: gate, up
+    down: Linear
+
+
+class LlamaModel:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config, self._ops = config, ops
+        read = _Reader(config, weights, dtype, device)
+        hidden, vocab = config.hidden_size, config.vocab_size
+        self._embedding = read.tensor("model.embed_tokens.weight", vocab, hidden)
+        self._layers = [read.layer(index) for index in range(config.num_layers)]
+        self._norm = read.tensor("model.norm.weight", hidden)
+        if config.tie_word_embeddings:
+            self._head = make_linear(self._embedding)
+        else:
+            self._head = make_linear(read.tensor("lm_head.weight", vocab, hidden))
+
+    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """Writes the KV of all rows; logits of the sampled rows, float32 [N, vocab]."""
+        step = self._ops.step(batch, kv)
+        hidden = functional.embedding(step.token_ids, self._embedding)
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(step.norm(hidden, layer.input_norm))
+            step.store(index, qkv, layer.q_norm, layer.k_norm)
+            only_sampled = index == len(self._layers) - 1 and len(batch.sampled) < batch.num_rows
+            if only_sampled:
+                # Of the other rows the last layer needs no more than keys and values.
+                if not len(batch.sampled):
+                    return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+                hidden = hidden[step.sampled]
+            hidden = layer.output.add_to(step.attend(index, qkv, only_sampled), hidden)
+            gate_up = layer.gate_up(step.norm(hidden, layer.post_norm))
+            hidden = layer.down.add_to(step.swiglu(gate_up), hidden)
+        return self._head(step.norm(hidden, self._norm)).float()
+
+
+class _Reader:
+    """Asks for each tensor by name and shape, and reads those that are used together side by side
+    into one."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config, self._weights, self._dtype, self._device = config, weights, dtype, device
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        out = torch.empty(shape, dtype=self._dtype)
+        self._weights.read(name, out)
+        return out.to(self._device)
+
+    def layer(self, index: int) -> Layer:
+        config, at = self._config, f"model.layers.{index}."
+        hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
+        attention = at + "self_attn."
+        rows = {"q_proj": query, "k_proj": config.kv_size, "v_proj": config.kv_size}
+        q_norm = k_norm = qkv_bias = None
+        if config.qkv_bias:
+            qkv_bias = self._fused(attention, "bias", rows)
+        if config.qk_norm:
+            q_norm = self.tensor(attention + "q_norm.weight", config.head_dim)
+            k_norm = self.tensor(attention + "k_norm.weight", config.head_dim)
+        gate_up = {"gate_proj": inner, "up_proj": inner}
+        return Layer(
+            input_norm=self.tensor(at + "input_layernorm.weight", hidden),
+            qkv=make_linear(self._fused(attention, "weight", rows, hidden), qkv_bias),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            output=make_linear(self.tensor(attention + "o_proj.weight", hidden, query)),
+            post_norm=self.tensor(at + "post_attention_layernorm.weight", hidden),
+            gate_up=make_linear(self._fused(at + "mlp.", "weight", gate_up, hidden)),
+            down=make_linear(self.tensor(at + "mlp.down_proj.weight", hidden, inner)),
+        )
+
+    def _fused(self, at: str, kind: str, rows: dict[str, int], *columns: int) -> torch.Tensor:
+        fused = torch.empty((sum(rows.values()), *columns), dtype=self._dtype)
+        for name, part in zip(rows, fused.split(list(rows.values()))):
+            self._weights.read(f"{at}{name}.{kind}", part)
+        return fused.to(self._device)

@@ -1,0 +1,159 @@
+"""Runs steps of one model: tokens in, KV into the pool, tokens out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from crossdock.engine.native.attention.ops import make_ops
+from crossdock.engine.native.batch import make_batch
+from crossdock.engine.native.kv_cache import KVCache
+from crossdock.engine.native.models.llama import LlamaModel
+from crossdock.engine.native.sampler import SampleRow, sample
+from crossdock.engine.native.weights.load import load_weights
+from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan
+from crossdock.model.config import ModelConfig, load_config
+from crossdock.proto.errors import ConfigError
+from crossdock.proto.types import SamplingParams
+
+if TYPE_CHECKING:
+    from crossdock.model.store import ModelFiles
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+WARMUP_TOKENS = 32
+
+
+class ModelRunner:
+    """One model and its KV pool on one device. Not thread-safe: one engine thread calls it.
+
+    `dtype` "auto" is float32 on a CPU and the model's own on a GPU; `device` "auto" is a GPU where
+    there is one. `threads` sets how many CPU threads this process computes with.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        buffer: np.ndarray | None = None,
+        generations: np.ndarray | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ConfigError("block_size", f"{block_size} must be a power of two")
+        if num_blocks < 1:
+            raise ConfigError("num_blocks", f"{num_blocks} must be at least 1")
+        self.files, self.config = files, load_config(files)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.config, self.device)
+        self.kv = KVCache(
+            num_blocks, self.config, block_size, self.dtype, self.device, buffer, generations
+        )
+        with torch.inference_mode():
+            weights = load_weights(files, self.config)
+            ops = make_ops(self.config, self.dtype, self.device)
+            self._model = LlamaModel(self.config, weights, ops, self.dtype, self.device)
+
+    @staticmethod
+    def kv_bytes_per_block(
+        config: ModelConfig, block_size: int, dtype: str = "auto", device: str = "auto"
+    ) -> int:
+        """What one block takes, known before the model is loaded."""
+        resolved = resolve_dtype(dtype, config, resolve_device(device))
+        return KVCache.bytes_per_block(config, block_size, resolved)
+
+    def run(self, plan: StepPlan) -> list[SampledToken]:
+        """Computes the chunks, writes their KV into their block tables and draws one token for
+        each chunk with `sample`, in plan order. What comes before a chunk must be in its blocks.
+        When this returns the KV is in memory, for transports read it past the device's streams."""
+        sampled = [chunk.sequence for chunk in plan.chunks if chunk.sample]
+        logits = self.logits(plan)
+        if not sampled:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            return []
+        return sample(logits, [_sample_row(sequence) for sequence in sampled])
+
+    def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
+        """As `run`, but returns the logits: float32 [sampled chunks, or all tokens; vocab]."""
+        batch = make_batch(plan, self.kv.block_size, self.kv.num_blocks, every_token)
+        with torch.inference_mode():
+            return self._model.forward(batch, self.kv)
+
+    def warmup(self) -> None:
+        """Compiles and touches everything that a first request would otherwise wait for. The pool
+        is left as it is."""
+        blocks = -(-WARMUP_TOKENS // self.kv.block_size)
+        scratch = KVCache(2 * blocks, self.config, self.kv.block_size, self.dtype, self.device)
+        pool, self.kv = self.kv, scratch
+        try:
+            for plan in _warmup_plans(blocks):
+                self.run(plan)
+        finally:
+            self.kv = pool
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            "device", f"{device!r} is no device: auto, cpu, cuda or cuda:N"
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", f"{device!r}: this machine has no usable GPU")
+    return resolved
+
+
+def resolve_dtype(dtype: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """float32 for "auto" on a CPU: bf16 and fp16 products there are slower by a factor of 100
+    where the units are missing, and never more exact."""
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else config.dtype
+    if dtype not in DTYPES:
+        raise ConfigError("dtype", f"{dtype!r} must be one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _sample_row(sequence: Sequence) -> SampleRow:
+    return SampleRow(
+        params=sequence.sampling,
+        prompt_ids=sequence.token_ids[: sequence.prompt_tokens],
+        generated_ids=sequence.token_ids[sequence.prompt_tokens :],
+        position=sequence.num_tokens,
+        eos_token_ids=sequence.eos_token_ids,
+    )
+
+
+def _warmup_plans(blocks: int) -> list[StepPlan]:
+    """A prefill chunk, its continuation beside another sequence, then decode beside prefill."""
+    half = WARMUP_TOKENS // 2
+    one, other = (
+        Sequence(
+            sequence_id="warm-up",
+            token_ids=[0] * WARMUP_TOKENS,
+            prompt_tokens=WARMUP_TOKENS,
+            sampling=SamplingParams(),
+            block_table=list(range(first, first + blocks)),
+        )
+        for first in (0, blocks)
+    )
+    return [
+        StepPlan((Chunk(one, 0, half, False),)),
+        StepPlan((Chunk(one, half, half - 1, True), Chunk(other, 0, half, False))),
+        StepPlan((Chunk(one, WARMUP_TOKENS - 1, 1, True), Chunk(other, half, half, True))),
+    ]

@@ -1,0 +1,1 @@
+"""The transport for GPU clusters without RDMA: pairwise NCCL communicators."""

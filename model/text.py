@@ -1,0 +1,95 @@
+"""Text to token ids and back for one model. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from crossdock.model.chat_template import ChatTemplate
+from crossdock.model.config import load_config
+from crossdock.model.gguf_tokenizer import read_gguf_tokenizer
+from crossdock.model.hf_tokenizer import read_hf_tokenizer
+from crossdock.model.store import ModelFiles
+from crossdock.model.token_bytes import TokenBytes
+from crossdock.proto.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model's tokenizer and chat template. Safe to share between threads.
+
+    vocab_size is the model's: the tokenizer may know fewer ids (the rest have no text).
+    """
+
+    tokenizer: Tokenizer
+    pieces: TokenBytes
+    template: ChatTemplate | None
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    context_length: int  # tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a raw prompt: special tokens in it are recognised, and BOS or whatever else the
+        tokenizer puts around a text is added."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        raw = b"".join(self.pieces.of(id_, skip_special_tokens) for id_ in token_ids)
+        text = raw.decode("utf-8", "replace")
+        return text[1:] if self.pieces.strips_first_space and text.startswith(" ") else text
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one id as logprobs show it, special tokens included."""
+        return self.pieces.of(token_id, skip_special=False).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one id; a character may be spread over several ids."""
+        return self.pieces.of(token_id, skip_special=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The prompt's text. Raises InvalidRequest where the template does not accept `messages`,
+        or the model has none."""
+        if self.template is None:
+            limit = "this model has no chat template: send a prompt instead"
+            raise InvalidRequest("messages", f"{len(messages)} messages", limit)
+        return self.template.render(messages, add_generation_prompt, tools)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """Ids of `render_chat`; the template writes BOS itself where the model wants it."""
+        text = self.render_chat(messages, add_generation_prompt, tools)
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@functools.lru_cache(maxsize=4)
+def load_text(files: ModelFiles) -> TextModel:
+    """Reads tokenizer and chat template. Raises ModelError naming what is missing or wrong."""
+    config = load_config(files)
+    read = read_gguf_tokenizer if files.format == "gguf" else read_hf_tokenizer
+    parts = read(files.path)
+    template = ChatTemplate(parts.template, parts.special, str(files.path))
+    eos = set(config.eos_token_ids)
+    if (eos_id := parts.tokenizer.token_to_id(parts.special.get("eos_token", ""))) is not None:
+        eos.add(eos_id)
+    return TextModel(
+        tokenizer=parts.tokenizer,
+        pieces=TokenBytes(parts.tokenizer, str(files.path)),
+        template=template if parts.template else None,
+        eos_token_ids=frozenset(eos),
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+    )

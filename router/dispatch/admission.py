@@ -1,0 +1,95 @@
+"""How much a gateway takes on: bounds on what is active, and deadlines that can be met."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from crossdock.proto.errors import ConfigError, Overloaded
+from crossdock.router.dispatch.request import Request
+from crossdock.router.placement.policy import Placement
+from crossdock.router.placement.view import ClusterView
+
+LONGEST_RETRY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one gateway. Sequences are counted: a request with n = 4 is four."""
+
+    max_active: int = 1024
+    max_active_per_tenant: int = 512
+    worker_wait_s: float = 20.0  # how long a request waits for a worker of a role to appear
+    max_restarts: int = 5  # of a sequence, without a token gained in between
+    max_losses: int = 2  # workers that may die under one sequence before it is refused
+    first_backoff_s: float = 0.05  # before a refused sequence is offered again; doubles
+
+    def __post_init__(self) -> None:
+        for name in ("max_active", "max_active_per_tenant"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"gateway.limits.{name}", f"{getattr(self, name)}: at least 1")
+        for name in ("worker_wait_s", "max_restarts", "max_losses", "first_backoff_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"gateway.limits.{name}", f"{getattr(self, name)}: at least 0")
+
+
+class Admission:
+    """Counts what is active. Every admit is followed by one release."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._active = 0
+        self._by_tenant: Counter[str] = Counter()
+
+    @property
+    def active(self) -> int:
+        return self._active
+
+    def admit(self, tenant: str, sequences: int, retry_after_s: float) -> None:
+        """Raises Overloaded, naming the bound, and then counts nothing."""
+        limits = self._limits
+        if self._active + sequences > limits.max_active:
+            raise Overloaded(
+                f"{self._active} sequences are active and {sequences} more would pass "
+                f"max_active = {limits.max_active}; try again in {retry_after_s:.0f} s",
+                retry_after_s,
+            )
+        mine = self._by_tenant[tenant]
+        if mine + sequences > limits.max_active_per_tenant:
+            raise Overloaded(
+                f"tenant {tenant!r} has {mine} active sequences and {sequences} more would pass "
+                f"max_active_per_tenant = {limits.max_active_per_tenant}; "
+                f"try again in {retry_after_s:.0f} s",
+                retry_after_s,
+            )
+        self._active += sequences
+        self._by_tenant[tenant] += sequences
+
+    def release(self, tenant: str, sequences: int) -> None:
+        self._active -= sequences
+        self._by_tenant[tenant] -= sequences
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+
+
+def check_deadline(request: Request, placement: Placement, now: float, retry_s: float) -> None:
+    """Refuses what would miss its deadline, at once. A prediction that rests on no measurement
+    refuses nothing. Raises Overloaded."""
+    deadline = request.deadline
+    if deadline is None or not placement.measured or now + placement.predicted_ttft_s <= deadline:
+        return
+    raise Overloaded(
+        f"the first token is predicted in {placement.predicted_ttft_s:.2f} s, "
+        f"after the deadline in {deadline - now:.1f} s",
+        retry_s,
+    )
+
+
+def retry_after_s(view: ClusterView) -> float:
+    """When a place is likely to be free: the shortest queue over how fast it goes."""
+    waits = [
+        worker.queued_tokens / view.prefill_rate(worker)
+        for worker in view.workers.values()
+        if worker.queued_tokens
+    ]
+    return min(LONGEST_RETRY_S, max(1.0, min(waits, default=1.0)))

@@ -1,0 +1,511 @@
+"""Owns each request from received to finished.
+
+    admit → route (prefill and decode worker together) → prefill → token 0 delivered → hand-off
+    → decode, one token a frame → finished
+
+Everything here runs in turns of one event loop: frames and timers come in, frames and deltas go
+out, and no task is made per request or per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from crossdock.proto.errors import (
+    Cancelled,
+    CrossdockError,
+    DeadlineExceeded,
+    Draining,
+    Unavailable,
+    WorkerLost,
+)
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.router.dispatch import tracing
+from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
+from crossdock.router.dispatch.delivery import (
+    RESTARTED,
+    Spoken,
+    failure_of,
+    sampling_message,
+    speak,
+)
+from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.links import Links, WorkerLink
+from crossdock.router.dispatch.metrics import GatewayMetrics
+from crossdock.router.dispatch.request import Delta, Request, ResponseStream
+from crossdock.router.dispatch.sequence import (
+    ActiveRequest,
+    Detokenizer,
+    Phase,
+    SequenceState,
+    make_sequences,
+)
+from crossdock.router.placement.policy import NoWorker, Policy
+from crossdock.router.placement.view import ClusterView
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """The gateway's requests under way. Implements LinkListener; `links` is set once made."""
+
+    links: Links
+
+    def __init__(
+        self,
+        *,
+        view: ClusterView,
+        policy: Policy,
+        limits: Limits,
+        metrics: GatewayMetrics,
+        block_size: int,
+        eos_token_ids: frozenset[int],
+        detokenizer_of: Callable[[list[int], tuple[str, ...]], Detokenizer],
+        prefix: str,
+        on_ready: Callable[[bool], None] = lambda ready: None,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.view = view
+        self.metrics = metrics
+        self.draining = False
+        self._policy = policy
+        self._limits = limits
+        self._admission = Admission(limits)
+        self._block_size = block_size
+        self._eos = eos_token_ids
+        self._eos_list = sorted(eos_token_ids)
+        self._detokenizer_of = detokenizer_of
+        self._prefix = prefix  # makes sequence ids unique in the cluster
+        self._on_ready = on_ready
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._hand_offs = HandOffs(
+            view, lambda name: self.links.get(name), block_size, self._eos_list, self._rng
+        )
+        self._turn = 0
+        self._count = 0
+        self._sequences: dict[str, SequenceState] = {}  # by sequence id
+        self._waiting: dict[
+            SequenceState, Callable[[SequenceState], None]
+        ] = {}  # waiting for a worker
+        self._requests: set[ActiveRequest] = set()
+
+    @property
+    def active_sequences(self) -> int:
+        return self._admission.active
+
+    @property
+    def active_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def waiting_sequences(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and self.view.ready
+
+    # -- the server's side --------------------------------------------------------------------
+
+    def submit(self, request: Request) -> ResponseStream:
+        """Takes a request on. The stream must be read to its end, or closed.
+
+        Raises Overloaded, Draining or DeadlineExceeded, and then nothing was started.
+        """
+        now = self._clock()
+        try:
+            self._admit(request, now)
+        except CrossdockError as error:
+            self.metrics.outcome(error)
+            raise
+        span, traceparent = tracing.start(request)
+        active = ActiveRequest(request, span, traceparent)
+        active.stream = ResponseStream(
+            lambda: self._end(active, Cancelled("the client went away"), "client gone")
+        )
+        self._requests.add(active)
+        try:
+            self._begin(active, now)
+        except Exception as error:
+            told = error if isinstance(error, CrossdockError) else CrossdockError(repr(error))
+            self._end(active, told, "refused")
+            raise
+        return active.stream
+
+    def _begin(self, active: ActiveRequest, now: float) -> None:
+        request = active.request
+        if request.deadline is not None:
+            active.deadline_timer = asyncio.get_running_loop().call_later(
+                request.deadline - now, self._deadline_passed, active
+            )
+        active.unfinished = request.num_sequences
+        active.sequences = make_sequences(
+            active,
+            self._block_size,
+            lambda i: sampling_message(request, i),
+            lambda ids: self._detokenizer_of(ids, request.sampling.stop),
+        )
+        for sequence in active.sequences:
+            sequence.timeline.mark("admitted", now)
+        for sequence in active.sequences:
+            if sequence.phase is Phase.ROUTING:
+                self._route(sequence)
+
+    def _admit(self, request: Request, now: float) -> None:
+        if self.draining:
+            raise Draining("this gateway is shutting down; send the request again")
+        if request.deadline is not None and request.deadline <= now:
+            raise DeadlineExceeded("the deadline passed before any work started")
+        self._admission.admit(request.tenant, request.num_sequences, retry_after_s(self.view))
+
+    def close(self) -> None:
+        """Ends everything that is under way."""
+        for active in list(self._requests):
+            self._end(active, Draining("the gateway stopped; send the request again"), "stopped")
+
+    # -- routing ------------------------------------------------------------------------------
+
+    def _route(self, sequence: SequenceState) -> None:
+        """Chooses both workers and sends the prompt on its way, or waits for workers to appear."""
+        sequence.stop_timer()
+        sequence.phase = Phase.ROUTING
+        now = self._clock()
+        started = time.perf_counter()
+        self._turn += 1
+        try:
+            placement = self._policy(
+                self.view, sequence.demand(self._block_size), now, self._rng, self._turn
+            )
+        except NoWorker as error:
+            self._wait_for_worker(sequence, self._route, error)
+            return
+        finally:
+            self.metrics.decision.observe(time.perf_counter() - started)
+        if not sequence.active.started:  # what has begun is carried on
+            check_deadline(sequence.active.request, placement, now, retry_after_s(self.view))
+        link = self.links.get(placement.prefill or placement.decode)
+        if link is None:
+            self._wait_for_worker(
+                sequence, self._route, NoWorker("the chosen worker is not connected")
+            )
+            return
+        self._count += 1
+        sequence.sequence_id = f"{self._prefix}-{self._count}"
+        sequence.placement = placement
+        sequence.ticket, sequence.decode_worker = None, ""
+        sequence.lost_readers.clear()
+        sequence.active.started = True
+        self._sequences[sequence.sequence_id] = sequence
+        sequence.hold(link)
+        sequence.timeline.mark("routed", self._clock())
+        log.debug("%s: %s, %s: %s", sequence.sequence_id, placement.prefill, placement.decode,
+                  placement.reason)  # fmt: skip
+        demand = sequence.demand(self._block_size)
+        message = sequence.request_message(self._eos_list)
+        sid = sequence.sequence_id
+        if placement.prefill is None:
+            sequence.phase = Phase.DECODE
+            sequence.decode_worker = sequence.prefill_worker = placement.decode
+            self.view.place(placement.decode, sid, placement.uncached_tokens, demand.blocks)
+            link.send(pb.GatewayFrame(decode=pb.DecodeRequest(sequence=message)))
+        else:
+            sequence.phase = Phase.PREFILL
+            sequence.prefill_worker = placement.prefill
+            self.view.place(placement.prefill, sid, placement.uncached_tokens, demand.blocks)
+            self.view.place(placement.decode, sid, 0, demand.blocks)
+            prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)
+            link.send(pb.GatewayFrame(prefill=prefill))
+        self.view.sent(link.name, sid, now)
+
+    def _wait_for_worker(
+        self, sequence: SequenceState, again: Callable[[SequenceState], None], why: Unavailable
+    ) -> None:
+        """Waits a while for a worker to appear."""
+        self._waiting[sequence] = again
+        if sequence.timer is None:
+            wait_s = self._limits.worker_wait_s
+            sequence.timer = asyncio.get_running_loop().call_later(
+                wait_s, self._give_up, sequence, NoWorker(f"{why} (waited {wait_s:g} s)")
+            )
+
+    def _give_up(self, sequence: SequenceState, error: CrossdockError) -> None:
+        self._waiting.pop(sequence, None)
+        self._end(sequence.active, error, "no worker")
+
+    def on_change(self) -> None:
+        """A worker came or went: whoever waited for one is tried again."""
+        self._on_ready(self.ready)
+        for sequence, again in list(self._waiting.items()):
+            if self._waiting.pop(sequence, None) is None:
+                continue
+            timer, sequence.timer = sequence.timer, None
+            self._guarded(sequence, again)
+            if sequence in self._waiting:  # still nobody: the wait goes on from where it was
+                sequence.stop_timer()
+                sequence.timer = timer
+            elif timer is not None:
+                timer.cancel()
+
+    def _guarded(self, sequence: SequenceState, step: Callable[[SequenceState], None]) -> None:
+        try:
+            step(sequence)
+        except CrossdockError as error:
+            self._end(sequence.active, error, "refused")
+
+    def _hand_off(self, sequence: SequenceState) -> None:
+        """Token 0 is delivered: a decode worker goes on from here, as soon as there is one."""
+        try:
+            self._hand_offs.complete(sequence, self._clock())
+        except NoWorker as error:
+            self._wait_for_worker(sequence, self._hand_off, error)
+        except WorkerLost as error:
+            self._restart(sequence, min(sequence.lost_readers), "worker lost", error)
+
+    # -- what the workers say -----------------------------------------------------------------
+
+    def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
+        now = self._clock()
+        for output in outputs:
+            sequence = self._sequences.get(output.sequence_id)
+            if sequence is None or link.name not in sequence.holders:
+                continue  # cancelled meanwhile, or of an attempt that was given up
+            try:
+                self._take(sequence, link, output, now)
+            except CrossdockError as error:
+                self._end(sequence.active, error, "failed")
+            except Exception as error:  # of one request; the others on the stream go on
+                log.exception("%s: an output could not be delivered", sequence.sequence_id)
+                self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
+
+    def _take(
+        self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
+    ) -> None:
+        if output.HasField("times"):
+            sequence.timeline.merge(output.times)
+        if output.HasField("error"):
+            self._take_error(sequence, link, output.error)
+            return
+        if sequence.phase is Phase.DECODE:
+            if link.name != sequence.decode_worker:
+                return
+            if sequence.ticket is not None and output.token_ids:
+                self._joined(sequence, output)
+        if sequence.cached_tokens is None and output.token_ids:
+            sequence.cached_tokens = output.cached_tokens
+        sequence.recomputed_tokens += output.recomputed_tokens
+        if output.token_ids or output.finish_reason:
+            self._deliver(sequence, speak(sequence, output, self._eos), now)
+        if sequence.phase is Phase.PREFILL and link.name == sequence.prefill_worker:
+            self._hand_offs.note(sequence, output)
+            if output.token_ids:
+                self._hand_off(sequence)
+            else:
+                self._hand_offs.advance(sequence, now)
+
+    def _joined(self, sequence: SequenceState, output: pb.SequenceOutput) -> None:
+        """The first token after a hand-off: the prefill worker, if it is still there, let go."""
+        for name in [name for name in sequence.holders if name != sequence.decode_worker]:
+            sequence.let_go(name)
+        sequence.ticket = None
+        sequence.transferred_bytes += output.transferred_bytes
+        sequence.transferred_blocks += output.transferred_blocks
+        sequence.late_bytes += output.late_bytes
+        self.metrics.transferred_bytes.inc(output.transferred_bytes)
+        self.metrics.transferred_blocks.inc(output.transferred_blocks)
+        self.metrics.late_bytes.inc(output.late_bytes)
+        self.view.transferred(
+            sequence.prefill_worker,
+            sequence.decode_worker,
+            output.transferred_bytes,
+            output.transfer_s,
+        )
+
+    def _deliver(self, sequence: SequenceState, spoken: Spoken, now: float) -> None:
+        """Passes new tokens to the reader, and the end of the sequence with the last of them."""
+        self._count_tokens(sequence, spoken.token_ids, now)
+        delta = Delta(sequence.index, spoken.text, spoken.token_ids, spoken.logprobs)
+        if spoken.finish_reason is not None:
+            reads_along = sequence.phase is Phase.PREFILL and sequence.decode_worker
+            if spoken.cut_short or reads_along:
+                self._cancel_on_holders(sequence, "finished")
+            delta.finish_reason, delta.stop_reason = spoken.finish_reason, spoken.stop_reason
+            self._finish(sequence, now)
+            delta.usage, delta.timings = sequence.usage(), sequence.timings()
+        sequence.active.stream.push(delta)
+        if sequence.active.unfinished == 0:
+            self._end(sequence.active, None, "")
+        else:
+            self._release_held(sequence)
+
+    def _count_tokens(self, sequence: SequenceState, ids: list[int], now: float) -> None:
+        if not ids:
+            return
+        had = sequence.generated
+        timeline = sequence.timeline
+        if had == 0:
+            timeline.mark("first_token", now)
+            self.metrics.ttft.observe(now - sequence.active.request.received)
+        else:
+            last = timeline.last_token
+            if last is not None:
+                gap = now - sequence.active.request.received - last
+                self.metrics.itl.observe(gap)
+            if had == 1 and sequence.phase is Phase.DECODE:  # else another prefill drew it
+                timeline.mark_second_token(now)
+        timeline.move("last_token", now)
+        sequence.token_ids += ids
+        sequence.restarts = 0
+        self.metrics.generated_tokens.inc(len(ids))
+
+    def _finish(self, sequence: SequenceState, now: float) -> None:
+        sequence.timeline.mark("finished", now)
+        self._let_go(sequence)
+        sequence.phase = Phase.DONE
+        sequence.active.unfinished -= 1
+        self.metrics.prompt_tokens.inc(sequence.prompt_tokens)
+        self.metrics.cached_tokens.inc(sequence.cached_tokens or 0)
+        self.metrics.recomputed_tokens.inc(sequence.recomputed_tokens)
+        self.metrics.sequence_done(sequence.timeline, sequence.generated)
+        tracing.sequence_ended(sequence)
+
+    def _release_held(self, sequence: SequenceState) -> None:
+        """The first of n continuations has its prompt's KV in place: the others follow."""
+        n = sequence.active.request.n
+        if n == 1 or sequence.index % n:
+            return
+        for other in sequence.active.sequences[sequence.index + 1 : sequence.index + n]:
+            if other.phase is Phase.HELD and not sequence.active.ended:
+                self._guarded(other, self._route)
+
+    # -- errors, losses, ends -----------------------------------------------------------------
+
+    def _take_error(
+        self, sequence: SequenceState, link: WorkerLink, error: pb.SequenceError
+    ) -> None:
+        if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
+            sequence.let_go(link.name)  # the prefill side's word; the decode worker will judge
+            return
+        failure = failure_of(link.name, error)
+        reads_along = sequence.phase is Phase.PREFILL and link.name == sequence.decode_worker
+        if error.code == pb.ERROR_CODE_PULL_FAILED:
+            self.view.pull_failed(sequence.prefill_worker, link.name, self._clock())
+        if reads_along and error.code in RESTARTED:
+            self._hand_offs.drop(sequence, lost=False)
+            return
+        sequence.let_go(link.name)
+        if error.code not in RESTARTED:
+            raise failure
+        if error.code == pb.ERROR_CODE_PULL_FAILED:
+            sequence.avoid.add(
+                sequence.prefill_worker
+            )  # either end of the pair may be the broken one
+        self._restart(sequence, link.name, RESTARTED[error.code], failure)
+
+    def _restart(
+        self, sequence: SequenceState, culprit: str, cause: str, failure: CrossdockError
+    ) -> None:
+        """Prompt and delivered tokens are prefilled again, elsewhere if there is an elsewhere; a
+        token depends on nothing else, so the stream goes on as if nothing had happened."""
+        sequence.restarts += 1
+        if sequence.restarts > self._limits.max_restarts:
+            raise failure
+        self._cancel_on_holders(sequence, cause)
+        self._let_go(sequence)
+        sequence.avoid.add(culprit)
+        sequence.extend_hashes(self._block_size)
+        sequence.phase = Phase.ROUTING
+        self.metrics.restarts.labels(cause).inc()
+        log.info("%s: %s on %s after %d tokens, prefilling again",
+                 sequence.sequence_id, cause, culprit, sequence.generated)  # fmt: skip
+        delay_s = 0.0
+        if sequence.restarts > 1 or cause == "overloaded":
+            delay_s = self._limits.first_backoff_s * 2 ** (sequence.restarts - 1)
+        sequence.timer = asyncio.get_running_loop().call_later(
+            delay_s, self._guarded, sequence, self._route
+        )
+
+    def on_lost(self, link: WorkerLink, reason: str) -> None:
+        self.metrics.lost.inc()
+        for sequence_id in list(link.sequences):
+            sequence = self._sequences.get(sequence_id)
+            if sequence is None:
+                continue
+            sequence.let_go(link.name)
+            if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
+                continue  # the pull may be over already; the decode worker will say
+            self._guarded(sequence, partial(self._lost_under, link.name, reason))
+        link.sequences.clear()
+
+    def _lost_under(self, worker: str, reason: str, sequence: SequenceState) -> None:
+        """Carries the sequence on elsewhere; raises WorkerLost once it has seen too many die."""
+        role = "decode" if worker == sequence.decode_worker else "prefill"
+        error = WorkerLost(
+            f"{role} worker {worker} was lost ({reason}) after {sequence.generated} tokens; "
+            "send the request again"
+        )
+        sequence.losses += 1
+        if sequence.losses > self._limits.max_losses:
+            raise error
+        if sequence.phase is Phase.PREFILL and worker == sequence.decode_worker:
+            self._hand_offs.drop(sequence, lost=True)
+            return
+        self._restart(sequence, worker, "worker lost", error)
+
+    def _deadline_passed(self, active: ActiveRequest) -> None:
+        request = active.request
+        assert request.deadline is not None
+        allowed = request.deadline - request.received
+        generated = sum(sequence.generated for sequence in active.sequences)
+        error = DeadlineExceeded(f"the deadline of {allowed:.2f} s passed at {generated} tokens")
+        self._end(active, error, "deadline")
+
+    def _end(self, active: ActiveRequest, error: CrossdockError | None, why: str) -> None:
+        """The one way out of a request: frees what is left of it here and on the workers."""
+        if active.ended:
+            return
+        active.ended = True
+        now = self._clock()
+        if active.deadline_timer is not None:
+            active.deadline_timer.cancel()
+        for sequence in active.sequences:
+            if sequence.phase is not Phase.DONE:
+                self._cancel_on_holders(sequence, why)
+                self._let_go(sequence)
+                sequence.phase = Phase.DONE
+                sequence.timeline.mark("finished", now)
+                tracing.sequence_ended(sequence)
+        self._requests.discard(active)
+        self._admission.release(active.request.tenant, active.request.num_sequences)
+        self.metrics.outcome(error)
+        if error is None:
+            self.metrics.e2e.observe(now - active.request.received)
+        tracing.end(active, error, now)
+        active.stream.end(error)
+
+    def _cancel_on_holders(self, sequence: SequenceState, why: str) -> None:
+        cancel = pb.CancelRequest(sequence_id=sequence.sequence_id, reason=why)
+        for link in sequence.holders.values():
+            link.send(pb.GatewayFrame(cancel=cancel))
+
+    def _let_go(self, sequence: SequenceState) -> None:
+        """Forgets where a sequence is; what workers still say of it is ignored."""
+        sequence.stop_timer()
+        self._waiting.pop(sequence, None)
+        for name in list(sequence.holders):
+            sequence.let_go(name)
+        self._sequences.pop(sequence.sequence_id, None)
+        if sequence.placement is not None:
+            for worker in {
+                sequence.placement.prefill,
+                sequence.placement.decode,
+                sequence.decode_worker,
+            }:
+                if worker:
+                    self.view.unplace(worker, sequence.sequence_id)

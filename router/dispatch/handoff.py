@@ -1,0 +1,126 @@
+"""The gateway's part in a hand-off: what decode workers are told of prompts computed elsewhere.
+
+    nothing ──some blocks are sealed──> reads along ──all sealed, token 0──> decodes
+       └───────────────────────── all sealed, token 0 ──────────────────────────^
+
+A decode worker that falls out while it reads along costs nothing: the ticket is good for any other.
+One whose stream broke may not know it yet, so it gets the same sequence only under another id.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from crossdock.proto.errors import CrossdockError, WorkerLost
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.router.dispatch.links import WorkerLink
+from crossdock.router.dispatch.sequence import Phase, SequenceState
+from crossdock.router.placement.policy import NoWorker, decode_for
+from crossdock.router.placement.view import ClusterView
+
+
+class HandOffs:
+    """Keeps nothing of its own: where a hand-off stands is in its SequenceState."""
+
+    def __init__(
+        self,
+        view: ClusterView,
+        link_of: Callable[[str], WorkerLink | None],
+        block_size: int,
+        eos: list[int],
+        rng: random.Random,
+    ) -> None:
+        self._view = view
+        self._link_of = link_of
+        self._block_size = block_size
+        self._eos = eos
+        self._rng = rng
+
+    def note(self, sequence: SequenceState, output: pb.SequenceOutput) -> None:
+        """What a prefill worker says of its blocks."""
+        if output.HasField("ticket"):
+            sequence.ticket = output.ticket
+        sequence.sealed_blocks = output.sealed_blocks
+        sequence.checksums = list(output.checksums)
+
+    def advance(self, sequence: SequenceState, now: float) -> None:
+        """Part of the prompt is computed: its decode worker, where it is there, reads along."""
+        assert sequence.placement is not None
+        if sequence.decode_worker:
+            self._send(sequence)
+            return
+        link = self._taking(sequence.placement.decode)
+        if link is not None:
+            self._tell(sequence, link, now)
+
+    def complete(self, sequence: SequenceState, now: float) -> None:
+        """Token 0 is delivered: the decode worker may fence and go on.
+
+        Raises NoWorker, or WorkerLost where the only one left may still have the sequence.
+        """
+        if sequence.ticket is None:
+            raise CrossdockError(f"{sequence.prefill_worker} gave token 0 without a ticket")
+        sequence.phase = Phase.HAND_OFF
+        sequence.extend_hashes(self._block_size)
+        if sequence.decode_worker:
+            self._send(sequence)
+        else:
+            self._tell(sequence, self._choose(sequence, now), now)
+        sequence.phase = Phase.DECODE
+
+    def drop(self, sequence: SequenceState, lost: bool) -> None:
+        """The decode worker that reads along is lost, or has given the sequence back."""
+        assert sequence.placement is not None
+        name = sequence.decode_worker
+        if lost:
+            sequence.lost_readers.add(name)
+        sequence.let_go(name)
+        sequence.avoid.add(name)
+        self._view.unplace(name, sequence.sequence_id)
+        sequence.decode_worker = ""
+        sequence.placement = replace(sequence.placement, decode="")
+
+    def _choose(self, sequence: SequenceState, now: float) -> WorkerLink:
+        """The decode worker of the placement, or any other where that was lost or drains."""
+        assert sequence.placement is not None
+        link = self._taking(sequence.placement.decode)
+        if link is None:
+            self._view.unplace(sequence.placement.decode, sequence.sequence_id)
+            demand = sequence.demand(self._block_size)
+            name = decode_for(self._view, demand, sequence.prefill_worker, now, self._rng)
+            link = self._taking(name)
+            if link is None:
+                raise NoWorker("no decode worker is ready")
+            if name in sequence.lost_readers:
+                raise WorkerLost(f"{name}, lost while it read along, is the only decode worker")
+            self._view.place(name, sequence.sequence_id, 0, demand.blocks)
+        return link
+
+    def _taking(self, name: str) -> WorkerLink | None:
+        """The open link to a worker, where it takes new work."""
+        worker = self._view.workers.get(name)
+        return None if worker is None or worker.load.draining else self._link_of(name)
+
+    def _tell(self, sequence: SequenceState, link: WorkerLink, now: float) -> None:
+        sequence.decode_worker = link.name
+        sequence.hold(link)
+        decode = pb.DecodeRequest(
+            sequence=sequence.request_message(self._eos),
+            ticket=sequence.ticket,
+            sealed_blocks=sequence.sealed_blocks,
+            checksums=sequence.checksums,
+        )
+        link.send(pb.GatewayFrame(decode=decode))
+        self._view.sent(link.name, sequence.sequence_id, now)
+
+    def _send(self, sequence: SequenceState) -> None:
+        hand_off = pb.HandOff(
+            sequence_id=sequence.sequence_id,
+            sealed_blocks=sequence.sealed_blocks,
+            checksums=sequence.checksums,
+        )
+        if sequence.phase is Phase.HAND_OFF:
+            hand_off.first_token = sequence.token_ids[-1]
+        sequence.holders[sequence.decode_worker].send(pb.GatewayFrame(hand_off=hand_off))

@@ -1,0 +1,141 @@
+"""What a gateway counts and times, as Prometheus metrics in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from crossdock.proto.errors import (
+    Cancelled,
+    CrossdockError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
+from crossdock.proto.types import Role
+from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES, Timeline
+
+_LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+_STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
+_SHORT = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 30)
+_DECISION = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Slo:
+    """What counts as good: a sequence within both is one of goodput."""
+
+    ttft_ms: float = 2000.0
+    tpot_ms: float = 100.0
+
+
+class GatewayMetrics:
+    """All metrics of one gateway. Names start with `crossdock_`; times are seconds."""
+
+    def __init__(self, slo: Slo | None = None) -> None:
+        self._slo = slo or Slo()
+        self.registry = CollectorRegistry()
+        self.ttft = self._histogram("ttft", "Received to first token delivered", _LONG)
+        self.itl = self._histogram("itl", "Between two tokens of a sequence", _STEP)
+        self.tpot = self._histogram(
+            "tpot", "(last token - first token) / (tokens - 1), per sequence", _STEP
+        )
+        self.e2e = self._histogram("e2e", "Received to finished", _LONG)
+        self.decision = self._histogram("router_decision", "Choosing the workers", _DECISION)
+        stage = Histogram(
+            "crossdock_stage_seconds",
+            "Parts of TTFT and of the hand-off stall; each sums up to its whole",
+            ["stage"],
+            buckets=_SHORT,
+            registry=self.registry,
+        )
+        self.stage = {name: stage.labels(name) for name in (*TTFT_STAGES, *STALL_STAGES)}
+        self.requests = self._counter("requests", "Requests by how they ended", ["outcome"])
+        self.within_slo = self._counter(
+            "sequences_by_slo", "Finished sequences within both TTFT and TPOT aims", ["met"]
+        )
+        self.restarts = self._counter(
+            "restarted_sequences", "Sequences prefilled again elsewhere, by cause", ["cause"]
+        )
+        self.lost = self._counter("worker_streams_lost", "Streams to workers that broke", [])
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of sequences", [])
+        self.cached_tokens = self._counter(
+            "cached_tokens", "Prompt tokens whose KV was found in a prefix cache", []
+        )
+        self.generated_tokens = self._counter("generated_tokens", "Tokens delivered", [])
+        self.transferred_bytes = self._counter("transferred_bytes", "KV bytes pulled", [])
+        self.transferred_blocks = self._counter("transferred_blocks", "KV blocks pulled", [])
+        self.late_bytes = self._counter(
+            "late_bytes", "Of transferred_bytes, what was pulled after token 0", []
+        )
+        self.recomputed_tokens = self._counter(
+            "recomputed_tokens", "Prompt tokens that decode workers computed again", []
+        )
+
+    def watch(
+        self,
+        active: Callable[[], int],
+        waiting: Callable[[], int],
+        workers: Callable[[Role], int],
+        resyncs: Callable[[], int],
+    ) -> None:
+        """Gauges that are read when the metrics are."""
+        self._gauge("active_sequences", "Sequences admitted and not finished", active)
+        self._gauge("waiting_sequences", "Of those, waiting for a worker to appear", waiting)
+        self._gauge("block_resyncs", "Gaps found in workers' block events since start", resyncs)
+        connected = Gauge(
+            "crossdock_workers", "Connected workers", ["role"], registry=self.registry
+        )
+        for role in Role:
+            connected.labels(role.value).set_function(lambda role=role: workers(role))  # type: ignore[misc]
+
+    def outcome(self, error: CrossdockError | None) -> None:
+        self.requests.labels(outcome_of(error)).inc()
+
+    def sequence_done(self, timeline: Timeline, generated: int) -> None:
+        """Times of one sequence that ran to its end."""
+        first, last = timeline.first_token, timeline.last_token
+        if first is None or last is None:
+            return
+        tpot = 0.0
+        if generated > 1:
+            tpot = (last - first) / (generated - 1)
+            self.tpot.observe(tpot)
+        met = first * 1000 <= self._slo.ttft_ms and tpot * 1000 <= self._slo.tpot_ms
+        self.within_slo.labels("true" if met else "false").inc()
+        for name, seconds in timeline.stages().items():
+            self.stage[name].observe(seconds)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"crossdock_{name}_seconds", about, buckets=buckets, registry=self.registry
+        )
+
+    def _counter(self, name: str, about: str, labels: list[str]) -> Counter:
+        return Counter(f"crossdock_{name}", about, labels, registry=self.registry)
+
+    def _gauge(self, name: str, about: str, read: Callable[[], int]) -> None:
+        gauge = Gauge(f"crossdock_{name}", about, registry=self.registry)
+        gauge.set_function(read)
+
+
+def outcome_of(error: CrossdockError | None) -> str:
+    """The `outcome` label of a request that ended so."""
+    if error is None:
+        return "ok"
+    names: list[tuple[type[CrossdockError], str]] = [
+        (Cancelled, "cancelled"),
+        (DeadlineExceeded, "deadline"),
+        (Overloaded, "overloaded"),
+        (InvalidRequest, "invalid"),
+        (NotFound, "not_found"),
+        (Unavailable, "unavailable"),
+    ]
+    return next((name for kind, name in names if isinstance(error, kind)), "internal")

@@ -1,0 +1,198 @@
+"""What a gateway holds of each sequence and request that is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from crossdock.proto.hashing import block_hash, chain_hashes, root_hash
+from crossdock.proto.v1 import inference_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.router.dispatch.lifecycle import Timeline
+from crossdock.router.dispatch.links import WorkerLink
+from crossdock.router.dispatch.request import Request, ResponseStream
+from crossdock.router.placement.policy import Demand, Placement
+
+
+class TextDelta(Protocol):
+    @property
+    def text(self) -> str: ...
+    @property
+    def stopped(self) -> str | None: ...
+    @property
+    def token_count(self) -> int: ...
+
+
+class Detokenizer(Protocol):
+    """Token ids to text, a few at a time; finds stop strings."""
+
+    def push(self, token_ids: list[int]) -> TextDelta: ...
+    def finish(self) -> str: ...
+
+
+class Phase(enum.Enum):
+    """Where a sequence is; each phase has one way out.
+
+    HELD ──> ROUTING ──> PREFILL ──token 0, ticket──> HAND_OFF ──> DECODE ──> DONE
+                 ^──────────┴──────── restart ────────────┴───────────┘
+    """
+
+    HELD = "held"  # an equal prompt goes first, so that its KV is found
+    ROUTING = "routing"
+    PREFILL = "prefill"
+    HAND_OFF = "hand_off"
+    DECODE = "decode"
+    DONE = "done"
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """One continuation of one prompt, from admission to its last token."""
+
+    active: ActiveRequest
+    index: int
+    token_ids: list[int]  # prompt and delivered tokens
+    prompt_tokens: int
+    hashes: list[bytes]
+    sampling: inference_pb2.SamplingParams
+    detokenizer: Detokenizer
+    timeline: Timeline
+    phase: Phase = Phase.ROUTING
+    sequence_id: str = ""  # of this attempt; a restart gets another
+    placement: Placement | None = None
+    holders: dict[str, WorkerLink] = field(default_factory=dict)  # who has something of it
+    ticket: pb.Ticket | None = None
+    sealed_blocks: int = 0  # of the ticket's
+    checksums: list[int] = field(default_factory=list)  # of the ticket's blocks, where asked for
+    restarts: int = 0  # since the last token gained
+    losses: int = 0  # workers that died while they held it
+    avoid: set[str] = field(default_factory=set)
+    timer: asyncio.TimerHandle | None = None
+    prefill_worker: str = ""
+    decode_worker: str = ""  # once it has been told
+    lost_readers: set[str] = field(default_factory=set)  # decode workers lost under this attempt
+    cached_tokens: int | None = None
+    transferred_bytes: int = 0
+    transferred_blocks: int = 0
+    late_bytes: int = 0
+    recomputed_tokens: int = 0
+
+    @property
+    def generated(self) -> int:
+        return len(self.token_ids) - self.prompt_tokens
+
+    def extend_hashes(self, block_size: int) -> None:
+        """Names the blocks that generated tokens have filled."""
+        salt = self.active.request.cache_salt
+        for block in range(len(self.hashes), len(self.token_ids) // block_size):
+            parent = self.hashes[-1] if self.hashes else root_hash(salt)
+            ids = self.token_ids[block * block_size : (block + 1) * block_size]
+            self.hashes.append(block_hash(parent, ids))
+
+    def hold(self, link: WorkerLink) -> None:
+        self.holders[link.name] = link
+        link.sequences.add(self.sequence_id)
+
+    def let_go(self, name: str) -> None:
+        link = self.holders.pop(name, None)
+        if link is not None:
+            link.sequences.discard(self.sequence_id)
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def usage(self) -> inference_pb2.Usage:
+        return inference_pb2.Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.generated,
+            cached_tokens=self.cached_tokens or 0,
+        )
+
+    def timings(self) -> inference_pb2.Timings:
+        timings = self.timeline.timings()
+        timings.prefill_worker = self.prefill_worker
+        timings.decode_worker = self.decode_worker
+        timings.transferred_bytes = self.transferred_bytes
+        timings.transferred_blocks = self.transferred_blocks
+        timings.late_bytes = self.late_bytes
+        timings.recomputed_tokens = self.recomputed_tokens
+        return timings
+
+    def demand(self, block_size: int) -> Demand:
+        return Demand(
+            num_tokens=len(self.token_ids),
+            block_hashes=self.hashes,
+            block_size=block_size,
+            avoid=frozenset(self.avoid),
+        )
+
+    def request_message(self, eos: list[int]) -> pb.SequenceRequest:
+        """What a worker is told of it, as it stands now."""
+        request = self.active.request
+        deadline = 0
+        if request.deadline is not None:
+            left_s = request.deadline - request.received
+            deadline = int((request.received_unix + left_s) * 1000)
+        return pb.SequenceRequest(
+            sequence_id=self.sequence_id,
+            token_ids=self.token_ids,
+            block_hashes=self.hashes,
+            sampling=self.sampling,
+            prompt_tokens=self.prompt_tokens,
+            cache_salt=request.cache_salt,
+            deadline_unix_ms=deadline,
+            priority=request.priority,
+            traceparent=self.active.traceparent,
+            eos_token_ids=eos,
+        )
+
+
+@dataclass(eq=False)
+class ActiveRequest:
+    """One request, from admission to its end: its sequences, its reader, its span."""
+
+    request: Request
+    span: Any
+    traceparent: str
+    sequences: list[SequenceState] = field(default_factory=list)
+    stream: ResponseStream = field(init=False)
+    deadline_timer: asyncio.TimerHandle | None = None
+    unfinished: int = 0
+    started: bool = False  # something was sent to a worker
+    ended: bool = False
+
+
+def make_sequences(
+    active: ActiveRequest,
+    block_size: int,
+    sampling_of: Callable[[int], inference_pb2.SamplingParams],
+    detokenizer_of: Callable[[list[int]], Detokenizer],
+) -> list[SequenceState]:
+    """The n continuations of each prompt. Where a prompt fills blocks, its later continuations are
+    held until the first has its token 0: then they find its KV instead of computing it again."""
+    request = active.request
+    messages = [sampling_of(i) for i in range(request.n)]
+    sequences = []
+    for position, prompt in enumerate(request.prompts):
+        ids = list(prompt)
+        hashes = chain_hashes(ids, block_size, request.cache_salt)
+        for i in range(request.n):
+            sequences.append(
+                SequenceState(
+                    active=active,
+                    index=position * request.n + i,
+                    token_ids=ids.copy(),
+                    prompt_tokens=len(ids),
+                    hashes=hashes.copy(),
+                    sampling=messages[i],
+                    detokenizer=detokenizer_of(ids),
+                    timeline=Timeline(request.received, request.received_unix),
+                    phase=Phase.HELD if i and hashes else Phase.ROUTING,
+                )
+            )
+    return sequences

@@ -1,0 +1,1 @@
+"""gRPC and OpenAI HTTP: validation, tokenization, formats."""

@@ -1,0 +1,168 @@
+"""The way from a parsed body to a request under way, shared by gRPC and HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from crossdock.proto.errors import CrossdockError, InvalidRequest
+from crossdock.proto.types import SamplingParams
+from crossdock.router.dispatch.dispatcher import Dispatcher
+from crossdock.router.dispatch.request import Request, ResponseStream
+from crossdock.router.frontdoor.validate import (
+    UNLIMITED,
+    Validator,
+    check_label,
+    check_messages,
+    check_priority,
+)
+
+INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
+
+
+class TextModel(Protocol):
+    """The model's text side, as the engine's text room builds it."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """When and how a request came in, noted before anything is done with it."""
+
+    received: float
+    received_unix: float
+    trace_context: Any = None
+    deadline: float | None = None  # on the gateway's clock
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What may travel beside prompt and sampling."""
+
+    request_id: str = ""
+    tenant: str = ""
+    priority: int = 0
+    cache_salt: str = ""
+    default_max_tokens: int = UNLIMITED  # of a request that leaves it open
+
+
+class Frontend:
+    """Tokenizes, validates and submits."""
+
+    def __init__(
+        self,
+        text: TextModel,
+        validator: Validator,
+        dispatcher: Dispatcher,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.text = text
+        self.validator = validator
+        self.dispatcher = dispatcher
+        self._timeout_s = timeout_s  # of a request that brings no deadline
+        self._clock = clock
+        self._rng = rng or random.Random()
+
+    @property
+    def model_id(self) -> str:
+        return self.validator.model.model_id
+
+    def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
+        now = self._clock()
+        allowed = self._timeout_s if timeout_s is None else timeout_s
+        return Arrival(now, time.time(), trace_context, now + allowed)
+
+    @contextlib.contextmanager
+    def refusals_counted(self) -> Iterator[None]:
+        """Around what may refuse a request before the dispatcher has it."""
+        try:
+            yield
+        except CrossdockError as error:
+            self.dispatcher.metrics.outcome(error)
+            raise
+
+    def draw_seed(self) -> int:
+        """For a request that brings none: from here on it is as repeatable as one that does."""
+        return self._rng.getrandbits(63)
+
+    async def encode(self, field: str, text: str) -> list[int]:
+        self.validator.check_text(field, text)
+        if len(text) > INLINE_CHARACTERS:
+            return await asyncio.to_thread(self.text.encode, text)
+        return self.text.encode(text)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        check_messages(messages)
+        plain = [dict(message) for message in messages]
+        size = sum(len(message["content"]) for message in plain)
+        if size > self.validator.capacity * self.validator.model.longest_token:
+            self.validator.check_text("messages", "".join(m["content"] for m in plain))
+        try:
+            if size > INLINE_CHARACTERS:
+                return await asyncio.to_thread(self.text.apply_chat_template, plain)
+            return self.text.apply_chat_template(plain)
+        except CrossdockError:
+            raise
+        except Exception as error:  # a template is a program of the model's makers
+            refusal = f"the model's chat template refused them: {error}"
+            raise InvalidRequest("messages", f"{len(plain)} messages", refusal) from error
+
+    def submit(
+        self,
+        field: str,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        n: int,
+        arrival: Arrival,
+        extras: Extras,
+    ) -> tuple[str, ResponseStream]:
+        """Request id and stream. Raises InvalidRequest naming `field` for a bad prompt."""
+        with self.refusals_counted():
+            for name in ("request_id", "tenant", "cache_salt"):
+                check_label(name, getattr(extras, name))
+            check_priority(extras.priority)
+            for i, prompt in enumerate(prompts):
+                self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
+            longest = max(len(prompt) for prompt in prompts)
+            request = Request(
+                request_id=extras.request_id or uuid.uuid4().hex,
+                prompts=prompts,
+                sampling=self.validator.fit(sampling, longest, extras.default_max_tokens),
+                n=n,
+                tenant=extras.tenant,
+                priority=extras.priority,
+                cache_salt=_salt(extras),
+                received=arrival.received,
+                received_unix=arrival.received_unix,
+                deadline=arrival.deadline,
+                trace_context=arrival.trace_context,
+            )
+        return request.request_id, self.dispatcher.submit(request)
+
+
+def _salt(extras: Extras) -> bytes:
+    """Tenants never share cached prefixes with each other, nor do unlike salts."""
+    if not extras.tenant and not extras.cache_salt:
+        return b""
+    return f"{extras.tenant}\0{extras.cache_salt}".encode()

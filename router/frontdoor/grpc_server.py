@@ -1,0 +1,270 @@
+"""The gRPC front door: crossdock.v1.Inference, grpc.health.v1 and reflection."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from crossdock.proto.convert import FINISH_TO_PB, sampling_from_pb
+from crossdock.proto.errors import (
+    ConfigError,
+    CrossdockError,
+    InvalidRequest,
+    Overloaded,
+    RequestTooLarge,
+)
+from crossdock.proto.v1 import inference_pb2 as pb
+from crossdock.router.dispatch import tracing
+from crossdock.router.dispatch.request import Delta, ResponseStream
+from crossdock.router.frontdoor.frontend import Arrival, Extras, Frontend
+from crossdock.router.frontdoor.validate import UNLIMITED
+
+SERVICE = "crossdock.v1.Inference"
+HARD_LIMIT_FACTOR = 8  # beyond this many times max_body_bytes gRPC itself refuses a message
+FOREVER_S = 10 * 365 * 86400.0
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands in for a message that could not be parsed, so that the handler can say why."""
+
+    error: CrossdockError
+
+
+class GrpcServer:
+    """Serves one Frontend. `set_ready` is what health checks and watches see."""
+
+    def __init__(self, frontend: Frontend, address: str, max_body_bytes: int) -> None:
+        self._frontend = frontend
+        self._address = address
+        self._max_body_bytes = max_body_bytes
+        self._health = health.aio.HealthServicer()
+        self._server: Any = None
+        self.address = address
+
+    async def start(self) -> None:
+        """Raises ConfigError naming the port when it cannot be had."""
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),  # else a second gateway would share the port in silence
+                ("grpc.max_receive_message_length", self._max_body_bytes * HARD_LIMIT_FACTOR),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.keepalive_time_ms", 10_000),
+                ("grpc.keepalive_timeout_ms", 5_000),
+                ("grpc.http2.ping_timeout_ms", 5_000),  # else a client that is cut off lives on
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ]
+        )
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        host, _, port = self._address.rpartition(":")
+        try:
+            bound = self._server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise ConfigError("gateway.grpc", f"{self._address}: {_bind_error(error)}") from error
+        if bound == 0:
+            raise ConfigError("gateway.grpc", f"{self._address}: port {port} is in use")
+        self.address = f"{host}:{bound}"
+        await self.set_ready(False)
+        await self._server.start()
+
+    async def set_ready(self, ready: bool) -> None:
+        kinds = health_pb2.HealthCheckResponse
+        status = kinds.SERVING if ready else kinds.NOT_SERVING
+        await self._health.set("", status)
+        await self._health.set(SERVICE, status)
+
+    async def stop(self, grace_s: float) -> None:
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace_s)
+
+    # -- the methods --------------------------------------------------------------------------
+
+    async def _generate(
+        self, request: pb.GenerateRequest | Unreadable, context: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        stream: ResponseStream | None = None
+        try:
+            request_id, stream = await self._submit(request, context)
+            async for delta in stream:
+                yield _response(request_id, delta)
+        except CrossdockError as error:
+            await _abort(context, error)
+        finally:
+            if stream is not None:
+                stream.close()
+
+    async def _generate_unary(
+        self, request: pb.GenerateRequest | Unreadable, context: Any
+    ) -> pb.GenerateUnaryResponse:
+        stream: ResponseStream | None = None
+        try:
+            request_id, stream = await self._submit(request, context)
+            whole: dict[int, Delta] = {}
+            async for delta in stream:
+                if delta.index in whole:
+                    whole[delta.index].absorb(delta)
+                else:
+                    whole[delta.index] = delta
+            return _unary(request_id, self._frontend.model_id, whole)
+        except CrossdockError as error:
+            await _abort(context, error)
+            raise
+        finally:
+            if stream is not None:
+                stream.close()
+
+    async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
+        facts = self._frontend.validator.model
+        model = pb.Model(id=facts.model_id, context_length=facts.context_length)
+        return pb.ListModelsResponse(models=[model])
+
+    async def _submit(
+        self, message: pb.GenerateRequest | Unreadable, context: Any
+    ) -> tuple[str, ResponseStream]:
+        frontend = self._frontend
+        arrival = self._arrival(context)
+        with frontend.refusals_counted():
+            if isinstance(message, Unreadable):
+                raise message.error
+            frontend.validator.check_model(message.model)
+            n = 1 if message.n == 0 else message.n
+            frontend.validator.check_count("n", n)
+            given = message.sampling
+            defaults = {} if given.HasField("max_tokens") else {"max_tokens": UNLIMITED}
+            if not given.HasField("seed"):
+                defaults["seed"] = frontend.draw_seed()
+            sampling = sampling_from_pb(given, **defaults)
+            frontend.validator.check_sampling(sampling)
+            field, prompt = await self._prompt(message)
+            extras = Extras(
+                message.request_id, message.tenant, message.priority, message.cache_salt
+            )
+        return frontend.submit(field, [prompt], sampling, n, arrival, extras)
+
+    async def _prompt(self, message: pb.GenerateRequest) -> tuple[str, list[int]]:
+        kind = message.WhichOneof("input")
+        if kind == "text":
+            return "text", await self._frontend.encode("text", message.text)
+        if kind == "token_ids":
+            return "token_ids", list(message.token_ids.ids)
+        if kind == "chat":
+            plain = [{"role": m.role, "content": m.content} for m in message.chat.messages]
+            return "chat.messages", await self._frontend.encode_chat(plain)
+        raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
+
+    def _arrival(self, context: Any) -> Arrival:
+        headers = {
+            key: value
+            for key, value in context.invocation_metadata() or ()
+            if isinstance(value, str)
+        }
+        timeout_s = context.time_remaining()
+        if timeout_s is not None and timeout_s > FOREVER_S:
+            timeout_s = None
+        return self._frontend.arrival(tracing.context_of(headers), timeout_s)
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        parse = self._parser(pb.GenerateRequest.FromString)
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    self._generate, parse, pb.GenerateResponse.SerializeToString
+                ),
+                "GenerateUnary": grpc.unary_unary_rpc_method_handler(
+                    self._generate_unary, parse, pb.GenerateUnaryResponse.SerializeToString
+                ),
+                "ListModels": grpc.unary_unary_rpc_method_handler(
+                    self._list_models,
+                    self._parser(pb.ListModelsRequest.FromString),
+                    pb.ListModelsResponse.SerializeToString,
+                ),
+            },
+        )
+
+    def _parser(self, parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        limit = self._max_body_bytes
+
+        def parse_or_say_why(data: bytes) -> Any:
+            if len(data) > limit:
+                size = f"{len(data)} bytes"
+                return Unreadable(RequestTooLarge("message", size, f"at most {limit} bytes"))
+            try:
+                return parse(data)
+            except DecodeError as error:
+                size = f"{len(data)} bytes"
+                limit_text = f"must be a valid message with strings in UTF-8: {error}"
+                return Unreadable(InvalidRequest("message", size, limit_text))
+
+        return parse_or_say_why
+
+
+def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(
+        request_id=request_id,
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=delta.logprobs,
+    )
+    if delta.finish_reason is not None:
+        response.finish_reason = FINISH_TO_PB[delta.finish_reason]
+        response.stop_reason = delta.stop_reason
+        if delta.usage is not None:
+            response.usage.CopyFrom(delta.usage)
+        if delta.timings is not None:
+            response.timings.CopyFrom(delta.timings)
+    return response
+
+
+def _unary(request_id: str, model: str, whole: dict[int, Delta]) -> pb.GenerateUnaryResponse:
+    answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
+    for index in sorted(whole):
+        delta = whole[index]
+        answer.completions.add(
+            index=index,
+            text=delta.text,
+            token_ids=delta.token_ids,
+            logprobs=delta.logprobs,
+            finish_reason=FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
+            stop_reason=delta.stop_reason,
+            timings=delta.timings,
+        )
+    usages = [delta.usage for delta in whole.values() if delta.usage is not None]
+    if usages:
+        first = whole[min(whole)].usage
+        answer.usage.prompt_tokens = usages[0].prompt_tokens
+        answer.usage.cached_tokens = first.cached_tokens if first is not None else 0
+        answer.usage.completion_tokens = sum(usage.completion_tokens for usage in usages)
+    return answer
+
+
+async def _abort(context: Any, error: CrossdockError) -> None:
+    """Ends the call with the error's status; the details travel as trailing metadata."""
+    trailers = []
+    if isinstance(error, Overloaded):
+        trailers.append(("retry-after", f"{error.retry_after_s:.0f}"))
+    if isinstance(error, InvalidRequest):
+        trailers.append(("error-field", error.field.encode("ascii", "replace").decode()))
+    trailers.append(("error-type", type(error).__name__))
+    trailers.append(("retriable", "true" if error.retriable else "false"))
+    with contextlib.suppress(grpc.aio.UsageError):  # the client is gone already
+        await context.abort(
+            grpc.StatusCode[error.grpc_status], str(error), trailing_metadata=tuple(trailers)
+        )
+
+
+def _bind_error(error: RuntimeError) -> str:
+    text = str(error)
+    return "the port is in use" if "in use" in text.lower() or "bind" in text.lower() else text

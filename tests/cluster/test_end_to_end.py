@@ -1,0 +1,259 @@
+"""Gateway, prefill and decode workers and client, all real but for Ray and the model's size."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from crossdock.client import AsyncClient
+from crossdock.decode import role as decode_worker
+from crossdock.engine.native.llm import LLM
+from crossdock.kvtransfer.nccl import transport as nccl
+from crossdock.kvtransfer.nccl.fake import StandInCommunicators
+from crossdock.prefill import role as prefill_worker
+from crossdock.proto.errors import DeadlineExceeded
+from crossdock.proto.types import LIFE_CYCLE, Role, SamplingParams
+from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+from crossdock.router.dispatch import tracing as router_tracing
+from crossdock.router.gateway import GatewayConfig, GatewayServer
+from crossdock.worker import tracing as worker_tracing
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.server import WorkerServer
+
+SEED = 7
+
+
+@dataclass
+class Cluster:
+    gateway: GatewayServer
+    workers: list[WorkerServer]
+    client: AsyncClient
+
+    async def settled(self) -> list[worker_pb2.WorkerStatus]:
+        """Once nothing is held anywhere; fails if that takes long or a block is unaccounted."""
+        statuses = []
+        for worker in self.workers:
+            async with asyncio.timeout(10):
+                while True:
+                    status = await worker.status(check_integrity=True)
+                    assert status.integrity_error == ""
+                    if not (status.used_blocks or status.leases or status.load.running):
+                        break
+                    await asyncio.sleep(0.02)
+            statuses.append(status)
+        return statuses
+
+
+async def start(
+    model: Path, roles: list[Role], transport: str = "local", **settings: object
+) -> Cluster:
+    workers = []
+    for index, role in enumerate(roles):
+        create = prefill_worker.create if role is Role.PREFILL else decode_worker.create
+        config = WorkerConfig(
+            name=f"{role}-{index}",
+            pool=str(role),
+            role=role,
+            model=str(model),
+            cluster_key=b"a key of this test cluster",
+            transport=transport,
+            **({"kv_memory_mb": 16} | settings),  # type: ignore[arg-type]
+        )
+        workers.append(create(config))
+    endpoints = [await worker.start() for worker in workers]
+    for worker in workers:
+        await worker.update_peers(endpoints)
+    gateway = GatewayServer(
+        GatewayConfig(name="g", model=str(model), grpc="127.0.0.1:0", http="127.0.0.1:0")
+    )
+    await gateway.start()
+    await gateway.update_members(endpoints)
+    async with asyncio.timeout(10):
+        while len(gateway.view.workers) < len(workers):
+            await asyncio.sleep(0.01)
+    return Cluster(gateway, workers, AsyncClient(gateway.grpc_address))
+
+
+async def stop(cluster: Cluster) -> None:
+    await cluster.client.close()
+    await cluster.gateway.stop()
+    for worker in cluster.workers:
+        await worker.stop()
+
+
+@pytest.fixture
+async def cluster(tiny_model: Path) -> AsyncIterator[Cluster]:
+    made = await start(tiny_model, [Role.PREFILL] * 2 + [Role.DECODE] * 2)
+    yield made
+    await stop(made)
+
+
+def prompts(count: int, length: int = 120) -> list[list[int]]:
+    """Prompts with nothing in common."""
+    return [[(i * 31 + j * (i + 3)) % 200 + 3 for j in range(length + i)] for i in range(count)]
+
+
+@pytest.mark.parametrize("transport", ["nixl", "nccl", "local"])
+async def test_streams_equal_one_engine_whatever_the_transport(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, transport: str
+) -> None:
+    monkeypatch.setattr(nccl, "communicators_of_nccl", StandInCommunicators)  # no GPU is needed
+    cluster = await start(tiny_model, [Role.PREFILL, Role.DECODE], transport)
+    try:
+        kinds = [
+            {"temperature": 0.0},
+            {"temperature": 0.9, "seed": SEED, "top_p": 0.9},
+            {"temperature": 1.0, "seed": SEED, "repetition_penalty": 1.3, "top_k": 40},
+            {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.5},
+        ]
+        requests = list(zip(prompts(8), itertools.cycle(kinds)))
+        answers = await asyncio.gather(
+            *(
+                cluster.client.generate(prompt, max_tokens=24, ignore_eos=True, **kind)
+                for prompt, kind in requests
+            )
+        )
+        params = [SamplingParams(max_tokens=24, ignore_eos=True, **kind) for _, kind in requests]
+        alone = LLM(str(tiny_model), num_blocks=256).generate([p for p, _ in requests], params)
+        assert [[*a.token_ids] for a in answers] == [[*a.token_ids] for a in alone]
+        prefill, decode = await cluster.settled()
+        blocks = sum(-(-len(prompt) // 16) for prompt, _ in requests)
+        assert decode.transferred_blocks == blocks
+        assert decode.transferred_bytes == blocks * decode.description.block_bytes
+        assert decode.recomputed_tokens == 0
+        assert prefill.prompt_tokens == sum(len(prompt) for prompt, _ in requests)
+    finally:
+        await stop(cluster)
+
+
+async def test_a_shared_prefix_goes_where_it_is_cached(cluster: Cluster) -> None:
+    (prefix,) = prompts(1, 1000)
+    first = await cluster.client.generate([*prefix, 5, 6], max_tokens=2, temperature=0)
+    home = first.timings.prefill_worker
+    for i in range(4):
+        again = await cluster.client.generate([*prefix, 7 + i], max_tokens=2, temperature=0)
+        assert again.timings.prefill_worker == home
+        assert again.usage.cached_tokens == 992
+    assert first.usage.cached_tokens == 0
+    await cluster.settled()
+
+
+async def test_streams_that_end_early_leave_nothing_behind(cluster: Cluster) -> None:
+    """32 streams: a third cancelled midway, a sixth ended by their deadline."""
+
+    async def one(index: int, prompt: list[int]) -> str:
+        if index % 6 == 5:
+            with pytest.raises(DeadlineExceeded):
+                await cluster.client.generate(
+                    prompt, max_tokens=1800, ignore_eos=True, timeout=0.5 + index / 100
+                )
+            return "deadline"
+        stream = cluster.client.stream(prompt, max_tokens=40, ignore_eos=True, temperature=0)
+        count = 0
+        async for chunk in stream:
+            count += len(chunk.token_ids)
+            if index % 3 == 0 and count >= 1 + index:
+                await stream.aclose()
+                return "cancelled"
+        assert count == 40
+        return "finished"
+
+    ends = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts(32, 60))))
+    assert [ends.count(end) for end in ("cancelled", "deadline", "finished")] == [11, 5, 16]
+    await cluster.settled()
+
+
+async def test_a_pool_that_is_too_small_preempts_and_the_streams_go_on(tiny_model: Path) -> None:
+    roles = [Role.PREFILL, Role.DECODE]
+    cluster = await start(tiny_model, roles, kv_blocks=24)
+    try:
+        asked = prompts(6, 60)
+        answers = await asyncio.gather(
+            *(
+                cluster.client.generate(p, max_tokens=120, ignore_eos=True, temperature=0)
+                for p in asked
+            )
+        )
+        params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+        alone = LLM(str(tiny_model), num_blocks=256).generate(asked, params)
+        assert [[*a.token_ids] for a in answers] == [[*a.token_ids] for a in alone]
+        assert cluster.workers[1]._role.state.counters.preemptions > 0
+        await cluster.settled()
+    finally:
+        await stop(cluster)
+
+
+async def test_one_trace_spans_gateway_prefill_and_decode(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for module in (router_tracing, worker_tracing):
+        monkeypatch.setattr(module, "_tracer", provider.get_tracer("test"))
+    answers = await asyncio.gather(
+        *(cluster.client.generate(p, max_tokens=6, ignore_eos=True) for p in prompts(12))
+    )
+    await cluster.settled()
+    async with asyncio.timeout(5):
+        while sum(s.name == "crossdock.request" for s in exporter.get_finished_spans()) < 12:
+            await asyncio.sleep(0.01)
+    traces: dict[int, dict[str, ReadableSpan]] = {}
+    for span in exporter.get_finished_spans():
+        traces.setdefault(span.context.trace_id, {})[span.name] = span
+    assert len(traces) == 12
+    for spans in traces.values():
+        request = spans["crossdock.request"]
+        for name in ("crossdock.prefill", "crossdock.decode"):
+            assert spans[name].parent.span_id == request.context.span_id
+        assert {e.name for e in spans["crossdock.prefill"].events} >= {"prefill_queued"}
+        assert {e.name for e in spans["crossdock.decode"].events} >= {"fenced", "joined"}
+    for answer in answers:
+        events = answer.timings.events
+        assert list(events) == list(LIFE_CYCLE) and list(events.values()) == sorted(events.values())
+
+
+async def test_colocated_workers_answer_the_same(tiny_model: Path) -> None:
+    cluster = await start(tiny_model, [Role.COLOCATED] * 2)
+    try:
+        asked = prompts(4)
+        answers = await asyncio.gather(
+            *(cluster.client.generate(p, max_tokens=10, temperature=0) for p in asked)
+        )
+        params = SamplingParams(temperature=0, max_tokens=10)
+        alone = LLM(str(tiny_model), num_blocks=256).generate(asked, params)
+        assert [[*a.token_ids] for a in answers] == [[*a.token_ids] for a in alone]
+        await cluster.settled()
+    finally:
+        await stop(cluster)
+
+
+async def test_a_worker_of_another_layout_is_refused_and_the_request_told(
+    tiny_model: Path,
+) -> None:
+    """A ticket of another block size never reaches memory; both values are named."""
+    prefill = await start(tiny_model, [Role.PREFILL], block_size=16)
+    decode = await start(tiny_model, [Role.DECODE], block_size=32)
+    try:
+        stub = worker_pb2_grpc.WorkerStub(
+            grpc.aio.insecure_channel(decode.workers[0].description.address)
+        )
+        await decode.workers[0].update_peers([prefill.workers[0].endpoint])
+        assert (await stub.GetStatus(worker_pb2.GetStatusRequest())).integrity_error == ""
+        with pytest.raises(Exception, match=r"block_size.*(16|32).*(32|16)"):
+            await decode.workers[0].peers.ensure(
+                prefill.workers[0].description.incarnation,
+                prefill.workers[0].description.address,
+            )
+    finally:
+        await stop(prefill)
+        await stop(decode)

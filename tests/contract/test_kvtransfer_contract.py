@@ -1,0 +1,516 @@
+"""One contract for every transport: nixl, nccl and local between real processes, fake in memory.
+
+nccl runs on its stand-in for NCCL, which moves host memory and needs no GPU.
+
+Run as a program this file is the peer: it serves a pool and obeys lines on its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crossdock.kvtransfer.fake import FakeNetwork
+from crossdock.kvtransfer.local import cleanup_stale
+from crossdock.kvtransfer.nccl.fake import StandInCommunicators
+from crossdock.kvtransfer.pull import PullDone, Puller, PullLimits
+from crossdock.kvtransfer.registry import allocate, create_transport
+from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
+from crossdock.kvtransfer.transport import Handle, HandleState, PoolMemory, Transport
+from crossdock.proto.errors import TransferFailed
+from crossdock.proto.v1.worker_pb2 import Ticket
+
+NUM_BLOCKS = 64
+BLOCK_BYTES = 12_288
+WAIT_S = 20.0
+SHM = Path("/dev/shm")
+KEY = b"contract"
+
+
+def content(seed: int, block_id: int) -> np.ndarray:
+    """What a peer's block holds."""
+    return ((np.arange(BLOCK_BYTES) * 31 + block_id * 7 + seed) % 251).astype(np.uint8)
+
+
+class Pool:
+    """A pool and its transport: what one worker has."""
+
+    def __init__(self, name: str, network: FakeNetwork | None = None, **options: object) -> None:
+        self.incarnation = new_incarnation()
+        buffer, generations, self._free = allocate(name, NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
+        self.memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
+        self.blocks = buffer.reshape(NUM_BLOCKS, BLOCK_BYTES)
+        if name == "nccl":
+            options = {"communicators": StandInCommunicators(), "cluster_key": KEY, **options}
+        self.transport: Transport = create_transport(
+            name, self.incarnation, self.memory, network=network, **options
+        )
+
+    def fill(self, seed: int) -> None:
+        for block_id in range(NUM_BLOCKS):
+            self.blocks[block_id] = content(seed, block_id)
+        self.memory.generations[:] = 100 + np.arange(NUM_BLOCKS)
+
+    def change_owner(self, block_id: int) -> None:
+        self.memory.generations[block_id] += 1
+        self.blocks[block_id] = 255
+
+    def close(self) -> None:
+        self.transport.close()
+        del self.blocks, self.memory
+        self._free()
+
+
+class Peer:
+    """What the tests ask of a peer, whatever process it lives in."""
+
+    incarnation: bytes
+    info: bytes
+    seed: int
+
+    def ticket(self, block_ids: Sequence[int], lease_s: float = 60.0) -> Ticket:
+        return make_ticket(
+            key=KEY,
+            prefill_worker="p",
+            prefill_address="",
+            incarnation=self.incarnation,
+            block_ids=block_ids,
+            generations=[100 + block_id for block_id in block_ids],
+            num_tokens=len(block_ids) * 16,
+            layout_hash=b"",
+            lease_s=lease_s,
+        )
+
+    def change_owner(self, block_id: int) -> None:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Every block as in the beginning."""
+        raise NotImplementedError
+
+    def releases(self, *tickets: Ticket) -> bool:
+        """Waits until all of them were released; False after WAIT_S."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        raise NotImplementedError
+
+
+class FakePeer(Peer):
+    def __init__(self, network: FakeNetwork, seed: int) -> None:
+        self._network, self.seed = network, seed
+        self._seen: set[bytes] = set()
+        self._pool = Pool("fake", network)
+        self._pool.fill(seed)
+        self.incarnation, self.info = self._pool.incarnation, self._pool.transport.info()
+
+    def change_owner(self, block_id: int) -> None:
+        self._pool.change_owner(block_id)
+
+    def reset(self) -> None:
+        self._pool.fill(self.seed)
+
+    def releases(self, *tickets: Ticket) -> bool:
+        self._seen.update(self._pool.transport.notifications())
+        return self._seen >= {ticket.ticket_id for ticket in tickets}
+
+    def kill(self) -> None:
+        self._network.kill(self.incarnation)
+
+
+class ProcessPeer(Peer):
+    def __init__(self, name: str, seed: int, ucx: dict[str, str] | None = None) -> None:
+        self.seed = seed
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, name, str(seed), json.dumps(ucx or {})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        described = self._answer()
+        self.incarnation = bytes.fromhex(described["incarnation"])
+        self.info = bytes.fromhex(described["info"])
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def change_owner(self, block_id: int) -> None:
+        assert self._ask("change", str(block_id))
+
+    def reset(self) -> None:
+        assert self._ask("reset", "all")
+
+    def releases(self, *tickets: Ticket) -> bool:
+        return self._ask("releases", ",".join(ticket.ticket_id.hex() for ticket in tickets))
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait(WAIT_S)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def stop(self) -> int:
+        """Ends it in order; its exit code."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait(WAIT_S)
+
+    def _ask(self, command: str, argument: str) -> bool:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{command} {argument}\n")
+        self._process.stdin.flush()
+        return bool(self._answer())
+
+    def _answer(self):  # type: ignore[no-untyped-def]
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("> "):  # libraries print too
+                return json.loads(line[2:])
+        raise AssertionError("the peer process ended")
+
+
+class World:
+    """This process's pool on one kind of transport, and the peers it reads from."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.network = FakeNetwork()
+        self.pool = Pool(name, self.network)
+        self.transport = self.pool.transport
+        self.peers: list[Peer] = []
+        self._news = threading.Event()
+        self.transport.set_wakeup(self._news.set)
+        # Never killed: they show that others' faults don't matter to them.
+        self.standing, self.second = self.spawn(), self.spawn()
+
+    def spawn(self) -> Peer:
+        seed = len(self.peers) + 1
+        peer: Peer = (
+            FakePeer(self.network, seed) if self.name == "fake" else ProcessPeer(self.name, seed)
+        )
+        self.peers.append(peer)
+        self.add(peer)
+        return peer
+
+    def add(self, peer: Peer) -> None:
+        self.transport.add_peer(peer.incarnation, peer.info, NUM_BLOCKS, BLOCK_BYTES)
+
+    def puller(self, **limits: int) -> Puller:
+        self.pool.blocks[:] = 0
+        return Puller(self.transport, self.pool.memory, time.monotonic, PullLimits(**limits))
+
+    def until(self, check: Callable[[], bool]) -> None:
+        """Waits on the transport's wakeups, as an engine thread does."""
+        end = time.monotonic() + WAIT_S
+        while not check():
+            assert time.monotonic() < end, "nothing happened"
+            self._news.wait(0.05)
+            self._news.clear()
+
+    def settled(self, handle: Handle) -> Handle:
+        self.until(lambda: handle.terminal)
+        return handle
+
+    def run(self, puller: Puller) -> dict[str, PullDone]:
+        done: dict[str, PullDone] = {}
+
+        def polled() -> bool:
+            done.update({end.sequence_id: end for end in puller.poll()})
+            return puller.active == 0
+
+        self.until(polled)
+        return done
+
+    def holds(self, peer: Peer, remote_ids: Sequence[int], local_ids: Sequence[int]) -> bool:
+        return all(
+            np.array_equal(self.pool.blocks[local], content(peer.seed, remote))
+            for remote, local in zip(remote_ids, local_ids, strict=True)
+        )
+
+    def close(self) -> None:
+        self.pool.close()
+        peers = [peer for peer in self.peers if isinstance(peer, ProcessPeer)]
+        ends = [peer.stop() for peer in peers if peer.running]
+        for peer in peers:
+            peer.kill()
+        assert ends == [0] * len(ends)
+        cleanup_stale()  # of the peers that were killed
+        assert not [path for peer in peers for path in SHM.glob(f"crossdock-{peer.pid}-*")]
+        assert not list(SHM.glob(f"crossdock-{os.getpid()}-*"))
+
+
+@pytest.fixture(scope="module", params=["fake", "local", "nixl", "nccl"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(request.param)
+    yield world
+    world.close()
+
+
+def later() -> float:
+    return time.monotonic() + WAIT_S
+
+
+def test_a_pull_moves_the_bytes_and_joins(world: World) -> None:
+    puller, peer = world.puller(), world.standing
+    ids = list(range(8, 24))
+    puller.start("s", peer.ticket(ids), ids, list(range(16)), later())
+    done = world.run(puller)["s"]
+    assert done.error is None
+    assert (done.nblocks, done.nbytes) == (16, 16 * BLOCK_BYTES)
+    assert done.started_at <= done.pulled_at <= done.fenced_at
+    assert world.holds(peer, ids, range(16))
+    assert not world.pool.blocks[16:].any()
+
+
+def test_scattered_blocks_are_moved_in_runs(world: World) -> None:
+    puller, peer = world.puller(), world.standing
+    remote = [30, 31, 32, 5, 6, 50, 9, 8]
+    local = [10, 11, 12, 20, 21, 22, 41, 40]
+    before = world.transport.stats.descriptors
+    puller.start("s", peer.ticket(remote), remote, local, later())
+    assert world.run(puller)["s"].error is None
+    assert world.holds(peer, remote, local)
+    # 30-32, 5-6, 50, and 8-9, which are in order on both sides however they were listed.
+    assert world.transport.stats.descriptors - before == 4
+
+
+def test_only_the_blocks_asked_for_are_moved(world: World) -> None:
+    puller, peer = world.puller(), world.standing
+    before = world.transport.stats.bytes
+    puller.start("s", peer.ticket([1, 2, 3, 4]), [3, 4], [0, 1], later())
+    assert world.run(puller)["s"].error is None
+    assert world.holds(peer, [3, 4], [0, 1])
+    assert world.transport.stats.bytes - before == 2 * BLOCK_BYTES
+
+
+def test_the_release_arrives_with_the_ticket_id(world: World) -> None:
+    puller, peer = world.puller(), world.standing
+    ticket, cached = peer.ticket([1, 2]), peer.ticket([1, 2])
+    puller.start("read", ticket, [1, 2], [0, 1], later())
+    puller.start("all cached", cached, [], [], later())
+    done = world.run(puller)
+    assert [done["read"].error, done["all cached"].error] == [None, None]
+    assert done["all cached"].nbytes == 0
+    assert peer.releases(ticket, cached)
+
+
+def test_a_new_owner_fails_the_fence(world: World) -> None:
+    puller, peer = world.puller(), world.second
+    ticket, fine = peer.ticket([10, 11, 12]), peer.ticket([20, 21])
+    peer.reset()
+    peer.change_owner(11)
+    puller.start("stale", ticket, [10, 11, 12], [0, 1, 2], later())
+    puller.start("fine", fine, [20, 21], [3, 4], later())
+    done = world.run(puller)
+    assert done["fine"].error is None
+    error = done["stale"].error
+    assert error is not None
+    assert "fence refused: 1 of 3" in error
+    assert "block 11 is at generation 112, the ticket says 111" in error
+    assert peer.releases(ticket, fine)
+
+
+def test_an_owner_that_changes_between_read_and_fence_is_seen_every_time(world: World) -> None:
+    peer = world.second
+    peer.reset()
+    for round_ in range(20):
+        block_id = 1 + 3 * round_
+        read = world.transport.read_blocks(peer.incarnation, [block_id, block_id + 1], [0, 1])
+        assert world.settled(read).state is HandleState.DONE
+        assert world.holds(peer, [block_id], [0])
+        peer.change_owner(block_id)
+        fence = world.transport.read_generations(peer.incarnation, [block_id + 1, block_id], b"")
+        assert world.settled(fence).state is HandleState.DONE
+        assert fence.generations is not None
+        assert fence.generations.tolist() == [101 + block_id, 101 + block_id]
+
+
+def test_an_unknown_peer_fails_that_pull_only(world: World) -> None:
+    puller, peer = world.puller(), world.standing
+    stranger = peer.ticket([1])
+    stranger.incarnation = new_incarnation()
+    puller.start("stranger", stranger, [1], [0], later())
+    puller.start("known", peer.ticket([2]), [2], [1], later())
+    done = world.run(puller)
+    assert "unknown" in str(done["stranger"].error)
+    assert done["known"].error is None
+
+
+def test_ids_outside_a_pool_fail_the_handle(world: World) -> None:
+    for remote, local in ([NUM_BLOCKS], [0]), ([-1], [0]), ([0], [NUM_BLOCKS]):
+        handle = world.transport.read_blocks(world.standing.incarnation, remote, local)
+        assert world.settled(handle).state is HandleState.FAILED
+        assert "block ids" in str(handle.error)
+
+
+def test_a_peer_that_describes_itself_wrongly_is_refused(world: World) -> None:
+    peer = world.standing
+    with pytest.raises(TransferFailed):
+        world.transport.add_peer(new_incarnation(), peer.info, NUM_BLOCKS, BLOCK_BYTES)
+    with pytest.raises(TransferFailed):
+        world.transport.add_peer(new_incarnation(), b"\x07nonsense", NUM_BLOCKS, BLOCK_BYTES)
+    with pytest.raises(TransferFailed, match="bytes"):
+        world.transport.add_peer(peer.incarnation, peer.info, NUM_BLOCKS, 2 * BLOCK_BYTES)
+    assert world.transport.warm(peer.incarnation) >= 0.0
+
+
+def test_warming_up(world: World) -> None:
+    assert 0.0 <= world.transport.warm(world.standing.incarnation) < WAIT_S
+    with pytest.raises(TransferFailed, match=r"unknown|cannot be reached"):
+        world.transport.warm(new_incarnation())
+
+
+def test_many_pulls_at_once(world: World) -> None:
+    puller = world.puller(max_reading=4)
+    other = world.second
+    other.reset()
+    for index in range(16):
+        peer = (world.standing, other)[index % 2]
+        remote = [index, index + 16, index + 17]
+        puller.start(f"s{index}", peer.ticket(remote), remote, _mine(index), later())
+    assert puller.active == 16
+    done = world.run(puller)
+    assert [end.error for end in done.values()] == [None] * 16
+    for index in range(16):
+        peer = (world.standing, other)[index % 2]
+        assert world.holds(peer, [index, index + 16, index + 17], _mine(index))
+
+
+def _mine(index: int) -> list[int]:
+    return [3 * index, 3 * index + 1, 3 * index + 2]
+
+
+def test_a_cancelled_pull_ends_only_when_its_transfer_has(world: World) -> None:
+    puller, peer = world.puller(), world.standing
+    ticket = peer.ticket([1, 2])
+    puller.start("s", ticket, [1, 2], [0, 1], later())
+    assert puller.cancel("s")
+    assert puller.held() == [[0, 1]]  # not the caller's before poll says so
+    done = world.run(puller)["s"]
+    assert (done.error, done.nbytes) == ("cancelled", 0)
+    assert puller.held() == []
+    assert peer.releases(ticket)
+    assert not puller.cancel("s")
+
+
+def test_a_killed_peer_fails_quickly_and_alone(world: World) -> None:
+    puller, doomed = world.puller(), world.spawn()
+    world.transport.warm(doomed.incarnation)
+    doomed.kill()
+    start = time.monotonic()
+    for index in range(3):
+        puller.start(f"dead{index}", doomed.ticket([1]), [1], [index], later())
+    puller.start("cached", doomed.ticket([1]), [], [], later())
+    puller.start("alive", world.standing.ticket([2]), [2], [8], later())
+    done = world.run(puller)
+    assert time.monotonic() - start < 5.0
+    assert all(done[f"dead{index}"].error for index in range(3))
+    assert done["alive"].error is None
+    with pytest.raises(TransferFailed):
+        world.transport.warm(doomed.incarnation)
+    world.transport.remove_peer(doomed.incarnation)
+    assert world.transport.warm(world.standing.incarnation) >= 0.0
+
+
+def test_a_peer_killed_while_it_is_read(world: World) -> None:
+    puller, doomed = world.puller(max_reading=NUM_BLOCKS), world.spawn()
+    ids = list(range(0, NUM_BLOCKS, 2))
+    handles = [
+        world.transport.read_blocks(doomed.incarnation, ids, range(len(ids))) for _ in range(50)
+    ]
+    doomed.kill()
+    handles.append(world.transport.read_generations(doomed.incarnation, ids, b"x"))
+    world.until(lambda: all(handle.terminal for handle in handles))
+    assert handles[-1].state is HandleState.FAILED
+    puller.start("alive", world.standing.ticket([2]), [2], [8], later())
+    assert world.run(puller)["alive"].error is None
+
+
+def test_a_restarted_peer_is_a_new_peer(world: World) -> None:
+    puller, first = world.puller(), world.spawn()
+    old = first.ticket([1])
+    first.kill()
+    world.transport.remove_peer(first.incarnation)
+    second = world.spawn()
+    puller.start("old", old, [1], [0], later())
+    puller.start("new", second.ticket([1]), [1], [1], later())
+    done = world.run(puller)
+    assert "unknown" in str(done["old"].error)
+    assert done["new"].error is None
+    assert world.holds(second, [1], [1])
+
+
+def test_a_removed_peer_can_be_added_again(world: World) -> None:
+    puller, peer = world.puller(), world.second
+    peer.reset()
+    for round_ in range(3):
+        world.transport.remove_peer(peer.incarnation)
+        failed = world.transport.read_blocks(peer.incarnation, [1], [0])
+        assert world.settled(failed).state is HandleState.FAILED
+        world.add(peer)
+        puller.start(f"s{round_}", peer.ticket([round_]), [round_], [round_], later())
+        assert world.run(puller)[f"s{round_}"].error is None
+    world.transport.remove_peer(new_incarnation())  # never added: no matter
+
+
+def test_a_closed_transport_refuses(world: World) -> None:
+    pool = Pool(world.name, world.network)
+    pool.transport.close()
+    handle = pool.transport.read_blocks(world.standing.incarnation, [0], [0])
+    assert handle.state is HandleState.FAILED
+    pool.close()
+
+
+def serve(name: str, seed: int, ucx: dict[str, str]) -> None:
+    """The peer process: obeys `change BLOCK`, `reset all` and `releases ID,ID`, a line each."""
+    options = {"ucx": ucx} if name == "nixl" else {}
+    pool = Pool(name, **options)
+    pool.fill(seed)
+    news = threading.Event()
+    pool.transport.set_wakeup(news.set)
+    pool.transport.expect_notifications(True)
+    described = {"incarnation": pool.incarnation.hex(), "info": pool.transport.info().hex()}
+    print("> " + json.dumps(described), flush=True)
+    seen: set[str] = set()
+
+    def released(wanted: set[str]) -> bool:
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            seen.update(ticket_id.hex() for ticket_id in pool.transport.notifications())
+            if seen >= wanted:
+                return True
+            news.wait(0.05)
+            news.clear()
+        return False
+
+    for line in sys.stdin:
+        command, argument = line.split()
+        answer = True
+        if command == "change":
+            pool.change_owner(int(argument))
+        elif command == "reset":
+            pool.fill(seed)
+        else:
+            answer = released(set(argument.split(",")))
+        print("> " + json.dumps(answer), flush=True)
+    pool.close()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,206 @@
+"""The YAML of a cluster: what it means, and that every error names file, line and field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossdock.deploy.runtime import gateway_launch, worker_launch
+from crossdock.deploy.spec import ClusterSpec, LimitsSpec, PoolSpec
+from crossdock.deploy.spec_yaml import locate
+from crossdock.proto.errors import ConfigError
+from crossdock.proto.types import Role
+
+MANIFESTS = Path(__file__).resolve().parents[3] / "deploy" / "manifests"
+TEXT = """\
+apiVersion: crossdock/v1
+kind: Cluster
+metadata: {name: local}
+model: {id: smollm2-135m-instruct, dtype: auto}
+gateway:
+  replicas: 2
+  grpc: "127.0.0.1:50051"
+  http: "127.0.0.1:8000"
+pools:
+  prefill:
+    role: prefill
+    replicas: 1
+    resources: {cpus: 2, gpus: 0, custom: {rack-a: 1}}
+    nodes: {labels: {zone: east}}
+  decode:
+    role: decode
+kv: {transport: nixl, block_size: 16, ucx: {TLS: tcp}}
+slo: {ttft_ms: 2000}
+"""
+
+WRONG = [
+    # replaced, by, line, field, part of the message
+    ("role: decode", "role: decoder", 16, "pools.decode.role", "one of prefill, decode, colocated"),
+    ("  replicas: 2", "  replica: 2", 6, "gateway.replica", "did you mean replicas?"),
+    ("  replicas: 2", "  replicas: two", 6, "gateway.replicas", "a whole number, not 'two'"),
+    ("  replicas: 2", "  replicas: 0", 6, "gateway.replicas", "must be from 1 to 64"),
+    ("    replicas: 1", "    replicas: -1", 12, "pools.prefill.replicas", "from 0 to 1024"),
+    ("    replicas: 1", "    replicas: 1.5", 12, "pools.prefill.replicas", "a whole number"),
+    ("dtype: auto", "dtype: int8", 4, "model.dtype", "auto, float32, bfloat16, float16"),
+    ("dtype: auto", "dtype: auto, dtype: auto", 4, "model.dtype", "given twice, first on line 4"),
+    ("id: smollm2-135m-instruct", "id: ''", 4, "model.id", "must not be empty"),
+    ("name: local", "name: 12", 3, "metadata.name", "must be a string, not '12'; quote it"),
+    ("name: local", "name: My_Cluster", 3, "metadata.name", "a-z, 0-9 and -"),
+    ("metadata: {name: local}", "metadata: {}", 3, "metadata.name", "is missing"),
+    ("metadata: {name: local}", "metadata: [local]", 3, "metadata", "a mapping, not a list"),
+    ("metadata: {name: local}", "", 1, "metadata", "is missing"),
+    ("127.0.0.1:8000", "127.0.0.1", 8, "gateway.http", "must be HOST:PORT"),
+    ("127.0.0.1:8000", "127.0.0.1:70000", 8, "gateway.http", "port from 0 to 65535"),
+    ("127.0.0.1:8000", "127.0.0.1:65535", 6, "gateway.replicas", "above 65535"),
+    ("127.0.0.1:8000", "127.0.0.1:50050", 8, "gateway.http", "also the port of controller.grpc"),
+    ("127.0.0.1:8000", "127.0.0.1:50052", 7, "gateway.grpc", "also the port of gateway.http"),
+    ("cpus: 2", "cpus: .nan", 13, "pools.prefill.resources.cpus", "from 0 to 4096"),
+    ("rack-a: 1", "rack-a: 0", 13, "pools.prefill.resources.custom.rack-a", "above 0"),
+    ("zone: east", "zone: [east]", 14, "pools.prefill.nodes.labels.zone", "a string, not a list"),
+    ("block_size: 16", "block_size: 20", 17, "kv.block_size", "one of 8, 16, 32, 64, 128"),
+    ("block_size: 16", "block_size: yes", 17, "kv.block_size", "a whole number, not 'yes'"),
+    ("transport: nixl", "transport: rdma", 17, "kv.transport", "one of nixl, nccl, local"),
+    ("ttft_ms: 2000", "ttft_ms:", 18, "slo.ttft_ms", "must be a number, not nothing"),
+    ("ttft_ms: 2000", "tfft_ms: 2000", 18, "slo.tfft_ms", "did you mean ttft_ms?"),
+    ("    role: decode", "    role: prefill", 9, "pools", "2 prefill, 0 decode, 0 colocated"),
+    ("  decode:", "  gateway:", 15, "pools.gateway", "taken by the gateways"),
+    ("  decode:", "  De_code:", 15, "pools.De_code", "is not a pool name"),
+    ("kind: Cluster", "kind: Pod", 2, "kind", "one of Cluster"),
+    ("crossdock/v1", "crossdock/v2", 1, "apiVersion", "one of crossdock/v1"),
+    ("model: {", "modle: {", 4, "modle", "did you mean model?"),
+    ("slo: {", "slo: }", 18, "yaml", "expected"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("old, new, line, field, message", WRONG, ids=[w[1] or w[0] for w in WRONG])
+def test_errors_name_file_line_field_and_what_is_allowed(old, new, line, field, message):
+    assert old in TEXT
+    with pytest.raises(ConfigError) as caught:
+        ClusterSpec.parse(TEXT.replace(old, new), "cluster.yaml")
+    assert str(caught.value).startswith(f"cluster.yaml:{line}: {field}: ")
+    assert message in str(caught.value)
+    assert caught.value.field == field
+
+
+def test_nccl_needs_a_whole_gpu_for_each_worker():
+    def spec(prefill: str, decode: str) -> ClusterSpec:
+        text = TEXT.replace("transport: nixl", "transport: nccl")
+        text = text.replace("gpus: 0", f"gpus: {prefill}")
+        return ClusterSpec.parse(
+            text.replace("role: decode\n", f"role: decode\n{decode}"), "c.yaml"
+        )
+
+    gpus = "    resources: {gpus: 1}\n"
+    assert spec("1", gpus).kv.transport == "nccl"
+    with pytest.raises(ConfigError, match=r"c\.yaml:13: pools\.prefill\.resources\.gpus: 0\.5"):
+        spec("0.5", gpus)
+    with pytest.raises(ConfigError, match=r"pools\.decode\.resources\.gpus: 0 is not .* least 1"):
+        spec("1", "")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing", "[1]", "a", "\x00", "a: &a {b: *a}", "a: 1\n---\n"]
+)
+def test_what_is_no_cluster_at_all(text):
+    with pytest.raises(ConfigError, match=r"^cluster\.yaml"):
+        ClusterSpec.parse(text, "cluster.yaml")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: file: cannot be read"):
+        ClusterSpec.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"\xe9")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        ClusterSpec.load(tmp_path / "latin.yaml")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=200))
+def test_no_text_makes_it_fail_otherwise(text):
+    try:
+        ClusterSpec.parse(text)
+    except ConfigError:
+        pass
+    else:
+        raise AssertionError("random text is a cluster")
+
+
+def test_values_and_defaults():
+    spec = ClusterSpec.parse(TEXT)
+    prefill, decode = spec.pools["prefill"], spec.pools["decode"]
+    assert prefill.resources.cpus == 2.0 and prefill.engine_threads == 2
+    assert prefill.nodes.labels == {"zone": "east"}
+    assert decode == PoolSpec(role="decode") and decode.engine_threads == 1
+    assert spec.gateway.limits == LimitsSpec()
+    assert spec.controller.grpc == "127.0.0.1:50050"
+    assert spec.gateway_addresses(1) == ("127.0.0.1:50052", "127.0.0.1:8001")
+
+
+def test_a_spec_survives_being_written_and_read():
+    spec = ClusterSpec.parse(TEXT)
+    assert ClusterSpec.parse(spec.to_yaml()) == spec
+
+
+@pytest.mark.parametrize("path", sorted(MANIFESTS.glob("*.yaml")), ids=lambda path: path.name)
+def test_manifests_are_valid(path):
+    if "kuberay" not in path.name:
+        assert ClusterSpec.load(path).pools
+
+
+def test_model_paths_are_relative_to_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text(TEXT.replace("id: smollm2-135m-instruct", "id: ./models/m"))
+    assert ClusterSpec.load(tmp_path / "c.yaml").model.id == str(tmp_path / "models" / "m")
+
+
+def test_replicas_do_not_change_a_revision_but_settings_do():
+    spec = ClusterSpec.parse(TEXT)
+    revision = spec.pool_revision("decode")
+    assert spec.with_replicas("decode", 3).pool_revision("decode") == revision
+    pools = {**spec.pools, "decode": replace(spec.pools["decode"], max_batch=8)}
+    changed = replace(spec, pools=pools)
+    assert changed.pool_revision("decode") != revision
+    assert changed.pool_revision("prefill") == spec.pool_revision("prefill")
+    other_port = replace(spec, gateway=replace(spec.gateway, http="127.0.0.1:9000"))
+    assert other_port.gateway_revision() != spec.gateway_revision()
+    assert other_port.pool_revision("decode") == revision
+
+
+@pytest.mark.parametrize(
+    "pool, replicas, message",
+    [
+        ("encode", 1, "'encode' is unknown; the pools are decode, prefill"),
+        ("decode", 0, "nothing could be served"),
+        ("decode", 5000, "must be from 0 to 1024"),
+    ],
+)
+def test_scaling_to_what_cannot_be(pool, replicas, message):
+    with pytest.raises(ConfigError, match=message):
+        ClusterSpec.parse(TEXT).with_replicas(pool, replicas)
+
+
+def test_colocated_workers_serve_alone():
+    text = TEXT.replace("role: prefill", "role: colocated").replace("role: decode", "role: prefill")
+    assert ClusterSpec.parse(text).pools["prefill"].role == "colocated"
+
+
+def test_locate_finds_the_line_or_that_of_what_encloses_it():
+    assert locate(TEXT, "c.yaml", "pools.prefill.role") == "c.yaml:11"
+    assert locate(TEXT, "c.yaml", "pools.decode.threads") == "c.yaml:15"
+
+
+def test_launches_carry_what_the_spec_says():
+    spec = ClusterSpec.parse(TEXT)
+    launch = worker_launch(spec, "prefill", "prefill-0", b"k" * 32)
+    assert launch.worker.role is Role.PREFILL and launch.worker.threads == 2
+    assert launch.worker.transport_options == {"TLS": "tcp"}
+    assert launch.placement.env["OMP_NUM_THREADS"] == "2"
+    assert launch.placement.env["UCX_TLS"] == "tcp"
+    assert launch.placement.labels == {"zone": "east"}
+    assert launch.placement.custom == {"rack-a": 1.0}
+    assert launch.revision == launch.worker.revision == spec.pool_revision("prefill")
+    gateway = gateway_launch(spec, "gateway-1", 1)
+    assert gateway.gateway["grpc"] == "127.0.0.1:50052" and gateway.placement.on_head

@@ -1,0 +1,134 @@
+"""The two implementations of the small operators agree, at sizes that are nobody's multiple."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from crossdock.engine.native.attention.numba_ops import NumbaOps
+from crossdock.engine.native.attention.ops import make_ops
+from crossdock.engine.native.attention.torch_ops import TorchOps
+from crossdock.engine.native.batch import make_batch
+from crossdock.engine.native.kv_cache import KVCache
+from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.model.config import ModelConfig
+from crossdock.proto.types import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+def config(**changes: object) -> ModelConfig:
+    options: dict = {
+        "architecture": "llama",
+        "vocab_size": 10,
+        "hidden_size": 50,
+        "intermediate_size": 37,
+        "num_layers": 3,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "context_length": 1024,
+    }
+    return ModelConfig(**(options | changes))
+
+
+def sequence(tokens: int, table: list[int]) -> Sequence:
+    return Sequence("s", [0] * tokens, tokens, SamplingParams(), block_table=table)
+
+
+def plan(block_size: int) -> tuple[StepPlan, int]:
+    """Decode rows, short and long first chunks and later chunks; and how many blocks they need."""
+    ends = [(0, 1), (299, 1), (0, 3), (200, 5), (0, 65), (130, 64), (63, 130), (0, 17)]
+    chunks, used = [], 0
+    order = np.random.default_rng(3)
+    for start, length in ends:
+        count = -(-(start + length) // block_size)
+        table = (used + order.permutation(count)).tolist()
+        used += count
+        chunks.append(Chunk(sequence(start + length, table), start, length, start % 2 == 1))
+    return StepPlan(tuple(chunks)), used
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(
+    ("block_size", "heads"), [(16, (6, 2)), (16, (4, 1)), (1, (2, 2)), (128, (6, 2))]
+)
+def test_attention_agrees(block_size: int, heads: tuple[int, int], window: int | None) -> None:
+    shape = config(num_heads=heads[0], num_kv_heads=heads[1], sliding_window=window)
+    steps, used = plan(block_size)
+    batch = make_batch(steps, block_size, used)
+    generator = torch.Generator().manual_seed(0)
+    width = (heads[0] + 2 * heads[1]) * shape.head_dim
+    qkv = torch.randn(batch.num_rows, width, generator=generator) * 2
+    norms = 1 + torch.rand(2, shape.head_dim, generator=generator)
+    kvs = [KVCache(used, shape, block_size, torch.float32) for _ in range(2)]
+    kvs[0].data.normal_(generator=generator)
+    kvs[1].data.copy_(kvs[0].data)
+    results = []
+    with torch.inference_mode():
+        for ops, kv in zip((NumbaOps(shape), TorchOps(shape, CPU)), kvs):
+            step, mine = ops.step(batch, kv), qkv.clone()
+            step.store(1, mine, norms[0], norms[1])
+            results.append((step.attend(1, mine, False), step.attend(1, mine, True)))
+    assert torch.allclose(kvs[0].data, kvs[1].data, atol=1e-5)
+    for ours, theirs in zip(*results):
+        assert ours.shape == theirs.shape
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    rows = torch.from_numpy(batch.sampled)
+    assert torch.allclose(results[0][0][rows], results[0][1], atol=1e-5)
+
+
+def test_large_scores() -> None:
+    """Scores of hundreds, of either sign: the softmax neither overflows nor loses its winner."""
+    shape = config()
+    steps, used = plan(16)
+    batch = make_batch(steps, 16, used)
+    qkv = torch.randn(batch.num_rows, 10 * 32, generator=torch.Generator().manual_seed(1)) * 12
+    results = []
+    with torch.inference_mode():
+        for ops in (NumbaOps(shape), TorchOps(shape, CPU)):
+            kv = KVCache(used, shape, 16, torch.float32)
+            step, mine = ops.step(batch, kv), qkv.clone()
+            step.store(0, mine, None, None)
+            results.append(step.attend(0, mine, False))
+    assert results[0].isfinite().all()
+    assert torch.allclose(results[0], results[1], atol=5e-3)
+
+
+def test_norm_and_swiglu_agree() -> None:
+    shape = config()
+    batch = make_batch(StepPlan((Chunk(sequence(5, [0]), 0, 5, True),)), 16, 1)
+    kv = KVCache(1, shape, 16, torch.float32)
+    hidden, weight = torch.randn(5, 50) * 3, torch.rand(50)
+    gate_up = torch.randn(5, 74) * 40
+    gate_up[0, :4] = torch.tensor([-1e4, 1e4, 0.0, -90.0])
+    with torch.inference_mode():
+        numba, plain = (o.step(batch, kv) for o in (NumbaOps(shape), TorchOps(shape, CPU)))
+        assert torch.allclose(numba.norm(hidden, weight), plain.norm(hidden, weight), atol=1e-6)
+        ours, theirs = numba.swiglu(gate_up), plain.swiglu(gate_up)
+    assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+def test_what_numba_cannot_do_goes_to_torch() -> None:
+    assert isinstance(make_ops(config(), torch.float32, CPU), NumbaOps)
+    assert isinstance(make_ops(config(head_dim=24), torch.float32, CPU), TorchOps)
+    assert isinstance(make_ops(config(), torch.bfloat16, CPU), TorchOps)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "words"),
+    [
+        (Chunk(sequence(20, [0]), 0, 20, True), "do not hold"),
+        (Chunk(sequence(20, [0, 1]), 0, 21, True), "tokens 0 to 21 of 20"),
+        (Chunk(sequence(20, [0, 1]), 3, 0, True), "tokens 3 to 3"),
+        (Chunk(sequence(20, [0, 4]), 0, 20, True), "block ids"),
+        (Chunk(sequence(20, [-1, 0]), 0, 20, True), "block ids"),
+    ],
+)
+def test_batches_that_would_write_elsewhere(chunk: Chunk, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_batch(StepPlan((chunk,)), 16, 4)

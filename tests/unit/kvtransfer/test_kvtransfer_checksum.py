@@ -1,0 +1,81 @@
+"""Checksums of blocks: XXH3's published values, every byte counted, VRAM through the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import fake_cupy
+import numpy as np
+import pytest
+import xxhash
+
+from crossdock.kvtransfer import checksum
+from crossdock.kvtransfer.checksum import checksums
+from crossdock.kvtransfer.registry import allocate
+from crossdock.kvtransfer.transport import PoolMemory
+
+NUM_BLOCKS = 24
+BLOCK_BYTES = 4096
+
+
+@pytest.fixture
+def memory() -> Iterator[PoolMemory]:
+    buffer, generations, close = allocate("nixl", NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
+    buffer[:] = np.random.default_rng(0).integers(0, 256, len(buffer), dtype=np.uint8)
+    yield PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
+    del buffer, generations
+    close()
+
+
+def one_by_one(memory: PoolMemory, ids: list[int]) -> list[int]:
+    return [xxhash.xxh3_64_intdigest(memory.blocks()[block_id].tobytes()) for block_id in ids]
+
+
+def test_they_are_xxh3_in_the_order_asked_for(memory: PoolMemory) -> None:
+    assert checksums(memory, [7, 0, 23, 7]) == one_by_one(memory, [7, 0, 23, 7])
+    assert checksums(memory, []) == []
+    assert xxhash.xxh3_64_intdigest(b"") == 0x2D06800538D394C2  # published, with seed 0
+
+
+def test_one_changed_bit_anywhere_is_seen(memory: PoolMemory) -> None:
+    before = checksums(memory, range(NUM_BLOCKS))
+    assert len(set(before)) == NUM_BLOCKS
+    assert all(0 <= value < 1 << 64 for value in before)
+    for byte in (0, 1, BLOCK_BYTES // 2, BLOCK_BYTES - 1):
+        memory.blocks()[5, byte] ^= 1
+        after = checksums(memory, range(NUM_BLOCKS))
+        assert [i for i in range(NUM_BLOCKS) if after[i] != before[i]] == [5]
+        memory.blocks()[5, byte] ^= 1
+
+
+@pytest.mark.parametrize("wrong", [-1, NUM_BLOCKS])
+def test_ids_outside_the_pool_are_refused(memory: PoolMemory, wrong: int) -> None:
+    with pytest.raises(ValueError, match="block ids"):
+        checksums(memory, [0, wrong])
+
+
+@pytest.mark.parametrize("staged_blocks", [0.5, 1, 3, 100])
+def test_vram_is_copied_in_pieces_that_fit(
+    monkeypatch: pytest.MonkeyPatch, memory: PoolMemory, staged_blocks: float
+) -> None:
+    fake_cupy.install(monkeypatch)
+    monkeypatch.setattr(checksum, "_STAGING_BYTES", int(staged_blocks * BLOCK_BYTES))
+    vram = replace(memory, memory_type="VRAM", device_id=1)
+    ids = [9, 3, 4, 5, 6, 7, 23, 0, 4]
+    assert checksums(vram, ids) == one_by_one(memory, ids)
+    assert checksums(vram, []) == []
+    assert fake_cupy.Device.current == 0  # the caller's device is its own again
+
+
+def test_vram_as_it_is(memory: PoolMemory) -> None:
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed: no VRAM to sum")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"no GPU: {error}")
+    on_device = cupy.asarray(memory.blocks())
+    vram = replace(memory, kv_ptr=on_device.data.ptr, memory_type="VRAM")
+    cupy.cuda.Device().synchronize()
+    ids = [9, 3, 4, 5, 23, 0, 4]
+    assert checksums(vram, ids) == one_by_one(memory, ids)

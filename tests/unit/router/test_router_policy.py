@@ -1,0 +1,366 @@
+"""Placement: pure decisions over a view, with the clock and the dice in the test's hands."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from crossdock.proto.types import Role
+from crossdock.router.placement.policy import (
+    Demand,
+    NoWorker,
+    Policy,
+    decode_for,
+    least_latency,
+    round_robin,
+)
+from crossdock.router.placement.view import (
+    DEFAULT_BANDWIDTH,
+    PAIR_REST_S,
+    SEEN_AFTER_S,
+    STALE_AFTER_S,
+    ClusterView,
+    LoadReport,
+    WorkerFacts,
+)
+
+BLOCK = 16
+
+
+def make_view(**roles: Role) -> ClusterView:
+    view = ClusterView()
+    for name, role in roles.items():
+        add(view, name, role)
+    return view
+
+
+def add(view: ClusterView, name: str, role: Role, **load: float) -> None:
+    facts = WorkerFacts(name, role, f"{name}-incarnation", 1000, BLOCK, 1000)
+    worker = view.connected(facts, 0.0)
+    full = {"free_blocks": 1000, "total_blocks": 1000, "prefill_tokens_per_s": 1000.0} | load
+    view.reported(worker, LoadReport(**full), 0.0)  # type: ignore[arg-type]
+
+
+def report(view: ClusterView, name: str, now: float = 0.0, **load: float) -> None:
+    full = {"free_blocks": 1000, "total_blocks": 1000, "prefill_tokens_per_s": 1000.0} | load
+    view.reported(view.workers[name], LoadReport(**full), now)  # type: ignore[arg-type]
+
+
+def cache(view: ClusterView, name: str, hashes: list[bytes]) -> None:
+    for block_hash in hashes:
+        view.index.add(view.workers[name].slot, block_hash)
+
+
+def demand(tokens: int = 160, **changes: object) -> Demand:
+    hashes = [bytes([i]) * 16 for i in range(tokens // BLOCK)]
+    return Demand(**({"num_tokens": tokens, "block_hashes": hashes, "block_size": BLOCK} | changes))  # type: ignore[arg-type]
+
+
+def two_and_two() -> ClusterView:
+    return make_view(p0=Role.PREFILL, p1=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE)
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(7)
+
+
+def test_a_prefix_hit_wins_where_queues_are_alike(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(1600)
+    cache(view, "p1", list(asked.block_hashes[:90]))
+    placement = least_latency(view, asked, 0.0, rng)
+    assert placement.prefill == "p1"
+    assert placement.cached_blocks == 90
+    assert placement.uncached_tokens == 1600 - 90 * BLOCK
+
+
+def test_a_deeper_queue_outweighs_a_prefix_hit(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(1600)
+    cache(view, "p1", list(asked.block_hashes[:90]))
+    report(view, "p1", queued_tokens=2000)  # computing 1440 tokens anew is quicker than waiting
+    assert least_latency(view, asked, 0.0, rng).prefill == "p0"
+    report(view, "p1", queued_tokens=1000)
+    assert least_latency(view, asked, 0.0, rng).prefill == "p1"
+
+
+def test_one_slow_measurement_does_not_keep_work_from_an_idle_worker(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(1000)
+    report(view, "p0", prefill_tokens_per_s=100.0)
+    report(view, "d0", step_base_s=0.5, step_per_sequence_s=0.0)
+    for _ in range(50):
+        report(view, "p1", prefill_tokens_per_s=1000.0 + rng.random())
+        report(view, "d1", step_base_s=0.01 + rng.random() / 1000, step_per_sequence_s=0.0)
+    chosen = [least_latency(view, asked, 0.0, rng) for _ in range(40)]
+    assert {c.prefill for c in chosen} == {"p0", "p1"}
+    assert {c.decode for c in chosen} == {"d0", "d1"}
+
+
+def test_a_new_worker_is_presumed_as_fast_as_its_pool(rng: random.Random) -> None:
+    view = make_view(p0=Role.PREFILL)
+    add(view, "d0", Role.DECODE, step_base_s=0.001, step_per_sequence_s=0.001, running=3)
+    add(view, "d1", Role.DECODE)
+    assert least_latency(view, demand(100), 0.0, rng).decode == "d1"
+
+
+def test_a_slower_worker_needs_a_shorter_queue(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(1000)
+    report(view, "p0", prefill_tokens_per_s=250.0, queued_tokens=10)
+    report(view, "p1", prefill_tokens_per_s=1000.0, queued_tokens=2000)
+    assert least_latency(view, asked, 0.0, rng).prefill == "p1"  # 3 s against 4 s
+    report(view, "p1", prefill_tokens_per_s=1000.0, queued_tokens=3500)
+    assert least_latency(view, asked, 0.0, rng).prefill == "p0"
+
+
+def test_predicted_ttft_is_queue_own_and_transfer(rng: random.Random) -> None:
+    view, asked = make_view(p0=Role.PREFILL, d0=Role.DECODE), demand(160)
+    report(view, "p0", queued_tokens=500, prefill_tokens_per_s=100.0)
+    placement = least_latency(view, asked, 0.0, rng)
+    transfer_s = 10 * 1000 / DEFAULT_BANDWIDTH
+    assert placement.predicted_ttft_s == pytest.approx((500 + 160) / 100 + transfer_s)
+    assert placement.measured
+
+
+def test_a_slow_link_turns_the_pair(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(160)
+    for pair in (("p0", "d0"), ("p0", "d1"), ("p1", "d0")):
+        view.transferred(*pair, nbytes=1000, seconds=1.0)  # 1 KB/s: 10 s for this prompt
+    placement = least_latency(view, asked, 0.0, rng)
+    assert (placement.prefill, placement.decode) == ("p1", "d1")
+
+
+def test_bandwidth_follows_the_bytes_not_the_number_of_pulls() -> None:
+    view = make_view(p0=Role.PREFILL, d0=Role.DECODE)
+    view.transferred("p0", "d0", nbytes=10**9, seconds=1.0)
+    view.transferred("p0", "d0", nbytes=1000, seconds=0.001)  # 1 MB/s, being all latency
+    assert view.bandwidth("p0", "d0") == pytest.approx(1e9, rel=0.01)
+    for _ in range(30):
+        view.transferred("p0", "d0", nbytes=10**8, seconds=1.0)
+    assert view.bandwidth("p0", "d0") == pytest.approx(1e8, rel=0.05)
+    view.transferred("p0", "d0", nbytes=0, seconds=1.0)
+    view.disconnected("d0", "d0-incarnation")
+    assert view.bandwidth("p0", "d0") == DEFAULT_BANDWIDTH
+
+
+def test_blocks_that_decode_holds_are_not_counted_as_transfer(rng: random.Random) -> None:
+    view, asked = make_view(p0=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE), demand(160)
+    for decode in ("d0", "d1"):
+        view.transferred("p0", decode, nbytes=1000, seconds=1.0)
+    cache(view, "d1", list(asked.block_hashes))
+    assert least_latency(view, asked, 0.0, rng).decode == "d1"
+
+
+def test_decode_goes_to_the_least_tpot_after_joining(rng: random.Random) -> None:
+    view = two_and_two()
+    report(view, "d0", running=8, step_base_s=0.02, step_per_sequence_s=0.004)
+    report(view, "d1", running=3, step_base_s=0.02, step_per_sequence_s=0.004)
+    assert least_latency(view, demand(), 0.0, rng).decode == "d1"
+    report(view, "d0", running=8, step_base_s=0.01, step_per_sequence_s=0.001)
+    assert least_latency(view, demand(), 0.0, rng).decode == "d0"  # 19 ms against 36 ms
+
+
+def test_decode_must_fit_the_blocks(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(160)  # 11 blocks with room for the next token
+    report(view, "d0", free_blocks=10, cached_blocks=0, running=0)
+    report(view, "d1", free_blocks=3, cached_blocks=8, running=50)
+    assert least_latency(view, asked, 0.0, rng).decode == "d1"
+    report(view, "d1", free_blocks=1, cached_blocks=1, running=0)
+    assert least_latency(view, asked, 0.0, rng).decode == "d0"  # none fits: the most room
+
+
+def test_a_burst_before_the_next_report_is_spread(rng: random.Random) -> None:
+    view = make_view(**{f"p{i}": Role.PREFILL for i in range(4)}, d0=Role.DECODE, d1=Role.DECODE)
+    prefills: Counter[str] = Counter()
+    decodes: Counter[str] = Counter()
+    for i in range(40):
+        asked = demand(160, block_hashes=[])
+        placement = least_latency(view, asked, 0.001 * i, rng)
+        assert placement.prefill is not None
+        prefills[placement.prefill] += 1
+        decodes[placement.decode] += 1
+        view.place(placement.prefill, f"s{i}", placement.uncached_tokens, asked.blocks)
+        view.place(placement.decode, f"s{i}", 0, asked.blocks)
+    assert set(prefills.values()) == {10}
+    assert set(decodes.values()) == {20}
+
+
+def test_gateways_with_one_old_view_do_not_herd() -> None:
+    asked = demand(160, block_hashes=[])
+    chosen = Counter()
+    for gateway in range(200):  # each decides by itself, none sees the others' placements
+        view = make_view(**{f"p{i}": Role.PREFILL for i in range(4)}, d0=Role.DECODE)
+        chosen[least_latency(view, asked, 0.0, random.Random(gateway)).prefill] += 1
+    assert len(chosen) == 4
+    assert max(chosen.values()) < 100
+
+
+def test_work_counts_until_a_report_can_have_seen_it() -> None:
+    view = make_view(p0=Role.PREFILL)
+    worker = view.workers["p0"]
+    view.place("p0", "s", 300, 20)
+    report(view, "p0", now=10.0)
+    assert worker.queued_tokens == 300, "reserved, not sent: no report can have seen it"
+    view.sent("p0", "s", 10.0)
+    report(view, "p0", now=10.0 + SEEN_AFTER_S / 2)
+    assert (worker.queued_tokens, worker.sequences, worker.available_blocks) == (300, 1, 980)
+    report(view, "p0", now=10.0 + SEEN_AFTER_S, queued_tokens=280)
+    assert (worker.queued_tokens, worker.sequences, worker.available_blocks) == (280, 0, 1000)
+    view.place("p0", "t", 50, 4)
+    view.unplace("p0", "t")
+    assert worker.queued_tokens == 280
+
+
+def test_draining_stale_and_avoided_workers(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand()
+    report(view, "p0", draining=True)
+    assert {least_latency(view, asked, 0.0, rng).prefill for _ in range(20)} == {"p1"}
+    view = two_and_two()
+    late = STALE_AFTER_S + 1
+    for name in ("p0", "d0", "d1"):
+        report(view, name, now=late)
+    assert view.workers["p1"].is_stale(late)
+    assert {least_latency(view, asked, late, rng).prefill for _ in range(20)} == {"p0"}
+    view = two_and_two()
+    shy = demand(avoid=frozenset({"p0"}))
+    assert {least_latency(view, shy, 0.0, rng).prefill for _ in range(20)} == {"p1"}
+    nobody = demand(avoid=frozenset({"p0", "p1"}))
+    assert least_latency(view, nobody, 0.0, rng).prefill in {"p0", "p1"}, "better than nobody"
+
+
+def test_a_missing_role_is_named(rng: random.Random) -> None:
+    with pytest.raises(NoWorker, match="no prefill worker is ready"):
+        least_latency(make_view(d0=Role.DECODE), demand(), 0.0, rng)
+    with pytest.raises(NoWorker, match="no decode worker is ready"):
+        round_robin(make_view(p0=Role.PREFILL), demand(), 0.0, rng, 0)
+    with pytest.raises(NoWorker, match="no prefill and no decode worker is ready"):
+        least_latency(ClusterView(), demand(), 0.0, rng)
+
+
+def test_colocated_workers_take_both_phases(rng: random.Random) -> None:
+    view, asked = make_view(c0=Role.COLOCATED, c1=Role.COLOCATED), demand(160)
+    cache(view, "c1", list(asked.block_hashes[:9]))
+    placement = least_latency(view, asked, 0.0, rng)
+    assert (placement.prefill, placement.decode, placement.cached_blocks) == (None, "c1", 9)
+
+
+def test_colocated_and_disaggregated_are_weighed(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(160)
+    add(view, "c0", Role.COLOCATED)
+    for name in ("p0", "p1"):
+        report(view, name, queued_tokens=5000)
+    assert least_latency(view, asked, 0.0, rng).prefill is None
+    report(view, "c0", queued_tokens=9000)
+    assert least_latency(view, asked, 0.0, rng).prefill is not None
+
+
+def test_round_robin_takes_turns_blind_to_load(rng: random.Random) -> None:
+    view = two_and_two()
+    report(view, "p0", queued_tokens=10**6)
+    chosen = [round_robin(view, demand(), 0.0, rng, turn) for turn in range(4)]
+    assert [c.prefill for c in chosen] == ["p0", "p1", "p0", "p1"]
+    assert [c.decode for c in chosen] == ["d0", "d1", "d0", "d1"]
+
+
+def test_another_decode_worker_for_a_computed_prompt(rng: random.Random) -> None:
+    view = two_and_two()
+    report(view, "d0", running=9)
+    assert decode_for(view, demand(), "p0", 0.0, rng) == "d1"
+    with pytest.raises(NoWorker):
+        decode_for(make_view(p0=Role.PREFILL), demand(), "p0", 0.0, rng)
+
+
+def test_an_incarnation_replaces_the_one_before_it() -> None:
+    view = make_view(p0=Role.PREFILL)
+    cache(view, "p0", [b"old"])
+    facts = WorkerFacts("p0", Role.PREFILL, "second", 1000, BLOCK, 1000)
+    view.connected(facts, 1.0)
+    assert view.index.depths([b"old"]) == {}
+    view.disconnected("p0", "p0-incarnation")  # the old stream's end, noticed late
+    assert "p0" in view.workers
+    view.disconnected("p0", "second")
+    assert not view.workers
+
+
+def test_slots_are_used_again() -> None:
+    view = make_view(a=Role.PREFILL, b=Role.PREFILL)
+    view.disconnected("a", "a-incarnation")
+    add(view, "c", Role.DECODE)
+    add(view, "d", Role.DECODE)
+    assert sorted(w.slot for w in view.workers.values()) == [0, 1, 2]
+
+
+def test_the_pool_bound_is_of_the_best_path() -> None:
+    view = ClusterView()
+    assert view.pool_tokens is None
+    for name, role, blocks in (
+        ("p0", Role.PREFILL, 100), ("p1", Role.PREFILL, 50), ("d0", Role.DECODE, 70)
+    ):  # fmt: skip
+        view.connected(WorkerFacts(name, role, name, blocks, BLOCK, 1), 0.0)
+    assert view.pool_tokens == 70 * BLOCK
+    view.connected(WorkerFacts("c0", Role.COLOCATED, "c0", 90, BLOCK, 1), 0.0)
+    assert view.pool_tokens == 90 * BLOCK
+
+
+@pytest.mark.parametrize("policy", [least_latency, round_robin])
+def test_a_pair_whose_pull_failed_rests_and_its_two_workers_work_on(
+    rng: random.Random, policy: Policy
+) -> None:
+    view = two_and_two()
+
+    def pairs(now: float) -> set[tuple[str | None, str]]:
+        for name in view.workers:
+            report(view, name, now)
+        chosen = [policy(view, demand(), now, rng, turn) for turn in range(100)]
+        return {(placement.prefill, placement.decode) for placement in chosen}
+
+    view.pull_failed("p0", "d0", 0.0)
+    first, _ = PAIR_REST_S
+    others = pairs(first / 2)
+    assert ("p0", "d0") not in others
+    assert {pair[0] for pair in others} == {"p0", "p1"}
+    assert policy is round_robin or {pair[1] for pair in others} == {"d0", "d1"}
+    assert decode_for(view, demand(), "p0", first / 2, rng) == "d1"
+    assert any(decode_for(view, demand(), "p1", first / 2, rng) == "d0" for _ in range(50))
+    view.pull_failed("p0", "d1", first / 2)
+    if policy is least_latency:  # the baseline takes its turns with prefill workers all the same
+        assert pairs(first / 2) == {("p1", "d0"), ("p1", "d1")}
+    view.pull_failed("p1", "d0", first / 2)
+    view.pull_failed("p1", "d1", first / 2)
+    assert pairs(first / 2)  # nobody else is left
+
+
+def test_pulls_from_a_worker_that_is_gone_say_nothing_of_its_successor() -> None:
+    """Names come back, incarnations do not; what nobody forgets any more would stay for good."""
+    view = two_and_two()
+    view.disconnected("p0", "p0-incarnation")
+    view.pull_failed("p0", "d0", 0.0)
+    view.transferred("p0", "d0", 1000, 1.0)
+    assert not view.any_resting and not view.resting("p0", "d0", 0.0)
+    assert view.bandwidth("p0", "d0") == DEFAULT_BANDWIDTH
+
+
+def test_a_pair_rests_longer_each_time_until_a_pull_succeeds() -> None:
+    view = two_and_two()
+    first, longest = PAIR_REST_S
+
+    def rest_of(now: float) -> float:
+        view.pull_failed("p0", "d0", now)
+        view.pull_failed("p0", "d0", now)  # another that was under way: the same failure
+        after = now
+        while view.resting("p0", "d0", after):
+            after += 0.25
+        return after - now
+
+    now, rests = 0.0, []
+    for _ in range(6):
+        rests.append(rest_of(now))
+        now += rests[-1]
+    assert rests == [min(first * 2**i, longest) for i in range(6)]
+    assert not view.resting("p1", "d0", now)
+    view.transferred("p0", "d0", 0, 0.0)  # all was cached: nothing crossed the link
+    assert rest_of(now) == longest
+    view.transferred("p0", "d0", 1000, 0.1)
+    assert not view.resting("p0", "d0", now)
+    assert rest_of(now) == first
+    assert rest_of(now + 10 * longest) == first  # long ago

@@ -1,0 +1,157 @@
+"""The judgements inside the benchmark scripts, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import types
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossdock.bench.metrics import RequestRecord, Run
+from crossdock.deploy.spec import ClusterSpec
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def model_of(logits: torch.Tensor) -> object:
+    """Answers with the last rows of these logits, as transformers' models do."""
+
+    def forward(ids: torch.Tensor, logits_to_keep: int) -> types.SimpleNamespace:
+        assert ids.tolist() == [[7, 8, 0, 1]]
+        return types.SimpleNamespace(logits=logits[None, -logits_to_keep:])
+
+    return forward
+
+
+def test_equivalence_tells_equal_tied_and_wrong_tokens_apart() -> None:
+    from equivalence import compare
+
+    logits = torch.tensor([[5.0, 1.0, 0.0], [2.0, 1.9995, 0.0], [0.0, 3.0, 1.0]])
+    seen = compare(model_of(logits), [7, 8], (0, 1, 2))
+    assert (seen.tokens, seen.ties, seen.mismatches) == (3, 1, 1)
+    assert seen.largest_gap == 2.0
+
+
+def test_equivalence_prompts_are_of_every_length() -> None:
+    from equivalence import prompts
+
+    made = prompts(40, 2000, english=list(range(100, 900)))
+    lengths = [len(prompt) for prompt in made]
+    assert len(made) == 40
+    assert (min(lengths), max(lengths)) == (1, 2000)
+    assert sum(length > 500 for length in lengths) >= 5
+    assert made == prompts(40, 2000, english=list(range(100, 900)))
+
+
+def test_throughput_lays_rounds_end_to_end() -> None:
+    from throughput import pooled
+
+    def round_of(tokens: int, seconds: float) -> Run:
+        record = RequestRecord(0, 0.0, 0.0, (0.5, seconds), seconds, 10, tokens)
+        return Run((record,))
+
+    whole = pooled([round_of(20, 2.0), round_of(10, 4.0)])
+    assert whole["duration_s"] == 6.0
+    assert whole["output_throughput"] == 5.0
+    assert whole["ttft_s"]["p50"] == 0.5
+
+
+def test_a_storm_comes_in_bursts() -> None:
+    from compare_colocated import storm_jobs
+
+    options = Namespace(bursts=2, burst=3, storm_tokens=50, calm_s=10.0, burst_every_s=5.0)
+    jobs = storm_jobs(options, seed=1)
+    assert [job.due_s for job in jobs] == [10.0] * 3 + [15.0] * 3
+    assert len({job.token_ids for job in jobs}) == 6
+    assert {len(job.token_ids) for job in jobs} == {50}
+
+
+def test_the_clusters_compared_have_equal_cores() -> None:
+    from clusters import DISAGGREGATED, colocated, spec
+
+    made = [ClusterSpec.parse(spec("a", pools)) for pools in (colocated(64), DISAGGREGATED)]
+    cores = [sum(pool.replicas * pool.resources.cpus for pool in s.pools.values()) for s in made]
+    assert cores == [2.0, 2.0]
+    assert made[0].pools["both"].chunk_tokens == 64
+
+
+def test_a_cluster_that_ends_before_ready_says_what_it_said() -> None:
+    from clusters import _ready
+
+    printed: queue.Queue[str | None] = queue.Queue()
+    for line in ("starting\n", "error: port in use\n", None):
+        printed.put(line)
+    with pytest.raises(RuntimeError, match="port in use"):
+        _ready(printed, until=float("inf"))
+    printed.put("READY grpc=127.0.0.1:1 http=127.0.0.1:2\n")
+    assert _ready(printed, until=sys.maxsize) == ("127.0.0.1:1", "127.0.0.1:2")
+    with pytest.raises(TimeoutError):
+        _ready(printed, until=0.0)
+
+
+def vram_hand_off(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "vram_hand_off.py"), *options],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_without_a_gpu_the_vram_hand_off_says_so_and_is_no_failure() -> None:
+    ended = vram_hand_off()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("vram_hand_off: nothing measured: no GPU that torch")
+    assert ended.stdout.count("\n") == 1
+
+
+def test_without_nixl_the_vram_hand_off_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vram_hand_off
+
+    monkeypatch.setattr(vram_hand_off.importlib.util, "find_spec", lambda name: None)
+    assert vram_hand_off.missing("cpu") == "nixl is not installed"
+
+
+def test_the_vram_hand_off_runs_on_host_memory(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    sizes = ["--pool=24", "--blocks=8", "--rounds=2", "--layers=3", "--kv-heads=2"]
+    ended = vram_hand_off("--device=cpu", f"--json={report_file}", *sizes)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("bytes equal\n")
+    report = json.loads(report_file.read_text())
+    assert report["block_bytes"] == 2 * 3 * 2 * 128 * 16 * 2
+    assert report["descriptors_of_one_run"] == {"runs": 1, "blocks": 8, "layer_major": 48}
+    for layout in ("one run", "scattered"):
+        assert all(value > 0 for value in report[layout].values())
+
+
+def test_the_three_ways_describe_the_same_number_of_bytes_inside_the_pools() -> None:
+    from vram_hand_off import WAYS, Shape
+
+    shape = Shape(pool=32, layers=4)
+    remote, local = [3, 4, 5, 31, 0], [7, 8, 9, 0, 31]
+    counts = {}
+    for name, describe in WAYS.items():
+        pieces = describe(remote, local, shape)
+        counts[name] = len(pieces.nbytes)
+        assert pieces.nbytes.sum() == 5 * shape.block_bytes
+        for start in (pieces.remote, pieces.local):
+            order = start.argsort()
+            ends = (start + pieces.nbytes)[order]
+            assert start.min() >= 0
+            assert ends[-1] <= shape.pool * shape.block_bytes
+            assert (start[order][1:] >= ends[:-1]).all()
+    assert counts == {"runs": 3, "blocks": 5, "layer_major": 40}

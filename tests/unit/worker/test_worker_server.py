@@ -1,0 +1,298 @@
+"""Two whole workers in this process: real gRPC, a real (tiny) model, shared memory between them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import urllib3
+
+from crossdock.decode import role as decode_worker
+from crossdock.prefill import role as prefill_worker
+from crossdock.proto.convert import sampling_to_pb
+from crossdock.proto.errors import ConfigError, ModelError
+from crossdock.proto.hashing import chain_hashes
+from crossdock.proto.types import Role, SamplingParams
+from crossdock.proto.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.server import WorkerServer
+from crossdock.worker.streams import GatewayStream
+
+BLOCK = 16
+KEY = b"a key of this test cluster"
+PROMPT = [(5 * i) % 200 + 3 for i in range(70)]
+
+
+def config(name: str, role: Role, model: Path, **settings: object) -> WorkerConfig:
+    options = {"kv_memory_mb": 16, "transport": "local", "cluster_key": KEY, "chunk_tokens": 32}
+    return WorkerConfig(
+        name=name, pool=str(role), role=role, model=str(model), **(options | settings)
+    )  # type: ignore[arg-type]
+
+
+class Gateway:
+    """The gateway's end of one stream."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address)
+        self.stub = worker_pb2_grpc.WorkerStub(self._channel)
+        self._call = self.stub.Connect()
+        self.hello: worker_pb2.WorkerFrame
+
+    async def connect(self) -> None:
+        hello = worker_pb2.GatewayHello(gateway="g", incarnation=b"i" * 16)
+        await self._call.write(worker_pb2.GatewayFrame(hello=hello))
+        self.hello = await self._call.read()
+
+    async def send(self, **frame: object) -> None:
+        await self._call.write(worker_pb2.GatewayFrame(**frame))  # type: ignore[arg-type]
+
+    async def outputs(self, sequence_id: str) -> AsyncIterator[worker_pb2.SequenceOutput]:
+        """Those of one sequence, to its last."""
+        while True:
+            frame = await asyncio.wait_for(self._call.read(), 20)
+            for output in frame.outputs:
+                if output.sequence_id == sequence_id:
+                    yield output
+                    offered = output.token_ids and output.sealed_blocks
+                    if output.finish_reason or offered:
+                        return
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await self._channel.close()
+
+
+class Pair:
+    def __init__(self, prefill: WorkerServer, decode: WorkerServer) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.p, self.d = (Gateway(w.description.address) for w in (prefill, decode))
+
+    async def first(self, sequence_id: str, prompt: list[int]) -> worker_pb2.SequenceOutput:
+        request = worker_pb2.PrefillRequest(sequence=sequence(sequence_id, prompt))
+        await self.p.send(prefill=request)
+        *announced, first = [output async for output in self.p.outputs(sequence_id)]
+        for earlier in announced:
+            if earlier.HasField("ticket"):
+                first.ticket.CopyFrom(earlier.ticket)
+        return first
+
+    async def rest(
+        self, sequence_id: str, prompt: list[int], first: worker_pb2.SequenceOutput
+    ) -> list[worker_pb2.SequenceOutput]:
+        request = sequence(sequence_id, prompt, list(first.token_ids))
+        await self.d.send(
+            decode=worker_pb2.DecodeRequest(
+                sequence=request, ticket=first.ticket, sealed_blocks=first.sealed_blocks
+            )
+        )
+        return [output async for output in self.d.outputs(sequence_id)]
+
+
+def sequence(
+    sequence_id: str, prompt: list[int], emitted: list[int] | None = None
+) -> worker_pb2.SequenceRequest:
+    ids = prompt + (emitted or [])
+    sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1)
+    return worker_pb2.SequenceRequest(
+        sequence_id=sequence_id,
+        token_ids=ids,
+        block_hashes=chain_hashes(ids, BLOCK),
+        sampling=sampling_to_pb(sampling),
+        prompt_tokens=len(prompt),
+    )
+
+
+@pytest.fixture
+async def pair(tiny_model: Path) -> AsyncIterator[Pair]:
+    prefill = prefill_worker.create(config("p", Role.PREFILL, tiny_model))
+    decode = decode_worker.create(config("d", Role.DECODE, tiny_model))
+    endpoints = [await worker.start() for worker in (prefill, decode)]
+    await decode.update_peers(endpoints)
+    made = Pair(prefill, decode)
+    await made.p.connect()
+    await made.d.connect()
+    yield made
+    for part in (made.p, made.d):
+        await part.close()
+    for worker in (prefill, decode):
+        await worker.stop()
+
+
+async def settled(*workers: WorkerServer) -> None:
+    """Returns once nothing is held; fails when that takes too long or a block is unaccounted."""
+    for worker in workers:
+        async with asyncio.timeout(5):
+            while (status := await worker.status(check_integrity=True)).used_blocks:
+                assert status.integrity_error == ""
+                await asyncio.sleep(0.01)
+        assert (status.integrity_error, list(status.leases)) == ("", [])
+
+
+async def test_hand_off_gives_the_tokens_of_one_engine(pair: Pair, tiny_model: Path) -> None:
+    from crossdock.engine.native.llm import LLM
+
+    first = await pair.first("s", PROMPT)
+    rest = await pair.rest("s", PROMPT, first)
+    tokens = [*first.token_ids, *(token for output in rest for token in output.token_ids)]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    (alone,) = LLM(str(tiny_model), num_blocks=32).generate([PROMPT], params)
+    assert tokens == list(alone.token_ids)
+    assert rest[0].transferred_blocks == 5 and rest[0].recomputed_tokens == 0
+    assert rest[0].transferred_bytes == 5 * pair.decode.description.block_bytes
+    assert all(len(output.logprobs) == 1 for output in [first, *rest])
+    await settled(pair.prefill, pair.decode)
+
+
+async def test_hello_has_the_description_and_the_cache(pair: Pair) -> None:
+    assert pair.p.hello.hello == pair.prefill.description
+    assert pair.p.hello.block_events.snapshot
+    first = await pair.first("s", PROMPT)
+    again = Gateway(pair.prefill.description.address)
+    await again.connect()
+    stored = [event.block_hash for event in again.hello.block_events.events if event.stored]
+    assert stored == chain_hashes(PROMPT, BLOCK)
+    await again.close()
+    await pair.p.send(cancel=worker_pb2.CancelRequest(sequence_id=first.sequence_id))
+    await settled(pair.prefill)
+
+
+async def test_a_closed_stream_frees_what_its_gateway_had(pair: Pair) -> None:
+    await pair.first("s", PROMPT)
+    assert len((await pair.prefill.status()).leases) == 1
+    await pair.p.close()
+    await settled(pair.prefill)
+
+
+async def test_leases_are_renewed_and_released_by_call(pair: Pair) -> None:
+    first = await pair.first("s", PROMPT)
+    ids = [first.ticket.ticket_id, b"?" * 16]
+    answer = await pair.p.stub.RenewLeases(
+        worker_pb2.RenewLeasesRequest(ticket_ids=ids, lease_ms=60_000)
+    )
+    assert list(answer.unknown_ticket_ids) == [b"?" * 16]
+    (lease,) = (await pair.prefill.status()).leases
+    assert 50 < lease.remaining_s <= 60
+    await pair.p.stub.ReleaseTickets(worker_pb2.ReleaseTicketsRequest(ticket_ids=ids))
+    await settled(pair.prefill)
+
+
+@pytest.mark.parametrize("field", ["mac", "layout_hash", "incarnation", "generations"])
+async def test_a_ticket_that_is_not_what_was_offered_is_refused(pair: Pair, field: str) -> None:
+    first = await pair.first("s", PROMPT)
+    if field == "generations":
+        first.ticket.generations[0] += 1
+    else:
+        setattr(first.ticket, field, b"x" * len(getattr(first.ticket, field)))
+    (output,) = await pair.rest("s", PROMPT, first)
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    assert not output.token_ids
+    await settled(pair.decode)
+
+
+async def test_a_peer_that_leaves_while_it_is_met_fails_the_request(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropped in the middle of the introduction: the gateway must hear of it."""
+    first = await pair.first("s", PROMPT)
+    await pair.decode.update_peers([])
+    met = asyncio.Event()
+
+    async def never(*_: object) -> None:
+        met.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(pair.decode.peers, "_introduce", never)
+    answer = asyncio.create_task(pair.rest("s", PROMPT, first))
+    await met.wait()
+    await pair.decode.update_peers([])
+    (output,) = await answer
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    assert "left the cluster" in output.error.message
+    await settled(pair.decode)
+
+
+async def test_a_stream_that_ends_before_its_snapshot_is_forgotten(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, entered, left = pair.prefill._service, asyncio.Event(), asyncio.Event()
+    opens = service._open
+
+    async def spied(stream: GatewayStream) -> None:
+        entered.set()
+        try:
+            await opens(stream)
+        finally:
+            left.set()
+
+    monkeypatch.setattr(service, "_open", spied)
+    stepping = threading.Event()
+    pair.prefill.post(lambda role: stepping.wait(20))  # the engine is in a long step
+    late = Gateway(pair.prefill.description.address)
+    opening = asyncio.create_task(late.connect())
+    await entered.wait()
+    opening.cancel()
+    await late.close()
+    await left.wait()
+    stepping.set()
+    await pair.prefill.status()  # after the snapshot
+    assert len(service._streams) == 1
+
+
+async def test_bad_requests_are_answered_and_start_nothing(pair: Pair) -> None:
+    for name, ids in (("empty", []), ("range", [10**6]), ("long", [5] * 5000)):
+        await pair.p.send(prefill=worker_pb2.PrefillRequest(sequence=sequence(name, ids)))
+        (output,) = [output async for output in pair.p.outputs(name)]
+        assert output.error.code == worker_pb2.ERROR_CODE_INVALID
+        assert output.error.message.startswith("token_ids: ")
+    await settled(pair.prefill)
+
+
+async def test_draining_ends_once_the_offer_is_read(pair: Pair) -> None:
+    first = await pair.first("s", PROMPT)
+    draining = asyncio.create_task(pair.prefill.drain(20))
+    (refused,) = [o async for o in _refused(pair)]
+    assert refused.error.code == worker_pb2.ERROR_CODE_DRAINING
+    assert not draining.done()
+    await pair.rest("s", PROMPT, first)
+    assert await draining
+
+
+async def _refused(pair: Pair) -> AsyncIterator[worker_pb2.SequenceOutput]:
+    while True:
+        await pair.p.send(prefill=worker_pb2.PrefillRequest(sequence=sequence("late", PROMPT)))
+        outputs = [output async for output in pair.p.outputs("late")]
+        if outputs[-1].finish_reason == inference_pb2.FINISH_REASON_ERROR:
+            yield outputs[-1]
+            return
+        await pair.p.send(cancel=worker_pb2.CancelRequest(sequence_id="late"))
+
+
+async def test_metrics_page_counts_what_was_moved(pair: Pair) -> None:
+    first = await pair.first("s", PROMPT)
+    await pair.rest("s", PROMPT, first)
+    url = f"http://{pair.decode.description.metrics_address}/metrics"
+    page = (await asyncio.to_thread(urllib3.request, "GET", url)).data.decode()
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    labels = '{pool="decode",role="decode",worker="d"}'
+    moved = 5 * pair.decode.description.block_bytes
+    assert float(values[f"crossdock_worker_transferred_bytes_total{labels}"]) == moved
+    assert float(values[f"crossdock_worker_recomputed_tokens_total{labels}"]) == 0
+
+
+async def test_a_worker_that_cannot_start_says_why(tiny_model: Path, tmp_path: Path) -> None:
+    taken = prefill_worker.create(config("p", Role.PREFILL, tiny_model))
+    await taken.start()
+    port = int(taken.description.address.rsplit(":", 1)[1])
+    with pytest.raises(ConfigError, match=r"port: .*in use"):
+        await prefill_worker.create(config("q", Role.PREFILL, tiny_model, port=port)).start()
+    await taken.stop()
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+    broken = prefill_worker.create(config("r", Role.PREFILL, tmp_path / "bad.gguf"))
+    with pytest.raises(ModelError, match=r"bad\.gguf"):
+        await broken.start()
+    await broken.stop()
