@@ -43,7 +43,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 def write_gguf(folder: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
-    """Turns a folder of tests/kits/tiny.py into a GGUF, q and k interleaved as converters write them."""
+    """Turns a folder of tiny.py into a GGUF, q and k interleaved as converters write them."""
     config = json.loads((folder / "config.json").read_text())
     arch = config["model_type"]
     writer = gguf.GGUFWriter(path, arch)
