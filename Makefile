@@ -1,6 +1,6 @@
 # make serve    a local cluster: environment, model, Ray, one gateway, one prefill and one decode worker
-# make test     environment and the whole test suite
-# make lint     ruff, mypy, import-linter        make proto    generated protobuf code
+# make test     environment and the whole test suite      make test-fast   without Ray and network
+# make lint     ruff, mypy, import-linter, words          make proto       generated protobuf code
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
@@ -8,7 +8,7 @@ CLUSTER ?= deploy/manifests/local-cpu.yaml
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH   := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: serve test lint proto docs clean
+.PHONY: serve test test-fast lint proto docs clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -18,7 +18,11 @@ test: $(VENV)/.dev
 	@$(BIN)/crossdock model fetch smollm2-135m-instruct
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit tests/contract tests/simulation -m 'not slow' $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev
+	$(BIN)/python tools/words.py
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	rm -rf .lint build && $(PIP) --no-deps --no-compile --target .lint .
 	cd .lint && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p crossdock

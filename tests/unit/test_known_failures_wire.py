@@ -57,7 +57,7 @@ BOUNDED_OTHERWISE = {
     "worker/service.py: self._server.call(lambda role: role.release_tickets(ids))": _CALLER,
     "worker/streams.py: self._ready.wait()": _WORKLESS,
     "router/gateway.py: self._health_changed.wait()": _LIFE,
-    "router/frontdoor/http_server.py: request.read()": "a client's body; the server's limits end it",
+    "router/frontdoor/http_server.py: request.read()": "a client's; the server's limits end it",
     "router/dispatch/links.py: await self._task": "after it was cancelled",
     "router/dispatch/links.py: self._outbox_filled.wait()": _WORKLESS,
     "router/dispatch/links.py: call.read()": "silence and keepalive break the stream",
