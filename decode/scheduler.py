@@ -5,7 +5,7 @@
         └──admit (no ticket: this worker computes the prompt)──^
 
 Decode tokens go first in every step; prompts computed here (colocated workers, short suffixes)
-share what is left of the step's token budget. Blocks are reserved when there is room for all that
+share what is left of the step's token budget, or a fixed part of it where that is more. Blocks are reserved when there is room for all that
 the sequence has and for one more step of everything that runs. A sequence that reads along, its
 prompt still being computed elsewhere, only uses what room there is: it holds up nobody who is
 complete, and gives its blocks back before anybody who runs has to.
@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from crossdock.engine import block_tables
 from crossdock.engine.block_pool import BlockPool, OutOfBlocks
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+
+PROMPT_SHARE = 4  # prompts get at least this part (1/4) of a step's token budget
 
 
 class DecodeScheduler:
@@ -93,7 +95,8 @@ class DecodeScheduler:
         for sequence in sorted(self._running, key=_order):
             if sequence.num_uncomputed == 1 and self._make_room(sequence, spare, preempted):
                 chunks.append(Chunk(sequence, sequence.num_computed, 1, sample=True))
-        budget = self._chunk_tokens - len(chunks)
+        # Decodes are never held up for a prompt, nor a prompt for good by many decodes.
+        budget = max(self._chunk_tokens - len(chunks), self._chunk_tokens // PROMPT_SHARE, 1)
         for sequence in self._running:
             if sequence.num_uncomputed > 1 and budget > 0:
                 length = min(sequence.num_uncomputed, budget)
@@ -131,14 +134,8 @@ class DecodeScheduler:
     def _take_blocks(self, sequence: Sequence) -> bool:
         # A sequence computed here must compute its last token; a pulled one has it computed.
         reusable = self._remote.get(sequence, sequence.num_tokens - 1)
-        block_tables.attach_prefix(self._pool, sequence, reusable)
-        needed = block_tables.blocks_for(sequence.num_tokens, self._pool.block_size)
         headroom = self.running + len(self._pulling)
-        if needed - len(sequence.block_table) + headroom > self._pool.num_available:
-            block_tables.release(self._pool, sequence)
-            return False
-        block_tables.grow(self._pool, sequence, sequence.num_tokens)
-        return True
+        return block_tables.take(self._pool, sequence, reusable, headroom)
 
     def _reads_along(self, sequence: Sequence) -> bool:
         """Its prompt is still being computed elsewhere: token 0 is not known."""
@@ -154,11 +151,13 @@ class DecodeScheduler:
                 block_tables.grow(self._pool, sequence, sequence.num_tokens)
                 return True
             except OutOfBlocks:
-                victim = spare.pop() if spare else max(self._running, key=_order)
+                victim = spare.pop() if spare else sorted(self._running, key=_order)[-1]
                 self.remove(victim)
                 preempted.append(victim)
         return False
 
 
 def _order(sequence: Sequence) -> tuple[int, float]:
+    """Arrival is at the gateway, and a restart keeps it: so who is first here is preempted by
+    nobody and ends, then the next, and whoever was preempted before gets its turn."""
     return sequence.priority, sequence.arrival

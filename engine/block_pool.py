@@ -110,6 +110,13 @@ class BlockPool:
             found += 1
         return found
 
+    def fits(self, hashes: Sequence[bytes], num_blocks: int) -> bool:
+        """Whether so many blocks, the cached prefix of `hashes` among them, can be had now.
+        Changes nothing."""
+        hits = [self._holder[name] for name in hashes[: self.peek_prefix(hashes)]]
+        unused = sum(self._references[block] == 0 for block in hits)
+        return num_blocks - len(hits) <= self.num_available - unused
+
     def acquire_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest cached prefix; the caller gets one reference on each."""
         blocks: list[int] = []

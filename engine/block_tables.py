@@ -15,6 +15,19 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def take(pool: BlockPool, sequence: Sequence, max_cached: int, spare: int = 0) -> bool:
+    """Gives a sequence blocks for all its tokens, up to `max_cached` tokens from the prefix cache.
+
+    False, and the pool as it was, unless `spare` blocks stay available beside them.
+    """
+    needed = blocks_for(sequence.num_tokens, pool.block_size)
+    if not pool.fits(sequence.block_hashes[: max_cached // pool.block_size], needed + spare):
+        return False
+    attach_prefix(pool, sequence, max_cached)
+    grow(pool, sequence, sequence.num_tokens)
+    return True
+
+
 def attach_prefix(pool: BlockPool, sequence: Sequence, max_tokens: int) -> None:
     """Takes the cached blocks that hold the sequence's first tokens, up to `max_tokens`."""
     hits = pool.acquire_prefix(sequence.block_hashes[: max_tokens // pool.block_size])

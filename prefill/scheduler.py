@@ -44,9 +44,12 @@ class PrefillScheduler:
                 break
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].length
-        while budget and self._waiting and self._admit(self._waiting[0]):
-            sequence = self._waiting.pop(0)
-            self._computing.append(sequence)
+        while budget and self._waiting:
+            sequence = self._waiting[0]
+            # The last prompt token is always computed: its logits give token 0.
+            if not block_tables.take(self._pool, sequence, sequence.num_tokens - 1):
+                break
+            self._computing.append(self._waiting.pop(0))
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].length
         return StepPlan(tuple(chunks)) if chunks else None
@@ -75,16 +78,6 @@ class PrefillScheduler:
     def held(self) -> list[list[int]]:
         """The block tables that sequences here own, for check_integrity."""
         return [sequence.block_table for sequence in self._computing]
-
-    def _admit(self, sequence: Sequence) -> bool:
-        # The last prompt token is always computed: its logits give token 0.
-        block_tables.attach_prefix(self._pool, sequence, sequence.num_tokens - 1)
-        needed = block_tables.blocks_for(sequence.num_tokens, self._pool.block_size)
-        if needed - len(sequence.block_table) > self._pool.num_available:
-            block_tables.release(self._pool, sequence)
-            return False
-        block_tables.grow(self._pool, sequence, sequence.num_tokens)
-        return True
 
     @staticmethod
     def _chunk(sequence: Sequence, budget: int) -> Chunk:

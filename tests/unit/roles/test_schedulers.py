@@ -97,6 +97,53 @@ def test_prefill_waits_for_blocks_and_takes_none_meanwhile() -> None:
     assert [row[0] for row in prefill_step(scheduler)] == [second.sequence_id]
 
 
+def cached(pool: BlockPool, token: int, blocks: int) -> Sequence:
+    """A prompt whose KV is in the prefix cache and that nobody uses."""
+    made = sequence([token] * (blocks * BLOCK))
+    block_tables.grow(pool, made, made.num_tokens)
+    made.num_computed = made.num_tokens
+    block_tables.seal_full(pool, made)
+    block_tables.release(pool, made)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_a_blocked_head_of_the_queue_leaves_its_prefix_as_old_as_it_was(kind: str) -> None:
+    pool = BlockPool(8, BLOCK)
+    wanted, other = cached(pool, 5, 2), cached(pool, 6, 2)
+    holder = sequence([7] * (4 * BLOCK))
+    block_tables.grow(pool, holder, holder.num_tokens)
+    head = sequence([5] * (7 * BLOCK))  # its two cached blocks and five more: only two are there
+    scheduler: PrefillScheduler | DecodeScheduler
+    if kind == "prefill":
+        scheduler = PrefillScheduler(pool, chunk_tokens=64)
+        scheduler.add(head)
+        turn = scheduler.schedule
+    else:
+        scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+        scheduler.add(head)
+        turn = scheduler.reserve
+    for _ in range(3):
+        assert not turn()
+    assert pool.num_used == 4 and not head.block_table
+    pool.release(pool.allocate(2))  # evicts the least recently used: the head's, not the other's
+    assert pool.peek_prefix(wanted.block_hashes) == 0
+    assert pool.peek_prefix(other.block_hashes) == 2
+    block_tables.release(pool, holder)
+    assert turn() or scheduler.running == 1
+    pool.check_integrity(scheduler.held)
+
+
+def test_a_pool_fits_a_prefix_that_is_cached_in_use_or_absent() -> None:
+    pool = BlockPool(8, BLOCK)
+    prefix = cached(pool, 5, 4)
+    assert pool.fits(prefix.block_hashes, 8) and not pool.fits(prefix.block_hashes, 9)
+    taken = pool.acquire_prefix(prefix.block_hashes[:3])
+    assert pool.fits(prefix.block_hashes, 8) and not pool.fits([], 6)
+    assert pool.fits([], 5) and not pool.fits(prefix.block_hashes, 9)
+    pool.release(taken)
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_prefill_remove_frees_everything(steps: int) -> None:
     pool = BlockPool(16, BLOCK)
@@ -184,6 +231,60 @@ def test_decode_computes_a_prompt_without_a_ticket_beside_decodes() -> None:
     plan, _ = scheduler.schedule()
     assert shape(plan) == [(running.sequence_id, 20, 1, True), (local.sequence_id, 0, 49, False)]
     assert scheduler.queued_tokens == 60
+
+
+def test_decode_leaves_a_share_of_every_step_to_prompts_however_many_decode() -> None:
+    scheduler = DecodeScheduler(BlockPool(64, BLOCK), max_batch=32, chunk_tokens=16)
+    for _ in range(20):
+        seq, covered = handed_off(8)
+        scheduler.add(seq, remote_tokens=covered)
+    for seq in scheduler.reserve():
+        scheduler.join(seq)
+    local = sequence([4] * 10)
+    scheduler.add(local)
+    scheduler.reserve()
+    steps = []
+    for _ in range(3):
+        plan, preempted = scheduler.schedule()
+        assert plan and not preempted
+        decodes = [c for c in plan.chunks if c.sequence is not local]
+        assert len(decodes) == 20  # nobody who decodes waits for it
+        steps += [c.length for c in plan.chunks if c.sequence is local]
+        for chunk in plan.chunks:
+            scheduler.computed(chunk)
+            if chunk.sample:
+                chunk.sequence.token_ids.append(3)
+    assert steps == [4, 4, 2]
+
+
+def test_decode_preempts_the_youngest_not_who_came_back_from_preemption() -> None:
+    pool = BlockPool(5, BLOCK, prefix_cache=False)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+    returned, covered = handed_off(30)  # arrived first, was preempted elsewhere, and joins last
+    newer, _ = handed_off(30)
+    for seq in (newer, returned):
+        scheduler.add(seq, remote_tokens=covered)
+        for reserved in scheduler.reserve():
+            scheduler.join(reserved)
+    preempted: list[Sequence] = []
+    while not preempted:
+        preempted = decode_step(scheduler)
+    assert preempted == [newer]
+
+
+def test_of_equal_arrival_the_last_to_join_is_preempted() -> None:
+    pool = BlockPool(5, BLOCK, prefix_cache=False)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+    pairs = [handed_off(30) for _ in range(2)]
+    for seq, covered in pairs:  # two continuations of one request
+        seq.arrival = 0.0
+        scheduler.add(seq, remote_tokens=covered)
+    for seq in scheduler.reserve():
+        scheduler.join(seq)
+    preempted: list[Sequence] = []
+    while not preempted:
+        preempted = decode_step(scheduler)
+    assert preempted == [pairs[1][0]]
 
 
 def test_decode_preempts_the_last_in_order_and_frees_its_blocks() -> None:
