@@ -56,7 +56,9 @@ class Job:
         context_length: int,
         block_size: int,
     ) -> Job:
-        """Raises InvalidRequest for what a gateway should never have let through."""
+        """arrival: now, in unix seconds; where the request came to its gateway before, that counts.
+
+        Raises InvalidRequest for what a gateway should never have let through."""
         ids = list(request.token_ids)
         if not ids:
             raise InvalidRequest("token_ids", ids, "must hold at least one token")
@@ -82,7 +84,7 @@ class Job:
             block_hashes=list(request.block_hashes),
             cache_salt=request.cache_salt,
             priority=request.priority,
-            arrival=arrival,
+            arrival=min(request.arrival_unix_s or arrival, arrival),
         )
         deadline = request.deadline_unix_ms / 1000 if request.deadline_unix_ms else None
         return cls(sequence, owner, request.traceparent, deadline)

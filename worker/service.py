@@ -187,7 +187,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             job = Job.from_pb(
                 request,
                 owner,
-                arrival=time.monotonic(),
+                arrival=time.time(),
                 vocab_size=server.vocab_size,
                 context_length=server.description.context_length,
                 block_size=server.config.block_size,

@@ -186,6 +186,7 @@ def job(
     owner: str = "gateway",
     sequence_id: str = "",
     deadline_unix_ms: int = 0,
+    arrival_unix_s: float = 0.0,
     **sampling: object,
 ) -> Job:
     """A request as a gateway would send it, with what it has emitted so far.
@@ -201,6 +202,7 @@ def job(
         sampling=sampling_to_pb(params),
         prompt_tokens=len(prompt),
         deadline_unix_ms=deadline_unix_ms,
+        arrival_unix_s=arrival_unix_s,
     )
     made = Job.from_pb(
         request,

@@ -140,7 +140,7 @@ class Ticket(_message.Message):
     def __init__(self, ticket_id: _Optional[bytes] = ..., prefill_worker: _Optional[str] = ..., prefill_address: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., layout_hash: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "cache_salt", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids")
+    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "cache_salt", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids", "arrival_unix_s")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,7 @@ class SequenceRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
@@ -161,7 +162,8 @@ class SequenceRequest(_message.Message):
     priority: int
     traceparent: str
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    arrival_unix_s: float
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "decode_worker")

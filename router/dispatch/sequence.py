@@ -149,6 +149,7 @@ class SequenceState:
             priority=request.priority,
             traceparent=self.active.traceparent,
             eos_token_ids=eos,
+            arrival_unix_s=request.received_unix,
         )
 
 

@@ -275,6 +275,23 @@ def test_preempted_work_goes_back_and_continues_with_the_same_tokens(site: Site)
     all_free(d)
 
 
+def test_who_came_back_from_preemption_is_not_the_next_to_be_preempted(site: Site) -> None:
+    d = site.worker(Role.COLOCATED, blocks=10)
+    newer = job([3] * 30, max_tokens=60, arrival_unix_s=0.5)
+    returned = job([4] * 30, max_tokens=60, arrival_unix_s=0.25)  # it came before, and comes again
+    for one in (newer, returned):
+        d.role.submit(one)
+        d.turn(2)
+    while d.role.state.counters.preemptions == 0:
+        d.turn()
+    assert list(d.role.jobs) == [returned.id]
+
+
+def test_an_arrival_lies_never_ahead_of_the_worker() -> None:
+    skewed = job([3] * 30, arrival_unix_s=1e12)
+    assert skewed.sequence.arrival < job([3] * 30).sequence.arrival
+
+
 def test_a_deadline_ends_a_sequence_wherever_it_is(site: Site) -> None:
     p = site.worker(Role.PREFILL)
     p.role.submit(job(PROMPT, deadline_unix_ms=int(1000 * time.time()) - 1))

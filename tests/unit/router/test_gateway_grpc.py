@@ -509,6 +509,16 @@ async def test_a_preempted_sequence_goes_on_with_the_same_stream(rig: Rig) -> No
     await until(lambda: rig.idle)
 
 
+async def test_a_restart_keeps_the_arrival_of_its_request(rig: Rig) -> None:
+    rig.decodes[0].fail_after = {7: worker_pb2.ERROR_CODE_PREEMPTED}
+    before = time.time()
+    await collect(rig.stub.Generate(ask(PROMPT, max_tokens=10)))
+    arrivals = [p.sequence.arrival_unix_s for p in rig.prefills[0].prefills]
+    arrivals += [d.sequence.arrival_unix_s for d in rig.decodes[0].decodes]
+    assert len(arrivals) == 4 and len(set(arrivals)) == 1
+    assert before <= arrivals[0] <= time.time()
+
+
 async def test_preempted_again_and_again(rig: Rig) -> None:
     codes = [worker_pb2.ERROR_CODE_PREEMPTED, worker_pb2.ERROR_CODE_DRAINING]
     rig.decodes[0].fail_after = {k: codes[k % 2] for k in range(1, 20, 3)}
