@@ -16,7 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crossdock.proto import errors
-from crossdock.proto.convert import sampling_to_pb
+from crossdock.proto.convert import sampling_to_pb, wire_seed
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
@@ -255,6 +255,8 @@ def _set_field(message: Any, name: str, value: Any) -> None:
     try:
         if name == "stop" and isinstance(value, str):
             value = [value]
+        if name == "seed":
+            value = wire_seed(value)
         if name == "logit_bias":
             message.logit_bias.clear()
             message.logit_bias.update(value)

@@ -5,7 +5,8 @@
         └──admit (no ticket: this worker computes the prompt)──^
 
 Decode tokens go first in every step; prompts computed here (colocated workers, short suffixes)
-share what is left of the step's token budget, or a fixed part of it where that is more. Blocks are reserved when there is room for all that
+share what is left of the step's token budget, or a fixed part of it where that is more.
+Blocks are reserved when there is room for all that
 the sequence has and for one more step of everything that runs. A sequence that reads along, its
 prompt still being computed elsewhere, only uses what room there is: it holds up nobody who is
 complete, and gives its blocks back before anybody who runs has to.

@@ -35,10 +35,16 @@ _SCALARS = (
 )
 
 
+def wire_seed(seed: int) -> int:
+    """A seed's 64 bits: the API knows signed ones, the wire and the sampler unsigned ones."""
+    return seed + 2**64 if -(2**63) <= seed < 0 else seed
+
+
 def sampling_to_pb(params: SamplingParams) -> inference_pb2.SamplingParams:
     """Every field set, so that the reader needs no defaults."""
+    scalars = {name: getattr(params, name) for name in _SCALARS}
     return inference_pb2.SamplingParams(
-        **{name: getattr(params, name) for name in _SCALARS},
+        **scalars | {"seed": wire_seed(params.seed)},
         logit_bias=dict(params.logit_bias),
         stop_token_ids=params.stop_token_ids,
         stop=params.stop,

@@ -104,7 +104,7 @@ class SamplingParams:
             if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
                 limit = f"each must have 1 to {MAX_STOP_CHARACTERS} characters"
                 raise InvalidRequest("stop", text, limit)
-        _within("seed", self.seed, 0, 2**64 - 1)
+        _within("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens < 1:
             raise InvalidRequest("max_tokens", self.max_tokens, "must be at least 1")
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
@@ -125,7 +125,7 @@ class WorkerEndpoint:
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # nor is NaN
         raise InvalidRequest(name, value, f"must be from {low} to {high}")
 
 

@@ -181,6 +181,11 @@ def test_sampling_params_set_every_field_and_keywords_win() -> None:
     assert request.sampling.max_tokens == SamplingParams().max_tokens
 
 
+def test_a_negative_seed_is_sent_as_its_64_bits() -> None:
+    assert build_request("x", seed=-2).sampling.seed == 2**64 - 2
+    assert build_request("x", sampling=SamplingParams(seed=-2)).sampling.seed == 2**64 - 2
+
+
 def test_lists_and_maps_replace_those_of_the_sampling_params() -> None:
     base = SamplingParams(stop=("a",), logit_bias={1: 2.0})
     request = build_request("x", sampling=base, stop="b", logit_bias={5: -1.0})
@@ -195,7 +200,7 @@ def test_lists_and_maps_replace_those_of_the_sampling_params() -> None:
         ({"token_ids": ["a"]}, "token_ids"),
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
-        ({"prompt": "x", "seed": -1}, "seed"),
+        ({"prompt": "x", "seed": -(2**63) - 1}, "seed"),
         ({"prompt": "\ud800"}, "text"),
     ],
 )

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import crossdock.proto
+from crossdock.engine.native.philox import uniform
 from crossdock.proto import errors
 from crossdock.proto.convert import sampling_from_pb, sampling_to_pb
 from crossdock.proto.hashing import HASH_BYTES, block_hash, chain_hashes, root_hash
@@ -78,8 +79,9 @@ def test_errors_name_field_value_and_limit() -> None:
         ("stop", ("",)),
         ("stop", ("x" * 257,)),
         ("stop", ("x",) * 1000),
-        ("seed", -1),
+        ("seed", -(2**63) - 1),
         ("seed", 2**64),
+        pytest.param("seed", 10**400, id="seed-huge"),
         ("max_tokens", 0),
         ("min_tokens", -1),
         ("min_tokens", 17),
@@ -126,6 +128,15 @@ def test_the_limits_themselves_are_allowed() -> None:
 )
 def test_sampling_parameters_survive_the_wire(params: SamplingParams) -> None:
     assert sampling_from_pb(sampling_to_pb(params)) == params
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63)])
+def test_a_negative_seed_is_its_64_bits(seed: int) -> None:
+    given = SamplingParams(seed=seed)
+    given.validate(vocab_size=100)
+    sent = sampling_from_pb(sampling_to_pb(given))
+    assert sent.seed == 2**64 + seed
+    assert uniform(sent.seed, 7) == uniform(seed, 7)
 
 
 @given(st.lists(st.integers(0, 2**31 - 1), max_size=70), st.integers(1, 17))

@@ -173,6 +173,14 @@ async def test_completion_logprobs(
     assert [list(top.values()) for top in found.top_logprobs or []] == [[-0.25], [-1.25], [-2.25]]
 
 
+async def test_negative_seeds_are_taken_as_openai_does(
+    rig: Rig, client: openai.AsyncOpenAI, model: str
+) -> None:
+    for seed in (-1, -(2**63)):
+        await client.completions.create(model=model, prompt="x y", max_tokens=2, seed=seed)
+        assert rig.prefills[0].prefills[-1].sequence.sampling.seed == 2**64 + seed
+
+
 async def test_n_and_seed(rig: Rig, client: openai.AsyncOpenAI, model: str) -> None:
     answer = await client.completions.create(
         model=model, prompt="x y z", max_tokens=2, n=3, seed=40
@@ -403,7 +411,8 @@ BAD = [
     (complete(logprobs=21), "logprobs", "20"),
     (complete(logit_bias={"x": 1}), "logit_bias", "token ids"),
     (complete(logit_bias={"5": 101}), "logit_bias[5]", "100"),
-    (complete(seed=-1), "seed", "-1"),
+    (complete(seed=-(2**63) - 1), "seed", "-9223372036854775809"),
+    (complete(seed=10**400), "seed", "must be from -9223372036854775808"),
     (complete(seed=2**64), "seed", "18446744073709551616"),
     (complete(stop_token_ids=[10**6]), "stop_token_ids", "1000000"),
     (complete(suffix="end"), "suffix", "not supported"),
