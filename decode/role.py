@@ -56,8 +56,8 @@ class DecodeRole(WorkerRole):
                 self.jobs[chunk.sequence.sequence_id].mark("prefill_started")
         return plan
 
-    def hand_off(self, progress: worker_pb2.HandOff) -> None:
-        job = self.jobs.get(progress.sequence_id)
+    def hand_off(self, progress: worker_pb2.HandOff, owner: str) -> None:
+        job = self.job_of(progress.sequence_id, owner)
         if job is None or job.ticket is None or progress.sealed_blocks <= job.sealed_blocks:
             return  # it has ended here, or this is old
         job.sealed_blocks = min(progress.sealed_blocks, len(job.ticket.block_ids))

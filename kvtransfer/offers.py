@@ -136,10 +136,10 @@ class Offers:
         """The gateway is gone, and with it whoever would have asked for these blocks."""
         return self._revoke(lease for lease in self._leases.values() if lease.owner == owner)
 
-    def revoke_sequence(self, sequence_id: str) -> int:
-        return self._revoke(
-            lease for lease in self._leases.values() if lease.sequence_id == sequence_id
-        )
+    def revoke_sequence(self, sequence_id: str, owner: str) -> int:
+        """That gateway's request is over. Returns how many leases ended."""
+        whose = sequence_id, owner
+        return self._revoke(x for x in self._leases.values() if (x.sequence_id, x.owner) == whose)
 
     def revoke_all(self) -> int:
         """For a worker that stops: nobody can read its pool any more."""

@@ -108,9 +108,9 @@ class PrefillRole(WorkerRole):
     def _forget(self, job: Job) -> None:
         self._scheduler.remove(job.sequence)
 
-    def cancel(self, sequence_id: str, reason: str) -> None:
-        super().cancel(sequence_id, reason)
-        self._offers.revoke_sequence(sequence_id)
+    def cancel(self, sequence_id: str, reason: str, owner: str) -> None:
+        super().cancel(sequence_id, reason, owner)
+        self._offers.revoke_sequence(sequence_id, owner)
 
     def owner_gone(self, owner: str) -> None:
         super().owner_gone(owner)

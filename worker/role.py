@@ -111,7 +111,7 @@ class WorkerRole(ABC):
         for job in [job for job in self.jobs.values() if job.owner == owner]:
             self._end(job)
 
-    def hand_off(self, progress: worker_pb2.HandOff) -> None:  # noqa: B027
+    def hand_off(self, progress: worker_pb2.HandOff, owner: str) -> None:  # noqa: B027
         """How far the prompt of a ticket is; only a role that pulls has any."""
 
     def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:  # noqa: B027
@@ -144,9 +144,14 @@ class WorkerRole(ABC):
             self.jobs[job.id] = job
             self._admit(job)
 
-    def cancel(self, sequence_id: str, reason: str) -> None:
-        """Frees a sequence and answers nothing: the gateway has already let go of it."""
+    def job_of(self, sequence_id: str, owner: str) -> Job | None:
+        """The job that this gateway's stream brought; None: it has ended, or is another's."""
         job = self.jobs.get(sequence_id)
+        return job if job is not None and job.owner == owner else None
+
+    def cancel(self, sequence_id: str, reason: str, owner: str) -> None:
+        """Frees a sequence and answers nothing: the gateway has already let go of it."""
+        job = self.job_of(sequence_id, owner)
         if job is not None:
             self._end(job, reason or "cancelled")
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Pending = dict[str, asyncio.Task[None]]  # a stream's decode requests whose peer is being met
+
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Turns frames into commands for the engine thread, and its turns into frames."""
@@ -89,7 +91,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _read(
         self, frames: AsyncIterator[worker_pb2.GatewayFrame], stream: GatewayStream
     ) -> None:
-        pending: dict[str, asyncio.Task[None]] = {}  # decode requests whose peer is being met
+        pending: Pending = {}
         try:
             async for frame in frames:
                 kind = frame.WhichOneof("frame")
@@ -102,9 +104,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     pending[sequence_id] = task
                     task.add_done_callback(lambda done: pending.pop(done.get_name(), None))
                 elif kind == "hand_off":
-                    self._hand_off(frame.hand_off, pending.get(frame.hand_off.sequence_id))
+                    self._hand_off(frame.hand_off, stream.owner, pending)
                 elif kind == "cancel":
-                    self._cancel(frame.cancel, pending.get(frame.cancel.sequence_id))
+                    self._cancel(frame.cancel, stream.owner, pending)
                 elif kind == "resync":
                     self._server.post_snapshot(stream.send)
         finally:
@@ -112,25 +114,25 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 task.cancel()
             stream.close()
 
-    def _hand_off(self, progress: worker_pb2.HandOff, pending: asyncio.Task[None] | None) -> None:
+    def _hand_off(self, progress: worker_pb2.HandOff, owner: str, pending: Pending) -> None:
         if not 0 <= progress.first_token < self._server.vocab_size:
             log.error("%s: no such token: %d", progress.sequence_id, progress.first_token)
             return  # no word of its prompt: the request fails by itself
 
         def post(_: object = None) -> None:
-            self._server.post(lambda role: role.hand_off(progress))
+            self._server.post(lambda role: role.hand_off(progress, owner))
 
-        if pending is None:
+        task = pending.get(progress.sequence_id)
+        if task is None:
             post()
         else:  # its request comes first
-            pending.add_done_callback(post)
+            task.add_done_callback(post)
 
-    def _cancel(
-        self, request: worker_pb2.CancelRequest, pending: asyncio.Task[None] | None
-    ) -> None:
-        if pending is not None:
-            pending.cancel()
-        self._server.post(lambda role: role.cancel(request.sequence_id, request.reason))
+    def _cancel(self, request: worker_pb2.CancelRequest, owner: str, pending: Pending) -> None:
+        task = pending.get(request.sequence_id)
+        if task is not None:
+            task.cancel()
+        self._server.post(lambda role: role.cancel(request.sequence_id, request.reason, owner))
 
     async def _decode(self, request: worker_pb2.DecodeRequest, owner: str) -> None:
         if not request.HasField("ticket"):

@@ -383,7 +383,7 @@ class Simulation:
         for waiting in [w for w in self.after_meeting if w[0] is stream]:
             if waiting[1].sequence_id == job.id:
                 self.after_meeting.remove(waiting)
-                worker.role.hand_off(waiting[1])
+                worker.role.hand_off(waiting[1], waiting[0].owner)
 
     def _ensure(self, worker: Worker, ticket: worker_pb2.Ticket) -> int:
         """How many blocks the ticket's peer has. Raises TransferFailed."""
@@ -429,12 +429,12 @@ class Simulation:
             if any(s is stream and j.id == sequence_id for s, j in self.meeting):
                 self.after_meeting.append((stream, load))  # its request comes first
             else:
-                role.hand_off(load)
+                role.hand_off(load, stream.owner)
         elif what == "cancel":
             self.meeting = [
                 (s, j) for s, j in self.meeting if s is not stream or j.id != sequence_id
             ]
-            role.cancel(sequence_id, "given up")
+            role.cancel(sequence_id, "given up", stream.owner)
             left = [lease for lease in role.leases() if lease.sequence_id == sequence_id]
             assert sequence_id not in role.jobs and not left, "a cancel left something behind"
         else:

@@ -79,7 +79,7 @@ def end_of(decode: Worker, sequence_id: str) -> worker_pb2.SequenceOutput:
 # -- blocks and leases -------------------------------------------------------------------------
 
 ABORTS: dict[str, Callable[[Site, Worker, str], None]] = {
-    "cancelled": lambda site, d, name: d.role.cancel(name, "client went away"),
+    "cancelled": lambda site, d, name: d.role.cancel(name, "client went away", "gateway"),
     "gateway gone": lambda site, d, name: d.role.owner_gone("gateway"),
     "lease over": lambda site, d, name: _pass(site, d, 31),
     "deadline": lambda site, d, name: setattr(d.role.jobs[name], "deadline_unix_s", 1.0),

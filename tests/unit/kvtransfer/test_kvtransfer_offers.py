@@ -90,7 +90,8 @@ def test_a_lost_owner_or_a_cancelled_sequence_gives_its_blocks_back(side: Side) 
     side.offer(0, "a", "g1")
     side.offer(2, "b", "g1")
     side.offer(4, "c", "g2")
-    assert side.offers.revoke_sequence("b") == 1
+    assert side.offers.revoke_sequence("b", "g2") == 0
+    assert side.offers.revoke_sequence("b", "g1") == 1
     assert side.offers.revoke_owner("g1") == 1
     assert side.offers.revoke_owner("g1") == 0
     assert side.freed == [[2, 3], [0, 1]]
@@ -115,7 +116,7 @@ def test_any_order_of_exits_frees_each_block_exactly_once(seed: int) -> None:
         elif act == "reap":
             side.offers.reap()
         elif act == "sequence":
-            side.offers.revoke_sequence(f"s{rng.randrange(9)}")
+            side.offers.revoke_sequence(f"s{rng.randrange(9)}", f"g{rng.randrange(3)}")
         elif rng.random() < 0.1:
             side.offers.revoke_owner(f"g{rng.randrange(4)}")
         freed = Counter(block for blocks in side.freed for block in blocks)

@@ -129,7 +129,9 @@ def test_a_block_rewritten_after_the_offer_is_refused(site: Site) -> None:
     site.network.hold()
     hand_off(d, PROMPT, first)
     d.turn()
-    p.role.cancel(first.sequence_id, "the gateway gave up")
+    p.role.cancel(first.sequence_id, "another's", owner="another")
+    assert p.role.leases()
+    p.role.cancel(first.sequence_id, "the gateway gave up", owner="gateway")
     pool = p.role.state.pool
     taken = pool.allocate(pool.num_available)  # every block has a new owner
     site.network.deliver()
@@ -148,7 +150,9 @@ def test_cancelled_while_pulling_keeps_its_blocks_until_the_read_is_terminal(sit
     site.network.hold()
     sequence_id = hand_off(d, PROMPT, first)
     d.turn()
-    d.role.cancel(sequence_id, "client went away")
+    d.role.cancel(sequence_id, "another's", owner="another")
+    assert sequence_id in d.role.jobs
+    d.role.cancel(sequence_id, "client went away", owner="gateway")
     d.turn()
     assert d.role.state.pool.num_used == 7 and not d.role.jobs
     d.check()

@@ -32,7 +32,7 @@ def follow(decode: Worker, made: Job, output: worker_pb2.SequenceOutput) -> None
     if output.token_ids:
         progress.first_token = output.token_ids[0]
         progress.checksums.extend(output.checksums)
-    decode.role.hand_off(progress)
+    decode.role.hand_off(progress, made.owner)
 
 
 def test_blocks_are_pulled_while_the_prompt_is_computed(site: Site) -> None:
@@ -54,6 +54,8 @@ def test_blocks_are_pulled_while_the_prompt_is_computed(site: Site) -> None:
         follow(d, reader, output)
     assert moved == [2, 4, 6]
     assert len(p.role.leases()) == 1
+    wrong = worker_pb2.HandOff(sequence_id=reader.id, sealed_blocks=7, first_token=1)
+    d.role.hand_off(wrong, "another gateway")
     follow(d, reader, output)
     d.turn(12)
     outputs = d.take()
@@ -175,7 +177,7 @@ def test_an_old_word_of_a_prompt_changes_nothing(site: Site) -> None:
     *parts, last = p.take()
     for output in (last, *parts, part, last):
         follow(d, reader, output)
-    d.role.hand_off(worker_pb2.HandOff(sequence_id="nobody's", sealed_blocks=3))
+    d.role.hand_off(worker_pb2.HandOff(sequence_id="nobody's", sealed_blocks=3), "gateway")
     d.turn(12)
     assert tokens_of([last, *d.take()]) == undisturbed(PROMPT, 8)
     all_free(p, d)

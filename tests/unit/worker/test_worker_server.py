@@ -243,6 +243,20 @@ async def test_a_stream_that_ends_before_its_snapshot_is_forgotten(
     assert len(service._streams) == 1
 
 
+async def test_a_gateways_stream_cannot_cancel_another_gateways_sequence(pair: Pair) -> None:
+    other = Gateway(pair.prefill.description.address)
+    await other.connect()
+    first = await pair.first("s", PROMPT)
+    await other.send(cancel=worker_pb2.CancelRequest(sequence_id="s", reason="not mine"))
+    await other.send(prefill=worker_pb2.PrefillRequest(sequence=sequence("after", [])))
+    assert [output.error.code async for output in other.outputs("after")]  # both were taken
+    assert [lease.sequence_id for lease in (await pair.prefill.status()).leases] == ["s"]
+    rest = await pair.rest("s", PROMPT, first)
+    assert sum(len(output.token_ids) for output in rest) == 7
+    await settled(pair.prefill, pair.decode)
+    await other.close()
+
+
 async def test_bad_requests_are_answered_and_start_nothing(pair: Pair) -> None:
     for name, ids in (("empty", []), ("range", [10**6]), ("long", [5] * 5000)):
         await pair.p.send(prefill=worker_pb2.PrefillRequest(sequence=sequence(name, ids)))
