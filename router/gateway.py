@@ -25,6 +25,7 @@ from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.validate import ModelFacts, Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.dispatch.streams import Dialer
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class GatewayServer:
         self._incarnation = os.urandom(16)
         self._health_changed = asyncio.Event()
         self._health_task: asyncio.Task[None] | None = None
+        self._dial = Dialer(config.links)
         self._dispatcher: Dispatcher | None = None
         self._links: Links | None = None
         self._grpc: GrpcServer | None = None
@@ -92,9 +94,9 @@ class GatewayServer:
         config = self.config
         model_id, text, longest = await asyncio.to_thread(_load, config.model)
         facts = ModelFacts(model_id, text.vocab_size, text.context_length, longest)
-        self._dispatcher = dispatcher = self._make_dispatcher(text)
-        self._links = dispatcher.links = Links(
-            self.view, dispatcher, config.name, self._incarnation, config.block_size, config.links
+        self._links = self._make_links()
+        self._dispatcher = self._links.listener = dispatcher = self._make_dispatcher(
+            text, self._links
         )
         validator = Validator(facts, lambda: self.view.pool_tokens)
         frontend = Frontend(text, validator, dispatcher, config.request_timeout_s)
@@ -144,7 +146,8 @@ class GatewayServer:
         if self._grpc is not None:
             await self._grpc.stop(grace_s=0.5)
         if self._links is not None:
-            await self._links.close()
+            self._links.close()
+            await self._dial.closed()
 
     @property
     def active_requests(self) -> int:
@@ -167,12 +170,27 @@ class GatewayServer:
         """Prometheus exposition of this gateway."""
         return self.metrics.exposition()
 
-    def _make_dispatcher(self, text: TextModel) -> Dispatcher:
+    def _make_links(self) -> Links:
+        config = self.config
+        return Links(
+            self.view,
+            config.name,
+            self._incarnation,
+            config.block_size,
+            dial=self._dial,
+            timers=asyncio.get_running_loop(),
+            clock=time.monotonic,
+            settings=config.links,
+        )
+
+    def _make_dispatcher(self, text: TextModel, links: Links) -> Dispatcher:
         def detokenizer_of(prompt: list[int], stop: tuple[str, ...]) -> Detokenizer:
             return IncrementalDetokenizer(text, prompt, stop)  # type: ignore[arg-type]
 
         return Dispatcher(
             view=self.view,
+            links=links,
+            timers=asyncio.get_running_loop(),
             policy=POLICIES[self.config.policy],
             limits=self.config.limits,
             metrics=self.metrics,

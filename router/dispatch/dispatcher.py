@@ -9,7 +9,6 @@ out, and no task is made per request or per token.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import time
@@ -35,7 +34,6 @@ from crossdock.router.dispatch.delivery import (
     speak,
 )
 from crossdock.router.dispatch.handoff import HandOffs
-from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.sequence import (
@@ -47,19 +45,20 @@ from crossdock.router.dispatch.sequence import (
 )
 from crossdock.router.placement.policy import NoWorker, Policy
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.dispatch.ports import Link, Outgoing, Timers
 
 log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """The gateway's requests under way. Implements LinkListener; `links` is set once made."""
-
-    links: Links
+    """The gateway's requests under way. Implements LinkListener."""
 
     def __init__(
         self,
         *,
         view: ClusterView,
+        links: Outgoing,
+        timers: Timers,
         policy: Policy,
         limits: Limits,
         metrics: GatewayMetrics,
@@ -74,6 +73,8 @@ class Dispatcher:
         self.view = view
         self.metrics = metrics
         self.draining = False
+        self._links = links
+        self._timers = timers
         self._policy = policy
         self._limits = limits
         self._admission = Admission(limits)
@@ -85,16 +86,14 @@ class Dispatcher:
         self._on_ready = on_ready
         self._clock = clock
         self._rng = rng or random.Random()
-        self._hand_offs = HandOffs(
-            view, lambda name: self.links.get(name), block_size, self._eos_list, self._rng
-        )
+        self._hand_offs = HandOffs(view, links, block_size, self._eos_list, self._rng)
         self._turn = 0
         self._count = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._waiting: dict[
             SequenceState, Callable[[SequenceState], None]
         ] = {}  # waiting for a worker
-        self._requests: set[ActiveRequest] = set()
+        self._requests: dict[ActiveRequest, None] = {}
 
     @property
     def active_sequences(self) -> int:
@@ -130,7 +129,7 @@ class Dispatcher:
         active.stream = ResponseStream(
             lambda: self._end(active, Cancelled("the client went away"), "client gone")
         )
-        self._requests.add(active)
+        self._requests[active] = None
         try:
             self._begin(active, now)
         except Exception as error:
@@ -142,7 +141,7 @@ class Dispatcher:
     def _begin(self, active: ActiveRequest, now: float) -> None:
         request = active.request
         if request.deadline is not None:
-            active.deadline_timer = asyncio.get_running_loop().call_later(
+            active.deadline_timer = self._timers.call_later(
                 request.deadline - now, self._deadline_passed, active
             )
         active.unfinished = request.num_sequences
@@ -190,7 +189,7 @@ class Dispatcher:
             self.metrics.decision.observe(time.perf_counter() - started)
         if not sequence.active.started:  # what has begun is carried on
             check_deadline(sequence.active.request, placement, now, retry_after_s(self.view))
-        link = self.links.get(placement.prefill or placement.decode)
+        link = self._links.get(placement.prefill or placement.decode)
         if link is None:
             self._wait_for_worker(
                 sequence, self._route, NoWorker("the chosen worker is not connected")
@@ -231,7 +230,7 @@ class Dispatcher:
         self._waiting[sequence] = again
         if sequence.timer is None:
             wait_s = self._limits.worker_wait_s
-            sequence.timer = asyncio.get_running_loop().call_later(
+            sequence.timer = self._timers.call_later(
                 wait_s, self._give_up, sequence, NoWorker(f"{why} (waited {wait_s:g} s)")
             )
 
@@ -270,7 +269,7 @@ class Dispatcher:
 
     # -- what the workers say -----------------------------------------------------------------
 
-    def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
+    def on_outputs(self, link: Link, outputs: Sequence[pb.SequenceOutput]) -> None:
         now = self._clock()
         for output in outputs:
             sequence = self._sequences.get(output.sequence_id)
@@ -285,7 +284,7 @@ class Dispatcher:
                 self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
 
     def _take(
-        self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
+        self, sequence: SequenceState, link: Link, output: pb.SequenceOutput, now: float
     ) -> None:
         if output.HasField("times"):
             sequence.timeline.merge(output.times)
@@ -386,9 +385,7 @@ class Dispatcher:
 
     # -- errors, losses, ends -----------------------------------------------------------------
 
-    def _take_error(
-        self, sequence: SequenceState, link: WorkerLink, error: pb.SequenceError
-    ) -> None:
+    def _take_error(self, sequence: SequenceState, link: Link, error: pb.SequenceError) -> None:
         if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
             sequence.let_go(link.name)  # the prefill side's word; the decode worker will judge
             return
@@ -427,11 +424,9 @@ class Dispatcher:
         delay_s = 0.0
         if sequence.restarts > 1 or cause == "overloaded":
             delay_s = self._limits.first_backoff_s * 2 ** (sequence.restarts - 1)
-        sequence.timer = asyncio.get_running_loop().call_later(
-            delay_s, self._guarded, sequence, self._route
-        )
+        sequence.timer = self._timers.call_later(delay_s, self._guarded, sequence, self._route)
 
-    def on_lost(self, link: WorkerLink, reason: str) -> None:
+    def on_lost(self, link: Link, reason: str) -> None:
         self.metrics.lost.inc()
         for sequence_id in list(link.sequences):
             sequence = self._sequences.get(sequence_id)
@@ -481,7 +476,7 @@ class Dispatcher:
                 sequence.phase = Phase.DONE
                 sequence.timeline.mark("finished", now)
                 tracing.sequence_ended(sequence)
-        self._requests.discard(active)
+        self._requests.pop(active)
         self._admission.release(active.request.tenant, active.request.num_sequences)
         self.metrics.outcome(error)
         if error is None:

@@ -10,15 +10,14 @@ One whose stream broke may not know it yet, so it gets the same sequence only un
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 
 from crossdock.proto.errors import CrossdockError, WorkerLost
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.router.dispatch.links import WorkerLink
 from crossdock.router.dispatch.sequence import Phase, SequenceState
 from crossdock.router.placement.policy import NoWorker, decode_for
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.dispatch.ports import Link, Outgoing
 
 
 class HandOffs:
@@ -27,13 +26,13 @@ class HandOffs:
     def __init__(
         self,
         view: ClusterView,
-        link_of: Callable[[str], WorkerLink | None],
+        links: Outgoing,
         block_size: int,
         eos: list[int],
         rng: random.Random,
     ) -> None:
         self._view = view
-        self._link_of = link_of
+        self._links = links
         self._block_size = block_size
         self._eos = eos
         self._rng = rng
@@ -82,7 +81,7 @@ class HandOffs:
         sequence.decode_worker = ""
         sequence.placement = replace(sequence.placement, decode="")
 
-    def _choose(self, sequence: SequenceState, now: float) -> WorkerLink:
+    def _choose(self, sequence: SequenceState, now: float) -> Link:
         """The decode worker of the placement, or any other where that was lost or drains."""
         assert sequence.placement is not None
         link = self._taking(sequence.placement.decode)
@@ -98,12 +97,12 @@ class HandOffs:
             self._view.place(name, sequence.sequence_id, 0, demand.blocks)
         return link
 
-    def _taking(self, name: str) -> WorkerLink | None:
+    def _taking(self, name: str) -> Link | None:
         """The open link to a worker, where it takes new work."""
         worker = self._view.workers.get(name)
-        return None if worker is None or worker.load.draining else self._link_of(name)
+        return None if worker is None or worker.load.draining else self._links.get(name)
 
-    def _tell(self, sequence: SequenceState, link: WorkerLink, now: float) -> None:
+    def _tell(self, sequence: SequenceState, link: Link, now: float) -> None:
         sequence.decode_worker = link.name
         sequence.hold(link)
         decode = pb.DecodeRequest(

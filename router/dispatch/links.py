@@ -1,4 +1,5 @@
-"""One long-lived stream to each worker of the membership.
+"""One long-lived stream to each worker of the membership: what it says and hears. A Wire does the
+I/O: it opens streams, carries frames, and says when a stream has ended.
 
     CONNECTING ──hello──> OPEN ──stream breaks, silence──> CONNECTING (backoff) …
         └── another incarnation answers: wait for the membership ──┘
@@ -9,23 +10,17 @@ A link is of one incarnation: a restarted worker is another member and gets anot
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import enum
 import logging
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import grpc
+from typing import Protocol
 
 from crossdock.proto.convert import ROLE_FROM_PB
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts, WorkerView
+from crossdock.router.dispatch.ports import Timer, Timers
 
 log = logging.getLogger(__name__)
 
@@ -60,24 +55,36 @@ class LinkListener(Protocol):
         """A worker was connected or lost, or began to drain: readiness may have changed."""
 
 
+class Wire(Protocol):
+    """Opens a stream to a link's worker, and another when that has ended, until it is closed.
+
+    A stream begins with `link.hello`; each frame of the worker goes to `link.receive`, and the end
+    of a stream, or of a try to open one, to `link.ended`.
+    """
+
+    def send(self, frame: pb.GatewayFrame) -> None:
+        """Dropped where there is no stream."""
+
+    def cut(self, reason: str) -> None:
+        """Ends the stream as if it had broken."""
+
+    def close(self) -> None: ...
+
+
 class WorkerLink:
     """The stream to one incarnation of one worker, kept up while it is a member."""
 
     def __init__(self, endpoint: WorkerEndpoint, owner: Links) -> None:
         self.endpoint = endpoint
         self.state = LinkState.CONNECTING
-        self.sequences: set[str] = set()  # what this gateway has on the worker now
+        self.sequences: dict[str, None] = {}  # what this gateway has on the worker now, in order
         self.silent_ticks = 0
         self._owner = owner
         self._worker: WorkerView | None = None
+        self._greeted = False  # this stream's first frame was the member's
         self._next_event: int | None = None  # None: a snapshot was asked for
-        self._call: Any = None
-        self._broken = ""  # why we cancelled the call ourselves
-        self._outbox: deque[pb.GatewayFrame] = deque()
-        self._outbox_filled = asyncio.Event()
-        self._task = asyncio.get_running_loop().create_task(
-            self._run(), name=f"link-{endpoint.name}"
-        )
+        self._backoff_s = owner.settings.first_backoff_s
+        self._wire = owner.dial(self)
 
     @property
     def name(self) -> str:
@@ -87,11 +94,14 @@ class WorkerLink:
     def usable(self) -> bool:
         return self.state is LinkState.OPEN
 
+    @property
+    def hello(self) -> pb.GatewayFrame:
+        owner = self._owner
+        hello = pb.GatewayHello(gateway=owner.gateway, incarnation=owner.incarnation)
+        return pb.GatewayFrame(hello=hello)
+
     def send(self, frame: pb.GatewayFrame) -> None:
-        """Queues a frame; it leaves in this turn of the loop. Dropped when the stream is gone."""
-        if self._call is not None:
-            self._outbox.append(frame)
-            self._outbox_filled.set()
+        self._wire.send(frame)
 
     def retire(self) -> None:
         """The worker left the membership: no new work, and close once nothing is left on it."""
@@ -105,91 +115,46 @@ class WorkerLink:
         if self.state is not LinkState.CLOSED:
             self.state = LinkState.CLOSED
             self._leave_view()
-            self._task.cancel()
+            self._wire.close()
 
-    async def closed(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+    def tick(self, silence_s: float, tick_s: float) -> None:
+        """A tick of the watchdog passed; a stream without a frame for so long is given up."""
+        self.silent_ticks += 1
+        if self.silent_ticks > silence_s / tick_s:
+            self.silent_ticks = 0
+            self._wire.cut(f"silent for {silence_s:g} s")
 
-    def break_stream(self, reason: str) -> None:
-        """Gives the stream up, as when it breaks by itself."""
-        self._broken = reason
-        if self._call is not None:
-            self._call.cancel()
+    # -- the wire's side ----------------------------------------------------------------------
 
-    # -- the stream ---------------------------------------------------------------------------
+    def receive(self, frame: pb.WorkerFrame) -> str:
+        """Takes a frame. Returns why the stream is to end; empty where it goes on."""
+        if not self._greeted:
+            if refusal := self._refusal(frame):
+                log.warning("worker %s at %s: %s", self.name, self.endpoint.address, refusal)
+                return refusal
+            self._greeted = True
+            self._open(frame.hello, has_snapshot=frame.block_events.snapshot)
+        return self._take(frame)
 
-    async def _run(self) -> None:
-        backoff = self._owner.settings.first_backoff_s
-        while self.state is not LinkState.CLOSED:
-            reason = "closed"
-            try:
-                reason = await self._stream()
-            finally:
-                opened = self._worker is not None or self.state is LinkState.RETIRING
-                self._lose(reason)
-            if self.state is LinkState.RETIRING:
-                self.state = LinkState.CLOSED
-                self._owner.forget(self)
-            if self.state is LinkState.CLOSED:
-                return
-            self.state = LinkState.CONNECTING
-            first = self._owner.settings.first_backoff_s
-            backoff = first if opened else min(backoff * 2, self._owner.settings.max_backoff_s)
-            await asyncio.sleep(backoff)
-
-    async def _stream(self) -> str:
-        """Lives one stream from connect to its end; the answer says why it ended."""
-        self._broken = ""
-        async with grpc.aio.insecure_channel(
-            self.endpoint.address, options=_channel_options(self._owner.settings)
-        ) as channel:
-            call = worker_pb2_grpc.WorkerStub(channel).Connect()
-            self._call = call
-            writer = asyncio.get_running_loop().create_task(self._write(call))
-            try:
-                return await self._read(call)
-            except grpc.aio.AioRpcError as error:
-                return f"{error.code().name}: {error.details()}"
-            except TimeoutError:
-                return f"no hello within {self._owner.settings.hello_timeout_s} s"
-            except asyncio.CancelledError:
-                if self._broken and self.state is not LinkState.CLOSED:
-                    return self._broken
-                raise
-            except Exception as error:
-                log.exception("worker %s: its stream could not be read", self.name)
-                return f"{type(error).__name__}: {error}"
-            finally:
-                self._call = None
-                self._outbox.clear()
-                writer.cancel()
-                call.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
-
-    async def _write(self, call: Any) -> None:
-        owner = self._owner
-        hello = pb.GatewayHello(gateway=owner.gateway, incarnation=owner.incarnation)
-        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            await call.write(pb.GatewayFrame(hello=hello))
-            while True:
-                while self._outbox:
-                    await call.write(self._outbox.popleft())
-                self._outbox_filled.clear()
-                await self._outbox_filled.wait()
-
-    async def _read(self, call: Any) -> str:
-        frame = await asyncio.wait_for(call.read(), self._owner.settings.hello_timeout_s)
-        if frame is grpc.aio.EOF:
-            return "the worker closed the stream"
-        if refusal := self._refusal(frame):
-            log.warning("worker %s at %s: %s", self.name, self.endpoint.address, refusal)
-            return refusal
-        self._open(frame.hello, has_snapshot=frame.block_events.snapshot)
-        while frame is not grpc.aio.EOF:
-            self._take(frame)
-            frame = await call.read()
-        return "the worker closed the stream"
+    def ended(self, reason: str) -> float | None:
+        """The stream is over. Returns in how many seconds to open another; None: never."""
+        was_open = self._worker is not None or self.state is LinkState.RETIRING
+        self._leave_view()
+        if was_open:
+            log.warning(
+                "worker %s at %s: stream ended: %s", self.name, self.endpoint.address, reason
+            )
+            self._owner.listener.on_lost(self, reason)
+        if self.state is LinkState.RETIRING:
+            self.state = LinkState.CLOSED
+            self._owner.forget(self)
+        if self.state is LinkState.CLOSED:
+            return None
+        settings = self._owner.settings
+        self.state, self._greeted = LinkState.CONNECTING, False
+        doubled = min(self._backoff_s * 2, settings.max_backoff_s)
+        self._backoff_s = settings.first_backoff_s if was_open else doubled
+        return self._backoff_s
 
     def _refusal(self, frame: pb.WorkerFrame) -> str:
         """Why this peer is not the member that we meant to reach; empty when it is."""
@@ -222,7 +187,7 @@ class WorkerLink:
             self._resync()
         self._owner.listener.on_change()
 
-    def _take(self, frame: pb.WorkerFrame) -> None:
+    def _take(self, frame: pb.WorkerFrame) -> str:
         self.silent_ticks = 0
         # What the cache gained goes first: it lets what follows these outputs be placed well.
         if frame.HasField("block_events"):
@@ -231,8 +196,8 @@ class WorkerLink:
             self._take_load(self._worker, frame.load)
         if frame.outputs:
             self._owner.listener.on_outputs(self, frame.outputs)
-        if self.state is LinkState.RETIRING and not self.sequences:
-            self.break_stream("it left the cluster")
+        done = self.state is LinkState.RETIRING and not self.sequences
+        return "it left the cluster" if done else ""
 
     def _take_load(self, worker: WorkerView, load: pb.Load) -> None:
         was_draining = worker.load.draining
@@ -280,17 +245,6 @@ class WorkerLink:
         self._next_event = None
         self.send(pb.GatewayFrame(resync=pb.ResyncBlocks()))
 
-    # -- the end ------------------------------------------------------------------------------
-
-    def _lose(self, reason: str) -> None:
-        was_open = self._worker is not None or self.state is LinkState.RETIRING
-        self._leave_view()
-        if was_open:
-            log.warning(
-                "worker %s at %s: stream ended: %s", self.name, self.endpoint.address, reason
-            )
-            self._owner.listener.on_lost(self, reason)
-
     def _leave_view(self) -> None:
         if self._worker is not None:
             self._owner.view.disconnected(self.name, self.endpoint.incarnation)
@@ -301,27 +255,32 @@ class WorkerLink:
 class Links:
     """All links of one gateway; follows the membership that the controller pushes."""
 
+    listener: LinkListener  # set before the first update
+
     def __init__(
         self,
         view: ClusterView,
-        listener: LinkListener,
         gateway: str,
         incarnation: bytes,
         block_size: int,
-        settings: LinkSettings | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        *,
+        dial: Callable[[WorkerLink], Wire],
+        timers: Timers,
+        clock: Callable[[], float],
+        settings: LinkSettings,
     ) -> None:
         self.view = view
-        self.listener = listener
         self.gateway = gateway
         self.incarnation = incarnation
         self.block_size = block_size
-        self.settings = settings or LinkSettings()
+        self.dial = dial
+        self.settings = settings
         self.clock = clock
         self.resyncs = 0
+        self._timers = timers
         self._members: dict[tuple[str, str], WorkerLink] = {}
-        self._retiring: set[WorkerLink] = set()
-        self._watchdog: asyncio.Task[None] | None = None
+        self._retiring: dict[WorkerLink, None] = {}
+        self._tick: Timer | None = None
 
     def get(self, name: str) -> WorkerLink | None:
         """The open link to the worker that holds this name now."""
@@ -340,49 +299,31 @@ class Links:
         wanted = {(e.name, e.incarnation): e for e in endpoints}
         for key in [key for key in self._members if key not in wanted]:
             link = self._members.pop(key)
-            self._retiring.add(link)
+            self._retiring[link] = None
             link.retire()
             if link.state is LinkState.CLOSED:
                 self.forget(link)
         for key, endpoint in wanted.items():
             if key not in self._members:
                 self._members[key] = WorkerLink(endpoint, self)
-        if self._watchdog is None:
-            self._watchdog = asyncio.get_running_loop().create_task(self._watch())
+        if self._tick is None:
+            self._watch()
 
     def forget(self, link: WorkerLink) -> None:
-        self._retiring.discard(link)
+        self._retiring.pop(link, None)
 
-    async def close(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        links = [*self._members.values(), *self._retiring]
+    def close(self) -> None:
+        if self._tick is not None:
+            self._tick.cancel()
+        for link in [*self._members.values(), *self._retiring]:
+            link.close()
         self._members.clear()
         self._retiring.clear()
-        for link in links:
-            link.close()
-        await asyncio.gather(*(link.closed() for link in links))
 
-    async def _watch(self) -> None:
+    def _watch(self) -> None:
         """Breaks streams that fell silent. Counts its own turns, not the clock, so that a pause of
         this process does not pass for the silence of its peers."""
-        limit = self.settings.silence_s / self.settings.tick_s
-        while True:
-            await asyncio.sleep(self.settings.tick_s)
-            for link in [*self.open_links, *self._retiring]:
-                link.silent_ticks += 1
-                if link.silent_ticks > limit:
-                    link.silent_ticks = 0
-                    link.break_stream(f"silent for {self.settings.silence_s:g} s")
-
-
-def _channel_options(settings: LinkSettings) -> list[tuple[str, int]]:
-    return [
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(settings.keepalive_s * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_s * 1000)),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.max_receive_message_length", settings.max_frame_bytes),
-        ("grpc.max_send_message_length", settings.max_frame_bytes),
-    ]
+        settings = self.settings
+        self._tick = self._timers.call_later(settings.tick_s, self._watch)
+        for link in [*self.open_links, *self._retiring]:
+            link.tick(settings.silence_s, settings.tick_s)

@@ -90,21 +90,27 @@ class ResponseStream:
 
     # -- the reader's side --------------------------------------------------------------------
 
-    async def batch(self) -> list[Delta]:
-        """All deltas that came since the last call, at least one; empty at the end.
+    @property
+    def ended(self) -> bool:
+        return self._ended
 
-        Raises the CrossdockError that ended the request, after what came before it was read.
-        """
+    async def batch(self) -> list[Delta]:
+        """Waits until `take` has something: at least one delta; empty at the end."""
         while not self._buffer and not self._ended:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        if self._buffer:
-            batch, self._buffer = self._buffer, []
-            self._latest.clear()
-            return batch
-        if self._error is not None:
+        return self.take()
+
+    def take(self) -> list[Delta]:
+        """All deltas that came since the last call, without waiting: none as yet, or at the end.
+
+        Raises the CrossdockError that ended the request, after what came before it was read.
+        """
+        batch, self._buffer = self._buffer, []
+        self._latest.clear()
+        if not batch and self._error is not None:
             raise self._error
-        return []
+        return batch
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while batch := await self.batch():

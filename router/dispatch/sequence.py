@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from crossdock.proto.hashing import block_hash, chain_hashes, root_hash
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import Timeline
-from crossdock.router.dispatch.links import WorkerLink
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.placement.policy import Demand, Placement
+from crossdock.router.dispatch.ports import Link, Timer
 
 
 class TextDelta(Protocol):
@@ -63,14 +62,14 @@ class SequenceState:
     phase: Phase = Phase.ROUTING
     sequence_id: str = ""  # of this attempt; a restart gets another
     placement: Placement | None = None
-    holders: dict[str, WorkerLink] = field(default_factory=dict)  # who has something of it
+    holders: dict[str, Link] = field(default_factory=dict)  # who has something of it
     ticket: pb.Ticket | None = None
     sealed_blocks: int = 0  # of the ticket's
     checksums: list[int] = field(default_factory=list)  # of the ticket's blocks, where asked for
     restarts: int = 0  # since the last token gained
     losses: int = 0  # workers that died while they held it
     avoid: set[str] = field(default_factory=set)
-    timer: asyncio.TimerHandle | None = None
+    timer: Timer | None = None
     prefill_worker: str = ""
     decode_worker: str = ""  # once it has been told
     lost_readers: set[str] = field(default_factory=set)  # decode workers lost under this attempt
@@ -92,14 +91,14 @@ class SequenceState:
             ids = self.token_ids[block * block_size : (block + 1) * block_size]
             self.hashes.append(block_hash(parent, ids))
 
-    def hold(self, link: WorkerLink) -> None:
+    def hold(self, link: Link) -> None:
         self.holders[link.name] = link
-        link.sequences.add(self.sequence_id)
+        link.sequences[self.sequence_id] = None
 
     def let_go(self, name: str) -> None:
         link = self.holders.pop(name, None)
         if link is not None:
-            link.sequences.discard(self.sequence_id)
+            link.sequences.pop(self.sequence_id, None)
 
     def stop_timer(self) -> None:
         if self.timer is not None:
@@ -162,7 +161,7 @@ class ActiveRequest:
     traceparent: str
     sequences: list[SequenceState] = field(default_factory=list)
     stream: ResponseStream = field(init=False)
-    deadline_timer: asyncio.TimerHandle | None = None
+    deadline_timer: Timer | None = None
     unfinished: int = 0
     started: bool = False  # something was sent to a worker
     ended: bool = False

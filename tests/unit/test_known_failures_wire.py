@@ -58,9 +58,10 @@ BOUNDED_OTHERWISE = {
     "worker/streams.py: self._ready.wait()": _WORKLESS,
     "router/gateway.py: self._health_changed.wait()": _LIFE,
     "router/frontdoor/http_server.py: request.read()": "a client's; the server's limits end it",
-    "router/dispatch/links.py: await self._task": "after it was cancelled",
-    "router/dispatch/links.py: self._outbox_filled.wait()": _WORKLESS,
-    "router/dispatch/links.py: call.read()": "silence and keepalive break the stream",
+    "router/dispatch/streams.py: asyncio.gather(*self._tasks, return_exceptions=True)": "after each was "
+    "cancelled",
+    "router/dispatch/streams.py: self._outbox_filled.wait()": _WORKLESS,
+    "router/dispatch/streams.py: call.read()": "silence and keepalive break the stream",
     "router/dispatch/request.py: await self._waiter": "each request has a deadline",
     "deploy/actors.py: self._stopped.wait()": _LIFE,
     "deploy/actors.py: self._started.wait()": "Watched: start_timeout_s",

@@ -1,0 +1,123 @@
+"""Links over gRPC: opens their streams and carries their frames. What they mean is links.py's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from typing import Any
+
+import grpc
+
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.proto.v1 import worker_pb2_grpc
+from crossdock.router.dispatch.links import LinkSettings, WorkerLink
+
+log = logging.getLogger(__name__)
+
+
+class Dialer:
+    """Makes the wires of one gateway. Called with a link, on the event loop."""
+
+    def __init__(self, settings: LinkSettings) -> None:
+        self._settings = settings
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __call__(self, link: WorkerLink) -> GrpcWire:
+        wire = GrpcWire(link, self._settings)
+        self._tasks.add(wire.task)
+        wire.task.add_done_callback(self._tasks.discard)
+        return wire
+
+    async def closed(self) -> None:
+        """Returns once the streams of closed links have ended."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class GrpcWire:
+    """See links.Wire. One task, which lives one stream after another."""
+
+    def __init__(self, link: WorkerLink, settings: LinkSettings) -> None:
+        self._link = link
+        self._settings = settings
+        self._call: Any = None
+        self._cut = ""  # why we cancelled the call ourselves
+        self._outbox: deque[pb.GatewayFrame] = deque()
+        self._outbox_filled = asyncio.Event()
+        self.task = asyncio.get_running_loop().create_task(self._run(), name=f"link-{link.name}")
+
+    def send(self, frame: pb.GatewayFrame) -> None:
+        if self._call is not None:
+            self._outbox.append(frame)
+            self._outbox_filled.set()
+
+    def cut(self, reason: str) -> None:
+        self._cut = reason
+        if self._call is not None:
+            self._call.cancel()
+
+    def close(self) -> None:
+        self.task.cancel()
+
+    async def _run(self) -> None:
+        while (wait_s := self._link.ended(await self._stream())) is not None:
+            await asyncio.sleep(wait_s)
+
+    async def _stream(self) -> str:
+        """Lives one stream from connect to its end; the answer says why it ended."""
+        self._cut = ""
+        async with grpc.aio.insecure_channel(
+            self._link.endpoint.address, options=_channel_options(self._settings)
+        ) as channel:
+            call = worker_pb2_grpc.WorkerStub(channel).Connect()
+            self._call = call
+            writer = asyncio.get_running_loop().create_task(self._write(call))
+            try:
+                return await self._read(call)
+            except grpc.aio.AioRpcError as error:
+                return f"{error.code().name}: {error.details()}"
+            except TimeoutError:
+                return f"no hello within {self._settings.hello_timeout_s} s"
+            except asyncio.CancelledError:
+                if self._cut and not self.task.cancelling():
+                    return self._cut
+                raise
+            except Exception as error:
+                log.exception("worker %s: its stream could not be read", self._link.name)
+                return f"{type(error).__name__}: {error}"
+            finally:
+                self._call = None
+                self._outbox.clear()
+                writer.cancel()
+                call.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write(self, call: Any) -> None:
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            await call.write(self._link.hello)
+            while True:
+                while self._outbox:
+                    await call.write(self._outbox.popleft())
+                self._outbox_filled.clear()
+                await self._outbox_filled.wait()
+
+    async def _read(self, call: Any) -> str:
+        frame = await asyncio.wait_for(call.read(), self._settings.hello_timeout_s)
+        while frame is not grpc.aio.EOF:
+            if over := self._link.receive(frame):
+                return over
+            frame = await call.read()
+        return "the worker closed the stream"
+
+
+def _channel_options(settings: LinkSettings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(settings.keepalive_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_s * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.max_receive_message_length", settings.max_frame_bytes),
+        ("grpc.max_send_message_length", settings.max_frame_bytes),
+    ]
