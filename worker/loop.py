@@ -16,6 +16,7 @@ from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.proto.errors import CrossdockError
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.role import WorkerRole
+from crossdock.worker.streams import block_events
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -123,6 +124,16 @@ class EngineLoop:
         if turn:
             self._publish(turn)
 
+    def snapshot(self, hello: worker_pb2.WorkerDescription | None = None) -> worker_pb2.WorkerFrame:
+        """The whole prefix cache and the load. On the engine thread."""
+        self.flush()  # it begins after the events that were handed over
+        first, events = self._role.state.pool.snapshot()
+        return worker_pb2.WorkerFrame(
+            hello=hello,
+            load=self._role.load(),
+            block_events=block_events(first, events, snapshot=True),
+        )
+
     def _take_commands(self) -> None:
         while self._commands:
             try:
@@ -131,14 +142,15 @@ class EngineLoop:
                 log.exception("a command to the engine failed")
 
     def _step(self, plan: StepPlan) -> None:
-        started = time.monotonic()
+        clock = self._role.state.clock
+        started = clock()
         try:
             tokens = self._runner.run(plan)
         except Exception as error:
             self._step_failed(plan, error)
             return
         self._failed_steps = 0
-        self._role.observe_step(plan, time.monotonic() - started)
+        self._role.observe_step(plan, clock() - started)
         self._role.apply(plan, tokens)
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:

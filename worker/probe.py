@@ -22,6 +22,7 @@ from crossdock.kvtransfer.layout import check_layouts
 from crossdock.kvtransfer.transport import Handle, HandleState, Transport
 from crossdock.proto.errors import LayoutMismatch, TransferFailed
 from crossdock.proto.v1 import worker_pb2
+from crossdock.worker.peer_calls import met
 
 if TYPE_CHECKING:
     from crossdock.worker.role import WorkerRole
@@ -138,12 +139,11 @@ class Prober:
         self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe
     ) -> worker_pb2.WorkerDescription:
         start = time.perf_counter()
-        peers = self._server.peers
-        found = await peers.describe(request.peer_address)
+        found = await self._server.peer_calls.describe(request.peer_address)
         if found.incarnation != request.peer_incarnation:
             raise TransferFailed(f"{request.peer_address} was restarted, or is another worker now")
         check_layouts(self._server.description.layout, found.layout)
-        peer = await peers.ensure(request.peer_incarnation, request.peer_address)
+        peer = await met(self._server.peers, request.peer_incarnation, request.peer_address)
         link.handshake_s = time.perf_counter() - start
         return peer
 

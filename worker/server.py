@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -25,12 +24,13 @@ from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.worker import metrics
 from crossdock.worker.config import WorkerConfig
+from crossdock.worker.gateways import Gateways
 from crossdock.worker.loop import EngineLoop, Turn
+from crossdock.worker.peer_calls import GrpcPeerCalls, met
 from crossdock.worker.peers import Peers
 from crossdock.worker.probe import Prober
 from crossdock.worker.role import WorkerRole, WorkerState
 from crossdock.worker.service import WorkerService
-from crossdock.worker.streams import block_events
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class WorkerServer:
     description: worker_pb2.WorkerDescription
     vocab_size: int
     peers: Peers
+    peer_calls: GrpcPeerCalls
     prober: Prober
 
     def __init__(self, config: WorkerConfig, role_type: Callable[[WorkerState], WorkerRole]):
@@ -63,7 +64,7 @@ class WorkerServer:
     async def start(self) -> WorkerEndpoint:
         """Loads the model and listens. Raises ModelError or ConfigError saying what is wrong."""
         self._asyncio = asyncio.get_running_loop()
-        self._service = WorkerService(self)
+        self._gateways = Gateways(self)
         self._grpc = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -78,14 +79,17 @@ class WorkerServer:
                 ("grpc.http2.max_pings_without_data", 0),
             ]
         )
-        worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._grpc)
+        worker_pb2_grpc.add_WorkerServicer_to_server(
+            WorkerService(self, self._gateways), self._grpc
+        )
         wanted = f"{self.config.host}:{self.config.port}"
         try:
             port = self._grpc.add_insecure_port(wanted)
         except RuntimeError as error:
             raise ConfigError("port", f"{wanted} is in use or not ours") from error
         await asyncio.to_thread(self._build, f"{self.config.host}:{port}")
-        self.peers = Peers(self.description.layout, self._transport)
+        self.peer_calls = GrpcPeerCalls(self.description.layout, self._transport)
+        self.peers = Peers(self.peer_calls, self._state.clock)
         self.prober = Prober(self, self._transport, self._state.memory.memory_type)
         self._registry, self.description.metrics_address = metrics.serve(
             self._role, self.config.host
@@ -110,8 +114,14 @@ class WorkerServer:
         )
 
     async def update_peers(self, endpoints: Iterable[WorkerEndpoint]) -> None:
-        if self.config.role is Role.DECODE:  # the only one that pulls
-            await self.peers.update(endpoints)
+        """Returns once all that can be pulled from are known."""
+        if self.config.role is not Role.DECODE:  # the only one that pulls
+            return
+        others = [endpoint for endpoint in endpoints if endpoint.role is Role.PREFILL]
+        self.peers.update(others)
+        meetings = (met(self.peers, bytes.fromhex(e.incarnation), e.address) for e in others)
+        await asyncio.gather(*meetings, return_exceptions=True)
+        await self.peer_calls.keep(endpoint.address for endpoint in others)
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new work and waits for what is here; moves the rest away when time is up.
@@ -134,11 +144,12 @@ class WorkerServer:
         for task in self._tasks:
             task.cancel()
         if hasattr(self, "_grpc"):
-            self._service.close()
+            self._gateways.close()
             await self._grpc.stop(grace=0.2)
         if hasattr(self, "peers"):
             self.prober.close()
-            await self.peers.close()
+            self.peers.close()
+            await self.peer_calls.keep(())
         if hasattr(self, "_loop"):
             await asyncio.to_thread(self._loop.stop, 10.0)
         for close in reversed(self._closers):
@@ -174,14 +185,7 @@ class WorkerServer:
         """Has `deliver` called on the asyncio loop with the whole prefix cache and the load."""
 
         def take() -> None:
-            self._loop.flush()  # a snapshot begins after the events that were handed over
-            first, events = self._state.pool.snapshot()
-            frame = worker_pb2.WorkerFrame(
-                hello=hello,
-                load=self._role.load(),
-                block_events=block_events(first, events, snapshot=True),
-            )
-            self._asyncio.call_soon_threadsafe(deliver, frame)
+            self._asyncio.call_soon_threadsafe(deliver, self._loop.snapshot(hello))
 
         self._loop.post(take)
 
@@ -274,11 +278,9 @@ class WorkerServer:
         self._transport.set_wakeup(self._loop.wake)
 
     def _publish(self, turn: Turn) -> None:
-        self._asyncio.call_soon_threadsafe(self._service.publish, turn)
+        self._asyncio.call_soon_threadsafe(self._gateways.publish, turn)
         if turn.ticket_releases:
-            asyncio.run_coroutine_threadsafe(
-                self.peers.release(turn.ticket_releases), self._asyncio
-            )
+            self._asyncio.call_soon_threadsafe(self.peers.release, turn.ticket_releases)
 
     async def _every(self, seconds: float, action: Callable[[], Awaitable[None]]) -> None:
         """For as long as this worker runs, whatever happens to one of the actions."""
@@ -294,15 +296,14 @@ class WorkerServer:
         with contextlib.suppress(TimeoutError):
             self._load = await asyncio.wait_for(self.call(lambda role: role.load()), HEARTBEAT_S)
         if self.last_turn_age_s < STALLED_S:
-            self._service.publish(Turn(load=self._load))
+            self._gateways.publish(Turn(load=self._load))
 
     async def _renew_leases(self) -> None:
         tickets = await self.call(lambda role: role.waiting_tickets())
-        if tickets:
-            asked_at = self._state.clock()
-            answer = await self.peers.renew(tickets, self.config.lease_s)
-            until = asked_at + self.config.lease_s
-            await self.call(partial(WorkerRole.leases_renewed, answer=answer, until=until))
+        self.peers.renew(tickets, self.config.lease_s, self._renewed)
+
+    def _renewed(self, renewed: set[bytes], lost: set[bytes], until: float) -> None:
+        self.post(lambda role: role.leases_renewed((renewed, lost), until))
 
     def _status(self, role: WorkerRole, check_integrity: bool) -> worker_pb2.WorkerStatus:
         state, counters = role.state, role.state.counters

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from crossdock.proto.v1 import worker_pb2
 
 
 class GatewayStream:
-    """Frames for one gateway. Those that wait for the network are merged into one."""
+    """Frames for one gateway. Those that wait for the network are merged into one.
 
-    def __init__(self, owner: str) -> None:
+    `wake` is called when there is a frame to `take`, or the stream is closed.
+    """
+
+    def __init__(self, owner: str, wake: Callable[[], None]) -> None:
         self.owner = owner
+        self.closed = False
+        self.has_snapshot = False  # before it, nothing is published here
+        # Decode requests whose peer is being met, and the hand-offs that came for them meanwhile.
+        self.meetings: dict[str, list[worker_pb2.HandOff]] = {}
         self._frames: deque[worker_pb2.WorkerFrame] = deque()
-        self._ready = asyncio.Event()
-        self._closed = False
+        self._wake = wake
 
     def send(self, frame: worker_pb2.WorkerFrame) -> None:
         # Event numbers run on from frame to frame, so only a snapshot must keep to itself.
@@ -24,20 +30,15 @@ class GatewayStream:
             self._frames.append(frame)
         else:
             _merge(last, frame)
-        self._ready.set()
+        self._wake()
 
     def close(self) -> None:
-        self._closed = True
-        self._ready.set()
+        self.closed = True
+        self._wake()
 
-    async def next_frame(self) -> worker_pb2.WorkerFrame | None:
-        """The next frame to write; None once the stream is closed."""
-        while not self._frames:
-            if self._closed:
-                return None
-            self._ready.clear()
-            await self._ready.wait()
-        return self._frames.popleft()
+    def take(self) -> worker_pb2.WorkerFrame | None:
+        """The next frame to write; None: there is none now."""
+        return self._frames.popleft() if self._frames else None
 
 
 def _merge(into: worker_pb2.WorkerFrame, frame: worker_pb2.WorkerFrame) -> None:

@@ -27,6 +27,7 @@ from crossdock.router.dispatch import tracing as router_tracing
 from crossdock.router.gateway import GatewayConfig, GatewayServer
 from crossdock.worker import tracing as worker_tracing
 from crossdock.worker.config import WorkerConfig
+from crossdock.worker.peer_calls import met
 from crossdock.worker.server import WorkerServer
 
 SEED = 7
@@ -250,7 +251,8 @@ async def test_a_worker_of_another_layout_is_refused_and_the_request_told(
         await decode.workers[0].update_peers([prefill.workers[0].endpoint])
         assert (await stub.GetStatus(worker_pb2.GetStatusRequest())).integrity_error == ""
         with pytest.raises(Exception, match=r"block_size.*(16|32).*(32|16)"):
-            await decode.workers[0].peers.ensure(
+            await met(
+                decode.workers[0].peers,
                 prefill.workers[0].description.incarnation,
                 prefill.workers[0].description.address,
             )

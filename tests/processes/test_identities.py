@@ -297,9 +297,9 @@ def plant(stage: str, cluster: Cluster, gate: Gate, patch: pytest.MonkeyPatch) -
         real(*arguments)
         gate.hold()
 
-    async def meanwhile(real: Callable[..., Any], *arguments: Any) -> Any:
-        await asyncio.to_thread(gate.hold)
-        return await real(*arguments)
+    def meanwhile(real: Callable[..., Any], *arguments: Any) -> None:
+        held = asyncio.ensure_future(asyncio.to_thread(gate.hold))
+        held.add_done_callback(lambda _: real(*arguments))
 
     def with_tokens(real: Callable[..., Any], turn: Any) -> None:
         if turn.outputs:

@@ -40,8 +40,8 @@ _DRAIN = "the controller ends the worker at its drain deadline"
 _WORKLESS = "has nothing to do until then; its stream's end or a cancel ends it"
 _LIFE = "lasts as long as what it serves"
 BOUNDED_OTHERWISE = {
-    "worker/peers.py: await call": "made with a timeout by each of its callers",
-    "worker/peers.py: asyncio.shield(task)": "_introduce: each of its calls has a timeout",
+    "worker/peer_calls.py: await call": "made with a timeout by each of its callers",
+    "worker/peer_calls.py: await answered": "_introduce: each of its calls has a timeout",
     "worker/probe.py: asyncio.shield(task)": "_link: each of its parts has a timeout",
     "worker/server.py: self.call(lambda role: setattr(role, 'draining', True))": _DRAIN,
     "worker/server.py: self.call(lambda role: role.idle)": _DRAIN,
@@ -49,17 +49,11 @@ BOUNDED_OTHERWISE = {
     "worker/server.py: self.call(lambda role: self._status(role, check_integrity))": _CALLER,
     "worker/server.py: self.call(lambda role: role.waiting_tickets())": "the engine's progress: "
     "while it stands still nothing renews, and health says so",
-    "worker/server.py: self.call(partial(WorkerRole.leases_renewed, answer=answer, until=until))": (
-        "as above"
-    ),
-    "worker/service.py: await opened": "the gateway's hello timeout ends the stream",
     "worker/service.py: self._server.call(lambda role: role.renew_tickets(ids, lease_s))": _CALLER,
     "worker/service.py: self._server.call(lambda role: role.release_tickets(ids))": _CALLER,
-    "worker/streams.py: self._ready.wait()": _WORKLESS,
+    "worker/service.py: ready.wait()": _WORKLESS,
     "router/gateway.py: self._health_changed.wait()": _LIFE,
     "router/frontdoor/http_server.py: request.read()": "a client's; the server's limits end it",
-    "router/dispatch/streams.py: asyncio.gather(*self._tasks, return_exceptions=True)": "after each was "
-    "cancelled",
     "router/dispatch/streams.py: self._outbox_filled.wait()": _WORKLESS,
     "router/dispatch/streams.py: call.read()": "silence and keepalive break the stream",
     "router/dispatch/request.py: await self._waiter": "each request has a deadline",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
@@ -206,7 +206,7 @@ async def test_a_peer_that_leaves_while_it_is_met_fails_the_request(
         met.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(pair.decode.peers, "_introduce", never)
+    monkeypatch.setattr(pair.decode.peer_calls, "_introduce", never)
     answer = asyncio.create_task(pair.rest("s", PROMPT, first))
     await met.wait()
     await pair.decode.update_peers([])
@@ -219,17 +219,19 @@ async def test_a_peer_that_leaves_while_it_is_met_fails_the_request(
 async def test_a_stream_that_ends_before_its_snapshot_is_forgotten(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service, entered, left = pair.prefill._service, asyncio.Event(), asyncio.Event()
-    opens = service._open
+    gateways, entered, left = pair.prefill._gateways, asyncio.Event(), asyncio.Event()
+    opens, ended = gateways.open, gateways.ended
 
-    async def spied(stream: GatewayStream) -> None:
+    def spied(gateway: str, wake: Callable[[], None]) -> GatewayStream:
         entered.set()
-        try:
-            await opens(stream)
-        finally:
-            left.set()
+        return opens(gateway, wake)
 
-    monkeypatch.setattr(service, "_open", spied)
+    def over(stream: GatewayStream) -> None:
+        ended(stream)
+        left.set()
+
+    monkeypatch.setattr(gateways, "open", spied)
+    monkeypatch.setattr(gateways, "ended", over)
     stepping = threading.Event()
     pair.prefill.post(lambda role: stepping.wait(20))  # the engine is in a long step
     late = Gateway(pair.prefill.description.address)
@@ -240,7 +242,7 @@ async def test_a_stream_that_ends_before_its_snapshot_is_forgotten(
     await left.wait()
     stepping.set()
     await pair.prefill.status()  # after the snapshot
-    assert len(service._streams) == 1
+    assert len(gateways._streams) == 1
 
 
 async def test_a_gateways_stream_cannot_cancel_another_gateways_sequence(pair: Pair) -> None:

@@ -1,0 +1,209 @@
+"""What gateways ask of this worker, and what each hears of it. Frames in, frames out: service.py
+carries them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Protocol
+
+from crossdock.kvtransfer import ticket as tickets
+from crossdock.proto.errors import CrossdockError, TransferFailed
+from crossdock.proto.v1 import inference_pb2, worker_pb2
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.job import Job
+from crossdock.worker.loop import Turn
+from crossdock.worker.peers import Met, Peers
+from crossdock.worker.role import WorkerRole
+from crossdock.worker.streams import GatewayStream, block_events
+
+log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """The worker that gateways talk to. Commands reach its engine in the order they are posted."""
+
+    config: WorkerConfig
+    description: worker_pb2.WorkerDescription
+    vocab_size: int
+    peers: Peers
+
+    def post(self, command: Callable[[WorkerRole], None]) -> None: ...
+
+    def post_snapshot(
+        self,
+        deliver: Callable[[worker_pb2.WorkerFrame], None],
+        hello: worker_pb2.WorkerDescription | None = None,
+    ) -> None:
+        """Has `deliver` called with the whole prefix cache and load, in order with `publish`."""
+
+
+class Gateways:
+    """Owns the streams of all gateways. What a gateway has here ends with its stream."""
+
+    def __init__(self, host: Host, clock: Callable[[], float] = time.time) -> None:
+        self._host = host
+        self._clock = clock
+        self._streams: dict[str, GatewayStream] = {}
+        self._ids = count()
+
+    def open(self, gateway: str, wake: Callable[[], None]) -> GatewayStream:
+        """A gateway has connected: its stream begins with a snapshot, and then misses nothing."""
+        stream = GatewayStream(f"{gateway}/{next(self._ids)}", wake)
+        self._streams[stream.owner] = stream
+
+        def begin(frame: worker_pb2.WorkerFrame) -> None:
+            stream.has_snapshot = True
+            stream.send(frame)
+
+        self._host.post_snapshot(begin, hello=self._host.description)
+        return stream
+
+    def receive(self, stream: GatewayStream, frame: worker_pb2.GatewayFrame) -> None:
+        """Takes a frame of a gateway; whatever it asks for is answered over the stream."""
+        kind = frame.WhichOneof("frame")
+        if kind == "prefill":
+            self._submit(frame.prefill.sequence, None, stream)
+        elif kind == "decode":
+            self._decode(frame.decode, stream)
+        elif kind == "hand_off":
+            self._hand_off(frame.hand_off, stream)
+        elif kind == "cancel":
+            cancel = frame.cancel
+            stream.meetings.pop(cancel.sequence_id, None)
+            self._host.post(
+                lambda role: role.cancel(cancel.sequence_id, cancel.reason, stream.owner)
+            )
+        elif kind == "resync":
+            self._host.post_snapshot(stream.send)
+
+    def ended(self, stream: GatewayStream) -> None:
+        """The gateway is gone, or its stream broke: frees all that it had here."""
+        stream.meetings.clear()
+        self._streams.pop(stream.owner, None)
+        self._host.post(lambda role: role.owner_gone(stream.owner))
+
+    def publish(self, turn: Turn) -> None:
+        """Spreads what one engine turn made over the streams."""
+        for owner, stream in self._streams.items():
+            outputs = turn.outputs.get(owner, [])
+            if stream.has_snapshot and (outputs or turn.events or turn.load):
+                frame = worker_pb2.WorkerFrame(outputs=outputs, load=turn.load)
+                if turn.events:
+                    frame.block_events.CopyFrom(block_events(turn.first_event, turn.events))
+                stream.send(frame)
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    def _hand_off(self, progress: worker_pb2.HandOff, stream: GatewayStream) -> None:
+        if not 0 <= progress.first_token < self._host.vocab_size:
+            log.error("%s: no such token: %d", progress.sequence_id, progress.first_token)
+            return  # no word of its prompt: the request fails by itself
+        waiting = stream.meetings.get(progress.sequence_id)
+        if waiting is None:
+            self._host.post(lambda role: role.hand_off(progress, stream.owner))
+        else:
+            waiting.append(progress)  # its request comes first
+
+    def _decode(self, request: worker_pb2.DecodeRequest, stream: GatewayStream) -> None:
+        ticket, sequence = request.ticket, request.sequence
+        if not request.HasField("ticket"):
+            self._submit(sequence, None, stream)
+            return
+        try:
+            tickets.verify(ticket, self._host.config.cluster_key)
+        except CrossdockError as error:
+            self._answer(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            return
+        stream.meetings[sequence.sequence_id] = waiting = []
+        then = partial(self._met, request, stream, waiting)
+        self._host.peers.ensure(ticket.incarnation, ticket.prefill_address, then)
+
+    def _met(
+        self,
+        request: worker_pb2.DecodeRequest,
+        stream: GatewayStream,
+        waiting: list[worker_pb2.HandOff],
+        met: Met,
+    ) -> None:
+        sequence = request.sequence
+        if stream.meetings.get(sequence.sequence_id) is not waiting:
+            return  # cancelled meanwhile, or its stream ended
+        del stream.meetings[sequence.sequence_id]
+        try:
+            self._check_ticket(request, met)
+        except CrossdockError as error:
+            self._answer(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            return
+        self._submit(sequence, request, stream)
+        for progress in waiting:
+            self._hand_off(progress, stream)
+
+    def _check_ticket(self, request: worker_pb2.DecodeRequest, met: Met) -> None:
+        """Raises CrossdockError unless the ticket is this cluster's and its blocks can be read."""
+        if isinstance(met, TransferFailed):
+            raise met
+        host, ticket = self._host, request.ticket
+        tickets.validate(
+            ticket,
+            key=host.config.cluster_key,
+            incarnation=met.incarnation,
+            layout_hash=host.description.layout_hash,
+            num_blocks=met.num_blocks,
+            block_size=host.config.block_size,
+        )
+        if not 0 < request.sealed_blocks <= len(ticket.block_ids):
+            raise TransferFailed(
+                f"{request.sealed_blocks} blocks are sealed, the ticket has {len(ticket.block_ids)}"
+            )
+        # Token 0 comes with the last block.
+        covered = len(request.sequence.token_ids)
+        covered -= request.sealed_blocks == len(ticket.block_ids)
+        if ticket.num_tokens != covered:
+            raise TransferFailed(
+                f"the ticket covers {ticket.num_tokens} tokens, the request {covered}"
+            )
+
+    def _submit(
+        self,
+        request: worker_pb2.SequenceRequest,
+        pull: worker_pb2.DecodeRequest | None,
+        stream: GatewayStream,
+    ) -> None:
+        """`pull`: the request's ticket and how far it is; None: the prompt is computed here."""
+        host = self._host
+        try:
+            job = Job.from_pb(
+                request,
+                stream.owner,
+                arrival=self._clock(),
+                vocab_size=host.vocab_size,
+                context_length=host.description.context_length,
+                block_size=host.config.block_size,
+            )
+        except CrossdockError as error:
+            self._answer(stream, request, worker_pb2.ERROR_CODE_INVALID, str(error))
+            return
+        if pull is not None:
+            job.ticket, job.sealed_blocks = pull.ticket, pull.sealed_blocks
+            job.checksums = tuple(pull.checksums)
+        host.post(lambda role: role.submit(job))
+
+    def _answer(
+        self,
+        stream: GatewayStream,
+        request: worker_pb2.SequenceRequest,
+        code: worker_pb2.ErrorCode,
+        message: str,
+    ) -> None:
+        output = worker_pb2.SequenceOutput(
+            sequence_id=request.sequence_id,
+            finish_reason=inference_pb2.FINISH_REASON_ERROR,
+            error=worker_pb2.SequenceError(code=code, message=message),
+        )
+        stream.send(worker_pb2.WorkerFrame(outputs=[output]))

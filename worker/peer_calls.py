@@ -1,0 +1,148 @@
+"""The calls to other workers, over gRPC: who they are, and what becomes of their tickets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import TypeVar
+
+import grpc
+
+from crossdock.kvtransfer.layout import check_layouts
+from crossdock.kvtransfer.transport import Transport
+from crossdock.proto.errors import TransferFailed
+from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+from crossdock.worker.peers import Met, Peers, Renewed
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CALL_TIMEOUT_S = 5.0
+# A link that dies and comes back is noticed both times within seconds, also by idle channels.
+CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.min_reconnect_backoff_ms", 5000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
+
+
+class GrpcPeerCalls:
+    """See peers.PeerCalls. On the event loop; a task for each call."""
+
+    def __init__(self, layout: worker_pb2.KVLayout, transport: Transport) -> None:
+        self._layout = layout
+        self._transport = transport
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._meetings: dict[bytes, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def introduce(self, incarnation: bytes, address: str, done: Callable[[Met], None]) -> None:
+        meeting = self._run(self._introduce(incarnation, address), done)
+        self._meetings[incarnation] = meeting
+
+    def forget(self, incarnation: bytes) -> None:
+        if meeting := self._meetings.pop(incarnation, None):
+            meeting.cancel()
+        self._transport.remove_peer(incarnation)
+
+    def renew(
+        self, address: str, ids: list[bytes], lease_s: float, done: Callable[[Renewed], None]
+    ) -> None:
+        request = worker_pb2.RenewLeasesRequest(ticket_ids=ids, lease_ms=int(1000 * lease_s))
+        call = self._stub(address).RenewLeases(request, timeout=CALL_TIMEOUT_S)
+        self._run(_answer(call, address), done)
+
+    def release(self, address: str, ids: list[bytes]) -> None:
+        def done(answer: object) -> None:
+            if isinstance(answer, TransferFailed):
+                log.info("tickets end with their leases: %s", answer)
+
+        request = worker_pb2.ReleaseTicketsRequest(ticket_ids=ids)
+        call = self._stub(address).ReleaseTickets(request, timeout=CALL_TIMEOUT_S)
+        self._run(_answer(call, address), done)
+
+    async def describe(self, address: str) -> worker_pb2.WorkerDescription:
+        """Who answers there now. Raises TransferFailed where nobody does."""
+        request = worker_pb2.DescribeRequest()
+        call = self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
+        peer = await _answer(call, address)
+        assert isinstance(peer, worker_pb2.WorkerDescription)
+        return peer
+
+    async def keep(self, addresses: Iterable[str]) -> None:
+        """Closes the channels to all others."""
+        for address in self._channels.keys() - set(addresses):
+            await self._channels.pop(address).close()
+
+    async def _introduce(self, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
+        peer = await self.describe(address)
+        if peer.incarnation != incarnation:
+            found = peer.incarnation.hex()
+            raise TransferFailed(f"{address} is now {found}, not {incarnation.hex()}")
+        check_layouts(self._layout, peer.layout)
+        await asyncio.to_thread(
+            self._transport.add_peer,
+            incarnation,
+            peer.transport_info,
+            peer.num_blocks,
+            peer.block_bytes,
+        )
+        await asyncio.to_thread(self._transport.warm, incarnation)
+        return peer
+
+    def _run(
+        self, call: Coroutine[None, None, T], done: Callable[[T | TransferFailed], None]
+    ) -> asyncio.Task[None]:
+        """Has `done` called with what `call` gives, or with why it gave nothing."""
+
+        async def answered() -> None:
+            answer: T | TransferFailed
+            try:
+                answer = await call
+            except TransferFailed as error:
+                answer = error
+            except Exception as error:
+                answer = TransferFailed(f"cannot reach the peer: {error}")
+            done(answer)
+
+        task = asyncio.get_running_loop().create_task(answered())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _stub(self, address: str) -> worker_pb2_grpc.WorkerStub:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+        return worker_pb2_grpc.WorkerStub(self._channels[address])
+
+
+async def met(peers: Peers, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
+    """Waits until blocks can be read from this peer. Raises TransferFailed saying why not."""
+    answered: asyncio.Future[Met] = asyncio.get_running_loop().create_future()
+
+    def then(met: Met) -> None:
+        if not answered.done():
+            answered.set_result(met)
+
+    peers.ensure(incarnation, address, then)
+    answer = await answered
+    if isinstance(answer, TransferFailed):
+        raise answer
+    return answer
+
+
+async def _answer(call: Awaitable[T], address: str) -> T:
+    """What the peer answers. Raises TransferFailed saying why it did not."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise TransferFailed(f"{address} does not answer ({error.code().name})") from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Not this task but its call was cancelled, by the end of the channel.
+        raise TransferFailed(f"{address} left the cluster") from None
