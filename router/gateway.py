@@ -19,13 +19,13 @@ from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links, LinkSettings
 from crossdock.router.dispatch.metrics import GatewayMetrics, Slo
 from crossdock.router.dispatch.sequence import Detokenizer
+from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.frontdoor.frontend import Frontend, TextModel
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.validate import ModelFacts, Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
-from crossdock.router.dispatch.streams import Dialer
 
 log = logging.getLogger(__name__)
 

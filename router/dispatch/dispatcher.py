@@ -35,6 +35,7 @@ from crossdock.router.dispatch.delivery import (
 )
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.metrics import GatewayMetrics
+from crossdock.router.dispatch.ports import Link, Outgoing, Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.sequence import (
     ActiveRequest,
@@ -45,7 +46,6 @@ from crossdock.router.dispatch.sequence import (
 )
 from crossdock.router.placement.policy import NoWorker, Policy
 from crossdock.router.placement.view import ClusterView
-from crossdock.router.dispatch.ports import Link, Outgoing, Timers
 
 log = logging.getLogger(__name__)
 

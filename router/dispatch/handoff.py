@@ -14,10 +14,10 @@ from dataclasses import replace
 
 from crossdock.proto.errors import CrossdockError, WorkerLost
 from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.router.dispatch.ports import Link, Outgoing
 from crossdock.router.dispatch.sequence import Phase, SequenceState
 from crossdock.router.placement.policy import NoWorker, decode_for
 from crossdock.router.placement.view import ClusterView
-from crossdock.router.dispatch.ports import Link, Outgoing
 
 
 class HandOffs:

@@ -19,8 +19,8 @@ from typing import Protocol
 from crossdock.proto.convert import ROLE_FROM_PB
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts, WorkerView
 from crossdock.router.dispatch.ports import Timer, Timers
+from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts, WorkerView
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from crossdock.proto.hashing import block_hash, chain_hashes, root_hash
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import Timeline
+from crossdock.router.dispatch.ports import Link, Timer
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.placement.policy import Demand, Placement
-from crossdock.router.dispatch.ports import Link, Timer
 
 
 class TextDelta(Protocol):

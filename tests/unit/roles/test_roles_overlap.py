@@ -122,7 +122,7 @@ def test_a_ticket_outlives_the_reader_that_fell_out(site: Site) -> None:
     first = job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks)
     d.role.submit(first)
     d.turn()
-    d.role.cancel(first.id, "draining")
+    d.role.cancel(first.id, "draining", first.owner)
     d.turn()
     site.network.deliver()
     d.turn(2)
