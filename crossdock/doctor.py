@@ -29,7 +29,7 @@ CLOCK_LIMIT_S = 0.1
 CALL_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 40.0
 SLOW_PAIR = 0.25  # of the median pair's bandwidth
-MOST = 0.5  # of the bytes read: the road on which they came
+MOST = 0.5  # of the bytes read: the path on which they came
 RDMA_TRANSPORTS = ("rc", "ud", "dc", "ib", "srd", "gga")
 RDMA_DEVICES = ("mlx", "bnxt_re", "irdma", "efa", "roce", "rdmap")
 UNKNOWN = "unknown"
@@ -230,7 +230,7 @@ def _pair(pair: PairFacts, workers: Mapping[str, WorkerFacts]) -> Iterator[Findi
             do = f"look at ibv_devinfo and kv.ucx (RDMA devices that {pair.decode} sees: {here})"
             yield Finding(pair.name, what, do)
         elif pair.path == UNKNOWN:
-            what = f"{setting} asks for RDMA, and which road the bytes took cannot be told"
+            what = f"{setting} asks for RDMA, and which path the bytes took cannot be told"
             do = "UCX_LOG_LEVEL=info on the workers shows it in their logs"
             yield Finding(pair.name, what, do, problem=False)
 

@@ -4,7 +4,7 @@
       ^                  │        ^                                │
       └─release, unnamed─┘        └────────acquire_prefix──────────┘
 
-A full block gets a name (`seal`), the chained hash of its tokens and everything before them. A
+A full block is hashed (`seal`): the chained hash of its tokens and everything before them. A
 name is held by one block, and it prefers a block in use: when its holder is no longer used while
 another used block has the same content, the name moves there and the old holder becomes free.
 

@@ -130,7 +130,7 @@ class _Pull:
     def stop_if_due(self, now: float) -> None:
         if self.stopped is None and self.due <= now:
             if self.waits:
-                self.stopped = "no word of the prompt"
+                self.stopped = "no progress of the prompt"
             else:
                 self.stopped = "deadline passed" if self.deadline <= now else "lease is over"
 

@@ -1,4 +1,4 @@
-"""What the kernel says of bytes that arrived: UCX does not tell an application which road it took.
+"""What the kernel says of bytes that arrived: UCX does not tell an application which path it took.
 
 TCP is counted for each socket of this process (TCP_INFO), RDMA for each port of the machine. Shared
 memory and NVLink are counted nowhere: they are what is left on one machine when neither grew.

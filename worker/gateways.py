@@ -103,7 +103,7 @@ class Gateways:
     def _hand_off(self, progress: worker_pb2.HandOff, stream: GatewayStream) -> None:
         if not 0 <= progress.first_token < self._host.vocab_size:
             log.error("%s: no such token: %d", progress.sequence_id, progress.first_token)
-            return  # no word of its prompt: the request fails by itself
+            return  # without it the request fails by itself
         waiting = stream.meetings.get(progress.sequence_id)
         if waiting is None:
             self._host.post(lambda role: role.hand_off(progress, stream.owner))

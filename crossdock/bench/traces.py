@@ -224,7 +224,7 @@ class RandomOptions:
 
 
 def random_workload(options: RandomOptions) -> Trace:
-    """Block size 1: each token has a name, so that the shared prefix has any length."""
+    """Block size 1: each token has an id of its own, so that the shared prefix has any length."""
     rng = np.random.default_rng([options.seed, 3])
     names = itertools.count(options.prefix_tokens)
     requests = []

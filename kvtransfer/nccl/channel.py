@@ -27,7 +27,7 @@ MAX_FRAME_BYTES = 16 << 20
 
 _MAGIC = b"xdkv"
 _VERSION = 1
-_HELLO = struct.Struct("<4sB16s16s16s")  # magic, version, the sender, the one spoken to, nonce
+_HELLO = struct.Struct("<4sB16s16s16s")  # magic, version, the sender, the one addressed, nonce
 _HEADER = struct.Struct("<BQI")  # kind, request, bytes that follow
 _MAC_BYTES = 32
 _READ_BYTES = 1 << 20  # at most, in one look

@@ -1,4 +1,4 @@
-"""What the nccl transport asks of NCCL, and of the stand-in that its tests run on.
+"""What the nccl transport asks of NCCL, and of the fake that its tests run on.
 
 Every call comes from the transport's one thread, and none waits: what takes time is looked at
 again later.

@@ -21,7 +21,7 @@ _PORT = struct.Struct("<H")
 _MOST_BYTES = 4 << 20  # moved in one look
 
 
-class StandInCommunicators:
+class FakeCommunicators:
     """See Communicators. Scripted faults, for all it makes: `fault` breaks them at their next
     look, `apart` lets no ranks meet, `stuck` moves nothing, `noisy` is not quiet after an abort."""
 
@@ -30,12 +30,12 @@ class StandInCommunicators:
         self.apart = False
         self.stuck = False
         self.noisy = False
-        self.made: list[StandInCommunicator] = []
+        self.made: list[FakeCommunicator] = []
         self._listeners: dict[bytes, socket.socket] = {}
 
     def open(self, memory: PoolMemory) -> None:
         if memory.memory_type != "DRAM":
-            raise TransferFailed("the stand-in for NCCL moves host memory only")
+            raise TransferFailed("the fake of NCCL moves host memory only")
 
     def unique_id(self) -> bytes:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -44,22 +44,22 @@ class StandInCommunicators:
         self._listeners[unique_id] = listener
         return unique_id
 
-    def join(self, unique_id: bytes, rank: int, ranks: int = 2) -> StandInCommunicator:
+    def join(self, unique_id: bytes, rank: int, ranks: int = 2) -> FakeCommunicator:
         listener = self._listeners.pop(unique_id, None)
         if ranks == 1:
-            made = StandInCommunicator(self, listener, None)
+            made = FakeCommunicator(self, listener, None)
         elif rank == 0:
-            made = StandInCommunicator(self, listener, None, alone=False)
+            made = FakeCommunicator(self, listener, None, alone=False)
         else:
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             sock.connect_ex(("127.0.0.1", _PORT.unpack_from(unique_id)[0]))
-            made = StandInCommunicator(self, None, sock, alone=False)
+            made = FakeCommunicator(self, None, sock, alone=False)
         self.made.append(made)
         return made
 
 
 class _Operation:
-    def __init__(self, communicator: StandInCommunicator, spans: int) -> None:
+    def __init__(self, communicator: FakeCommunicator, spans: int) -> None:
         self.communicator, self.left = communicator, spans
 
     def done(self) -> bool:
@@ -68,12 +68,12 @@ class _Operation:
         return self.left == 0
 
 
-class StandInCommunicator:
+class FakeCommunicator:
     """See Communicator. The connection's two directions are the two ranks' sends."""
 
     def __init__(
         self,
-        owner: StandInCommunicators,
+        owner: FakeCommunicators,
         listener: socket.socket | None,
         sock: socket.socket | None,
         *,

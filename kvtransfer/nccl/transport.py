@@ -44,7 +44,7 @@ _RETRY_S = 0.25  # a peer that was lost is not dialed again sooner
 _MAX_STRANGERS = 64  # connections that have not said yet who they are
 _CLOSE_S = 1.0  # for aborted transfers to leave the stream
 
-_abandoned: list[object] = []  # what a stream would not let go of when its transport was closed
+_abandoned: list[object] = []  # what a stream still used when its transport was closed
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class NcclTransport(ThreadedTransport):
     """See transport.Transport. Needs GPU memory, and peers on other GPUs.
 
     key: the cluster's; both ends of a connection prove that they know it. host: where peers reach
-    this worker. communicators: NCCL's, or a stand-in.
+    this worker. communicators: NCCL's, or a fake.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class NcclTransport(ThreadedTransport):
             self._settle_peer(peer)
 
     def _settle_peer(self, peer: _Peer) -> None:
-        """Lets go of a removed peer once nothing is under way with it."""
+        """Forgets a removed peer once nothing is under way with it."""
         if peer.removed and (peer.link is None or peer.link.idle):
             self._peers.pop(peer.incarnation, None)
             if peer.link is not None:

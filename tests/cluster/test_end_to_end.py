@@ -18,7 +18,7 @@ from crossdock.client import AsyncClient
 from crossdock.decode import role as decode_worker
 from crossdock.engine.native.llm import LLM
 from crossdock.kvtransfer.nccl import transport as nccl
-from crossdock.kvtransfer.nccl.fake import StandInCommunicators
+from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.errors import DeadlineExceeded
 from crossdock.proto.types import LIFE_CYCLE, Role, SamplingParams
@@ -107,7 +107,7 @@ def prompts(count: int, length: int = 120) -> list[list[int]]:
 async def test_streams_equal_one_engine_whatever_the_transport(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, transport: str
 ) -> None:
-    monkeypatch.setattr(nccl, "communicators_of_nccl", StandInCommunicators)  # no GPU is needed
+    monkeypatch.setattr(nccl, "communicators_of_nccl", FakeCommunicators)  # no GPU is needed
     cluster = await start(tiny_model, [Role.PREFILL, Role.DECODE], transport)
     try:
         kinds = [

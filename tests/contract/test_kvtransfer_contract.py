@@ -1,6 +1,6 @@
 """One contract for every transport: nixl, nccl and local between real processes, fake in memory.
 
-nccl runs on its stand-in for NCCL, which moves host memory and needs no GPU.
+nccl runs on its fake of NCCL, which moves host memory and needs no GPU.
 
 Run as a program this file is the peer: it serves a pool and obeys lines on its standard input.
 """
@@ -21,7 +21,7 @@ import pytest
 
 from crossdock.kvtransfer.fake import FakeNetwork
 from crossdock.kvtransfer.local import cleanup_stale
-from crossdock.kvtransfer.nccl.fake import StandInCommunicators
+from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.kvtransfer.pull import PullDone, Puller, PullLimits
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
@@ -50,7 +50,7 @@ class Pool:
         self.memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
         self.blocks = buffer.reshape(NUM_BLOCKS, BLOCK_BYTES)
         if name == "nccl":
-            options = {"communicators": StandInCommunicators(), "cluster_key": KEY, **options}
+            options = {"communicators": FakeCommunicators(), "cluster_key": KEY, **options}
         self.transport: Transport = create_transport(
             name, self.incarnation, self.memory, network=network, **options
         )

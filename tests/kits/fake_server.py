@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
 
-MODEL = "stand-in"
+MODEL = "fake"
 
 
 Inference: Any = inference_pb2_grpc.InferenceServicer

@@ -18,7 +18,7 @@ MUST_HAPPEN = {
     "no hand-off",
     "read along",
     "reader fell out",
-    "pull: no word of the prompt",
+    "pull: no progress of the prompt",
     "joined",
     "killed",
     "killed, back at the same address",

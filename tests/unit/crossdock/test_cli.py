@@ -254,7 +254,7 @@ def cluster() -> admin_pb2.ClusterStatus:
 
 
 def fake_admin(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
-    """Stand-ins that take what the real functions take, so that a wrong call still fails."""
+    """Fakes that take what the real functions take, so that a wrong call still fails."""
     for name, function in functions.items():
         real = inspect.signature(getattr(admin, name))
 

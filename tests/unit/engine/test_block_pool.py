@@ -448,7 +448,7 @@ short_chains = st.lists(st.integers(0, 1), min_size=1, max_size=3)
 
 
 class Blocks(RuleBasedStateMachine):
-    """Owners of single blocks who seal and let go in any order: nothing may leak or go missing."""
+    """Owners of single blocks who seal and release in any order: nothing may leak or go missing."""
 
     blocks = Bundle("blocks")
 

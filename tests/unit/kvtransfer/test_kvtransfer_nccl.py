@@ -1,6 +1,6 @@
 """What is the nccl transport's own: aborts, broken peers, strangers.
 
-On the stand-in for NCCL, which can be told to hang, to fail, and to be busy still after an abort.
+On the fake of NCCL, which can be told to hang, to fail, and to be busy still after an abort.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from test_kvtransfer_contract import (
 from crossdock.kvtransfer.nccl import link as nccl_link
 from crossdock.kvtransfer.nccl import messages
 from crossdock.kvtransfer.nccl.channel import Channel, Frame, Kind
-from crossdock.kvtransfer.nccl.fake import StandInCommunicators
+from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.kvtransfer.nccl.transport import NcclTransport
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
@@ -49,11 +49,11 @@ def settled(*handles: Handle) -> list[HandleState]:
 
 
 class Worker:
-    """A pool with its transport, and the stand-in's faults."""
+    """A pool with its transport, and the fake's faults."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self.nccl = StandInCommunicators()
+        self.nccl = FakeCommunicators()
         self.pool = Pool("nccl", communicators=self.nccl)
         self.pool.fill(seed)
         assert isinstance(self.pool.transport, NcclTransport)
@@ -185,7 +185,7 @@ def test_ranks_that_never_meet_are_not_waited_for(
     monkeypatch.setattr(nccl_link, "REQUEST_S", 1.0)
     owner.nccl.apart = True
     wicked = Reader(owner)
-    wicked.channel.send(Kind.MEET, 0, StandInCommunicators().unique_id())
+    wicked.channel.send(Kind.MEET, 0, FakeCommunicators().unique_id())
     with pytest.raises(TransferFailed, match="too long"):
         until(lambda: wicked.frames())
     assert owner.nccl.made[-1].aborted

@@ -1,7 +1,7 @@
 """One contract for communicators: a rank that sends to itself, which NCCL allows on one GPU.
 
-`cupy` is the real one and needs a GPU; `cupy on a stand-in` is our code on the calls that cupy has,
-without a GPU; `stand-in` is what the nccl transport's tests run on.
+`cupy` is the real one and needs a GPU; `cupy on a fake` is our code on the calls that cupy has,
+without a GPU; `fake` is what the nccl transport's tests run on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from crossdock.kvtransfer.nccl.communicator import (
     Communicators,
     Operation,
 )
-from crossdock.kvtransfer.nccl.fake import StandInCommunicators
+from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.kvtransfer.registry import allocate
 from crossdock.kvtransfer.transport import PoolMemory
 from crossdock.proto.errors import TransferFailed
@@ -62,15 +62,15 @@ def content() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (NUM_BLOCKS, BLOCK_BYTES), dtype=np.uint8)
 
 
-@pytest.fixture(params=["stand-in", "cupy on a stand-in", "cupy"])
+@pytest.fixture(params=["fake", "cupy on a fake", "cupy"])
 def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     buffer, generations, close = allocate("nccl", NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
     memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
     memory.blocks()[:] = content()
     vram = replace(memory, memory_type="VRAM")
     monkeypatch.setenv("NCCL_COMM_BLOCKING", "")
-    if request.param == "stand-in":
-        bench = Bench(StandInCommunicators(), memory, lambda: memory.blocks().copy())
+    if request.param == "fake":
+        bench = Bench(FakeCommunicators(), memory, lambda: memory.blocks().copy())
     elif request.param == "cupy":
         cupy = real_cupy()
         on_device = cupy.asarray(content())

@@ -155,7 +155,7 @@ def test_nothing_to_read_still_releases_and_minds_the_lease(pair: Pair) -> None:
 
 
 def test_what_was_read_is_told_by_when_it_was_read_not_by_when_it_was_looked_at(pair: Pair) -> None:
-    """An engine step is long: both its reads ended, and the last word came, while one ran."""
+    """An engine step is long: both its reads ended, and the last progress came, while one ran."""
     pair.network.hold()
     pair.read_along("s", [3, 4, 5], [0, 1, 2], sealed=2)
     pair.now = 1.0
