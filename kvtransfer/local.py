@@ -103,7 +103,7 @@ def cleanup_stale() -> list[str]:
 
 
 def _create_file(nbytes: int, kv_offset: int) -> _Segment:
-    """A file that is locked before it is linked into a folder, so that no janitor finds it unlocked."""
+    """A file that is locked before it is linked anywhere, so that no janitor finds it unlocked."""
     fd = os.open(_SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     name = f"crossdock-{os.getpid()}-{secrets.token_hex(16)}"
     try:
