@@ -9,7 +9,14 @@ from collections.abc import Iterable
 from itertools import count
 
 from crossdock.decode.scheduler import DecodeScheduler
-from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan, finish_of
+from crossdock.engine.sequence import (
+    Chunk,
+    Finish,
+    SampledToken,
+    Sequence,
+    StepPlan,
+    take_tokens,
+)
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1 import worker_pb2
@@ -29,7 +36,9 @@ class DecodeRole(WorkerRole):
     def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
         config = state.config
-        self._scheduler = DecodeScheduler(state.pool, config.max_batch, config.chunk_tokens)
+        self._scheduler = DecodeScheduler(
+            state.pool, config.max_batch, config.chunk_tokens, state.lookahead
+        )
         self._puller = Puller(state.transport, state.memory, state.clock)
         self._pulls: dict[str, Job] = {}  # pull id -> job, also of jobs given up meanwhile
         self._quarantine: dict[str, list[int]] = {}  # pull id -> blocks of a job given up
@@ -52,8 +61,9 @@ class DecodeRole(WorkerRole):
         for sequence in preempted:
             self._preempted(sequence)
         for chunk in plan.chunks if plan else ():
-            if chunk.length > 1 and chunk.start == chunk.sequence.num_cached:
-                self.jobs[chunk.sequence.sequence_id].mark("prefill_started")
+            job = self.jobs[chunk.sequence.sequence_id]
+            if job.ticket is None and chunk.start == chunk.sequence.num_cached:
+                job.mark("prefill_started")
         return plan
 
     def hand_off(self, progress: worker_pb2.HandOff, owner: str) -> None:
@@ -63,7 +73,7 @@ class DecodeRole(WorkerRole):
         job.sealed_blocks = min(progress.sealed_blocks, len(job.ticket.block_ids))
         job.lease_end = self._lease_end(job.ticket)
         if job.sealed:
-            job.sequence.token_ids.append(progress.first_token)
+            job.sequence.token_ids.extend(progress.first_tokens)
             job.checksums = tuple(progress.checksums)
         pull_id = self._pull_of(job)
         if pull_id is not None:
@@ -141,16 +151,16 @@ class DecodeRole(WorkerRole):
         self._scheduler.join(job.sequence)
         job.mark("joined")
 
-    def apply(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
-        drawn = iter(tokens)
-        for chunk in plan.chunks:
+    def apply(self, plan: StepPlan, tokens: list[list[SampledToken]]) -> None:
+        for chunk, drawn in zip(plan.chunks, tokens, strict=True):
             job = self.jobs[chunk.sequence.sequence_id]
-            self._scheduler.computed(chunk)
-            self._count(job, chunk)
-            if chunk.sample:
-                self._token(job, next(drawn))
+            self._count(job, chunk, bool(drawn))
+            taken, finish = take_tokens(chunk.sequence, drawn, self.state.context_length)
+            self._scheduler.computed(chunk, len(taken))
+            if taken:
+                self._gained(job, taken, finish)
 
-    def _count(self, job: Job, chunk: Chunk) -> None:
+    def _count(self, job: Job, chunk: Chunk, drawn: bool) -> None:
         sequence, counters = job.sequence, self.state.counters
         prompt_part = min(chunk.start + chunk.length, sequence.prompt_tokens) - chunk.start
         if prompt_part <= 0:
@@ -159,18 +169,15 @@ class DecodeRole(WorkerRole):
         if job.ticket is not None:
             job.recomputed_tokens += prompt_part
             counters.recomputed_tokens += prompt_part
-        elif chunk.sample:
+        elif drawn:
             counters.prompt_tokens += sequence.num_tokens
             counters.cached_tokens += sequence.num_cached
 
-    def _token(self, job: Job, token: SampledToken) -> None:
-        sequence = job.sequence
-        sequence.token_ids.append(token.token_id)
+    def _gained(self, job: Job, tokens: list[SampledToken], finish: Finish | None) -> None:
         if job.ticket is None:
             job.mark("first_token")
-        self.state.counters.generated_tokens += 1
-        finish = finish_of(sequence, self.state.context_length)
-        self.state.outbox.token(job, token, finish)
+        self.state.counters.generated_tokens += len(tokens)
+        self.state.outbox.tokens(job, tokens, finish)
         if finish:
             job.mark("last_token")
             self._end(job)

@@ -25,9 +25,14 @@ PROMPT_SHARE = 4  # prompts get at least this part (1/4) of a step's token budge
 
 
 class DecodeScheduler:
-    def __init__(self, pool: BlockPool, max_batch: int, chunk_tokens: int) -> None:
-        """`max_batch`: sequences that run at once. `chunk_tokens`: tokens of one step."""
+    def __init__(
+        self, pool: BlockPool, max_batch: int, chunk_tokens: int, lookahead: int = 0
+    ) -> None:
+        """`max_batch`: sequences that run at once. `chunk_tokens`: tokens of one step.
+        `lookahead`: tokens that a step may draw for a sequence beyond the first; each needs room
+        in a block."""
         self._pool = pool
+        self._lookahead = lookahead
         self._max_batch = max_batch
         self._chunk_tokens = chunk_tokens
         self._waiting: list[Sequence] = []
@@ -98,8 +103,9 @@ class DecodeScheduler:
                 chunks.append(Chunk(sequence, sequence.num_computed, 1, sample=True))
         # Decodes are never held up for a prompt, nor a prompt for good by many decodes.
         budget = max(self._chunk_tokens - len(chunks), self._chunk_tokens // PROMPT_SHARE, 1)
-        for sequence in self._running:
-            if sequence.num_uncomputed > 1 and budget > 0:
+        for sequence in self._running.copy():
+            uncomputed = sequence.num_uncomputed > 1 and budget > 0
+            if uncomputed and self._make_room(sequence, spare, preempted):
                 length = min(sequence.num_uncomputed, budget)
                 last = length == sequence.num_uncomputed
                 chunks.append(Chunk(sequence, sequence.num_computed, length, sample=last))
@@ -107,10 +113,11 @@ class DecodeScheduler:
         plan = StepPlan(tuple(c for c in chunks if c.sequence not in preempted))
         return (plan if plan.chunks else None), preempted
 
-    def computed(self, chunk: Chunk) -> None:
-        """Takes note that a chunk's KV is in its blocks."""
+    def computed(self, chunk: Chunk, taken: int = 1) -> None:
+        """Takes note that the KV of a chunk, and of all but the last of the `taken` tokens that it
+        gained, is in its blocks."""
         sequence = chunk.sequence
-        sequence.num_computed = chunk.start + chunk.length
+        sequence.num_computed = chunk.end + (taken - 1 if chunk.sample else 0)
         block_tables.seal_full(self._pool, sequence)
 
     @property
@@ -135,8 +142,9 @@ class DecodeScheduler:
     def _take_blocks(self, sequence: Sequence) -> bool:
         # A sequence computed here must compute its last token; a pulled one has it computed.
         reusable = self._remote.get(sequence, sequence.num_tokens - 1)
-        headroom = self.running + len(self._pulling)
-        return block_tables.take(self._pool, sequence, reusable, headroom)
+        step = block_tables.blocks_for(1 + self._lookahead, self._pool.block_size)
+        headroom = step * (self.running + len(self._pulling))
+        return block_tables.take(self._pool, sequence, reusable, spare=headroom)
 
     def _reads_along(self, sequence: Sequence) -> bool:
         """Its prompt is still being computed elsewhere: token 0 is not known."""
@@ -145,11 +153,11 @@ class DecodeScheduler:
     def _make_room(
         self, sequence: Sequence, spare: list[Sequence], preempted: list[Sequence]
     ) -> bool:
-        """A slot for the sequence's next token, by preemption of the last in order if need be: of
-        the spare ones, which lose nothing by it, or else of those that run."""
+        """Slots for what the sequence has and may gain, by preemption of the last in order if need
+        be: of the spare ones, which lose nothing by it, or else of those that run."""
         while sequence not in preempted:
             try:
-                block_tables.grow(self._pool, sequence, sequence.num_tokens)
+                block_tables.grow(self._pool, sequence, sequence.num_tokens + self._lookahead)
                 return True
             except OutOfBlocks:
                 victim = spare.pop() if spare else sorted(self._running, key=_order)[-1]

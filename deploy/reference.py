@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from crossdock.deploy.spec import ClusterSpec, type_hints
+from crossdock.worker.config import ENGINES, EngineSettings, settings_of
 
 BEGIN = "<!-- reference: made by crossdock.deploy.reference; edit deploy/spec.py instead -->"
 END = "<!-- end of reference -->"
@@ -43,7 +44,11 @@ def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Field[Any], Any]]:
         path, hint = prefix + about.name, hints[about.name]
         entry = get_args(hint)[1] if get_origin(hint) is not None else None
         yield path, about, hint
-        if is_dataclass(hint):
+        if hint is EngineSettings:
+            for name in ENGINES:
+                inside = list(_walk(settings_of(name), path + "."))
+                yield from inside if name == next(iter(ENGINES)) else inside[1:]
+        elif is_dataclass(hint):
             assert isinstance(hint, type)
             yield from _walk(hint, path + ".")
         elif is_dataclass(entry):

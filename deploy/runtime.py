@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
+from crossdock.proto.settings import given
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.worker.config import WorkerConfig
 
@@ -108,22 +109,13 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
         name=name,
         pool=pool_name,
         role=Role(pool.role),
-        model=spec.model.id,
         cluster_key=cluster_key,
-        dtype=spec.model.dtype,
-        block_size=spec.kv.block_size,
-        kv_memory_mb=pool.kv_memory_mb,
-        transport=spec.kv.transport,
-        transport_options=dict(spec.kv.ucx),
         threads=pool.engine_threads,
-        lease_s=spec.kv.lease_s,
-        pull_timeout_s=spec.kv.pull_timeout_s,
-        reserve=spec.kv.reserve,
-        verify=spec.kv.verify,
-        max_batch=pool.max_batch,
-        chunk_tokens=pool.chunk_tokens,
         revision=revision,
         telemetry=_telemetry(spec),
+        **given(spec.model),
+        **given(spec.kv),
+        **given(pool),
     )
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
     env |= {f"UCX_{name}": value for name, value in spec.kv.ucx.items()}

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
@@ -20,37 +18,21 @@ from typing import Any, get_type_hints
 import yaml
 
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.settings import (
+    NAME_PATTERN,
+    NAME_RULE,
+    check_settings,
+    no_entries,
+    of,
+    setting,
+    split_address,
+)
 from crossdock.proto.types import Role
-from crossdock.worker.config import RESERVE, VERIFY
+from crossdock.worker.config import EngineSettings, WorkerConfig
 
 API_VERSION = "crossdock/v1"
 KIND = "Cluster"
 GATEWAY_POOL = "gateway"
-NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
-NAME_RULE = "must be 1 to 40 of a-z, 0-9 and -, not beginning or ending with -"
-
-
-def setting(
-    default: Any = MISSING,
-    doc: str = "",
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str | int, ...] = (),
-    kind: str = "",
-    factory: Any = MISSING,
-) -> Any:
-    """A field with its documentation and limits. `kind`: "address", "name", "port" or ""."""
-    about = {"doc": doc, "low": low, "high": high, "choices": choices, "kind": kind}
-    if factory is not MISSING:
-        return field(default_factory=factory, metadata=about)
-    if default is MISSING:
-        return field(metadata=about)
-    return field(default=default, metadata=about)
-
-
-def _no_entries() -> Mapping[str, Any]:
-    return MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -60,22 +42,14 @@ class MetadataSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    id: str = setting(
-        doc="A known model, a folder in Hugging Face layout, or a .gguf file. "
-        "A path that begins with . is taken from this file's folder.",
-        kind="text",
-    )
-    dtype: str = setting(
-        "auto",
-        "Type of weights and KV. auto: float32 on a CPU without bf16 units, else the model's own.",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    id: str = of(WorkerConfig, "model")
+    dtype: str = of(WorkerConfig, "dtype")
 
 
 @dataclass(frozen=True)
 class NodesSpec:
     labels: Mapping[str, str] = setting(
-        factory=_no_entries, doc="Ray node labels that a node must have to be used."
+        factory=no_entries, doc="Ray node labels that a node must have to be used."
     )
 
 
@@ -132,7 +106,7 @@ class ResourcesSpec:
         0, "Memory each worker reserves with Ray, MB; 0 reserves none.", low=0, high=64_000_000
     )
     custom: Mapping[str, float] = setting(
-        factory=_no_entries, doc="Custom Ray resources: pins a pool to nodes that offer them."
+        factory=no_entries, doc="Custom Ray resources: pins a pool to nodes that offer them."
     )
 
 
@@ -148,11 +122,10 @@ class PoolSpec:
     threads: int = setting(
         0, "CPU threads of one worker's engine; 0: as many as cpus, at least 1.", low=0, high=1024
     )
-    kv_memory_mb: int = setting(512, "Size of one worker's KV pool, MB.", low=1, high=4_000_000)
-    max_batch: int = setting(64, "Most sequences in one engine step.", low=1, high=4096)
-    chunk_tokens: int = setting(
-        256, "Most prompt tokens computed in one engine step.", low=1, high=65_536
-    )
+    engine: EngineSettings = of(WorkerConfig, "engine")
+    kv_memory_mb: int = of(WorkerConfig, "kv_memory_mb")
+    max_batch: int = of(WorkerConfig, "max_batch")
+    chunk_tokens: int = of(WorkerConfig, "chunk_tokens")
     drain_s: float = setting(
         60.0, "How long a worker that is taken away may finish its work.", low=0, high=86_400
     )
@@ -164,38 +137,14 @@ class PoolSpec:
 
 @dataclass(frozen=True)
 class KVSpec:
-    transport: str = setting(
-        "nixl",
-        "What moves KV blocks: nixl (RDMA, NVLink, TCP, shared memory), nccl (between GPUs, for "
-        "clusters without RDMA) or local (one host).",
-        choices=("nixl", "nccl", "local"),
-    )
-    block_size: int = setting(16, "Tokens in one KV block.", choices=(8, 16, 32, 64, 128))
-    lease_s: float = setting(
-        30.0, "How long offered KV stays pinned without a renewal.", low=0.1, high=3600
-    )
-    pull_timeout_s: float = setting(
-        10.0,
-        "How long reading KV may take before the request is prefilled elsewhere.",
-        low=0.1,
-        high=3600,
-    )
-    reserve: str = setting(
-        "early",
-        "When a decode worker sets blocks aside: early, to pull a prompt's KV while the rest of it "
-        "is computed; late, once it is computed.",
-        choices=RESERVE,
-    )
-    verify: str = setting(
-        "fence",
-        "What pulled KV must pass: fence, that no block had another owner meanwhile; checksum, "
-        "that its bytes are those sent as well.",
-        choices=VERIFY,
-    )
-    ucx: Mapping[str, str] = setting(
-        factory=_no_entries,
-        doc="UCX settings for workers, without the prefix: {TLS: tcp} sets UCX_TLS=tcp.",
-    )
+    transport: str = of(WorkerConfig, "transport")
+    dtype: str = of(WorkerConfig, "kv_dtype")
+    block_size: int = of(WorkerConfig, "block_size")
+    lease_s: float = of(WorkerConfig, "lease_s")
+    pull_timeout_s: float = of(WorkerConfig, "pull_timeout_s")
+    reserve: str = of(WorkerConfig, "reserve")
+    verify: str = of(WorkerConfig, "verify")
+    ucx: Mapping[str, str] = of(WorkerConfig, "transport_options")
 
 
 @dataclass(frozen=True)
@@ -268,8 +217,7 @@ class ClusterSpec:
 
     def validate(self) -> ClusterSpec:
         """Raises ConfigError (without a line) at the first field that is out of its range."""
-        for path, about, value in walk(self):
-            check_value(path, about, value)
+        check_settings(self)
         _check_pools(self.pools)
         _check_gpus(self)
         _check_ports(self)
@@ -316,56 +264,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     return value
-
-
-def walk(spec: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
-    """Every leaf as (dotted path, its field, its value)."""
-    for about in fields(spec):
-        path, value = prefix + about.name, getattr(spec, about.name)
-        if is_dataclass(value):
-            yield from walk(value, path + ".")
-        elif isinstance(value, Mapping) and any(is_dataclass(entry) for entry in value.values()):
-            for key, entry in value.items():
-                yield from walk(entry, f"{path}.{key}.")
-        else:
-            yield path, about, value
-
-
-def check_value(path: str, about: Field[Any], value: Any) -> None:
-    """Raises ConfigError when `value` is outside what its field allows."""
-    low, high = about.metadata["low"], about.metadata["high"]
-    choices, kind = about.metadata["choices"], about.metadata["kind"]
-    if choices and value not in choices:
-        raise ConfigError(path, f"{value!r} is not allowed; one of {', '.join(map(str, choices))}")
-    if low is not None and not (math.isfinite(value) and low <= value <= high):
-        raise ConfigError(path, f"{value!r} is not allowed; must be from {low:g} to {high:g}")
-    if kind == "text" and not value.strip():
-        raise ConfigError(path, "must not be empty")
-    if kind == "name" and not NAME_PATTERN.fullmatch(value):
-        raise ConfigError(path, f"{value!r} is not allowed; {NAME_RULE}")
-    if kind == "address":
-        try:
-            split_address(value)
-        except ValueError as error:
-            raise ConfigError(path, f"{value!r} is not allowed; {error}") from None
-    if isinstance(value, Mapping):
-        _check_entries(path, value)
-
-
-def _check_entries(path: str, entries: Mapping[str, Any]) -> None:
-    for key, value in entries.items():
-        if isinstance(value, float) and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{path}.{key}", f"{value!r} is not allowed; must be above 0")
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of "host:port"; IPv6 hosts in brackets. Raises ValueError."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ValueError("an IPv6 host must stand in brackets, as in [::1]:8000")
-    return host.strip("[]"), int(port)
 
 
 def _offset(address: str, index: int) -> str:

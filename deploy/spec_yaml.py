@@ -14,6 +14,7 @@ import yaml
 
 from crossdock.deploy.spec import ClusterSpec, type_hints
 from crossdock.proto.errors import ConfigError
+from crossdock.worker.config import EngineSettings, settings_of
 
 _TAG = "tag:yaml.org,2002:"
 _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
@@ -74,6 +75,14 @@ class _Reader:
 
     def read(self, node: yaml.Node, kind: Any, path: str) -> Any:
         self.lines.setdefault(path, node.start_mark.line + 1)
+        named = getattr(kind, "NAMED", {})
+        if named and isinstance(node, yaml.ScalarNode):
+            if node.value not in named:
+                message = f"{node.value!r} is not allowed; one of {', '.join(named)}, or a mapping"
+                raise ConfigError(path, message, self._at(node))
+            return named[node.value]
+        if kind is EngineSettings:
+            kind = self._engine_settings(node, path)
         if is_dataclass(kind):
             assert isinstance(kind, type)
             return self._record(node, kind, path)
@@ -96,6 +105,15 @@ class _Reader:
             if name not in given and _required(about):
                 raise ConfigError(_join(path, name), "is missing", self.where(path))
         return kind(**given)
+
+    def _engine_settings(self, node: yaml.Node, path: str) -> type[EngineSettings]:
+        """What may be said of the kind of engine that this node names."""
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        named = [value for key, value in entries if key.value == "kind"]
+        try:
+            return settings_of(str(named[0].value) if named else "native")
+        except ConfigError as error:
+            raise ConfigError(_join(path, "kind"), error.message, self._at(named[0])) from None
 
     def _mapping(self, node: yaml.Node, kind: Any, path: str) -> Mapping[str, Any]:
         entries = self._entries(node, path)

@@ -16,12 +16,13 @@ from types import FrameType
 
 from crossdock.deploy import actors, processes
 from crossdock.deploy.runtime import ProcessGone, StartFailed
-from crossdock.deploy.spec import ClusterSpec, split_address
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
 from crossdock.kvtransfer.local import cleanup_stale
 from crossdock.model import store as models
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
+from crossdock.proto.settings import split_address
 from crossdock.proto.v1 import admin_pb2
 
 POLL_S = 0.25

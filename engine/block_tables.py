@@ -15,16 +15,20 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-def take(pool: BlockPool, sequence: Sequence, max_cached: int, spare: int = 0) -> bool:
-    """Gives a sequence blocks for all its tokens, up to `max_cached` tokens from the prefix cache.
+def take(
+    pool: BlockPool, sequence: Sequence, max_cached: int, *, spare: int = 0, lookahead: int = 0
+) -> bool:
+    """Gives a sequence blocks for all its tokens and `lookahead` more, up to `max_cached` tokens
+    from the prefix cache.
 
     False, and the pool as it was, unless `spare` blocks stay available beside them.
     """
-    needed = blocks_for(sequence.num_tokens, pool.block_size)
+    num_tokens = sequence.num_tokens + lookahead
+    needed = min(blocks_for(num_tokens, pool.block_size), pool.num_blocks)
     if not pool.fits(sequence.block_hashes[: max_cached // pool.block_size], needed + spare):
         return False
     attach_prefix(pool, sequence, max_cached)
-    grow(pool, sequence, sequence.num_tokens)
+    grow(pool, sequence, num_tokens)
     return True
 
 
@@ -37,8 +41,10 @@ def attach_prefix(pool: BlockPool, sequence: Sequence, max_tokens: int) -> None:
 
 
 def grow(pool: BlockPool, sequence: Sequence, num_tokens: int) -> None:
-    """Extends the table to hold `num_tokens`. Raises OutOfBlocks and takes nothing."""
-    missing = blocks_for(num_tokens, pool.block_size) - len(sequence.block_table)
+    """Extends the table to hold `num_tokens`, or all that the pool holds where that is less.
+    Raises OutOfBlocks and takes nothing."""
+    wanted = min(blocks_for(num_tokens, pool.block_size), pool.num_blocks)
+    missing = wanted - len(sequence.block_table)
     if missing > 0:
         last = sequence.block_table[-1] if sequence.block_table else None
         sequence.block_table.extend(pool.allocate(missing, after=last))

@@ -16,7 +16,7 @@ class Sequence:
     """
 
     sequence_id: str
-    token_ids: list[int]  # prompt and generated tokens; grows by one a step
+    token_ids: list[int]  # prompt and generated tokens
     prompt_tokens: int  # of the client's prompt: generated = token_ids[prompt_tokens:]
     sampling: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
@@ -53,7 +53,11 @@ class Chunk:
     sequence: Sequence
     start: int
     length: int
-    sample: bool  # its last token is the sequence's last: draw the next one
+    sample: bool  # its last token is the sequence's last: draw what follows
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,31 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """The token drawn after a chunk with `sample` set. Logprobs only where asked for."""
+    """A token drawn after a chunk with `sample` set. Logprobs only where asked for."""
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def finish_of(sequence: Sequence, context_length: int) -> tuple[FinishReason, str] | None:
-    """Whether the last token ends the sequence: the reason, and the stop token id if one did."""
+Finish = tuple[FinishReason, str]  # and the stop token id if one ended the sequence
+
+
+def take_tokens(
+    sequence: Sequence, tokens: list[SampledToken], context_length: int
+) -> tuple[list[SampledToken], Finish | None]:
+    """Appends what a step drew, up to the token that ends the sequence: what follows that is
+    dropped. Returns what was taken, and how the sequence ended if it did."""
+    for count, token in enumerate(tokens, 1):
+        sequence.token_ids.append(token.token_id)
+        finish = finish_of(sequence, context_length)
+        if finish is not None:
+            return tokens[:count], finish
+    return tokens, None
+
+
+def finish_of(sequence: Sequence, context_length: int) -> Finish | None:
+    """Whether the last token ends the sequence."""
     token_id, sampling = sequence.last_token_id, sequence.sampling
     if sequence.num_generated >= sampling.min_tokens:
         if token_id in sampling.stop_token_ids:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdock.model.gguf_file import GGUFFile, open_gguf
 from crossdock.proto.errors import ModelError
 
 if TYPE_CHECKING:
+    from crossdock.model.gguf_file import GGUFFile
     from crossdock.model.store import ModelFiles
 
 ROPE_TYPES = {  # and what each needs to be told
@@ -80,9 +80,19 @@ class ModelConfig:
         return self.sliding_window or 0 if layer >= self.sliding_window_from else 0
 
 
+# The model without weights: END and the 256 bytes.
+_BYTES = ModelConfig(
+    *("bytes", 257, 0, 0, 0, 0, 0, 0, 0.0, 0.0, True), context_length=131_072, eos_token_ids=(0,)
+)
+
+
 def load_config(files: ModelFiles) -> ModelConfig:
     """Raises ModelError naming file and field for whatever is missing, wrong or unsupported."""
+    if files.format == "bytes":
+        return _BYTES
     if files.format == "gguf":
+        from crossdock.model.gguf_file import open_gguf
+
         config = _from_gguf(open_gguf(files.path))
     else:
         config = _from_hf(files.path)

@@ -21,6 +21,7 @@ from crossdock.proto.errors import ModelError
 
 Progress = Callable[[str], None]
 DOWNLOAD_TIMEOUT_S = 1800.0
+SIMULATED = "simulated"
 _MB = 1 << 20
 
 
@@ -58,7 +59,7 @@ class ModelFiles:
 
     model_id: str
     path: Path  # the folder, or the .gguf file
-    format: Literal["hf", "gguf"]
+    format: Literal["hf", "gguf", "bytes"]
     digest: str  # of the weights, see `weights_digest`; hexadecimal
 
 
@@ -69,10 +70,13 @@ def crossdock_home() -> Path:
 
 
 def resolve(model_id: str) -> ModelFiles:
-    """Finds a known model that was fetched, a Hugging Face folder, or a .gguf file.
+    """Finds a known model that was fetched, a Hugging Face folder, or a .gguf file. SIMULATED is
+    always there: a tokenizer of bytes without weights, for the simulated engine alone.
 
     Raises ModelError naming the path and what is wrong with it.
     """
+    if model_id == SIMULATED:
+        return ModelFiles(SIMULATED, Path(SIMULATED), "bytes", "")
     known = KNOWN_MODELS.get(model_id)
     if known is not None:
         path = _place(model_id, known)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from crossdock.model.byte_tokenizer import byte_tokenizer
 from crossdock.model.chat_template import ChatTemplate
 from crossdock.model.config import load_config
 from crossdock.model.gguf_tokenizer import read_gguf_tokenizer
@@ -79,8 +80,11 @@ class TextModel:
 def load_text(files: ModelFiles) -> TextModel:
     """Reads tokenizer and chat template. Raises ModelError naming what is missing or wrong."""
     config = load_config(files)
-    read = read_gguf_tokenizer if files.format == "gguf" else read_hf_tokenizer
-    parts = read(files.path)
+    if files.format == "bytes":
+        parts = byte_tokenizer()
+    else:
+        read = read_gguf_tokenizer if files.format == "gguf" else read_hf_tokenizer
+        parts = read(files.path)
     template = ChatTemplate(parts.template, parts.special, str(files.path))
     eos = set(config.eos_token_ids)
     if (eos_id := parts.tokenizer.token_to_id(parts.special.get("eos_token", ""))) is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from crossdock.engine import block_tables
-from crossdock.engine.sequence import SampledToken, StepPlan, finish_of
+from crossdock.engine.block_tables import blocks_for
+from crossdock.engine.sequence import SampledToken, StepPlan, take_tokens
 from crossdock.kvtransfer.checksum import checksums
 from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.prefill.scheduler import PrefillScheduler
@@ -25,7 +26,7 @@ class PrefillRole(WorkerRole):
 
     def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
-        self._scheduler = PrefillScheduler(state.pool, state.config.chunk_tokens)
+        self._scheduler = PrefillScheduler(state.pool, state.config.chunk_tokens, state.lookahead)
         settings = OfferSettings(
             worker=state.config.name,
             address=state.address,
@@ -49,13 +50,12 @@ class PrefillRole(WorkerRole):
                 self._announce(job)  # what was found in the prefix cache
         return plan
 
-    def apply(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
-        counters, drawn = self.state.counters, iter(tokens)
-        for chunk in plan.chunks:
-            self._scheduler.computed(chunk)
-            counters.computed_tokens += chunk.length
-            if chunk.sample:
-                self._first_token(self.jobs.pop(chunk.sequence.sequence_id), next(drawn))
+    def apply(self, plan: StepPlan, tokens: list[list[SampledToken]]) -> None:
+        for chunk, drawn in zip(plan.chunks, tokens, strict=True):
+            self._scheduler.computed(chunk, len(drawn))
+            self.state.counters.computed_tokens += chunk.length
+            if drawn:
+                self._first_tokens(self.jobs.pop(chunk.sequence.sequence_id), drawn)
             else:
                 self._announce(self.jobs[chunk.sequence.sequence_id])
 
@@ -72,33 +72,33 @@ class PrefillRole(WorkerRole):
             self.state.outbox.sealed(job, sequence.num_sealed)
 
     def _ticket(self, job: Job, num_tokens: int) -> worker_pb2.Ticket:
-        blocks = job.sequence.block_table
+        blocks = job.sequence.block_table[: blocks_for(num_tokens, self.state.pool.block_size)]
         generations = self.state.pool.generations[blocks].tolist()
         return self._offers.announce(blocks, generations, num_tokens)
 
-    def _first_token(self, job: Job, token: SampledToken) -> None:
+    def _first_tokens(self, job: Job, drawn: list[SampledToken]) -> None:
         sequence, counters = job.sequence, self.state.counters
         job.mark("first_token")
         counters.prompt_tokens += sequence.num_tokens
-        sequence.token_ids.append(token.token_id)
+        tokens, finish = take_tokens(sequence, drawn, self.state.context_length)
         counters.cached_tokens += sequence.num_cached
-        counters.generated_tokens += 1
-        finish = finish_of(sequence, self.state.context_length)
+        counters.generated_tokens += len(tokens)
         if finish:
-            self.state.outbox.token(job, token, finish)
+            self.state.outbox.tokens(job, tokens, finish)
             block_tables.release(self.state.pool, sequence)
         else:
-            self._offer(job, token)
+            self._offer(job, tokens)
         tracing.record(job, self.state.config)
 
-    def _offer(self, job: Job, token: SampledToken) -> None:
-        """The sequence's blocks pass to the lease."""
+    def _offer(self, job: Job, tokens: list[SampledToken]) -> None:
+        """The prompt's blocks pass to the lease; others that its tokens were given go back."""
         announced = job.ticket is not None
         ticket = job.ticket or self._ticket(job, job.sequence.num_computed)
+        self.state.pool.release(job.sequence.block_table[len(ticket.block_ids) :])
         job.sequence.block_table = []
         job.mark("ticket_offered")
         self._offers.offer(ticket, job.id, job.owner)
-        output = self.state.outbox.token(job, token, None)
+        output = self.state.outbox.tokens(job, tokens, None)
         output.sealed_blocks = len(ticket.block_ids)
         if not announced:
             output.ticket.CopyFrom(ticket)

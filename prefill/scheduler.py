@@ -18,9 +18,11 @@ from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 
 
 class PrefillScheduler:
-    def __init__(self, pool: BlockPool, chunk_tokens: int) -> None:
-        """`chunk_tokens`: the most prompt tokens that one step computes."""
+    def __init__(self, pool: BlockPool, chunk_tokens: int, lookahead: int = 0) -> None:
+        """`chunk_tokens`: the most prompt tokens that one step computes. `lookahead`: how many
+        tokens it may draw for a prompt beyond token 0; each needs room in a block."""
         self._pool = pool
+        self._lookahead = lookahead
         self._chunk_tokens = chunk_tokens
         self._waiting: list[Sequence] = []
         self._computing: list[Sequence] = []
@@ -47,19 +49,21 @@ class PrefillScheduler:
         while budget and self._waiting:
             sequence = self._waiting[0]
             # The last prompt token is always computed: its logits give token 0.
-            if not block_tables.take(self._pool, sequence, sequence.num_tokens - 1):
+            last = sequence.num_tokens - 1
+            if not block_tables.take(self._pool, sequence, last, lookahead=self._lookahead):
                 break
             self._computing.append(self._waiting.pop(0))
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].length
         return StepPlan(tuple(chunks)) if chunks else None
 
-    def computed(self, chunk: Chunk) -> None:
-        """Takes note that a chunk's KV is in its blocks. The last chunk's sequence leaves."""
+    def computed(self, chunk: Chunk, drawn: int = 1) -> None:
+        """Takes note that a chunk's KV is in its blocks, and of how many tokens were drawn after
+        it. With token 0 the sequence leaves; where there is none, its last token runs again."""
         sequence = chunk.sequence
-        sequence.num_computed = chunk.start + chunk.length
+        sequence.num_computed = chunk.end - (chunk.sample and not drawn)
         block_tables.seal_full(self._pool, sequence)
-        if chunk.sample:
+        if chunk.sample and drawn:
             self._computing.remove(sequence)
 
     @property

@@ -1,56 +1,77 @@
 """Settings of one worker process."""
 
+# ruff: noqa: RUF009  (setting() is dataclasses.field with documentation)
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from crossdock.engine.contract import EngineConfig
+from crossdock.engine.contract import EngineSettings as EngineSettings
+from crossdock.engine.registry import ENGINES as ENGINES
+from crossdock.engine.registry import settings_of as settings_of
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.settings import check_settings, no_entries, setting
 from crossdock.proto.types import Role
 
-RESERVE = ("early", "late")  # when a decode worker sets blocks aside: as the prompt is computed
-VERIFY = ("fence", "checksum")  # what is compared before a sequence joins on pulled KV
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(EngineConfig):
+    """Everything a worker needs to start. Sizes in tokens, blocks or MB; times in seconds.
 
-@dataclass(frozen=True)
-class WorkerConfig:
-    """Everything a worker needs to start. Sizes in tokens, blocks or MiB; times in seconds."""
+    What has a documentation here can be said in the YAML, which is checked by it.
+    """
 
     name: str
     pool: str
     role: Role
-    model: str
     cluster_key: bytes = field(repr=False)
-    dtype: str = "auto"
-    device: str = "auto"
-    block_size: int = 16
-    kv_blocks: int = 0  # 0: as many as kv_memory_mb holds
-    kv_memory_mb: int = 512
-    transport: str = "nixl"
-    transport_options: Mapping[str, str] = field(default_factory=dict)
-    threads: int = 1
+    engine: EngineSettings = setting(
+        factory=lambda: settings_of("native")(), doc="What computes here, and its own settings."
+    )
+    transport: str = setting(
+        "nixl",
+        "What moves KV blocks: nixl (RDMA, NVLink, TCP, shared memory), nccl (between GPUs, for "
+        "clusters without RDMA) or local (one host).",
+        choices=("nixl", "nccl", "local"),
+    )
+    transport_options: Mapping[str, str] = setting(
+        factory=no_entries,
+        doc="UCX settings for workers, without the prefix: {TLS: tcp} sets UCX_TLS=tcp.",
+    )
+    lease_s: float = setting(
+        30.0, "How long offered KV stays pinned without a renewal.", low=0.1, high=3600
+    )
+    pull_timeout_s: float = setting(
+        10.0,
+        "How long reading KV may take before the request is prefilled elsewhere.",
+        low=0.1,
+        high=3600,
+    )
+    reserve: str = setting(
+        "early",
+        "When a decode worker sets blocks aside: early, to pull a prompt's KV while the rest of it "
+        "is computed; late, once it is computed.",
+        choices=("early", "late"),
+    )
+    verify: str = setting(
+        "fence",
+        "What pulled KV must pass: fence, that no block had another owner meanwhile; checksum, "
+        "that its bytes are those sent as well.",
+        choices=("fence", "checksum"),
+    )
+    max_batch: int = setting(64, "Most sequences in one engine step.", low=1, high=4096)
+    chunk_tokens: int = setting(
+        256, "Most prompt tokens computed in one engine step.", low=1, high=65_536
+    )
+    max_waiting: int = setting(1024, "Sequences that wait beside them.", low=1, high=1_000_000)
     host: str = "127.0.0.1"
     port: int = 0
-    lease_s: float = 30.0
-    pull_timeout_s: float = 10.0
-    reserve: str = "early"
-    verify: str = "fence"
-    max_batch: int = 64
-    max_waiting: int = 1024
-    chunk_tokens: int = 256
     revision: str = ""
     node_id: str = ""
     telemetry: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        positive = ("threads", "max_batch", "max_waiting", "chunk_tokens", "kv_memory_mb")
-        for name in (*positive, "lease_s", "pull_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(name, f"{getattr(self, name)} must be greater than 0")
-        if self.block_size not in (8, 16, 32, 64, 128):
-            raise ConfigError("block_size", f"{self.block_size} must be 8, 16, 32, 64 or 128")
-        for name, choices in (("reserve", RESERVE), ("verify", VERIFY)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(name, f"{getattr(self, name)!r} is not one of {choices}")
+        check_settings(self)
         if len(self.cluster_key) < 16:
             raise ConfigError("cluster_key", f"{len(self.cluster_key)} bytes; at least 16")

@@ -101,8 +101,8 @@ class Gateways:
             stream.close()
 
     def _hand_off(self, progress: worker_pb2.HandOff, stream: GatewayStream) -> None:
-        if not 0 <= progress.first_token < self._host.vocab_size:
-            log.error("%s: no such token: %d", progress.sequence_id, progress.first_token)
+        if not all(0 <= token < self._host.vocab_size for token in progress.first_tokens):
+            log.error("%s: no such tokens: %s", progress.sequence_id, progress.first_tokens)
             return  # without it the request fails by itself
         waiting = stream.meetings.get(progress.sequence_id)
         if waiting is None:
@@ -161,12 +161,12 @@ class Gateways:
             raise TransferFailed(
                 f"{request.sealed_blocks} blocks are sealed, the ticket has {len(ticket.block_ids)}"
             )
-        # Token 0 comes with the last block.
-        covered = len(request.sequence.token_ids)
-        covered -= request.sealed_blocks == len(ticket.block_ids)
-        if ticket.num_tokens != covered:
+        # Token 0, and what was drawn with it, comes with the last block.
+        beyond = len(request.sequence.token_ids) - ticket.num_tokens
+        complete = request.sealed_blocks == len(ticket.block_ids)
+        if beyond < 0 or complete != (beyond > 0):
             raise TransferFailed(
-                f"the ticket covers {ticket.num_tokens} tokens, the request {covered}"
+                f"the ticket covers {ticket.num_tokens} tokens, the request has {beyond} more"
             )
 
     def _submit(

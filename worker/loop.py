@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.engine.contract import Engine
+from crossdock.engine.sequence import StepPlan
 from crossdock.proto.errors import CrossdockError
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.role import WorkerRole
@@ -23,10 +24,6 @@ T = TypeVar("T")
 
 IDLE_WAIT_S = 0.5  # the reaper's own timer: an idle worker turns over at least this often
 FAILED_STEPS_LIMIT = 3  # in a row: the device or the process is broken, a fresh one is not
-
-
-class Runner(Protocol):
-    def run(self, plan: StepPlan) -> list[SampledToken]: ...
 
 
 @dataclass
@@ -44,12 +41,12 @@ class Turn:
 
 
 class EngineLoop:
-    """Owns the thread on which the role, its pool and the runner live.
+    """Owns the thread on which the role, its pool and the engine live.
 
     `publish` is called on that thread after every turn that made something.
     """
 
-    def __init__(self, role: WorkerRole, runner: Runner, publish: Callable[[Turn], None]) -> None:
+    def __init__(self, role: WorkerRole, runner: Engine, publish: Callable[[Turn], None]) -> None:
         self._role = role
         self._runner = runner
         self._publish = publish

@@ -25,16 +25,18 @@ class Outbox:
         taken, self._outputs = self._outputs, defaultdict(list)
         return taken
 
-    def token(
+    def tokens(
         self,
         job: Job,
-        token: SampledToken,
+        tokens: list[SampledToken],
         finish: tuple[FinishReason, str] | None,
     ) -> worker_pb2.SequenceOutput:
-        """One new token; the first one carries the sequence's times and counts as well."""
-        output = worker_pb2.SequenceOutput(sequence_id=job.id, token_ids=(token.token_id,))
-        if token.logprob is not None:
-            output.logprobs.append(_logprobs(token))
+        """New tokens; the first ones carry the sequence's times and counts as well."""
+        output = worker_pb2.SequenceOutput(
+            sequence_id=job.id,
+            token_ids=[token.token_id for token in tokens],
+            logprobs=[_logprobs(token) for token in tokens if token.logprob is not None],
+        )
         if finish:
             output.finish_reason = FINISH_TO_PB[finish[0]]
             output.stop_reason = finish[1]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.sequence import SampledToken, StepPlan
-from crossdock.kvtransfer.transport import PoolMemory, Transport
+from crossdock.kvtransfer.transport import Transport
+from crossdock.proto.memory import PoolMemory
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
@@ -42,13 +43,13 @@ class WorkerState:
 
     config: WorkerConfig
     pool: BlockPool
-    block_bytes: int
     context_length: int
     layout_hash: bytes
     incarnation: bytes
     transport: Transport
     memory: PoolMemory
     address: str  # of this worker's gRPC service
+    lookahead: int = 0  # tokens that a step may draw for a sequence beyond the first
     ticket_releases: list[tuple[str, bytes]] = field(default_factory=list)  # (peer, ticket id)
     outbox: Outbox = field(default_factory=Outbox)
     counters: Counters = field(default_factory=Counters)
@@ -80,8 +81,8 @@ class WorkerRole(ABC):
     def schedule(self) -> StepPlan | None: ...
 
     @abstractmethod
-    def apply(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
-        """Takes a step's results: tokens in the order of the chunks that sample."""
+    def apply(self, plan: StepPlan, tokens: list[list[SampledToken]]) -> None:
+        """Takes a step's results: the new tokens of each chunk, in plan order."""
 
     @abstractmethod
     def poll(self) -> None:

@@ -11,15 +11,18 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 from prometheus_client import CollectorRegistry, generate_latest
 
 from crossdock.engine.block_pool import BlockPool, IntegrityError
+from crossdock.engine.registry import create as create_engine
 from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
-from crossdock.kvtransfer.transport import PoolMemory
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.memory import Generations
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.worker import metrics
@@ -62,7 +65,7 @@ class WorkerServer:
     # -- life ----------------------------------------------------------------------------------
 
     async def start(self) -> WorkerEndpoint:
-        """Loads the model and listens. Raises ModelError or ConfigError saying what is wrong."""
+        """Starts the engine and listens. Raises ModelError or ConfigError saying what is wrong."""
         self._asyncio = asyncio.get_running_loop()
         self._gateways = Gateways(self)
         self._grpc = grpc.aio.server(
@@ -192,48 +195,12 @@ class WorkerServer:
     # -- inside --------------------------------------------------------------------------------
 
     def _build(self, address: str) -> None:
-        # Imported here: torch takes seconds, and only a process that runs a model needs it.
-        from crossdock.engine.native.runner import ModelRunner, resolve_device
-        from crossdock.model.config import load_config
-        from crossdock.model.store import resolve
-
-        config = self.config
-        files = resolve(config.model)
-        model = load_config(files)
-        self.vocab_size = model.vocab_size
-        block_bytes = ModelRunner.kv_bytes_per_block(
-            model, config.block_size, config.dtype, config.device
-        )
-        num_blocks = config.kv_blocks or (config.kv_memory_mb << 20) // block_bytes
-        if num_blocks < 2:
-            needed = -(-2 * block_bytes >> 20)
-            raise ConfigError(
-                "kv_memory_mb", f"{config.kv_memory_mb} holds no 2 blocks; ≥ {needed}"
-            )
-        incarnation = new_incarnation()
-        on_host = resolve_device(config.device).type == "cpu"
-        nbytes = num_blocks * block_bytes if on_host else 1  # a GPU's pool is the runner's own
-        buffer, generations, free = allocate(config.transport, nbytes, num_blocks)
-        self._closers.append(free)
-        runner = ModelRunner(
-            files,
-            dtype=config.dtype,
-            device=config.device,
-            threads=config.threads,
-            block_size=config.block_size,
-            num_blocks=num_blocks,
-            buffer=buffer if on_host else None,
-            generations=generations,
-        )
-        runner.warmup()
-        memory = PoolMemory(
-            kv_ptr=runner.kv.data_ptr,
-            num_blocks=num_blocks,
-            block_bytes=block_bytes,
-            generations=generations,
-            memory_type="DRAM" if on_host else "VRAM",
-            device_id=runner.device.index or 0,
-        )
+        config, incarnation = self.config, new_incarnation()
+        engine = create_engine(config, self._allocate)
+        self._closers.append(engine.close)
+        engine.warmup()
+        facts, layout, memory = engine.facts, engine.layout, engine.memory
+        self.vocab_size = facts.vocab_size
         self._transport = create_transport(
             config.transport,
             incarnation,
@@ -243,7 +210,6 @@ class WorkerServer:
             host=config.host,
         )
         self._closers.append(self._transport.close)
-        layout = runner.kv.layout(files.model_id, files.digest)
         self.description = worker_pb2.WorkerDescription(
             name=config.name,
             pool=config.pool,
@@ -251,10 +217,10 @@ class WorkerServer:
             incarnation=incarnation,
             layout=layout,
             layout_hash=layout_hash(layout),
-            model_id=files.model_id,
-            context_length=min(model.context_length, num_blocks * config.block_size),
-            num_blocks=num_blocks,
-            block_bytes=block_bytes,
+            model_id=facts.model_id,
+            context_length=min(facts.context_length, memory.num_blocks * config.block_size),
+            num_blocks=memory.num_blocks,
+            block_bytes=memory.block_bytes,
             transport=config.transport,
             transport_info=self._transport.info(),
             address=address,
@@ -264,8 +230,8 @@ class WorkerServer:
         )
         self._state = WorkerState(
             config=config,
-            pool=BlockPool(num_blocks, config.block_size, generations),
-            block_bytes=block_bytes,
+            pool=BlockPool(memory.num_blocks, config.block_size, memory.generations),
+            lookahead=facts.tokens_per_step - 1,
             context_length=self.description.context_length,
             layout_hash=self.description.layout_hash,
             incarnation=incarnation,
@@ -274,8 +240,13 @@ class WorkerServer:
             address=address,
         )
         self._role = self._role_type(self._state)
-        self._loop = EngineLoop(self._role, runner, self._publish)
+        self._loop = EngineLoop(self._role, engine, self._publish)
         self._transport.set_wakeup(self._loop.wake)
+
+    def _allocate(self, nbytes: int, num_blocks: int) -> tuple[npt.NDArray[np.uint8], Generations]:
+        buffer, generations, free = allocate(self.config.transport, nbytes, num_blocks)
+        self._closers.append(free)
+        return buffer, generations
 
     def _publish(self, turn: Turn) -> None:
         self._asyncio.call_soon_threadsafe(self._gateways.publish, turn)

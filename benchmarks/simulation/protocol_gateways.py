@@ -296,7 +296,7 @@ class Gateways:
             progress = worker_pb2.HandOff(
                 sequence_id=attempt.id,
                 sealed_blocks=output.sealed_blocks,
-                first_token=output.token_ids[0],
+                first_tokens=output.token_ids,
                 checksums=output.checksums,
             )
             attempt.decoding_on.send("hand_off", attempt.id, progress)

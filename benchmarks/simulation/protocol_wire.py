@@ -15,6 +15,7 @@ from roles_kit import Worker
 
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.sequence import Sequence as Continuation
+from crossdock.engine.simulated import kv_of_tokens
 from crossdock.kvtransfer.fake import FakeNetwork, FakeTransport
 from crossdock.kvtransfer.transport import Handle, HandleState
 from crossdock.proto.v1 import worker_pb2
@@ -165,8 +166,9 @@ class Truth:
             assert read == offered[index], (
                 f"joined on KV of {_say(read)}, offered was {_say(offered[index])}"
             )
-        kv = worker.runner.kv_of(sequence.block_table)[: ticket.num_tokens].tolist()
-        assert kv == sequence.token_ids[: ticket.num_tokens], "joined on KV of other tokens"
+        kv = worker.runner.kv_of(sequence.block_table)[: ticket.num_tokens]
+        right = kv_of_tokens(sequence.token_ids[: ticket.num_tokens])
+        assert np.array_equal(kv, right), "joined on KV of other tokens"
 
 
 def _say(source: Source | None) -> str:

@@ -1,7 +1,7 @@
 """Both roles without gRPC, Ray or a model: a real pool, real schedulers, a fake transport.
 
-The toy model keeps each token id as its KV and draws the next token from all the KV it can reach,
-so that a token computed from a wrong, missing or foreign block is a wrong token.
+The simulated engine draws each token from all the KV it can reach, so that a token computed from a
+wrong, missing or foreign block is a wrong token.
 """
 
 from __future__ import annotations
@@ -10,12 +10,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import numpy as np
 
 from crossdock.decode.role import DecodeRole
 from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Chunk, SampledToken, StepPlan
+from crossdock.engine.contract import EngineFacts
+from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.engine.simulated import (
+    POSITION_BYTES,
+    Profile,
+    SimulatedEngine,
+    draw,
+    kv_of_tokens,
+)
 from crossdock.kvtransfer.fake import FakeNetwork, FakeTransport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory
@@ -35,45 +44,27 @@ CONTEXT = 512
 KEY = b"a key of this test cluster"
 
 
-def toy_token(kv: np.ndarray) -> int:
-    """What the toy model says after the tokens `kv`."""
-    weights = np.arange(1, len(kv) + 1)
-    return int((kv * weights).sum() % VOCAB)
-
-
-def undisturbed(prompt: list[int], tokens: int) -> list[int]:
+def undisturbed(prompt: list[int], tokens: int, **sampling: object) -> list[int]:
     """What a request must answer, whatever happens on the way."""
+    params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
     ids = list(prompt)
-    total = sum(weight * token for weight, token in enumerate(ids, 1))
     for _ in range(tokens):
-        ids.append(total % VOCAB)
-        total += len(ids) * ids[-1]
+        ids.append(draw(kv_of_tokens(ids), params, VOCAB).token_id)
     return ids[len(prompt) :]
 
 
-class ToyRunner:
-    def __init__(self, pool_memory: np.ndarray) -> None:
-        self._kv = pool_memory  # int64 [blocks, BLOCK]
+class RecordingEngine(SimulatedEngine):
+    """Remembers its steps."""
+
+    buffer: np.ndarray
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def run(self, plan: StepPlan) -> list[list[SampledToken]]:
         self.plans.append(plan)
-        tokens = []
-        for chunk in plan.chunks:
-            table = chunk.sequence.block_table
-            for position in range(chunk.start, chunk.start + chunk.length):
-                token = chunk.sequence.token_ids[position]
-                self._kv[table[position // BLOCK], position % BLOCK] = token
-            if chunk.sample:
-                tokens.append(SampledToken(self._next(chunk)))
-        return tokens
-
-    def kv_of(self, block_table: list[int]) -> np.ndarray:
-        """int64 [len(block_table) * BLOCK]: the tokens whose KV these blocks hold."""
-        return self._kv[block_table].reshape(-1)
-
-    def _next(self, chunk: Chunk) -> int:
-        return toy_token(self.kv_of(chunk.sequence.block_table)[: chunk.start + chunk.length])
+        return super().run(plan)
 
 
 @dataclass
@@ -90,7 +81,7 @@ class Worker:
 
     role: WorkerRole
     loop: EngineLoop
-    runner: ToyRunner
+    runner: RecordingEngine
     transport: FakeTransport
     outputs: list[worker_pb2.SequenceOutput] = field(default_factory=list)
     releases: list[tuple[str, bytes]] = field(default_factory=list)
@@ -117,6 +108,8 @@ class Site:
     wall_clock: Callable[[], float] = time.time
     pool_type: type[BlockPool] = BlockPool
     transport_type: type[FakeTransport] = FakeTransport
+    engine_type: type[RecordingEngine] = RecordingEngine
+    tokens_per_step: int = 1
     _names: count = field(default_factory=count)
 
     def worker(self, role: Role, blocks: int = 64, address: str = "", **settings: object) -> Worker:
@@ -130,14 +123,18 @@ class Site:
             block_size=BLOCK,
             **settings,  # type: ignore[arg-type]
         )
-        kv = np.zeros((blocks, BLOCK), dtype=np.int64)
-        memory = PoolMemory(kv.ctypes.data, blocks, 8 * BLOCK, np.zeros(blocks, dtype=np.int64))
+        size = BLOCK * POSITION_BYTES
+        kv, generations = np.zeros(blocks * size, np.uint8), np.zeros(blocks, np.int64)
+        memory = PoolMemory(kv.ctypes.data, blocks, size, generations)
+        facts = EngineFacts("simulated", "", VOCAB, CONTEXT, self.tokens_per_step)
+        engine = self.engine_type(facts, memory, BLOCK, Profile(), VOCAB)
+        engine.buffer = kv  # lives as long
         incarnation = new_incarnation()
         transport = self.transport_type(self.network, incarnation, memory)
         state = WorkerState(
             config=config,
             pool=self.pool_type(blocks, BLOCK, memory.generations),
-            block_bytes=memory.block_bytes,
+            lookahead=facts.tokens_per_step - 1,
             context_length=CONTEXT,
             layout_hash=b"l" * 16,
             incarnation=incarnation,
@@ -148,9 +145,8 @@ class Site:
             wall_clock=self.wall_clock,
         )
         made = (PrefillRole if role is Role.PREFILL else DecodeRole)(state)
-        runner = ToyRunner(kv)
-        worker = Worker(made, None, runner, transport)  # type: ignore[arg-type]
-        worker.loop = EngineLoop(made, runner, lambda turn: _collect(worker, turn))
+        worker = Worker(made, None, engine, transport)  # type: ignore[arg-type]
+        worker.loop = EngineLoop(made, engine, lambda turn: _collect(worker, turn))
         return worker
 
     def introduce(self, *workers: Worker) -> None:

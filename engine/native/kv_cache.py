@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from crossdock.engine.contract import WIRE_VERSION
 from crossdock.model.config import ModelConfig
 from crossdock.proto.v1 import worker_pb2
-
-WIRE_VERSION = 1
 
 
 class KVCache:
@@ -64,6 +63,7 @@ class KVCache:
     def layout(self, model_id: str, digest: str) -> worker_pb2.KVLayout:
         return worker_pb2.KVLayout(
             wire_version=WIRE_VERSION,
+            engine="native",
             model_id=model_id,
             weights_digest=digest,
             dtype=str(self.dtype).removeprefix("torch."),

@@ -33,8 +33,9 @@ WARMUP_TOKENS = 32
 class ModelRunner:
     """One model and its KV pool on one device. Not thread-safe: one engine thread calls it.
 
-    `dtype` "auto" is float32 on a CPU and the model's own on a GPU; `device` "auto" is a GPU where
-    there is one. `threads` sets how many CPU threads this process computes with.
+    `dtype` "auto" is float32 on a CPU and the model's own on a GPU, `kv_dtype` "auto" is `dtype`;
+    `device` "auto" is a GPU where there is one. `threads` sets how many CPU threads this process
+    computes with.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ModelRunner:
         num_blocks: int,
         block_size: int = 16,
         dtype: str = "auto",
+        kv_dtype: str = "auto",
         device: str = "auto",
         threads: int | None = None,
         buffer: np.ndarray | None = None,
@@ -58,21 +60,26 @@ class ModelRunner:
         self.files, self.config = files, load_config(files)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
+        kv_type = resolve_kv_dtype(kv_dtype, self.dtype)
         self.kv = KVCache(
-            num_blocks, self.config, block_size, self.dtype, self.device, buffer, generations
+            num_blocks, self.config, block_size, kv_type, self.device, buffer, generations
         )
         with torch.inference_mode():
             weights = load_weights(files, self.config)
-            ops = make_ops(self.config, self.dtype, self.device)
+            ops = make_ops(self.config, self.dtype, kv_type, self.device)
             self._model = LlamaModel(self.config, weights, ops, self.dtype, self.device)
 
     @staticmethod
     def kv_bytes_per_block(
-        config: ModelConfig, block_size: int, dtype: str = "auto", device: str = "auto"
+        config: ModelConfig,
+        block_size: int,
+        dtype: str = "auto",
+        device: str = "auto",
+        kv_dtype: str = "auto",
     ) -> int:
         """What one block takes, known before the model is loaded."""
         resolved = resolve_dtype(dtype, config, resolve_device(device))
-        return KVCache.bytes_per_block(config, block_size, resolved)
+        return KVCache.bytes_per_block(config, block_size, resolve_kv_dtype(kv_dtype, resolved))
 
     def run(self, plan: StepPlan) -> list[SampledToken]:
         """Computes the chunks, writes their KV into their block tables and draws one token for
@@ -92,11 +99,16 @@ class ModelRunner:
         with torch.inference_mode():
             return self._model.forward(batch, self.kv)
 
+    def free_cached(self) -> None:
+        """Gives memory back that torch keeps for later steps."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def warmup(self) -> None:
         """Compiles and touches everything that a first request would otherwise wait for. The pool
         is left as it is."""
         blocks = -(-WARMUP_TOKENS // self.kv.block_size)
-        scratch = KVCache(2 * blocks, self.config, self.kv.block_size, self.dtype, self.device)
+        scratch = KVCache(2 * blocks, self.config, self.kv.block_size, self.kv.dtype, self.device)
         pool, self.kv = self.kv, scratch
         try:
             for plan in _warmup_plans(blocks):
@@ -127,6 +139,16 @@ def resolve_dtype(dtype: str, config: ModelConfig, device: torch.device) -> torc
     if dtype not in DTYPES:
         raise ConfigError("dtype", f"{dtype!r} must be one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def resolve_kv_dtype(kv_dtype: str, compute: torch.dtype) -> torch.dtype:
+    """`compute` for "auto". Attention reads other types as that one."""
+    if kv_dtype == "auto":
+        return compute
+    if kv_dtype not in DTYPES:
+        message = f"{kv_dtype!r} is no type of KV of the native engine: auto, {', '.join(DTYPES)}"
+        raise ConfigError("kv.dtype", message)
+    return DTYPES[kv_dtype]
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:

@@ -56,7 +56,7 @@ LINK_OUTCOME_READ_FAILED: LinkOutcome
 LINK_OUTCOME_BUSY: LinkOutcome
 
 class KVLayout(_message.Message):
-    __slots__ = ("wire_version", "model_id", "weights_digest", "dtype", "block_size", "layers", "kv_heads", "head_dim", "tp_degree")
+    __slots__ = ("wire_version", "model_id", "weights_digest", "dtype", "block_size", "layers", "kv_heads", "head_dim", "tp_degree", "engine")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class KVLayout(_message.Message):
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     TP_DEGREE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     model_id: str
     weights_digest: str
@@ -75,7 +76,8 @@ class KVLayout(_message.Message):
     kv_heads: int
     head_dim: int
     tp_degree: int
-    def __init__(self, wire_version: _Optional[int] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., tp_degree: _Optional[int] = ...) -> None: ...
+    engine: str
+    def __init__(self, wire_version: _Optional[int] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., tp_degree: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
     __slots__ = ("name", "pool", "role", "incarnation", "layout", "layout_hash", "model_id", "context_length", "num_blocks", "block_bytes", "transport", "transport_info", "address", "pid", "node_id", "revision", "metrics_address")
@@ -186,16 +188,16 @@ class DecodeRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., sealed_blocks: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HandOff(_message.Message):
-    __slots__ = ("sequence_id", "sealed_blocks", "first_token", "checksums")
+    __slots__ = ("sequence_id", "sealed_blocks", "first_tokens", "checksums")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     SEALED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     sealed_blocks: int
-    first_token: int
+    first_tokens: _containers.RepeatedScalarFieldContainer[int]
     checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_id: _Optional[str] = ..., sealed_blocks: _Optional[int] = ..., first_token: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[str] = ..., sealed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("sequence_id", "reason")

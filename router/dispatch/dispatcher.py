@@ -1,7 +1,7 @@
 """Owns each request from received to finished.
 
     admit → route (prefill and decode worker together) → prefill → token 0 delivered → hand-off
-    → decode, one token a frame → finished
+    → decode, a frame for each step's tokens → finished
 
 Everything here runs in turns of one event loop: frames and timers come in, frames and deltas go
 out, and no task is made per request or per token.
@@ -349,6 +349,7 @@ class Dispatcher:
         had = sequence.generated
         timeline = sequence.timeline
         if had == 0:
+            sequence.first_tokens = len(ids)
             timeline.mark("first_token", now)
             self.metrics.ttft.observe(now - sequence.active.request.received)
         else:
@@ -356,7 +357,9 @@ class Dispatcher:
             if last is not None:
                 gap = now - sequence.active.request.received - last
                 self.metrics.itl.observe(gap)
-            if had == 1 and sequence.phase is Phase.DECODE:  # else another prefill drew it
+            if (
+                had == sequence.first_tokens and sequence.phase is Phase.DECODE
+            ):  # else prefilled again
                 timeline.mark_second_token(now)
         timeline.move("last_token", now)
         sequence.token_ids += ids

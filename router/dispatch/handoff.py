@@ -120,6 +120,6 @@ class HandOffs:
             sealed_blocks=sequence.sealed_blocks,
             checksums=sequence.checksums,
         )
-        if sequence.phase is Phase.HAND_OFF:
-            hand_off.first_token = sequence.token_ids[-1]
+        if sequence.phase is Phase.HAND_OFF and sequence.ticket is not None:
+            hand_off.first_tokens.extend(sequence.token_ids[sequence.ticket.num_tokens :])
         sequence.holders[sequence.decode_worker].send(pb.GatewayFrame(hand_off=hand_off))

@@ -73,6 +73,7 @@ class SequenceState:
     prefill_worker: str = ""
     decode_worker: str = ""  # once it has been told
     lost_readers: set[str] = field(default_factory=set)  # decode workers lost under this attempt
+    first_tokens: int = 0  # how many came at once with token 0
     cached_tokens: int | None = None
     transferred_bytes: int = 0
     transferred_blocks: int = 0

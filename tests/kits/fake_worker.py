@@ -280,8 +280,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 return
 
     def _hand_off(self, progress: pb.HandOff) -> None:
-        if progress.first_token:
-            self._reading.pop(progress.sequence_id).set_result(progress.first_token)
+        if progress.first_tokens:
+            self._reading.pop(progress.sequence_id).set_result(progress.first_tokens[0])
 
     async def _pace(self) -> None:
         await self.gate.wait()

@@ -35,6 +35,7 @@ from test_worker_server import Gateway, Pair, config, settled
 from crossdock.decode import role as decode_worker
 from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
+from crossdock.engine.simulated import kv_of_tokens
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.hashing import chain_hashes
 from crossdock.proto.types import Role
@@ -215,7 +216,7 @@ def test_an_offered_block_is_not_evicted_before_its_reader_is_done(site: Site) -
     p.turn(30)
     assert len(p.take()) < len(rushing)
     offered = list(first.ticket.block_ids)
-    assert p.runner.kv_of(offered)[: len(PROMPT)].tolist() == PROMPT
+    assert p.runner.kv_of(offered)[: len(PROMPT)].tolist() == kv_of_tokens(PROMPT).tolist()
     site.network.deliver()
     d.turn(12)
     assert tokens_of([first, *d.take()]) == undisturbed(PROMPT, 8)

@@ -50,8 +50,11 @@ class Ops(Protocol):
     def step(self, batch: Batch, kv: KVCache) -> StepOps: ...
 
 
-def make_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
-    if _numba_fits(config, dtype, device):
+def make_ops(
+    config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
+) -> Ops:
+    """`kv_dtype`: of the pool; where it is not `dtype`, attention converts what it reads."""
+    if dtype == kv_dtype and _numba_fits(config, dtype, device):
         from crossdock.engine.native.attention.numba_ops import NumbaOps
 
         return NumbaOps(config)

@@ -55,8 +55,8 @@ class TorchStep:
             keys.copy_(self.norm(keys, k_norm))
         queries.copy_(self._rotated(queries))
         pool = self._kv.data
-        pool[self._blocks, layer, 0, :, self._offsets] = self._rotated(keys)
-        pool[self._blocks, layer, 1, :, self._offsets] = values
+        pool[self._blocks, layer, 0, :, self._offsets] = self._rotated(keys).to(pool.dtype)
+        pool[self._blocks, layer, 1, :, self._offsets] = values.to(pool.dtype)
 
     def attend(self, layer: int, qkv: torch.Tensor, only_sampled: bool) -> torch.Tensor:
         queries = self._split(qkv)[0]
@@ -78,7 +78,7 @@ class TorchStep:
 
     def _attend_rows(self, layer: int, queries: torch.Tensor, rows: _Rows) -> torch.Tensor:
         """Each row against its own context, padded to the longest → [rows, heads, head_dim]."""
-        keys, values = self._gather(layer, rows.tables)
+        keys, values = self._gather(layer, rows.tables, queries.dtype)
         return functional.scaled_dot_product_attention(
             queries[rows.rows].unsqueeze(2),
             keys,
@@ -91,7 +91,8 @@ class TorchStep:
         length, context = len(queries), self._batch.last_position(chunk) + 1
         window = self._config.window(layer)
         blocks = -(-context // self._kv.block_size)
-        keys, values = self._gather(layer, self._tables[chunk : chunk + 1, :blocks])
+        tables = self._tables[chunk : chunk + 1, :blocks]
+        keys, values = self._gather(layer, tables, queries.dtype)
         mask = None
         if length < context or window:
             mask = _causal_mask(length, context, window, self._device)
@@ -105,9 +106,11 @@ class TorchStep:
         )
         return out.squeeze(0).transpose(0, 1)
 
-    def _gather(self, layer: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(
+        self, layer: int, tables: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [sequences, kv_heads, context, head_dim] of tables [sequences, blocks]."""
-        blocks = self._kv.data[:, layer][tables]
+        blocks = self._kv.data[:, layer][tables].to(dtype)
         return tuple(blocks.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).unbind(0))  # type: ignore
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:

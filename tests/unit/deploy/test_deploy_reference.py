@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from crossdock.deploy.reference import reference, with_reference
-from crossdock.deploy.spec import ClusterSpec, walk
+from crossdock.deploy.spec import ClusterSpec
+from crossdock.proto.settings import walk
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
 SMALL = "metadata: {name: x}\nmodel: {id: x}\npools: {NAME: {role: colocated}}"

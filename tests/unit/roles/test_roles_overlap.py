@@ -30,7 +30,7 @@ def follow(decode: Worker, made: Job, output: worker_pb2.SequenceOutput) -> None
     """Passes on what a prefill worker said, as a gateway does."""
     progress = worker_pb2.HandOff(sequence_id=made.id, sealed_blocks=output.sealed_blocks)
     if output.token_ids:
-        progress.first_token = output.token_ids[0]
+        progress.first_tokens.extend(output.token_ids)
         progress.checksums.extend(output.checksums)
     decode.role.hand_off(progress, made.owner)
 

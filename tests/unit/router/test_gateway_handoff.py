@@ -42,7 +42,7 @@ async def test_the_decode_worker_reads_along(rig: Rig) -> None:
     rig.prefills[0].token_0.set()
     responses = await collect(call)
     assert ids_of(responses) == PROMPT[:5]
-    assert [(h.sealed_blocks, h.first_token) for h in worker.hand_offs] == [(3, 0), (5, PROMPT[0])]
+    assert [(h.sealed_blocks, *h.first_tokens) for h in worker.hand_offs] == [(3,), (5, PROMPT[0])]
     assert len(told(rig)) == 1 and rig.metric("restarted_sequences_total", cause="worker lost") == 0
     assert responses[-1].timings.decode_worker == name
     await until(lambda: rig.idle)
@@ -174,7 +174,7 @@ async def test_what_was_pulled_counts_though_its_prefill_worker_is_gone(rig: Rig
     prefill = rig.prefills[0]
     prefill.token_0.set()
     call = rig.stub.Generate(ask(PROMPT, max_tokens=5))
-    await until(lambda: any(hand_off.first_token for w in rig.decodes for hand_off in w.hand_offs))
+    await until(lambda: any(hand_off.first_tokens for w in rig.decodes for hand_off in w.hand_offs))
     await prefill.stop()
     await until(lambda: prefill.name not in rig.gateway.view.workers)
     for worker in rig.decodes:

@@ -1,0 +1,119 @@
+"""What a worker asks of an engine: one model replica and its KV pool. Imports no torch.
+
+A kind of engine is one module, listed in registry.py. It defines `Settings`, which the YAML's
+`engine` is checked by, and `create(config, allocate)`; importing it imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.proto.errors import ConfigError
+from crossdock.proto.memory import Generations, PoolMemory
+from crossdock.proto.settings import setting
+from crossdock.proto.v1 import worker_pb2
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WIRE_VERSION = 1
+
+# (bytes, blocks) -> zeroed host memory uint8 [bytes] that the worker's transport can read, and
+# generations int64 [blocks]. The caller of `create` owns both and outlives the engine.
+Allocate = Callable[[int, int], tuple[npt.NDArray[np.uint8], Generations]]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The YAML's `engine`; each kind adds fields of its own."""
+
+    kind: str = setting(
+        "native", "What computes: native (this project's engine) or simulated (see below)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine is made from. Sizes in tokens, blocks or MB."""
+
+    engine: EngineSettings
+    model: str = setting(
+        doc="A known model, a folder in Hugging Face layout, or a .gguf file. "
+        "A path that begins with . is taken from this file's folder.",
+        kind="text",
+    )
+    dtype: str = setting(
+        "auto",
+        "Type of weights and products. auto: float32 on a CPU, else the model's own.",
+        choices=DTYPES,
+    )
+    kv_dtype: str = setting("auto", "Type of keys and values. auto: model.dtype.", choices=DTYPES)
+    block_size: int = setting(16, "Tokens in one KV block.", choices=(8, 16, 32, 64, 128))
+    kv_memory_mb: int = setting(512, "Size of one worker's KV pool, MB.", low=1, high=4_000_000)
+    kv_blocks: int = 0  # 0: as many as kv_memory_mb holds
+    threads: int = setting(1, "CPU threads of the engine.", low=1, high=1024)
+
+    def blocks_of(self, block_bytes: int) -> int:
+        """How many blocks the pool has. Raises ConfigError where there is no room for two."""
+        num_blocks = self.kv_blocks or (self.kv_memory_mb << 20) // block_bytes
+        if num_blocks < 2:
+            needed = -(-2 * block_bytes >> 20)
+            raise ConfigError("kv_memory_mb", f"{self.kv_memory_mb} holds no 2 blocks; ≥ {needed}")
+        return num_blocks
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What a worker tells of its engine, and counts with."""
+
+    model_id: str
+    weights_digest: str
+    vocab_size: int
+    context_length: int  # tokens, of the model; the pool may hold fewer
+    tokens_per_step: int = 1  # the most that one step draws for a sequence
+
+
+class Engine(Protocol):
+    """One model replica. Called by one thread, but for the properties, which never change."""
+
+    @property
+    def facts(self) -> EngineFacts: ...
+
+    @property
+    def layout(self) -> worker_pb2.KVLayout:
+        """What a block is made of. Pools of equal layout may exchange blocks."""
+        ...
+
+    @property
+    def memory(self) -> PoolMemory:
+        """The KV pool that transports register."""
+        ...
+
+    def run(self, plan: StepPlan) -> list[list[SampledToken]]:
+        """Computes the chunks and writes their KV into their block tables; what comes before a
+        chunk must be in its blocks. Returns the new tokens of each chunk in plan order: none where
+        `sample` is not set, else none, one or several.
+
+        The KV of all but the last of a chunk's new tokens is in its blocks as well: there are at
+        most tokens_per_step of them, and no more than the block table has room for. Where none
+        came, the chunk's last token is computed again. When this returns the KV is in memory:
+        transports read it past the device's streams. Raises CrossdockError for what is the
+        request's own fault; any other exception is the device's.
+        """
+        ...
+
+    def free_cached(self) -> None:
+        """Gives back what the allocator keeps: after a step that failed for want of memory."""
+        ...
+
+    def warmup(self) -> None:
+        """Does what a first request would otherwise wait for. The pool is left as it is."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is called after it."""
+        ...

@@ -1,0 +1,36 @@
+"""Engines by the name that the YAML gives them. A kind's module is imported where it is asked for,
+and by nobody else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from crossdock.engine.contract import Allocate, Engine, EngineConfig, EngineSettings
+from crossdock.proto.errors import ConfigError
+
+ENGINES = {
+    "native": "crossdock.engine.native.engine",
+    "simulated": "crossdock.engine.simulated",
+}
+
+
+def settings_of(kind: str) -> type[EngineSettings]:
+    """What the YAML may say of an engine of this kind. Raises ConfigError for an unknown one."""
+    settings: type[EngineSettings] = _module(kind).Settings
+    return settings
+
+
+def create(config: EngineConfig, allocate: Allocate) -> Engine:
+    """An engine of the kind that `config.engine` names, with its pool, before its warm-up.
+
+    Raises ConfigError or ModelError saying what is wrong.
+    """
+    engine: Engine = _module(config.engine.kind).create(config, allocate)
+    return engine
+
+
+def _module(kind: str) -> Any:
+    if kind not in ENGINES:
+        raise ConfigError("engine.kind", f"{kind!r} is not one of {', '.join(ENGINES)}")
+    return import_module(ENGINES[kind])

@@ -1,0 +1,227 @@
+"""An engine without a model: its tokens, blocks and hand-offs are real, its time is from a profile.
+
+The KV of a position is a sum over the whole prefix, each token weighted by its position; what is
+added to it is the KV that lies before it in the pool. The next token is drawn from all the KV that
+the sequence can reach. So a token drawn from a block that is wrong, missing or of another prefix is
+a wrong token, here as in a model.
+"""
+
+# ruff: noqa: RUF009  (setting() is dataclasses.field with documentation)
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.engine.contract import (
+    WIRE_VERSION,
+    Allocate,
+    EngineConfig,
+    EngineFacts,
+    EngineSettings,
+)
+from crossdock.engine.sequence import Chunk, SampledToken, StepPlan
+from crossdock.model.config import load_config
+from crossdock.model.store import resolve
+from crossdock.proto.errors import ConfigError
+from crossdock.proto.memory import PoolMemory
+from crossdock.proto.settings import setting
+from crossdock.proto.types import SamplingParams
+from crossdock.proto.v1 import worker_pb2
+
+POSITION_BYTES = 8  # of KV
+TEXT_IDS = 32  # of the byte tokenizer: its end token, and what text is mostly made of
+_MASK = 2**64 - 1
+
+KV = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of a step and the size of a token's KV: what a model on a machine takes.
+
+    A step that computes prompts takes prefill_s + prefill_token_s * tokens
+    + prefill_attention_s * (tokens * the context they attend to, summed over the prompts); one
+    that decodes decode_s + decode_sequence_s * sequences + decode_context_s * their tokens.
+    """
+
+    kv_bytes_per_token: int = setting(
+        46_080, "KV of a token, bytes: how many blocks kv_memory_mb holds.", low=8, high=1 << 30
+    )
+    prefill_s: float = setting(0.0, "Prefill step: seconds.", low=0, high=60)
+    prefill_token_s: float = setting(0.0, "… more for each token.", low=0, high=60)
+    prefill_attention_s: float = setting(
+        0.0, "… for each token and token of its context.", low=0, high=1
+    )
+    decode_s: float = setting(0.0, "Decode step: seconds.", low=0, high=60)
+    decode_sequence_s: float = setting(0.0, "… more for each sequence.", low=0, high=60)
+    decode_context_s: float = setting(0.0, "… for each token of their contexts.", low=0, high=1)
+
+    NAMED: ClassVar[dict[str, Profile]]
+
+    def step_s(self, plan: StepPlan) -> float:
+        """Seconds that this step takes."""
+        prompts = [chunk for chunk in plan.chunks if chunk.length > 1]
+        decodes = [chunk for chunk in plan.chunks if chunk.length == 1]
+        seconds = 0.0
+        if prompts:
+            seconds += self.prefill_s + self.prefill_token_s * sum(c.length for c in prompts)
+            seconds += self.prefill_attention_s * sum(c.length * c.end for c in prompts)
+        if decodes:
+            seconds += self.decode_s + self.decode_sequence_s * len(decodes)
+            seconds += self.decode_context_s * sum(c.end for c in decodes)
+        return seconds
+
+
+Profile.NAMED = {"instant": Profile()}
+
+
+@dataclass(frozen=True)
+class Settings(EngineSettings):
+    """`engine: {kind: simulated, …}`"""
+
+    profile: Profile = setting(
+        factory=Profile, doc="A simulated engine's pace: `instant`, `cpu-135m` or numbers."
+    )
+    tokens_per_step: int = setting(
+        1, "Tokens that a simulated engine draws for a sequence in one step.", low=1, high=8
+    )
+
+
+class SimulatedEngine:
+    """See contract.Engine. Draws tokens below `drawn_ids`; calls `spend` with the seconds that a
+    step takes: a virtual clock's moves time on."""
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        memory: PoolMemory,
+        block_size: int,
+        profile: Profile,
+        drawn_ids: int,
+        spend: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.facts, self.memory = facts, memory
+        self.layout = worker_pb2.KVLayout(
+            wire_version=WIRE_VERSION,
+            engine="simulated",
+            model_id=facts.model_id,
+            weights_digest=facts.weights_digest,
+            dtype="uint64",
+            block_size=block_size,
+            layers=1,
+            kv_heads=1,
+            head_dim=1,
+            tp_degree=1,
+        )
+        self._kv: KV = memory.blocks().view(np.uint64)  # [blocks, block_size]
+        self._flat = self._kv.reshape(-1)
+        self._block_size, self._drawn_ids = block_size, drawn_ids
+        self._profile, self._spend = profile, spend
+
+    def run(self, plan: StepPlan) -> list[list[SampledToken]]:
+        drawn = [self._compute(chunk) for chunk in plan.chunks]
+        seconds = self._profile.step_s(plan)
+        if seconds:
+            self._spend(seconds)
+        return drawn
+
+    def kv_of(self, block_table: Sequence[int]) -> KV:
+        """uint64 [blocks * block_size]: what these blocks hold."""
+        return self._kv[list(block_table)].reshape(-1)
+
+    def tokens_of(self, chunk: Chunk) -> int:
+        """How many tokens this step draws after the chunk, as far as there is room for them."""
+        return self.facts.tokens_per_step
+
+    def free_cached(self) -> None:
+        pass
+
+    def warmup(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _compute(self, chunk: Chunk) -> list[SampledToken]:
+        sequence, end = chunk.sequence, chunk.end
+        self._write(sequence.block_table, chunk.start, sequence.token_ids[chunk.start : end])
+        if not chunk.sample:
+            return []
+        room = len(sequence.block_table) * self._block_size
+        drawn: list[SampledToken] = []
+        for position in range(end, min(end + self.tokens_of(chunk), room + 1)):
+            if drawn:
+                self._write(sequence.block_table, position - 1, [drawn[-1].token_id])
+            kv = self.kv_of(sequence.block_table)[:position]
+            drawn.append(draw(kv, sequence.sampling, self._drawn_ids))
+        return drawn
+
+    def _write(self, block_table: list[int], start: int, token_ids: list[int]) -> None:
+        size = self._block_size
+        before = 0
+        if start:
+            before = self._flat[block_table[(start - 1) // size] * size + (start - 1) % size]
+        positions = np.arange(start, start + len(token_ids))
+        slots = np.asarray(block_table)[positions // size] * size + positions % size
+        self._flat[slots] = before + _terms(token_ids, start).cumsum(dtype=np.uint64)
+
+
+def kv_of_tokens(token_ids: Sequence[int]) -> KV:
+    """uint64 [tokens]: the KV of a sequence."""
+    return _terms(token_ids, 0).cumsum(dtype=np.uint64)
+
+
+def draw(kv: KV, sampling: SamplingParams, drawn_ids: int) -> SampledToken:
+    """The token that follows the sequence of this KV: a function of the KV, and of the seed unless
+    sampling is greedy. Other parameters change nothing."""
+    seed = 0 if sampling.greedy else sampling.seed
+    mixed = _mix(int(np.bitwise_xor.reduce(kv)) ^ _mix(len(kv) + seed))
+    token_id = mixed % drawn_ids
+    if sampling.logprobs is None:
+        return SampledToken(token_id)
+    others = [((token_id + i) % drawn_ids, -1.0 - i) for i in range(sampling.logprobs)]
+    return SampledToken(token_id, -1.0, tuple(others))
+
+
+def _terms(token_ids: Sequence[int], start: int) -> KV:
+    """What each token adds to the KV: unlike at every position, and never 0."""
+    positions = np.arange(start + 1, start + 1 + len(token_ids), dtype=np.uint64)
+    ids = np.array(token_ids, dtype=np.uint64) + np.uint64(1)
+    mixed = (positions * np.uint64(0x9E3779B97F4A7C15)) ^ (positions << np.uint64(29))
+    return ids * (mixed | np.uint64(1))
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finalizer."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def create(config: EngineConfig, allocate: Allocate) -> SimulatedEngine:
+    """See registry.create."""
+    settings = config.engine
+    assert isinstance(settings, Settings)
+    if config.kv_dtype != "auto":
+        message = f"{config.kv_dtype!r} is no type of KV of the simulated engine: auto"
+        raise ConfigError("kv.dtype", message)
+    files = resolve(config.model)
+    num_blocks = config.blocks_of(config.block_size * settings.profile.kv_bytes_per_token)
+    block_bytes = config.block_size * POSITION_BYTES
+    buffer, generations = allocate(num_blocks * block_bytes, num_blocks)
+    memory = PoolMemory(buffer.ctypes.data, num_blocks, block_bytes, generations)
+    model = load_config(files)
+    facts = EngineFacts(
+        files.model_id,
+        files.digest,
+        model.vocab_size,
+        model.context_length,
+        settings.tokens_per_step,
+    )
+    drawn_ids = TEXT_IDS if files.format == "bytes" else model.vocab_size
+    return SimulatedEngine(facts, memory, config.block_size, settings.profile, drawn_ids)

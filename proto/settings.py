@@ -1,0 +1,115 @@
+"""Settings that document and check themselves: dataclass fields with limits.
+
+The owner of a setting declares it once. The YAML shows it under a name of its own (`of`), and is
+read, checked and documented from that declaration.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from types import MappingProxyType
+from typing import Any
+
+from crossdock.proto.errors import ConfigError
+
+NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+NAME_RULE = "must be 1 to 40 of a-z, 0-9 and -, not beginning or ending with -"
+
+
+def setting(
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str | int, ...] = (),
+    kind: str = "",
+    factory: Any = MISSING,
+) -> Any:
+    """A field with its documentation and limits. `kind`: "address", "name", "text" or ""."""
+    about = {"doc": doc, "low": low, "high": high, "choices": choices, "kind": kind}
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata=about)
+    if default is MISSING:
+        return field(metadata=about)
+    return field(default=default, metadata=about)
+
+
+def of(owner: type, name: str) -> Any:
+    """The setting `name` as its owner declares it, for a record of the YAML; see `given`."""
+    about = next(about for about in fields(owner) if about.name == name)
+    return field(
+        default=about.default,
+        default_factory=about.default_factory,
+        metadata={**about.metadata, "of": name},
+    )  # type: ignore[call-overload]
+
+
+def given(record: Any) -> dict[str, Any]:
+    """What a record of the YAML says of its owner's settings, by the owner's names."""
+    shared = [about for about in fields(record) if "of" in about.metadata]
+    values = {about.metadata["of"]: getattr(record, about.name) for about in shared}
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def no_entries() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+def walk(spec: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Every leaf as (dotted path, its field, its value)."""
+    for about in fields(spec):
+        path, value = prefix + about.name, getattr(spec, about.name)
+        if is_dataclass(value):
+            yield from walk(value, path + ".")
+        elif isinstance(value, Mapping) and any(is_dataclass(entry) for entry in value.values()):
+            for key, entry in value.items():
+                yield from walk(entry, f"{path}.{key}.")
+        else:
+            yield path, about, value
+
+
+def check_settings(record: Any) -> None:
+    """Raises ConfigError at the first setting of a record that is outside its limits."""
+    for path, about, value in walk(record):
+        if "doc" in about.metadata:
+            _check_value(path, about, value)
+
+
+def _check_value(path: str, about: Field[Any], value: Any) -> None:
+    low, high = about.metadata["low"], about.metadata["high"]
+    choices, kind = about.metadata["choices"], about.metadata["kind"]
+    if choices and value not in choices:
+        raise ConfigError(path, f"{value!r} is not allowed; one of {', '.join(map(str, choices))}")
+    if low is not None and not (math.isfinite(value) and low <= value <= high):
+        raise ConfigError(path, f"{value!r} is not allowed; must be from {low:g} to {high:g}")
+    if kind == "text" and not value.strip():
+        raise ConfigError(path, "must not be empty")
+    if kind == "name" and not NAME_PATTERN.fullmatch(value):
+        raise ConfigError(path, f"{value!r} is not allowed; {NAME_RULE}")
+    if kind == "address":
+        try:
+            split_address(value)
+        except ValueError as error:
+            raise ConfigError(path, f"{value!r} is not allowed; {error}") from None
+    if isinstance(value, Mapping):
+        _check_entries(path, value)
+
+
+def _check_entries(path: str, entries: Mapping[str, Any]) -> None:
+    for key, value in entries.items():
+        if isinstance(value, float) and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{path}.{key}", f"{value!r} is not allowed; must be above 0")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port"; IPv6 hosts in brackets. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError("an IPv6 host must stand in brackets, as in [::1]:8000")
+    return host.strip("[]"), int(port)
