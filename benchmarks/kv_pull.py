@@ -169,6 +169,7 @@ def pull(puller: Puller, news: threading.Event, peer: Peer, remote: list[int], l
         block_ids=remote,
         generations=[0] * len(remote),
         num_tokens=16 * len(remote),
+        prompt_hash=b"",
         layout_hash=b"",
         lease_s=30.0,
     )

@@ -73,7 +73,7 @@ class DecodeRole(WorkerRole):
         job.sealed_blocks = min(progress.sealed_blocks, len(job.ticket.block_ids))
         job.lease_end = self._lease_end(job.ticket)
         if job.sealed:
-            job.sequence.token_ids.extend(progress.first_tokens)
+            self._append(job.sequence, progress.first_tokens)
             job.checksums = tuple(progress.checksums)
         pull_id = self._pull_of(job)
         if pull_id is not None:
@@ -156,6 +156,7 @@ class DecodeRole(WorkerRole):
             job = self.jobs[chunk.sequence.sequence_id]
             self._count(job, chunk, bool(drawn))
             taken, finish = take_tokens(chunk.sequence, drawn, self.state.context_length)
+            self._append(chunk.sequence)
             self._scheduler.computed(chunk, len(taken))
             if taken:
                 self._gained(job, taken, finish)
@@ -181,6 +182,11 @@ class DecodeRole(WorkerRole):
         if finish:
             job.mark("last_token")
             self._end(job)
+
+    def _append(self, sequence: Sequence, token_ids: Iterable[int] = ()) -> None:
+        """Adds tokens to those known; blocks that have become full are hashed."""
+        sequence.token_ids.extend(token_ids)
+        self.state.hasher.extend(sequence.block_hashes, sequence.token_ids, sequence.root_hash)
 
     def _preempted(self, sequence: Sequence) -> None:
         job = self.jobs.pop(sequence.sequence_id)

@@ -186,7 +186,7 @@ class Controller:
 
     def _launch(self, action: Action) -> Launch:
         if action.pool == GATEWAY_POOL:
-            return gateway_launch(self.spec, action.name, self._free_gateway_index())
+            return gateway_launch(self.spec, action.name, self._free_gateway_index(), self._key)
         return worker_launch(self.spec, action.pool, action.name, self._key)
 
     def _free_gateway_index(self) -> int:

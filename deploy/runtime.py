@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
+from crossdock.proto.hashing import hash_key
 from crossdock.proto.settings import given
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.worker.config import WorkerConfig
@@ -35,7 +36,7 @@ class Launch:
     revision: str
     placement: Placement
     worker: WorkerConfig | None = None
-    gateway: Mapping[str, Any] | None = None
+    gateway: Mapping[str, Any] | None = field(default=None, repr=False)
     telemetry: Mapping[str, str] | None = None
     host: str = ""  # that a worker listens on; its node's address where empty
 
@@ -138,13 +139,14 @@ def _telemetry(spec: ClusterSpec) -> dict[str, str] | None:
     return {"exporter": spec.telemetry.exporter, "endpoint": spec.telemetry.endpoint}
 
 
-def gateway_launch(spec: ClusterSpec, name: str, index: int) -> Launch:
-    """How gateway `index` is started."""
+def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes) -> Launch:
+    """How gateway `index` is started. It gets no more of the key than block hashes need."""
     grpc, http = spec.gateway_addresses(index)
     limits = spec.gateway.limits
     settings = {
         "name": name,
         "model": spec.model.id,
+        "hash_key": hash_key(cluster_key),
         "grpc": grpc,
         "http": http,
         "policy": spec.gateway.policy,

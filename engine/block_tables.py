@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.sequence import Sequence
-from crossdock.proto.hashing import block_hash, root_hash
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
@@ -55,9 +54,6 @@ def seal_full(pool: BlockPool, sequence: Sequence) -> None:
     size, hashes = pool.block_size, sequence.block_hashes
     for index in range(sequence.num_sealed, sequence.num_computed // size):
         parent = hashes[index - 1] if index else None
-        if index == len(hashes):
-            ids = sequence.token_ids[index * size : (index + 1) * size]
-            hashes.append(block_hash(parent or root_hash(sequence.cache_salt), ids))
         pool.seal(sequence.block_table[index], hashes[index], parent)
         sequence.num_sealed = index + 1
 

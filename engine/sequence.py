@@ -21,7 +21,7 @@ class Sequence:
     sampling: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
-    cache_salt: bytes = b""
+    root_hash: bytes = b""  # parent of the first of them
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0  # of num_computed, how many were found in the prefix cache

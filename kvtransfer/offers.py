@@ -74,11 +74,16 @@ class Offers:
         self.exits: dict[Exit, int] = dict.fromkeys(Exit, 0)
 
     def announce(
-        self, block_ids: Sequence[int], generations: Sequence[int], num_tokens: int
+        self,
+        block_ids: Sequence[int],
+        generations: Sequence[int],
+        num_tokens: int,
+        prompt_hash: bytes,
     ) -> Ticket:
         """The signed ticket for blocks that the caller holds, and goes on to hold.
 
-        generations: of the blocks, as they are now. Nothing is pinned and no lease begins.
+        generations: of the blocks, as they are now. prompt_hash: see make_ticket. Nothing is
+        pinned and no lease begins.
         """
         settings = self._settings
         return make_ticket(
@@ -89,6 +94,7 @@ class Offers:
             block_ids=block_ids,
             generations=generations,
             num_tokens=num_tokens,
+            prompt_hash=prompt_hash,
             layout_hash=settings.layout_hash,
             lease_s=settings.lease_s,
         )

@@ -1,7 +1,8 @@
 """Tickets: the signed offer of one sequence's KV blocks by a prefill worker.
 
 A ticket is checked in full before one byte is read on its word: who made it (MAC), which process
-it speaks of (incarnation), what its blocks look like (layout hash), and that its ids can exist.
+it speaks of (incarnation), what its blocks look like (layout hash), which prompt they hold (prompt
+hash), and that its ids can exist.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ def make_ticket(
     block_ids: Sequence[int],
     generations: Sequence[int],
     num_tokens: int,
+    prompt_hash: bytes,
     layout_hash: bytes,
     lease_s: float,
 ) -> Ticket:
-    """A signed ticket with a fresh random id. `lease_s` in seconds."""
+    """A signed ticket with a fresh random id. `lease_s` in seconds, `prompt_hash` as
+    BlockHasher.prompt makes it of the prompt's `num_tokens` tokens."""
     ticket = Ticket(
         ticket_id=secrets.token_bytes(TICKET_ID_BYTES),
         prefill_worker=prefill_worker,
@@ -44,6 +47,7 @@ def make_ticket(
         block_ids=[int(block_id) for block_id in block_ids],
         generations=[int(generation) for generation in generations],
         num_tokens=num_tokens,
+        prompt_hash=prompt_hash,
         layout_hash=layout_hash,
         lease_ms=round(lease_s * 1000),
     )
@@ -68,12 +72,14 @@ def validate(
     key: bytes,
     incarnation: bytes,
     layout_hash: bytes,
+    prompt_hash: bytes,
     num_blocks: int,
     block_size: int,
 ) -> None:
     """Checks a ticket against the peer it speaks of, as this worker knows that peer.
 
-    incarnation, num_blocks: of the prefill worker. layout_hash: this worker's own.
+    incarnation, num_blocks: of the prefill worker. layout_hash: this worker's own. prompt_hash: of
+    the request that the ticket came with.
     Raises LayoutMismatch for another layout, else TransferFailed saying what is wrong.
     """
     verify(ticket, key)
@@ -86,6 +92,11 @@ def validate(
         raise TransferFailed(
             f"ticket refused: made by incarnation {ticket.incarnation.hex()} of "
             f"{ticket.prefill_worker}, now {incarnation.hex()}"
+        )
+    if ticket.prompt_hash != prompt_hash:
+        raise TransferFailed(
+            f"ticket refused: offered for prompt {ticket.prompt_hash.hex()}, "
+            f"the request's is {prompt_hash.hex()}"
         )
     if len(ticket.ticket_id) != TICKET_ID_BYTES:
         raise TransferFailed(f"ticket refused: an id of {len(ticket.ticket_id)} bytes")

@@ -72,9 +72,13 @@ class PrefillRole(WorkerRole):
             self.state.outbox.sealed(job, sequence.num_sealed)
 
     def _ticket(self, job: Job, num_tokens: int) -> worker_pb2.Ticket:
-        blocks = job.sequence.block_table[: blocks_for(num_tokens, self.state.pool.block_size)]
+        sequence = job.sequence
+        blocks = sequence.block_table[: blocks_for(num_tokens, self.state.pool.block_size)]
         generations = self.state.pool.generations[blocks].tolist()
-        return self._offers.announce(blocks, generations, num_tokens)
+        prompt_hash = self.state.hasher.prompt(
+            sequence.token_ids[:num_tokens], sequence.block_hashes, sequence.root_hash
+        )
+        return self._offers.announce(blocks, generations, num_tokens, prompt_hash)
 
     def _first_tokens(self, job: Job, drawn: list[SampledToken]) -> None:
         sequence, counters = job.sequence, self.state.counters

@@ -1,35 +1,86 @@
-"""Names of full KV blocks: a chained xxh3-128 over parent name, token ids and cache salt.
+"""Hashes of full KV blocks: a chain of keyed BLAKE2b-128 over parent hash and token ids.
 
-Equal names mean equal token prefixes under equal salts, so KV computed for one serves the other.
-Computed once, at the gateway, and carried with the request.
+Equal hashes mean equal token prefixes under equal roots, so KV computed for one serves the other.
+A root covers what else KV depends on, and who may share it: model and layout of the pool, cache
+salt. The key is the cluster's, so nobody outside can compute a hash, let alone search for two
+prompts that share one. Computed once, at the gateway, and carried with the request; a worker goes
+on with the chain for the tokens that it generates.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import struct
 from collections.abc import Sequence
-
-import numpy as np
-import xxhash
+from dataclasses import dataclass, field
+from typing import Any
 
 HASH_BYTES = 16
 
 
-def root_hash(cache_salt: bytes = b"") -> bytes:
-    """The parent of every first block under this salt."""
-    return xxhash.xxh3_128_digest(b"crossdock.block.v1\0" + cache_salt)
+def hash_key(cluster_key: bytes) -> bytes:
+    """The key of a cluster's hashes, 32 bytes; it signs no tickets and says nothing of the key
+    that does."""
+    return hmac.digest(cluster_key, b"crossdock.block.v2", "sha256")
 
 
-def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Name of the full block that holds `token_ids` after the prefix that `parent` names."""
-    return xxhash.xxh3_128_digest(parent + np.asarray(token_ids, dtype="<u4").tobytes())
+@dataclass(frozen=True)
+class BlockHasher:
+    """Hashes blocks of `block_size` tokens under `key` (16 to 64 bytes)."""
+
+    key: bytes = field(repr=False)
+    block_size: int
+    # Keyed once and copied for each hash. `person` keeps the three uses apart.
+    _root: Any = field(init=False, repr=False, compare=False)
+    _block: Any = field(init=False, repr=False, compare=False)
+    _prompt: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 16 <= len(self.key) <= hashlib.blake2b.MAX_KEY_SIZE:
+            raise ValueError(f"key: {len(self.key)} bytes; from 16 to 64")
+        for name in ("_root", "_block", "_prompt"):
+            keyed = hashlib.blake2b(key=self.key, digest_size=HASH_BYTES, person=name.encode())
+            object.__setattr__(self, name, keyed)
+
+    def root(self, identity: bytes, cache_salt: bytes = b"") -> bytes:
+        """The parent of every first block. identity: of model and layout, the layout hash."""
+        return _digest(self._root, len(identity).to_bytes(4, "little") + identity + cache_salt)
+
+    def block(self, parent: bytes, packed: bytes) -> bytes:
+        """Hash of the block whose ids are `packed` (little-endian, 4 bytes each)."""
+        return _digest(self._block, parent + packed)
+
+    def extend(self, hashes: list[bytes], token_ids: Sequence[int], root: bytes) -> None:
+        """Appends the hashes of those full blocks of `token_ids` that `hashes` lacks. The tail that
+        fills no block has none."""
+        start, size = len(hashes) * self.block_size, 4 * self.block_size
+        if len(token_ids) - start < self.block_size:
+            return
+        packed, parent = _packed(token_ids[start:]), hashes[-1] if hashes else root
+        for at in range(0, len(packed) - size + 1, size):
+            parent = self.block(parent, packed[at : at + size])
+            hashes.append(parent)
+
+    def chain(self, token_ids: Sequence[int], root: bytes) -> list[bytes]:
+        """The hashes of all full blocks of `token_ids`."""
+        hashes: list[bytes] = []
+        self.extend(hashes, token_ids, root)
+        return hashes
+
+    def prompt(self, token_ids: Sequence[int], hashes: Sequence[bytes], root: bytes) -> bytes:
+        """What binds a ticket to its prompt: all of its tokens, and the last of the hashes that its
+        full blocks are cached under. `hashes` may end before `token_ids` do, or go on beyond."""
+        chain = list(hashes[: len(token_ids) // self.block_size])
+        self.extend(chain, token_ids, root)
+        return _digest(self._prompt, (chain[-1] if chain else root) + _packed(token_ids))
 
 
-def chain_hashes(token_ids: Sequence[int], block_size: int, cache_salt: bytes = b"") -> list[bytes]:
-    """Names of all full blocks of `token_ids`; the tail that fills no block has none."""
-    ids = np.asarray(token_ids, dtype="<u4")
-    parent = root_hash(cache_salt)
-    names = []
-    for start in range(0, len(ids) - block_size + 1, block_size):
-        parent = xxhash.xxh3_128_digest(parent + ids[start : start + block_size].tobytes())
-        names.append(parent)
-    return names
+def _packed(token_ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
+def _digest(keyed: Any, message: bytes) -> bytes:
+    state = keyed.copy()
+    state.update(message)
+    return state.digest()

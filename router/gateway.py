@@ -13,6 +13,7 @@ from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.router.dispatch.admission import Limits
 from crossdock.router.dispatch.dispatcher import Dispatcher
@@ -36,6 +37,7 @@ class GatewayConfig:
 
     name: str
     model: str  # a known id, a folder, or a .gguf file
+    hash_key: bytes = field(repr=False)  # of the cluster's block hashes
     grpc: str = "127.0.0.1:50051"
     http: str = "127.0.0.1:8000"
     policy: str = "least_latency"
@@ -194,7 +196,7 @@ class GatewayServer:
             policy=POLICIES[self.config.policy],
             limits=self.config.limits,
             metrics=self.metrics,
-            block_size=self.config.block_size,
+            hasher=BlockHasher(self.config.hash_key, self.config.block_size),
             eos_token_ids=text.eos_token_ids,
             detokenizer_of=detokenizer_of,
             prefix=f"{self.config.name}-{self._incarnation.hex()[:8]}",

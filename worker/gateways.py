@@ -12,6 +12,7 @@ from typing import Protocol
 
 from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import CrossdockError, TransferFailed
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import inference_pb2, worker_pb2
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
@@ -29,6 +30,7 @@ class Host(Protocol):
     config: WorkerConfig
     description: worker_pb2.WorkerDescription
     vocab_size: int
+    hasher: BlockHasher
     peers: Peers
 
     def post(self, command: Callable[[WorkerRole], None]) -> None: ...
@@ -148,12 +150,15 @@ class Gateways:
         """Raises CrossdockError unless the ticket is this cluster's and its blocks can be read."""
         if isinstance(met, TransferFailed):
             raise met
-        host, ticket = self._host, request.ticket
+        host, ticket, sequence = self._host, request.ticket, request.sequence
         tickets.validate(
             ticket,
             key=host.config.cluster_key,
             incarnation=met.incarnation,
             layout_hash=host.description.layout_hash,
+            prompt_hash=host.hasher.prompt(
+                sequence.token_ids[: ticket.num_tokens], sequence.block_hashes, sequence.root_hash
+            ),
             num_blocks=met.num_blocks,
             block_size=host.config.block_size,
         )
@@ -184,7 +189,7 @@ class Gateways:
                 arrival=self._clock(),
                 vocab_size=host.vocab_size,
                 context_length=host.description.context_length,
-                block_size=host.config.block_size,
+                hasher=host.hasher,
             )
         except CrossdockError as error:
             self._answer(stream, request, worker_pb2.ERROR_CODE_INVALID, str(error))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from crossdock.engine.sequence import Sequence
 from crossdock.proto.convert import sampling_from_pb
 from crossdock.proto.errors import InvalidRequest
-from crossdock.proto.hashing import HASH_BYTES
+from crossdock.proto.hashing import HASH_BYTES, BlockHasher
 from crossdock.proto.v1 import worker_pb2
 
 
@@ -54,7 +54,7 @@ class Job:
         arrival: float,
         vocab_size: int,
         context_length: int,
-        block_size: int,
+        hasher: BlockHasher,
     ) -> Job:
         """arrival: now, in unix seconds; where the request came to its gateway before, that counts.
 
@@ -68,11 +68,13 @@ class Job:
         if not (min(ids) >= 0 and max(ids) < vocab_size):
             worst = next(i for i in ids if not 0 <= i < vocab_size)
             raise InvalidRequest("token_ids", worst, f"must be from 0 to {vocab_size - 1}")
-        if len(request.block_hashes) > len(ids) // block_size or any(
-            len(name) != HASH_BYTES for name in request.block_hashes
+        hashes, size = list(request.block_hashes), hasher.block_size
+        if len(hashes) > len(ids) // size or any(
+            len(each) != HASH_BYTES for each in (request.root_hash, *hashes)
         ):
-            limit = f"one name of {HASH_BYTES} bytes for each full block of {block_size} tokens"
-            raise InvalidRequest("block_hashes", f"{len(request.block_hashes)} names", limit)
+            limit = f"a root and one for each full block of {size} tokens, {HASH_BYTES} bytes each"
+            raise InvalidRequest("block_hashes", f"{len(hashes)} hashes", limit)
+        hasher.extend(hashes, ids, request.root_hash)
         sampling = sampling_from_pb(request.sampling)
         sampling.validate(vocab_size)
         sequence = Sequence(
@@ -81,8 +83,8 @@ class Job:
             prompt_tokens=request.prompt_tokens or len(ids),
             sampling=sampling,
             eos_token_ids=frozenset(request.eos_token_ids),
-            block_hashes=list(request.block_hashes),
-            cache_salt=request.cache_salt,
+            block_hashes=hashes,
+            root_hash=request.root_hash,
             priority=request.priority,
             arrival=min(request.arrival_unix_s or arrival, arrival),
         )

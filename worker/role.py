@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.kvtransfer.transport import Transport
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.memory import PoolMemory
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker import tracing
@@ -43,6 +44,7 @@ class WorkerState:
 
     config: WorkerConfig
     pool: BlockPool
+    hasher: BlockHasher
     context_length: int
     layout_hash: bytes
     incarnation: bytes

@@ -22,6 +22,7 @@ from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.memory import Generations
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
@@ -55,6 +56,7 @@ class WorkerServer:
 
     def __init__(self, config: WorkerConfig, role_type: Callable[[WorkerState], WorkerRole]):
         self.config = config
+        self.hasher = BlockHasher(hash_key(config.cluster_key), config.block_size)
         self._role_type = role_type
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
@@ -231,6 +233,7 @@ class WorkerServer:
         self._state = WorkerState(
             config=config,
             pool=BlockPool(memory.num_blocks, config.block_size, memory.generations),
+            hasher=self.hasher,
             lookahead=facts.tokens_per_step - 1,
             context_length=self.description.context_length,
             layout_hash=self.description.layout_hash,

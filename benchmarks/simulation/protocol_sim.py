@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from protocol_gateways import Gateways, Seat, Stream
 from protocol_wire import MoodyNetwork, MoodyTransport, RememberingPool, Truth
-from roles_kit import BLOCK, KEY, Site, Worker
+from roles_kit import BLOCK, HASHER, KEY, Site, Worker
 
 from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import TransferFailed
@@ -360,7 +360,7 @@ class Simulation:
 
     def _introduced(self, stream: Stream, job: Job) -> None:
         """Worker.service and peers: who signed the ticket, and whether it can be read from."""
-        ticket, worker = job.ticket, stream.worker
+        ticket, sequence, worker = job.ticket, job.sequence, stream.worker
         self.touched[worker] = None
         try:
             tickets.validate(
@@ -368,6 +368,11 @@ class Simulation:
                 key=KEY,
                 incarnation=ticket.incarnation,
                 layout_hash=worker.role.state.layout_hash,
+                prompt_hash=HASHER.prompt(
+                    sequence.token_ids[: ticket.num_tokens],
+                    sequence.block_hashes,
+                    sequence.root_hash,
+                ),
                 num_blocks=self._ensure(worker, ticket),
                 block_size=BLOCK,
             )

@@ -30,7 +30,7 @@ from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory
 from crossdock.prefill.role import PrefillRole
 from crossdock.proto.convert import sampling_to_pb
-from crossdock.proto.hashing import chain_hashes
+from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.config import WorkerConfig
@@ -42,6 +42,9 @@ BLOCK = 8
 VOCAB = 997
 CONTEXT = 512
 KEY = b"a key of this test cluster"
+LAYOUT = b"l" * 16
+HASHER = BlockHasher(hash_key(KEY), BLOCK)
+ROOT = HASHER.root(LAYOUT)
 
 
 def undisturbed(prompt: list[int], tokens: int, **sampling: object) -> list[int]:
@@ -135,8 +138,9 @@ class Site:
             config=config,
             pool=self.pool_type(blocks, BLOCK, memory.generations),
             lookahead=facts.tokens_per_step - 1,
+            hasher=HASHER,
             context_length=CONTEXT,
-            layout_hash=b"l" * 16,
+            layout_hash=LAYOUT,
             incarnation=incarnation,
             transport=transport,
             memory=memory,
@@ -194,7 +198,8 @@ def job(
     request = worker_pb2.SequenceRequest(
         sequence_id=sequence_id or f"s{next(_ids)}",
         token_ids=ids,
-        block_hashes=chain_hashes(ids, BLOCK),
+        block_hashes=HASHER.chain(ids, ROOT),
+        root_hash=ROOT,
         sampling=sampling_to_pb(params),
         prompt_tokens=len(prompt),
         deadline_unix_ms=deadline_unix_ms,
@@ -206,7 +211,7 @@ def job(
         arrival=float(next(_ids)),
         vocab_size=VOCAB,
         context_length=CONTEXT,
-        block_size=BLOCK,
+        hasher=HASHER,
     )
     if ticket is not None:
         made.ticket = ticket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.proto.errors import InvalidRequest
-from crossdock.proto.hashing import chain_hashes
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import FinishReason, SamplingParams
 
 
@@ -54,6 +55,8 @@ class LLM:
             device=device,
             threads=threads,
         )
+        self.hasher = BlockHasher(secrets.token_bytes(32), block_size)  # its pool is its own
+        self._root = self.hasher.root(files.digest.encode())
         self.pool = BlockPool(num_blocks, block_size, self.runner.kv.generations)
         self._max_batch, self._chunk_tokens = max_batch, chunk_tokens
         self._room = min(self.text.context_length, num_blocks * block_size)
@@ -110,8 +113,12 @@ class LLM:
         for chunk, job in zip(chunks, stepped):
             chunk.sequence.num_computed += chunk.length
             seal_full(self.pool, chunk.sequence)
-            if chunk.sample and job.take(next(tokens)):
-                release(self.pool, chunk.sequence)
+            if chunk.sample:
+                ended = job.take(next(tokens))
+                sequence = chunk.sequence
+                self.hasher.extend(sequence.block_hashes, sequence.token_ids, self._root)
+                if ended:
+                    release(self.pool, sequence)
 
     def _fits(self, job: _Job, running: list[_Job]) -> bool:
         """Room for everything that each may still become, so that none is ever preempted."""
@@ -140,7 +147,8 @@ class LLM:
             prompt_tokens=len(ids),
             sampling=sampling,
             eos_token_ids=self.text.eos_token_ids,
-            block_hashes=chain_hashes(ids, self.pool.block_size),
+            block_hashes=self.hasher.chain(ids, self._root),
+            root_hash=self._root,
         )
 
 

@@ -23,6 +23,7 @@ from crossdock.proto.errors import (
     Unavailable,
     WorkerLost,
 )
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
@@ -62,7 +63,7 @@ class Dispatcher:
         policy: Policy,
         limits: Limits,
         metrics: GatewayMetrics,
-        block_size: int,
+        hasher: BlockHasher,
         eos_token_ids: frozenset[int],
         detokenizer_of: Callable[[list[int], tuple[str, ...]], Detokenizer],
         prefix: str,
@@ -78,7 +79,8 @@ class Dispatcher:
         self._policy = policy
         self._limits = limits
         self._admission = Admission(limits)
-        self._block_size = block_size
+        self._hasher = hasher
+        self._block_size = hasher.block_size
         self._eos = eos_token_ids
         self._eos_list = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
@@ -86,7 +88,7 @@ class Dispatcher:
         self._on_ready = on_ready
         self._clock = clock
         self._rng = rng or random.Random()
-        self._hand_offs = HandOffs(view, links, block_size, self._eos_list, self._rng)
+        self._hand_offs = HandOffs(view, links, hasher, self._eos_list, self._rng)
         self._turn = 0
         self._count = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
@@ -147,7 +149,8 @@ class Dispatcher:
         active.unfinished = request.num_sequences
         active.sequences = make_sequences(
             active,
-            self._block_size,
+            self._hasher,
+            self.view.layout_hash,
             lambda i: sampling_message(request, i),
             lambda ids: self._detokenizer_of(ids, request.sampling.stop),
         )
@@ -175,6 +178,7 @@ class Dispatcher:
         """Chooses both workers and sends the prompt on its way, or waits for workers to appear."""
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
+        sequence.extend_hashes(self._hasher, self.view.layout_hash)
         now = self._clock()
         started = time.perf_counter()
         self._turn += 1
@@ -419,7 +423,6 @@ class Dispatcher:
         self._cancel_on_holders(sequence, cause)
         self._let_go(sequence)
         sequence.avoid.add(culprit)
-        sequence.extend_hashes(self._block_size)
         sequence.phase = Phase.ROUTING
         self.metrics.restarts.labels(cause).inc()
         log.info("%s: %s on %s after %d tokens, prefilling again",

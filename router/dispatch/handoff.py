@@ -13,6 +13,7 @@ import random
 from dataclasses import replace
 
 from crossdock.proto.errors import CrossdockError, WorkerLost
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.ports import Link, Outgoing
 from crossdock.router.dispatch.sequence import Phase, SequenceState
@@ -27,13 +28,13 @@ class HandOffs:
         self,
         view: ClusterView,
         links: Outgoing,
-        block_size: int,
+        hasher: BlockHasher,
         eos: list[int],
         rng: random.Random,
     ) -> None:
         self._view = view
         self._links = links
-        self._block_size = block_size
+        self._hasher = hasher
         self._eos = eos
         self._rng = rng
 
@@ -62,7 +63,7 @@ class HandOffs:
         if sequence.ticket is None:
             raise CrossdockError(f"{sequence.prefill_worker} gave token 0 without a ticket")
         sequence.phase = Phase.HAND_OFF
-        sequence.extend_hashes(self._block_size)
+        self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.root_hash)
         if sequence.decode_worker:
             self._send(sequence)
         else:
@@ -87,7 +88,7 @@ class HandOffs:
         link = self._taking(sequence.placement.decode)
         if link is None:
             self._view.unplace(sequence.placement.decode, sequence.sequence_id)
-            demand = sequence.demand(self._block_size)
+            demand = sequence.demand(self._hasher.block_size)
             name = decode_for(self._view, demand, sequence.prefill_worker, now, self._rng)
             link = self._taking(name)
             if link is None:

@@ -174,6 +174,7 @@ class WorkerLink:
             block_size=hello.layout.block_size,
             block_bytes=hello.block_bytes,
             pool=self.endpoint.pool,
+            layout_hash=hello.layout_hash,
         )
         if facts.block_size != self._owner.block_size:
             log.warning(

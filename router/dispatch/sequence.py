@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from crossdock.proto.hashing import block_hash, chain_hashes, root_hash
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import Timeline
@@ -55,7 +55,8 @@ class SequenceState:
     index: int
     token_ids: list[int]  # prompt and delivered tokens
     prompt_tokens: int
-    hashes: list[bytes]
+    root_hash: bytes  # parent of the first of the hashes
+    hashes: list[bytes]  # of the full blocks of token_ids
     sampling: inference_pb2.SamplingParams
     detokenizer: Detokenizer
     timeline: Timeline
@@ -84,13 +85,12 @@ class SequenceState:
     def generated(self) -> int:
         return len(self.token_ids) - self.prompt_tokens
 
-    def extend_hashes(self, block_size: int) -> None:
-        """Names the blocks that generated tokens have filled."""
-        salt = self.active.request.cache_salt
-        for block in range(len(self.hashes), len(self.token_ids) // block_size):
-            parent = self.hashes[-1] if self.hashes else root_hash(salt)
-            ids = self.token_ids[block * block_size : (block + 1) * block_size]
-            self.hashes.append(block_hash(parent, ids))
+    def extend_hashes(self, hasher: BlockHasher, layout_hash: bytes) -> None:
+        """Hashes the blocks that tokens have filled since; all, where the layout is another."""
+        root = hasher.root(layout_hash, self.active.request.cache_salt)
+        if root != self.root_hash:
+            self.root_hash, self.hashes = root, []
+        hasher.extend(self.hashes, self.token_ids, root)
 
     def hold(self, link: Link) -> None:
         self.holders[link.name] = link
@@ -144,7 +144,7 @@ class SequenceState:
             block_hashes=self.hashes,
             sampling=self.sampling,
             prompt_tokens=self.prompt_tokens,
-            cache_salt=request.cache_salt,
+            root_hash=self.root_hash,
             deadline_unix_ms=deadline,
             priority=request.priority,
             traceparent=self.active.traceparent,
@@ -170,7 +170,8 @@ class ActiveRequest:
 
 def make_sequences(
     active: ActiveRequest,
-    block_size: int,
+    hasher: BlockHasher,
+    layout_hash: bytes,
     sampling_of: Callable[[int], inference_pb2.SamplingParams],
     detokenizer_of: Callable[[list[int]], Detokenizer],
 ) -> list[SequenceState]:
@@ -178,10 +179,10 @@ def make_sequences(
     held until the first has its token 0: then they find its KV instead of computing it again."""
     request = active.request
     messages = [sampling_of(i) for i in range(request.n)]
-    sequences = []
+    root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
         ids = list(prompt)
-        hashes = chain_hashes(ids, block_size, request.cache_salt)
+        hashes = hasher.chain(ids, root)
         for i in range(request.n):
             sequences.append(
                 SequenceState(
@@ -189,6 +190,7 @@ def make_sequences(
                     index=position * request.n + i,
                     token_ids=ids.copy(),
                     prompt_tokens=len(ids),
+                    root_hash=root,
                     hashes=hashes.copy(),
                     sampling=messages[i],
                     detokenizer=detokenizer_of(ids),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -21,6 +21,7 @@ from crossdock.kvtransfer.nccl import transport as nccl
 from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.errors import DeadlineExceeded
+from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.types import LIFE_CYCLE, Role, SamplingParams
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.router.dispatch import tracing as router_tracing
@@ -31,6 +32,7 @@ from crossdock.worker.peer_calls import met
 from crossdock.worker.server import WorkerServer
 
 SEED = 7
+KEY = b"a key of this test cluster"
 
 
 @dataclass
@@ -65,7 +67,7 @@ async def start(
             pool=str(role),
             role=role,
             model=str(model),
-            cluster_key=b"a key of this test cluster",
+            cluster_key=KEY,
             transport=transport,
             **({"kv_memory_mb": 16} | settings),  # type: ignore[arg-type]
         )
@@ -74,7 +76,13 @@ async def start(
     for worker in workers:
         await worker.update_peers(endpoints)
     gateway = GatewayServer(
-        GatewayConfig(name="g", model=str(model), grpc="127.0.0.1:0", http="127.0.0.1:0")
+        GatewayConfig(
+            name="g",
+            model=str(model),
+            hash_key=hash_key(KEY),
+            grpc="127.0.0.1:0",
+            http="127.0.0.1:0",
+        )
     )
     await gateway.start()
     await gateway.update_members(endpoints)
@@ -146,6 +154,30 @@ async def test_a_shared_prefix_goes_where_it_is_cached(cluster: Cluster) -> None
         assert again.usage.cached_tokens == 992
     assert first.usage.cached_tokens == 0
     await cluster.settled()
+
+
+async def test_gateways_and_workers_agree_on_the_hashes_of_a_turn(cluster: Cluster) -> None:
+    """Prompt and answer are found where they are, also by a gateway that was not there."""
+    (prompt,) = prompts(1)
+    turn = await cluster.client.generate(prompt, max_tokens=40, temperature=0, ignore_eos=True)
+    gateway = cluster.gateway
+    later = GatewayServer(replace(gateway.config, name="later"))
+    await later.start()
+    try:
+        await later.update_members(worker.endpoint for worker in cluster.workers)
+        async with asyncio.timeout(10):
+            while len(later.view.workers) < len(cluster.workers):
+                await asyncio.sleep(0.01)
+        for view in (gateway.view, later.view):
+            hasher = BlockHasher(hash_key(KEY), 16)
+            hashes = hasher.chain([*prompt, *turn.token_ids], hasher.root(view.layout_hash))
+            slots = {name: worker.slot for name, worker in view.workers.items()}
+            depths = {slots[turn.timings.prefill_worker]: 7, slots[turn.timings.decode_worker]: 9}
+            async with asyncio.timeout(10):
+                while view.index.depths(hashes) != depths:
+                    await asyncio.sleep(0.01)
+    finally:
+        await later.stop()
 
 
 async def test_streams_that_end_early_leave_nothing_behind(cluster: Cluster) -> None:

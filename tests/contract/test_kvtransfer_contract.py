@@ -86,6 +86,7 @@ class Peer:
             block_ids=block_ids,
             generations=[100 + block_id for block_id in block_ids],
             num_tokens=len(block_ids) * 16,
+            prompt_hash=b"",
             layout_hash=b"",
             lease_s=lease_s,
         )

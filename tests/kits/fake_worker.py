@@ -34,6 +34,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.name, self.role, self.port = name, role, port
         self.num_blocks, self.block_size = num_blocks, block_size
         self.incarnation = os.urandom(16)
+        self.layout_hash = b"a layout's hash."
         self.load = pb.Load(free_blocks=num_blocks, total_blocks=num_blocks)
         self.script: list[int] | None = None
         self.refusals: deque[int] = deque()  # ErrorCodes that the next sequences get at once
@@ -158,6 +159,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             role=ROLE_TO_PB[self.role],
             incarnation=self.incarnation,
             layout=pb.KVLayout(block_size=self.block_size),
+            layout_hash=self.layout_hash,
             num_blocks=self.num_blocks,
             block_bytes=BLOCK_BYTES,
         )

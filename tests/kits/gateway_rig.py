@@ -13,12 +13,14 @@ from typing import Any
 import grpc
 from fake_worker import FakeWorker
 
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
 from crossdock.router.gateway import GatewayConfig, GatewayServer
 
 FINISH = pb.FinishReason
+HASH_KEY = b"the key of these tests"
 
 
 @dataclass
@@ -52,6 +54,11 @@ class Rig:
     def _connected(self) -> dict[str, str]:
         return {n: w.facts.incarnation for n, w in self.gateway.view.workers.items()}
 
+    def hashes(self, token_ids: list[int]) -> list[bytes]:
+        """What this gateway calls the full blocks of a prompt that has no salt."""
+        hasher = BlockHasher(HASH_KEY, self.gateway.config.block_size)
+        return hasher.chain(token_ids, hasher.root(self.gateway.view.layout_hash))
+
     def metric(self, name: str, **labels: str) -> float:
         return self.gateway.metrics.registry.get_sample_value(f"crossdock_{name}", labels) or 0.0
 
@@ -73,7 +80,9 @@ async def start_rig(
             return [await stack.enter_async_context(worker) for worker in made]
 
         local = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}
-        gateway = GatewayServer(GatewayConfig("gateway-0", str(model), **(local | config)))
+        gateway = GatewayServer(
+            GatewayConfig("gateway-0", str(model), HASH_KEY, **(local | config))
+        )
         await gateway.start()
         stack.push_async_callback(gateway.stop)
         channel = grpc.aio.insecure_channel(gateway.grpc_address)

@@ -27,6 +27,7 @@ from typing import Any
 
 MEMBER_START_S = 180.0
 COMMAND_S = 20.0
+KEY = b"a key of this test cluster"
 # ip and tc are often where only an administrator's PATH leads.
 TOOLS = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 ENVIRONMENT = os.environ | {"PATH": TOOLS}
@@ -275,7 +276,7 @@ async def _worker(ip: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any
     config = WorkerConfig(
         host=ip,
         role=role,
-        cluster_key=b"a key of this test cluster",
+        cluster_key=KEY,
         transport="nixl",
         transport_options={"TLS": "tcp", "NET_DEVICES": "eth0"},
         **settings,
@@ -291,10 +292,13 @@ async def _worker(ip: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any
 
 
 async def _gateway(ip: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any], Callable]:
+    from crossdock.proto.hashing import hash_key
     from crossdock.proto.types import WorkerEndpoint
     from crossdock.router.gateway import GatewayConfig, GatewayServer
 
-    gateway = GatewayServer(GatewayConfig(grpc=f"{ip}:0", http=f"{ip}:0", **settings))
+    gateway = GatewayServer(
+        GatewayConfig(hash_key=hash_key(KEY), grpc=f"{ip}:0", http=f"{ip}:0", **settings)
+    )
     await gateway.start()
 
     async def command(members: list[dict[str, Any]] | None = None) -> dict[str, Any]:

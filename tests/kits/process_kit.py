@@ -24,6 +24,7 @@ from typing import Any
 import grpc
 import urllib3
 
+from crossdock.proto.hashing import hash_key
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
@@ -242,7 +243,9 @@ async def serve_worker(settings: dict[str, Any], pipe: Connection) -> None:
 async def serve_gateway(settings: dict[str, Any], pipe: Connection) -> None:
     from crossdock.router.gateway import GatewayConfig, GatewayServer
 
-    server = GatewayServer(GatewayConfig(grpc="127.0.0.1:0", http="127.0.0.1:0", **settings))
+    server = GatewayServer(
+        GatewayConfig(hash_key=hash_key(KEY), grpc="127.0.0.1:0", http="127.0.0.1:0", **settings)
+    )
     await server.start()
     say(pipe, [server.grpc_address, server.http_address])
     async for command in commands(pipe):

@@ -48,14 +48,16 @@ def make_tiny_model(
     context_length: int = 2048,
     sliding_window: int | None = None,
     tied: bool | None = None,
+    vocab_size: int = 0,
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """Writes the model folder and returns it. Llama gets llama3 RoPE scaling; `tied` defaults
+    """Writes the model folder and returns it. Its vocabulary is the tokenizer's, or `vocab_size`
+    where that is more. Llama gets llama3 RoPE scaling; `tied` defaults
     to True for qwen2 and qwen3 alone, whose first layer stays without `sliding_window`."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = _write_tokenizer(folder, context_length)
+    vocab_size = max(vocab_size, _write_tokenizer(folder, context_length))
     tied = architecture.startswith("qwen") if tied is None else tied
     config = {
         "architectures": [ARCHITECTURES[architecture]],

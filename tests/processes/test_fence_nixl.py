@@ -81,7 +81,7 @@ class PrefillSide(Side):
             self.kv[block_id] = content(round_, block_id)
         self.transport.expect_notifications(True)
         generations = self.pool.generations[offered].tolist()
-        ticket = self._offers.announce(offered, generations, len(offered) * BLOCK_SIZE)
+        ticket = self._offers.announce(offered, generations, len(offered) * BLOCK_SIZE, b"p" * 16)
         self._offers.offer(ticket, "s", "gateway")
         return base64.b64encode(ticket.SerializeToString()).decode()
 

@@ -52,7 +52,9 @@ class Served:
 
 async def serve(model: Path, up: queue.Queue[Served], done: asyncio.Event) -> None:
     """A real gateway before two workers in miniature, until `done`."""
-    config = GatewayConfig("gateway-0", str(model), grpc="127.0.0.1:0", http="127.0.0.1:0")
+    config = GatewayConfig(
+        "gateway-0", str(model), b"k" * 16, grpc="127.0.0.1:0", http="127.0.0.1:0"
+    )
     server = GatewayServer(config)
     prefill, decode = FakeWorker("prefill-0", Role.PREFILL), FakeWorker("decode-0", Role.DECODE)
     async with prefill, decode:

@@ -37,7 +37,6 @@ from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
 from crossdock.engine.simulated import kv_of_tokens
 from crossdock.prefill import role as prefill_worker
-from crossdock.proto.hashing import chain_hashes
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.router.dispatch.lifecycle import TTFT_STAGES
@@ -458,7 +457,7 @@ async def test_lost_block_events_are_seen_and_the_index_is_made_anew(tiny_model:
     """dynamo#7209, #7072, #11194: events were lost in silence; numbers, a snapshot, a gauge."""
     async with start_rig(tiny_model) as rig:
         worker, view = rig.prefills[0], rig.gateway.view
-        names = chain_hashes(list(range(160)), 16)
+        names = rig.hashes(list(range(160)))
         slot = view.workers["prefill-0"].slot
         worker.store(names[:3])
         await until(lambda: view.index.depths(names) == {slot: 3})

@@ -13,6 +13,7 @@ from crossdock.deploy.runtime import gateway_launch, worker_launch
 from crossdock.deploy.spec import ClusterSpec, LimitsSpec, PoolSpec
 from crossdock.deploy.spec_yaml import locate
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.hashing import hash_key
 from crossdock.proto.types import Role
 
 MANIFESTS = Path(__file__).resolve().parents[3] / "deploy" / "manifests"
@@ -202,5 +203,7 @@ def test_launches_carry_what_the_spec_says():
     assert launch.placement.labels == {"zone": "east"}
     assert launch.placement.custom == {"rack-a": 1.0}
     assert launch.revision == launch.worker.revision == spec.pool_revision("prefill")
-    gateway = gateway_launch(spec, "gateway-1", 1)
+    gateway = gateway_launch(spec, "gateway-1", 1, b"k" * 32)
+    assert gateway.gateway["hash_key"] == hash_key(b"k" * 32)
+    assert "hash_key" not in repr(gateway) and "cluster_key" not in repr(launch)
     assert gateway.gateway["grpc"] == "127.0.0.1:50052" and gateway.placement.on_head

@@ -21,14 +21,16 @@ from hypothesis.stateful import (
 
 from crossdock.engine.block_pool import BlockPool, IntegrityError, OutOfBlocks
 from crossdock.engine.free_runs import FreeRuns
-from crossdock.proto.hashing import chain_hashes
+from crossdock.proto.hashing import BlockHasher
 
 BLOCK = 4
+HASHER = BlockHasher(b"the key of these tests", BLOCK)
 
 
 def names(*chain: int) -> list[bytes]:
     """Names of the blocks of a chain whose i-th block holds the token chain[i], repeated."""
-    return chain_hashes([token for token in chain for _ in range(BLOCK)], BLOCK)
+    ids = [token for token in chain for _ in range(BLOCK)]
+    return HASHER.chain(ids, HASHER.root(b"layout"))
 
 
 def fill(pool: BlockPool, hashes: list[bytes]) -> list[int]:

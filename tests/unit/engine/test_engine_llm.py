@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import make_tiny_model
 
 from crossdock.engine.native.llm import LLM
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import FinishReason, SamplingParams
 
+# All 128 bits of their XXH3 are equal, under every parent: benchmarks/hash_collisions.py.
+COLLIDING = [
+    [*[0] * 8, 38633, 48125, 10518, 1026, 2116, 41382, 47035, 7769],
+    [*[0] * 8, 45806, 27835, 3345, 21316, 24372, 6356, 24779, 42795],
+]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
@@ -43,6 +49,24 @@ def test_prefix_cache_changes_nothing_but_the_work(llm: LLM) -> None:
     first, second = (llm.generate([prompt], GREEDY)[0] for _ in range(2))
     assert (first.cached_tokens, second.cached_tokens) == (0, 48)
     assert first.token_ids == second.token_ids
+
+
+def test_no_prompt_is_served_the_kv_of_another(tmp_path: Path) -> None:
+    model = str(make_tiny_model(tmp_path / "model", vocab_size=49_152))
+    first, second = ([*block, 5, 6, 7] for block in COLLIDING)
+    [alone] = LLM(model, num_blocks=40, device="cpu").generate([second], GREEDY)
+    llm = LLM(model, num_blocks=40, device="cpu")
+    [before] = llm.generate([first], GREEDY)
+    [after] = llm.generate([second], GREEDY)
+    assert before.token_ids != alone.token_ids
+    assert (after.cached_tokens, after.token_ids) == (0, alone.token_ids)
+
+
+def test_blocks_of_generated_tokens_are_found_by_the_next_turn(llm: LLM) -> None:
+    prompt = [(11 * j + 2) % 384 for j in range(10)]
+    [first] = llm.generate([prompt], GREEDY)
+    [second] = llm.generate([[*prompt, *first.token_ids]], GREEDY)
+    assert second.cached_tokens == 16
 
 
 def test_text_in_text_out(llm: LLM) -> None:

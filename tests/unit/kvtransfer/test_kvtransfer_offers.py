@@ -25,7 +25,7 @@ class Side:
 
     def offer(self, first: int, sequence: str = "s", owner: str = "gateway") -> Ticket:
         ids = [first, first + 1]
-        ticket = self.offers.announce(ids, [7, 8], num_tokens=20)
+        ticket = self.offers.announce(ids, [7, 8], num_tokens=20, prompt_hash=b"p" * 16)
         self.offers.offer(ticket, sequence, owner)
         return ticket
 

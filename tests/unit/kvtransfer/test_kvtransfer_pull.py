@@ -49,7 +49,7 @@ class Pair:
 
     def offer(self, ids: list[int]) -> Ticket:
         generations = self.prefill.memory.generations[ids].tolist()
-        ticket = self.offers.announce(ids, generations, len(ids) * 16)
+        ticket = self.offers.announce(ids, generations, len(ids) * 16, b"p" * 16)
         self.offers.offer(ticket, "s", "g")
         return ticket
 

@@ -14,6 +14,7 @@ from crossdock.proto.v1.worker_pb2 import KVLayout, Ticket
 KEY = b"the cluster's key"
 PEER = new_incarnation()
 LAYOUT = layout_hash(KVLayout(model_id="m"))
+PROMPT = b"forty tokens' own"
 
 
 def layout(**changes: object) -> KVLayout:
@@ -63,6 +64,7 @@ def ticket(**changes: object) -> Ticket:
         "block_ids": [4, 5, 9],
         "generations": [1, 2, 3],
         "num_tokens": 40,
+        "prompt_hash": PROMPT,
         "layout_hash": LAYOUT,
         "lease_s": 30.0,
     }
@@ -70,7 +72,15 @@ def ticket(**changes: object) -> Ticket:
 
 
 def check(made: Ticket) -> None:
-    validate(made, key=KEY, incarnation=PEER, layout_hash=LAYOUT, num_blocks=10, block_size=16)
+    validate(
+        made,
+        key=KEY,
+        incarnation=PEER,
+        layout_hash=LAYOUT,
+        prompt_hash=PROMPT,
+        num_blocks=10,
+        block_size=16,
+    )
 
 
 def test_a_good_ticket_is_valid() -> None:
@@ -89,6 +99,7 @@ def test_a_good_ticket_is_valid() -> None:
         lambda t: setattr(t, "ticket_id", bytes(16)),
         lambda t: setattr(t, "lease_ms", 1 << 40),
         lambda t: setattr(t, "prefill_address", "10.6.6.6:7000"),
+        lambda t: setattr(t, "prompt_hash", bytes(16)),
         lambda t: setattr(t, "mac", b""),
         lambda t: sign(t, b"another key"),
     ],
@@ -105,6 +116,7 @@ def test_a_forged_ticket_is_refused(forge: Callable[[Ticket], None]) -> None:
     "changes, says",
     [
         ({"incarnation": new_incarnation()}, "incarnation"),
+        ({"prompt_hash": b"another prompt's"}, "offered for prompt"),
         ({"block_ids": [4, 5, 10]}, "from 4 to 10, the pool has 10"),
         ({"block_ids": [-1, 5, 9]}, "from -1 to 9"),
         ({"block_ids": [4, 4, 9]}, "named twice"),

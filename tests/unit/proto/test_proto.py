@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +17,10 @@ import crossdock.proto
 from crossdock.engine.native.philox import uniform
 from crossdock.proto import errors
 from crossdock.proto.convert import sampling_from_pb, sampling_to_pb
-from crossdock.proto.hashing import HASH_BYTES, block_hash, chain_hashes, root_hash
+from crossdock.proto.hashing import HASH_BYTES, BlockHasher, hash_key
 from crossdock.proto.types import SamplingParams
 
+KEY = b"the key of these tests"
 PROTO = Path(crossdock.proto.__path__[0])
 
 
@@ -139,22 +141,62 @@ def test_a_negative_seed_is_its_64_bits(seed: int) -> None:
     assert uniform(sent.seed, 7) == uniform(seed, 7)
 
 
-@given(st.lists(st.integers(0, 2**31 - 1), max_size=70), st.integers(1, 17))
-def test_block_names_are_chained(ids: list[int], size: int) -> None:
-    names = chain_hashes(ids, size, b"salt")
-    assert len(names) == len(ids) // size and all(len(name) == HASH_BYTES for name in names)
-    parent = root_hash(b"salt")
-    for index, name in enumerate(names):
-        parent = block_hash(parent, ids[index * size : (index + 1) * size])
-        assert name == parent
-    assert not set(names) & set(chain_hashes(ids, size, b"other salt"))
+@given(st.lists(st.integers(0, 2**31 - 1), max_size=70), st.integers(1, 17), st.integers(0, 70))
+def test_block_hashes_are_chained(ids: list[int], size: int, known: int) -> None:
+    """However many of a sequence's tokens were known when its hashes were begun."""
+    hasher = BlockHasher(KEY, size)
+    root = hasher.root(b"layout", b"salt")
+    chain = hasher.chain(ids, root)
+    assert len(chain) == len(ids) // size and all(len(each) == HASH_BYTES for each in chain)
+    assert len({root, *chain}) == 1 + len(chain)
+    grown = hasher.chain(ids[:known], root)
+    hasher.extend(grown, ids, root)
+    assert grown == chain
+    packed = np.asarray(ids, dtype="<u4").tobytes()
+    for parent, each in zip([root, *chain], chain, strict=False):
+        assert hasher.block(parent, packed[: 4 * size]) == each
+        packed = packed[4 * size :]
 
 
-def test_a_change_anywhere_before_a_block_changes_its_name() -> None:
-    ids = list(range(48))
-    changed = [99, *ids[1:]]
-    assert not set(chain_hashes(ids, 16)) & set(chain_hashes(changed, 16))
-    assert chain_hashes(ids, 16)[:2] == chain_hashes(ids[:32], 16)
+def test_a_change_anywhere_before_a_block_changes_its_hash() -> None:
+    hasher, ids = BlockHasher(KEY, 16), list(range(48))
+    root = hasher.root(b"layout")
+    assert not set(hasher.chain(ids, root)) & set(hasher.chain([99, *ids[1:]], root))
+    assert hasher.chain(ids, root)[:2] == hasher.chain(ids[:32], root)
+
+
+def test_key_layout_and_salt_are_in_every_hash() -> None:
+    others = [(KEY, b"layout", b""), (KEY[:-1], b"layout", b""), (KEY, b"other", b"")]
+    others += [(KEY, b"layout", b"salt"), (KEY, b"layoutsalt", b""), (KEY, b"", b"layout")]
+    seen = set()
+    for key, identity, salt in others:
+        hasher = BlockHasher(key, 16)
+        root = hasher.root(identity, salt)
+        seen |= {root, *hasher.chain(range(32), root), hasher.prompt(range(40), [], root)}
+    assert len(seen) == 4 * len(others)
+
+
+def test_a_prompt_is_bound_by_its_tail_its_length_and_its_block_hashes() -> None:
+    hasher, ids = BlockHasher(KEY, 16), list(range(40))
+    root = hasher.root(b"layout")
+    chain = hasher.chain(ids, root)
+    bound = hasher.prompt(ids, chain, root)
+    assert bound == hasher.prompt(ids, [], root) == hasher.prompt(ids, [*chain, b"later"], root)
+    others = [
+        hasher.prompt([*ids[:-1], 7], chain, root),
+        hasher.prompt([7, *ids[1:]], chain, root),
+        hasher.prompt(ids[:-1], chain, root),
+        hasher.prompt(ids, hasher.chain([7] * 40, root), root),
+        hasher.prompt(ids, [], hasher.root(b"other")),
+    ]
+    assert len({bound, *others}) == 6
+
+
+def test_the_key_of_the_hashes_does_not_say_the_clusters() -> None:
+    assert hash_key(KEY) != hash_key(KEY + b"!") and KEY not in hash_key(KEY)
+    assert repr(KEY) not in repr(BlockHasher(KEY, 16))
+    with pytest.raises(ValueError, match="15 bytes"):
+        BlockHasher(bytes(15), 16)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from crossdock.engine import block_tables
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.sequence import Sequence, StepPlan, finish_of
 from crossdock.prefill.scheduler import PrefillScheduler
-from crossdock.proto.hashing import chain_hashes
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import FinishReason, SamplingParams
 
 BLOCK = 16
+HASHER = BlockHasher(b"the key of these tests", BLOCK)
+ROOT = HASHER.root(b"layout")
 _arrivals = count()
 
 
@@ -31,7 +33,8 @@ def sequence(
         prompt_tokens=len(ids),
         sampling=SamplingParams(max_tokens=max_tokens, **sampling),  # type: ignore[arg-type]
         eos_token_ids=frozenset({2}),
-        block_hashes=chain_hashes(ids, BLOCK),
+        block_hashes=HASHER.chain(ids, ROOT),
+        root_hash=ROOT,
         priority=priority,
         arrival=arrival,
     )
@@ -164,8 +167,13 @@ def test_prefill_remove_frees_everything(steps: int) -> None:
 def handed_off(tokens: int, **options: int) -> tuple[Sequence, int]:
     """A sequence with token 0 drawn, and the number of tokens its ticket covers."""
     made = sequence(tokens, **options)
-    made.token_ids.append(3)
+    draw(made, 3)
     return made, tokens
+
+
+def draw(sequence: Sequence, token: int) -> None:
+    sequence.token_ids.append(token)
+    HASHER.extend(sequence.block_hashes, sequence.token_ids, ROOT)
 
 
 def decode_step(scheduler: DecodeScheduler, token: int = 3) -> list[Sequence]:
@@ -173,7 +181,7 @@ def decode_step(scheduler: DecodeScheduler, token: int = 3) -> list[Sequence]:
     for chunk in plan.chunks if plan else ():
         scheduler.computed(chunk)
         if chunk.sample:
-            chunk.sequence.token_ids.append(token)
+            draw(chunk.sequence, token)
     return preempted
 
 
@@ -214,7 +222,7 @@ def test_decode_names_generated_blocks_for_the_next_turn() -> None:
     scheduler.join(seq)
     for _ in range(10):
         decode_step(scheduler)
-    next_turn = chain_hashes(seq.token_ids, BLOCK)
+    next_turn = HASHER.chain(seq.token_ids, ROOT)
     assert pool.peek_prefix(next_turn) == 2
 
 
@@ -329,7 +337,7 @@ def test_decode_gives_up_who_reads_along_before_anybody_who_runs() -> None:
         if preempted:
             break
         scheduler.computed(plan.chunks[0])
-        running.token_ids.append(3)
+        draw(running, 3)
     assert preempted == [second] and not second.block_table
     pool.check_integrity(scheduler.held)
 
@@ -345,7 +353,7 @@ def test_decode_lets_who_is_complete_pass_who_reads_along_and_finds_no_room() ->
     ready, covered = handed_off(10)
     scheduler.add(ready, remote_tokens=covered)
     assert scheduler.reserve() == [ready]
-    unready.token_ids.append(3)  # its token 0: from now on it is its turn
+    draw(unready, 3)  # its token 0: from now on it is its turn
     later, covered = handed_off(2)
     scheduler.add(later, remote_tokens=covered)
     assert scheduler.reserve() == []
@@ -388,7 +396,7 @@ def test_decode_always_ends_and_accounts_for_every_block(
         for chunk in plan.chunks if plan else ():
             scheduler.computed(chunk)
             if chunk.sample:
-                chunk.sequence.token_ids.append(1)
+                draw(chunk.sequence, 1)
                 if chunk.sequence.num_tokens >= goal[chunk.sequence.sequence_id]:
                     scheduler.remove(chunk.sequence)
         pool.check_integrity(scheduler.held)

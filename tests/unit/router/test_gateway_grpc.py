@@ -13,14 +13,13 @@ from typing import Any
 
 import grpc
 import pytest
-from gateway_rig import Rig, ask, collect, ids_of, start_rig, text_of, until
+from gateway_rig import HASH_KEY, Rig, ask, collect, ids_of, start_rig, text_of, until
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
-from crossdock.proto.hashing import chain_hashes
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import worker_pb2
 
@@ -66,7 +65,7 @@ async def test_one_request_end_to_end(rig: Rig) -> None:
     (prefill,), (decode,) = rig.prefills[0].prefills, rig.decodes[0].decodes
     assert prefill.decode_worker == "decode-0"
     assert list(prefill.sequence.token_ids) == PROMPT
-    assert list(prefill.sequence.block_hashes) == chain_hashes(PROMPT, 16)
+    assert list(prefill.sequence.block_hashes) == rig.hashes(PROMPT)
     assert list(decode.sequence.token_ids) == PROMPT + PROMPT[:1]
     assert decode.sequence.prompt_tokens == 40
     assert decode.ticket.prefill_worker == "prefill-0"
@@ -488,6 +487,31 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(rig: Rig) -> Non
     assert not rig.prefills[0].prefills
 
 
+async def test_block_hashes_begin_with_the_layout_of_the_workers(tiny_model: Path) -> None:
+    """Also of a prompt that came before any worker did, and after all have got another layout."""
+    async with start_rig(tiny_model) as rig:
+        (prefill, decode), seen = rig.workers, []
+        await rig.gateway.update_members([])
+        await until(lambda: not rig.gateway.view.workers)
+        for layout in (b"the first layout", b"the second, 16 b"):
+            call = collect(rig.stub.Generate(ask(PROMPT, max_tokens=2)))
+            early = asyncio.create_task(call)
+            await until(lambda: rig.gateway._dispatcher.waiting_sequences)
+            for worker in rig.workers:
+                worker.layout_hash = layout
+                await worker.restart()
+            await rig.members()
+            await early
+            sequence = prefill.prefills[-1].sequence
+            assert list(sequence.block_hashes) == rig.hashes(PROMPT)
+            assert list(decode.decodes[-1].sequence.block_hashes) == rig.hashes(PROMPT)
+            assert rig.gateway.view.layout_hash == layout
+            seen += [sequence.root_hash, *sequence.block_hashes]
+            await rig.gateway.update_members([])
+            await until(lambda: not rig.gateway.view.workers)
+        assert len(set(seen)) == 6
+
+
 # -- workers that fail -------------------------------------------------------------------------
 
 
@@ -503,7 +527,7 @@ async def test_a_preempted_sequence_goes_on_with_the_same_stream(rig: Rig) -> No
     again = rig.prefills[0].prefills[1].sequence
     assert list(again.token_ids) == PROMPT + PROMPT[:7]
     assert (again.prompt_tokens, again.sampling.seed) == (40, 4)
-    assert list(again.block_hashes) == chain_hashes(PROMPT + PROMPT[:7], 16)
+    assert list(again.block_hashes) == rig.hashes(PROMPT + PROMPT[:7])
     assert again.sequence_id != rig.prefills[0].prefills[0].sequence.sequence_id
     assert rig.metric("restarted_sequences_total", cause="preempted") == 1
     await until(lambda: rig.idle)
@@ -819,4 +843,4 @@ def test_settings_that_cannot_be(field: str, value: Any) -> None:
     from crossdock.router.gateway import GatewayConfig
 
     with pytest.raises(ConfigError, match=f"gateway.{field}"):
-        GatewayConfig("gateway-0", "model", **{field: value})
+        GatewayConfig("gateway-0", "model", HASH_KEY, **{field: value})

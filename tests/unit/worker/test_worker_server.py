@@ -15,7 +15,7 @@ from crossdock.decode import role as decode_worker
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.errors import ConfigError, ModelError
-from crossdock.proto.hashing import chain_hashes
+from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.proto.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from crossdock.worker.config import WorkerConfig
@@ -24,6 +24,8 @@ from crossdock.worker.streams import GatewayStream
 
 BLOCK = 16
 KEY = b"a key of this test cluster"
+HASHER = BlockHasher(hash_key(KEY), BLOCK)
+ROOT = HASHER.root(b"any layout")
 PROMPT = [(5 * i) % 200 + 3 for i in range(70)]
 
 
@@ -101,7 +103,8 @@ def sequence(
     return worker_pb2.SequenceRequest(
         sequence_id=sequence_id,
         token_ids=ids,
-        block_hashes=chain_hashes(ids, BLOCK),
+        block_hashes=HASHER.chain(ids, ROOT),
+        root_hash=ROOT,
         sampling=sampling_to_pb(sampling),
         prompt_tokens=len(prompt),
     )
@@ -155,7 +158,7 @@ async def test_hello_has_the_description_and_the_cache(pair: Pair) -> None:
     again = Gateway(pair.prefill.description.address)
     await again.connect()
     stored = [event.block_hash for event in again.hello.block_events.events if event.stored]
-    assert stored == chain_hashes(PROMPT, BLOCK)
+    assert stored == HASHER.chain(PROMPT, ROOT)
     await again.close()
     await pair.p.send(cancel=worker_pb2.CancelRequest(sequence_id=first.sequence_id))
     await settled(pair.prefill)
@@ -192,6 +195,43 @@ async def test_a_ticket_that_is_not_what_was_offered_is_refused(pair: Pair, fiel
     assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
     assert not output.token_ids
     await settled(pair.decode)
+
+
+@pytest.mark.parametrize("changed", [0, len(PROMPT) - 1])
+@pytest.mark.parametrize("hashes", ["its own", "the offer's"])
+async def test_a_ticket_is_good_for_its_own_prompt_alone(
+    pair: Pair, changed: int, hashes: str
+) -> None:
+    """Another of equal length would be answered from the KV of the first."""
+    first = await pair.first("s", PROMPT)
+    other = [*PROMPT]
+    other[changed] += 1
+    request = sequence("s", other, list(first.token_ids))
+    if hashes == "the offer's":
+        request.block_hashes[:] = HASHER.chain(PROMPT, ROOT)
+    await pair.d.send(
+        decode=worker_pb2.DecodeRequest(
+            sequence=request, ticket=first.ticket, sealed_blocks=first.sealed_blocks
+        )
+    )
+    (output,) = [output async for output in pair.d.outputs("s")]
+    assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
+    assert "offered for prompt" in output.error.message
+    await settled(pair.decode)
+
+
+async def test_a_ticket_is_good_for_blocks_hashed_as_the_offers_were(pair: Pair) -> None:
+    """Otherwise its KV would be cached under the hashes of another prompt."""
+    first = await pair.first("s", PROMPT)
+    request = sequence("s", PROMPT, list(first.token_ids))
+    request.block_hashes[:] = HASHER.chain([PROMPT[0] + 1, *PROMPT[1:]], ROOT)
+    await pair.d.send(
+        decode=worker_pb2.DecodeRequest(
+            sequence=request, ticket=first.ticket, sealed_blocks=first.sealed_blocks
+        )
+    )
+    (output,) = [output async for output in pair.d.outputs("s")]
+    assert "offered for prompt" in output.error.message
 
 
 async def test_a_peer_that_leaves_while_it_is_met_fails_the_request(
