@@ -131,8 +131,9 @@ class DecodeScheduler:
     @property
     def queued_tokens(self) -> int:
         """Uncached prompt tokens still to be computed here."""
-        local = (s for s in (*self._waiting, *self._running) if s not in self._remote)
-        return sum(s.num_uncomputed for s in local if s.num_uncomputed > 1)
+        waiting = (s for s in self._waiting if s not in self._remote)
+        running = (s.num_uncomputed for s in self._running if s.num_uncomputed > 1)
+        return sum(block_tables.uncached(self._pool, s) for s in waiting) + sum(running)
 
     @property
     def held(self) -> list[list[int]]:

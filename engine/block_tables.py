@@ -14,6 +14,12 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def uncached(pool: BlockPool, sequence: Sequence) -> int:
+    """Tokens that a waiting sequence would have to compute now; the last one always."""
+    reusable = sequence.block_hashes[: (sequence.num_tokens - 1) // pool.block_size]
+    return sequence.num_tokens - pool.peek_prefix(reusable) * pool.block_size
+
+
 def take(
     pool: BlockPool, sequence: Sequence, max_cached: int, *, spare: int = 0, lookahead: int = 0
 ) -> bool:

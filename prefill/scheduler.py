@@ -76,7 +76,9 @@ class PrefillScheduler:
 
     @property
     def queued_tokens(self) -> int:
-        return sum(sequence.num_uncomputed for sequence in (*self._waiting, *self._computing))
+        """Uncached prompt tokens still to be computed, with what is cached now."""
+        waiting = sum(block_tables.uncached(self._pool, sequence) for sequence in self._waiting)
+        return waiting + sum(sequence.num_uncomputed for sequence in self._computing)
 
     @property
     def held(self) -> list[list[int]]:

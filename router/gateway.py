@@ -100,7 +100,7 @@ class GatewayServer:
         self._dispatcher = self._links.listener = dispatcher = self._make_dispatcher(
             text, self._links
         )
-        validator = Validator(facts, lambda: self.view.pool_tokens)
+        validator = Validator(facts, lambda: self.view.pool_tokens(time.monotonic()))
         frontend = Frontend(text, validator, dispatcher, config.request_timeout_s)
         self._grpc = GrpcServer(frontend, config.grpc, config.max_body_bytes)
         self._http = HttpServer(frontend, config.http, config.max_body_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 IDLE_WAIT_S = 0.5  # the reaper's own timer: an idle worker turns over at least this often
+# A step is late once it has taken this many times what such steps take, and this much more.
+LATE_FACTOR, LATE_S = 4.0, 0.25
+UNMEASURED_STEP_S = 10.0
 FAILED_STEPS_LIMIT = 3  # in a row: the device or the process is broken, a fresh one is not
 
 
@@ -55,6 +59,7 @@ class EngineLoop:
         self._stopping = False
         self._failed_steps = 0
         self.last_turn = time.monotonic()
+        self._due = math.inf  # when the turn under way is late
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -89,6 +94,11 @@ class EngineLoop:
         self.post(run)
         return future
 
+    @property
+    def late(self) -> bool:
+        """The engine hangs, as far as the lengths of steps can tell."""
+        return time.monotonic() > self._due
+
     def _run(self) -> None:
         try:
             while not self._stopping:
@@ -112,8 +122,13 @@ class EngineLoop:
                 self.flush()  # what others can begin with while the step runs
             self._step(plan)
         self.last_turn = time.monotonic()
+        self._expect(IDLE_WAIT_S)
         self.flush()
         return plan is not None
+
+    def _expect(self, seconds: float) -> None:
+        """What comes next should take so long."""
+        self._due = time.monotonic() + LATE_FACTOR * seconds + LATE_S
 
     def flush(self) -> None:
         """Hands over what has come up so far. On the engine thread."""
@@ -141,6 +156,7 @@ class EngineLoop:
     def _step(self, plan: StepPlan) -> None:
         clock = self._role.state.clock
         started = clock()
+        self._expect(self._role.expected_s(plan) or UNMEASURED_STEP_S)
         try:
             tokens = self._runner.run(plan)
         except Exception as error:

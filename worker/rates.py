@@ -4,42 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
-@dataclass
-class PrefillRate:
-    """Prompt tokens per second over the last steps, older ones fading."""
-
-    decay: float = 0.9
-    _tokens: float = 0.0
-    _seconds: float = 0.0
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        self._tokens = self.decay * self._tokens + tokens
-        self._seconds = self.decay * self._seconds + seconds
-
-    @property
-    def tokens_per_s(self) -> float:
-        """0 before the first observation."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+RIDGE = 0.01  # weight of the presumption against that of what was measured
+LEAST_SLOPE = 0.02  # of the mean time of a token: a prompt token is never free
 
 
 @dataclass
-class StepTime:
-    """Least-squares line through (batch, seconds) of decode steps, older ones fading."""
+class StepFit:
+    """Least-squares line through (size, seconds) of engine steps, older ones fading.
+
+    Sizes that hardly differ do not tell base from slope. Then time is put down to the base, or,
+    `by_size`, to the size: steps of decode are alike, those of prefill as long as their tokens.
+    """
 
     decay: float = 0.98
+    by_size: bool = False
+    largest: float = 0.0  # size among the steps that still count
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of 1, x, y, x*x, x*y
 
-    def observe(self, batch: int, seconds: float) -> None:
-        terms = (1.0, batch, seconds, batch * batch, batch * seconds)
+    def observe(self, size: int, seconds: float) -> None:
+        terms = (1.0, size, seconds, size * size, size * seconds)
         self._sums = [self.decay * old + new for old, new in zip(self._sums, terms)]
+        self.largest = max(size, self.decay * self.largest)
 
     @property
     def base_and_slope(self) -> tuple[float, float]:
-        """Seconds of a step as base + slope * batch, neither below 0; (0, 0) if unmeasured."""
+        """Seconds of a step as base + slope * size, neither below 0; (0, 0) if unmeasured."""
         count, x, y, xx, xy = self._sums
         if not count:
             return 0.0, 0.0
-        spread = count * xx - x * x
-        slope = max(0.0, (count * xy - x * y) / spread) if spread > 1e-6 * count * count else 0.0
-        return max(0.0, (y - slope * x) / count), slope
+        ridged = (count * (1 + RIDGE), xx) if self.by_size else (count, xx * (1 + RIDGE))
+        slope = (ridged[0] * xy - x * y) / (ridged[0] * ridged[1] - x * x)
+        least = LEAST_SLOPE * y / x if self.by_size else 0.0
+        slope = min(max(slope, least), y / x)
+        return max(0.0, y - slope * x) / count, slope

@@ -17,7 +17,7 @@ from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
 from crossdock.worker.outbox import Outbox
-from crossdock.worker.rates import PrefillRate, StepTime
+from crossdock.worker.rates import StepFit
 
 
 @dataclass
@@ -66,8 +66,8 @@ class WorkerRole(ABC):
         self.state = state
         self.jobs: dict[str, Job] = {}
         self.draining = False
-        self.prefill_rate = PrefillRate()
-        self.step_time = StepTime()
+        self.prefill_time = StepFit(decay=0.95, by_size=True)  # of prompt tokens
+        self.decode_time = StepFit()  # of sequences
 
     # What prefill and decode do differently.
 
@@ -185,10 +185,16 @@ class WorkerRole(ABC):
         counters = self.state.counters
         counters.steps += 1
         counters.step_seconds += seconds
-        if all(chunk.length == 1 for chunk in plan.chunks):
-            self.step_time.observe(len(plan.chunks), seconds)
-        else:
-            self.prefill_rate.observe(plan.num_tokens, seconds)
+        self._time_of(plan).observe(plan.num_tokens, seconds)
+
+    def expected_s(self, plan: StepPlan) -> float:
+        """Seconds that a step takes as far as was measured; 0 where nothing was."""
+        base, slope = self._time_of(plan).base_and_slope
+        return base + slope * plan.num_tokens
+
+    def _time_of(self, plan: StepPlan) -> StepFit:
+        decodes = all(chunk.length == 1 for chunk in plan.chunks)
+        return self.decode_time if decodes else self.prefill_time
 
     def _end(self, job: Job, reason: str = "") -> None:
         """Every job's one way out, but for the tokens that end well."""
@@ -204,7 +210,8 @@ class WorkerRole(ABC):
 
     def _load(self, waiting: int, running: int, queued_tokens: int) -> worker_pb2.Load:
         pool = self.state.pool
-        base, slope = self.step_time.base_and_slope
+        prefill_base, per_token = self.prefill_time.base_and_slope
+        step_base, per_sequence = self.decode_time.base_and_slope
         return worker_pb2.Load(
             waiting=waiting,
             running=running,
@@ -212,8 +219,10 @@ class WorkerRole(ABC):
             free_blocks=pool.num_free,
             cached_blocks=pool.num_cached,
             total_blocks=pool.num_blocks,
-            prefill_tokens_per_s=self.prefill_rate.tokens_per_s,
-            step_base_s=base,
-            step_per_sequence_s=slope,
+            prefill_tokens_per_s=1 / per_token if per_token else 0.0,
+            prefill_base_s=prefill_base,
+            prefill_step_tokens=round(self.prefill_time.largest),
+            step_base_s=step_base,
+            step_per_sequence_s=per_sequence,
             draining=self.draining,
         )

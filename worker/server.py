@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HEARTBEAT_S = 1.0
+WATCH_S = 0.1  # between two looks at whether the engine hangs
 STALLED_S = 30.0  # no engine turn for this long: the worker stops calling itself alive
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -60,7 +61,8 @@ class WorkerServer:
         self._role_type = role_type
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
-        self._load = worker_pb2.Load()  # the last that the engine told
+        self._load = worker_pb2.Load(), time.monotonic()  # the last that the engine told, and when
+        self._told_late = False
         self._closers: list[Callable[[], None]] = []
         self._registry: CollectorRegistry | None = None
 
@@ -103,6 +105,7 @@ class WorkerServer:
         await self._grpc.start()
         self._tasks = [
             asyncio.create_task(self._every(HEARTBEAT_S, self._heartbeat)),
+            asyncio.create_task(self._every(WATCH_S, self._watch_engine)),
             asyncio.create_task(self._every(self.config.lease_s / 3, self._renew_leases)),
         ]
         return self.endpoint
@@ -229,6 +232,8 @@ class WorkerServer:
             pid=os.getpid(),
             node_id=config.node_id,
             revision=config.revision,
+            max_batch=config.max_batch,
+            chunk_tokens=config.chunk_tokens,
         )
         self._state = WorkerState(
             config=config,
@@ -252,6 +257,8 @@ class WorkerServer:
         return buffer, generations
 
     def _publish(self, turn: Turn) -> None:
+        if turn.load is not None:
+            self._load = turn.load, time.monotonic()
         self._asyncio.call_soon_threadsafe(self._gateways.publish, turn)
         if turn.ticket_releases:
             self._asyncio.call_soon_threadsafe(self.peers.release, turn.ticket_releases)
@@ -268,9 +275,24 @@ class WorkerServer:
     async def _heartbeat(self) -> None:
         # A long step must not look like a dead worker; an engine that stands still must.
         with contextlib.suppress(TimeoutError):
-            self._load = await asyncio.wait_for(self.call(lambda role: role.load()), HEARTBEAT_S)
+            await asyncio.wait_for(self.call(self._note_load), WATCH_S)
         if self.last_turn_age_s < STALLED_S:
-            self._gateways.publish(Turn(load=self._load))
+            self._tell_load()
+
+    def _note_load(self, role: WorkerRole) -> None:
+        self._load = role.load(), time.monotonic()
+
+    async def _watch_engine(self) -> None:
+        # Gateways hear at once that a step takes too long.
+        if self._loop.late and not self._told_late:
+            self._tell_load()
+        self._told_late = self._loop.late
+
+    def _tell_load(self) -> None:
+        last, at = self._load
+        load = worker_pb2.Load(age_s=time.monotonic() - at, late=self._loop.late)
+        load.MergeFrom(last)
+        self._gateways.publish(Turn(load=load))
 
     async def _renew_leases(self) -> None:
         tickets = await self.call(lambda role: role.waiting_tickets())

@@ -80,7 +80,7 @@ class KVLayout(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., tp_degree: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("name", "pool", "role", "incarnation", "layout", "layout_hash", "model_id", "context_length", "num_blocks", "block_bytes", "transport", "transport_info", "address", "pid", "node_id", "revision", "metrics_address")
+    __slots__ = ("name", "pool", "role", "incarnation", "layout", "layout_hash", "model_id", "context_length", "num_blocks", "block_bytes", "transport", "transport_info", "address", "pid", "node_id", "revision", "metrics_address", "max_batch", "chunk_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,8 @@ class WorkerDescription(_message.Message):
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     pool: str
     role: Role
@@ -115,7 +117,9 @@ class WorkerDescription(_message.Message):
     node_id: str
     revision: str
     metrics_address: str
-    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., layout_hash: _Optional[bytes] = ..., model_id: _Optional[str] = ..., context_length: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transport_info: _Optional[bytes] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    max_batch: int
+    chunk_tokens: int
+    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., layout_hash: _Optional[bytes] = ..., model_id: _Optional[str] = ..., context_length: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transport_info: _Optional[bytes] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., metrics_address: _Optional[str] = ..., max_batch: _Optional[int] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("ticket_id", "prefill_worker", "prefill_address", "incarnation", "block_ids", "generations", "num_tokens", "layout_hash", "lease_ms", "mac", "prompt_hash")
@@ -304,7 +308,7 @@ class SequenceOutput(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., transfer_s: _Optional[float] = ..., late_bytes: _Optional[int] = ..., sealed_blocks: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "running", "queued_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "draining")
+    __slots__ = ("waiting", "running", "queued_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "draining", "prefill_base_s", "prefill_step_tokens", "age_s", "late")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -315,6 +319,10 @@ class Load(_message.Message):
     STEP_BASE_S_FIELD_NUMBER: _ClassVar[int]
     STEP_PER_SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_BASE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     running: int
     queued_tokens: int
@@ -325,7 +333,11 @@ class Load(_message.Message):
     step_base_s: float
     step_per_sequence_s: float
     draining: bool
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., step_base_s: _Optional[float] = ..., step_per_sequence_s: _Optional[float] = ..., draining: _Optional[bool] = ...) -> None: ...
+    prefill_base_s: float
+    prefill_step_tokens: int
+    age_s: float
+    late: bool
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., step_base_s: _Optional[float] = ..., step_per_sequence_s: _Optional[float] = ..., draining: _Optional[bool] = ..., prefill_base_s: _Optional[float] = ..., prefill_step_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., late: _Optional[bool] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
     __slots__ = ("first_sequence", "events", "snapshot")

@@ -88,7 +88,7 @@ def check_deadline(request: Request, placement: Placement, now: float, retry_s: 
 def retry_after_s(view: ClusterView) -> float:
     """When a place is likely to be free: the shortest queue over how fast it goes."""
     waits = [
-        worker.queued_tokens / view.prefill_rate(worker)
+        view.prefill_s(worker, worker.queued_tokens)
         for worker in view.workers.values()
         if worker.queued_tokens
     ]

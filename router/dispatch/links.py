@@ -175,6 +175,9 @@ class WorkerLink:
             block_bytes=hello.block_bytes,
             pool=self.endpoint.pool,
             layout_hash=hello.layout_hash,
+            context_length=hello.context_length,
+            max_batch=hello.max_batch,
+            chunk_tokens=hello.chunk_tokens,
         )
         if facts.block_size != self._owner.block_size:
             log.warning(
@@ -210,9 +213,13 @@ class WorkerLink:
             cached_blocks=load.cached_blocks,
             total_blocks=load.total_blocks,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
+            prefill_base_s=load.prefill_base_s,
+            prefill_step_tokens=load.prefill_step_tokens,
             step_base_s=load.step_base_s,
             step_per_sequence_s=load.step_per_sequence_s,
             draining=load.draining,
+            age_s=load.age_s,
+            late=load.late,
         )
         self._owner.view.reported(worker, report, self._owner.clock())
         if load.draining != was_draining:

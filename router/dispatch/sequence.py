@@ -128,6 +128,7 @@ class SequenceState:
             num_tokens=len(self.token_ids),
             block_hashes=self.hashes,
             block_size=block_size,
+            most_tokens=self.prompt_tokens + self.sampling.max_tokens,
             avoid=frozenset(self.avoid),
         )
 

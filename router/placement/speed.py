@@ -9,25 +9,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
-DEFAULT_STEP_S = (0.02, 0.005)  # of a decode step: base, and for each sequence
+Line = tuple[float, float]  # of an engine step's seconds: base, and for each token or sequence
+
+DEFAULT_PREFILL_S: Line = (0.0, 0.001)
+DEFAULT_DECODE_S: Line = (0.02, 0.005)
 WEIGHT = 0.1  # of the newest measurement in a pool's running mean
+# A sequence more costs the others of its batch this part of a step at the least, measured or not.
+LEAST_SHARE = 0.005
 
 
 @dataclass
 class PoolSpeed:
-    """Running means over what the workers of one pool have measured."""
+    """Running means over what the workers of one pool have measured; None: nobody has."""
 
-    prefill_tokens_per_s: float = 0.0  # 0: nobody has measured
-    step_s: tuple[float, float] | None = None
+    prefill: Line | None = None  # by tokens
+    decode: Line | None = None  # by sequences
 
-    def prefill_measured(self, tokens_per_s: float) -> None:
-        old = self.prefill_tokens_per_s or tokens_per_s
-        self.prefill_tokens_per_s = old + WEIGHT * (tokens_per_s - old)
+    def prefill_measured(self, line: Line) -> None:
+        self.prefill = _mean(self.prefill, line)
 
-    def step_measured(self, base: float, per_sequence: float) -> None:
-        old = self.step_s or (base, per_sequence)
-        self.step_s = (
-            old[0] + WEIGHT * (base - old[0]),
-            old[1] + WEIGHT * (per_sequence - old[1]),
-        )
+    def decode_measured(self, line: Line) -> None:
+        self.decode = _mean(self.decode, line)
+
+
+def _mean(old: Line | None, new: Line) -> Line:
+    if old is None:
+        return new
+    return old[0] + WEIGHT * (new[0] - old[0]), old[1] + WEIGHT * (new[1] - old[1])

@@ -12,19 +12,35 @@ from dataclasses import dataclass, field
 
 from crossdock.proto.types import Role
 from crossdock.router.placement.prefix_index import PrefixIndex
-from crossdock.router.placement.speed import DEFAULT_PREFILL_TOKENS_PER_S, DEFAULT_STEP_S, PoolSpeed
+from crossdock.router.placement.speed import (
+    DEFAULT_DECODE_S,
+    DEFAULT_PREFILL_S,
+    LEAST_SHARE,
+    Line,
+    PoolSpeed,
+)
 
-STALE_AFTER_S = 3.0  # workers report at least once a second
+STALE_AFTER_S = 2.5  # workers report at least once a second
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
+REPLACED_WITHIN_S = (
+    60.0  # a lost worker, as a rule: what only it can hold waits, and is not refused
+)
+MEASURED_FOR_S = 10.0  # what was measured longer ago refuses nobody
+MEASURED_UP_TO = 4  # steps this many times as large as any that was measured are not known
 DEFAULT_BANDWIDTH = 1e9  # bytes/s
 BANDWIDTH_MEMORY = 0.8  # how much of the pulls before counts beside the newest one
 # First and longest time that a pair is left alone after a failed pull; each further one doubles it.
 PAIR_REST_S = (5.0, 30.0)
 
+Pair = tuple[str, str]  # names of a prefill and a decode worker
+
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The newest load that a worker reported; zeros mean not measured yet."""
+    """The newest load that a worker reported; zeros mean not measured yet.
+
+    `age_s` before the report came, its engine last turned over; `late`: it hangs since.
+    """
 
     waiting: int = 0
     running: int = 0
@@ -33,20 +49,30 @@ class LoadReport:
     cached_blocks: int = 0
     total_blocks: int = 0
     prefill_tokens_per_s: float = 0.0
+    prefill_base_s: float = 0.0
+    prefill_step_tokens: int = 0  # of the largest step that was measured
     step_base_s: float = 0.0
     step_per_sequence_s: float = 0.0
     draining: bool = False
+    age_s: float = 0.0
+    late: bool = False
 
     @property
-    def step_s(self) -> tuple[float, float] | None:
-        """Base and slope of a decode step's time; None where nothing was measured."""
+    def prefill_s(self) -> Line | None:
+        """Base and slope by tokens of a prefill step's time; None where nothing was measured."""
+        rate = self.prefill_tokens_per_s
+        return (self.prefill_base_s, 1 / rate) if rate else None
+
+    @property
+    def decode_s(self) -> Line | None:
+        """The same by sequences of a decode step's time."""
         line = (self.step_base_s, self.step_per_sequence_s)
         return line if any(line) else None
 
 
 @dataclass(frozen=True)
 class WorkerFacts:
-    """What a worker says of itself when its stream opens."""
+    """What a worker says of itself when its stream opens; zeros mean that it did not say."""
 
     name: str
     role: Role
@@ -56,6 +82,15 @@ class WorkerFacts:
     block_bytes: int
     pool: str = ""
     layout_hash: bytes = b""
+    context_length: int = 0  # tokens
+    max_batch: int = 0  # sequences that decode at once; more wait
+    chunk_tokens: int = 0  # of one prefill step at the most
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest sequence that it can hold."""
+        pool_tokens = self.num_blocks * self.block_size
+        return min(pool_tokens, self.context_length or pool_tokens)
 
 
 @dataclass
@@ -72,6 +107,7 @@ class WorkerView:
     facts: WorkerFacts
     slot: int
     reported_at: float
+    measured_at: float = float("-inf")  # when its prefill speed last changed
     load: LoadReport = field(default_factory=LoadReport)
     unseen: dict[str, _Unseen] = field(default_factory=dict)
 
@@ -99,7 +135,17 @@ class WorkerView:
         return total - sum(item.blocks for item in self.unseen.values())
 
     def is_stale(self, now: float) -> bool:
-        return now - self.reported_at > STALE_AFTER_S
+        """It hangs or is cut off, as far as can be told."""
+        return self.load.late or now - self.reported_at > STALE_AFTER_S
+
+    def knows_prefill(self, tokens: int, now: float) -> bool:
+        """Whether it measured lately how long it takes to compute so many tokens. What was
+        measured on smaller steps or long ago may be wrong, and must not keep itself from being
+        corrected."""
+        load, step = self.load, min(tokens, self.facts.chunk_tokens or tokens)
+        large = MEASURED_UP_TO * load.prefill_step_tokens or step
+        lately = now - self.measured_at <= MEASURED_FOR_S
+        return load.prefill_s is not None and lately and step <= large
 
 
 class ClusterView:
@@ -110,11 +156,13 @@ class ClusterView:
         self.layout_hash = b""  # of most of the workers: what block hashes start from
         self.index = PrefixIndex()
         # (prefill, decode) -> decayed sums of bytes and seconds, so that large pulls count most.
-        self._pulled: dict[tuple[str, str], tuple[float, float]] = {}
+        self._pulled: dict[Pair, tuple[float, float]] = {}
+        self._fastest: Pair | None = None  # of the pairs that were measured
         # (prefill, decode) -> until when it rests, and how long that is; since the last good pull.
-        self._rests: dict[tuple[str, str], tuple[float, float]] = {}
+        self._rests: dict[Pair, tuple[float, float]] = {}
         self._speeds: dict[str, PoolSpeed] = defaultdict(PoolSpeed)  # by pool
         self._free_slots: list[int] = []
+        self._gone: dict[str, WorkerView] = {}  # the last of each name that is not there now
 
     # -- what the links tell ------------------------------------------------------------------
 
@@ -123,6 +171,7 @@ class ClusterView:
         if facts.name in self.workers:
             self._forget(facts.name)
         slot = self._free_slots.pop() if self._free_slots else len(self.workers)
+        self._gone.pop(facts.name, None)
         worker = WorkerView(facts, slot, now)
         self.workers[facts.name] = worker
         self._count_layouts()
@@ -135,18 +184,19 @@ class ClusterView:
             self._forget(name)
 
     def reported(self, worker: WorkerView, load: LoadReport, now: float) -> None:
-        speed = self._speeds[worker.facts.pool]
-        if load.prefill_tokens_per_s not in (0.0, worker.load.prefill_tokens_per_s):
-            speed.prefill_measured(load.prefill_tokens_per_s)
-        if load.step_s not in (None, worker.load.step_s):
-            speed.step_measured(load.step_base_s, load.step_per_sequence_s)
+        speed, prefill, decode = self._speeds[worker.facts.pool], load.prefill_s, load.decode_s
+        if prefill is not None and prefill != worker.load.prefill_s:
+            speed.prefill_measured(prefill)
+            worker.measured_at = now
+        if decode is not None and decode != worker.load.decode_s:
+            speed.decode_measured(decode)
         worker.load = load
         worker.reported_at = now
         if worker.unseen:
             seen = [
                 key
                 for key, item in worker.unseen.items()
-                if item.sent_at is not None and now - item.sent_at >= SEEN_AFTER_S
+                if item.sent_at is not None and now - load.age_s - item.sent_at >= SEEN_AFTER_S
             ]
             for key in seen:
                 del worker.unseen[key]
@@ -161,6 +211,7 @@ class ClusterView:
             BANDWIDTH_MEMORY * old_bytes + nbytes,
             BANDWIDTH_MEMORY * old_seconds + seconds,
         )
+        self._find_fastest((prefill, decode))
 
     def pull_failed(self, prefill: str, decode: str, now: float) -> None:
         """The link of the two may be cut, though both are well: others are taken for a while."""
@@ -194,10 +245,16 @@ class ClusterView:
 
     # -- what the policies ask ----------------------------------------------------------------
 
-    def usable(self, role: Role, now: float, avoid: Iterable[str] = ()) -> list[WorkerView]:
-        """Workers of a role that may get work: the fresh ones not to be avoided, or, where there
-        are none, whoever is left and not draining."""
-        alive = [w for w in self.workers.values() if w.role is role and not w.load.draining]
+    def usable(
+        self, role: Role, now: float, avoid: Iterable[str] = (), tokens: int = 0
+    ) -> list[WorkerView]:
+        """Workers of a role that may get a sequence of `tokens`: the fresh ones not to be avoided,
+        or, where there are none, whoever is left, can hold it and is not draining."""
+        alive = [
+            w
+            for w in self.workers.values()
+            if w.role is role and not w.load.draining and w.facts.most_tokens >= tokens
+        ]
         avoided = frozenset(avoid)
         preferred = [w for w in alive if w.name not in avoided and not w.is_stale(now)]
         return preferred or [w for w in alive if not w.is_stale(now)] or alive
@@ -212,24 +269,26 @@ class ClusterView:
         return bool(self._rests)
 
     def bandwidth(self, prefill: str, decode: str) -> float:
-        """Bytes per second of pulls between the two, as measured or by default."""
-        nbytes, seconds = self._pulled.get((prefill, decode), (DEFAULT_BANDWIDTH, 1.0))
+        """Bytes per second of pulls between the two, as measured. A pair that was not is presumed
+        to be like the fastest that was, so that it gets its turn to be measured."""
+        pulled = self._pulled.get((prefill, decode))
+        if pulled is None and self._fastest is not None:
+            pulled = self._pulled[self._fastest]
+        nbytes, seconds = pulled or (DEFAULT_BANDWIDTH, 1.0)
         return nbytes / seconds
 
-    def prefill_rate(self, worker: WorkerView) -> float:
-        """Prompt tokens per second, as presumed by speed.py."""
-        own = worker.load.prefill_tokens_per_s
-        if own and worker.queued_tokens:
-            return own
-        of_pool = self._speeds[worker.facts.pool].prefill_tokens_per_s
-        return of_pool or own or DEFAULT_PREFILL_TOKENS_PER_S
+    def prefill_s(self, worker: WorkerView, tokens: int) -> float:
+        """Predicted time to compute `tokens` prompt tokens, as presumed by speed.py."""
+        own, pool = worker.load.prefill_s, self._speeds[worker.facts.pool].prefill
+        line = (own if worker.queued_tokens else None) or pool or own or DEFAULT_PREFILL_S
+        steps = -(-tokens // (worker.facts.chunk_tokens or max(1, tokens)))
+        return line[0] * steps + line[1] * tokens
 
     def step_s(self, worker: WorkerView, batch: int) -> float:
         """Predicted time of one decode step over `batch` sequences, which is their TPOT."""
-        own = worker.load.step_s
-        presumed = own if worker.sequences else None
-        presumed = presumed or self._speeds[worker.facts.pool].step_s or own or DEFAULT_STEP_S
-        return presumed[0] + presumed[1] * batch
+        own, pool = worker.load.decode_s, self._speeds[worker.facts.pool].decode
+        base, slope = (own if worker.sequences else None) or pool or own or DEFAULT_DECODE_S
+        return base + max(slope, LEAST_SHARE * base) * batch
 
     @property
     def ready(self) -> bool:
@@ -237,21 +296,25 @@ class ClusterView:
         roles = {w.role for w in self.workers.values() if not w.load.draining}
         return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
 
-    @property
-    def pool_tokens(self) -> int | None:
-        """The longest sequence that some path through the cluster can hold; None: nobody known."""
-        largest: dict[Role, int] = {}
-        for worker in self.workers.values():
-            tokens = worker.facts.num_blocks * worker.facts.block_size
-            largest[worker.role] = max(largest.get(worker.role, 0), tokens)
-        paths = []
-        if Role.COLOCATED in largest:
-            paths.append(largest[Role.COLOCATED])
-        if Role.PREFILL in largest and Role.DECODE in largest:
-            paths.append(min(largest[Role.PREFILL], largest[Role.DECODE]))
-        return max(paths) if paths else None
+    def pool_tokens(self, now: float) -> int | None:
+        """The longest sequence that some path through the cluster can hold, also with workers that
+        may be replaced yet; None: nobody known."""
+        gone = (w for w in self._gone.values() if now - w.reported_at < REPLACED_WITHIN_S)
+        largest = dict.fromkeys(Role, 0)
+        for worker in (*self.workers.values(), *gone):
+            largest[worker.role] = max(largest[worker.role], worker.facts.most_tokens)
+        pair = min(largest[Role.PREFILL], largest[Role.DECODE])
+        return max(largest[Role.COLOCATED], pair) or None
 
     # -----------------------------------------------------------------------------------------
+
+    def _find_fastest(self, changed: Pair | None) -> None:
+        """Keeps the fastest of the measured pairs; looks at all of them only where that was it."""
+        fastest = self._fastest
+        if changed is None or fastest in (None, changed):
+            self._fastest = max(self._pulled, key=lambda pair: self.bandwidth(*pair), default=None)
+        elif self.bandwidth(*changed) > self.bandwidth(*fastest):
+            self._fastest = changed
 
     def _connected(self, *names: str) -> bool:
         return all(name in self.workers for name in names)
@@ -263,9 +326,10 @@ class ClusterView:
         self.layout_hash = most
 
     def _forget(self, name: str) -> None:
-        worker = self.workers.pop(name)
+        worker = self._gone[name] = self.workers.pop(name)
         self._count_layouts()
         self.index.drop(worker.slot)
         self._free_slots.append(worker.slot)
         self._pulled = {pair: v for pair, v in self._pulled.items() if name not in pair}
+        self._find_fastest(None)
         self._rests = {pair: v for pair, v in self._rests.items() if name not in pair}
