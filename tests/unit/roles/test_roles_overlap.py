@@ -54,7 +54,7 @@ def test_blocks_are_pulled_while_the_prompt_is_computed(site: Site) -> None:
         follow(d, reader, output)
     assert moved == [2, 4, 6]
     assert len(p.role.leases()) == 1
-    wrong = worker_pb2.HandOff(sequence_id=reader.id, sealed_blocks=7, first_token=1)
+    wrong = worker_pb2.HandOff(sequence_id=reader.id, sealed_blocks=7, first_tokens=[1])
     d.role.hand_off(wrong, "another gateway")
     follow(d, reader, output)
     d.turn(12)
