@@ -49,7 +49,9 @@ class ModelSpec:
 @dataclass(frozen=True)
 class NodesSpec:
     labels: Mapping[str, str] = setting(
-        factory=no_entries, doc="Ray node labels that a node must have to be used."
+        factory=no_entries,
+        doc="Ray node labels that a node must have to be used.",
+        kind="labels",
     )
 
 
@@ -100,13 +102,17 @@ class ControllerSpec:
 
 @dataclass(frozen=True)
 class ResourcesSpec:
-    cpus: float = setting(1.0, "Ray CPUs each worker reserves.", low=0, high=4096)
-    gpus: float = setting(0.0, "Ray GPUs each worker reserves.", low=0, high=64)
+    cpus: float = setting(1.0, "Ray CPUs each worker reserves.", low=0, high=4096, kind="amount")
+    gpus: float = setting(
+        0.0, "Ray GPUs each worker reserves; whole above 1.", low=0, high=64, kind="amount"
+    )
     memory_mb: int = setting(
         0, "Memory each worker reserves with Ray, MB; 0 reserves none.", low=0, high=64_000_000
     )
     custom: Mapping[str, float] = setting(
-        factory=no_entries, doc="Custom Ray resources: pins a pool to nodes that offer them."
+        factory=no_entries,
+        doc="Custom Ray resources: pins a pool to nodes that offer them.",
+        kind="resources",
     )
 
 

@@ -21,6 +21,7 @@ import pytest
 
 from crossdock.client import AsyncClient, Client
 from crossdock.deploy import admin, processes
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.up import Cluster, serving, up
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
@@ -296,6 +297,35 @@ def test_what_cannot_change_is_refused_with_its_line(cluster, own_spec):
     with pytest.raises(ConfigError, match="pool: 'encode' is unknown; the pools are"):
         admin.scale("encode", 1, cluster.admin)
     assert admin.status(cluster.admin).converged
+
+
+def test_what_rays_core_refuses_is_refused_in_the_file(cluster, spec_path):
+    """Names of resources and parts of GPUs, which Ray checks only when an actor is made."""
+    import ray
+
+    class Idle:
+        pass
+
+    def ray_takes(**options) -> bool:
+        try:
+            ray.kill(ray.remote(Idle).options(num_cpus=0, **options).remote())
+        except (ValueError, UnicodeEncodeError):
+            return False
+        return True
+
+    def file_takes(resources: str) -> bool:
+        with contextlib.suppress(ConfigError):
+            text = spec_path.read_text()
+            at = "    kv_memory_mb: 8\n"
+            ClusterSpec.parse(text.replace(at, f"{at}    resources: {resources}\n", 1))
+            return True
+        return False
+
+    for gpus in (0.5, 1.0, 1.5, 2.0):
+        assert ray_takes(num_gpus=gpus) == file_takes(f"{{gpus: {gpus}}}"), gpus
+    for name in ("CPU", "GPU", "memory", "object_store_memory", "rack", "a b", "node:n", "ü"):
+        given = f'{{custom: {{"{name}": 1}}}}'
+        assert ray_takes(resources={name: 1.0}) == file_takes(given), name
 
 
 # -- in a process of its own ------------------------------------------------------------------

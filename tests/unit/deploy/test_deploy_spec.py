@@ -60,7 +60,11 @@ WRONG = [
     ("127.0.0.1:8000", "127.0.0.1:50050", 8, "gateway.http", "also the port of controller.grpc"),
     ("127.0.0.1:8000", "127.0.0.1:50052", 7, "gateway.grpc", "also the port of gateway.http"),
     ("cpus: 2", "cpus: .nan", 13, "pools.prefill.resources.cpus", "from 0 to 4096"),
-    ("rack-a: 1", "rack-a: 0", 13, "pools.prefill.resources.custom.rack-a", "above 0"),
+    ("rack-a: 1", "rack-a: 0", 13, "pools.prefill.resources.custom.rack-a", "least is 0.0001"),
+    ("rack-a: 1", "GPU: 1", 13, "pools.prefill.resources.custom.GPU", "use resources.gpus"),
+    ("cpus: 2", "cpus: 0.00001", 13, "pools.prefill.resources.cpus", "least is 0.0001"),
+    ("zone: east", "a b: east", 14, "pools.prefill.nodes.labels.a b", "not a label's key"),
+    ("zone: east", "zone: -east", 14, "pools.prefill.nodes.labels.zone", "not a label's value"),
     ("zone: east", "zone: [east]", 14, "pools.prefill.nodes.labels.zone", "a string, not a list"),
     ("block_size: 16", "block_size: 20", 17, "kv.block_size", "one of 8, 16, 32, 64, 128"),
     ("block_size: 16", "block_size: yes", 17, "kv.block_size", "a whole number, not 'yes'"),
@@ -207,3 +211,66 @@ def test_launches_carry_what_the_spec_says():
     assert gateway.gateway["hash_key"] == hash_key(b"k" * 32)
     assert "hash_key" not in repr(gateway) and "cluster_key" not in repr(launch)
     assert gateway.gateway["grpc"] == "127.0.0.1:50052" and gateway.placement.on_head
+
+
+AMOUNTS = [0.00001, 0.00009, 0.0001, 0.00015, 0.5, 1.0, 1.5, 2.0, 1e9]
+LABELS = [
+    "a",
+    "a-b_c.D",
+    "a b",
+    "-a",
+    "a-",
+    "a" * 63,
+    "a" * 64,
+    "x.y/a",
+    "x/y/a",
+    "-x/a",
+    "x_/a",
+    "",
+]
+SELECTORS = [
+    "b",
+    "",
+    "!b",
+    "in(b,c)",
+    "in(b, c)",
+    "!in(b)",
+    "in()",
+    "in(b,",
+    "-b",
+    "b c",
+    "!!b",
+    "(b)",
+]
+
+
+def _with(resources="", labels=""):
+    return TEXT.replace("cpus: 2, gpus: 0, custom: {rack-a: 1}", resources or "cpus: 2").replace(
+        "labels: {zone: east}", f"labels: {{{labels}}}"
+    )
+
+
+def _taken(text: str) -> bool:
+    try:
+        ClusterSpec.parse(text)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_what_ray_would_refuse_is_refused_in_the_file_and_nothing_else():
+    """Ray's own checks beside ours. Its core checks more: tests/cluster/test_cluster_ray.py asks it."""
+    options = pytest.importorskip("ray._common.ray_option_utils")
+    from ray._private.label_utils import validate_label_key, validate_label_selector_value
+
+    for amount in AMOUNTS:
+        if amount <= 4096:
+            ray_says = options._validate_resource_quantity("num_cpus", amount)
+            assert _taken(_with(f"cpus: {amount:f}")) == (ray_says is None), amount
+        ray_says = options._validate_resources({"rack": amount})
+        assert _taken(_with(f"custom: {{rack: {amount:f}}}")) == (ray_says is None), amount
+    for key in LABELS:
+        assert _taken(_with(labels=f'"{key}": b')) == (validate_label_key(key) is None), key
+    for value in SELECTORS:
+        ray_says = validate_label_selector_value(value)
+        assert _taken(_with(labels=f'a: "{value}"')) == (ray_says is None), value
