@@ -133,11 +133,15 @@ def apply(
     ] = False,
     wait: Wait = True,
     timeout: WaitTimeout = 300.0,
+    generation: Annotated[
+        int,
+        typer.Option(min=0, help="Refuse unless the spec is of this generation; see status."),
+    ] = 0,
 ) -> None:
     """Make the running cluster what the file says; workers that go are drained first."""
     from crossdock.deploy import admin
 
-    reply = admin.apply(file, address=address, dry_run=dry_run, wait=wait, timeout_s=timeout)
+    reply = admin.apply(file, address, dry_run, wait, timeout, generation, _waiting)
     _show_actions(reply, wait and not dry_run, timeout)
 
 
@@ -151,7 +155,7 @@ def scale(
     """Set the size of one pool."""
     from crossdock.deploy import admin
 
-    reply = admin.scale(pool, replicas, address=address, wait=wait, timeout_s=timeout)
+    reply = admin.scale(pool, replicas, address, wait, timeout, _waiting)
     _show_actions(reply, wait, timeout)
 
 
@@ -174,7 +178,13 @@ def _show_actions(reply: admin_pb2.ApplyResponse, waited: bool, timeout: float) 
     if not reply.actions:
         print("nothing to do")
     if waited and not reply.converged:
-        raise TimeoutError(f"the cluster is not as asked after {timeout:g} s; see crossdock status")
+        why = "; ".join(reply.hopeless or reply.waiting_for)
+        after = "" if reply.hopeless else f" after {timeout:g} s"
+        raise TimeoutError(f"the cluster is not as asked{after}: {why}; see crossdock status")
+
+
+def _waiting(line: str) -> None:
+    print(f"waiting: {line}", file=sys.stderr)
 
 
 @models.command("fetch")
@@ -229,14 +239,13 @@ def model_show(
 
 def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
     as_specified = "as specified" if cluster.converged else "changing"
-    console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {as_specified}")
+    generation = f"generation {cluster.generation}  {as_specified}"
+    console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {generation}")
     console.print(_workers(cluster))
     console.print(_gateways(cluster))
     _show_leases(cluster, console)
-    members: list[Any] = [*cluster.workers, *cluster.gateways]
-    for member in members:
-        if member.error:
-            console.print(f"{member.name}: {member.error}", markup=False, style="red")
+    for line in cluster.waiting_for:
+        console.print(line, markup=False, style="red")
     for decision in list(cluster.decisions)[-SHOWN_DECISIONS:]:
         at = time.strftime("%H:%M:%S", time.localtime(decision.unix_s))
         console.print(f"{at}  {decision.action}: {decision.reason}", markup=False)
@@ -329,7 +338,7 @@ def what_is_wrong(cluster: admin_pb2.ClusterStatus) -> list[str]:
             wrong.append(f"{member.name} does not answer")
         elif member.worker.integrity_error:
             wrong.append(f"{member.name}: {member.worker.integrity_error}")
-    return wrong
+    return list(dict.fromkeys([*wrong, *cluster.waiting_for]))
 
 
 def _console() -> Console:

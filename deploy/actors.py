@@ -19,8 +19,16 @@ from crossdock.deploy import ray_environment  # isort: skip  # noqa: F401  (befo
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from crossdock.deploy.runtime import Launch, Placement, Process, ProcessGone, Started, StartFailed
-from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
+from crossdock.deploy.runtime import (
+    CannotStart,
+    Launch,
+    Placement,
+    Process,
+    ProcessGone,
+    Started,
+    StartFailed,
+)
+from crossdock.proto.errors import ConfigError, CrossdockError, ModelError, Unavailable
 from crossdock.proto.types import Role, WorkerEndpoint
 
 log = logging.getLogger(__name__)
@@ -51,7 +59,9 @@ class MemberActor:
                 try:
                     self._started = await self._start()
                 except CrossdockError as error:
-                    raise StartFailed(f"{type(error).__name__}: {error}") from None
+                    settled = isinstance(error, (ConfigError, ModelError))
+                    failed = CannotStart if settled else StartFailed
+                    raise failed(f"{type(error).__name__}: {error}") from None
             return self._started
 
     async def launch(self) -> Launch:
@@ -174,7 +184,8 @@ class ControllerActor:
             store.begin(self._yaml, self._life)  # a restarted controller goes on with what is there
             controller = Controller(RayRuntime(self._cluster, self._local), store)
             server, self._address = await serve_admin(controller, controller.spec.controller.grpc)
-        except (CrossdockError, OSError) as error:
+        except Exception as error:
+            log.exception("the controller cannot start")
             self._failed = f"{type(error).__name__}: {error}"
             self._started.set()
             return
@@ -232,18 +243,18 @@ class RayRuntime:
         launch = dataclasses.replace(launch, host=self._host)
         # A name of its own for each launch: Ray frees a name only some time after its actor.
         name = f"member/{launch.name}/{secrets.token_hex(4)}"
-        actor = (
-            ray.remote(MemberActor)
-            .options(
+        member = ray.remote(MemberActor)
+        try:
+            actor = member.options(
                 name=name,
                 namespace=self._namespace,
                 lifetime="detached",  # it outlives this controller; the next one adopts it
                 max_restarts=0,
                 max_concurrency=MANY_CALLS,
                 **_placed(launch.placement),
-            )
-            .remote(launch)
-        )
+            ).remote(launch)
+        except (ValueError, TypeError) as error:
+            raise CannotStart(f"Ray refuses it: {error}") from None
         return RayProcess(actor)
 
     async def adopt(self) -> Sequence[tuple[Launch, Process]]:
@@ -474,7 +485,7 @@ def _get(reference: Any, timeout_s: float) -> object:
 def _cause(error: RayTaskError) -> Exception:
     cause = error.cause
     if isinstance(cause, StartFailed):
-        return StartFailed(str(cause))
+        return type(cause)(str(cause))
     return StartFailed(f"{type(cause).__name__}: {cause}")
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 
 from crossdock.deploy.spec import ClusterSpec, ControllerSpec
 from crossdock.deploy.spec_yaml import locate
-from crossdock.proto.errors import ConfigError, CrossdockError, NotFound, Unavailable
+from crossdock.proto.errors import ConfigError, CrossdockError, NotFound, Overtaken, Unavailable
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
 DEFAULT_ADDRESS = ControllerSpec().grpc
 MAX_STATUS_BYTES = 64 << 20
+PROGRESS_S = 2.0
+ANSWER_S = 120.0  # longer than a gateway's trial
+
+Progress = Callable[[str], None]
 
 
 def status(
@@ -33,22 +38,30 @@ def apply(
     dry_run: bool = False,
     wait: bool = True,
     timeout_s: float = 600.0,
+    generation: int = 0,
+    progress: Progress = lambda line: None,
 ) -> admin_pb2.ApplyResponse:
     """Has the cluster become what the file says; its own controller.grpc where no address is.
 
-    Raises ConfigError naming file, line and field; Unavailable when no controller answers.
+    `generation` is that of the spec that is to be changed; 0 takes the present one. `progress`
+    hears what is waited for. Raises ConfigError naming file, line and field; Overtaken when the
+    spec was or is changed by another; Unavailable when no controller answers.
     """
     spec = ClusterSpec.load(path)
     request = admin_pb2.ApplyRequest(
-        yaml=spec.to_yaml(), file=str(path), dry_run=dry_run, wait=wait, timeout_s=timeout_s
+        yaml=spec.to_yaml(), file=str(path), dry_run=True, wait=wait, generation=generation
     )
     try:
         with _admin(address or spec.controller.grpc) as stub:
-            answer: admin_pb2.ApplyResponse = stub.Apply(request, timeout=timeout_s + 30)
+            planned: admin_pb2.ApplyResponse = stub.Apply(request, timeout=ANSWER_S)
+            if dry_run:
+                return planned
+            request.dry_run = False
+            request.generation = generation or planned.generation
+            return _carry_out(stub.Apply, request, timeout_s, progress)
     except ConfigError as error:
         text = Path(path).read_text(encoding="utf-8")
         raise error.at(locate(text, str(path), error.field)) from None
-    return answer
 
 
 def scale(
@@ -57,12 +70,35 @@ def scale(
     address: str = DEFAULT_ADDRESS,
     wait: bool = True,
     timeout_s: float = 600.0,
+    progress: Progress = lambda line: None,
 ) -> admin_pb2.ApplyResponse:
-    """Raises ConfigError for an unknown pool or a number that is not allowed."""
-    request = admin_pb2.ScaleRequest(pool=pool, replicas=replicas, wait=wait, timeout_s=timeout_s)
+    """Raises ConfigError for an unknown pool or a number that is not allowed, and as `apply`."""
+    request = admin_pb2.ScaleRequest(pool=pool, replicas=replicas, wait=wait)
     with _admin(address) as stub:
-        answer: admin_pb2.ApplyResponse = stub.Scale(request, timeout=timeout_s + 30)
-    return answer
+        return _carry_out(stub.Scale, request, timeout_s, progress)
+
+
+def _carry_out(
+    ask: Callable[..., admin_pb2.ApplyResponse],
+    request: admin_pb2.ApplyRequest | admin_pb2.ScaleRequest,
+    timeout_s: float,
+    progress: Progress,
+) -> admin_pb2.ApplyResponse:
+    """Asks again, which changes nothing more, until the cluster is as asked or can't become so."""
+    deadline, actions, told = time.monotonic() + timeout_s, None, set[str]()
+    while True:
+        remaining = max(0.01, deadline - time.monotonic())
+        request.timeout_s = min(PROGRESS_S, remaining)
+        answer = ask(request, timeout=request.timeout_s + ANSWER_S)
+        actions = list(answer.actions) if actions is None else actions
+        if answer.converged or answer.hopeless or not request.wait or remaining <= PROGRESS_S:
+            answer.actions[:] = actions
+            return answer
+        request.generation = answer.generation
+        for line in answer.waiting_for:
+            if line not in told:
+                progress(line)
+        told = set(answer.waiting_for)
 
 
 def down(address: str = DEFAULT_ADDRESS, drain_s: float = 10.0) -> None:
@@ -88,6 +124,6 @@ def _translated(address: str, error: grpc.RpcError) -> CrossdockError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, message = details.partition(": ")
         return ConfigError(field, message)
-    if code is grpc.StatusCode.NOT_FOUND:
-        return NotFound(details)
+    if code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ABORTED):
+        return (NotFound if code is grpc.StatusCode.NOT_FOUND else Overtaken)(details)
     return CrossdockError(f"{code.name}: {details}")

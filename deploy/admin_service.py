@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeAlias
 
 import grpc
 
+from crossdock.deploy.applied import Change
 from crossdock.deploy.controller import Controller
 from crossdock.deploy.members import Watched
 from crossdock.deploy.reconcile import State
@@ -37,21 +38,22 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ApplyRequest, context: Context
     ) -> admin_pb2.ApplyResponse:
         async with _errors_sent(context):
-            spec = ClusterSpec.parse(request.yaml, request.file or "<apply>")
+            file = request.file or "<apply>"
+            spec = ClusterSpec.parse(request.yaml, file)
             if request.dry_run:
                 actions = self._controller.plan(spec)
-                return admin_pb2.ApplyResponse(
-                    actions=actions, converged=not actions and self._controller.converged
-                )
-            return await self._change(spec, request.wait, request.timeout_s)
+                return self._answer(actions, not actions and self._controller.converged)
+            return await self._change(lambda _: spec, f"apply {file}", request)
         raise AssertionError("abort raises")
 
     async def Scale(
         self, request: admin_pb2.ScaleRequest, context: Context
     ) -> admin_pb2.ApplyResponse:
         async with _errors_sent(context):
-            spec = self._controller.spec.with_replicas(request.pool, request.replicas)
-            return await self._change(spec, request.wait, request.timeout_s)
+            pool, replicas = request.pool, request.replicas
+            return await self._change(
+                lambda spec: spec.with_replicas(pool, replicas), f"scale {pool} {replicas}", request
+            )
         raise AssertionError("abort raises")
 
     async def Down(
@@ -63,16 +65,24 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         return admin_pb2.DownResponse()
 
     async def _change(
-        self, spec: ClusterSpec, wait: bool, timeout_s: float
+        self, to: Change, by: str, request: admin_pb2.ApplyRequest | admin_pb2.ScaleRequest
     ) -> admin_pb2.ApplyResponse:
         if self._down is not None:
             raise Unavailable("the cluster is going down")
-        actions = self._controller.apply(spec)
-        if wait:
-            done = await self._controller.wait_converged(timeout_s or DEFAULT_WAIT_S)
-        else:
-            done = self._controller.converged
-        return admin_pb2.ApplyResponse(actions=actions, converged=done)
+        actions = await self._controller.change(to, by, request.generation)
+        if not request.wait:
+            return self._answer(actions, self._controller.converged)
+        wait_s = request.timeout_s or DEFAULT_WAIT_S
+        return self._answer(actions, await self._controller.wait_converged(wait_s, to))
+
+    def _answer(self, actions: Sequence[str], converged: bool) -> admin_pb2.ApplyResponse:
+        return admin_pb2.ApplyResponse(
+            actions=actions,
+            converged=converged,
+            generation=self._controller.applied.generation,
+            waiting_for=self._controller.waiting_for(),
+            hopeless=self._controller.hopeless,
+        )
 
 
 async def serve_admin(controller: Controller, address: str) -> tuple[grpc.aio.Server, str]:
@@ -114,6 +124,8 @@ async def cluster_status(
             for d in controller.decisions
         ],
         converged=controller.converged,
+        generation=controller.applied.generation,
+        waiting_for=controller.waiting_for(),
     )
 
 
@@ -148,9 +160,7 @@ async def _member_status(
         state=watched.state.value,
         revision=launch.revision,
         restarts=controller.restarts[launch.name],
-        error=watched.why
-        or controller.errors.get(launch.name, "")
-        or controller.why_waiting(watched),
+        error=controller.why_not_ready(watched),
     )
     if started is not None:
         status.address, status.pid = started.address, started.pid
@@ -169,9 +179,7 @@ async def _gateway_status(controller: Controller, watched: Watched) -> admin_pb2
         state=watched.state.value,
         revision=launch.revision,
         restarts=controller.restarts[launch.name],
-        error=watched.why
-        or controller.errors.get(launch.name, "")
-        or controller.why_waiting(watched),
+        error=controller.why_not_ready(watched),
     )
     if started is not None:
         status.grpc, status.http, status.pid = started.grpc, started.http, started.pid

@@ -11,47 +11,39 @@ import contextlib
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 
+from crossdock.deploy.applied import AppliedSpec, Change
 from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import (
-    GATEWAY_ROLE,
+    MAX_BACKOFF_S,
     Action,
     Do,
     Losses,
     Member,
     State,
-    Target,
     converged,
     reconcile,
 )
 from crossdock.deploy.runtime import (
+    CannotStart,
     Launch,
     Process,
     ProcessGone,
     Runtime,
     StartFailed,
     gateway_launch,
+    targets,
+    trial_launch,
     worker_launch,
 )
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.deploy.store import ClusterStore
-from crossdock.proto.errors import ConfigError
+from crossdock.proto.errors import ConfigError, Overtaken
 from crossdock.proto.types import WorkerEndpoint
 
 log = logging.getLogger(__name__)
-
-FIXED_FIELDS: tuple[tuple[str, Callable[[ClusterSpec], object]], ...] = (
-    ("metadata.name", lambda spec: spec.metadata.name),
-    ("model.id", lambda spec: spec.model.id),
-    ("model.dtype", lambda spec: spec.model.dtype),
-    ("kv.block_size", lambda spec: spec.kv.block_size),
-    ("kv.transport", lambda spec: spec.kv.transport),
-    ("controller.grpc", lambda spec: spec.controller.grpc),
-    ("ray.address", lambda spec: spec.ray.address),
-    ("ray.object_store_mb", lambda spec: spec.ray.object_store_mb),
-)
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ class ControllerSettings:
     """Times in seconds."""
 
     turn_s: float = 1.0
+    trial_s: float = 60.0  # for a gateway with new settings to start
     adopt_s: float = 5.0  # for processes that run already to say so
     update_timeout_s: float = 10.0
     loss_memory_s: float = 60.0  # losses further apart than this are no crash loop
@@ -85,10 +78,12 @@ class Controller:
         self._runtime = runtime
         self._store = store
         self._settings = settings or ControllerSettings()
-        self.spec = ClusterSpec.parse(store.spec(), str(store.spec_path))
+        self.applied = AppliedSpec(store)
         self._key = store.key()
         self.members: list[Watched] = []
         self.decisions: deque[DecisionRecord] = deque(maxlen=self._settings.decisions_kept)
+        self.failure = ""  # of the last turn
+        self._adopted = False
         self.errors: dict[str, str] = {}  # by name, until one by that name is ready again
         self.restarts: defaultdict[str, int] = defaultdict(int)
         self._losses: dict[str, Losses] = {}
@@ -100,16 +95,29 @@ class Controller:
         self.ended = asyncio.Event()  # after `down`
         self._background: set[asyncio.Task[None]] = set()
 
+    @property
+    def spec(self) -> ClusterSpec:
+        """The one that is followed."""
+        return self.applied.spec
+
     # -- the loop ------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Adopts what runs already, then keeps the cluster as specified until `down`."""
+        pause_s = self._settings.turn_s
         async with self._looping:
-            await self._adopt()
             while not self._closing:
-                await self.turn()
+                try:
+                    if not self._adopted:
+                        await self._adopt()
+                    await self.turn()
+                    self.failure, pause_s = "", self._settings.turn_s
+                except Exception as error:  # shown by the status, and tried again
+                    log.exception("a turn failed")
+                    self.failure = f"{type(error).__name__}: {error}"
+                    pause_s = min(MAX_BACKOFF_S, 2 * pause_s)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._settings.turn_s):
+                    async with asyncio.timeout(pause_s):
                         await self._wake.wait()
 
     async def _adopt(self) -> None:
@@ -123,6 +131,7 @@ class Controller:
                 while any(m.state is State.STARTING for m in self.members):
                     self._wake.clear()
                     await self._wake.wait()
+        self._adopted = True
 
     async def turn(self) -> None:
         self._wake.clear()
@@ -130,9 +139,10 @@ class Controller:
         leaving = [await self._act(action) for action in self._decide(self.spec)]
         told = self._push_membership()
         if self.converged:
+            self.applied.carried_out()
             self.errors.clear()
             for pool, losses in self._losses.items():
-                self._losses[pool] = replace(losses, places=())
+                self._losses[pool] = replace(losses, places=(), hopeless="")
         for watched in filter(None, leaving):
             self._spawn(self._drain(watched, told))
         await self._notify()
@@ -152,15 +162,20 @@ class Controller:
         """Everything runs as specified, and everyone knows of everyone."""
         as_specified = converged(targets(self.spec), self.observed())
         told = all(m.told == self._membership_for(m) for m in self.members)
-        return as_specified and told and not self._closing
+        return as_specified and told and not (self._closing or self.failure)
 
     async def _act(self, action: Action) -> Watched | None:
         """Starts or stops; what is to be drained is returned, marked as such."""
         self._record(f"{action.do} {action.name}", action.reason)
         if action.do is Do.START:
-            launch = self._launch(action)
-            self._watch(launch, await self._runtime.launch(launch))
             self._place_taken(action)
+            try:
+                launch = self._launch(action)
+                self._watch(launch, await self._runtime.launch(launch))
+            except Exception as error:  # this member's failure, not the turn's
+                log.exception("launching %s", action.name)
+                hopeless = isinstance(error, (CannotStart, ConfigError))
+                self._count_loss(action.name, action.pool, str(error), True, hopeless)
             return None
         watched = next(m for m in self.members if m.name == action.name)
         if action.do is Do.DRAIN:
@@ -186,17 +201,8 @@ class Controller:
 
     def _launch(self, action: Action) -> Launch:
         if action.pool == GATEWAY_POOL:
-            return gateway_launch(self.spec, action.name, self._free_gateway_index(), self._key)
+            return gateway_launch(self.spec, action.name, action.slot, self._key)
         return worker_launch(self.spec, action.pool, action.name, self._key)
-
-    def _free_gateway_index(self) -> int:
-        """Which of the gateways' ports are free."""
-        gateways = [m.launch.gateway for m in self.members if m.launch.gateway is not None]
-        taken = {gateway["grpc"] for gateway in gateways}
-        index = 0
-        while (grpc := self.spec.gateway_addresses(index)[0]) in taken and not grpc.endswith(":0"):
-            index += 1
-        return index
 
     def _drain_s(self, watched: Watched) -> float:
         if watched.is_gateway:
@@ -208,19 +214,26 @@ class Controller:
         self.members.append(Watched(launch, process, self._wake.set, self._settings.watch))
 
     def _count_losses(self) -> None:
-        now = time.monotonic()
+        """A loss of a revision that is wanted no more says nothing about the next start."""
+        revisions = {target.pool: target.revision for target in targets(self.spec)}
         for watched in self.members:
+            name, pool = watched.name, watched.launch.pool
+            wanted = watched.launch.revision == revisions.get(pool)
             if watched.state is State.READY:
-                self.errors.pop(watched.name, None)
-            if watched.state is not State.LOST:
-                continue
-            pool = watched.launch.pool
-            before = self._losses.get(pool, Losses())
-            again = watched.barely_served and now - before.last < self._settings.loss_memory_s
-            places = (*before.places, watched.name)
-            self._losses[pool] = Losses(before.count + 1 if again else 1, now, places)
-            self.errors[watched.name] = watched.why
-            self.restarts[watched.name] += 1
+                self.errors.pop(name, None)
+            elif watched.state is State.LOST:
+                again, hopeless = wanted and watched.barely_served, wanted and watched.hopeless
+                self._count_loss(name, pool, watched.why, again, hopeless)
+                if wanted and watched.is_gateway and watched.ready_at is None:
+                    self._roll_back(f"{name} did not start: {watched.why}")
+
+    def _count_loss(self, name: str, pool: str, why: str, again: bool, hopeless: bool) -> None:
+        now, before = time.monotonic(), self._losses.get(pool, Losses())
+        again = again and now - before.last < self._settings.loss_memory_s
+        count, reason = before.count + 1 if again else 1, f"{name}: {why}" if hopeless else ""
+        self._losses[pool] = Losses(count, now, (*before.places, name), reason)
+        self.errors[name] = why
+        self.restarts[name] += 1
 
     # -- who is there --------------------------------------------------------------------------
 
@@ -262,33 +275,116 @@ class Controller:
 
     def plan(self, spec: ClusterSpec) -> list[str]:
         """What applying `spec` would do first. Raises ConfigError for what can't be changed."""
-        self.check_change(spec)
+        self.applied.check_change(spec)
         return [str(action) for action in self._decide(spec)]
 
-    def apply(self, spec: ClusterSpec) -> list[str]:
-        """Makes `spec` the one to follow, also after a restart. Returns `plan` of it."""
+    async def change(self, to: Change, by: str, generation: int = 0) -> list[str]:
+        """Applies what `to` makes of the spec, after trying its gateways. Returns `plan` of it.
+
+        `by` says who asks. Raises Overtaken when the spec lacks the change and is not, or not any
+        more, of `generation` (0: any); ConfigError when it can't be changed so.
+        """
+        spec = to(self.spec)
+        self.applied.check_change(spec)
+        if spec != self.spec:
+            generation = generation or self.applied.generation
+            self.applied.check_generation(generation)
+            if spec.gateway_revision() != self.spec.gateway_revision():
+                await self._try_gateway(spec)
+                self.applied.check_generation(generation)
+        return self.apply(spec, by)
+
+    def apply(self, spec: ClusterSpec, by: str = "apply") -> list[str]:
+        """Makes `spec` the one to follow, also after a restart. Returns `plan` of it.
+
+        What failed under another revision is not held against the new one.
+        """
+        self.applied.check_change(spec)
+        before = {target.pool: target.revision for target in targets(self.spec)}
+        self.applied.follow(spec, by)
+        for target in targets(spec):
+            if target.revision != before.get(target.pool):
+                losses = self._losses.get(target.pool, Losses())
+                self._losses[target.pool] = replace(losses, count=0, hopeless="")
         actions = self.plan(spec)
-        self._store.save_spec(spec.to_yaml())
-        self.spec = spec
-        self._record("apply", f"{len(actions)} actions due" if actions else "nothing to do")
+        self._record(by, f"{len(actions)} actions due" if actions else "nothing to do")
         self._wake.set()
         return actions
 
-    def check_change(self, spec: ClusterSpec) -> None:
-        for path, read in FIXED_FIELDS:
-            before, after = read(self.spec), read(spec)
-            if before != after:
-                message = f"cannot change from {before!r} to {after!r} while the cluster runs"
-                raise ConfigError(path, f"{message}; use `crossdock down` and `up`")
-
-    async def wait_converged(self, timeout_s: float) -> bool:
-        """Whether the cluster became what the spec says within `timeout_s`."""
+    async def _try_gateway(self, spec: ClusterSpec) -> None:
+        """Starts the first gateway of `spec` and ends it again; the ports that ours hold are left
+        out. Raises ConfigError where it does not start."""
+        taken = frozenset[str]().union(*(m.launch.holds for m in self.members))
+        launch = trial_launch(spec, taken)
         try:
-            async with asyncio.timeout(timeout_s), self._turned:
-                await self._turned.wait_for(lambda: self.converged or self._closing)
+            async with asyncio.timeout(self._settings.trial_s):
+                process = await self._runtime.launch(launch)
+                try:
+                    await process.start()
+                finally:
+                    await process.stop()
         except TimeoutError:
-            return False
+            why = self._runtime.why_waiting(launch) or f"not ready in {self._settings.trial_s:g} s"
+        except (StartFailed, ProcessGone) as error:
+            why = str(error)
+        else:
+            return
+        raise ConfigError("gateway", f"one with these settings does not start: {why}")
+
+    def _roll_back(self, why: str) -> None:
+        """The last good spec instead of one whose gateways don't start: they had to make room."""
+        good, spec = self.applied.good, self.spec
+        if good is not None and good.gateway_revision() != spec.gateway_revision():
+            self.apply(good, f"going back, as {why}")
+
+    async def wait_converged(self, timeout_s: float, to: Change = lambda spec: spec) -> bool:
+        """Whether the cluster became what the spec says within `timeout_s`. Returns early when it
+        can't, as some pool is hopeless.
+
+        Raises Overtaken as soon as the spec has not what `to` made of it any more.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._turned:
+                await self._turned.wait_for(
+                    lambda: (
+                        self.converged
+                        or self._closing
+                        or self.hopeless
+                        or to(self.spec) != self.spec
+                    )
+                )
+        if to(self.spec) != self.spec:
+            now = f"generation {self.applied.generation}, made by {self.applied.changed_by}"
+            raise Overtaken(f"the change was overtaken by {now}")
         return self.converged
+
+    @property
+    def hopeless(self) -> list[str]:
+        """Why pools can't have any member of their revision, until another is applied."""
+        return [losses.hopeless for losses in self._losses.values() if losses.hopeless]
+
+    def waiting_for(self) -> list[str]:
+        """What keeps the cluster from being as specified, one line each."""
+        if self.converged:
+            return []
+        lines = [f"the controller's last turn failed: {self.failure}"] if self.failure else []
+        now = time.monotonic()
+        for pool, losses in self._losses.items():
+            if losses.start_allowed_at > now:
+                pause_s = losses.start_allowed_at - losses.last
+                count = f"after {losses.count} losses in a row"
+                lines.append(f"{pool} pauses {pause_s:g} s before its next start, {count}")
+        there = {m.name for m in self.members}
+        lines += [
+            f"{name} is lost: {why}" for name, why in self.errors.items() if name not in there
+        ]
+        for watched in self.members:
+            why = self.why_not_ready(watched)
+            if watched.state is not State.READY:
+                lines.append(f"{watched.name} is {watched.state}" + (f": {why}" if why else ""))
+            elif watched.told != self._membership_for(watched):
+                lines.append(f"{watched.name} has not taken the newest membership")
+        return lines
 
     async def down(self, drain_s: float) -> None:
         """Lets gateways finish for `drain_s`, ends every process, forgets the cluster.
@@ -328,11 +424,12 @@ class Controller:
         with contextlib.suppress(ProcessGone):
             await watched.process.drain(drain_s)
 
-    def why_waiting(self, watched: Watched) -> str:
-        """What keeps a starting member from being placed, empty when nothing known does."""
-        if watched.state is State.STARTING:
+    def why_not_ready(self, watched: Watched) -> str:
+        """Why it, or the last by its name, was lost, or can't be placed; empty if none is known."""
+        why = watched.why or self.errors.get(watched.name, "")
+        if not why and watched.state is State.STARTING:
             return self._runtime.why_waiting(watched.launch)
-        return ""
+        return why
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -345,15 +442,3 @@ class Controller:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
-
-
-def targets(spec: ClusterSpec) -> list[Target]:
-    """The pools of `spec` as reconcile() wants them; gateways are one more pool."""
-    pools = [
-        Target(name, pool.role, pool.replicas, spec.pool_revision(name))
-        for name, pool in spec.pools.items()
-    ]
-    gateway = Target(
-        GATEWAY_POOL, GATEWAY_ROLE, spec.gateway.replicas, spec.gateway_revision(), surge=0
-    )
-    return [gateway, *pools]

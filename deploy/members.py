@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import grpc
 
 from crossdock.deploy.reconcile import Member, State
-from crossdock.deploy.runtime import Launch, Process, ProcessGone, Started, StartFailed
+from crossdock.deploy.runtime import (
+    CannotStart,
+    Launch,
+    Process,
+    ProcessGone,
+    Started,
+    StartFailed,
+)
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -46,6 +53,7 @@ class Watched:
         self.ready_at: float | None = None
         self.lost_at: float | None = None
         self.why = ""
+        self.hopeless = False  # lost, and so would be the next of its revision
         self.drained = False
         self.drain_deadline = float("inf")
         self.told: object = None  # the membership it has taken
@@ -83,6 +91,7 @@ class Watched:
             drained=self.drained,
             drain_deadline=self.drain_deadline,
             why=self.why,
+            holds=self.launch.holds,
         )
 
     def leave(self, timeout_s: float) -> None:
@@ -141,6 +150,7 @@ class Watched:
         except TimeoutError:
             self._lost(f"not ready within {self._settings.start_timeout_s:g} s")
         except (StartFailed, ProcessGone) as error:
+            self.hopeless = isinstance(error, CannotStart)
             self._lost(str(error))
         except Exception as error:
             log.exception("starting %s", self.name)

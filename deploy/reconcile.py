@@ -11,6 +11,8 @@ Rules, in the order they are applied:
 - what is missing is started, at once after a first loss, with growing pauses in a crash loop;
 - where a revision changed, one worker more than wanted is started in the whole cluster at a time,
   in the pool that is furthest behind, and an old one is drained when it is ready;
+- what needs a slot (a gateway's ports) starts where nobody holds any of it; if every slot is held
+  by old ones, those that hold the least contended one are drained first;
 - no ready worker is drained while its role would have fewer ready workers than wanted.
 """
 
@@ -35,14 +37,14 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Target:
-    """What one pool should be. `surge`: how many more than `replicas` may run during an update;
-    with 0 an old one goes before its replacement comes (gateways: they own fixed ports)."""
+    """What one pool should be. `slots`: what each of its members takes for itself alone, disjoint
+    (the addresses of gateways), as many as `replicas`; none where members share nothing."""
 
     pool: str
     role: str
     replicas: int
     revision: str
-    surge: int = 1
+    slots: tuple[frozenset[str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Member:
     drained: bool = False
     drain_deadline: float = float("inf")
     why: str = ""
+    holds: frozenset[str] = frozenset()  # of any slot, until it has gone
 
     @property
     def live(self) -> bool:
@@ -67,11 +70,13 @@ class Member:
 class Losses:
     """Losses of one pool in a row, each sooner after a start than the start took; `last` is the
     time of the newest.
-    `places` are the names that were lost and not started again."""
+    `places` are the names that were lost and not started again; `hopeless` says why no member of
+    the pool's revision can start."""
 
     count: int = 0
     last: float = float("-inf")
     places: tuple[str, ...] = ()
+    hopeless: str = ""
 
     @property
     def start_allowed_at(self) -> float:
@@ -93,6 +98,7 @@ class Action:
     pool: str
     reason: str
     revision: str = ""
+    slot: int = 0  # of a START: which of the target's
 
     def __str__(self) -> str:
         return f"{self.do} {self.name}: {self.reason}"
@@ -146,6 +152,7 @@ class _Plan:
             for target in self.targets
         }
         self.draining = Counter(m.pool for m in self.members if m.state is State.DRAINING)
+        self.held = {m.name: m.holds for m in self.members}
         self.ready = Counter(m.role for m in self.members if m.state is State.READY)
         self.wanted: Counter[str] = Counter()
         for target in self.targets:
@@ -186,18 +193,17 @@ class _Plan:
     def fill(self, target: Target) -> None:
         """Starts what is missing altogether."""
         _, current = self._split(target)
-        held = 0 if target.surge else self.draining[target.pool]
-        missing = target.replicas - max(len(current), len(self.live[target.pool])) - held
+        missing = target.replicas - max(len(current), len(self.live[target.pool]))
         if missing > 0 and self._start_allowed(target):
             for _ in range(missing):
                 self._start(target, f"{target.replicas} wanted")
 
     def roll(self) -> None:
-        """Starts one worker of a new revision, or takes an old gateway away for it."""
+        """Starts one member of a new revision, or makes room for it."""
         behind = [t for t in self.targets if self._split(t)[0] and t.replicas]
         for target in behind:
-            if target.surge == 0 and len(self.live[target.pool]) == target.replicas:
-                self._retire_without_surge(target)
+            if self._free_slot(target) is None:
+                self._free_a_slot(target)
         surging = any(
             len(self.live[t.pool]) > t.replicas
             and any(m.state is State.STARTING for m in self.live[t.pool])
@@ -207,7 +213,7 @@ class _Plan:
         ready_to_roll = [
             t
             for t in behind
-            if t.surge
+            if self._free_slot(t) is not None
             and len(self._split(t)[1]) < t.replicas <= len(self.live[t.pool])
             and self._start_allowed(t)
         ]
@@ -215,10 +221,19 @@ class _Plan:
             target = min(ready_to_roll, key=lambda t: (self._updated_share(t), t.pool))
             self._start(target, "new revision, before an old one goes")
 
-    def _retire_without_surge(self, target: Target) -> None:
+    def _free_slot(self, target: Target) -> int | None:
+        """The first slot of which nobody holds anything; 0 where members need none."""
+        held = frozenset().union(*self.held.values())
+        free = (i for i, slot in enumerate(target.slots) if not slot & held)
+        return next(free, None) if target.slots else 0
+
+    def _free_a_slot(self, target: Target) -> None:
         old, current = self._split(target)
-        if not self.draining[target.pool] and all(m.state is State.READY for m in current):
-            self._retire(old[0], "of an old revision; its replacement takes its ports")
+        holders = [[m for m in old if m.holds & slot] for slot in target.slots]
+        fewest = min(filter(None, holders), key=len, default=[])
+        settled = all(m.state is State.READY for m in current) and not self.draining[target.pool]
+        if fewest and settled:
+            self._retire(fewest[0], "of an old revision; its replacement takes its ports")
 
     def _split(self, target: Target) -> tuple[list[Member], list[Member]]:
         """Live members of old revisions, and of the wanted one."""
@@ -242,13 +257,17 @@ class _Plan:
         return served_by_others or self.ready[member.role] > 1
 
     def _start(self, target: Target, reason: str) -> None:
+        slot = self._free_slot(target)
+        if slot is None:
+            return
         lost = self.losses.get(target.pool, Losses()).places
         name = next((n for n in lost if n not in self.used), _free_name(target.pool, self.used))
         self.used.add(name)
+        self.held[name] = target.slots[slot] if target.slots else frozenset()
         self.live[target.pool].append(
             Member(name, target.pool, target.role, target.revision, State.STARTING)
         )
-        self.actions.append(Action(Do.START, name, target.pool, reason, target.revision))
+        self.actions.append(Action(Do.START, name, target.pool, reason, target.revision, slot))
 
     def _retire(self, member: Member, reason: str) -> None:
         """Drains a ready member, stops one that never took work."""
@@ -260,6 +279,7 @@ class _Plan:
         self.actions.append(Action(Do.DRAIN, member.name, member.pool, reason))
 
     def _stop(self, member: Member, reason: str) -> None:
+        del self.held[member.name]
         self.actions.append(Action(Do.STOP, member.name, member.pool, reason))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from crossdock.deploy.reconcile import GATEWAY_ROLE, Target
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.settings import given
@@ -39,6 +40,12 @@ class Launch:
     gateway: Mapping[str, Any] | None = field(default=None, repr=False)
     telemetry: Mapping[str, str] | None = None
     host: str = ""  # that a worker listens on; its node's address where empty
+
+    @property
+    def holds(self) -> frozenset[str]:
+        """The addresses that this process takes for itself alone."""
+        mine = (self.gateway["grpc"], self.gateway["http"]) if self.gateway else ()
+        return fixed_addresses(*mine)
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,43 @@ class Runtime(Protocol):
         """What keeps a launch from being placed, empty when nothing known does."""
 
 
+def trial_launch(spec: ClusterSpec, taken: Set[str]) -> Launch:
+    """The first gateway of `spec`, on free ports in place of the addresses in `taken`."""
+    launch = gateway_launch(spec, f"{GATEWAY_POOL}-trial", 0)
+    settings = dict(launch.gateway or {})
+    for door in ("grpc", "http"):
+        if settings[door] in taken:
+            settings[door] = settings[door].rpartition(":")[0] + ":0"
+    return replace(launch, gateway=settings)
+
+
+def targets(spec: ClusterSpec) -> list[Target]:
+    """The pools of `spec` as reconcile() wants them; gateways are one more pool."""
+    pools = [
+        Target(name, pool.role, pool.replicas, spec.pool_revision(name))
+        for name, pool in spec.pools.items()
+    ]
+    replicas = spec.gateway.replicas
+    slots = tuple(fixed_addresses(*spec.gateway_addresses(index)) for index in range(replicas))
+    gateway = Target(GATEWAY_POOL, GATEWAY_ROLE, replicas, spec.gateway_revision(), slots)
+    return [gateway, *pools]
+
+
+def fixed_addresses(*addresses: str) -> frozenset[str]:
+    """Those of "host:port" that only one process can have: port 0 takes a free one."""
+    return frozenset(address for address in addresses if not address.endswith(":0"))
+
+
 class ProcessGone(Exception):
     """The process ended; the text says how."""
 
 
 class StartFailed(Exception):
     """The process came up but could not serve; the text says why."""
+
+
+class CannotStart(StartFailed):
+    """A setting, the model or Ray's refusal is why: trying again does not help."""
 
 
 def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: bytes) -> Launch:

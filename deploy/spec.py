@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from crossdock.deploy.ray_rules import check_amount, check_labels, check_resources
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import (
     NAME_PATTERN,
@@ -51,7 +52,7 @@ class NodesSpec:
     labels: Mapping[str, str] = setting(
         factory=no_entries,
         doc="Ray node labels that a node must have to be used.",
-        kind="labels",
+        check=check_labels,
     )
 
 
@@ -102,9 +103,11 @@ class ControllerSpec:
 
 @dataclass(frozen=True)
 class ResourcesSpec:
-    cpus: float = setting(1.0, "Ray CPUs each worker reserves.", low=0, high=4096, kind="amount")
+    cpus: float = setting(
+        1.0, "Ray CPUs each worker reserves.", low=0, high=4096, check=check_amount
+    )
     gpus: float = setting(
-        0.0, "Ray GPUs each worker reserves; whole above 1.", low=0, high=64, kind="amount"
+        0.0, "Ray GPUs each worker reserves; whole above 1.", low=0, high=64, check=check_amount
     )
     memory_mb: int = setting(
         0, "Memory each worker reserves with Ray, MB; 0 reserves none.", low=0, high=64_000_000
@@ -112,7 +115,7 @@ class ResourcesSpec:
     custom: Mapping[str, float] = setting(
         factory=no_entries,
         doc="Custom Ray resources: pins a pool to nodes that offer them.",
-        kind="resources",
+        check=check_resources,
     )
 
 

@@ -24,6 +24,8 @@ class ClusterStore:
         self.name = name
         self.folder = (home or crossdock_home()) / "clusters" / name
         self.spec_path = self.folder / "spec.yaml"
+        self._good_path = self.folder / "good.yaml"
+        self._generation_path = self.folder / "generation"
         self._key_path = self.folder / "key"
         self._life_path = self.folder / "life"
 
@@ -32,11 +34,25 @@ class ClusterStore:
         if self._life_path.exists() and self._life_path.read_text() == life:
             return
         self._write(self._key_path, secrets.token_bytes(KEY_BYTES))
-        self.save_spec(yaml)
+        self._good_path.unlink(missing_ok=True)
+        self.save_spec(yaml, 1)
         self._write(self._life_path, life.encode())
 
-    def save_spec(self, yaml: str) -> None:
+    def save_spec(self, yaml: str, generation: int) -> None:
+        """`generation` counts the specs of this life."""
+        self._write(self._generation_path, str(generation).encode())
         self._write(self.spec_path, yaml.encode())
+
+    def generation(self) -> int:
+        return int(self._generation_path.read_text())
+
+    def save_good(self, yaml: str) -> None:
+        """Keeps a spec that was carried out in full, to go back to."""
+        self._write(self._good_path, yaml.encode())
+
+    def good_spec(self) -> str:
+        """Empty where none was carried out yet."""
+        return self._good_path.read_text(encoding="utf-8") if self._good_path.exists() else ""
 
     def spec(self) -> str:
         return self.spec_path.read_text(encoding="utf-8")

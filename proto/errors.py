@@ -12,6 +12,7 @@ CrossdockError                      INTERNAL              500
 │   ├── TransferFailed                                          a pull failed or was refused
 │   └── Draining
 ├── LayoutMismatch                  FAILED_PRECONDITION   409   names both values
+├── Overtaken                       ABORTED               409   another change of the spec came first
 ├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field
 └── ModelError                      FAILED_PRECONDITION   500   file missing, corrupt, …
 """
@@ -92,6 +93,13 @@ class Draining(Unavailable):
 
 class LayoutMismatch(CrossdockError):
     grpc_status = "FAILED_PRECONDITION"
+    http_status = 409
+
+
+class Overtaken(CrossdockError):
+    """Another change of the cluster's spec came first: look at it, then ask again."""
+
+    grpc_status = "ABORTED"
     http_status = 409
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -27,10 +27,12 @@ def setting(
     high: float | None = None,
     choices: tuple[str | int, ...] = (),
     kind: str = "",
+    check: Callable[[str, Any], None] | None = None,
     factory: Any = MISSING,
 ) -> Any:
-    """A field with its documentation and limits. `kind`: "address", "name", "text" or ""."""
-    about = {"doc": doc, "low": low, "high": high, "choices": choices, "kind": kind}
+    """A field with its documentation and limits. `kind`: "address", "name", "text" or "". `check`
+    is called with the field's path and value, and raises ConfigError."""
+    about = {"doc": doc, "low": low, "high": high, "choices": choices, "kind": kind, "check": check}
     if factory is not MISSING:
         return field(default_factory=factory, metadata=about)
     if default is MISSING:
@@ -95,14 +97,8 @@ def _check_value(path: str, about: Field[Any], value: Any) -> None:
             split_address(value)
         except ValueError as error:
             raise ConfigError(path, f"{value!r} is not allowed; {error}") from None
-    if isinstance(value, Mapping):
-        _check_entries(path, value)
-
-
-def _check_entries(path: str, entries: Mapping[str, Any]) -> None:
-    for key, value in entries.items():
-        if isinstance(value, float) and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{path}.{key}", f"{value!r} is not allowed; must be above 0")
+    if about.metadata["check"] is not None:
+        about.metadata["check"](path, value)
 
 
 def split_address(address: str) -> tuple[str, int]:

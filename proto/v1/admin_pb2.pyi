@@ -72,54 +72,68 @@ class Decision(_message.Message):
     def __init__(self, unix_s: _Optional[float] = ..., action: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("name", "model", "workers", "gateways", "decisions", "converged")
+    __slots__ = ("name", "model", "workers", "gateways", "decisions", "converged", "generation", "waiting_for")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     CONVERGED_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     workers: _containers.RepeatedCompositeFieldContainer[MemberStatus]
     gateways: _containers.RepeatedCompositeFieldContainer[GatewayStatus]
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
     converged: bool
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., converged: _Optional[bool] = ...) -> None: ...
+    generation: int
+    waiting_for: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., converged: _Optional[bool] = ..., generation: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
-    __slots__ = ("yaml", "file", "dry_run", "wait", "timeout_s")
+    __slots__ = ("yaml", "file", "dry_run", "wait", "timeout_s", "generation")
     YAML_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     yaml: str
     file: str
     dry_run: bool
     wait: bool
     timeout_s: float
-    def __init__(self, yaml: _Optional[str] = ..., file: _Optional[str] = ..., dry_run: _Optional[bool] = ..., wait: _Optional[bool] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    generation: int
+    def __init__(self, yaml: _Optional[str] = ..., file: _Optional[str] = ..., dry_run: _Optional[bool] = ..., wait: _Optional[bool] = ..., timeout_s: _Optional[float] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class ApplyResponse(_message.Message):
-    __slots__ = ("actions", "converged")
+    __slots__ = ("actions", "converged", "generation", "waiting_for", "hopeless")
     ACTIONS_FIELD_NUMBER: _ClassVar[int]
     CONVERGED_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    HOPELESS_FIELD_NUMBER: _ClassVar[int]
     actions: _containers.RepeatedScalarFieldContainer[str]
     converged: bool
-    def __init__(self, actions: _Optional[_Iterable[str]] = ..., converged: _Optional[bool] = ...) -> None: ...
+    generation: int
+    waiting_for: _containers.RepeatedScalarFieldContainer[str]
+    hopeless: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, actions: _Optional[_Iterable[str]] = ..., converged: _Optional[bool] = ..., generation: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., hopeless: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("pool", "replicas", "wait", "timeout_s")
+    __slots__ = ("pool", "replicas", "wait", "timeout_s", "generation")
     POOL_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     pool: str
     replicas: int
     wait: bool
     timeout_s: float
-    def __init__(self, pool: _Optional[str] = ..., replicas: _Optional[int] = ..., wait: _Optional[bool] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    generation: int
+    def __init__(self, pool: _Optional[str] = ..., replicas: _Optional[int] = ..., wait: _Optional[bool] = ..., timeout_s: _Optional[float] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class DownRequest(_message.Message):
     __slots__ = ("drain_s",)

@@ -250,6 +250,8 @@ def cluster() -> admin_pb2.ClusterStatus:
         workers=[prefill, decode],
         gateways=[gateway],
         decisions=[decision],
+        generation=3,
+        waiting_for=["decode-0 is starting: exit 7"],
     )
 
 
@@ -284,7 +286,8 @@ def test_status_shows_workers_gateways_and_decisions(
     assert cells == ["prefill-0", "prefill", "prefill", "ready", "abcdef01", *figures]
     assert any("decode-0" in line and "starting" in line for line in out.splitlines())
     assert "127.0.0.1:50051" in out
-    assert "decode-0: exit 7" in out
+    assert "decode-0 is starting: exit 7" in out
+    assert "generation 3" in out
     assert "start decode-0: pool decode has 0 of 1 [x]" in out
     code, out, _ = run(capsys, "status", "--json")
     assert json.loads(out)["workers"][0]["worker"]["used_blocks"] == 15
@@ -353,11 +356,15 @@ def test_apply_and_scale_show_actions_and_fail_when_not_converged(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls: list[dict[str, Any]] = []
-    converged = True
+    converged, hopeless = True, list[str]()
 
     def answer(**arguments: Any) -> admin_pb2.ApplyResponse:
+        arguments.pop("progress")("decode-1 is starting")
         calls.append(arguments)
-        return admin_pb2.ApplyResponse(actions=["start prefill-1"], converged=converged)
+        waiting = [] if converged else ["decode pauses 4 s"]
+        return admin_pb2.ApplyResponse(
+            actions=["start prefill-1"], converged=converged, waiting_for=waiting, hopeless=hopeless
+        )
 
     fake_admin(monkeypatch, apply=answer, scale=answer)
     file = tmp_path / "c.yaml"
@@ -365,7 +372,7 @@ def test_apply_and_scale_show_actions_and_fail_when_not_converged(
     assert run(capsys, "apply", str(file), "--timeout", "9")[:2] == (0, "start prefill-1\n")
     assert run(capsys, "scale", "decode", "3", "--no-wait")[0] == 0
     common = {"wait": True, "timeout_s": 9.0, "address": ""}
-    assert calls[0] == common | {"path": file, "dry_run": False}
+    assert calls[0] == common | {"path": file, "dry_run": False, "generation": 0}
     assert calls[1] == {
         "pool": "decode",
         "replicas": 3,
@@ -375,7 +382,14 @@ def test_apply_and_scale_show_actions_and_fail_when_not_converged(
     }
     converged = False
     code, _, err = run(capsys, "scale", "decode", "3")
-    assert (code, err.split()[0]) == (1, "error:")
+    assert code == 1
+    waiting, error = err.splitlines()
+    assert waiting == "waiting: decode-1 is starting"
+    assert error.startswith("error: ") and "as asked after 300 s: decode pauses 4 s;" in error
+    hopeless = ["decode-1: ConfigError: kv_memory_mb"]
+    assert (
+        "as asked: decode-1: ConfigError: kv_memory_mb;" in run(capsys, "scale", "decode", "3")[2]
+    )
     assert run(capsys, "apply", str(file), "--dry-run")[0] == 0
 
 

@@ -1,0 +1,48 @@
+"""What Ray accepts of an actor's resources and labels, restated so that a YAML is checked without
+Ray: see ray._common.ray_option_utils and ray._private.label_utils (2.60)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from crossdock.proto.errors import ConfigError
+
+LEAST_AMOUNT = 0.0001
+BUILT_IN = {
+    "CPU": "use resources.cpus",
+    "GPU": "use resources.gpus",
+    "memory": "use resources.memory_mb",
+    "object_store_memory": "workers need none of it",
+}
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+LABEL_KEY = re.compile(rf"([a-zA-Z0-9]([a-zA-Z0-9_.-]{{0,251}}[a-zA-Z0-9])?/)?{_LABEL}")
+LABEL_VALUE = re.compile(rf"(!?{_LABEL}|!?(in)?\({_LABEL}(, ?{_LABEL})*\))?")
+LABEL_RULE = "1 to 63 of a-z, A-Z, 0-9, -, _ and ., a letter or digit first and last"
+
+
+def check_amount(path: str, amount: float, least: float = 0.0) -> None:
+    """Raises ConfigError, as all of these do."""
+    if amount != least and not LEAST_AMOUNT <= amount < float("inf"):
+        raise ConfigError(path, f"{amount!r} is not allowed; Ray's least is {LEAST_AMOUNT:.4f}")
+    if path.endswith(".gpus") and amount > 1 and amount % 1:
+        raise ConfigError(path, f"{amount!r} is not allowed; above 1 it must be whole")
+
+
+def check_resources(path: str, resources: Mapping[str, float]) -> None:
+    for name, amount in resources.items():
+        field = f"{path}.{name}"
+        if name in BUILT_IN:
+            raise ConfigError(field, f"{name!r} is Ray's own resource; {BUILT_IN[name]}")
+        if not (name and name.isascii()):
+            raise ConfigError(field, f"{name!r} is not allowed; must be ASCII, not empty")
+        check_amount(field, amount, LEAST_AMOUNT)
+
+
+def check_labels(path: str, labels: Mapping[str, str]) -> None:
+    for key, value in labels.items():
+        if not LABEL_KEY.fullmatch(key):
+            raise ConfigError(f"{path}.{key}", f"{key!r} is no label key: [PREFIX/]{LABEL_RULE}")
+        if not LABEL_VALUE.fullmatch(value):
+            message = f"{value!r} is no label value: {LABEL_RULE}; or !A, or in(A,B)"
+            raise ConfigError(f"{path}.{key}", message)
