@@ -315,7 +315,7 @@ class Controller:
         """Starts the first gateway of `spec` and ends it again; the ports that ours hold are left
         out. Raises ConfigError where it does not start."""
         taken = frozenset[str]().union(*(m.launch.holds for m in self.members))
-        launch = trial_launch(spec, taken)
+        launch = trial_launch(spec, taken, self._key)
         try:
             async with asyncio.timeout(self._settings.trial_s):
                 process = await self._runtime.launch(launch)

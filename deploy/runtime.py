@@ -100,9 +100,9 @@ class Runtime(Protocol):
         """What keeps a launch from being placed, empty when nothing known does."""
 
 
-def trial_launch(spec: ClusterSpec, taken: Set[str]) -> Launch:
+def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes) -> Launch:
     """The first gateway of `spec`, on free ports in place of the addresses in `taken`."""
-    launch = gateway_launch(spec, f"{GATEWAY_POOL}-trial", 0)
+    launch = gateway_launch(spec, f"{GATEWAY_POOL}-trial", 0, cluster_key)
     settings = dict(launch.gateway or {})
     for door in ("grpc", "http"):
         if settings[door] in taken:

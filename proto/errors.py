@@ -12,7 +12,7 @@ CrossdockError                      INTERNAL              500
 │   ├── TransferFailed                                          a pull failed or was refused
 │   └── Draining
 ├── LayoutMismatch                  FAILED_PRECONDITION   409   names both values
-├── Overtaken                       ABORTED               409   another change of the spec came first
+├── Overtaken                       ABORTED               409   another change came first
 ├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field
 └── ModelError                      FAILED_PRECONDITION   500   file missing, corrupt, …
 """

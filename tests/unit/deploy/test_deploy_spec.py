@@ -259,7 +259,7 @@ def _taken(text: str) -> bool:
 
 
 def test_what_ray_would_refuse_is_refused_in_the_file_and_nothing_else():
-    """Ray's own checks beside ours. Its core checks more: tests/cluster/test_cluster_ray.py asks it."""
+    """Ray's own checks beside ours. Its core checks more: test_cluster_ray.py asks it."""
     options = pytest.importorskip("ray._common.ray_option_utils")
     from ray._private.label_utils import validate_label_key, validate_label_selector_value
 
