@@ -6,6 +6,7 @@ A kind of engine is one module, listed in registry.py. It defines `Settings`, wh
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,21 +79,13 @@ class EngineFacts:
 
 
 class Engine(Protocol):
-    """One model replica. Called by one thread, but for the properties, which never change."""
+    """One model replica. Called by one thread; its attributes never change."""
 
-    @property
-    def facts(self) -> EngineFacts: ...
+    facts: EngineFacts
+    layout: worker_pb2.KVLayout  # what a block is made of: pools of equal layout exchange blocks
+    memory: PoolMemory  # the KV pool, which transports register
 
-    @property
-    def layout(self) -> worker_pb2.KVLayout:
-        """What a block is made of. Pools of equal layout may exchange blocks."""
-        ...
-
-    @property
-    def memory(self) -> PoolMemory:
-        """The KV pool that transports register."""
-        ...
-
+    @abstractmethod
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
         """Computes the chunks and writes their KV into their block tables; what comes before a
         chunk must be in its blocks. Returns the new tokens of each chunk in plan order: none where
@@ -104,16 +97,12 @@ class Engine(Protocol):
         transports read it past the device's streams. Raises CrossdockError for what is the
         request's own fault; any other exception is the device's.
         """
-        ...
 
     def free_cached(self) -> None:
         """Gives back what the allocator keeps: after a step that failed for want of memory."""
-        ...
 
     def warmup(self) -> None:
         """Does what a first request would otherwise wait for. The pool is left as it is."""
-        ...
 
     def close(self) -> None:
         """Nothing is called after it."""
-        ...

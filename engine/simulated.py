@@ -20,6 +20,7 @@ import numpy.typing as npt
 from crossdock.engine.contract import (
     WIRE_VERSION,
     Allocate,
+    Engine,
     EngineConfig,
     EngineFacts,
     EngineSettings,
@@ -92,7 +93,7 @@ class Settings(EngineSettings):
     )
 
 
-class SimulatedEngine:
+class SimulatedEngine(Engine):
     """See contract.Engine. Draws tokens below `drawn_ids`; calls `spend` with the seconds that a
     step takes: a virtual clock's moves time on."""
 
@@ -113,10 +114,6 @@ class SimulatedEngine:
             weights_digest=facts.weights_digest,
             dtype="uint64",
             block_size=block_size,
-            layers=1,
-            kv_heads=1,
-            head_dim=1,
-            tp_degree=1,
         )
         self._kv: KV = memory.blocks().view(np.uint64)  # [blocks, block_size]
         self._flat = self._kv.reshape(-1)
@@ -137,15 +134,6 @@ class SimulatedEngine:
     def tokens_of(self, chunk: Chunk) -> int:
         """How many tokens this step draws after the chunk, as far as there is room for them."""
         return self.facts.tokens_per_step
-
-    def free_cached(self) -> None:
-        pass
-
-    def warmup(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     def _compute(self, chunk: Chunk) -> list[SampledToken]:
         sequence, end = chunk.sequence, chunk.end

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crossdock.engine.contract import Allocate, EngineConfig, EngineFacts, EngineSettings
+from crossdock.engine.contract import Allocate, Engine, EngineConfig, EngineFacts, EngineSettings
 from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import PoolMemory
@@ -24,7 +24,7 @@ class Settings(EngineSettings):
     )
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """See contract.Engine. Draws one token a step."""
 
     def __init__(self, runner: ModelRunner) -> None:
@@ -52,9 +52,6 @@ class NativeEngine:
 
     def warmup(self) -> None:
         self._runner.warmup()
-
-    def close(self) -> None:
-        pass
 
 
 def create(config: EngineConfig, allocate: Allocate) -> NativeEngine:
