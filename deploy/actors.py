@@ -19,6 +19,7 @@ from crossdock.deploy import ray_environment  # isort: skip  # noqa: F401  (befo
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from crossdock.deploy import processes
 from crossdock.deploy.runtime import (
     CannotStart,
     Launch,
@@ -28,6 +29,7 @@ from crossdock.deploy.runtime import (
     Started,
     StartFailed,
 )
+from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError, CrossdockError, ModelError, Unavailable
 from crossdock.proto.types import Role, WorkerEndpoint
 
@@ -37,9 +39,11 @@ T = TypeVar("T")
 CONTROLLER = "controller"
 HEAD_RESOURCE = "node:__internal_head__"
 MANY_CALLS = 1000
+MB = 1 << 20
 LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one for want of them
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
-PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG")
+CRASHES = "CROSSDOCK_CRASHES"  # the folder where a process that crashes leaves why
+PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG", CRASHES)
 
 
 class MemberActor:
@@ -47,6 +51,8 @@ class MemberActor:
 
     def __init__(self, launch: Launch) -> None:
         _set_up_process(launch.name, launch.telemetry)
+        with contextlib.suppress(KeyError, OSError):  # on another host than the controller's
+            processes.record_crashes(os.environ[CRASHES])
         self._launch = launch
         self._server: Any = None
         self._starting = asyncio.Lock()
@@ -140,6 +146,7 @@ class ControllerActor:
         local: bool,
     ) -> None:
         _set_up_process(CONTROLLER, telemetry)
+        os.environ[CRASHES] = str(ClusterStore(cluster).folder)
         self._cluster, self._yaml, self._life = cluster, yaml, life
         self._local = local
         self._failed = ""
@@ -177,7 +184,6 @@ class ControllerActor:
     async def _run(self) -> None:
         from crossdock.deploy.admin_service import serve_admin
         from crossdock.deploy.controller import Controller
-        from crossdock.deploy.store import ClusterStore
 
         try:
             store = ClusterStore(self._cluster)
@@ -289,7 +295,9 @@ def placement_problem(placement: Placement, nodes: Sequence[Mapping[str, Any]]) 
     for resource, amount in _resources(placement).items():
         most = max((node["Resources"].get(resource, 0.0) for node in alive), default=0.0)
         if most < amount:
-            return f"no fitting node has {amount:g} of {resource}; the most is {most:g}"
+            unit = "MB " if resource == "memory" else ""
+            amount, most = (amount / MB, most // MB) if unit else (amount, most)
+            return f"no fitting node has {amount:.9g} {unit}of {resource}; the most is {most:.9g}"
     return ""
 
 
@@ -412,6 +420,7 @@ def namespace(cluster: str) -> str:
 
 def _resources(placement: Placement) -> dict[str, float]:
     wanted = {"CPU": placement.cpus, "GPU": placement.gpus, **placement.custom}
+    wanted["memory"] = placement.memory_mb * MB
     return {name: amount for name, amount in wanted.items() if amount}
 
 
@@ -428,7 +437,7 @@ def _placed(placement: Placement) -> dict[str, Any]:
         "runtime_env": {"env_vars": {**env, **placement.env}},
     }
     if placement.memory_mb:
-        options["memory"] = placement.memory_mb << 20
+        options["memory"] = placement.memory_mb * MB
     if placement.labels:
         options["label_selector"] = dict(placement.labels)
     return options
@@ -494,6 +503,8 @@ def _end_of(error: RayActorError) -> str:
     text = " ".join(str(error).split())
     died = re.search(r"exit type: (\w+) .*?exit detail: (.*?)\.?( Some common causes|$)", text)
     if died:
-        return f"its process died ({died[1]}: {died[2]})"
+        pid = re.search(r"\bpid: (\d+)", text)
+        by = processes.fatal_signal(int(pid[1]), os.environ.get(CRASHES, "")) if pid else ""
+        return f"its process died ({by or f'{died[1]}: {died[2]}'})"
     because = re.search(r"The actor is dead because (.*)", text)
     return because[1] if because else text[:300]

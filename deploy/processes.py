@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import time
@@ -50,6 +51,26 @@ def end_all(processes: Iterable[ProcessId], grace_s: float) -> None:
     for process in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
+
+
+def record_crashes(folder: str) -> None:
+    """From now on a fatal signal to this process leaves its name in a file of `folder`."""
+    path = Path(folder) / f"{os.getpid()}.crash"
+    faulthandler.enable(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+
+
+def fatal_signal(pid: int, folder: str) -> str:
+    """What ended a process that died without a word; empty where it is not known.
+
+    SIGKILL alone leaves no time to write its name.
+    """
+    try:
+        found = (Path(folder) / f"{pid}.crash").read_text(errors="replace")
+    except OSError:
+        return ""  # of another host, or it never got so far
+    what = found.partition("\n")[0].removeprefix("Fatal Python error: ")
+    names = {signal.strsignal(number): number.name for number in signal.Signals}
+    return names.get(what, what) or "SIGKILL, as the kernel sends it when memory runs out"
 
 
 def _stat(pid: int) -> tuple[int, str] | None:

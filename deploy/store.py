@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from crossdock.model.store import crossdock_home
-from crossdock.proto.errors import ConfigError
+from crossdock.proto.errors import ConfigError, Unavailable
 
 KEY_BYTES = 32
 
@@ -66,8 +66,9 @@ class ClusterStore:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Held by the one `crossdock up` of this name on this machine. Raises ConfigError."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Held by the one `crossdock up` of this name on this machine. Raises ConfigError, and
+        Unavailable where CROSSDOCK_HOME cannot be written."""
+        self._make(self.folder.parent)
         path = self.folder.parent / f"{self.name}.lock"
         with self._own(path):
             try:
@@ -90,8 +91,15 @@ class ClusterStore:
                 raise ConfigError("metadata.name", message) from None
             file.close()
 
+    def _make(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            message = f"{folder} cannot be made: {error.strerror}"
+            raise Unavailable(f"{message}; set CROSSDOCK_HOME to a folder that can") from None
+
     def _write(self, path: Path, data: bytes) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._make(self.folder)
         fresh = path.with_suffix(".new")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:

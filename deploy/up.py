@@ -21,6 +21,7 @@ from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
 from crossdock.kvtransfer.local import cleanup_stale
 from crossdock.model import store as models
+from crossdock.model.text import load_text
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.settings import split_address
 from crossdock.proto.v1 import admin_pb2
@@ -139,7 +140,9 @@ class Cluster:
         try:
             if model_id in models.KNOWN_MODELS:
                 models.fetch(model_id, progress=self._say)
-            self._model_name = models.resolve(model_id).model_id
+            found = models.resolve(model_id)
+            load_text(found)  # shape, tokenizer and chat template: whatever is not supported
+            self._model_name = found.model_id
         except ModelError as error:
             raise ModelError(f"{self._where('model.id')}: model.id: {error}") from None
 

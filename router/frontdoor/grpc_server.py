@@ -28,6 +28,7 @@ from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
 HARD_LIMIT_FACTOR = 8  # beyond this many times max_body_bytes gRPC itself refuses a message
+GRPC_MOST_BYTES = 2**31 - 1  # an int32
 FOREVER_S = 10 * 365 * 86400.0
 
 
@@ -51,10 +52,11 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Raises ConfigError naming the port when it cannot be had."""
+        hard_limit = min(self._max_body_bytes * HARD_LIMIT_FACTOR, GRPC_MOST_BYTES)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # else a second gateway would share the port in silence
-                ("grpc.max_receive_message_length", self._max_body_bytes * HARD_LIMIT_FACTOR),
+                ("grpc.max_receive_message_length", hard_limit),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),

@@ -346,7 +346,7 @@ def test_status_check_fails_on_whatever_is_wrong(
     assert "decode-0 does not answer" in err
     well = cluster()
     well.converged = True
-    del well.workers[1]
+    del well.workers[1], well.waiting_for[:]
     assert what_is_wrong(well) == []
     fake_admin(monkeypatch, status=lambda **_: well)
     assert run(capsys, "status", "--check")[0] == 0

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 
+import gguf
+import numpy as np
 import pytest
 
 from crossdock.deploy import actors, processes
 from crossdock.deploy.runtime import Placement
+from crossdock.deploy.store import ClusterStore
+from crossdock.deploy.up import up
+from crossdock.proto.errors import ModelError, Unavailable
 
 NODES = [
     {"Alive": True, "Labels": {}, "Resources": {"CPU": 4.0, "node:__internal_head__": 1.0}},
     {"Alive": True, "Labels": {"pool": "a"}, "Resources": {"CPU": 8.0, "GPU": 1.0, "rack": 2.0}},
+    {"Alive": True, "Labels": {}, "Resources": {"memory": 2500.5 * (1 << 20)}},
     {"Alive": False, "Labels": {"pool": "b"}, "Resources": {"CPU": 64.0, "GPU": 8.0}},
 ]
 
@@ -29,6 +38,8 @@ NODES = [
         (Placement(gpus=2, labels={"pool": "a"}), "no fitting node has 2 of GPU; the most is 1"),
         (Placement(custom={"rack": 3.0}), "3 of rack; the most is 2"),
         (Placement(custom={"shelf": 1.0}), "1 of shelf; the most is 0"),
+        (Placement(memory_mb=2500), ""),
+        (Placement(memory_mb=64_000_000), "has 64000000 MB of memory; the most is 2500"),
     ],
 )
 def test_what_no_node_can_take_is_said(placement, problem):
@@ -65,3 +76,65 @@ def test_a_number_used_again_is_another_process():
     [me] = [p for p in processes.descendants(os.getppid()) if p.pid == os.getpid()]
     assert processes.alive(me)
     assert not processes.alive(processes.ProcessId(me.pid, "1"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGKILL])
+def test_a_process_that_a_signal_ended_is_known_by_its_name(tmp_path, number):
+    script = "import os, sys; from crossdock.deploy import processes as p; "
+    script += "p.record_crashes(sys.argv[1]); os.kill(os.getpid(), int(sys.argv[2]))"
+    ended = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(number.value)])
+    assert ended.wait(60) == -number
+    assert processes.fatal_signal(ended.pid, str(tmp_path)).startswith(number.name)
+    assert processes.fatal_signal(1, str(tmp_path)) == "", "it left nothing here"
+
+
+def test_a_home_that_cannot_be_written_says_what_to_set(monkeypatch):
+    monkeypatch.delenv("CROSSDOCK_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.raises(Unavailable, match=r"/dev/null/.* set CROSSDOCK_HOME"):  # noqa: SIM117
+        with ClusterStore("test").locked():
+            pass
+
+
+def _unknown_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    return folder
+
+
+def _no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
+def _unknown_gguf(folder):
+    writer = gguf.GGUFWriter(folder / "m.gguf", "mamba")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "m.gguf"
+
+
+@pytest.mark.parametrize(
+    "spoil, why",
+    [
+        (_unknown_architecture, "model_type 'mamba' is not supported"),
+        (_no_tokenizer, "tokenizer.json is missing"),
+        (_unknown_gguf, "general.architecture 'mamba' is not supported"),
+    ],
+)
+def test_a_model_that_is_not_supported_is_refused_before_ray(
+    tiny_model, tmp_path, monkeypatch, spoil, why
+):
+    monkeypatch.setenv("CROSSDOCK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(actors, "start_ray", lambda *_: pytest.fail("Ray was started"))
+    model = spoil(shutil.copytree(tiny_model, tmp_path / "m"))
+    path = tmp_path / "c.yaml"
+    doors = 'gateway: {grpc: "127.0.0.1:0", http: "127.0.0.1:0"}\n'
+    doors += 'controller: {grpc: "127.0.0.1:0"}\n'
+    pools = "pools: {prefill: {role: prefill}, decode: {role: decode}}\n"
+    path.write_text(f"metadata: {{name: refused}}\nmodel:\n  id: {model}\n{doors}{pools}")
+    with pytest.raises(ModelError, match=rf"c\.yaml:3: model\.id: .*{why}"):
+        up(path, echo=lambda line: None)
