@@ -202,13 +202,15 @@ class FakeTransport:
         self._wakeup()
 
     def settle(self, handle: Handle, error: str | None = None) -> None:
-        """Turns the handle terminal."""
+        """Turns the handle terminal; as sparing with wake-ups as the real ones."""
+        followed = False
         if error is None:
-            handle.finish(handle.generations)
+            followed = handle.finish(handle.generations)
         else:
             self.stats.failures += 1
             handle.fail(error)
-        self._wakeup()
+        if not followed:
+            self._wakeup()
 
     def _post(
         self, incarnation: bytes, handle: Handle, act: Callable[[FakeTransport], None]

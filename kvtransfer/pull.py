@@ -335,12 +335,14 @@ class Puller:
             pull.fencing, pull.pulled_at = True, now
             self._fence(pull)
 
-    def _was_read(self, pull: _Pull, num_read: int, posted_at: float, last: bool) -> None:
-        """Mostly on the transport's thread, since an engine step is long."""
+    def _was_read(self, pull: _Pull, num_read: int, posted_at: float, last: bool) -> bool:
+        """Mostly on the transport's thread, since an engine step is long. Returns whether the fence
+        was posted; else the engine is woken, as more blocks may be ready by now."""
         pull.num_read, pull.pulled_at = num_read, self._clock()
         pull.reading_s += pull.pulled_at - posted_at
         if last:
             self._fence(pull)
+        return last
 
     def _fence(self, pull: _Pull) -> None:
         """The release travels with the fence: pass or fail, these blocks are not read again."""

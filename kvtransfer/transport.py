@@ -40,22 +40,23 @@ class Handle:
         self.state = HandleState.PENDING
         self.error: str | None = None
         self.generations: Generations | None = None
-        self._next: list[Callable[[], None]] = []
+        self._next: list[Callable[[], bool]] = []
 
     @property
     def terminal(self) -> bool:
         return self.state is not HandleState.PENDING
 
-    def when_done(self, action: Callable[[], None]) -> None:
+    def when_done(self, action: Callable[[], bool]) -> None:
         """Calls `action` once when the read is DONE, mostly on the transport's thread; a FAILED
-        read calls nothing. It saves the next read a wait for the thread that posted this one."""
+        read calls nothing. It saves the next read a wait for the thread that posted this one, and
+        returns whether it has posted one, with whose end the poster is told of both."""
         self._next.append(action)
         if self.state is HandleState.DONE:
             self._call_next()
 
     def finish(self, generations: Generations | None = None) -> bool:
         """For transports. The state is written last: readers look at it first. Returns whether
-        something followed, so that nobody need be told of this read alone."""
+        another read followed, so that nobody need be told of this one alone."""
         self.generations = generations
         self.state = HandleState.DONE
         return self._call_next()
@@ -65,8 +66,7 @@ class Handle:
             action = self._next.pop()
         except IndexError:
             return False  # none, or the other thread was here first
-        action()
-        return True
+        return action()
 
     def fail(self, reason: str) -> None:
         """For transports."""

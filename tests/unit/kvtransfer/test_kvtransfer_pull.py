@@ -307,3 +307,24 @@ def test_an_unknown_transport_is_a_config_error(pair: Pair) -> None:
         create_transport("carrier pigeon", pair.decode.incarnation, pair.decode.memory)
     with pytest.raises(ConfigError, match=r"kv\.transport"):
         allocate("carrier pigeon", 64, 1)
+
+
+@pytest.mark.parametrize("sealed", [2, 3])
+def test_a_read_wakes_the_engine_unless_the_fence_will(pair: Pair, sealed: int) -> None:
+    """Blocks became ready while an earlier part was read: nothing else would have them read before
+    the idle engine's next turn. After the last read the fence follows, and tells of both."""
+    woken: list[int] = []
+    pair.decode.transport.set_wakeup(lambda: woken.append(pair.network.pending()))
+    pair.network.hold()
+    pair.read_along("s", [1, 2, 3], [0, 1, 2], sealed=sealed)
+    pair.puller.more("s", 3, 100.0, 100.0)
+    assert pair.network.pending() == 1  # one read at a time
+    pair.network.deliver(1)
+    if sealed < 3:
+        assert woken == [0]
+        assert pair.puller.poll() == [] and pair.network.pending() == 1  # the next part
+        pair.network.deliver(1)
+    assert woken == [0] * (sealed < 3) and pair.network.pending() == 1  # the fence
+    pair.network.deliver(1)
+    assert len(woken) == 1 + (sealed < 3)
+    assert pair.only().error is None
