@@ -50,8 +50,8 @@ class Arrival:
 
     received: float
     received_unix: float
-    trace_context: Any = None
-    deadline: float | None = None  # on the gateway's clock
+    trace_context: Any
+    deadline: float  # on the gateway's clock
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from crossdock.proto.errors import (
     RequestTooLarge,
 )
 from crossdock.proto.v1 import inference_pb2 as pb
+from crossdock.router import http_limits
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor.frontend import Arrival, Extras, Frontend
@@ -58,6 +59,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),  # else a second gateway would share the port in silence
                 ("grpc.max_receive_message_length", hard_limit),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.server_handshake_timeout_ms", int(1000 * http_limits.HEAD_S)),
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
                 ("grpc.http2.ping_timeout_ms", 5_000),  # else a client that is cut off lives on

@@ -15,12 +15,14 @@ from aiohttp import web
 from crossdock.proto.errors import (
     ConfigError,
     CrossdockError,
+    DeadlineExceeded,
     InvalidRequest,
     Overloaded,
     RequestTooLarge,
 )
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import inference_pb2
+from crossdock.router import http_limits
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor import openai_format as fmt
@@ -68,6 +70,7 @@ class HttpServer:
         self._max_body_bytes = max_body_bytes
         self._created = int(time.time()) if created is None else created
         self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
         self.address = address
 
     async def start(self) -> None:
@@ -81,21 +84,31 @@ class HttpServer:
         app.router.add_get("/metrics", self._metrics)
         # A client that goes away cancels its handler, and that its request.
         self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=1.0,
+            auto_decompress=False,  # it would go on to the end of a body that is too large
+            keepalive_timeout=http_limits.IDLE_S,
         )
         await self._runner.setup()
+        assert self._runner.server is not None
+        self._connections = http_limits.Connections(self._runner.server)
         host, _, port = self.address.rpartition(":")
         try:
-            await web.TCPSite(self._runner, host, int(port)).start()
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_server(self._connections, host, int(port))
         except OSError as error:
             await self._runner.cleanup()
             why = "port {} is in use" if error.errno == 98 else "port {}: {}"
             raise ConfigError(
                 "gateway.http", f"{self.address}: {why.format(port, error.strerror)}"
             ) from error
-        self.address = f"{host}:{self._runner.addresses[0][1]}"
+        self.address = f"{host}:{self._listener.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -105,7 +118,7 @@ class HttpServer:
         frontend = self._frontend
         arrival = frontend.arrival(tracing.context_of(request.headers))
         with frontend.refusals_counted():
-            body, sampling, n = self._common(await self._read(request), ChatBody)
+            body, sampling, n = self._common(await self._read(request, arrival), ChatBody)
             prompt = await frontend.encode_chat(messages_of(body))
         extras = _extras(request, body, UNLIMITED)
         request_id, stream = frontend.submit("messages", [prompt], sampling, n, arrival, extras)
@@ -118,7 +131,7 @@ class HttpServer:
         frontend = self._frontend
         arrival = frontend.arrival(tracing.context_of(request.headers))
         with frontend.refusals_counted():
-            body, sampling, n = self._common(await self._read(request), CompletionBody)
+            body, sampling, n = self._common(await self._read(request, arrival), CompletionBody)
             if body.echo and sampling.logprobs is not None:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
             given = prompts_of(body.prompt)
@@ -155,15 +168,21 @@ class HttpServer:
 
     # -- reading ------------------------------------------------------------------------------
 
-    async def _read(self, request: web.Request) -> bytes:
-        limit = self._max_body_bytes
+    async def _read(self, request: web.Request, arrival: Arrival) -> bytes:
+        limit, encoding = self._max_body_bytes, request.headers.get("Content-Encoding", "identity")
         if request.content_length is not None and request.content_length > limit:
             size = f"{request.content_length} bytes"
             raise RequestTooLarge("body", size, f"at most {limit} bytes")
         try:
-            return await request.read()
+            async with asyncio.timeout(arrival.deadline - arrival.received):
+                data = await request.read()
         except web.HTTPRequestEntityTooLarge:
             raise RequestTooLarge("body", f"over {limit} bytes", f"at most {limit} bytes") from None
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the body was there") from None
+        if encoding == "identity":
+            return data
+        return await asyncio.to_thread(http_limits.inflate, data, encoding.lower(), limit)
 
     def _common(self, raw: bytes, kind: type[Body]) -> tuple[Body, SamplingParams, int]:
         """Body, sampling parameters and n, checked as far as they can be without the prompt."""
@@ -193,9 +212,10 @@ class HttpServer:
         self, request: web.Request, body: SamplingFields, answer: Answer
     ) -> web.StreamResponse:
         try:
-            if body.stream:
-                return await self._stream(request, answer)
-            return await self._whole(answer)
+            with self._connections.answering(request.protocol):
+                if body.stream:
+                    return await self._stream(request, answer)
+                return await self._whole(answer)
         finally:
             answer.stream.close()
 
@@ -253,6 +273,7 @@ class HttpServer:
 
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self._connections.heard(request.protocol)
         try:
             return await handler(request)
         except CrossdockError as error:

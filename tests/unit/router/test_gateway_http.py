@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import json
+import threading
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from gateway_rig import Rig, start_rig, until
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
 from crossdock.proto.v1 import worker_pb2
+from crossdock.router import http_limits
 
 SAID = "The capital of France is Paris."
 
@@ -496,6 +501,129 @@ async def test_a_50_mb_body(rig: Rig) -> None:
         response = await session.post(f"{rig.url}/v1/completions", data=chunks())
         assert response.status == 413
     assert (await post(rig, *complete(max_tokens=1)))[0] == 200
+
+
+async def test_a_compressed_body_is_inflated_to_the_limit_and_off_the_loop(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, threads = [0], set()
+    real = zlib.decompressobj
+
+    class Counting:
+        def __init__(self, *options: Any, **named: Any) -> None:
+            self._inner = real(*options, **named)
+
+        def decompress(self, data: bytes, max_length: int = 0) -> bytes:
+            threads.add(threading.get_ident())
+            part = self._inner.decompress(data, max_length)
+            made[0] += len(part)
+            return part
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    monkeypatch.setattr(zlib, "decompressobj", Counting)
+    bomb = gzip.compress(bytes(100_000_000))
+    assert len(bomb) < 200_000
+    gzipped = {"Content-Encoding": "gzip"}
+    status, _, answer = await post(rig, "/v1/completions", bomb, headers=gzipped)
+    assert (status, answer["error"]["param"]) == (413, "body")
+    assert "at most 8000000 bytes" in answer["error"]["message"]
+    path, body = complete(max_tokens=1)
+    packed = gzip.compress(json.dumps(body).encode())
+    assert (await post(rig, path, packed, headers=gzipped))[0] == 200
+    assert made[0] <= 8_000_001 + len(json.dumps(body))
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data", "says"),
+    [
+        ("br", b"x", "Content-Encoding: 'br' is not allowed; must be gzip, deflate or identity"),
+        ("gzip, gzip", b"x", "Content-Encoding"),
+        ("gzip", b"plain", "must be gzip"),
+        ("deflate", zlib.compress(b"{}")[:-1], "must be one whole deflate stream"),
+        ("gzip", gzip.compress(b"{}", mtime=0) * 2, "must be one whole gzip stream"),
+    ],
+    ids=["unknown", "twice", "not gzip", "cut short", "two members"],
+)
+async def test_an_encoding_that_cannot_be_read(
+    rig: Rig, encoding: str, data: bytes, says: str
+) -> None:
+    headers = {"Content-Encoding": encoding}
+    status, _, answer = await post(rig, "/v1/completions", data, headers=headers)
+    assert status == 400
+    assert says in answer["error"]["message"]
+
+
+async def test_a_body_that_never_ends_meets_the_deadline(tiny_model: Path) -> None:
+    async with start_rig(tiny_model, request_timeout_s=0.1) as rig:
+        reader, writer = await connection(rig.gateway.http_address)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        assert b" 504 " in await asyncio.wait_for(reader.readline(), 10)
+        writer.close()
+
+
+async def connection(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, port = address.split(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+async def closed(reader: asyncio.StreamReader) -> None:
+    """Returns once the server has closed the connection."""
+    with contextlib.suppress(ConnectionResetError):
+        await asyncio.wait_for(reader.read(), 10)
+
+
+@pytest.mark.parametrize("door", ["http", "grpc"])
+async def test_a_head_that_is_never_finished_is_closed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    monkeypatch.setattr(http_limits, "HEAD_S", 0.2)
+    async with start_rig(tiny_model) as rig:
+        address = rig.gateway.http_address if door == "http" else rig.gateway.grpc_address
+        heads = [b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"]
+        opened = []
+        for head in heads if door == "http" else [b"", b"PRI * HT"]:
+            opened.append(await connection(address))
+            opened[-1][1].write(head)
+        for reader, writer in opened:
+            await closed(reader)
+            writer.close()
+
+
+async def test_a_connection_is_closed_where_no_further_head_comes(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_limits, "IDLE_S", 0.2)
+    async with start_rig(tiny_model) as rig:
+        reader, writer = await connection(rig.gateway.http_address)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 10)
+        await closed(reader)
+        writer.close()
+
+
+async def test_the_oldest_connection_without_a_request_makes_room(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_limits, "MAX_CONNECTIONS", 3)
+    async with start_rig(tiny_model) as rig:
+        rig.prefills[0].gate.clear()
+        held = asyncio.create_task(post(rig, *complete(max_tokens=2)))  # the oldest, but answered
+        await until(lambda: rig.prefills[0].running)
+        opened = []
+        for _ in range(4):
+            opened.append(await connection(rig.gateway.http_address))
+            opened[-1][1].write(b"GET /health HT")
+        for reader, _ in opened[:2]:
+            await closed(reader)
+        opened[3][1].write(b"TP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in await asyncio.wait_for(opened[3][0].readline(), 10)
+        rig.prefills[0].gate.set()
+        assert (await held)[0] == 200
+        for _, writer in opened:
+            writer.close()
 
 
 async def test_unknown_routes_and_methods(rig: Rig) -> None:
