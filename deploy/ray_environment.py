@@ -14,6 +14,7 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_worker_niceness": "0",  # Ray's own 15 starves workers beside anything else
     # The controller tells of lost workers itself; signals are for `crossdock up` to handle.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",

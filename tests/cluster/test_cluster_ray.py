@@ -171,6 +171,13 @@ def test_a_request_is_served_by_two_processes(cluster):
     assert not any(w.worker.leases for w in status.workers)
 
 
+def test_processes_of_our_own_ray_are_as_nice_as_who_started_them(cluster):
+    status = cluster.status()
+    pids = [member.pid for member in (*status.workers, *status.gateways)]
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids] == [ours] * 3
+
+
 def test_pools_grow_and_shrink_under_load_without_a_failed_request(
     cluster, spec_path, tiny_model, tmp_path
 ):
