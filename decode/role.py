@@ -54,6 +54,7 @@ class DecodeRole(WorkerRole):
         self._scheduler.add(job.sequence, remote_tokens=job.ticket.num_tokens)
 
     def schedule(self) -> StepPlan | None:
+        """Starts the pulls of newly reserved sequences, then plans; hands back whom it preempts."""
         for sequence in self._scheduler.reserve():
             self._start_pull(self.jobs[sequence.sequence_id])
         at_rest = [self._pulls[pull_id].sequence for pull_id in self._puller.at_rest()]
@@ -67,6 +68,7 @@ class DecodeRole(WorkerRole):
         return plan
 
     def hand_off(self, progress: worker_pb2.HandOff, owner: str) -> None:
+        """Takes how far a ticket's prompt is; older progress than what is known changes nothing."""
         job = self.job_of(progress.sequence_id, owner)
         if job is None or job.ticket is None or progress.sealed_blocks <= job.sealed_blocks:
             return  # it has ended here, or this is old
@@ -112,6 +114,7 @@ class DecodeRole(WorkerRole):
             self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
 
     def poll(self) -> None:
+        """Ends pulls that are terminal or overdue, and tickets whose lease ended unread."""
         for done in self._puller.poll():
             self._pull_ended(done)
         for pull_id in self._puller.overdue():
@@ -152,6 +155,7 @@ class DecodeRole(WorkerRole):
         job.mark("joined")
 
     def apply(self, plan: StepPlan, tokens: list[list[SampledToken]]) -> None:
+        """Passes each drawn token on; a sequence that has ended frees its blocks here."""
         for chunk, drawn in zip(plan.chunks, tokens, strict=True):
             job = self.jobs[chunk.sequence.sequence_id]
             self._count(job, chunk, bool(drawn))
@@ -236,6 +240,7 @@ class DecodeRole(WorkerRole):
         ]
 
     def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], until: float) -> None:
+        """Until when tickets are good, monotonic seconds; a lost one fails unless it is read."""
         renewed, lost = answer
         for job in list(self.jobs.values()):
             if job.ticket is None or job.lease_end is None or not job.sealed:
@@ -249,24 +254,30 @@ class DecodeRole(WorkerRole):
                 self._puller.renewed(ticket_id, until)
 
     def next_deadline(self) -> float | None:
+        """The first end of a lease or time-out of a pull, monotonic seconds; None: neither."""
         ends = [job.lease_end for job in self.jobs.values() if job.lease_end is not None]
         pull = self._puller.next_deadline()
         return min([*ends, *([pull] if pull is not None else [])], default=None)
 
     def load(self) -> worker_pb2.Load:
+        """Sequences, prompt tokens computed here and blocks as of this turn."""
         scheduler = self._scheduler
         return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
 
     def leases(self) -> list[worker_pb2.Lease]:
+        """None: this role offers no tickets."""
         return []
 
     def held(self) -> Iterable[list[int]]:
+        """Blocks of sequences and of pulls given up whose transfer is not terminal."""
         return [*self._scheduler.held, *self._quarantine.values()]
 
     @property
     def idle(self) -> bool:
+        """No sequence is left, and no transfer touches a block."""
         return not self.jobs and not self._pulls
 
 
 def create(config: WorkerConfig) -> WorkerServer:
+    """A worker that decodes, and computes what comes without a ticket; `start` opens and loads."""
     return WorkerServer(config, DecodeRole)

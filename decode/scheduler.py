@@ -25,6 +25,8 @@ PROMPT_SHARE = 4  # prompts get at least this part (1/4) of a step's token budge
 
 
 class DecodeScheduler:
+    """Owns the block tables of pulling and running sequences; waiting ones hold no block."""
+
     def __init__(
         self, pool: BlockPool, max_batch: int, chunk_tokens: int, lookahead: int = 0
     ) -> None:
@@ -122,10 +124,12 @@ class DecodeScheduler:
 
     @property
     def waiting(self) -> int:
+        """Sequences that are not in the batch: without blocks, or with a pull under way."""
         return len(self._waiting) + len(self._pulling)
 
     @property
     def running(self) -> int:
+        """Sequences in the batch, `max_batch` at most."""
         return len(self._running)
 
     @property

@@ -93,6 +93,7 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
+        """Blocks with at least one reference."""
         return self.num_blocks - len(self._free) - self._num_cached
 
     @property

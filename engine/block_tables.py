@@ -11,6 +11,7 @@ from crossdock.engine.sequence import Sequence
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens`, the last one maybe in part."""
     return -(-num_tokens // block_size)
 
 

@@ -31,18 +31,22 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
         return len(self.token_ids)
 
     @property
     def num_generated(self) -> int:
+        """Tokens after the client's prompt, those of earlier attempts included."""
         return len(self.token_ids) - self.prompt_tokens
 
     @property
     def last_token_id(self) -> int:
+        """The token drawn last, or the prompt's last; its KV is not computed yet."""
         return self.token_ids[-1]
 
     @property
     def num_uncomputed(self) -> int:
+        """Tokens without KV: 1 while it decodes, more while its prompt is computed."""
         return len(self.token_ids) - self.num_computed
 
 
@@ -68,6 +72,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that the step computes, over all chunks."""
         return sum(chunk.length for chunk in self.chunks)
 
 

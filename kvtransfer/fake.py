@@ -54,6 +54,7 @@ class FakeNetwork:
         return len(due)
 
     def pending(self) -> int:
+        """Messages held back and not carried out yet."""
         return len(self._queue)
 
     def fail_next_read(self, reason: str = "scripted failure") -> None:
@@ -76,12 +77,14 @@ class FakeNetwork:
                 self._queue.append(message)
 
     def send(self, message: _Message) -> None:
+        """Carries a message out now, or queues it while the network is holding."""
         if self.holding:
             self._queue.append(message)
         else:
             self._carry_out(message)
 
     def take_drop(self) -> bool:
+        """Whether the next notification is to be lost; uses up one of those asked for."""
         dropped = self._drops > 0
         self._drops -= dropped
         return dropped
@@ -122,6 +125,7 @@ class FakeTransport:
         return self._incarnation
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+        """Raises TransferFailed for a peer that is gone or whose blocks have another size."""
         if info != incarnation or incarnation not in self._network.transports:
             raise TransferFailed(f"peer {incarnation.hex()} cannot be reached")
         if block_bytes != self.memory.block_bytes:
@@ -193,6 +197,7 @@ class FakeTransport:
         self._wakeup = callback
 
     def close(self) -> None:
+        """Kills this incarnation: what others read of it fails from now on."""
         if self.alive:
             self._network.kill(self._incarnation)
 

@@ -175,6 +175,7 @@ class LocalTransport(ThreadedTransport):
         self._start()
 
     def info(self) -> bytes:
+        """JSON: the shared segment, where its KV begins, number of blocks and bytes of each."""
         described = {
             "segment": self._segment.name,
             "kv_offset": self._segment.kv_offset,
@@ -184,6 +185,7 @@ class LocalTransport(ThreadedTransport):
         return json.dumps(described).encode()
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+        """Maps the peer's segment. Raises TransferFailed: gone, or its blocks differ in size."""
         if block_bytes != self._memory.block_bytes:
             raise TransferFailed(
                 f"peer {incarnation.hex()} has blocks of {block_bytes} bytes, "
@@ -192,12 +194,14 @@ class LocalTransport(ThreadedTransport):
         self._call(lambda: self._add(incarnation, info, num_blocks, block_bytes))
 
     def remove_peer(self, incarnation: bytes) -> None:
+        """Closes the connection on the transport's thread; copies under way fail."""
         if not self._closing:
             self._enqueue(lambda: self._drop(incarnation, "peer was removed"))
 
     def read_blocks(
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
     ) -> Handle:
+        """Copied on the transport's thread, some megabytes at a time, in turn with other reads."""
         handle = Handle()
         return self._submit(
             handle, lambda: self._begin_copy(handle, incarnation, remote_ids, local_ids)
@@ -206,6 +210,7 @@ class LocalTransport(ThreadedTransport):
     def read_generations(
         self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> Handle:
+        """Reads the peer's counters, then sends `notify` to its socket."""
         handle = Handle()
         return self._submit(handle, lambda: self._fence(handle, incarnation, remote_ids, notify))
 

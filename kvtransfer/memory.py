@@ -78,6 +78,7 @@ class Scratch:
         self._free = [slice(0, entries)]
 
     def take(self, count: int) -> slice | None:
+        """The first free stretch of `count` entries; None: there is none so long."""
         for index, free in enumerate(self._free):
             if free.stop - free.start >= count:
                 taken = slice(free.start, free.start + count)
@@ -86,6 +87,7 @@ class Scratch:
         return None
 
     def give_back(self, taken: slice) -> None:
+        """Frees a stretch that `take` gave, and joins it with its free neighbours."""
         merged: list[slice] = []
         for free in sorted([*self._free, taken], key=lambda part: (part.start, part.stop)):
             if merged and merged[-1].stop == free.start:

@@ -120,9 +120,11 @@ class NixlTransport(ThreadedTransport):
         self._start()
 
     def info(self) -> bytes:
+        """The agent's metadata behind incarnation, addresses and sizes of the registered pool."""
         return self._info
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+        """Loads the peer's metadata. Raises TransferFailed where info and pool do not agree."""
         memory = _parse_info(info, incarnation)
         if (memory.num_blocks, memory.block_bytes) != (num_blocks, block_bytes):
             raise TransferFailed(
@@ -137,12 +139,14 @@ class NixlTransport(ThreadedTransport):
         self._call(lambda: self._add(incarnation, memory))
 
     def remove_peer(self, incarnation: bytes) -> None:
+        """Its agent is dropped on the NIXL thread, once the reads under way have ended."""
         if not self._closing:
             self._enqueue(lambda: self._remove(incarnation))
 
     def read_blocks(
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
     ) -> Handle:
+        """One descriptor for each run of blocks, posted by the NIXL thread."""
         handle = Handle()
         return self._submit(
             handle, lambda: self._post_blocks(handle, incarnation, remote_ids, local_ids)
@@ -151,6 +155,7 @@ class NixlTransport(ThreadedTransport):
     def read_generations(
         self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> Handle:
+        """A READ of int64 entries; the notification goes with its completion."""
         handle = Handle()
         return self._submit(
             handle, lambda: self._post_generations(handle, incarnation, remote_ids, notify)

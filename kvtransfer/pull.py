@@ -38,6 +38,8 @@ from crossdock.proto.v1.worker_pb2 import Ticket
 
 
 class PullState(enum.StrEnum):
+    """Of a pull under way; an ended one has none, only its PullDone."""
+
     RESERVED = "reserved"
     PULLING = "pulling"
     FENCING = "fencing"
@@ -285,9 +287,11 @@ class Puller:
 
     @property
     def active(self) -> int:
+        """Pulls under way, those given up included until their transfer is terminal."""
         return len(self._pulls)
 
     def states(self) -> dict[str, PullState]:
+        """Pull id -> state, of all under way."""
         return {pull.sequence_id: pull.state for pull in self._pulls.values()}
 
     def held(self) -> list[list[int]]:

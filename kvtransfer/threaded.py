@@ -53,9 +53,11 @@ class ThreadedTransport:
     def read_generations(
         self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> Handle:
+        """As Transport.read_generations; each transport has its own."""
         raise NotImplementedError
 
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
+        """Reads entry 0 and waits; seconds taken. Raises TransferFailed, also after `timeout_s`."""
         handle = self.read_generations(incarnation, [0], b"")
         return wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
 
@@ -63,6 +65,7 @@ class ThreadedTransport:
         return [self._notifications.popleft() for _ in range(len(self._notifications))]
 
     def expect_notifications(self, expected: bool) -> None:
+        """While True the thread looks for them at each turn of its loop."""
         if expected != self._expecting:
             self._expecting = expected
             if expected:
@@ -72,6 +75,7 @@ class ThreadedTransport:
         self._wakeup = callback
 
     def close(self) -> None:
+        """Ends the thread, within seconds; a second call does nothing."""
         if self._closing:
             return
         self._closing = True
@@ -260,6 +264,7 @@ def polling_pause(busy_s: float) -> float:
 
 
 def reason_of(error: BaseException) -> str:
+    """What a failed handle says: a TransferFailed in its own words, others with their type."""
     if isinstance(error, TransferFailed):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -35,10 +35,12 @@ class Growth:
 
 
 def received() -> Received:
+    """The counters as they stand now, to be compared by `growth`."""
     return Received(_tcp(), _rdma())
 
 
 def growth(before: Received, after: Received) -> Growth:
+    """By how many bytes each counter rose from `before` to `after`."""
     return Growth(_grown(before.tcp, after.tcp), _grown(before.rdma, after.rdma))
 
 

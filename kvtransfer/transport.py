@@ -21,6 +21,8 @@ from crossdock.proto.memory import PoolMemory as PoolMemory
 
 
 class HandleState(enum.Enum):
+    """A handle leaves PENDING once; DONE and FAILED are terminal."""
+
     PENDING = "pending"
     DONE = "done"
     FAILED = "failed"
@@ -44,6 +46,7 @@ class Handle:
 
     @property
     def terminal(self) -> bool:
+        """Whether the transfer has ended and touches its blocks no more."""
         return self.state is not HandleState.PENDING
 
     def when_done(self, action: Callable[[], bool]) -> None:
@@ -91,7 +94,8 @@ class Transport(Protocol):
     """The calls that may block say so; all others return at once."""
 
     @property
-    def stats(self) -> TransportStats: ...
+    def stats(self) -> TransportStats:
+        """Counts of this side's reads since start."""
 
     def info(self) -> bytes:
         """What a peer's `add_peer` needs of this worker."""

@@ -69,10 +69,12 @@ class ModelConfig:
 
     @property
     def query_size(self) -> int:
+        """Elements of a row's queries over all heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Elements of a row's keys (or values) over all KV heads."""
         return self.num_kv_heads * self.head_dim
 
     def window(self, layer: int) -> int:

@@ -9,20 +9,28 @@ from typing import Protocol
 
 
 class Pieces(Protocol):
+    """The bytes behind token ids."""
+
     @property
-    def strips_first_space(self) -> bool: ...
-    def of(self, token_id: int, skip_special: bool) -> bytes: ...
+    def strips_first_space(self) -> bool:
+        """Whether a text's first space belongs to the tokenizer and is not shown."""
+
+    def of(self, token_id: int, skip_special: bool) -> bytes:
+        """UTF-8, maybe part of a character; empty for a special token that is skipped."""
 
 
 class Tokens(Protocol):
     """What is needed of a text model."""
 
     @property
-    def pieces(self) -> Pieces: ...
+    def pieces(self) -> Pieces:
+        """The bytes of each token of this vocabulary."""
 
 
 @dataclass(frozen=True)
 class TextDelta:
+    """What a push added to the text."""
+
     text: str
     stopped: str | None  # the stop string that was reached; it and what follows are cut off
     token_count: int  # tokens taken: up to the one that completed the stop string, else all

@@ -21,16 +21,20 @@ from crossdock.proto.errors import ModelError
 
 @dataclass(frozen=True)
 class GGUFFile:
+    """An opened GGUF file; its tensors are mapped, not read."""
+
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, gguf.ReaderTensor]  # shape: innermost first; data: quantized rows
 
     def require(self, key: str) -> Any:
+        """The value under a metadata key. Raises ModelError where there is none."""
         if key not in self.metadata:
             raise ModelError(f"{self.path}: metadata {key} is missing")
         return self.metadata[key]
 
     def tensor(self, name: str) -> gguf.ReaderTensor:
+        """A tensor by its GGUF name, quantized as stored. Raises ModelError where there is none."""
         if name not in self.tensors:
             raise ModelError(f"{self.path}: tensor {name} is missing")
         return self.tensors[name]

@@ -43,6 +43,7 @@ class TokenBytes:
         self._bytes: dict[int, bytes] = {}
 
     def of(self, token_id: int, skip_special: bool) -> bytes:
+        """The token's bytes, empty for a special one that is skipped; looked up once each."""
         if skip_special and token_id in self._special:
             return b""
         found = self._bytes.get(token_id)

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, processors
 
 @dataclass(frozen=True)
 class TokenizerParts:
+    """What a model's files say of its text: tokenizer, chat templates, special tokens."""
+
     tokenizer: Tokenizer
     template: Mapping[str, str] = field(default_factory=dict)  # by name; "default" is the usual one
     special: Mapping[str, str] = field(default_factory=dict)  # "bos_token", "eos_token", … -> text

@@ -42,6 +42,7 @@ class PrefillRole(WorkerRole):
         self._scheduler.add(job.sequence)
 
     def schedule(self) -> StepPlan | None:
+        """The next chunks; a ticket goes out at once for what the prefix cache holds."""
         plan = self._scheduler.schedule()
         for chunk in plan.chunks if plan else ():
             if chunk.start == chunk.sequence.num_cached:
@@ -51,6 +52,7 @@ class PrefillRole(WorkerRole):
         return plan
 
     def apply(self, plan: StepPlan, tokens: list[list[SampledToken]]) -> None:
+        """Announces the blocks that a step filled; a finished prompt gives token 0 and a ticket."""
         for chunk, drawn in zip(plan.chunks, tokens, strict=True):
             self._scheduler.computed(chunk, len(drawn))
             self.state.counters.computed_tokens += chunk.length
@@ -113,32 +115,40 @@ class PrefillRole(WorkerRole):
         self._scheduler.remove(job.sequence)
 
     def cancel(self, sequence_id: str, reason: str, owner: str) -> None:
+        """Also revokes the sequence's offered ticket, if that gateway's stream owns it."""
         super().cancel(sequence_id, reason, owner)
         self._offers.revoke_sequence(sequence_id, owner)
 
     def owner_gone(self, owner: str) -> None:
+        """Also revokes every ticket that was offered for that gateway's stream."""
         super().owner_gone(owner)
         self._offers.revoke_owner(owner)
 
     def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:
+        """Ends the leases and gives their blocks back; ids that are not open are ignored."""
         self._offers.release(ticket_ids)
 
     def renew_tickets(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
+        """Extends open leases to `lease_s` seconds from now; returns the ids that are not open."""
         return self._offers.renew(ticket_ids, lease_s)
 
     def poll(self) -> None:
+        """Takes the releases that readers notified, and ends leases that are over."""
         self._offers.release(self.state.transport.notifications())
         self._offers.reap()
         self.state.transport.expect_notifications(len(self._offers) > 0)
 
     def next_deadline(self) -> float | None:
+        """When the first open lease ends, monotonic seconds; None: no lease is open."""
         return self._offers.next_deadline()
 
     def load(self) -> worker_pb2.Load:
+        """Sequences, prompt tokens still to be computed and blocks as of this turn."""
         scheduler = self._scheduler
         return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
 
     def leases(self) -> list[worker_pb2.Lease]:
+        """The offered tickets not read yet, oldest first, for the status."""
         now = self.state.clock()
         return [
             worker_pb2.Lease(
@@ -153,12 +163,15 @@ class PrefillRole(WorkerRole):
         ]
 
     def held(self) -> Iterable[Sequence[int]]:
+        """Blocks of prompts under computation and of open leases."""
         return [*self._scheduler.held, *self._offers.held()]
 
     @property
     def idle(self) -> bool:
+        """Neither a prompt nor an open lease is left."""
         return not self.jobs and len(self._offers) == 0
 
 
 def create(config: WorkerConfig) -> WorkerServer:
+    """A worker that computes prompts; nothing is opened or loaded before its `start`."""
     return WorkerServer(config, PrefillRole)

@@ -18,6 +18,8 @@ from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 
 
 class PrefillScheduler:
+    """Owns the block tables of the prompts it computes, from admission to their last chunk."""
+
     def __init__(self, pool: BlockPool, chunk_tokens: int, lookahead: int = 0) -> None:
         """`chunk_tokens`: the most prompt tokens that one step computes. `lookahead`: how many
         tokens it may draw for a prompt beyond token 0; each needs room in a block."""
@@ -28,6 +30,7 @@ class PrefillScheduler:
         self._computing: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
+        """Queues a prompt behind those of its priority that arrived earlier; takes no blocks."""
         insort(self._waiting, sequence, key=lambda waiting: (waiting.priority, waiting.arrival))
 
     def remove(self, sequence: Sequence) -> None:
@@ -68,10 +71,12 @@ class PrefillScheduler:
 
     @property
     def waiting(self) -> int:
+        """Sequences without a block so far."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
+        """Sequences that hold blocks, their prompt partly computed."""
         return len(self._computing)
 
     @property

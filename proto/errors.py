@@ -45,15 +45,21 @@ class InvalidRequest(CrossdockError):
 
 
 class RequestTooLarge(InvalidRequest):
+    """The body, or what it inflates to, is over the gateway's limit."""
+
     http_status = 413
 
 
 class NotFound(CrossdockError):
+    """No such model or resource; no retry finds it."""
+
     grpc_status = "NOT_FOUND"
     http_status = 404
 
 
 class Overloaded(CrossdockError):
+    """There is no room now; `retry_after_s` seconds later there may be."""
+
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 429
     retriable = True
@@ -64,34 +70,42 @@ class Overloaded(CrossdockError):
 
 
 class DeadlineExceeded(CrossdockError):
+    """The request's deadline passed before it had all its tokens."""
+
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 504
 
 
 class Cancelled(CrossdockError):
+    """The client, or who acts for it, gave the request up."""
+
     grpc_status = "CANCELLED"
     http_status = 499
 
 
 class Unavailable(CrossdockError):
+    """Nobody can serve this now; a retry may find somebody."""
+
     grpc_status = "UNAVAILABLE"
     http_status = 503
     retriable = True
 
 
 class WorkerLost(Unavailable):
-    pass
+    """The worker died or was cut off while it held the sequence."""
 
 
 class TransferFailed(Unavailable):
-    pass
+    """KV could not be read, or the fence refused what was read."""
 
 
 class Draining(Unavailable):
-    pass
+    """The worker takes no new sequences; another does."""
 
 
 class LayoutMismatch(CrossdockError):
+    """Two workers' KV is laid out differently, so neither may read the other's."""
+
     grpc_status = "FAILED_PRECONDITION"
     http_status = 409
 
@@ -119,4 +133,6 @@ class ConfigError(CrossdockError):
 
 
 class ModelError(CrossdockError):
+    """A model's files are missing, damaged, or not supported."""
+
     grpc_status = "FAILED_PRECONDITION"

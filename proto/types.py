@@ -44,6 +44,8 @@ class Role(enum.StrEnum):
 
 
 class FinishReason(enum.StrEnum):
+    """Why a sequence ended; values as in the OpenAI API where it has them."""
+
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
@@ -72,10 +74,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Temperature 0: the most probable token, whatever the seed."""
         return self.temperature == 0.0
 
     @property
     def penalized(self) -> bool:
+        """Whether earlier tokens of the sequence change the logits."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0

@@ -34,6 +34,7 @@ class Job:
 
     @property
     def id(self) -> str:
+        """The sequence's id, unique in the cluster; a restart of a request has another."""
         return self.sequence.sequence_id
 
     @property

@@ -63,9 +63,11 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """Starts the thread; commands posted before are its first."""
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
+        """Ends the thread after its turn; waits up to `timeout_s` seconds for it."""
         self._stopping = True
         self.wake()
         self._thread.join(timeout_s)

@@ -32,6 +32,7 @@ class WorkerCollector(Collector):
         self._role = role
 
     def collect(self) -> Iterator[Metric]:
+        """The role's counters and gauges at this moment, read without a lock."""
         state = self._role.state
         labels = {"worker": state.config.name, "pool": state.config.pool}
         labels["role"] = str(state.config.role)

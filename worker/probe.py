@@ -59,6 +59,8 @@ class _Hold:
 
 
 class Prober:
+    """Measures reads between this worker and a peer for `crossdock doctor`, one probe at a time."""
+
     def __init__(self, server: WorkerServer, transport: Transport, memory_type: str) -> None:
         self._server = server
         self._transport = transport
@@ -73,6 +75,7 @@ class Prober:
         return [hold.blocks for hold in self._holds]
 
     async def probe(self, request: worker_pb2.ProbeRequest) -> worker_pb2.ProbeResponse:
+        """Versions, devices and, where asked for, a timed read. A failure is in the response."""
         response = worker_pb2.ProbeResponse(
             unix_s=time.time(),
             versions=_versions(self._server.config.transport),

@@ -22,6 +22,7 @@ class StepFit:
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of 1, x, y, x*x, x*y
 
     def observe(self, size: int, seconds: float) -> None:
+        """A step of this size took this many seconds; older ones weigh less."""
         terms = (1.0, size, seconds, size * size, size * seconds)
         self._sums = [self.decay * old + new for old, new in zip(self._sums, terms)]
         self.largest = max(size, self.decay * self.largest)

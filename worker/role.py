@@ -80,7 +80,8 @@ class WorkerRole(ABC):
         """Takes a job out of the scheduler, whatever its state, and frees what it holds."""
 
     @abstractmethod
-    def schedule(self) -> StepPlan | None: ...
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when nothing can run. May start pulls and preempt."""
 
     @abstractmethod
     def apply(self, plan: StepPlan, tokens: list[list[SampledToken]]) -> None:
@@ -95,10 +96,12 @@ class WorkerRole(ABC):
         """Monotonic time at which poll has something to do even if nothing arrives."""
 
     @abstractmethod
-    def load(self) -> worker_pb2.Load: ...
+    def load(self) -> worker_pb2.Load:
+        """What gateways choose workers by, as of this turn."""
 
     @abstractmethod
-    def leases(self) -> list[worker_pb2.Lease]: ...
+    def leases(self) -> list[worker_pb2.Lease]:
+        """The tickets offered here and not read yet, oldest first."""
 
     @abstractmethod
     def held(self) -> Iterable[Sequence[int]]:
@@ -164,10 +167,12 @@ class WorkerRole(ABC):
         self._refuse(job, code, message)
 
     def eject_all(self, code: worker_pb2.ErrorCode, message: str) -> None:
+        """Ends every job with an error that its gateway sees."""
         for job in list(self.jobs.values()):
             self.fail(job, code, message)
 
     def check_deadlines(self) -> None:
+        """Ends the jobs whose deadline has passed, on the wall clock."""
         now = self.state.wall_clock()
         for job in list(self.jobs.values()):
             if job.deadline_unix_s is not None and now >= job.deadline_unix_s:
@@ -182,6 +187,7 @@ class WorkerRole(ABC):
                 self.fail(job, worker_pb2.ERROR_CODE_INTERNAL, message)
 
     def observe_step(self, plan: StepPlan, seconds: float) -> None:
+        """Counts a step that took so many seconds, and fits the rates that `load` reports."""
         counters = self.state.counters
         counters.steps += 1
         counters.step_seconds += seconds

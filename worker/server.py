@@ -112,6 +112,7 @@ class WorkerServer:
 
     @property
     def endpoint(self) -> WorkerEndpoint:
+        """Where this incarnation is reached; known once `start` has returned."""
         return WorkerEndpoint(
             name=self.config.name,
             pool=self.config.pool,
@@ -149,6 +150,7 @@ class WorkerServer:
         return role.idle
 
     async def stop(self) -> None:
+        """Ends streams, peers, engine thread and transport in that order, half started or not."""
         for task in self._tasks:
             task.cancel()
         if hasattr(self, "_grpc"):
@@ -165,6 +167,7 @@ class WorkerServer:
         self._closers.clear()
 
     async def status(self, check_integrity: bool = False) -> worker_pb2.WorkerStatus:
+        """As of between two steps; `check_integrity` accounts for every block of the pool."""
         return await self.call(lambda role: self._status(role, check_integrity))
 
     @property
@@ -180,9 +183,11 @@ class WorkerServer:
     # -- to the engine thread ------------------------------------------------------------------
 
     def post(self, command: Callable[[WorkerRole], None]) -> None:
+        """Runs a command on the engine thread between two steps, without an answer."""
         self._loop.post(lambda: command(self._role))
 
     async def call(self, command: Callable[[WorkerRole], T]) -> T:
+        """The same with its result; raises what the command raised."""
         return await asyncio.wrap_future(self._loop.call(lambda: command(self._role)))
 
     def post_snapshot(

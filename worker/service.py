@@ -28,6 +28,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         frames: AsyncIterator[worker_pb2.GatewayFrame],
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[worker_pb2.WorkerFrame]:
+        """One gateway's stream: hello, then frames both ways. Its end frees all it had here."""
         first = await anext(aiter(frames), None)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "hello: must be the first frame")
@@ -57,11 +58,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerDescription:
+        """Layout, incarnation and transport info: what a peer needs to read this pool."""
         return self._server.description
 
     async def RenewLeases(
         self, request: worker_pb2.RenewLeasesRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.RenewLeasesResponse:
+        """Extends leases by `lease_ms`; answers with the ids that are not open here."""
         ids, lease_s = list(request.ticket_ids), request.lease_ms / 1000
         unknown = await self._server.call(lambda role: role.renew_tickets(ids, lease_s))
         return worker_pb2.RenewLeasesResponse(unknown_ticket_ids=unknown)
@@ -69,6 +72,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def ReleaseTickets(
         self, request: worker_pb2.ReleaseTicketsRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ReleaseTicketsResponse:
+        """For tickets that no fence has released; ids that are not open are ignored."""
         ids = list(request.ticket_ids)
         await self._server.call(lambda role: role.release_tickets(ids))
         return worker_pb2.ReleaseTicketsResponse()

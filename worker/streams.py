@@ -24,6 +24,7 @@ class GatewayStream:
         self._wake = wake
 
     def send(self, frame: worker_pb2.WorkerFrame) -> None:
+        """Never blocks: frames that the network has not taken yet are merged."""
         # Event numbers run on from frame to frame, so only a snapshot must keep to itself.
         last = self._frames[-1] if self._frames else None
         if last is None or last.block_events.snapshot or frame.block_events.snapshot:
@@ -54,6 +55,7 @@ def _merge(into: worker_pb2.WorkerFrame, frame: worker_pb2.WorkerFrame) -> None:
 def block_events(
     first_sequence: int, events: list[tuple[bool, bytes]], snapshot: bool = False
 ) -> worker_pb2.BlockEvents:
+    """(stored, block hash) pairs as a message; the first has the number `first_sequence`."""
     return worker_pb2.BlockEvents(
         first_sequence=first_sequence,
         events=[worker_pb2.BlockEvent(stored=stored, block_hash=name) for stored, name in events],

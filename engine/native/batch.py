@@ -28,9 +28,11 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
+        """Tokens of the step, one row each."""
         return len(self.token_ids)
 
     def last_position(self, chunk: int) -> int:
+        """Position in its sequence of a chunk's last token."""
         return int(self.positions[self.chunk_start[chunk] + self.chunk_length[chunk] - 1])
 
 

@@ -49,18 +49,22 @@ class KVCache:
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Keys and values of `block_size` tokens in all layers, bytes."""
         elements = 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim
         return elements * dtype.itemsize
 
     @property
     def block_bytes(self) -> int:
+        """Bytes of one block, which is contiguous."""
         return self.bytes_per_block(self._config, self.block_size, self.dtype)
 
     @property
     def data_ptr(self) -> int:
+        """Address of block 0; block i lies i * block_bytes behind it."""
         return self.data.data_ptr()
 
     def layout(self, model_id: str, digest: str) -> worker_pb2.KVLayout:
+        """All that must agree before another worker may read this cache."""
         return worker_pb2.KVLayout(
             wire_version=WIRE_VERSION,
             engine="native",

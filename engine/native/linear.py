@@ -32,6 +32,8 @@ def _can_pack() -> bool:
 
 
 class PlainLinear:
+    """torch's own product; weight is [out, in]."""
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight, self._bias = weight, bias
 
@@ -39,6 +41,7 @@ class PlainLinear:
         return functional.linear(x, self._weight, self._bias)
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual [rows, out] += x [rows, in] @ weight.T + bias, in place."""
         return residual.add_(self(x))
 
 
@@ -56,4 +59,5 @@ class PackedLinear:
         return self._linear(x, self._weight, self._bias, "none", [], "")
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + x @ weight.T + bias, [rows, out], in one fused call."""
         return self._linear_add(x, residual, self._weight, self._bias, "add")

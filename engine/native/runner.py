@@ -118,6 +118,7 @@ class ModelRunner:
 
 
 def resolve_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ConfigError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

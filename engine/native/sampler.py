@@ -38,6 +38,7 @@ class SampleRow:
 
     @property
     def greedy(self) -> bool:
+        """Takes the most probable token; temperatures too small to divide by count as 0."""
         return self.params.temperature < LEAST_TEMPERATURE
 
     @property

@@ -35,6 +35,8 @@ _BYE_BYTES = 400
 
 
 class Kind(enum.IntEnum):
+    """What a frame is; beside each, what its body holds."""
+
     HELLO = 0
     PROOF = 1
     BYE = 2  # why the sender ends the connection
@@ -47,6 +49,8 @@ class Kind(enum.IntEnum):
 
 
 class Frame(NamedTuple):
+    """One message of a connection: its Kind, the number of the request it belongs to, its body."""
+
     kind: int
     request: int
     body: bytes
@@ -74,6 +78,7 @@ class Channel:
 
     @property
     def wants_to_write(self) -> bool:
+        """Whether bytes wait for the socket to take them."""
         return bool(self._out)
 
     def send(self, kind: Kind, request: int = 0, body: bytes = b"") -> None:

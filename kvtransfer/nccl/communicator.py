@@ -17,6 +17,8 @@ Span = tuple[int, int]  # address, bytes
 
 
 class Operation(Protocol):
+    """Sends and receives that were posted together, and end together."""
+
     def done(self) -> bool:
         """Whether it has ended and touches memory no more. Raises TransferFailed when broken."""
 

@@ -31,6 +31,7 @@ class CupyCommunicators:
     """See Communicators."""
 
     def open(self, memory: PoolMemory) -> None:
+        """Binds the calling thread to the pool's GPU. Raises TransferFailed: DRAM, old NCCL."""
         if memory.memory_type != "VRAM":
             raise TransferFailed("the nccl transport moves GPU memory; this pool is host memory")
         if not nccl.available:
@@ -44,6 +45,7 @@ class CupyCommunicators:
         return bytes(nccl.get_unique_id())
 
     def join(self, unique_id: bytes, rank: int, ranks: int = 2) -> CupyCommunicator:
+        """Starts to meet the other rank; it has been met once the communicator is `ready`."""
         return CupyCommunicator(unique_id, rank, ranks)
 
 
@@ -58,6 +60,7 @@ class CupyCommunicator:
         _carried_on(lambda: self._comm.__init__(ranks, unique_id, rank, nccl.NcclConfig()))
 
     def ready(self) -> bool:
+        """False while NCCL is still at work on a call. Raises TransferFailed when it broke."""
         if not _carried_on(self._comm.check_async_error):
             return False
         if self._launching is not None:
@@ -68,6 +71,7 @@ class CupyCommunicator:
     def post(
         self, peer: int, *, send: Sequence[Span] = (), recv: Sequence[Span] = ()
     ) -> CupyOperation:
+        """Puts the copies on the communicator's stream; spans are (address, bytes) of VRAM."""
         _carried_on(nccl.groupStart)
         try:
             for call, spans in (self._comm.send, send), (self._comm.recv, recv):
@@ -84,6 +88,7 @@ class CupyCommunicator:
         _carried_on(self._comm.abort)
 
     def quiet(self) -> bool:
+        """Whether the stream is empty, so that nothing touches memory any more."""
         try:
             return bool(self._stream.done)
         except Exception:
@@ -98,10 +103,12 @@ class CupyOperation:
         self._event: Any = None
 
     def mark(self, stream: Any) -> None:
+        """Records where on the stream its kernels end."""
         self._event = cupy.cuda.Event(disable_timing=True)
         self._event.record(stream)
 
     def done(self) -> bool:
+        """Whether the stream has come past its kernels. Raises TransferFailed where CUDA fails."""
         self._communicator.ready()
         try:
             return self._event is not None and bool(self._event.done)

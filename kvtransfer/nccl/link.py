@@ -53,6 +53,8 @@ class _Group:
 
 
 class Link:
+    """One connected peer: its channel, its communicator, and the requests under way on both."""
+
     def __init__(
         self,
         channel: Channel,
@@ -74,6 +76,7 @@ class Link:
     # What the reader does.
 
     def ask(self, request: Request, kind: Kind, body: bytes, now: float) -> None:
+        """Sends a request; it is due REQUEST_S seconds after `now`."""
         self._numbers += 1
         self.channel.send(kind, self._numbers, body)
         request.due = now + REQUEST_S
@@ -88,6 +91,7 @@ class Link:
         return self.requests.pop(number)
 
     def refused(self, number: int) -> Request:
+        """Takes out a request that was refused. Raises TransferFailed where it had begun."""
         request = self.requests.get(number)
         if request is None or self._under_way(number):
             raise TransferFailed(f"the peer refuses request {number}, which it has answered")
@@ -103,6 +107,7 @@ class Link:
     # What the owner does.
 
     def meet(self, unique_id: bytes, now: float) -> None:
+        """Joins the communicator that the peer offers. Raises TransferFailed for a second one."""
         if self._communicator is not None:
             raise TransferFailed("the peer wants a second communicator")
         if len(unique_id) != UNIQUE_ID_BYTES:
@@ -110,12 +115,14 @@ class Link:
         self._join(unique_id, now)
 
     def give(self, number: int, spans: Sequence[Span], now: float) -> None:
+        """Queues the sends of one of the peer's requests; spans are (address, bytes)."""
         self._queued.append(_Group(number, spans, now + REQUEST_S))
 
     # Both.
 
     @property
     def idle(self) -> bool:
+        """Nothing is asked, queued or posted in either direction."""
         return not (self.requests or self._queued or self._posted)
 
     @property
@@ -153,6 +160,7 @@ class Link:
             self._post(self._communicator, self._queued.popleft())
 
     def abort(self) -> None:
+        """Ends the communicator; its memory is free once it is quiet."""
         if self._communicator is not None:
             self._communicator.abort()
 

@@ -26,6 +26,7 @@ _MAX_NOTIFICATION = 255
 
 
 def pack_info(incarnation: bytes, memory: PoolMemory, host: str, port: int) -> bytes:
+    """What a peer's `parse_info` reads: version, incarnation, pool, and where to connect."""
     head = (_INFO_VERSION, incarnation, memory.num_blocks, memory.block_bytes, port)
     return _INFO.pack(*head) + host.encode()
 
@@ -42,6 +43,7 @@ def parse_info(info: bytes, incarnation: bytes) -> tuple[Address, tuple[int, int
 
 
 def resolve(host: str, port: int) -> Address:
+    """Socket family and address, the first that fits. Raises TransferFailed."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, ValueError) as error:
@@ -50,6 +52,7 @@ def resolve(host: str, port: int) -> Address:
 
 
 def pack_read(runs: Runs) -> bytes:
+    """int64 [runs, 2]: first remote block and number of blocks of each run."""
     return np.column_stack((runs.remote, runs.length)).astype("<i8").tobytes()
 
 
@@ -70,6 +73,7 @@ def parse_read(body: bytes, num_blocks: int) -> npt.NDArray[np.int64]:
 
 
 def pack_fence(notify: bytes, ids: Sequence[int]) -> bytes:
+    """Length of `notify` (at most 255, else ValueError), `notify`, int64 [blocks] ids."""
     if len(notify) > _MAX_NOTIFICATION:
         raise ValueError(f"a notification of {len(notify)} bytes")
     return bytes([len(notify)]) + notify + np.asarray(ids, dtype="<i8").tobytes()
@@ -86,10 +90,12 @@ def parse_fence(body: bytes, num_blocks: int) -> tuple[bytes, npt.NDArray[np.int
 
 
 def pack_generations(generations: Generations) -> bytes:
+    """int64 [blocks], little-endian."""
     return generations.astype("<i8").tobytes()
 
 
 def parse_generations(body: bytes) -> Generations:
+    """int64 [blocks]. Raises TransferFailed for a body of no whole number of them."""
     if len(body) % 8:
         raise TransferFailed(f"generations of {len(body)} bytes")
     return np.frombuffer(body, dtype="<i8").astype(np.int64)

@@ -90,11 +90,13 @@ class NcclTransport(ThreadedTransport):
         self._start()
 
     def info(self) -> bytes:
+        """Incarnation, blocks and their size, and the TCP port where peers ask for reads."""
         assert self._listener is not None
         port = self._listener.getsockname()[1]
         return messages.pack_info(self._incarnation, self._memory, self._host, port)
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+        """Connects and waits for an answer. Raises TransferFailed: none came, or blocks differ."""
         address, blocks = messages.parse_info(info, incarnation)
         if blocks != (num_blocks, block_bytes):
             raise TransferFailed(
@@ -115,6 +117,7 @@ class NcclTransport(ThreadedTransport):
             raise
 
     def remove_peer(self, incarnation: bytes) -> None:
+        """New reads fail at once; the connection ends once nothing is under way with it."""
         if not self._closing:
             self._enqueue(lambda: self._remove(incarnation))
 
@@ -128,6 +131,7 @@ class NcclTransport(ThreadedTransport):
     def read_blocks(
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
     ) -> Handle:
+        """Asks the owner, and posts the receives once it says that it sends."""
         handle = Handle()
 
         def ask() -> None:
@@ -142,6 +146,7 @@ class NcclTransport(ThreadedTransport):
     def read_generations(
         self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> Handle:
+        """Asks over TCP; the owner's thread answers with the counters as they stand then."""
         handle = Handle()
         return self._submit(
             handle, lambda: self._ask_generations(handle, incarnation, remote_ids, notify)
@@ -401,6 +406,7 @@ class NcclTransport(ThreadedTransport):
 
 
 def communicators_of_nccl() -> Communicators:
+    """Those of the installed NCCL. Raises TransferFailed where cupy is missing."""
     try:
         from crossdock.kvtransfer.nccl.cupy import CupyCommunicators
     except ImportError as error:

@@ -83,6 +83,7 @@ def _normalize(head: Any, weight: Any, eps: Any, size: Any) -> None:
 
 @functools.cache
 def rope_and_store(head_dim: int) -> Callable[..., None]:
+    """A kernel that rotates queries in place and writes keys and values into the pool's blocks."""
     half = head_dim // 2
 
     @compiled()

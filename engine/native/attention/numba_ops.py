@@ -16,6 +16,8 @@ SHORT_CHUNK = 4  # tokens up to which a chunk's rows are cheaper one by one, wit
 
 
 class NumbaOps:
+    """Compiled kernels for a CPU in float32."""
+
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.rope = rope_table(config).numpy()
@@ -27,6 +29,8 @@ class NumbaOps:
 
 
 class NumbaStep:
+    """The operations of one step; `qkv` is [rows, (heads + 2 kv_heads) * head_dim] throughout."""
+
     def __init__(self, ops: NumbaOps, batch: Batch, kv: KVCache) -> None:
         config = ops.config
         self._ops, self._config, self._batch, self._kv = ops, config, batch, kv

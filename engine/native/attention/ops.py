@@ -47,13 +47,18 @@ class StepOps(Protocol):
 
 
 class Ops(Protocol):
-    def step(self, batch: Batch, kv: KVCache) -> StepOps: ...
+    """The operations of one model on one device; made once."""
+
+    def step(self, batch: Batch, kv: KVCache) -> StepOps:
+        """Those of one step: `batch` says which rows, positions and blocks."""
 
 
 def make_ops(
     config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
 ) -> Ops:
-    """`kv_dtype`: of the pool; where it is not `dtype`, attention converts what it reads."""
+    """Compiled kernels where they fit (CPU, float32), else those of torch.
+
+    `kv_dtype`: of the pool; where it is not `dtype`, attention converts what it reads."""
     if dtype == kv_dtype and _numba_fits(config, dtype, device):
         from crossdock.engine.native.attention.numba_ops import NumbaOps
 

@@ -13,6 +13,8 @@ from crossdock.model.config import ModelConfig
 
 
 class TorchOps:
+    """Plain torch, for any device and type."""
+
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rope = rope_table(config, device)

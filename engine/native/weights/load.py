@@ -58,6 +58,7 @@ class SafetensorsWeights:
         return name in self._files
 
     def read(self, name: str, out: torch.Tensor) -> None:
+        """Copies a tensor into `out`, converting its type. Raises ModelError for another shape."""
         if name not in self._files:
             raise ModelError(f"{self._folder}: tensor {name} is missing")
         path = self._files[name]
@@ -90,6 +91,7 @@ class GGUFWeights:
         return gguf_name(name) in self._source.tensors
 
     def read(self, name: str, out: torch.Tensor) -> None:
+        """Dequantizes a tensor into `out`, by its Hugging Face name. Raises ModelError."""
         path, file_name = self._source.path, gguf_name(name)
         tensor = self._source.tensor(file_name)
         _check(file_name, tuple(int(size) for size in reversed(tensor.shape)), out, path)
