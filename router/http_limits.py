@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from aiohttp import web
 
@@ -13,48 +11,35 @@ from crossdock.proto.errors import InvalidRequest, RequestTooLarge
 
 HEAD_S = 10.0  # from connecting to the end of the first request's head
 IDLE_S = 75.0  # from an answer to the end of the next head; proxies commonly keep theirs for 60
-MAX_CONNECTIONS = 4096
+MAX_SILENT = 1024
 
 
 class Connections:
-    """Makes the connections of a server, and closes those that bring no request in time.
+    """Makes a server's connections, and closes those that bring no request within HEAD_S seconds.
 
-    At MAX_CONNECTIONS the oldest that is not being answered makes room for a new one.
+    Of more than MAX_SILENT that have brought none yet, the oldest makes room.
     """
 
     def __init__(self, server: web.Server) -> None:
         self._server = server
-        self._silent: set[web.RequestHandler] = set()
-        self._answered: set[web.RequestHandler] = set()
+        self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}  # oldest first
 
     def __call__(self) -> web.RequestHandler:
         """The protocol of a connection that was just accepted."""
-        others = self._server.connections
-        if len(others) >= MAX_CONNECTIONS:
-            for oldest in [one for one in others if one not in self._answered][:1]:
-                oldest.force_close()
-        made = self._server()
-        self._silent.add(made)
-        asyncio.get_running_loop().call_later(HEAD_S, self._end_silence, made)
+        made, loop = self._server(), asyncio.get_running_loop()
+        self._silent[made] = loop.call_later(HEAD_S, self._close, made)
+        if len(self._silent) > MAX_SILENT:
+            self._close(next(iter(self._silent)))
         return made
 
     def heard(self, connection: web.RequestHandler) -> None:
-        """The head of a request was read."""
-        self._silent.discard(connection)
-
-    @contextmanager
-    def answering(self, connection: web.RequestHandler) -> Iterator[None]:
-        """While a request that was read whole is answered, its connection makes no room."""
-        self._answered.add(connection)
-        try:
-            yield
-        finally:
-            self._answered.discard(connection)
-
-    def _end_silence(self, connection: web.RequestHandler) -> None:
+        """The head of a request was read: from now on its handler answers for the connection."""
         if connection in self._silent:
-            self._silent.discard(connection)
-            connection.force_close()
+            self._silent.pop(connection).cancel()
+
+    def _close(self, connection: web.RequestHandler) -> None:
+        self.heard(connection)
+        connection.force_close()
 
 
 def inflate(data: bytes, encoding: str, limit: int) -> bytes:

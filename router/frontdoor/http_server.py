@@ -212,10 +212,9 @@ class HttpServer:
         self, request: web.Request, body: SamplingFields, answer: Answer
     ) -> web.StreamResponse:
         try:
-            with self._connections.answering(request.protocol):
-                if body.stream:
-                    return await self._stream(request, answer)
-                return await self._whole(answer)
+            if body.stream:
+                return await self._stream(request, answer)
+            return await self._whole(answer)
         finally:
             answer.stream.close()
 

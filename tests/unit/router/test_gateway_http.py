@@ -607,7 +607,7 @@ async def test_a_connection_is_closed_where_no_further_head_comes(
 async def test_the_oldest_connection_without_a_request_makes_room(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_limits, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(http_limits, "MAX_SILENT", 2)
     async with start_rig(tiny_model) as rig:
         rig.prefills[0].gate.clear()
         held = asyncio.create_task(post(rig, *complete(max_tokens=2)))  # the oldest, but answered
