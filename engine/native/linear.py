@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+SIZES_PER_OCTAVE = 8  # of the row counts that reach a packed layer beyond 2 * this
+
 
 class Linear(Protocol):
     """y = x · weightᵀ + bias, x [rows, in] → [rows, out]."""
@@ -23,6 +25,13 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linea
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and _can_pack():
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
+
+
+def padded_rows(rows: int) -> int:
+    """`rows` rounded up to a multiple of an eighth of the power of two below: an eighth more at
+    most. oneDNN compiles code for each number of rows and keeps it, half a MB a layer shape."""
+    step = max(1, (1 << (rows - 1).bit_length()) // (2 * SIZES_PER_OCTAVE))
+    return -(-rows // step) * step
 
 
 def _can_pack() -> bool:
@@ -47,7 +56,7 @@ class PlainLinear:
 
 class PackedLinear:
     """Two to three times as fast as F.linear at 8 to 256 rows, since oneDNN need not reorder the
-    weight on each call."""
+    weight on each call. Rows are padded to a few sizes, which bounds what oneDNN keeps."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -56,8 +65,13 @@ class PackedLinear:
         self._linear_add = torch.ops.mkldnn._linear_pointwise.binary
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x, self._weight, self._bias, "none", [], "")
+        rows, extra = len(x), padded_rows(len(x)) - len(x)
+        if extra:
+            x = functional.pad(x, (0, 0, 0, extra))
+        return self._linear(x, self._weight, self._bias, "none", [], "")[:rows]
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual + x @ weight.T + bias, [rows, out], in one fused call."""
+        if padded_rows(len(x)) != len(x):
+            return residual.add_(self(x))
         return self._linear_add(x, residual, self._weight, self._bias, "add")
