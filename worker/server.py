@@ -54,6 +54,7 @@ class WorkerServer:
     peers: Peers
     peer_calls: GrpcPeerCalls
     prober: Prober
+    _load: tuple[worker_pb2.Load, float]  # the last that the engine told, and when
 
     def __init__(self, config: WorkerConfig, role_type: Callable[[WorkerState], WorkerRole]):
         self.config = config
@@ -61,7 +62,6 @@ class WorkerServer:
         self._role_type = role_type
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
-        self._load = worker_pb2.Load(), time.monotonic()  # the last that the engine told, and when
         self._told_late = False
         self._closers: list[Callable[[], None]] = []
         self._registry: CollectorRegistry | None = None
@@ -253,6 +253,7 @@ class WorkerServer:
             address=address,
         )
         self._role = self._role_type(self._state)
+        self._note_load(self._role)
         self._loop = EngineLoop(self._role, engine, self._publish)
         self._transport.set_wakeup(self._loop.wake)
 

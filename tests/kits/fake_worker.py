@@ -161,6 +161,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             layout=pb.KVLayout(block_size=self.block_size),
             layout_hash=self.layout_hash,
             num_blocks=self.num_blocks,
+            context_length=self.limit,
             block_bytes=BLOCK_BYTES,
         )
 
@@ -289,7 +290,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         await self.gate.wait()
         await asyncio.sleep(self.step_s)
 
+    @property
+    def limit(self) -> int:
+        """Tokens of the longest sequence that it holds; a stream that gets there ends."""
+        return self.num_blocks * self.block_size
+
     def _refused(self, sequence: pb.SequenceRequest) -> bool:
+        if len(sequence.token_ids) >= self.limit:
+            self._emit(_failed(sequence, pb.ERROR_CODE_INVALID))
+            return True
         if not self.refusals:
             return False
         self._emit(_failed(sequence, self.refusals.popleft()))
@@ -308,7 +317,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         elif token_id in sampling.stop_token_ids:
             output.finish_reason = inference_pb2.FINISH_REASON_STOP
             output.stop_reason = str(token_id)
-        elif k + 1 >= sampling.max_tokens:
+        elif k + 1 >= sampling.max_tokens or len(sequence.token_ids) >= self.limit:
             output.finish_reason = inference_pb2.FINISH_REASON_LENGTH
         if sampling.HasField("logprobs"):
             chosen = inference_pb2.TokenLogprob(token_id=token_id, logprob=-0.25 - k)

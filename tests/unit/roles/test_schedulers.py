@@ -67,6 +67,21 @@ def test_prefill_chunks_fill_the_budget_in_order_of_arrival() -> None:
     assert scheduler.waiting == scheduler.running == scheduler.queued_tokens == 0
 
 
+def test_cached_tokens_of_waiting_prompts_are_not_queued() -> None:
+    pool = BlockPool(64, BLOCK)
+    prefill = PrefillScheduler(pool, chunk_tokens=100)
+    prompts = [sequence([7] * 90 + [i] * 10) for i in range(4)]
+    for prompt in prompts:
+        prefill.add(prompt)
+    assert prefill.queued_tokens == 400
+    prefill_step(prefill)
+    assert prefill.queued_tokens == 3 * 20  # 5 of 6 full blocks are those of the first
+    decode = DecodeScheduler(pool, max_batch=0, chunk_tokens=100)
+    decode.add(sequence([7] * 80))
+    decode.add(sequence([9] * 50))
+    assert decode.queued_tokens == 16 + 50, "the last token is always computed"
+
+
 def test_prefill_priority_goes_first() -> None:
     scheduler = PrefillScheduler(BlockPool(64, BLOCK), chunk_tokens=32)
     late, urgent = sequence(32), sequence([9] * 32, priority=-1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from fake_worker import FakeWorker
 from gateway_rig import HASH_KEY, Rig, ask, collect, ids_of, start_rig, text_of, until
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
+from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import worker_pb2
 
@@ -355,6 +357,33 @@ async def test_bad_input_is_refused_by_name(
     assert not rig.prefills[0].prefills, "nothing may start"
     assert ids_of(await collect(rig.stub.Generate(ask(PROMPT, max_tokens=2)))) == PROMPT[:2]
     assert rig.metric("requests_total", outcome="invalid") == 2
+
+
+@pytest.mark.parametrize("policy", ["least_latency", "round_robin"])
+async def test_pools_of_unlike_sizes_serve_in_full_what_they_take(
+    tiny_model: Path, policy: str
+) -> None:
+    async with (
+        start_rig(tiny_model, num_blocks=8, policy=policy, worker_wait_s=0.3) as rig,
+        FakeWorker("prefill-1", Role.PREFILL, num_blocks=20) as prefill,
+        FakeWorker("decode-1", Role.DECODE, num_blocks=20) as decode,
+    ):
+        rig.prefills.append(prefill)
+        rig.decodes.append(decode)
+        await rig.members()
+        for tokens in (150, 127, 126, 60):  # 128 fit the small ones
+            for _ in range(4):
+                answer = await rig.stub.GenerateUnary(ask([5] * tokens, max_tokens=100))
+                assert answer.usage.completion_tokens == 100
+        decode.fail_after = {70: worker_pb2.ERROR_CODE_PREEMPTED}
+        answer = await rig.stub.GenerateUnary(ask([5] * 60, max_tokens=100))
+        assert answer.usage.completion_tokens == 100
+        assert len(prefill.prefills[-1].sequence.token_ids) == 130, "the small one cannot go on"
+        await rig.members(*rig.prefills, rig.decodes[0])
+        await until(lambda: "decode-1" not in rig.gateway.view.workers)
+        error = await refusal(rig, ask([5] * 60, max_tokens=100))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE, "who is replaced is waited for"
+        assert "no decode worker that holds 160 tokens is ready" in error.details()
 
 
 async def test_a_prompt_longer_than_the_whole_pool(tiny_model: Path) -> None:

@@ -18,7 +18,9 @@ from crossdock.router.placement.policy import (
 )
 from crossdock.router.placement.view import (
     DEFAULT_BANDWIDTH,
+    MEASURED_FOR_S,
     PAIR_REST_S,
+    REPLACED_WITHIN_S,
     SEEN_AFTER_S,
     STALE_AFTER_S,
     ClusterView,
@@ -43,6 +45,12 @@ def add(view: ClusterView, name: str, role: Role, **load: float) -> None:
     view.reported(worker, LoadReport(**full), 0.0)  # type: ignore[arg-type]
 
 
+def connect(view: ClusterView, name: str, role: Role, **facts: int) -> None:
+    """A worker that has reported nothing yet."""
+    given = {"num_blocks": 1000, "block_size": BLOCK, "block_bytes": 1000} | facts
+    view.connected(WorkerFacts(name, role, f"{name}-incarnation", **given), 0.0)
+
+
 def report(view: ClusterView, name: str, now: float = 0.0, **load: float) -> None:
     full = {"free_blocks": 1000, "total_blocks": 1000, "prefill_tokens_per_s": 1000.0} | load
     view.reported(view.workers[name], LoadReport(**full), now)  # type: ignore[arg-type]
@@ -54,7 +62,7 @@ def cache(view: ClusterView, name: str, hashes: list[bytes]) -> None:
 
 
 def demand(tokens: int = 160, **changes: object) -> Demand:
-    hashes = [bytes([i]) * 16 for i in range(tokens // BLOCK)]
+    hashes = [i.to_bytes(16) for i in range(tokens // BLOCK)]
     return Demand(**({"num_tokens": tokens, "block_hashes": hashes, "block_size": BLOCK} | changes))  # type: ignore[arg-type]
 
 
@@ -113,21 +121,70 @@ def test_a_slower_worker_needs_a_shorter_queue(rng: random.Random) -> None:
     assert least_latency(view, asked, 0.0, rng).prefill == "p0"
 
 
-def test_predicted_ttft_is_queue_own_and_transfer(rng: random.Random) -> None:
+def test_predicted_ttft_is_queue_and_own_and_waits_for_no_transfer(rng: random.Random) -> None:
     view, asked = make_view(p0=Role.PREFILL, d0=Role.DECODE), demand(160)
+    view.transferred("p0", "d0", nbytes=1000, seconds=1.0)  # 10 s for this prompt
     report(view, "p0", queued_tokens=500, prefill_tokens_per_s=100.0)
     placement = least_latency(view, asked, 0.0, rng)
-    transfer_s = 10 * 1000 / DEFAULT_BANDWIDTH
-    assert placement.predicted_ttft_s == pytest.approx((500 + 160) / 100 + transfer_s)
+    assert placement.predicted_ttft_s == pytest.approx((500 + 160) / 100)
     assert placement.measured
+
+
+def test_predicted_ttft_counts_the_fixed_time_of_each_step(rng: random.Random) -> None:
+    view = make_view(d0=Role.DECODE)
+    connect(view, "p0", Role.PREFILL, chunk_tokens=512)
+    report(view, "p0", prefill_base_s=0.03, prefill_tokens_per_s=1000.0, queued_tokens=1000)
+    placement = least_latency(view, demand(160), 0.0, rng)
+    assert placement.predicted_ttft_s == pytest.approx(3 * 0.03 + 1.16)
+
+
+def test_what_was_measured_long_ago_or_on_small_steps_is_not_known(rng: random.Random) -> None:
+    """It may be wrong, and refusing by it would keep it from being corrected."""
+    view, long = make_view(d0=Role.DECODE), demand(15_000, block_hashes=[])
+    connect(view, "p0", Role.PREFILL, chunk_tokens=512)
+    report(view, "p0", prefill_tokens_per_s=300.0, prefill_step_tokens=100)
+    assert least_latency(view, demand(160), 0.0, rng).measured
+    assert not least_latency(view, long, 0.0, rng).measured
+    report(view, "p0", prefill_tokens_per_s=9000.0, prefill_step_tokens=512)
+    assert least_latency(view, long, 0.0, rng).measured
+    late = MEASURED_FOR_S + 1
+    report(view, "p0", now=late, prefill_tokens_per_s=9000.0, prefill_step_tokens=512)
+    assert not least_latency(view, long, late, rng).measured
 
 
 def test_a_slow_link_turns_the_pair(rng: random.Random) -> None:
     view, asked = two_and_two(), demand(160)
     for pair in (("p0", "d0"), ("p0", "d1"), ("p1", "d0")):
         view.transferred(*pair, nbytes=1000, seconds=1.0)  # 1 KB/s: 10 s for this prompt
+    view.transferred("p1", "d1", nbytes=1000, seconds=0.1)
     placement = least_latency(view, asked, 0.0, rng)
     assert (placement.prefill, placement.decode) == ("p1", "d1")
+
+
+def test_a_pair_that_was_never_measured_is_presumed_as_good_as_the_best() -> None:
+    view = two_and_two()
+    view.transferred("p0", "d0", nbytes=10**10, seconds=1.0)
+    assert view.bandwidth("p1", "d1") == pytest.approx(1e10)
+    view.transferred("p0", "d1", nbytes=10**7, seconds=1.0)
+    assert view.bandwidth("p1", "d1") == pytest.approx(1e10)
+    view.transferred("p1", "d0", nbytes=2 * 10**10, seconds=1.0)
+    assert view.bandwidth("p1", "d1") == pytest.approx(2e10)
+    for _ in range(50):
+        view.transferred("p1", "d0", nbytes=10**8, seconds=1.0)  # it is slow now
+    assert view.bandwidth("p1", "d1") == pytest.approx(1e10)
+    view.disconnected("p0", "p0-incarnation")
+    assert view.bandwidth("p1", "d1") == pytest.approx(1e8, rel=0.01)
+
+
+def test_requests_are_not_locked_to_the_pairs_that_were_measured(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(15_000)  # 1 ms by default, 0.1 ms as it is
+    pairs = Counter()
+    for _ in range(60):
+        placement = least_latency(view, asked, 0.0, rng)
+        assert placement.prefill is not None
+        view.transferred(placement.prefill, placement.decode, nbytes=10**7, seconds=0.001)
+        pairs[placement.prefill, placement.decode] += 1
+    assert len(pairs) == 4 and min(pairs.values()) >= 5
 
 
 def test_bandwidth_follows_the_bytes_not_the_number_of_pulls() -> None:
@@ -167,6 +224,48 @@ def test_decode_must_fit_the_blocks(rng: random.Random) -> None:
     assert least_latency(view, asked, 0.0, rng).decode == "d1"
     report(view, "d1", free_blocks=1, cached_blocks=1, running=0)
     assert least_latency(view, asked, 0.0, rng).decode == "d0"  # none fits: the most room
+
+
+def test_prefill_must_have_room_for_the_blocks(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(160)
+    report(view, "p0", free_blocks=4, cached_blocks=6)  # of 11; leases pin the others
+    report(view, "p1", queued_tokens=1000)
+    assert {least_latency(view, asked, 0.0, rng).prefill for _ in range(20)} == {"p1"}
+    report(view, "p1", free_blocks=2, cached_blocks=1)
+    assert least_latency(view, asked, 0.0, rng).prefill == "p0"  # none fits: the most room
+    cache(view, "p1", list(asked.block_hashes[:9]))
+    assert least_latency(view, asked, 0.0, rng).prefill == "p1"  # 9 of the 11 are there
+
+
+def batches(**sequences: int) -> ClusterView:
+    """Decode workers of flat step times, with places for 8."""
+    view = make_view(p0=Role.PREFILL)
+    for name, count in sequences.items():
+        connect(view, name, Role.DECODE, max_batch=8)
+        steps = {"step_base_s": 0.02, "step_per_sequence_s": 0.00001}
+        report(view, name, running=min(8, count), waiting=max(0, count - 8), **steps)
+    return view
+
+
+def test_a_cached_prefix_is_no_reason_to_wait_for_a_place_in_a_batch(rng: random.Random) -> None:
+    asked = demand(160)
+    for deep, other, chosen in ((8, 7, "d1"), (9, 0, "d1"), (20, 8, "d1"), (3, 3, "d0")):
+        view = batches(d0=deep, d1=other)
+        view.transferred("p0", "d0", nbytes=10**6, seconds=1.0)  # 10 ms for this prompt
+        cache(view, "d0", list(asked.block_hashes))
+        assert {least_latency(view, asked, 0.0, rng).decode for _ in range(20)} == {chosen}
+        assert {decode_for(view, asked, "p0", 0.0, rng) for _ in range(20)} == {chosen}
+
+
+def test_a_shared_prefix_does_not_gather_streams_on_the_few_who_have_it(rng: random.Random) -> None:
+    view, asked = batches(**{f"d{i}": 0 for i in range(30)}), demand(160)
+    for i in range(4):
+        cache(view, f"d{i}", list(asked.block_hashes))
+    for i in range(120):
+        placement = least_latency(view, asked, 0.0, rng)
+        view.place(placement.decode, f"s{i}", 0, asked.blocks)
+    counts = [view.workers[f"d{i}"].sequences for i in range(30)]
+    assert min(counts) >= 2 and max(counts) <= 8
 
 
 def test_a_burst_before_the_next_report_is_spread(rng: random.Random) -> None:
@@ -209,6 +308,31 @@ def test_work_counts_until_a_report_can_have_seen_it() -> None:
     view.place("p0", "t", 50, 4)
     view.unplace("p0", "t")
     assert worker.queued_tokens == 280
+
+
+def test_a_load_from_before_a_step_has_not_seen_what_came_during_it() -> None:
+    view = make_view(p0=Role.PREFILL)
+    worker = view.workers["p0"]
+    view.place("p0", "s", 300, 20)
+    view.sent("p0", "s", 10.0)
+    report(view, "p0", now=11.0, age_s=1.2)  # a heartbeat repeats what the engine told at 9.8
+    assert worker.queued_tokens == 300
+    report(view, "p0", now=11.5, age_s=0.1, queued_tokens=280)
+    assert worker.queued_tokens == 280
+
+
+def test_an_engine_that_hangs_gets_no_work(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand()
+    for name in ("p0", "d1"):
+        report(view, name, age_s=0.4, late=True)
+    chosen = [least_latency(view, asked, 0.0, rng) for _ in range(20)]
+    assert {(c.prefill, c.decode) for c in chosen} == {("p1", "d0")}
+    report(view, "p1", queued_tokens=10**6)
+    assert least_latency(view, asked, 0.0, rng).prefill == "p1"
+    view.disconnected("p1", "p1-incarnation")
+    assert least_latency(view, asked, 0.0, rng).prefill == "p0", "better than nobody"
+    report(view, "d1")
+    assert {least_latency(view, asked, 0.0, rng).decode for _ in range(20)} == {"d0", "d1"}
 
 
 def test_draining_stale_and_avoided_workers(rng: random.Random) -> None:
@@ -290,16 +414,60 @@ def test_slots_are_used_again() -> None:
     assert sorted(w.slot for w in view.workers.values()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("policy", [least_latency, round_robin])
+def test_a_sequence_goes_where_it_can_be_held_to_its_end(
+    rng: random.Random, policy: Policy
+) -> None:
+    view = ClusterView()
+    for name, role, blocks in (
+        ("p0", Role.PREFILL, 10), ("p1", Role.PREFILL, 40),
+        ("d0", Role.DECODE, 40), ("d1", Role.DECODE, 12),
+    ):  # fmt: skip
+        connect(view, name, role, num_blocks=blocks)
+
+    def chosen(tokens: int, completion: int) -> set[tuple[str | None, str]]:
+        asked = demand(tokens, most_tokens=tokens + completion)
+        taken = [policy(view, asked, 0.0, rng, turn) for turn in range(40)]
+        return {(placement.prefill, placement.decode) for placement in taken}
+
+    assert {decode for _, decode in chosen(100, 92)} == {"d0", "d1"}
+    assert {decode for _, decode in chosen(100, 93)} == {"d0"}
+    assert {prefill for prefill, _ in chosen(158, 93)} == {"p0", "p1"}
+    assert {prefill for prefill, _ in chosen(159, 93)} == {"p1"}, "token 0 would be p0's last"
+    assert {prefill for prefill, _ in chosen(159, 1)} == {"p0", "p1"}, "as it is the request's"
+    assert chosen(600, 40) == {("p1", "d0")}
+    assert decode_for(view, demand(100, most_tokens=200), "p0", 0.0, rng) == "d0"
+    with pytest.raises(NoWorker, match="no prefill and no decode worker that holds 641 tokens"):
+        chosen(639, 2)
+
+
+def test_a_facts_context_bounds_it_below_its_pool(rng: random.Random) -> None:
+    view = make_view(p0=Role.PREFILL, p1=Role.PREFILL, d0=Role.DECODE)
+    connect(view, "p0", Role.PREFILL, context_length=100)
+    assert {least_latency(view, demand(160), 0.0, rng).prefill for _ in range(20)} == {"p1"}
+
+
+def test_a_worker_that_is_replaced_still_counts_in_what_may_be_asked() -> None:
+    view = make_view(d0=Role.DECODE)
+    connect(view, "p0", Role.PREFILL, num_blocks=900)
+    connect(view, "p1", Role.PREFILL, num_blocks=10)
+    view.disconnected("p0", "p0-incarnation")
+    assert view.pool_tokens(REPLACED_WITHIN_S - 1) == 900 * BLOCK, "what needs it waits for it"
+    assert view.pool_tokens(REPLACED_WITHIN_S + 1) == 10 * BLOCK
+    connect(view, "p0", Role.PREFILL, num_blocks=20)
+    assert view.pool_tokens(1.0) == 20 * BLOCK
+
+
 def test_the_pool_bound_is_of_the_best_path() -> None:
     view = ClusterView()
-    assert view.pool_tokens is None
+    assert view.pool_tokens(0.0) is None
     for name, role, blocks in (
         ("p0", Role.PREFILL, 100), ("p1", Role.PREFILL, 50), ("d0", Role.DECODE, 70)
     ):  # fmt: skip
         view.connected(WorkerFacts(name, role, name, blocks, BLOCK, 1), 0.0)
-    assert view.pool_tokens == 70 * BLOCK
+    assert view.pool_tokens(0.0) == 70 * BLOCK
     view.connected(WorkerFacts("c0", Role.COLOCATED, "c0", 90, BLOCK, 1), 0.0)
-    assert view.pool_tokens == 90 * BLOCK
+    assert view.pool_tokens(0.0) == 90 * BLOCK
 
 
 @pytest.mark.parametrize("policy", [least_latency, round_robin])

@@ -171,6 +171,39 @@ async def test_a_closed_stream_frees_what_its_gateway_had(pair: Pair) -> None:
     await settled(pair.prefill)
 
 
+async def test_a_worker_says_at_once_that_its_engine_hangs(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def next_load(late: bool) -> worker_pb2.Load:
+        async with asyncio.timeout(20):
+            while True:
+                load = (await pair.d._call.read()).load
+                if load.late is late:
+                    return load
+
+    stuck, entered = threading.Event(), threading.Event()
+    runner = pair.decode._loop._runner
+
+    def hangs(plan: object) -> object:
+        entered.set()
+        stuck.wait(60)
+        return run(plan)
+
+    run = runner.run
+    monkeypatch.setattr(runner, "run", hangs)
+    monkeypatch.setattr(pair.decode._role, "expected_s", lambda plan: 0.01)
+    try:
+        await pair.d.send(decode=worker_pb2.DecodeRequest(sequence=sequence("s", PROMPT)))
+        await asyncio.to_thread(entered.wait, 20)
+        load = await next_load(late=True)
+        assert (load.total_blocks, load.running) == (pair.decode.description.num_blocks, 0)
+        assert load.age_s > 0, "the load is that from before the step"
+        assert (await next_load(late=True)).age_s > load.age_s, "a heartbeat does not freshen it"
+    finally:
+        stuck.set()
+    assert (await next_load(late=False)).age_s < 1.0
+
+
 async def test_leases_are_renewed_and_released_by_call(pair: Pair) -> None:
     first = await pair.first("s", PROMPT)
     ids = [first.ticket.ticket_id, b"?" * 16]
