@@ -21,9 +21,9 @@ from crossdock.proto.errors import (
     RequestTooLarge,
 )
 from crossdock.proto.v1 import inference_pb2 as pb
-from crossdock.router import http_limits
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import Delta, ResponseStream
+from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor.frontend import Arrival, Extras, Frontend
 from crossdock.router.frontdoor.validate import UNLIMITED
 

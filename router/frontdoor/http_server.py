@@ -22,9 +22,9 @@ from crossdock.proto.errors import (
 )
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import inference_pb2
-from crossdock.router import http_limits
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import Delta, ResponseStream
+from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
 from crossdock.router.frontdoor.frontend import Arrival, Extras, Frontend
 from crossdock.router.frontdoor.openai_schemas import (

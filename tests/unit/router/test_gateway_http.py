@@ -20,7 +20,7 @@ from gateway_rig import Rig, start_rig, until
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
 from crossdock.proto.v1 import worker_pb2
-from crossdock.router import http_limits
+from crossdock.router.frontdoor import http_limits
 
 SAID = "The capital of France is Paris."
 
