@@ -228,6 +228,7 @@ class ClusterSpec:
         """Raises ConfigError (without a line) at the first field that is out of its range."""
         check_settings(self)
         _check_pools(self.pools)
+        _check_engines(self)
         _check_gpus(self)
         _check_ports(self)
         return self
@@ -294,6 +295,21 @@ def _check_pools(pools: Mapping[str, PoolSpec]) -> None:
         counts = ", ".join(f"{count} {role}" for role, count in workers.items())
         message = "nothing could be served: at least 1 prefill and 1 decode worker, or 1 colocated"
         raise ConfigError("pools", f"{message}, must be there ({counts})")
+
+
+def _check_engines(spec: ClusterSpec) -> None:
+    """KV goes from every prefill pool to every decode pool, so both have one kind of engine."""
+    first: dict[str, str] = {}  # kind -> pool
+    for name, pool in spec.pools.items():
+        kind, path = pool.engine.kind, f"pools.{name}.engine.kind"
+        if pool.role != Role.COLOCATED:
+            first.setdefault(kind, name)
+        if len(first) > 1:
+            other, of_other = next(iter(first.items()))
+            message = f"{kind!r} cannot hand KV to or from {other!r} of pools.{of_other}"
+            raise ConfigError(path, message)
+        if spec.model.id == "simulated" != kind:
+            raise ConfigError(path, f"{kind!r} needs a model; model.id simulated has no weights")
 
 
 def _check_gpus(spec: ClusterSpec) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdock.engine.contract import (
+    KIND,
     WIRE_VERSION,
     Allocate,
     Engine,
@@ -78,13 +79,14 @@ class Profile:
         return seconds
 
 
-Profile.NAMED = {"instant": Profile()}
+Profile.NAMED = {"instant": Profile(), "cpu-135m": Profile()}
 
 
 @dataclass(frozen=True)
 class Settings(EngineSettings):
     """`engine: {kind: simulated, …}`"""
 
+    kind: str = setting("simulated", KIND)
     profile: Profile = setting(
         factory=Profile, doc="A simulated engine's pace: `instant`, `cpu-135m` or numbers."
     )
@@ -168,8 +170,8 @@ def draw(kv: KV, sampling: SamplingParams, drawn_ids: int) -> SampledToken:
     """The token that follows the sequence of this KV: a function of the KV, and of the seed unless
     sampling is greedy. Other parameters change nothing."""
     seed = 0 if sampling.greedy else sampling.seed
-    mixed = _mix(int(np.bitwise_xor.reduce(kv)) ^ _mix(len(kv) + seed))
-    token_id = mixed % drawn_ids
+    seen = int((kv * _weights(0, len(kv))).sum(dtype=np.uint64))
+    token_id = _mix(seen ^ _mix(len(kv) + seed)) % drawn_ids
     if sampling.logprobs is None:
         return SampledToken(token_id)
     others = [((token_id + i) % drawn_ids, -1.0 - i) for i in range(sampling.logprobs)]
@@ -177,11 +179,16 @@ def draw(kv: KV, sampling: SamplingParams, drawn_ids: int) -> SampledToken:
 
 
 def _terms(token_ids: Sequence[int], start: int) -> KV:
-    """What each token adds to the KV: unlike at every position, and never 0."""
-    positions = np.arange(start + 1, start + 1 + len(token_ids), dtype=np.uint64)
+    """What each token adds to the KV, never 0."""
     ids = np.array(token_ids, dtype=np.uint64) + np.uint64(1)
+    return ids * _weights(start, len(token_ids))
+
+
+def _weights(start: int, count: int) -> KV:
+    """Odd numbers, unlike at every position."""
+    positions = np.arange(start + 1, start + 1 + count, dtype=np.uint64)
     mixed = (positions * np.uint64(0x9E3779B97F4A7C15)) ^ (positions << np.uint64(29))
-    return ids * (mixed | np.uint64(1))
+    return mixed | np.uint64(1)
 
 
 def _mix(value: int) -> int:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crossdock.engine.contract import Allocate, Engine, EngineConfig, EngineFacts, EngineSettings
+from crossdock.engine.contract import (
+    KIND,
+    Allocate,
+    Engine,
+    EngineConfig,
+    EngineFacts,
+    EngineSettings,
+)
 from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import PoolMemory
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
 class Settings(EngineSettings):
     """`engine: {kind: native, …}`"""
 
+    kind: str = setting("native", KIND)
     device: str = setting(
         "auto", "Where a native engine computes: auto (a GPU where there is one), cpu or cuda:N."
     )
