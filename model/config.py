@@ -105,6 +105,13 @@ def load_config(files: ModelFiles) -> ModelConfig:
 def _from_hf(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     raw = _Fields(_read_json(path), path)
+    for field in ("quantization_config", "compression_config"):
+        if how := raw.get(field):
+            method = how.get("quant_method") or how.get("format") if isinstance(how, dict) else how
+            raise ModelError(
+                f"{path}: {field}: weights quantized by {method} are not supported; get the model "
+                "unquantized, or as GGUF"
+            )
     architecture = str(raw.get("model_type", ""))
     if architecture not in FAMILIES:
         raise ModelError(

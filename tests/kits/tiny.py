@@ -7,11 +7,17 @@ text in, text out works; what the model says is noise, but the same noise on eve
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import gguf
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from crossdock.model.gguf_file import gguf_name
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -181,3 +187,43 @@ def _write_tokenizer(folder: Path, context_length: int) -> int:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     return tokenizer.get_vocab_size()
+
+
+def write_gguf(
+    folder: Path,
+    path: Path,
+    kind: gguf.GGMLQuantizationType,
+    odd: Mapping[str, type] = MappingProxyType({}),
+) -> None:
+    """Turns a folder of make_tiny_model into a GGUF, q and k interleaved as converters write them.
+    `odd` tensors are written as plain numbers of another type."""
+    config = json.loads((folder / "config.json").read_text())
+    arch = config["model_type"]
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_eos_token_id(2)
+    writer.add_token_list(["a", "ü", "<|end|>"])
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        values = tensor.numpy()
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = len(values) // config["head_dim"]
+            halves = values.reshape(heads, 2, config["head_dim"] // 2, -1)
+            values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+        if name in odd:
+            writer.add_tensor(gguf_name(name), values.astype(odd[name]))
+            continue
+        kind_here = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quantize(values, kind_here)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=kind_here)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

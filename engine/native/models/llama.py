@@ -15,6 +15,7 @@ from crossdock.engine.native.batch import Batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.linear import Linear, make_linear
 from crossdock.engine.native.weights.load import Weights
+from crossdock.engine.native.weights.tensors import tensor_shapes
 from crossdock.model.config import ModelConfig
 
 
@@ -41,14 +42,13 @@ class LlamaModel:
     ) -> None:
         self.config, self._ops = config, ops
         read = _Reader(config, weights, dtype, device)
-        hidden, vocab = config.hidden_size, config.vocab_size
-        self._embedding = read.tensor("model.embed_tokens.weight", vocab, hidden)
+        self._embedding = read.tensor("model.embed_tokens.weight")
         self._layers = [read.layer(index) for index in range(config.num_layers)]
-        self._norm = read.tensor("model.norm.weight", hidden)
+        self._norm = read.tensor("model.norm.weight")
         if config.tie_word_embeddings:
             self._head = make_linear(self._embedding)
         else:
-            self._head = make_linear(read.tensor("lm_head.weight", vocab, hidden))
+            self._head = make_linear(read.tensor("lm_head.weight"))
 
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """Writes the KV of all rows; logits of the sampled rows, float32 [N, vocab]."""
@@ -70,44 +70,40 @@ class LlamaModel:
 
 
 class _Reader:
-    """Asks for each tensor by name and shape, and reads those that are used together side by side
-    into one."""
+    """Asks for each tensor by name, and reads those that are used together into one."""
 
     def __init__(
         self, config: ModelConfig, weights: Weights, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._config, self._weights, self._dtype, self._device = config, weights, dtype, device
+        self._shapes = tensor_shapes(config)
 
-    def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        out = torch.empty(shape, dtype=self._dtype)
-        self._weights.read(name, out)
+    def tensor(self, *names: str) -> torch.Tensor:
+        """The rows of all of them, one after the other."""
+        shapes = [self._shapes[name] for name in names]
+        rows = [shape[0] for shape in shapes]
+        out = torch.empty((sum(rows), *shapes[0][1:]), dtype=self._dtype)
+        for name, part in zip(names, out.split(rows)):
+            self._weights.read(name, part)
         return out.to(self._device)
 
     def layer(self, index: int) -> Layer:
         config, at = self._config, f"model.layers.{index}."
-        hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
-        attention = at + "self_attn."
-        rows = {"q_proj": query, "k_proj": config.kv_size, "v_proj": config.kv_size}
+        attention, mlp = at + "self_attn.", at + "mlp."
+        qkv = [attention + name for name in ("q_proj", "k_proj", "v_proj")]
         q_norm = k_norm = qkv_bias = None
         if config.qkv_bias:
-            qkv_bias = self._fused(attention, "bias", rows)
+            qkv_bias = self.tensor(*(name + ".bias" for name in qkv))
         if config.qk_norm:
-            q_norm = self.tensor(attention + "q_norm.weight", config.head_dim)
-            k_norm = self.tensor(attention + "k_norm.weight", config.head_dim)
-        gate_up = {"gate_proj": inner, "up_proj": inner}
+            q_norm = self.tensor(attention + "q_norm.weight")
+            k_norm = self.tensor(attention + "k_norm.weight")
         return Layer(
-            input_norm=self.tensor(at + "input_layernorm.weight", hidden),
-            qkv=make_linear(self._fused(attention, "weight", rows, hidden), qkv_bias),
+            input_norm=self.tensor(at + "input_layernorm.weight"),
+            qkv=make_linear(self.tensor(*(name + ".weight" for name in qkv)), qkv_bias),
             q_norm=q_norm,
             k_norm=k_norm,
-            output=make_linear(self.tensor(attention + "o_proj.weight", hidden, query)),
-            post_norm=self.tensor(at + "post_attention_layernorm.weight", hidden),
-            gate_up=make_linear(self._fused(at + "mlp.", "weight", gate_up, hidden)),
-            down=make_linear(self.tensor(at + "mlp.down_proj.weight", hidden, inner)),
+            output=make_linear(self.tensor(attention + "o_proj.weight")),
+            post_norm=self.tensor(at + "post_attention_layernorm.weight"),
+            gate_up=make_linear(self.tensor(mlp + "gate_proj.weight", mlp + "up_proj.weight")),
+            down=make_linear(self.tensor(mlp + "down_proj.weight")),
         )
-
-    def _fused(self, at: str, kind: str, rows: dict[str, int], *columns: int) -> torch.Tensor:
-        fused = torch.empty((sum(rows.values()), *columns), dtype=self._dtype)
-        for name, part in zip(rows, fused.split(list(rows.values()))):
-            self._weights.read(f"{at}{name}.{kind}", part)
-        return fused.to(self._device)

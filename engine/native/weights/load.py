@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from crossdock.engine.native.weights.dequantize import dequantize
 from crossdock.model.config import ModelConfig
-from crossdock.model.gguf_file import GGUFFile, open_gguf
+from crossdock.model.gguf_file import GGUFFile, gguf_name, open_gguf
 from crossdock.proto.errors import ModelError
 
 if TYPE_CHECKING:
@@ -113,33 +113,6 @@ class GGUFWeights:
         count = heads[parts[2]]
         pairs = rows.reshape(count, len(rows) // count // 2, 2, *rows.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight` in a GGUF file."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        _, _, layer, inner = stem.split(".", 3)
-        return f"blk.{layer}.{_GGUF_NAMES[inner]}.{kind}"
-    return f"{_GGUF_NAMES[stem]}.{kind}"
 
 
 def _read_index(path: Path) -> dict[str, Path]:

