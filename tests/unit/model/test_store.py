@@ -17,8 +17,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from tiny import make_tiny_model, write_gguf
 
-from crossdock.engine.native.weights import digest
-from crossdock.model import store
+from crossdock.model import digest, store
 from crossdock.proto.errors import ModelError
 
 
