@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from crossdock.engine.native.weights.digest import file_digest, weights_digest
+from crossdock.model.digest import file_digest, weights_digest
 from crossdock.proto.errors import ModelError
 
 Progress = Callable[[str], None]
@@ -105,8 +105,8 @@ def resolve(model_id: str) -> ModelFiles:
 
 
 def _gguf_files(model_id: str, path: Path) -> ModelFiles:
-    from crossdock.engine.native.weights.tensors import can_dequantize
     from crossdock.model.gguf_file import gguf_name, open_gguf
+    from crossdock.model.tensors import can_dequantize
 
     with _reading(path), path.open("rb") as file:
         magic = file.read(4)
@@ -134,8 +134,8 @@ def _folder_files(folder: Path) -> ModelFiles:
 
 def _checked(files: ModelFiles, weights: Mapping[str, Path], *found: Any) -> ModelFiles:
     """found: what check_tensors wants to know of them."""
-    from crossdock.engine.native.weights.tensors import check_tensors
     from crossdock.model.config import load_config
+    from crossdock.model.tensors import check_tensors
 
     check_tensors(files.path, load_config(files), *found)
     with _reading(files.path):

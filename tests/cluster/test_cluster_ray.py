@@ -216,13 +216,13 @@ def all_at_work(cluster: Cluster) -> bool:
     return all(w.worker.generated_tokens for w in workers) and len(workers) == 4
 
 
-@pytest.mark.parametrize("pool", ["decode", "prefill"])
-def test_a_killed_worker_is_replaced_and_clients_can_try_again(cluster, pool):
+@pytest.mark.parametrize("pool, number", [("decode", signal.SIGKILL), ("prefill", signal.SIGSEGV)])
+def test_a_killed_worker_is_replaced_and_clients_can_try_again(cluster, pool, number):
     victim = worker_of(cluster, pool)
     incarnation = victim.worker.description.incarnation
     with Load(cluster.grpc) as load:
         load.more(4)
-        os.kill(victim.pid, signal.SIGKILL)
+        os.kill(victim.pid, number)
         killed = time.monotonic()
         until(lambda: served_again(cluster), 20, "a request succeeds")
         recovery_s = time.monotonic() - killed
@@ -235,7 +235,8 @@ def test_a_killed_worker_is_replaced_and_clients_can_try_again(cluster, pool):
     assert successor.worker.description.incarnation != incarnation
     status = admin.status(cluster.admin, check_integrity=True)
     assert not any(w.worker.integrity_error for w in status.workers)
-    assert any("lost" in d.reason and victim.name in d.action for d in status.decisions)
+    [why] = [d.reason for d in status.decisions if "lost" in d.reason and victim.name in d.action]
+    assert number.name in why
 
 
 def served_again(cluster: Cluster) -> bool:
@@ -304,6 +305,26 @@ def test_what_cannot_change_is_refused_with_its_line(cluster, own_spec):
     with pytest.raises(ConfigError, match="pool: 'encode' is unknown; the pools are"):
         admin.scale("encode", 1, cluster.admin)
     assert admin.status(cluster.admin).converged
+
+
+def test_a_gateway_change_is_tried_and_refused_while_the_old_one_serves(
+    cluster, spec_path, tmp_path
+):
+    changed = tmp_path / "gateway.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = spec_path.read_text()
+        changed.write_text(text.replace('http: "127.0.0.1:0"', f'http: "127.0.0.1:{port}"'))
+        with pytest.raises(ConfigError, match=rf"gateway\.yaml:4: gateway: .*{port} is in use"):
+            admin.apply(changed, cluster.admin)
+    assert admin.status(cluster.admin).converged
+    assert len(ask(cluster).token_ids) == 8
+    changed.write_text(text.replace("  drain_s: 2", "  drain_s: 2\n  limits: {max_body_mb: 300}"))
+    assert admin.apply(changed, cluster.admin, timeout_s=60).converged
+    [gateway] = admin.status(cluster.admin).gateways
+    assert gateway.grpc != cluster.grpc, "the old one served until the new one did"
+    cluster.grpc = gateway.grpc
+    assert len(ask(cluster).token_ids) == 8
 
 
 def test_what_rays_core_refuses_is_refused_in_the_file(cluster, spec_path):

@@ -15,8 +15,8 @@ from crossdock.engine.native.batch import Batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.linear import Linear, make_linear
 from crossdock.engine.native.weights.load import Weights
-from crossdock.engine.native.weights.tensors import tensor_shapes
 from crossdock.model.config import ModelConfig
+from crossdock.model.tensors import tensor_shapes
 
 
 @dataclass(frozen=True)
