@@ -53,12 +53,9 @@ def up(
 
     from crossdock.deploy.up import up as up_local
 
-    if file is not None:
-        code = up_local(file, address=address)
-    else:
-        packaged = files("crossdock.deploy") / "manifests" / "local-cpu.yaml"
-        with as_file(packaged) as default:
-            code = up_local(default, address=address)
+    packaged = files("crossdock.deploy") / "manifests" / "local-cpu.yaml"
+    with as_file(packaged) as default:
+        code = up_local(file or default, address=address)
     raise typer.Exit(code or 0)
 
 

@@ -154,13 +154,7 @@ async def _member_status(
 ) -> admin_pb2.MemberStatus:
     launch, started = watched.launch, watched.started
     status = admin_pb2.MemberStatus(
-        name=launch.name,
-        pool=launch.pool,
-        role=ROLE_TO_PB[Role(launch.role)],
-        state=watched.state.value,
-        revision=launch.revision,
-        restarts=controller.restarts[launch.name],
-        error=controller.why_not_ready(watched),
+        pool=launch.pool, role=ROLE_TO_PB[Role(launch.role)], **_in_common(controller, watched)
     )
     if started is not None:
         status.address, status.pid = started.address, started.pid
@@ -172,15 +166,19 @@ async def _member_status(
     return status
 
 
+def _in_common(controller: Controller, watched: Watched) -> dict[str, Any]:
+    return {
+        "name": watched.name,
+        "state": watched.state.value,
+        "revision": watched.launch.revision,
+        "restarts": controller.restarts[watched.name],
+        "error": controller.why_not_ready(watched),
+    }
+
+
 async def _gateway_status(controller: Controller, watched: Watched) -> admin_pb2.GatewayStatus:
-    launch, started = watched.launch, watched.started
-    status = admin_pb2.GatewayStatus(
-        name=launch.name,
-        state=watched.state.value,
-        revision=launch.revision,
-        restarts=controller.restarts[launch.name],
-        error=controller.why_not_ready(watched),
-    )
+    started = watched.started
+    status = admin_pb2.GatewayStatus(**_in_common(controller, watched))
     if started is not None:
         status.grpc, status.http, status.pid = started.grpc, started.http, started.pid
         with contextlib.suppress(TimeoutError, ProcessGone):

@@ -343,17 +343,17 @@ class Controller:
 
         Raises Overtaken as soon as the spec has not what `to` made of it any more.
         """
+
+        def overtaken() -> bool:
+            return to(self.spec) != self.spec
+
+        def settled() -> bool:
+            return self.converged or self._closing or bool(self.hopeless) or overtaken()
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._turned:
-                await self._turned.wait_for(
-                    lambda: (
-                        self.converged
-                        or self._closing
-                        or self.hopeless
-                        or to(self.spec) != self.spec
-                    )
-                )
-        if to(self.spec) != self.spec:
+                await self._turned.wait_for(settled)
+        if overtaken():
             now = f"generation {self.applied.generation}, made by {self.applied.changed_by}"
             raise Overtaken(f"the change was overtaken by {now}")
         return self.converged

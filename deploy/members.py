@@ -11,14 +11,7 @@ from dataclasses import dataclass
 import grpc
 
 from crossdock.deploy.reconcile import Member, State
-from crossdock.deploy.runtime import (
-    CannotStart,
-    Launch,
-    Process,
-    ProcessGone,
-    Started,
-    StartFailed,
-)
+from crossdock.deploy.runtime import Launch, Process, ProcessGone, Started, StartFailed
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -150,7 +143,7 @@ class Watched:
         except TimeoutError:
             self._lost(f"not ready within {self._settings.start_timeout_s:g} s")
         except (StartFailed, ProcessGone) as error:
-            self.hopeless = isinstance(error, CannotStart)
+            self.hopeless = error.hopeless
             self._lost(str(error))
         except Exception as error:
             log.exception("starting %s", self.name)

@@ -130,13 +130,19 @@ def fixed_addresses(*addresses: str) -> frozenset[str]:
 class ProcessGone(Exception):
     """The process ended; the text says how."""
 
+    hopeless = False
+
 
 class StartFailed(Exception):
     """The process came up but could not serve; the text says why."""
 
+    hopeless = False
+
 
 class CannotStart(StartFailed):
     """A setting, the model or Ray's refusal is why: trying again does not help."""
+
+    hopeless = True
 
 
 def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: bytes) -> Launch:

@@ -146,6 +146,7 @@ def test_a_gateway_on_other_ports_is_ready_before_the_old_one_goes():
     assert decide([gateway], [old, fresh]) == ["drain gateway-0"]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), *[st.integers(0, 5)] * 3)
 def test_gateways_move_to_any_other_ports_one_at_a_time(count, grpc, old_http, new_http):
     """The ports that the first wants may be those of another that is still there."""
