@@ -181,7 +181,7 @@ class Watched:
         try:
             async with asyncio.timeout(self._settings.probe_timeout_s):
                 await self.process.active_requests()
-        except (TimeoutError, ProcessGone):
+        except (TimeoutError, ProcessGone, StartFailed):
             return False
         return True
 

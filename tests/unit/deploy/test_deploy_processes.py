@@ -138,3 +138,15 @@ def test_a_model_that_is_not_supported_is_refused_before_ray(
     path.write_text(f"metadata: {{name: refused}}\nmodel:\n  id: {model}\n{doors}{pools}")
     with pytest.raises(ModelError, match=rf"c\.yaml:3: model\.id: .*{why}"):
         up(path, echo=lambda line: None)
+
+
+def test_only_an_end_that_ray_cannot_explain_is_put_down_to_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setenv(actors.CRASHES, str(tmp_path))
+    (tmp_path / "7.crash").write_text("Fatal Python error: Bus error\n\nCurrent thread 0x1")
+    death = "pid: 7 ip: 1.2.3.4 The actor is dead. Worker exit type: {} Worker exit detail: {}."
+    eof = "Worker unexpectedly exits with a connection error code 2. End of file"
+    assert actors._end_of(death.format("SYSTEM_ERROR", eof)) == "its process died (SIGBUS)"
+    killed = death.format("INTENDED_SYSTEM_EXIT", "ray.kill was called")
+    assert actors._end_of(killed).endswith("(INTENDED_SYSTEM_EXIT: ray.kill was called)")
+    elsewhere = death.replace("pid: 7", "pid: 8").format("SYSTEM_ERROR", eof)
+    assert "connection error code 2" in actors._end_of(elsewhere)
