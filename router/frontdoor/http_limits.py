@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from typing import Any
 
 from aiohttp import web
 
@@ -14,28 +15,31 @@ IDLE_S = 75.0  # from an answer to the end of the next head; proxies commonly ke
 MAX_SILENT = 1024
 
 
-class Connections:
-    """Makes a server's connections, and closes those that bring no request within HEAD_S seconds.
+class Runner(web.AppRunner):
+    """Closes connections that bring no request within HEAD_S seconds, and the oldest of them where
+    there are more than MAX_SILENT. Leaves compressed bodies to `inflate`: aiohttp would inflate a
+    refused one to its end, on the loop."""
 
-    Of more than MAX_SILENT that have brought none yet, the oldest makes room.
-    """
-
-    def __init__(self, server: web.Server) -> None:
-        self._server = server
+    def __init__(self, app: web.Application, **options: Any) -> None:
+        super().__init__(app, auto_decompress=False, keepalive_timeout=IDLE_S, **options)
         self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}  # oldest first
 
-    def __call__(self) -> web.RequestHandler:
-        """The protocol of a connection that was just accepted."""
-        made, loop = self._server(), asyncio.get_running_loop()
-        self._silent[made] = loop.call_later(HEAD_S, self._close, made)
-        if len(self._silent) > MAX_SILENT:
-            self._close(next(iter(self._silent)))
-        return made
+    @property
+    def server(self) -> Any:
+        """What a site calls for the protocol of each connection that it accepts."""
+        return self._accept
 
     def heard(self, connection: web.RequestHandler) -> None:
         """The head of a request was read: from now on its handler answers for the connection."""
         if connection in self._silent:
             self._silent.pop(connection).cancel()
+
+    def _accept(self) -> web.RequestHandler:
+        made, loop = super().server(), asyncio.get_running_loop()
+        self._silent[made] = loop.call_later(HEAD_S, self._close, made)
+        if len(self._silent) > MAX_SILENT:
+            self._close(next(iter(self._silent)))
+        return made
 
     def _close(self, connection: web.RequestHandler) -> None:
         self.heard(connection)

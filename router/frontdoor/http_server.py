@@ -69,8 +69,7 @@ class HttpServer:
         self._frontend = frontend
         self._max_body_bytes = max_body_bytes
         self._created = int(time.time()) if created is None else created
-        self._runner: web.AppRunner | None = None
-        self._listener: asyncio.Server | None = None
+        self._runner: http_limits.Runner | None = None
         self.address = address
 
     async def start(self) -> None:
@@ -83,32 +82,22 @@ class HttpServer:
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         # A client that goes away cancels its handler, and that its request.
-        self._runner = web.AppRunner(
-            app,
-            handler_cancellation=True,
-            access_log=None,
-            shutdown_timeout=1.0,
-            auto_decompress=False,  # it would go on to the end of a body that is too large
-            keepalive_timeout=http_limits.IDLE_S,
+        self._runner = http_limits.Runner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
         await self._runner.setup()
-        assert self._runner.server is not None
-        self._connections = http_limits.Connections(self._runner.server)
         host, _, port = self.address.rpartition(":")
         try:
-            loop = asyncio.get_running_loop()
-            self._listener = await loop.create_server(self._connections, host, int(port))
+            await web.TCPSite(self._runner, host, int(port)).start()
         except OSError as error:
             await self._runner.cleanup()
             why = "port {} is in use" if error.errno == 98 else "port {}: {}"
             raise ConfigError(
                 "gateway.http", f"{self.address}: {why.format(port, error.strerror)}"
             ) from error
-        self.address = f"{host}:{self._listener.sockets[0].getsockname()[1]}"
+        self.address = f"{host}:{self._runner.addresses[0][1]}"
 
     async def stop(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -272,7 +261,8 @@ class HttpServer:
 
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        self._connections.heard(request.protocol)
+        if self._runner is not None:
+            self._runner.heard(request.protocol)
         try:
             return await handler(request)
         except CrossdockError as error:
