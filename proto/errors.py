@@ -11,6 +11,7 @@ CrossdockError                      INTERNAL              500
 │   ├── WorkerLost
 │   ├── TransferFailed                                          a pull failed or was refused
 │   └── Draining
+├── NotFinite                       INTERNAL              500   names the sequences
 ├── LayoutMismatch                  FAILED_PRECONDITION   409   names both values
 ├── Overtaken                       ABORTED               409   another change came first
 ├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field
@@ -19,6 +20,7 @@ CrossdockError                      INTERNAL              500
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -101,6 +103,16 @@ class TransferFailed(Unavailable):
 
 class Draining(Unavailable):
     """The worker takes no new sequences; another does."""
+
+
+class NotFinite(CrossdockError):
+    """A step gave these sequences a NaN or an infinity: as a rule the model's numbers are out of
+    its dtype's range for their tokens. The others of the step can be run again without them."""
+
+    def __init__(self, sequence_ids: Sequence[str]) -> None:
+        ids = ", ".join(sequence_ids)
+        super().__init__(f"KV or logits of {ids} are not finite: out of the dtype's range?")
+        self.sequence_ids = frozenset(sequence_ids)
 
 
 class LayoutMismatch(CrossdockError):

@@ -15,7 +15,7 @@ from crossdock.engine.native.sampler import SampleRow, sample
 from crossdock.engine.native.weights.load import load_weights
 from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan
 from crossdock.model.config import ModelConfig, load_config
-from crossdock.proto.errors import ConfigError
+from crossdock.proto.errors import ConfigError, NotFinite
 from crossdock.proto.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -94,10 +94,18 @@ class ModelRunner:
         return sample(logits, [_sample_row(sequence) for sequence in sampled])
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
-        """As `run`, but returns the logits: float32 [sampled chunks, or all tokens; vocab]."""
+        """As `run`, but returns the logits: float32 [sampled chunks, or all tokens; vocab].
+
+        Raises NotFinite, naming the sequences whose KV or logits hold a NaN or an infinity."""
         batch = make_batch(plan, self.kv.block_size, self.kv.num_blocks, every_token)
         with torch.inference_mode():
-            return self._model.forward(batch, self.kv)
+            logits, finite_kv = self._model.forward(batch, self.kv)
+            finite = finite_kv.cpu().numpy()
+            finite[batch.sampled] &= logits.sum(-1).isfinite().cpu().numpy()
+        if not finite.all():
+            chunks = np.unique(batch.chunk_of_row[~finite])
+            raise NotFinite([plan.chunks[index].sequence.sequence_id for index in chunks])
+        return logits
 
     def free_cached(self) -> None:
         """Gives memory back that torch keeps for later steps."""

@@ -98,6 +98,7 @@ def rope_and_store(head_dim: int) -> Callable[..., None]:
         eps: Any,
         pool: Any,
         layout: Any,  # (layers, layer, kv_heads, block_size)
+        sums: Any,  # [rows], to which all that is stored is added: finite as long as it is
     ) -> None:
         layers, layer, kv_heads, block_size = layout
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -119,8 +120,11 @@ def rope_and_store(head_dim: int) -> Callable[..., None]:
                     at = (((place * 2 + side) * kv_heads + head) * block_size) + offsets[row]
                     target = pool[at * head_dim : (at + 1) * head_dim]
                     source = qkv[row, start + head * head_dim : start + (head + 1) * head_dim]
+                    total = np.float32(0.0)
                     for i in range(head_dim):
                         target[i] = source[i]
+                        total += source[i]
+                    sums[row] += total
 
     return kernel
 
@@ -152,12 +156,22 @@ def _softmax(line: Any, low: Any, begin: Any, end: Any, high: Any) -> Any:
     return total
 
 
+@compiled(inline="always")
+def _add_values(sums: Any, line: Any, values: Any, tokens: Any, head_dim: Any) -> None:
+    """sums [head_dim] += weights line [tokens] times values [tokens * head_dim]"""
+    for t in range(tokens):
+        weight = line[t]
+        for i in range(head_dim):
+            sums[i] += weight * values[t * head_dim + i]
+
+
 @functools.cache
 def paged_attention(head_dim: int, group: int, block_size: int) -> Callable[..., None]:
     """Attention of single rows, each over its own context; `group` query heads a KV head.
 
     Three passes: scores of all heads, block by block; softmax; weighted values, block by block.
-    So memory is read in runs of all KV heads of a block.
+    So memory is read in runs of all KV heads of a block. Of the last block only values up to `end`
+    are read: what lies beyond is another sequence's and maybe not finite, and 0 times it is not 0.
     """
     scale = np.float32(head_dim**-0.5)
     per_head = block_size * head_dim
@@ -204,6 +218,7 @@ def paged_attention(head_dim: int, group: int, block_size: int) -> Callable[...,
             target = out[index]
             target[:] = np.float32(0.0)
             for b in range(first, last):
+                tokens = min(block_size, end - b * block_size)
                 place = ((table[b] * layers + layer) * 2 + 1) * kv_heads
                 for head in range(kv_heads):
                     values = pool[(place + head) * per_head : (place + head + 1) * per_head]
@@ -211,6 +226,9 @@ def paged_attention(head_dim: int, group: int, block_size: int) -> Callable[...,
                         h = head * group + g
                         line = scores[h, b * block_size : (b + 1) * block_size]
                         sums = target[h * head_dim : (h + 1) * head_dim]
+                        if tokens < block_size:
+                            _add_values(sums, line, values, tokens, head_dim)
+                            continue
                         for i in range(head_dim):
                             total = sums[i]
                             for t in range(block_size):
@@ -222,22 +240,23 @@ def paged_attention(head_dim: int, group: int, block_size: int) -> Callable[...,
 
 @functools.cache
 def gather_context(head_dim: int, block_size: int) -> Callable[..., None]:
-    """Copies one sequence's keys, transposed, and values out of the pool. `block_size` is a power
-    of two, so that a tile is whole blocks or a block whole tiles."""
+    """Copies one sequence's keys, transposed, and values out of the pool: whole tiles, with zeros
+    where no token of the sequence has been. `block_size` is a power of two, so that a tile is
+    whole blocks or a block whole tiles."""
     per_head, run = block_size * head_dim, min(block_size, TILE)
 
     @compiled()
     def kernel(
         table: Any,  # [blocks]
-        first: Any,  # of them, the first and
-        last: Any,  # the one after the last to copy
+        first: Any,  # tile to copy
+        end: Any,  # tokens of the sequence
         pool: Any,
         layout: Any,  # (layers, layer, kv_heads)
         keys: Any,  # [kv_heads, tiles, head_dim * TILE]
         values: Any,  # [kv_heads, tiles, TILE * head_dim]
     ) -> None:
         layers, layer, kv_heads = layout
-        for b in range(first, last):
+        for b in range(first * TILE // block_size, (end - 1) // block_size + 1):
             place = (table[b] * layers + layer) * 2 * kv_heads
             for part in range(0, block_size, run):
                 tile, inside = divmod(b * block_size + part, TILE)
@@ -253,6 +272,11 @@ def gather_context(head_dim: int, block_size: int) -> Callable[..., None]:
                     target = values[head, tile, inside * head_dim : (inside + run) * head_dim]
                     for i in range(run * head_dim):
                         target[i] = source[i]
+        tile, inside = (end - 1) // TILE, (end - 1) % TILE + 1
+        for head in range(kv_heads):
+            values[head, tile, inside * head_dim :] = np.float32(0.0)
+            for i in range(head_dim):
+                keys[head, tile, i * TILE + inside : (i + 1) * TILE] = np.float32(0.0)
 
     return kernel
 

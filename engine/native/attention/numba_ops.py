@@ -41,16 +41,16 @@ class NumbaStep:
             config.head_dim, config.num_heads // config.num_kv_heads, kv.block_size
         )
         width = batch.block_tables.shape[1] * kv.block_size
+        self._sums = np.zeros(batch.num_rows, dtype=np.float32)
         self._scores = np.empty((config.num_heads, width), dtype=np.float32)
         long = batch.chunk_length > SHORT_CHUNK
         self._single = np.flatnonzero(~long[batch.chunk_of_row])
-        self._long = [_LongChunk(batch, kv, int(chunk)) for chunk in np.flatnonzero(long)]
+        self._long = [_LongChunk(batch, int(chunk)) for chunk in np.flatnonzero(long)]
         if self._long:
             self._prepare_long(width)
 
     def _prepare_long(self, width: int) -> None:
-        """Scratch that the long chunks of the step use in turn. Zeros: what no block filled must
-        be finite, for it is multiplied by a weight of 0."""
+        """Scratch that the long chunks of the step use in turn."""
         config, kv = self._config, self._kv
         self._gather = kernels.gather_context(config.head_dim, kv.block_size)
         self._chunk_attention = kernels.chunk_attention(
@@ -58,7 +58,7 @@ class NumbaStep:
         )
         tiles = -(-width // kernels.TILE)
         shape = (2, config.num_kv_heads, tiles, kernels.TILE * config.head_dim)
-        self._context = tuple(np.zeros(shape, dtype=np.float32))
+        self._context = tuple(np.empty(shape, dtype=np.float32))
         rows = max(chunk.rows.stop - chunk.rows.start for chunk in self._long)
         self._running = tuple(np.empty((2, rows + rows % 2), dtype=np.float32))
 
@@ -86,7 +86,11 @@ class NumbaStep:
             self._ops.eps,
             self._pool,
             (config.num_layers, layer, config.num_kv_heads, self._kv.block_size),
+            self._sums,
         )
+
+    def finite(self) -> torch.Tensor:
+        return torch.from_numpy(np.isfinite(self._sums))
 
     def attend(self, layer: int, qkv: torch.Tensor, only_sampled: bool) -> torch.Tensor:
         if only_sampled:
@@ -127,18 +131,18 @@ class NumbaStep:
     ) -> None:
         """Gathers the context once, then all rows of the chunk pass over it."""
         config, window = self._config, self._config.window(layer)
-        first = max(0, chunk.start + 1 - window) // self._kv.block_size if window else 0
+        first = max(0, chunk.start + 1 - window) // kernels.TILE if window else 0
         layout = (config.num_layers, layer, config.num_kv_heads)
         table = self._batch.block_tables[chunk.index]
-        self._gather(table, first, chunk.blocks, self._pool, layout, *self._context)
+        self._gather(table, first, chunk.end, self._pool, layout, *self._context)
         self._chunk_attention(
             qkv.numpy(), chunk.start, window, *self._context, *self._running, out.numpy()
         )
 
 
 class _LongChunk:
-    def __init__(self, batch: Batch, kv: KVCache, index: int) -> None:
+    def __init__(self, batch: Batch, index: int) -> None:
         first_row, length = int(batch.chunk_start[index]), int(batch.chunk_length[index])
         self.index, self.rows = index, slice(first_row, first_row + length)
         self.start = int(batch.positions[first_row])
-        self.blocks = -(-(self.start + length) // kv.block_size)
+        self.end = self.start + length

@@ -41,6 +41,10 @@ class StepOps(Protocol):
         """Causal attention over the pool after `store` → [T or N, heads * head_dim]."""
         ...
 
+    def finite(self) -> torch.Tensor:
+        """After the last `store`: bool [T], whether all KV written for a row is finite."""
+        ...
+
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [rows, 2 * intermediate] → [rows, intermediate]."""
         ...

@@ -74,13 +74,17 @@ class TorchStep:
             out[start:end] = self._attend_chunk(layer, queries[start:end], chunk)
         return out.flatten(1)
 
+    def finite(self) -> torch.Tensor:
+        written = self._kv.data[self._blocks, :, :, :, self._offsets]
+        return written.flatten(1).sum(1, dtype=torch.float32).isfinite()
+
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
     def _attend_rows(self, layer: int, queries: torch.Tensor, rows: _Rows) -> torch.Tensor:
         """Each row against its own context, padded to the longest → [rows, heads, head_dim]."""
-        keys, values = self._gather(layer, rows.tables, queries.dtype)
+        keys, values = self._gather(layer, rows.tables, queries.dtype, rows)
         return functional.scaled_dot_product_attention(
             queries[rows.rows].unsqueeze(2),
             keys,
@@ -109,10 +113,13 @@ class TorchStep:
         return out.squeeze(0).transpose(0, 1)
 
     def _gather(
-        self, layer: int, tables: torch.Tensor, dtype: torch.dtype
+        self, layer: int, tables: torch.Tensor, dtype: torch.dtype, rows: _Rows | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [sequences, kv_heads, context, head_dim] of tables [sequences, blocks]."""
+        """K and V [sequences, kv_heads, context, head_dim] of tables [sequences, blocks]; with
+        `rows`, zeros where no token of the sequence has been."""
         blocks = self._kv.data[:, layer][tables].to(dtype)
+        if rows is not None and len(rows.stale):
+            blocks[rows.partial] = blocks[rows.partial].masked_fill(rows.stale, 0.0)
         return tuple(blocks.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).unbind(0))  # type: ignore
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -130,7 +137,12 @@ class TorchStep:
 
 
 class _Rows:
-    """Rows that attend each for itself: their block tables, and which of that context they see."""
+    """Rows that attend each for itself: their block tables, and which of that context they see.
+
+    `partial` are the blocks (row, place in its table) that reach beyond the row's chunk, `stale`
+    (bool [partial, 1, 1, block_size, 1]) what of them does: it is another sequence's and maybe not
+    finite, so no weight may multiply it, not even 0.
+    """
 
     def __init__(self, step: TorchStep, rows: np.ndarray) -> None:
         batch, block_size = step._batch, step._kv.block_size
@@ -141,6 +153,12 @@ class _Rows:
         blocks = int(positions.max()) // block_size + 1
         tables = batch.block_tables[batch.chunk_of_row[rows], :blocks].astype(np.int64)
         self.tables = step._tensor(tables)
+        last = (batch.chunk_start + batch.chunk_length - 1)[batch.chunk_of_row[rows]]
+        places = np.arange(blocks * block_size).reshape(blocks, block_size)
+        stale = places > batch.positions[last][:, None, None]
+        partial = stale.any(-1).nonzero()
+        self.partial = tuple(step._tensor(indices) for indices in partial)
+        self.stale = step._tensor(stale[partial])[:, None, None, :, None]
         self._ages = step._tensor(positions)[:, None] - torch.arange(
             blocks * block_size, device=step._device
         )

@@ -50,8 +50,9 @@ class LlamaModel:
         else:
             self._head = make_linear(read.tensor("lm_head.weight"))
 
-    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
-        """Writes the KV of all rows; logits of the sampled rows, float32 [N, vocab]."""
+    def forward(self, batch: Batch, kv: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the KV of all rows. Logits of the sampled rows, float32 [N, vocab], and whether
+        the KV of each row is finite, bool [T]."""
         step = self._ops.step(batch, kv)
         hidden = functional.embedding(step.token_ids, self._embedding)
         for index, layer in enumerate(self._layers):
@@ -61,12 +62,13 @@ class LlamaModel:
             if only_sampled:
                 # Of the other rows the last layer needs no more than keys and values.
                 if not len(batch.sampled):
-                    return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+                    empty = hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+                    return empty, step.finite()
                 hidden = hidden[step.sampled]
             hidden = layer.output.add_to(step.attend(index, qkv, only_sampled), hidden)
             gate_up = layer.gate_up(step.norm(hidden, layer.post_norm))
             hidden = layer.down.add_to(step.swiglu(gate_up), hidden)
-        return self._head(step.norm(hidden, self._norm)).float()
+        return self._head(step.norm(hidden, self._norm)).float(), step.finite()
 
 
 class _Reader:
