@@ -93,12 +93,14 @@ class Engine(Protocol):
         The KV of all but the last of a chunk's new tokens is in its blocks as well: there are at
         most tokens_per_step of them, and no more than the block table has room for. Where none
         came, the chunk's last token is computed again. When this returns the KV is in memory:
-        transports read it past the device's streams. Raises CrossdockError for what is the
-        request's own fault; any other exception is the device's.
+        transports read it past the device's streams. Raises NotFinite for
+        sequences that must not go on, CrossdockError for a step that fails of itself; any other
+        exception is the device's. A step that raised can be run again.
         """
 
-    def free_cached(self) -> None:
-        """Gives back what the allocator keeps: after a step that failed for want of memory."""
+    def recover(self) -> None:
+        """After a step that raised, once nothing holds its exception: gives back what it left.
+        Raises where the device cannot do even a small step."""
 
     def warmup(self) -> None:
         """Does what a first request would otherwise wait for. The pool is left as it is."""

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from crossdock.engine.contract import Engine
-from crossdock.engine.sequence import StepPlan
-from crossdock.proto.errors import CrossdockError
+from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.proto.errors import CrossdockError, NotFinite
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.role import WorkerRole
 from crossdock.worker.streams import block_events
@@ -27,7 +28,16 @@ IDLE_WAIT_S = 0.5  # the reaper's own timer: an idle worker turns over at least 
 # A step is late once it has taken this many times what such steps take, and this much more.
 LATE_FACTOR, LATE_S = 4.0, 0.25
 UNMEASURED_STEP_S = 10.0
-FAILED_STEPS_LIMIT = 3  # in a row: the device or the process is broken, a fresh one is not
+FAILED_STEPS_LIMIT = 3  # in a row, without a recovery: the device is broken, a fresh one is not
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step that raised. Not the exception: its traceback would keep the step's tensors alive."""
+
+    message: str
+    own: bool  # of its requests, not of the device
+    blamed: frozenset[str] = frozenset()  # the sequences that did it, where it is known
 
 
 @dataclass
@@ -57,7 +67,7 @@ class EngineLoop:
         self._commands: deque[Callable[[], None]] = deque()
         self._wakeup = threading.Event()
         self._stopping = False
-        self._failed_steps = 0
+        self._failed_steps = 0  # since the device last ran anything
         self.last_turn = time.monotonic()
         self._due = math.inf  # when the turn under way is late
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -159,29 +169,62 @@ class EngineLoop:
         clock = self._role.state.clock
         started = clock()
         self._expect(self._role.expected_s(plan) or UNMEASURED_STEP_S)
+        outcome = self._try(plan)
+        if isinstance(outcome, Failure):
+            self._step_failed(plan, outcome)
+            return
+        self._role.observe_step(plan, clock() - started)
+        self._role.apply(plan, outcome)
+
+    def _try(self, plan: StepPlan) -> list[list[SampledToken]] | Failure:
+        """Runs a step. After one that failed the device is free of it, and was tried."""
+        failure = None
         try:
             tokens = self._runner.run(plan)
+        except NotFinite as error:
+            failure = Failure(str(error), True, error.sequence_ids)
         except Exception as error:
-            self._step_failed(plan, error)
-            return
-        self._failed_steps = 0
-        self._role.observe_step(plan, clock() - started)
-        self._role.apply(plan, tokens)
+            log.error("an engine step failed:\n%s", traceback.format_exc())
+            failure = Failure(f"{type(error).__name__}: {error}", isinstance(error, CrossdockError))
+        if failure is None:
+            self._failed_steps = 0
+            return tokens
+        if not failure.own:
+            self._recover()
+        return failure
 
-    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
-        """Runs the chunks one by one, so that only those that fail by themselves end."""
-        if len(plan.chunks) > 1:
-            log.warning("an engine step failed, trying its chunks alone: %s", error)
+    def _recover(self) -> None:
+        try:
+            self._runner.recover()
+            self._failed_steps = 0
+        except Exception:
+            log.error("and a small one after it:\n%s", traceback.format_exc())
+            self._failed_steps += 1
+
+    def _step_failed(self, plan: StepPlan, failure: Failure) -> None:
+        """Sequences that are known to be at fault end, and the others run without them. Else each
+        chunk runs alone: one that fails while the device serves others is at fault itself."""
+        if failure.blamed:
+            rest = []
             for chunk in plan.chunks:
-                self._step(StepPlan((chunk,)))
+                if chunk.sequence.sequence_id in failure.blamed:
+                    self._role.step_failed(chunk, failure.message, own=True)
+                else:
+                    rest.append(chunk)
+            if rest:
+                self._step(StepPlan(tuple(rest)))
             return
-        log.error("engine step failed", exc_info=error)
-        self._role.step_failed(plan, error)
-        if isinstance(error, CrossdockError):
-            return  # of the request, not of the device
-        self._failed_steps += 1
-        if self._failed_steps == FAILED_STEPS_LIMIT:
-            log.critical("%d engine steps failed in a row: the process ends", FAILED_STEPS_LIMIT)
+        alone = [StepPlan((chunk,)) for chunk in plan.chunks]
+        outcomes = [self._try(one) for one in alone]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+        works = len(failures) < len(alone) and self._failed_steps == 0
+        for one, outcome in zip(alone, outcomes):
+            if isinstance(outcome, Failure):
+                self._role.step_failed(one.chunks[0], outcome.message, outcome.own or works)
+            else:
+                self._role.apply(one, outcome)
+        if self._failed_steps >= FAILED_STEPS_LIMIT:
+            log.critical("%d engine steps failed in a row: the process ends", self._failed_steps)
             self.flush()
             _exit_soon()
 

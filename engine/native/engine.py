@@ -55,8 +55,8 @@ class NativeEngine(Engine):
         drawn = iter(self._runner.run(plan))
         return [[next(drawn)] if chunk.sample else [] for chunk in plan.chunks]
 
-    def free_cached(self) -> None:
-        self._runner.free_cached()
+    def recover(self) -> None:
+        self._runner.recover()
 
     def warmup(self) -> None:
         self._runner.warmup()

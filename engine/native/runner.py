@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,10 +108,13 @@ class ModelRunner:
             raise NotFinite([plan.chunks[index].sequence.sequence_id for index in chunks])
         return logits
 
-    def free_cached(self) -> None:
-        """Gives memory back that torch keeps for later steps."""
+    def recover(self) -> None:
+        """After a step that raised, and once nothing holds its exception: gives back the memory
+        that it left, then runs small steps. Raises where the device cannot do even those."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.warmup()
 
     def warmup(self) -> None:
         """Compiles and touches everything that a first request would otherwise wait for. The pool

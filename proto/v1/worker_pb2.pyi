@@ -26,6 +26,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_CANCELLED: _ClassVar[ErrorCode]
     ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
     ERROR_CODE_INTERNAL: _ClassVar[ErrorCode]
+    ERROR_CODE_DEVICE: _ClassVar[ErrorCode]
 
 class LinkOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -48,6 +49,7 @@ ERROR_CODE_DEADLINE: ErrorCode
 ERROR_CODE_CANCELLED: ErrorCode
 ERROR_CODE_DRAINING: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
+ERROR_CODE_DEVICE: ErrorCode
 LINK_OUTCOME_UNSPECIFIED: LinkOutcome
 LINK_OUTCOME_OK: LinkOutcome
 LINK_OUTCOME_UNREACHABLE: LinkOutcome

@@ -30,6 +30,7 @@ RESTARTED = {
     pb.ERROR_CODE_OVERLOADED: "overloaded",
     pb.ERROR_CODE_DRAINING: "draining",
     pb.ERROR_CODE_PULL_FAILED: "pull failed",
+    pb.ERROR_CODE_DEVICE: "device failed",
 }
 
 

@@ -406,6 +406,8 @@ class Dispatcher:
         sequence.let_go(link.name)
         if error.code not in RESTARTED:
             raise failure
+        if error.code == pb.ERROR_CODE_DEVICE:
+            self._count_loss(sequence, failure)
         if error.code == pb.ERROR_CODE_PULL_FAILED:
             sequence.avoid.add(
                 sequence.prefill_worker
@@ -451,13 +453,17 @@ class Dispatcher:
             f"{role} worker {worker} was lost ({reason}) after {sequence.generated} tokens; "
             "send the request again"
         )
-        sequence.losses += 1
-        if sequence.losses > self._limits.max_losses:
-            raise error
+        self._count_loss(sequence, error)
         if sequence.phase is Phase.PREFILL and worker == sequence.decode_worker:
             self._hand_offs.drop(sequence, lost=True)
             return
         self._restart(sequence, worker, "worker lost", error)
+
+    def _count_loss(self, sequence: SequenceState, error: CrossdockError) -> None:
+        """Raises the error where it is one too many: the sequence itself may be what does it."""
+        sequence.losses += 1
+        if sequence.losses > self._limits.max_losses:
+            raise error
 
     def _deadline_passed(self, active: ActiveRequest) -> None:
         request = active.request

@@ -26,6 +26,7 @@ from crossdock.proto.types import LIFE_CYCLE, Role, SamplingParams
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.router.dispatch import tracing as router_tracing
 from crossdock.router.gateway import GatewayConfig, GatewayServer
+from crossdock.worker import loop
 from crossdock.worker import tracing as worker_tracing
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.peer_calls import met
@@ -109,6 +110,32 @@ async def cluster(tiny_model: Path) -> AsyncIterator[Cluster]:
 def prompts(count: int, length: int = 120) -> list[list[int]]:
     """Prompts with nothing in common."""
     return [[(i * 31 + j * (i + 3)) % 200 + 3 for j in range(length + i)] for i in range(count)]
+
+
+async def test_every_stream_goes_on_where_one_device_fails_every_step(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, cluster: Cluster
+) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr(loop, "_exit_soon", lambda: ended.append(True))
+    broken = cluster.workers[2]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(broken._loop._runner, "run", fail)
+    asked = prompts(12, length=40)
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    wanted = [g.token_ids for g in LLM(str(tiny_model), num_blocks=256).generate(asked, sampling)]
+    got = await asyncio.gather(
+        *(
+            cluster.client.generate(p, temperature=0.0, max_tokens=12, ignore_eos=True)
+            for p in asked
+        )
+    )
+    assert [[*completion.token_ids] for completion in got] == wanted
+    status = await broken.status(check_integrity=True)
+    assert (status.integrity_error, status.used_blocks) == ("", 0)
+    assert ended, "and so does its worker, which the controller replaces"
 
 
 @pytest.mark.parametrize("transport", ["nixl", "nccl", "local"])

@@ -599,6 +599,29 @@ async def test_overloaded_everywhere_ends_with_resource_exhausted(rig: Rig) -> N
     assert len(rig.prefills[0].prefills) == 6  # the first and max_restarts
 
 
+async def test_a_sequence_goes_on_where_the_device_works(tiny_model: Path) -> None:
+    async with start_rig(tiny_model, prefills=2, decodes=2) as rig:
+        for worker in (rig.prefills[0], rig.decodes[0]):
+            worker.refusals.extend([worker_pb2.ERROR_CODE_DEVICE] * 50)
+        for _ in range(6):
+            responses = await collect(rig.stub.Generate(ask(PROMPT, max_tokens=5)))
+            assert ids_of(responses) == PROMPT[:5]
+        assert rig.metric("restarted_sequences_total", cause="device failed") > 0
+        await until(lambda: rig.idle)
+
+
+async def test_a_sequence_under_which_every_device_fails_ends(tiny_model: Path) -> None:
+    """It may be what breaks them: three workers are tried, also where each gains it a token."""
+    async with start_rig(tiny_model, decodes=5) as rig:
+        for worker in rig.decodes:
+            worker.refusals.append(worker_pb2.ERROR_CODE_DEVICE)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await collect(rig.stub.Generate(ask(PROMPT, max_tokens=20)))
+        assert error.value.code() is grpc.StatusCode.INTERNAL
+        assert sum(bool(worker.decodes) for worker in rig.decodes) == 3
+        await until(lambda: rig.idle)
+
+
 @pytest.mark.parametrize(
     ("code", "status"),
     [
