@@ -87,7 +87,7 @@ class PrefillSide(Side):
 
     def rewrite(self, blocks: int) -> list[int]:
         """The offer is revoked, and so many of its blocks get a new owner that writes on them."""
-        self._offers.revoke_sequence("s")
+        self._offers.revoke_sequence("s", "gateway")
         self._new_owner = self.pool.allocate(blocks)
         self.kv[self._new_owner] = SOMEBODY_ELSES
         return self._new_owner
