@@ -35,7 +35,9 @@ class Runner(web.AppRunner):
             self._silent.pop(connection).cancel()
 
     def _accept(self) -> web.RequestHandler:
-        made, loop = super().server(), asyncio.get_running_loop()
+        server, loop = super().server, asyncio.get_running_loop()
+        assert server is not None, "not set up"
+        made = server()
         self._silent[made] = loop.call_later(HEAD_S, self._close, made)
         if len(self._silent) > MAX_SILENT:
             self._close(next(iter(self._silent)))
