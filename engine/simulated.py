@@ -9,6 +9,7 @@ a wrong token, here as in a model.
 # ruff: noqa: RUF009  (setting() is dataclasses.field with documentation)
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -169,24 +170,35 @@ def kv_of_tokens(token_ids: Sequence[int]) -> KV:
 def draw(kv: KV, sampling: SamplingParams, drawn_ids: int) -> SampledToken:
     """The token that follows the sequence of this KV: a function of the KV, and of the seed unless
     sampling is greedy. Other parameters change nothing."""
-    seed = 0 if sampling.greedy else sampling.seed
-    seen = int((kv * _weights(0, len(kv))).sum(dtype=np.uint64))
-    token_id = _mix(seen ^ _mix(len(kv) + seed)) % drawn_ids
+    seen = int((kv * weights(0, len(kv))).sum(dtype=np.uint64))
+    token_id = drawn(seen, len(kv), sampling, drawn_ids)
     if sampling.logprobs is None:
         return SampledToken(token_id)
     others = [((token_id + i) % drawn_ids, -1.0 - i) for i in range(sampling.logprobs)]
     return SampledToken(token_id, -1.0, tuple(others))
 
 
+def drawn(seen: int, position: int, sampling: SamplingParams, drawn_ids: int) -> int:
+    """The token of a position after KV whose weighted sum is `seen`."""
+    seed = 0 if sampling.greedy else sampling.seed
+    return _mix(seen ^ _mix(position + seed)) % drawn_ids
+
+
 def _terms(token_ids: Sequence[int], start: int) -> KV:
     """What each token adds to the KV, never 0."""
     ids = np.array(token_ids, dtype=np.uint64) + np.uint64(1)
-    return ids * _weights(start, len(token_ids))
+    return ids * weights(start, len(token_ids))
 
 
-def _weights(start: int, count: int) -> KV:
+def weights(start: int, count: int) -> KV:
+    """uint64 [count] of the positions from `start` on."""
+    return _table((start + count).bit_length())[start : start + count]
+
+
+@functools.cache
+def _table(bits: int) -> KV:
     """Odd numbers, unlike at every position."""
-    positions = np.arange(start + 1, start + 1 + count, dtype=np.uint64)
+    positions = np.arange(1, 2**bits + 1, dtype=np.uint64)
     mixed = (positions * np.uint64(0x9E3779B97F4A7C15)) ^ (positions << np.uint64(29))
     return mixed | np.uint64(1)
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from roles_kit import undisturbed
 
 from crossdock.decode import role as decode_worker
 from crossdock.engine import registry
-from crossdock.engine.simulated import TEXT_IDS, draw, kv_of_tokens
+from crossdock.engine.simulated import TEXT_IDS
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.prefill import role as prefill_worker
-from crossdock.proto.types import Role, SamplingParams
+from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2_grpc
 from crossdock.router.gateway import GatewayConfig, GatewayServer
 from crossdock.worker.config import WorkerConfig
@@ -33,11 +34,7 @@ def simulated(kind: str = "simulated", **settings: Any) -> Any:
 
 def expected(prompt: Sequence[int], tokens: int, **sampling: Any) -> list[int]:
     """What the simulated engine answers on the byte tokenizer, undisturbed."""
-    params = SamplingParams(**({"temperature": 0.0} | sampling))
-    ids = list(prompt)
-    for _ in range(tokens):
-        ids.append(draw(kv_of_tokens(ids), params, TEXT_IDS).token_id)
-    return ids[len(prompt) :]
+    return undisturbed(prompt, tokens, TEXT_IDS, **sampling)
 
 
 @dataclass

@@ -7,7 +7,7 @@ wrong, missing or foreign block is a wrong token.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -22,8 +22,8 @@ from crossdock.engine.simulated import (
     POSITION_BYTES,
     Profile,
     SimulatedEngine,
-    draw,
-    kv_of_tokens,
+    drawn,
+    weights,
 )
 from crossdock.kvtransfer.fake import FakeNetwork, FakeTransport
 from crossdock.kvtransfer.ticket import new_incarnation
@@ -47,12 +47,18 @@ HASHER = BlockHasher(hash_key(KEY), BLOCK)
 ROOT = HASHER.root(LAYOUT)
 
 
-def undisturbed(prompt: list[int], tokens: int, **sampling: object) -> list[int]:
+def undisturbed(
+    prompt: Sequence[int], tokens: int, drawn_ids: int = VOCAB, **sampling: object
+) -> list[int]:
     """What a request must answer, whatever happens on the way."""
     params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
-    ids = list(prompt)
-    for _ in range(tokens):
-        ids.append(draw(kv_of_tokens(ids), params, VOCAB).token_id)
+    ids, kv, seen = list(prompt), 0, 0
+    factors = weights(0, len(prompt) + tokens).tolist()
+    for position in range(len(prompt) + tokens):
+        if position == len(ids):
+            ids.append(drawn(seen, position, params, drawn_ids))
+        kv = (kv + (ids[position] + 1) * factors[position]) % 2**64
+        seen = (seen + kv * factors[position]) % 2**64
     return ids[len(prompt) :]
 
 
