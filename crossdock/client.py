@@ -16,6 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crossdock.proto import errors
+from crossdock.proto.channels import internal, is_loopback
 from crossdock.proto.convert import sampling_to_pb, wire_seed
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import inference_pb2 as pb
@@ -75,7 +76,7 @@ class Client:
 
     def __init__(self, target: str = DEFAULT_TARGET) -> None:
         self.target = _address(target)
-        self._channel = grpc.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(self.target, options=_options(self.target))
         self._stub = InferenceStub(self._channel)
 
     def generate(
@@ -144,7 +145,9 @@ class AsyncClient:
     @property
     def _channel(self) -> grpc.aio.Channel:
         if self._open_channel is None:
-            self._open_channel = grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+            self._open_channel = grpc.aio.insecure_channel(
+                self.target, options=_options(self.target)
+            )
         return self._open_channel
 
     async def generate(
@@ -275,6 +278,10 @@ def _address(target: str) -> str:
     if not re.fullmatch(r"(\S+:\d+|unix:\S+)", address) or "//" in address:
         raise errors.InvalidRequest("target", target, "must be host:port, as 127.0.0.1:50051")
     return address
+
+
+def _options(target: str) -> list[tuple[str, int]]:
+    return internal(*CHANNEL_OPTIONS) if is_loopback(target) else list(CHANNEL_OPTIONS)
 
 
 @contextmanager

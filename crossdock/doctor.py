@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from crossdock.proto.channels import internal
 from crossdock.proto.convert import ROLE_FROM_PB
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import admin_pb2, worker_pb2, worker_pb2_grpc
@@ -320,7 +321,7 @@ def _examine_worker(member: admin_pb2.MemberStatus) -> WorkerFacts:
 def _ask_clock(address: str) -> tuple[worker_pb2.ProbeResponse, float, float]:
     """(answer, skew, its possible error): of the quickest of some round trips, at its midpoint."""
     best: tuple[float, float, worker_pb2.ProbeResponse] | None = None
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, internal()) as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)
         for _ in range(CLOCK_SAMPLES):
             sent, start = time.time(), time.perf_counter()
@@ -336,7 +337,7 @@ def _ask_clock(address: str) -> tuple[worker_pb2.ProbeResponse, float, float]:
 def _examine_pair(decode: WorkerFacts, prefill: WorkerFacts, incarnation: bytes) -> PairFacts:
     request = worker_pb2.ProbeRequest(peer_address=prefill.address, peer_incarnation=incarnation)
     try:
-        with grpc.insecure_channel(decode.address) as channel:
+        with grpc.insecure_channel(decode.address, internal()) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             link = stub.Probe(request, timeout=PROBE_TIMEOUT_S).link
     except grpc.RpcError as error:

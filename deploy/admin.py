@@ -11,6 +11,7 @@ import grpc
 
 from crossdock.deploy.spec import ClusterSpec, ControllerSpec
 from crossdock.deploy.spec_yaml import locate
+from crossdock.proto.channels import internal
 from crossdock.proto.errors import ConfigError, CrossdockError, NotFound, Overtaken, Unavailable
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
@@ -109,7 +110,7 @@ def down(address: str = DEFAULT_ADDRESS, drain_s: float = 10.0) -> None:
 
 @contextlib.contextmanager
 def _admin(address: str) -> Iterator[admin_pb2_grpc.AdminStub]:
-    options = [("grpc.max_receive_message_length", MAX_STATUS_BYTES)]
+    options = internal(("grpc.max_receive_message_length", MAX_STATUS_BYTES))
     with grpc.insecure_channel(address, options=options) as channel:
         try:
             yield admin_pb2_grpc.AdminStub(channel)

@@ -11,6 +11,7 @@ import grpc
 
 from crossdock.kvtransfer.layout import check_layouts
 from crossdock.kvtransfer.transport import Transport
+from crossdock.proto.channels import internal
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.worker.peers import Met, Peers, Renewed
@@ -20,13 +21,13 @@ T = TypeVar("T")
 
 CALL_TIMEOUT_S = 5.0
 # A link that dies and comes back is noticed both times within seconds, also by idle channels.
-CHANNEL_OPTIONS = [
+CHANNEL_OPTIONS = internal(
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
-]
+)
 
 
 class GrpcPeerCalls:

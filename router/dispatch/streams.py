@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from crossdock.proto.channels import internal
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.router.dispatch.links import LinkSettings, WorkerLink
@@ -112,7 +113,7 @@ class GrpcWire:
 
 
 def _channel_options(settings: LinkSettings) -> list[tuple[str, int]]:
-    return [
+    return internal(
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_s * 1000)),
@@ -120,4 +121,4 @@ def _channel_options(settings: LinkSettings) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_receive_message_length", settings.max_frame_bytes),
         ("grpc.max_send_message_length", settings.max_frame_bytes),
-    ]
+    )
