@@ -34,6 +34,7 @@ from crossdock.worker.config import EngineSettings, WorkerConfig
 API_VERSION = "crossdock/v1"
 KIND = "Cluster"
 GATEWAY_POOL = "gateway"
+EVERY_HOST = {"0.0.0.0", "::"}  # gRPC takes either for both families
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class LimitsSpec:
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
     )
     worker_wait_s: float = setting(
-        20.0, "How long a request waits for a worker where none is there.", low=0, high=3600
+        120.0, "How long a request waits for a worker where none is there.", low=0, high=3600
     )
 
 
@@ -107,7 +108,11 @@ class ResourcesSpec:
         1.0, "Ray CPUs each worker reserves.", low=0, high=4096, check=check_amount
     )
     gpus: float = setting(
-        0.0, "Ray GPUs each worker reserves; whole above 1.", low=0, high=64, check=check_amount
+        0.0,
+        "Ray GPUs of each worker, whole above 1; with 0 it runs on the CPU.",
+        low=0,
+        high=64,
+        check=check_amount,
     )
     memory_mb: int = setting(
         0, "Memory each worker reserves with Ray, MB; 0 reserves none.", low=0, high=64_000_000
@@ -323,7 +328,7 @@ def _check_gpus(spec: ClusterSpec) -> None:
 
 
 def _check_ports(spec: ClusterSpec) -> None:
-    taken: dict[tuple[str, int], str] = {}
+    taken: list[tuple[str, int, str]] = []
     claims = [("controller.grpc", spec.controller.grpc)]
     for index in range(spec.gateway.replicas):
         try:
@@ -335,9 +340,11 @@ def _check_ports(spec: ClusterSpec) -> None:
         claims += [("gateway.grpc", grpc), ("gateway.http", http)]
     for path, address in claims:
         host, port = split_address(address)
-        other = taken.setdefault((host, port), path)
-        if port and (other != path):
-            raise ConfigError(path, f"{address!r} is also the port of {other}")
+        for other_host, other_port, other in taken:
+            overlap = host == other_host or EVERY_HOST & {host, other_host}
+            if port and port == other_port and overlap:
+                raise ConfigError(path, f"{address!r} is also the port of {other}")
+        taken.append((host, port, path))
 
 
 def type_hints(kind: type) -> dict[str, Any]:

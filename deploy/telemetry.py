@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 
+from crossdock.proto.errors import ConfigError
+
 log = logging.getLogger(__name__)
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+def log_level() -> str:
+    """What CROSSDOCK_LOG asks for. Raises ConfigError."""
+    level = os.environ.get("CROSSDOCK_LOG") or "info"
+    if level.lower() not in LOG_LEVELS:
+        known = ", ".join(LOG_LEVELS)
+        raise ConfigError("CROSSDOCK_LOG", f"{level!r} is not allowed; one of {known}")
+    return level.upper()
 
 
 def configure(telemetry: Mapping[str, str] | None, service_name: str, instance: str = "") -> None:

@@ -46,7 +46,7 @@ class GatewayConfig:
     max_active: int = 1024  # sequences under way; more are refused
     max_active_per_tenant: int = 512
     request_timeout_s: float = 600.0  # deadline of a request that brings none
-    worker_wait_s: float = 20.0  # a worker that is replaced is back within it
+    worker_wait_s: float = 120.0  # a worker that is replaced is back within it
     slo: Slo = field(default_factory=Slo)
     links: LinkSettings = field(default_factory=LinkSettings)
 

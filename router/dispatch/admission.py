@@ -19,7 +19,7 @@ class Limits:
 
     max_active: int = 1024
     max_active_per_tenant: int = 512
-    worker_wait_s: float = 20.0  # how long a request waits for a worker of a role to appear
+    worker_wait_s: float = 120.0  # how long a request waits for a worker of a role to appear
     max_restarts: int = 5  # of a sequence, without a token gained in between
     max_losses: int = 2  # workers that may die or fail under one sequence before it is refused
     first_backoff_s: float = 0.05  # before a refused sequence is offered again; doubles

@@ -88,7 +88,7 @@ class HttpServer:
         await self._runner.setup()
         host, _, port = self.address.rpartition(":")
         try:
-            await web.TCPSite(self._runner, host, int(port)).start()
+            await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
         except OSError as error:
             await self._runner.cleanup()
             why = "port {} is in use" if error.errno == 98 else "port {}: {}"

@@ -59,6 +59,8 @@ WRONG = [
     ("127.0.0.1:8000", "127.0.0.1:65535", 6, "gateway.replicas", "above 65535"),
     ("127.0.0.1:8000", "127.0.0.1:50050", 8, "gateway.http", "also the port of controller.grpc"),
     ("127.0.0.1:8000", "127.0.0.1:50052", 7, "gateway.grpc", "also the port of gateway.http"),
+    ("127.0.0.1:8000", "0.0.0.0:50051", 8, "gateway.http", "also the port of gateway.grpc"),
+    ("127.0.0.1:50051", "[::]:50050", 7, "gateway.grpc", "also the port of controller.grpc"),
     ("cpus: 2", "cpus: .nan", 13, "pools.prefill.resources.cpus", "from 0 to 4096"),
     ("rack-a: 1", "rack-a: 0", 13, "pools.prefill.resources.custom.rack-a", "least is 0.0001"),
     ("rack-a: 1", "GPU: 1", 13, "pools.prefill.resources.custom.GPU", "use resources.gpus"),
@@ -89,6 +91,20 @@ def test_errors_name_file_line_field_and_what_is_allowed(old, new, line, field, 
     assert str(caught.value).startswith(f"cluster.yaml:{line}: {field}: ")
     assert message in str(caught.value)
     assert caught.value.field == field
+
+
+def test_hosts_of_their_own_share_a_port_number():
+    apart = TEXT.replace("127.0.0.1:8000", "127.0.0.2:50051")
+    assert ClusterSpec.parse(apart).gateway_addresses(0)[1] == "127.0.0.2:50051"
+
+
+def test_a_pool_computes_where_its_resources_are():
+    """Without gpus on the CPU, whatever the host has: Ray keeps no two such workers apart."""
+    spec = ClusterSpec.parse(
+        TEXT.replace("role: decode\n", "role: decode\n    resources: {gpus: 1}\n")
+    )
+    devices = {pool: worker_launch(spec, pool, "w", bytes(32)).worker.device for pool in spec.pools}
+    assert devices == {"prefill": "cpu", "decode": "cuda"}
 
 
 def test_nccl_needs_a_whole_gpu_for_each_worker():

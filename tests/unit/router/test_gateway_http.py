@@ -686,3 +686,10 @@ async def test_a_client_that_goes_away_frees_the_workers(rig: Rig, stream: bool)
             asking.cancel()
     await until(lambda: rig.decodes[0].cancels and rig.idle)
     await until(lambda: rig.metric("requests_total", outcome="cancelled") == 1)
+
+
+async def test_http_is_served_over_ipv6(tiny_model: Path) -> None:
+    async with start_rig(tiny_model, http="[::1]:0") as rig, aiohttp.ClientSession() as session:
+        assert rig.gateway.http_address.startswith("[::1]:")
+        async with session.get(f"http://{rig.gateway.http_address}/health") as answer:
+            assert answer.status == 200
