@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 from crossdock.deploy import ray_environment  # isort: skip  # noqa: F401  (before ray)
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crossdock.deploy import processes
+from crossdock.deploy import telemetry as traces
 from crossdock.deploy.runtime import (
     CannotStart,
     Launch,
@@ -42,6 +44,8 @@ MANY_CALLS = 1000
 MB = 1 << 20
 LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one for want of them
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
+KILL_S = 5.0  # for Ray to notice that a process is gone
+VITAL = ("gcs_server", "raylet")  # of Ray's own processes: no cluster without them
 CRASHES = "CROSSDOCK_CRASHES"  # the folder where a process that crashes leaves why
 PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG", CRASHES)
 
@@ -98,7 +102,7 @@ class MemberActor:
     async def stop(self) -> None:
         if self._server is not None:
             await self._server.stop()
-        _flush_telemetry()
+        traces.flush()
         self._stopped.set()
 
     async def _start(self) -> Started:
@@ -115,7 +119,7 @@ class MemberActor:
                 from crossdock.decode.role import create
             self._server = create(config)
             endpoint = await self._server.start()
-            return self._as_started(node_id, endpoint=endpoint)
+            return Started(os.getpid(), node_id, endpoint=endpoint)
         from crossdock.router.dispatch.metrics import Slo
         from crossdock.router.gateway import GatewayConfig, GatewayServer
 
@@ -123,15 +127,8 @@ class MemberActor:
         slo = Slo(**launch.gateway["slo"])
         self._server = GatewayServer(GatewayConfig(**{**launch.gateway, "slo": slo}))
         await self._server.start()
-        return self._as_started(
-            node_id, grpc=self._server.grpc_address, http=self._server.http_address
-        )
-
-    def _as_started(self, node_id: str, **where: Any) -> Started:
-        launch = self._launch
-        return Started(
-            launch.name, launch.pool, launch.role, launch.revision, os.getpid(), node_id, **where
-        )
+        grpc, http = self._server.grpc_address, self._server.http_address
+        return Started(os.getpid(), node_id, grpc=grpc, http=http)
 
 
 class ControllerActor:
@@ -169,10 +166,12 @@ class ControllerActor:
         status = await cluster_status(self._controller)
         return status.SerializeToString()
 
+    async def ping(self) -> None:
+        """Answers while its loop turns."""
+
     async def run(self) -> None:
-        """Pends until the cluster is down."""
-        await self.started()
-        await self._controller.ended.wait()
+        """Pends as long as the process lives, which is until the cluster is down."""
+        await asyncio.Event().wait()
 
     async def down(self, drain_s: float) -> None:
         await self._started.wait()
@@ -200,7 +199,7 @@ class ControllerActor:
         await controller.run()
         await controller.ended.wait()
         await server.stop(grace=1.0)
-        ray.actor.exit_actor()
+        ray.kill(ray.get_runtime_context().current_actor)  # exit_actor is for calls of an actor
 
 
 class RayProcess:
@@ -228,13 +227,15 @@ class RayProcess:
         return await _call(self._actor.active_requests.remote())
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        with contextlib.suppress(TimeoutError, ProcessGone, StartFailed):
+        try:
             async with asyncio.timeout(grace_s):
                 await _call(self._actor.stop.remote())
+        except (TimeoutError, ProcessGone, StartFailed):
+            await asyncio.to_thread(_kill_process, self._actor)
         with contextlib.suppress(RayActorError, ValueError):
             ray.kill(self._actor)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout(KILL_S):
                 await self.gone()
 
 
@@ -273,7 +274,7 @@ class RayRuntime:
                         async with asyncio.timeout(10.0):
                             launch: Launch = await _call(actor.launch.remote())
                     except TimeoutError:  # not placed yet, or hung: nobody would watch it
-                        ray.kill(actor)
+                        await RayProcess(actor).stop(grace_s=0.0)
                     else:
                         found.append((launch, RayProcess(actor)))
         return found
@@ -306,28 +307,22 @@ def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool =
 
     Raises Unavailable when the cluster can't be joined.
     """
-    quiet: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.ERROR}
-    if address:
-        try:
-            with _own_sigterm():
-                ray.init(address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Unavailable(f"ray.address: cannot join {address!r}: {error}") from None
-        return
-    with _own_sigterm():
-        _start_local_ray(object_store_mb, temp_dir, quiet)
-
-
-def _start_local_ray(object_store_mb: int, temp_dir: str, quiet: Mapping[str, Any]) -> None:
-    ray.init(
-        "local",
-        num_cpus=int(LOCAL_CPUS),
-        include_dashboard=False,
-        object_store_memory=object_store_mb << 20,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=temp_dir,
-        **quiet,
-    )
+    local: dict[str, Any] = {
+        "num_cpus": int(LOCAL_CPUS),
+        "include_dashboard": False,
+        "object_store_memory": object_store_mb << 20,
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": temp_dir,
+    }
+    options = {} if address else local
+    try:
+        with _own_sigterm():
+            ray.init(
+                address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **options
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        doing = f"join {address!r}" if address else "start a local Ray"
+        raise Unavailable(f"ray.address: cannot {doing}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -344,16 +339,41 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
+def lost_ray_process() -> str:
+    """Which vital process of the Ray that `start_ray` started has ended and how; empty while all
+    run, and for a Ray that was joined."""
+    node = ray._private.worker._global_node
+    for kind, process in node.dead_processes() if node is not None else ():
+        if kind in VITAL:
+            code = process.returncode
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return f"Ray's {kind} ended ({how})"
+    return ""
+
+
 class ControllerHandle:
     """The controller as the process that started the cluster uses it. Calls block."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._run = actor.run.remote()
+        self._started = actor.started.remote()
 
     def started(self, timeout_s: float) -> str:
-        """Its address. Raises StartFailed, ProcessGone or TimeoutError."""
-        return str(_get(self._actor.started.remote(), timeout_s))
+        """Its address. Raises StartFailed, ProcessGone, or TimeoutError: then it may be asked
+        again."""
+        return str(_get(self._started, timeout_s))
+
+    def hangs(self, timeout_s: float) -> bool:
+        """Whether it gives no sign of life; that its process is gone is one."""
+        answered, _ = ray.wait([self._actor.ping.remote()], timeout=timeout_s)
+        return not answered
+
+    def kill(self, restart: bool) -> None:
+        """Ends its process, also one that hangs; Ray starts it again where `restart` says so."""
+        _kill_process(self._actor)
+        if not restart:
+            ray.kill(self._actor)
 
     def status(self, timeout_s: float = 10.0) -> bytes:
         """A serialized ClusterStatus."""
@@ -414,6 +434,28 @@ def start_controller(
     return ControllerHandle(actor)
 
 
+def _kill_process(actor: Any) -> None:
+    """SIGKILL to an actor's process, on whichever node: one that hangs does not hear ray.kill,
+    after which Ray takes it for dead all the same. Blocks for up to KILL_S."""
+    entry: Mapping[str, Any] = {}
+    with contextlib.suppress(RayError):
+        entry = ray._private.state.actors(actor._actor_id.hex())
+    if entry.get("State") != "ALIVE":
+        return
+    pid, node = entry["Pid"], entry["Address"]["NodeID"]
+    if node == ray.get_runtime_context().get_node_id():
+        _kill(pid)
+    else:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        killed = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+        ray.wait([killed], timeout=KILL_S)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
 def namespace(cluster: str) -> str:
     return f"crossdock-{cluster}"
 
@@ -454,40 +496,34 @@ def _host() -> str:
 
 
 def _set_up_process(name: str, telemetry: Mapping[str, str] | None) -> None:
-    from crossdock.deploy.telemetry import configure
-
-    level = os.environ.get("CROSSDOCK_LOG", "INFO").upper()
-    logging.basicConfig(level=level, format=f"%(asctime)s {name} %(levelname)s %(message)s")
-    configure(telemetry, f"crossdock.{name.rpartition('-')[0] or name}", name)
-
-
-def _flush_telemetry() -> None:
-    from crossdock.deploy.telemetry import flush
-
-    flush()
+    logging.basicConfig(
+        level=traces.log_level(), format=f"%(asctime)s {name} %(levelname)s %(message)s"
+    )
+    traces.configure(telemetry, f"crossdock.{name.rpartition('-')[0] or name}", name)
 
 
 async def _call(reference: Awaitable[T]) -> T:
-    try:
+    with _translated():
         return await reference
+
+
+def _get(reference: Any, timeout_s: float) -> object:
+    with _translated():
+        return ray.get(reference, timeout=timeout_s)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Ray's errors as StartFailed, ProcessGone and TimeoutError."""
+    try:
+        yield
+    except ray.exceptions.GetTimeoutError:
+        raise TimeoutError("no answer in time") from None
     except RayActorError as error:
         raise ProcessGone(_end_of(error)) from None
     except RayTaskError as error:
         raise _cause(error) from None
     except RayError as error:  # out of memory, unschedulable, broken environment
-        raise ProcessGone(str(error)) from None
-
-
-def _get(reference: Any, timeout_s: float) -> object:
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError:
-        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
-    except RayActorError as error:
-        raise ProcessGone(_end_of(error)) from None
-    except RayTaskError as error:
-        raise _cause(error) from None
-    except RayError as error:
         raise ProcessGone(str(error)) from None
 
 

@@ -12,7 +12,9 @@ import grpc
 
 from crossdock.deploy.reconcile import Member, State
 from crossdock.deploy.runtime import Launch, Process, ProcessGone, Started, StartFailed
+from crossdock.proto.channels import internal
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+from crossdock.worker.config import WorkerConfig
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +24,28 @@ class WatchSettings:
     """How closely members are watched, seconds."""
 
     probe_every_s: float = 1.0
-    probe_timeout_s: float = 5.0
-    unresponsive_s: float = 30.0
+    unresponsive_s: float = 30.0  # for a worker whose steps have no known length, and at most
+    stalled_s: float = 8.0  # for a gateway, and at least
+    stalled_steps: float = 10.0
     start_timeout_s: float = 900.0
     stop_grace_s: float = 5.0
+
+
+def patience_s(
+    settings: WatchSettings, worker: WorkerConfig | None, load: worker_pb2.Load | None
+) -> float:
+    """How long a member may be silent, seconds: a gateway (`worker` is None) hardly, a worker for
+    ten of its longest steps, since it answers between two. Pure."""
+    if worker is None:
+        return settings.stalled_s
+    if load is None or not (load.step_base_s or load.prefill_tokens_per_s):
+        return settings.unresponsive_s
+    step_s, rate = load.step_base_s, load.prefill_tokens_per_s
+    batch_s = settings.stalled_steps * (step_s + load.step_per_sequence_s * worker.max_batch)
+    # A chunk that was never measured takes no longer than its tokens one by one.
+    token_s = settings.stalled_steps / rate if rate else step_s
+    longest = max(settings.stalled_s, batch_s, worker.chunk_tokens * token_s)
+    return min(settings.unresponsive_s, longest)
 
 
 class Watched:
@@ -54,6 +74,7 @@ class Watched:
         self._changed = changed
         self._settings = settings
         self._channel: grpc.aio.Channel | None = None
+        self._load: worker_pb2.Load | None = None  # of its last answer
         self._tasks = [asyncio.create_task(self._watch_end()), asyncio.create_task(self._start())]
 
     @property
@@ -103,8 +124,7 @@ class Watched:
         self._changed()
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        self.release()
         if self._channel is not None:
             await self._channel.close(grace=None)
         await self.process.stop(self._settings.stop_grace_s)
@@ -114,10 +134,12 @@ class Watched:
         for task in self._tasks:
             task.cancel()
 
-    async def status(self, check_integrity: bool = False) -> worker_pb2.WorkerStatus | None:
+    async def status(
+        self, check_integrity: bool = False, timeout_s: float = 3.0
+    ) -> worker_pb2.WorkerStatus | None:
         """What the worker says of itself; None when it does not answer in time."""
         try:
-            return await self._get_status(check_integrity)
+            return await self._get_status(check_integrity, timeout_s)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, OSError):
             return None
         except asyncio.CancelledError:
@@ -126,13 +148,13 @@ class Watched:
                 raise
             return None  # gRPC's word for a channel that was closed meanwhile: the worker is lost
 
-    async def _get_status(self, check_integrity: bool) -> worker_pb2.WorkerStatus:
+    async def _get_status(self, check_integrity: bool, timeout_s: float) -> worker_pb2.WorkerStatus:
         assert self.started is not None
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.started.address)
+            self._channel = grpc.aio.insecure_channel(self.started.address, internal())
         stub = worker_pb2_grpc.WorkerStub(self._channel)
         request = worker_pb2.GetStatusRequest(check_integrity=check_integrity)
-        answer = await stub.GetStatus(request, timeout=self._settings.probe_timeout_s)
+        answer = await stub.GetStatus(request, timeout=timeout_s)
         assert isinstance(answer, worker_pb2.WorkerStatus)
         return answer
 
@@ -161,25 +183,33 @@ class Watched:
         except Exception as error:
             log.exception("watching %s", self.name)
             why = f"{type(error).__name__}: {error}"
-        self._lost(why)
+        self._lost(self.why or why)
 
     async def _probe(self) -> None:
         """One that does not answer any more is as good as dead: a worker's status comes from its
-        engine thread, so an answer is progress."""
-        answered = time.monotonic()
+        engine thread, so an answer is progress. Probes are counted, not the clock, so that a pause
+        of this process does not pass for the silence of its members."""
+        silent, every_s = 0.0, self._settings.probe_every_s
         while self.state is not State.LOST:
-            await asyncio.sleep(self._settings.probe_every_s)
-            if await self._answers():
-                answered = time.monotonic()
-            silent = time.monotonic() - answered
-            if silent > self._settings.unresponsive_s:
-                self._lost(f"did not answer for {silent:.0f} s")
+            await asyncio.sleep(every_s)
+            patience = patience_s(self._settings, self.launch.worker, self._load)
+            asked = time.monotonic()
+            if await self._answers(patience / 2):
+                silent = 0.0
+                continue
+            silent += every_s + min(time.monotonic() - asked, patience / 2)
+            if silent > patience:
+                self.why = f"did not answer for {silent:.0f} s"
+                await self.process.stop(grace_s=0.0)  # its ports and memory are the next one's
+                self._lost(self.why)
 
-    async def _answers(self) -> bool:
+    async def _answers(self, timeout_s: float) -> bool:
         if not self.is_gateway:
-            return await self.status() is not None
+            status = await self.status(timeout_s=timeout_s)
+            self._load = status.load if status is not None else self._load
+            return status is not None
         try:
-            async with asyncio.timeout(self._settings.probe_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await self.process.active_requests()
         except (TimeoutError, ProcessGone, StartFailed):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -35,6 +36,12 @@ def descendants(root: int) -> list[ProcessId]:
         found += below
         queue += [process.pid for process in below]
     return found
+
+
+def keep_orphans() -> None:
+    """From now on a descendant whose parent dies becomes this process's child, not init's, and so
+    stays among its `descendants`."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def alive(process: ProcessId) -> bool:

@@ -52,10 +52,6 @@ class Launch:
 class Started:
     """Where a started process is found. `endpoint` is a worker's; `grpc` and `http` a gateway's."""
 
-    name: str
-    pool: str
-    role: str
-    revision: str
     pid: int
     node_id: str
     endpoint: WorkerEndpoint | None = None
@@ -86,7 +82,8 @@ class Process(Protocol):
         """Requests that a gateway holds now."""
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """Stops serving and ends the process, by force after `grace_s`. Never raises."""
+        """Stops serving and ends the process, by force after `grace_s`, also one that hangs; then
+        it is gone, unless its node cannot be reached. Never raises."""
 
 
 class Runtime(Protocol):
@@ -155,6 +152,7 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
         pool=pool_name,
         role=Role(pool.role),
         cluster_key=cluster_key,
+        gpus=pool.resources.gpus,
         threads=pool.engine_threads,
         revision=revision,
         telemetry=_telemetry(spec),

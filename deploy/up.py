@@ -14,20 +14,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+import grpc
+
 from crossdock.deploy import actors, processes
 from crossdock.deploy.runtime import ProcessGone, StartFailed
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
+from crossdock.deploy.telemetry import log_level
 from crossdock.kvtransfer.local import cleanup_stale
 from crossdock.model import store as models
 from crossdock.model.text import load_text
+from crossdock.proto.channels import internal
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.settings import split_address
-from crossdock.proto.v1 import admin_pb2
+from crossdock.proto.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
 
 POLL_S = 0.25
 WATCH_S = 1.0
+HANG_S = 8.0  # without an answer: the controller hangs
+FIRST_TOKENS_S = 60.0  # for the first request of all
 HURRY_STOP_S = 15.0
 LONGEST_SOCKET_FOLDER = 40  # Ray puts Unix sockets deep below it; their paths end at 107 bytes
 
@@ -105,6 +111,7 @@ class Cluster:
         """Returns when the cluster serves. Raises CrossdockError saying what failed and why."""
         self._began = time.monotonic()
         try:
+            log_level()
             if not self.ray_address:
                 self._cleanup.enter_context(ClusterStore(self.spec.name).locked())
                 self._check_ports()
@@ -114,8 +121,10 @@ class Cluster:
         self._unless(interrupted)
         self._start_ray()
         self._unless(interrupted)
-        self._start_controller(timeout_s)
+        self._start_controller(timeout_s, interrupted)
         status = self._await_ready(timeout_s, interrupted)
+        for gateway in status.gateways:
+            self._prove(gateway, interrupted)
         self.grpc, self.http = status.gateways[0].grpc, status.gateways[0].http
         self._announce()
 
@@ -153,12 +162,13 @@ class Cluster:
             self._cleanup.callback(actors.stop_ray)
             return
         self._say("starting Ray")
+        processes.keep_orphans()
         folder = _temp_folder()
         self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         self._cleanup.callback(self._stop_local_ray)
         actors.start_ray("", self.spec.ray.object_store_mb, folder, self._verbose)
 
-    def _start_controller(self, timeout_s: float) -> None:
+    def _start_controller(self, timeout_s: float, interrupted: Callable[[], bool]) -> None:
         self._say("starting the controller")
         telemetry = {
             "exporter": self.spec.telemetry.exporter,
@@ -172,10 +182,15 @@ class Cluster:
             raise error.at(self._where(error.field)) from None
         self._cleanup.callback(ClusterStore(self.spec.name).end)
         self._cleanup.callback(self._down, 0.0)
-        try:
-            self.admin = self._controller.started(timeout_s)
-        except (StartFailed, ProcessGone, TimeoutError) as error:
-            raise Unavailable(f"the controller did not start: {error}") from None
+        while not self.admin:
+            self._unless(interrupted)
+            self._check_ray()
+            try:
+                self.admin = self._controller.started(POLL_S)
+            except TimeoutError:
+                self._in_time(timeout_s, "the controller")
+            except (StartFailed, ProcessGone) as error:
+                raise Unavailable(f"the controller did not start: {error}") from None
 
     def _await_ready(
         self, timeout_s: float, interrupted: Callable[[], bool]
@@ -183,14 +198,32 @@ class Cluster:
         shown: dict[str, str] = {}
         while True:
             self._unless(interrupted)
+            self._check_ray()
             status = self.status()
             self._show_progress(status, shown)
             if status.converged:
                 return status
-            if time.monotonic() - self._began > timeout_s:
-                waiting = ", ".join(name for name, state in shown.items() if state != "ready")
-                raise Unavailable(f"not ready after {timeout_s:g} s; waited for {waiting}")
+            self._in_time(timeout_s, *(name for name, state in shown.items() if state != "ready"))
             time.sleep(POLL_S)
+
+    def _in_time(self, timeout_s: float, *waiting: str) -> None:
+        if time.monotonic() - self._began > timeout_s:
+            raise Unavailable(f"not ready after {timeout_s:g} s; waited for {', '.join(waiting)}")
+
+    def _prove(self, gateway: admin_pb2.GatewayStatus, interrupted: Callable[[], bool]) -> None:
+        """Two tokens of a first request came out of this gateway: the second is a decode worker's,
+        from the KV that it pulled."""
+        request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[0]))
+        request.sampling.MergeFrom(inference_pb2.SamplingParams(max_tokens=2, ignore_eos=True))
+        with grpc.insecure_channel(_reachable(gateway.grpc), internal()) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            answer = stub.GenerateUnary.future(request, timeout=FIRST_TOKENS_S)
+            while not answer.done():
+                self._unless(interrupted)
+                time.sleep(POLL_S)
+            if answer.code() is not grpc.StatusCode.OK:
+                why = f"{answer.code().name}: {answer.details()}"
+                raise Unavailable(f"{gateway.name} at {gateway.grpc} served no token: {why}")
 
     def _show_progress(self, status: admin_pb2.ClusterStatus, shown: dict[str, str]) -> None:
         members: list[admin_pb2.GatewayStatus | admin_pb2.MemberStatus] = [*status.gateways]
@@ -229,11 +262,25 @@ class Cluster:
         assert self._controller is not None, "not started"
         self._decisions_seen = time.time()
         while not interrupted() and not self._controller.ended(WATCH_S):
+            self._check_ray()
+            if self._controller.hangs(HANG_S):
+                self._say("the controller hangs: its process is ended, and Ray starts it again")
+                self._controller.kill(restart=True)
             with contextlib.suppress(Unavailable):  # Ray restarts it
                 for decision in self.status().decisions:
                     if decision.unix_s > self._decisions_seen:
                         self._decisions_seen = decision.unix_s
                         self._say(f"{decision.action}: {decision.reason}")
+        self._check_ray()  # without it the controller ends as well
+
+    def _check_ray(self) -> None:
+        """Ends everything where a process of our own Ray is gone: what it ran would go on without
+        anybody to watch it. Raises Unavailable."""
+        if problem := actors.lost_ray_process():
+            self._say(f"{problem}: ending the cluster")
+            self._controller = None
+            processes.end_all(processes.descendants(os.getpid()), grace_s=0.0)
+            raise Unavailable(f"{problem}, and the cluster with it; start it again")
 
     def leave(self) -> None:
         """The cluster stays; this process lets go of it."""
@@ -256,9 +303,11 @@ class Cluster:
         if controller is None:
             return
         try:
-            controller.down(drain_s, drain_s + HURRY_STOP_S, hurry)
+            controller.down(drain_s, drain_s + (HURRY_STOP_S if self.admin else 5.0), hurry)
         except (ProcessGone, StartFailed, TimeoutError) as error:
             self._say(f"the controller did not end in order ({error}); ending its processes")
+            if not self.admin:  # it waits for a node, and would start on the next one
+                controller.kill(restart=False)
 
     def _stop_local_ray(self) -> None:
         """Ray ends its processes on a shutdown; those that outlive it are killed."""
@@ -315,6 +364,11 @@ def _try_bind(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
         probe.listen(1)
+
+
+def _reachable(address: str) -> str:
+    """Where a server that listens at `address` is reached from its own machine."""
+    return address.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:")
 
 
 def _temp_folder() -> str:

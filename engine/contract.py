@@ -56,6 +56,7 @@ class EngineConfig:
     kv_memory_mb: int = setting(512, "Size of one worker's KV pool, MB.", low=1, high=4_000_000)
     kv_blocks: int = 0  # 0: as many as kv_memory_mb holds
     threads: int = setting(1, "CPU threads of the engine.", low=1, high=1024)
+    gpus: float | None = None  # that are reserved for it; None: take one where there is one
 
     def blocks_of(self, block_bytes: int) -> int:
         """How many blocks the pool has. Raises ConfigError where there is no room for two."""

@@ -74,6 +74,8 @@ def create(config: EngineConfig, allocate: Allocate) -> NativeEngine:
         raise ConfigError("model.id", f"{config.model!r} has no weights: see engine.kind simulated")
     assert isinstance(config.engine, Settings)
     device = config.engine.device
+    if device == "auto" and config.gpus is not None:
+        device = "cuda" if config.gpus else "cpu"
     block_bytes = ModelRunner.kv_bytes_per_block(
         load_config(files), config.block_size, config.dtype, device, config.kv_dtype
     )

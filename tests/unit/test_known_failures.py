@@ -158,8 +158,13 @@ async def test_a_worker_whose_engine_stands_still_does_not_pass_for_well(
         async def gone(self) -> str:
             return await ended
 
-    launch = SimpleNamespace(name="d", pool="decode", role="decode", revision="", gateway=None)
-    often = WatchSettings(probe_every_s=0.02, probe_timeout_s=0.2, unresponsive_s=1.0)
+        async def stop(self, grace_s: float) -> None:
+            assert grace_s == 0
+
+    launch = SimpleNamespace(
+        name="d", pool="decode", role="decode", revision="", gateway=None, worker=real.decode.config
+    )
+    often = WatchSettings(probe_every_s=0.02, unresponsive_s=1.0)
     watched = Watched(launch, Process(), lambda: None, often)  # type: ignore[arg-type]
     try:
         await until(lambda: watched.state is State.READY)

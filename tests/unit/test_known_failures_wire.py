@@ -59,7 +59,7 @@ BOUNDED_OTHERWISE = {
     "router/dispatch/request.py: await self._waiter": "each request has a deadline",
     "deploy/actors.py: self._stopped.wait()": _LIFE,
     "deploy/actors.py: self._started.wait()": "Watched: start_timeout_s",
-    "deploy/actors.py: self._controller.ended.wait()": _LIFE,
+    "deploy/actors.py: asyncio.Event().wait()": _LIFE,
     "deploy/actors.py: controller.ended.wait()": _LIFE,
     "deploy/actors.py: ray.get(self._run)": "ray.wait has said that it is ready",
     "deploy/actors.py: await reference": "each caller's timeout: start, probe, push, stop, drain",

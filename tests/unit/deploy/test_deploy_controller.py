@@ -81,7 +81,7 @@ class FakeProcess:
         if taken := self.doors & {door for other in others for door in other.doors}:
             raise CannotStart(f"ConfigError: {sorted(taken)} in use")
         self.serves = True
-        common = (launch.name, launch.pool, launch.role, launch.revision, self.number, "node")
+        common = (self.number, "node")
         if launch.gateway is not None:
             return Started(*common, grpc=launch.gateway["grpc"], http=launch.gateway["http"])
         role, incarnation = Role(launch.role), f"{self.number:032x}"
