@@ -343,9 +343,10 @@ def lost_ray_process() -> str:
     """Which vital process of the Ray that `start_ray` started has ended and how; empty while all
     run, and for a Ray that was joined."""
     node = ray._private.worker._global_node
-    for kind, process in node.dead_processes() if node is not None else ():
+    dead: list[tuple[str, Any]] = node.dead_processes() if node is not None else []
+    for kind, process in dead:
         if kind in VITAL:
-            code = process.returncode
+            code: int = process.returncode
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return f"Ray's {kind} ended ({how})"
     return ""
