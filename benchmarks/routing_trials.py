@@ -9,370 +9,20 @@ deadlines  short prompts tell little of long ones; what is refused wrongly (also
 links      no pair's bandwidth is known at first; which pairs are used
 room       one prefill worker's blocks are pinned by offers that nobody reads
 batch      1,000 streams on 100 decode workers, 8 of which have the shared system prompt cached
-
-Prefill workers run the real scheduler on a real block pool and measure themselves with the real
-fits; steps, links and decode workers are arithmetic. No wall-clock time goes by.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
 import random
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
-from crossdock.engine import block_tables
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Sequence, StepPlan
-from crossdock.prefill.scheduler import PrefillScheduler
-from crossdock.proto.errors import Overloaded
-from crossdock.proto.types import Role, SamplingParams
-from crossdock.router.dispatch.admission import check_deadline
-from crossdock.router.placement.policy import Demand, Placement, least_latency
-from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts
-from crossdock.worker import loop, rates
+from routing_cluster import BLOCK, LOST_AFTER_S, Cluster, Prompt, Speed, arrivals, chain
 
-BLOCK = 16
-BLOCK_BYTES = 400_000
-NETWORK_S = 0.001
-HEARTBEAT_S, WATCH_S = 1.0, 0.1
-LOST_AFTER_S = 35.0  # an engine that stands still: 30 s of heartbeats, then 5 s of silence
-
-T = TypeVar("T")
 Figures = dict[str, float]
-
-
-def of(kind: type[T], **values: Any) -> T:
-    """`kind` of those values that it knows: the trials run on earlier states of the code too."""
-    known = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in values.items() if name in known})
-
-
-@dataclass
-class Clock:
-    now: float = 0.0
-    _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
-    _count: int = 0
-
-    def after(self, seconds: float, action: Callable[[], None]) -> None:
-        self._count += 1
-        heapq.heappush(self._events, (self.now + seconds, self._count, action))
-
-    def run(self, until: float) -> None:
-        while self._events and self._events[0][0] <= until:
-            self.now, _, action = heapq.heappop(self._events)
-            action()
-        self.now = until
-
-
-@dataclass(eq=False)
-class Prompt:
-    tokens: int
-    hashes: list[bytes]
-    arrived: float
-    output: int = 0  # tokens to decode
-    deadline: float | None = None
-    ttft: float | None = None
-    stall: float = 0.0  # token 0 to token 1
-    prefill: str = ""
-    decode: str = ""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of a prefill step as base + tokens * per_token; of a decode step likewise."""
-
-    base: float
-    per_token: float
-    chunk_tokens: int = 256
-    step_base: float = 0.02
-    step_per_sequence: float = 0.00002
-    max_batch: int = 64
-
-
-class PrefillWorker:
-    """The real scheduler, pool and fit; a step is so many seconds."""
-
-    def __init__(self, cluster: Cluster, name: str, blocks: int) -> None:
-        self.cluster, self.name, self.clock = cluster, name, cluster.clock
-        self.pool = BlockPool(blocks, BLOCK)
-        self.scheduler = PrefillScheduler(self.pool, cluster.speed.chunk_tokens)
-        old = not hasattr(rates, "StepFit")
-        self.fit = rates.PrefillRate() if old else rates.StepFit(decay=0.95, by_size=True)
-        self.jobs: dict[str, Prompt] = {}
-        self.hung = self.stepping = self.told_late = False
-        self.turned_at, self.due = 0.0, float("inf")
-        self.load: dict[str, Any] = {}
-        self.clock.after(HEARTBEAT_S, self._heartbeat)
-        self.clock.after(WATCH_S, self._watch)
-
-    def submit(self, key: str, prompt: Prompt) -> None:
-        self.jobs[key] = prompt
-        sequence = Sequence(
-            key, [0] * prompt.tokens, prompt.tokens, SamplingParams(max_tokens=2),
-            block_hashes=list(prompt.hashes), arrival=self.clock.now,
-        )  # fmt: skip
-        self.scheduler.add(sequence)
-        self.turn()
-
-    def turn(self) -> None:
-        if self.stepping:
-            return
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return
-        self.stepping = True
-        speed = self.cluster.speed
-        seconds = speed.base + plan.num_tokens * speed.per_token
-        self.due = self.clock.now + self._patience(plan)
-        self.clock.after(seconds, lambda: self._stepped(plan, seconds))
-
-    def _stepped(self, plan: StepPlan, seconds: float) -> None:
-        if self.hung:
-            return
-        self.fit.observe(plan.num_tokens, seconds)
-        for chunk in plan.chunks:
-            self.scheduler.computed(chunk)
-            if chunk.sample:
-                prompt = self.jobs.pop(chunk.sequence.sequence_id)
-                read_s = self.cluster.first_token(prompt, chunk.sequence.sequence_id)
-                self.clock.after(read_s, lambda s=chunk.sequence: self._read(s))
-        self.stepping, self.due = False, float("inf")
-        self.report()
-        self.turn()
-
-    def _read(self, sequence: Sequence) -> None:
-        block_tables.release(self.pool, sequence)
-        self.turn()
-
-    def _patience(self, plan: StepPlan) -> float:
-        if not hasattr(loop, "LATE_S"):
-            return float("inf")
-        base, slope = self.fit.base_and_slope
-        expected_s = base + slope * plan.num_tokens or loop.UNMEASURED_STEP_S
-        return loop.LATE_FACTOR * expected_s + loop.LATE_S
-
-    def report(self) -> None:
-        """What an engine's turn tells: its load, and what its cache gained and lost."""
-        self.turned_at = self.clock.now
-        _, events = self.pool.drain_events()
-        measured: dict[str, float] = {}
-        if isinstance(self.fit, getattr(rates, "StepFit", ())):
-            base, slope = self.fit.base_and_slope
-            measured = {
-                "prefill_base_s": base,
-                "prefill_tokens_per_s": 1 / slope if slope else 0.0,
-                "prefill_step_tokens": round(self.fit.largest),
-            }
-        else:
-            measured = {"prefill_tokens_per_s": self.fit.tokens_per_s}
-        self.load = {
-            "waiting": self.scheduler.waiting,
-            "running": self.scheduler.running,
-            "queued_tokens": self.scheduler.queued_tokens,
-            "free_blocks": self.pool.num_free,
-            "cached_blocks": self.pool.num_cached,
-            "total_blocks": self.pool.num_blocks,
-        } | measured
-        self._tell(events)
-
-    def _tell(self, events: list[tuple[bool, bytes]] = []) -> None:  # noqa: B006
-        late = self.clock.now > self.due
-        load = of(LoadReport, **self.load, age_s=self.clock.now - self.turned_at, late=late)
-        self.clock.after(NETWORK_S, lambda: self.cluster.take(self.name, load, events))
-
-    def _heartbeat(self) -> None:
-        if not self.stepping:
-            self.report()
-        elif self.clock.now - self.turned_at < LOST_AFTER_S:
-            self._tell()
-        self.clock.after(HEARTBEAT_S, self._heartbeat)
-
-    def _watch(self) -> None:
-        late = self.clock.now > self.due
-        if late and not self.told_late:
-            self._tell()
-        self.told_late = late
-        self.clock.after(WATCH_S, self._watch)
-
-
-class DecodeWorker:
-    """Streams that advance together, at most max_batch of them; the others wait."""
-
-    def __init__(self, cluster: Cluster, name: str) -> None:
-        self.cluster, self.name, self.clock = cluster, name, cluster.clock
-        self.running: list[list[Any]] = []  # [tokens left, prompt]
-        self.waiting: list[Prompt] = []
-        self.stepping = False
-        self.clock.after(HEARTBEAT_S, self._heartbeat)
-
-    def submit(self, prompt: Prompt) -> None:
-        self.waiting.append(prompt)
-        self.turn()
-
-    def turn(self) -> None:
-        speed = self.cluster.speed
-        while self.waiting and len(self.running) < speed.max_batch:
-            self.running.append([self.waiting[0].output, self.waiting.pop(0)])
-        if self.running and not self.stepping:
-            self.stepping = True
-            seconds = speed.step_base + speed.step_per_sequence * len(self.running)
-            self.clock.after(seconds, self._stepped)
-
-    def _stepped(self) -> None:
-        for entry in self.running:
-            if entry[0] == entry[1].output:
-                entry[1].stall += self.clock.now
-            entry[0] -= 1
-        self.running = [entry for entry in self.running if entry[0] > 0]
-        self.stepping = False
-        self.turn()
-        self.report()
-
-    def report(self) -> None:
-        speed, blocks = self.cluster.speed, 1_000_000
-        load = of(
-            LoadReport,
-            waiting=len(self.waiting),
-            running=len(self.running),
-            free_blocks=blocks,
-            total_blocks=blocks,
-            step_base_s=speed.step_base,
-            step_per_sequence_s=speed.step_per_sequence,
-        )
-        self.clock.after(NETWORK_S, lambda: self.cluster.take(self.name, load, []))
-
-    def _heartbeat(self) -> None:
-        self.report()
-        self.clock.after(HEARTBEAT_S, self._heartbeat)
-
-
-class Cluster:
-    """One gateway's view and policy, and its workers."""
-
-    def __init__(
-        self, speed: Speed, prefills: int, decodes: int, seed: int = 1, blocks: int = 4096
-    ) -> None:
-        self.speed, self.clock, self.rng = speed, Clock(), random.Random(seed)
-        self.view = ClusterView()
-        self.bandwidth = 10e9  # bytes/s of every pair
-        self.prompts: list[Prompt] = []
-        self.placed: list[tuple[float, Placement]] = []
-        self.lost: set[str] = set()
-        self._count = 0
-        self.workers: dict[str, Any] = {}
-        for i in range(prefills):
-            self._connect(f"p{i}", Role.PREFILL, blocks)
-            self.workers[f"p{i}"] = PrefillWorker(self, f"p{i}", blocks)
-        for i in range(decodes):
-            self._connect(f"d{i}", Role.DECODE, 1_000_000)
-            self.workers[f"d{i}"] = DecodeWorker(self, f"d{i}")
-        for worker in self.workers.values():
-            worker.report()
-        self.clock.run(2 * NETWORK_S)
-
-    def _connect(self, name: str, role: Role, blocks: int) -> None:
-        facts = of(
-            WorkerFacts,
-            name=name, role=role, incarnation=name, num_blocks=blocks, block_size=BLOCK,
-            block_bytes=BLOCK_BYTES, pool=str(role), max_batch=self.speed.max_batch,
-            chunk_tokens=self.speed.chunk_tokens,
-        )  # fmt: skip
-        self.view.connected(facts, 0.0)
-
-    def take(self, name: str, load: LoadReport, events: list[tuple[bool, bytes]]) -> None:
-        worker = self.view.workers.get(name)
-        if worker is None:
-            return
-        for stored, block in events:
-            (self.view.index.add if stored else self.view.index.remove)(worker.slot, block)
-        self.view.reported(worker, load, self.clock.now)
-
-    def arrive(self, prompt: Prompt) -> None:
-        """Places a prompt and sends it. Raises Overloaded where its deadline cannot be met."""
-        demand = of(
-            Demand, num_tokens=prompt.tokens, block_hashes=prompt.hashes, block_size=BLOCK,
-            most_tokens=prompt.tokens + prompt.output + 1,
-        )  # fmt: skip
-        self._count += 1
-        now, key = self.clock.now, f"s{self._count}"
-        placement = least_latency(self.view, demand, now, self.rng, self._count)
-        if prompt.deadline is not None:
-            check_deadline(SimpleNamespace(deadline=prompt.deadline), placement, now, 1.0)  # type: ignore[arg-type]
-        assert placement.prefill is not None
-        self.placed.append((now, placement))
-        prompt.prefill, prompt.decode = placement.prefill, placement.decode
-        self.view.place(placement.prefill, key, placement.uncached_tokens, demand.blocks)
-        self.view.place(placement.decode, key, 0, demand.blocks)
-        self.view.sent(placement.prefill, key, now)
-        worker = self.workers[placement.prefill]
-        self.clock.after(NETWORK_S, lambda: worker.submit(key, prompt))
-
-    def first_token(self, prompt: Prompt, key: str) -> float:
-        """Token 0 is drawn: the decode worker pulls and goes on. Seconds until the KV is read."""
-        now = self.clock.now
-        prompt.ttft = now + NETWORK_S - prompt.arrived
-        self.prompts.append(prompt)
-        slot = self.view.workers[prompt.decode].slot
-        held = self.view.index.depths(prompt.hashes).get(slot, 0)
-        nbytes = (-(-prompt.tokens // BLOCK) - held) * BLOCK_BYTES
-        pull_s = nbytes / self.bandwidth
-        decode, prefill = prompt.decode, prompt.prefill
-
-        def pulled() -> None:
-            self.view.transferred(prefill, decode, nbytes, pull_s)
-            for block in prompt.hashes:
-                self.view.index.add(slot, block)
-            self.view.unplace(prefill, key)
-            self.view.sent(decode, key, self.clock.now)
-            if prompt.output:
-                prompt.stall -= now
-                self.workers[decode].submit(prompt)
-            else:
-                self.view.unplace(decode, key)
-
-        self.clock.after(pull_s, pulled)
-        return pull_s
-
-    def hang(self, name: str) -> None:
-        worker = self.workers[name]
-        worker.hung = worker.stepping = True
-        if hasattr(loop, "LATE_S"):
-            idle_s = loop.LATE_FACTOR * loop.IDLE_WAIT_S + loop.LATE_S
-            worker.due = min(worker.due, self.clock.now + idle_s)
-        self.clock.after(LOST_AFTER_S, lambda: self._lose(name))
-
-    def _lose(self, name: str) -> None:
-        self.view.disconnected(name, name)
-        for prompt in self.workers[name].jobs.values():
-            self.arrive(prompt)
-
-
-def arrivals(cluster: Cluster, rate: float, seconds: float, make: Callable[[], Prompt]) -> None:
-    """Poisson arrivals from now on; one whose deadline cannot be met is refused and gone."""
-    rng = random.Random(7)
-
-    def arrive() -> None:
-        with suppress(Overloaded):
-            cluster.arrive(make())
-
-    at = rng.expovariate(rate)
-    while at < seconds:
-        cluster.clock.after(at, arrive)
-        at += rng.expovariate(rate)
-
-
-def chain(rng: random.Random, tokens: int, prefix: list[bytes] | None = None) -> list[bytes]:
-    """Names of a prompt's full blocks, after those of a prefix that it shares."""
-    names = list(prefix or [])
-    return names + [rng.randbytes(16) for _ in range(tokens // BLOCK - len(names))]
 
 
 def times_of(prompts: list[Prompt], share: float = 0.9) -> Figures:
@@ -430,7 +80,7 @@ def cached() -> Figures:
     return times_of(cluster.prompts)
 
 
-def deadlines(short: tuple[int, int] = (5, 100)) -> Figures:
+def deadlines(short: tuple[int, int] = (5, 100), seconds: float = 120.0) -> Figures:
     """Beside 10 short prompts a second, some of 16,000 tokens, which are 0.8 s of work."""
     speed = Speed(base=0.03, per_token=1 / 27_000, chunk_tokens=2048)
     cluster = Cluster(speed, prefills=1, decodes=1)
@@ -445,10 +95,10 @@ def deadlines(short: tuple[int, int] = (5, 100)) -> Figures:
         asked[allowed] += 1
         return Prompt(16_000, chain(rng, 16_000), now, deadline=now + allowed)
 
-    arrivals(cluster, 10.0, 120.0, make)
-    cluster.clock.run(200)
+    arrivals(cluster, 10.0, seconds, make)
+    cluster.clock.run(seconds + 60)
     taken = Counter(round(p.deadline - p.arrived, 1) for p in cluster.prompts if p.deadline)
-    return {f"of {asked[s]} with {s:g} s, taken": taken[s] for s in (5.0, 0.5)}
+    return {f"taken with {s:g} s, %": 100 * taken[s] / asked[s] for s in (5.0, 0.5)}
 
 
 def deadlines_alike() -> Figures:
@@ -481,15 +131,15 @@ def room() -> Figures:
     )
 
 
-def batch() -> Figures:
+def batch(streams: int = 1000, workers: int = 100) -> Figures:
     speed = Speed(base=0.002, per_token=1 / 200_000, chunk_tokens=4096)
-    cluster = Cluster(speed, prefills=8, decodes=100, blocks=16_384)
+    cluster = Cluster(speed, prefills=8, decodes=workers, blocks=16_384)
     system = chain(cluster.rng, 1024)
     for i in range(8):
         for block in system:
             cluster.view.index.add(cluster.view.workers[f"d{i}"].slot, block)
     decodes = [worker for name, worker in cluster.workers.items() if name.startswith("d")]
-    over, idle = [0], [100]
+    over, idle = [0], [workers]
 
     def look() -> None:
         over.append(sum(len(worker.waiting) for worker in decodes))
@@ -497,12 +147,12 @@ def batch() -> Figures:
         cluster.clock.after(0.1, look)
 
     make = prompts_of(cluster, (176, 176), [system], output=400)
-    for i in range(1000):
-        cluster.clock.after(0.004 * i, lambda: cluster.arrive(make()))
+    for i in range(streams):
+        cluster.clock.after(4 / streams * i, lambda: cluster.arrive(make()))
     look()
     cluster.clock.run(60)
     stalls = sorted(prompt.stall for prompt in cluster.prompts)
-    return {"of 1,000 streams, over max_batch": max(over), "idle workers, of 100": min(idle),
+    return {"over max_batch": max(over), "idle workers": min(idle),
             "mean token 0 to 1, s": statistics.mean(stalls), "p99, s": stalls[-11]}  # fmt: skip
 
 

@@ -66,7 +66,7 @@ class WorkerRole(ABC):
         self.state = state
         self.jobs: dict[str, Job] = {}
         self.draining = False
-        self.prefill_time = StepFit(decay=0.95, by_size=True)  # of prompt tokens
+        self.prefill_time = StepFit(by_size=True)  # of prompt tokens
         self.decode_time = StepFit()  # of sequences
 
     # What prefill and decode do differently.

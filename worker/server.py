@@ -62,7 +62,6 @@ class WorkerServer:
         self._role_type = role_type
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
-        self._told_late = False
         self._closers: list[Callable[[], None]] = []
         self._registry: CollectorRegistry | None = None
 
@@ -282,23 +281,21 @@ class WorkerServer:
         # A long step must not look like a dead worker; an engine that stands still must.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.call(self._note_load), WATCH_S)
-        if self.last_turn_age_s < STALLED_S:
-            self._tell_load()
+        self._tell_load()
 
     def _note_load(self, role: WorkerRole) -> None:
         self._load = role.load(), time.monotonic()
 
     async def _watch_engine(self) -> None:
-        # Gateways hear at once that a step takes too long.
-        if self._loop.late and not self._told_late:
+        if self._loop.late:  # gateways hear of it at once
             self._tell_load()
-        self._told_late = self._loop.late
 
     def _tell_load(self) -> None:
         last, at = self._load
         load = worker_pb2.Load(age_s=time.monotonic() - at, late=self._loop.late)
         load.MergeFrom(last)
-        self._gateways.publish(Turn(load=load))
+        if self.last_turn_age_s < STALLED_S:
+            self._gateways.publish(Turn(load=load))
 
     async def _renew_leases(self) -> None:
         tickets = await self.call(lambda role: role.waiting_tickets())

@@ -14,25 +14,19 @@ Line = tuple[float, float]  # of an engine step's seconds: base, and for each to
 DEFAULT_PREFILL_S: Line = (0.0, 0.001)
 DEFAULT_DECODE_S: Line = (0.02, 0.005)
 WEIGHT = 0.1  # of the newest measurement in a pool's running mean
-# A sequence more costs the others of its batch this part of a step at the least, measured or not.
-LEAST_SHARE = 0.005
 
 
 @dataclass
 class PoolSpeed:
-    """Running means over what the workers of one pool have measured; None: nobody has."""
+    """Running mean over what the workers of one pool have measured of one kind of step."""
 
-    prefill: Line | None = None  # by tokens
-    decode: Line | None = None  # by sequences
+    default: Line
+    mean: Line | None = None  # None: nobody has measured
 
-    def prefill_measured(self, line: Line) -> None:
-        self.prefill = _mean(self.prefill, line)
+    def measured(self, new: Line) -> None:
+        old = self.mean or new
+        self.mean = old[0] + WEIGHT * (new[0] - old[0]), old[1] + WEIGHT * (new[1] - old[1])
 
-    def decode_measured(self, line: Line) -> None:
-        self.decode = _mean(self.decode, line)
-
-
-def _mean(old: Line | None, new: Line) -> Line:
-    if old is None:
-        return new
-    return old[0] + WEIGHT * (new[0] - old[0]), old[1] + WEIGHT * (new[1] - old[1])
+    def presumed(self, own: Line | None, busy: bool) -> Line:
+        """Of a worker that measured `own` itself."""
+        return (own if busy else None) or self.mean or own or self.default

@@ -12,35 +12,25 @@ from dataclasses import dataclass, field
 
 from crossdock.proto.types import Role
 from crossdock.router.placement.prefix_index import PrefixIndex
-from crossdock.router.placement.speed import (
-    DEFAULT_DECODE_S,
-    DEFAULT_PREFILL_S,
-    LEAST_SHARE,
-    Line,
-    PoolSpeed,
-)
+from crossdock.router.placement.speed import DEFAULT_DECODE_S, DEFAULT_PREFILL_S, Line, PoolSpeed
 
 STALE_AFTER_S = 2.5  # workers report at least once a second
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
-REPLACED_WITHIN_S = (
-    60.0  # a lost worker, as a rule: what only it can hold waits, and is not refused
-)
+REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
 MEASURED_FOR_S = 10.0  # what was measured longer ago refuses nobody
-MEASURED_UP_TO = 4  # steps this many times as large as any that was measured are not known
+MEASURED_UP_TO = 8  # steps this many times as large as any that was measured are not known
+# A sequence more costs the others of its batch this part of a step at the least, measured or not.
+LEAST_SHARE = 0.005
 DEFAULT_BANDWIDTH = 1e9  # bytes/s
 BANDWIDTH_MEMORY = 0.8  # how much of the pulls before counts beside the newest one
+FASTEST_MEMORY = 0.99  # the same, of the best pair beside the newest pull of any
 # First and longest time that a pair is left alone after a failed pull; each further one doubles it.
 PAIR_REST_S = (5.0, 30.0)
-
-Pair = tuple[str, str]  # names of a prefill and a decode worker
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The newest load that a worker reported; zeros mean not measured yet.
-
-    `age_s` before the report came, its engine last turned over; `late`: it hangs since.
-    """
+    """The newest load that a worker reported; zeros mean not measured yet."""
 
     waiting: int = 0
     running: int = 0
@@ -54,8 +44,8 @@ class LoadReport:
     step_base_s: float = 0.0
     step_per_sequence_s: float = 0.0
     draining: bool = False
-    age_s: float = 0.0
-    late: bool = False
+    age_s: float = 0.0  # when it came: since the engine's turn that it is of
+    late: bool = False  # the engine hangs since
 
     @property
     def prefill_s(self) -> Line | None:
@@ -134,18 +124,20 @@ class WorkerView:
         total = known if reported else self.facts.num_blocks
         return total - sum(item.blocks for item in self.unseen.values())
 
+    def takes(self, tokens: int) -> bool:
+        """Whether a sequence that grows to `tokens` may go there at all."""
+        return not self.load.draining and tokens <= self.facts.most_tokens
+
     def is_stale(self, now: float) -> bool:
         """It hangs or is cut off, as far as can be told."""
         return self.load.late or now - self.reported_at > STALE_AFTER_S
 
     def knows_prefill(self, tokens: int, now: float) -> bool:
-        """Whether it measured lately how long it takes to compute so many tokens. What was
-        measured on smaller steps or long ago may be wrong, and must not keep itself from being
-        corrected."""
-        load, step = self.load, min(tokens, self.facts.chunk_tokens or tokens)
-        large = MEASURED_UP_TO * load.prefill_step_tokens or step
-        lately = now - self.measured_at <= MEASURED_FOR_S
-        return load.prefill_s is not None and lately and step <= large
+        """Whether it measured lately, and not on much smaller steps, how long so many tokens take:
+        what may be wrong must not keep itself from being corrected."""
+        step = min(tokens, self.facts.chunk_tokens or tokens)
+        known = MEASURED_UP_TO * self.load.prefill_step_tokens or step
+        return now - self.measured_at <= MEASURED_FOR_S and step <= known
 
 
 class ClusterView:
@@ -156,11 +148,12 @@ class ClusterView:
         self.layout_hash = b""  # of most of the workers: what block hashes start from
         self.index = PrefixIndex()
         # (prefill, decode) -> decayed sums of bytes and seconds, so that large pulls count most.
-        self._pulled: dict[Pair, tuple[float, float]] = {}
-        self._fastest: Pair | None = None  # of the pairs that were measured
+        self._pulled: dict[tuple[str, str], tuple[float, float]] = {}
+        self._fastest = 0.0  # bytes/s of the best pair lately; fades with every pull
         # (prefill, decode) -> until when it rests, and how long that is; since the last good pull.
-        self._rests: dict[Pair, tuple[float, float]] = {}
-        self._speeds: dict[str, PoolSpeed] = defaultdict(PoolSpeed)  # by pool
+        self._rests: dict[tuple[str, str], tuple[float, float]] = {}
+        self._prefill = defaultdict[str, PoolSpeed](lambda: PoolSpeed(DEFAULT_PREFILL_S))  # by pool
+        self._decode = defaultdict[str, PoolSpeed](lambda: PoolSpeed(DEFAULT_DECODE_S))
         self._free_slots: list[int] = []
         self._gone: dict[str, WorkerView] = {}  # the last of each name that is not there now
 
@@ -184,12 +177,12 @@ class ClusterView:
             self._forget(name)
 
     def reported(self, worker: WorkerView, load: LoadReport, now: float) -> None:
-        speed, prefill, decode = self._speeds[worker.facts.pool], load.prefill_s, load.decode_s
+        pool, prefill, decode = worker.facts.pool, load.prefill_s, load.decode_s
         if prefill is not None and prefill != worker.load.prefill_s:
-            speed.prefill_measured(prefill)
+            self._prefill[pool].measured(prefill)
             worker.measured_at = now
         if decode is not None and decode != worker.load.decode_s:
-            speed.decode_measured(decode)
+            self._decode[pool].measured(decode)
         worker.load = load
         worker.reported_at = now
         if worker.unseen:
@@ -211,7 +204,7 @@ class ClusterView:
             BANDWIDTH_MEMORY * old_bytes + nbytes,
             BANDWIDTH_MEMORY * old_seconds + seconds,
         )
-        self._find_fastest((prefill, decode))
+        self._fastest = max(self.bandwidth(prefill, decode), FASTEST_MEMORY * self._fastest)
 
     def pull_failed(self, prefill: str, decode: str, now: float) -> None:
         """The link of the two may be cut, though both are well: others are taken for a while."""
@@ -250,11 +243,7 @@ class ClusterView:
     ) -> list[WorkerView]:
         """Workers of a role that may get a sequence of `tokens`: the fresh ones not to be avoided,
         or, where there are none, whoever is left, can hold it and is not draining."""
-        alive = [
-            w
-            for w in self.workers.values()
-            if w.role is role and not w.load.draining and w.facts.most_tokens >= tokens
-        ]
+        alive = [w for w in self.workers.values() if w.role is role and w.takes(tokens)]
         avoided = frozenset(avoid)
         preferred = [w for w in alive if w.name not in avoided and not w.is_stale(now)]
         return preferred or [w for w in alive if not w.is_stale(now)] or alive
@@ -270,24 +259,22 @@ class ClusterView:
 
     def bandwidth(self, prefill: str, decode: str) -> float:
         """Bytes per second of pulls between the two, as measured. A pair that was not is presumed
-        to be like the fastest that was, so that it gets its turn to be measured."""
-        pulled = self._pulled.get((prefill, decode))
-        if pulled is None and self._fastest is not None:
-            pulled = self._pulled[self._fastest]
-        nbytes, seconds = pulled or (DEFAULT_BANDWIDTH, 1.0)
+        to be as good as the best, so that it gets its turn to be measured."""
+        presumed = (self._fastest or DEFAULT_BANDWIDTH, 1.0)
+        nbytes, seconds = self._pulled.get((prefill, decode), presumed)
         return nbytes / seconds
 
     def prefill_s(self, worker: WorkerView, tokens: int) -> float:
         """Predicted time to compute `tokens` prompt tokens, as presumed by speed.py."""
-        own, pool = worker.load.prefill_s, self._speeds[worker.facts.pool].prefill
-        line = (own if worker.queued_tokens else None) or pool or own or DEFAULT_PREFILL_S
+        speed, busy = self._prefill[worker.facts.pool], worker.queued_tokens > 0
+        base, slope = speed.presumed(worker.load.prefill_s, busy)
         steps = -(-tokens // (worker.facts.chunk_tokens or max(1, tokens)))
-        return line[0] * steps + line[1] * tokens
+        return base * steps + slope * tokens
 
     def step_s(self, worker: WorkerView, batch: int) -> float:
         """Predicted time of one decode step over `batch` sequences, which is their TPOT."""
-        own, pool = worker.load.decode_s, self._speeds[worker.facts.pool].decode
-        base, slope = (own if worker.sequences else None) or pool or own or DEFAULT_DECODE_S
+        speed, busy = self._decode[worker.facts.pool], worker.sequences > 0
+        base, slope = speed.presumed(worker.load.decode_s, busy)
         return base + max(slope, LEAST_SHARE * base) * batch
 
     @property
@@ -308,14 +295,6 @@ class ClusterView:
 
     # -----------------------------------------------------------------------------------------
 
-    def _find_fastest(self, changed: Pair | None) -> None:
-        """Keeps the fastest of the measured pairs; looks at all of them only where that was it."""
-        fastest = self._fastest
-        if changed is None or fastest in (None, changed):
-            self._fastest = max(self._pulled, key=lambda pair: self.bandwidth(*pair), default=None)
-        elif self.bandwidth(*changed) > self.bandwidth(*fastest):
-            self._fastest = changed
-
     def _connected(self, *names: str) -> bool:
         return all(name in self.workers for name in names)
 
@@ -331,5 +310,4 @@ class ClusterView:
         self.index.drop(worker.slot)
         self._free_slots.append(worker.slot)
         self._pulled = {pair: v for pair, v in self._pulled.items() if name not in pair}
-        self._find_fastest(None)
         self._rests = {pair: v for pair, v in self._rests.items() if name not in pair}

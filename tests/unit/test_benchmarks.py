@@ -155,3 +155,30 @@ def test_the_three_ways_describe_the_same_number_of_bytes_inside_the_pools() -> 
             assert ends[-1] <= shape.pool * shape.block_bytes
             assert (start[order][1:] >= ends[:-1]).all()
     assert counts == {"runs": 3, "blocks": 5, "layer_major": 40}
+
+
+# -- routing_trials.py -------------------------------------------------------------------------
+
+
+def test_a_hung_prefill_worker_costs_little() -> None:
+    import routing_trials
+
+    figures = routing_trials.hung(load_of=3, start=8.0, seconds=20.0)
+    assert figures["share of the hung one after 1 s, %"] <= 2.0
+    assert figures["ratio"] <= 1.3
+
+
+def test_streams_spread_over_the_decode_workers() -> None:
+    import routing_trials
+
+    figures = routing_trials.batch(streams=250, workers=25)
+    assert figures["over max_batch"] == figures["idle workers"] == 0
+
+
+@pytest.mark.parametrize("short", [(5, 100), (50, 50)])
+def test_false_deadline_refusals_are_corrected(short: tuple[int, int]) -> None:
+    import routing_trials
+
+    figures = routing_trials.deadlines(short, seconds=40.0)
+    assert figures["taken with 5 s, %"] == 100
+    assert figures["taken with 0.5 s, %"] <= 60, "what cannot be met is refused"

@@ -103,8 +103,8 @@ def test_a_pool_computes_where_its_resources_are():
     spec = ClusterSpec.parse(
         TEXT.replace("role: decode\n", "role: decode\n    resources: {gpus: 1}\n")
     )
-    devices = {pool: worker_launch(spec, pool, "w", bytes(32)).worker.device for pool in spec.pools}
-    assert devices == {"prefill": "cpu", "decode": "cuda"}
+    gpus = {pool: worker_launch(spec, pool, "w", bytes(32)).worker.gpus for pool in spec.pools}
+    assert gpus == {"prefill": 0, "decode": 1}
 
 
 def test_nccl_needs_a_whole_gpu_for_each_worker():

@@ -142,7 +142,7 @@ def test_what_was_measured_long_ago_or_on_small_steps_is_not_known(rng: random.R
     """It may be wrong, and refusing by it would keep it from being corrected."""
     view, long = make_view(d0=Role.DECODE), demand(15_000, block_hashes=[])
     connect(view, "p0", Role.PREFILL, chunk_tokens=512)
-    report(view, "p0", prefill_tokens_per_s=300.0, prefill_step_tokens=100)
+    report(view, "p0", prefill_tokens_per_s=300.0, prefill_step_tokens=60)
     assert least_latency(view, demand(160), 0.0, rng).measured
     assert not least_latency(view, long, 0.0, rng).measured
     report(view, "p0", prefill_tokens_per_s=9000.0, prefill_step_tokens=512)
@@ -166,14 +166,12 @@ def test_a_pair_that_was_never_measured_is_presumed_as_good_as_the_best() -> Non
     view.transferred("p0", "d0", nbytes=10**10, seconds=1.0)
     assert view.bandwidth("p1", "d1") == pytest.approx(1e10)
     view.transferred("p0", "d1", nbytes=10**7, seconds=1.0)
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e10)
+    assert view.bandwidth("p1", "d1") == pytest.approx(1e10, rel=0.02)
     view.transferred("p1", "d0", nbytes=2 * 10**10, seconds=1.0)
     assert view.bandwidth("p1", "d1") == pytest.approx(2e10)
-    for _ in range(50):
-        view.transferred("p1", "d0", nbytes=10**8, seconds=1.0)  # it is slow now
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e10)
-    view.disconnected("p0", "p0-incarnation")
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e8, rel=0.01)
+    for _ in range(1000):
+        view.transferred("p1", "d0", nbytes=10**8, seconds=1.0)  # all are slow now
+    assert view.bandwidth("p1", "d1") == pytest.approx(1e8, rel=0.05)
 
 
 def test_requests_are_not_locked_to_the_pairs_that_were_measured(rng: random.Random) -> None:
@@ -197,7 +195,7 @@ def test_bandwidth_follows_the_bytes_not_the_number_of_pulls() -> None:
     assert view.bandwidth("p0", "d0") == pytest.approx(1e8, rel=0.05)
     view.transferred("p0", "d0", nbytes=0, seconds=1.0)
     view.disconnected("d0", "d0-incarnation")
-    assert view.bandwidth("p0", "d0") == DEFAULT_BANDWIDTH
+    assert view.bandwidth("p0", "d0") > 5e8, "its successor is presumed as good as any"
 
 
 def test_blocks_that_decode_holds_are_not_counted_as_transfer(rng: random.Random) -> None:

@@ -15,7 +15,7 @@ from crossdock.worker.rates import StepFit
 
 def test_short_prompts_do_not_make_the_rate_look_bad() -> None:
     """A step of 30 ms and 27,000 tokens a second: 50 tokens alone go at 1,600 a second."""
-    fit, rng = StepFit(decay=0.95, by_size=True), random.Random(1)
+    fit, rng = StepFit(by_size=True), random.Random(1)
     for _ in range(300):
         tokens = rng.randint(5, 100)
         fit.observe(tokens, (0.03 + tokens / 27_000) * rng.uniform(0.95, 1.05))
