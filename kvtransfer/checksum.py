@@ -13,8 +13,23 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from crossdock.kvtransfer.transport import PoolMemory, check_ids, merge_runs
+from crossdock.proto.errors import ConfigError
 
 _STAGING_BYTES = 32 << 20  # of pinned host memory that VRAM is copied through, while it is summed
+
+
+def check_available(memory_type: str) -> None:
+    """Raises ConfigError where blocks of "DRAM" or "VRAM" cannot be summed in this process."""
+    if memory_type != "VRAM":
+        return
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "kv.verify",
+            f"'checksum' reads a GPU's blocks with cupy ({error}): "
+            "pip install 'crossdock[gpu]', or set 'fence'",
+        ) from error
 
 
 def checksums(memory: PoolMemory, block_ids: Sequence[int]) -> list[int]:

@@ -57,7 +57,7 @@ class WorkerConfig(EngineConfig):
     verify: str = setting(
         "fence",
         "What pulled KV must pass: fence, that no block had another owner meanwhile; checksum, "
-        "that its bytes are those sent as well.",
+        "that its bytes are those sent as well; on a GPU that needs cupy.",
         choices=("fence", "checksum"),
     )
     max_batch: int = setting(64, "Most sequences in one engine step.", low=1, high=4096)

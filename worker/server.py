@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from crossdock.engine.block_pool import BlockPool, IntegrityError
 from crossdock.engine.registry import create as create_engine
+from crossdock.kvtransfer.checksum import check_available
 from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
@@ -207,6 +208,8 @@ class WorkerServer:
         config, incarnation = self.config, new_incarnation()
         engine = create_engine(config, self._allocate)
         self._closers.append(engine.close)
+        if config.verify == "checksum":
+            check_available(engine.memory.memory_type)
         engine.warmup()
         facts, layout, memory = engine.facts, engine.layout, engine.memory
         self.vocab_size = facts.vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,9 +12,10 @@ import pytest
 import xxhash
 
 from crossdock.kvtransfer import checksum
-from crossdock.kvtransfer.checksum import checksums
+from crossdock.kvtransfer.checksum import check_available, checksums
 from crossdock.kvtransfer.registry import allocate
 from crossdock.kvtransfer.transport import PoolMemory
+from crossdock.proto.errors import ConfigError
 
 NUM_BLOCKS = 24
 BLOCK_BYTES = 4096
@@ -79,3 +81,10 @@ def test_vram_as_it_is(memory: PoolMemory) -> None:
     cupy.cuda.Device().synchronize()
     ids = [9, 3, 4, 5, 23, 0, 4]
     assert checksums(vram, ids) == one_by_one(memory, ids)
+
+
+def test_without_cupy_a_gpu_pool_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    check_available("DRAM")
+    with pytest.raises(ConfigError, match=r"kv\.verify: .*cupy.*pip install 'crossdock\[gpu\]'"):
+        check_available("VRAM")

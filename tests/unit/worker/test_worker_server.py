@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import pytest
+import torch
 import urllib3
 
 from crossdock.decode import role as decode_worker
+from crossdock.engine.native import runner
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.errors import ConfigError, ModelError
@@ -385,3 +388,14 @@ async def test_a_worker_that_cannot_start_says_why(tiny_model: Path, tmp_path: P
     with pytest.raises(ModelError, match=r"bad\.gguf"):
         await broken.start()
     await broken.stop()
+
+
+async def test_checksums_of_a_gpu_need_cupy_before_the_first_prompt(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(runner, "resolve_device", lambda _: torch.device("cuda"))
+    worker = prefill_worker.create(config("p", Role.PREFILL, tiny_model, verify="checksum"))
+    with pytest.raises(ConfigError, match=r"^kv\.verify: .*cupy"):
+        await worker.start()
+    await worker.stop()
