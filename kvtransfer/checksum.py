@@ -20,16 +20,12 @@ _STAGING_BYTES = 32 << 20  # of pinned host memory that VRAM is copied through, 
 
 def check_available(memory_type: str) -> None:
     """Raises ConfigError where blocks of "DRAM" or "VRAM" cannot be summed in this process."""
-    if memory_type != "VRAM":
-        return
     try:
-        import cupy  # noqa: F401
+        if memory_type == "VRAM":
+            import cupy  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "kv.verify",
-            f"'checksum' reads a GPU's blocks with cupy ({error}): "
-            "pip install 'crossdock[gpu]', or set 'fence'",
-        ) from error
+        message = f"'checksum' on a GPU needs cupy: pip install 'crossdock[gpu]' ({error})"
+        raise ConfigError("kv.verify", message) from error
 
 
 def checksums(memory: PoolMemory, block_ids: Sequence[int]) -> list[int]:

@@ -106,12 +106,10 @@ class Draining(Unavailable):
 
 
 class NotFinite(CrossdockError):
-    """A step gave these sequences a NaN or an infinity: as a rule the model's numbers are out of
-    its dtype's range for their tokens. The others of the step can be run again without them."""
+    """A step gave these sequences a NaN or an infinity; the others can be run without them."""
 
     def __init__(self, sequence_ids: Sequence[str]) -> None:
-        ids = ", ".join(sequence_ids)
-        super().__init__(f"KV or logits of {ids} are not finite: out of the dtype's range?")
+        super().__init__("KV or logits are not finite: out of the range of the model's dtype?")
         self.sequence_ids = frozenset(sequence_ids)
 
 

@@ -36,8 +36,8 @@ class Failure:
     """A step that raised. Not the exception: its traceback would keep the step's tensors alive."""
 
     message: str
-    own: bool  # of its requests, not of the device
-    blamed: frozenset[str] = frozenset()  # the sequences that did it, where it is known
+    own: bool  # of its sequences, not of the device
+    suspects: frozenset[str]  # sequences
 
 
 @dataclass
@@ -177,52 +177,41 @@ class EngineLoop:
         self._role.apply(plan, outcome)
 
     def _try(self, plan: StepPlan) -> list[list[SampledToken]] | Failure:
-        """Runs a step. After one that failed the device is free of it, and was tried."""
-        failure = None
+        """Runs a step. One that failed has left nothing behind, and a small one was tried."""
         try:
             tokens = self._runner.run(plan)
-        except NotFinite as error:
-            failure = Failure(str(error), True, error.sequence_ids)
-        except Exception as error:
-            log.error("an engine step failed:\n%s", traceback.format_exc())
-            failure = Failure(f"{type(error).__name__}: {error}", isinstance(error, CrossdockError))
-        if failure is None:
             self._failed_steps = 0
             return tokens
-        if not failure.own:
-            self._recover()
-        return failure
-
-    def _recover(self) -> None:
+        except Exception as error:
+            log.error("an engine step failed:\n%s", traceback.format_exc())
+            all_of_them = frozenset(chunk.sequence.sequence_id for chunk in plan.chunks)
+            suspects = error.sequence_ids if isinstance(error, NotFinite) else all_of_them
+            message = f"an engine step failed: {type(error).__name__}: {error}"
+            failure = Failure(message, isinstance(error, CrossdockError), suspects)
         try:
-            self._runner.recover()
+            if not failure.own:
+                self._runner.recover()
             self._failed_steps = 0
         except Exception:
             log.error("and a small one after it:\n%s", traceback.format_exc())
             self._failed_steps += 1
+        return failure
 
     def _step_failed(self, plan: StepPlan, failure: Failure) -> None:
-        """Sequences that are known to be at fault end, and the others run without them. Else each
-        chunk runs alone: one that fails while the device serves others is at fault itself."""
-        if failure.blamed:
-            rest = []
-            for chunk in plan.chunks:
-                if chunk.sequence.sequence_id in failure.blamed:
-                    self._role.step_failed(chunk, failure.message, own=True)
-                else:
-                    rest.append(chunk)
-            if rest:
-                self._step(StepPlan(tuple(rest)))
-            return
-        alone = [StepPlan((chunk,)) for chunk in plan.chunks]
-        outcomes = [self._try(one) for one in alone]
+        """Runs each suspect alone and the others without them. One that fails alone while the
+        device serves others is at fault itself; what is nobody's fault goes on elsewhere."""
+        alone = [c for c in plan.chunks if c.sequence.sequence_id in failure.suspects]
+        rest = tuple(chunk for chunk in plan.chunks if chunk not in alone)
+        parts = [StepPlan((chunk,)) for chunk in alone] + ([StepPlan(rest)] if rest else [])
+        outcomes = [self._try(part) for part in parts]
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-        works = len(failures) < len(alone) and self._failed_steps == 0
-        for one, outcome in zip(alone, outcomes):
+        works = len(failures) < len(parts) and self._failed_steps == 0
+        for part, outcome in zip(parts, outcomes):
             if isinstance(outcome, Failure):
-                self._role.step_failed(one.chunks[0], outcome.message, outcome.own or works)
+                own = outcome.own or (works and len(part.chunks) == 1)
+                self._role.step_failed(part, outcome.message, own)
             else:
-                self._role.apply(one, outcome)
+                self._role.apply(part, outcome)
         if self._failed_steps >= FAILED_STEPS_LIMIT:
             log.critical("%d engine steps failed in a row: the process ends", self._failed_steps)
             self.flush()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Chunk, SampledToken, StepPlan
+from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.kvtransfer.transport import Transport
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.memory import PoolMemory
@@ -178,11 +178,11 @@ class WorkerRole(ABC):
             if job.deadline_unix_s is not None and now >= job.deadline_unix_s:
                 self.fail(job, worker_pb2.ERROR_CODE_DEADLINE, "the request's deadline passed")
 
-    def step_failed(self, chunk: Chunk, message: str, own: bool) -> None:
-        """The model raised for this chunk. With `own` its request is why, and ends; else it goes
-        on elsewhere."""
+    def step_failed(self, plan: StepPlan, message: str, own: bool) -> None:
+        """The model raised: its sequences end, with `own` for good; else they go on elsewhere."""
         code = worker_pb2.ERROR_CODE_INTERNAL if own else worker_pb2.ERROR_CODE_DEVICE
-        self.fail(self.jobs[chunk.sequence.sequence_id], code, f"an engine step failed: {message}")
+        for chunk in plan.chunks:
+            self.fail(self.jobs[chunk.sequence.sequence_id], code, message)
 
     def observe_step(self, plan: StepPlan, seconds: float) -> None:
         """Counts a step that took so many seconds, and fits the rates that `load` reports."""

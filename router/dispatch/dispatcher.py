@@ -460,7 +460,7 @@ class Dispatcher:
         self._restart(sequence, worker, "worker lost", error)
 
     def _count_loss(self, sequence: SequenceState, error: CrossdockError) -> None:
-        """Raises the error where it is one too many: the sequence itself may be what does it."""
+        """Raises where it is one too many: the sequence itself may be what does it."""
         sequence.losses += 1
         if sequence.losses > self._limits.max_losses:
             raise error

@@ -11,6 +11,8 @@ from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.rope import rope_table
 from crossdock.model.config import ModelConfig
 
+_KV = tuple[torch.Tensor, torch.Tensor]
+
 
 class TorchOps:
     """Plain torch, for any device and type."""
@@ -114,9 +116,9 @@ class TorchStep:
 
     def _gather(
         self, layer: int, tables: torch.Tensor, dtype: torch.dtype, rows: _Rows | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [sequences, kv_heads, context, head_dim] of tables [sequences, blocks]; with
-        `rows`, zeros where no token of the sequence has been."""
+    ) -> _KV:
+        """K and V [sequences, kv_heads, context, head_dim] of tables [sequences, blocks]; of
+        `rows`, with zeros for what is stale."""
         blocks = self._kv.data[:, layer][tables].to(dtype)
         if rows is not None and len(rows.stale):
             blocks[rows.partial] = blocks[rows.partial].masked_fill(rows.stale, 0.0)
@@ -139,9 +141,8 @@ class TorchStep:
 class _Rows:
     """Rows that attend each for itself: their block tables, and which of that context they see.
 
-    `partial` are the blocks (row, place in its table) that reach beyond the row's chunk, `stale`
-    (bool [partial, 1, 1, block_size, 1]) what of them does: it is another sequence's and maybe not
-    finite, so no weight may multiply it, not even 0.
+    partial: blocks (row, place in its table) that reach beyond the row's chunk; stale: what of
+    them does, bool [partial, 1, 1, block_size, 1]. It may be NaN, and 0 times that is no 0.
     """
 
     def __init__(self, step: TorchStep, rows: np.ndarray) -> None:
