@@ -110,3 +110,21 @@ def test_what_lies_behind_a_sequence_is_not_read(
     for clean, dirty in zip(*results):
         assert dirty.isfinite().all()
         assert torch.equal(clean, dirty)
+
+
+def test_logits_that_are_not_finite_name_their_sequence(make) -> None:
+    runner = make().runner
+    head, chunks = runner._model._head, []
+    for name in ("a", "b"):
+        prompt = Sequence(name, [5, 6, 7], 3, GREEDY, block_table=[len(chunks)])
+        chunks.append(Chunk(prompt, 0, 3, True))
+
+    def overflow_in_the_second(x: torch.Tensor) -> torch.Tensor:
+        logits = head(x).clone()
+        logits[1, 9] = -float("inf")
+        return logits
+
+    runner._model._head = overflow_in_the_second
+    with pytest.raises(NotFinite) as caught:
+        runner.run(StepPlan(tuple(chunks)))
+    assert caught.value.sequence_ids == {"b"}

@@ -86,13 +86,8 @@ class ModelRunner:
         """Computes the chunks, writes their KV into their block tables and draws one token for
         each chunk with `sample`, in plan order. What comes before a chunk must be in its blocks.
         When this returns the KV is in memory, for transports read it past the device's streams."""
-        sampled = [chunk.sequence for chunk in plan.chunks if chunk.sample]
-        logits = self.logits(plan)
-        if not sampled:
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
-            return []
-        return sample(logits, [_sample_row(sequence) for sequence in sampled])
+        rows = [_sample_row(chunk.sequence) for chunk in plan.chunks if chunk.sample]
+        return sample(self.logits(plan), rows)
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
         """As `run`, but returns the logits: float32 [sampled chunks, or all tokens; vocab].
@@ -101,7 +96,7 @@ class ModelRunner:
         batch = make_batch(plan, self.kv.block_size, self.kv.num_blocks, every_token)
         with torch.inference_mode():
             logits, finite_kv = self._model.forward(batch, self.kv)
-            finite = finite_kv.cpu().numpy()
+            finite = finite_kv.cpu().numpy()  # waits for all that wrote KV
             finite[batch.sampled] &= logits.sum(-1).isfinite().cpu().numpy()
         if not finite.all():
             chunks = np.unique(batch.chunk_of_row[~finite])

@@ -12,7 +12,6 @@ import torch
 
 from crossdock.engine.native.philox import philox4x32, uniform
 from crossdock.engine.native.sampler import SampleRow, sample
-from crossdock.proto.errors import CrossdockError
 from crossdock.proto.types import SamplingParams
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -267,12 +266,6 @@ def test_tiny_temperatures_are_greedy_and_stay_finite():
     logits = torch.tensor([1.0, 3.0, 2.999, 2.0])
     for temperature in (1e-320, 1e-30, 1e-6, 2e-5):
         assert draw(logits, temperature=temperature, seed=4) == 1
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_refused(temperature):
-    with pytest.raises(CrossdockError, match="not finite"):
-        draw(torch.tensor([1.0, math.nan, 2.0]), temperature=temperature)
 
 
 def test_no_rows():
