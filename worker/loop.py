@@ -124,7 +124,8 @@ class EngineLoop:
             _exit_soon()
 
     def turn(self) -> bool:
-        """Commands, transfers and leases, one step, what came of it. True if a step ran."""
+        """Commands, transfers and leases, one step, what came of it. True if anything did: a
+        sequence that was preempted without a step may have made room for another."""
         self._take_commands()
         self._role.poll()
         self._role.check_deadlines()
@@ -135,18 +136,18 @@ class EngineLoop:
             self._step(plan)
         self.last_turn = time.monotonic()
         self._expect(IDLE_WAIT_S)
-        self.flush()
-        return plan is not None
+        return self.flush() or plan is not None
 
     def _expect(self, seconds: float) -> None:
         """What comes next should take so long."""
         self._due = time.monotonic() + LATE_FACTOR * seconds + LATE_S
 
-    def flush(self) -> None:
-        """Hands over what has come up so far. On the engine thread."""
+    def flush(self) -> bool:
+        """Hands over what has come up so far, if anything has. On the engine thread."""
         turn = self._collect()
         if turn:
             self._publish(turn)
+        return bool(turn)
 
     def snapshot(self, hello: worker_pb2.WorkerDescription | None = None) -> worker_pb2.WorkerFrame:
         """The whole prefix cache and the load. On the engine thread."""

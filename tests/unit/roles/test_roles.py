@@ -298,6 +298,19 @@ def test_an_arrival_lies_never_ahead_of_the_worker() -> None:
     assert skewed.sequence.arrival < job([3] * 30).sequence.arrival
 
 
+def test_the_engine_goes_on_after_a_preemption_without_a_step(site: Site) -> None:
+    """The only one that ran gave its blocks back: whoever waits for them need not wait for an idle
+    engine's next turn."""
+    d = site.worker(Role.COLOCATED, blocks=6)
+    first, second = job([3] * 30, max_tokens=30), job([4] * 20, max_tokens=2)
+    d.role.submit(first)
+    d.role.submit(second)
+    while not any(output.HasField("error") for output in d.take()):
+        assert d.loop.turn(), "it would sleep with a sequence waiting and blocks free"
+    d.turn()
+    assert [output.sequence_id for output in d.take()] == [second.id]
+
+
 def test_a_deadline_ends_a_sequence_wherever_it_is(site: Site) -> None:
     p = site.worker(Role.PREFILL)
     p.role.submit(job(PROMPT, deadline_unix_ms=int(1000 * time.time()) - 1))
