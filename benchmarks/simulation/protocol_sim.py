@@ -1,9 +1,10 @@
 """The whole hand-off protocol under a seeded scheduler.
 
-Real roles, pools, offers and pulls over a fake transport and a virtual clock; two gateways in
-miniature, each with a stream to every worker; workers and gateways that die, pause, drain and come
-back as others; messages that are lost, late, doubled or out of order; leases and deadlines that
-run out; pools that are too small.
+The product's own classes from the client's stream to the KV blocks: dispatchers with their links
+and views, the workers' halves of the streams, peers, engine loops, roles, pools, offers and pulls,
+on a fake transport and a virtual clock. The schedule draws what happens next: workers and gateways
+that die, pause, drain and come back as others; messages that are lost, late, doubled or out of
+order; leases and deadlines that run out; pools that are too small.
 
 What must hold after every step, whatever happened:
   1. every block of every worker is accounted for: free, cached, or held by its known owners;
@@ -11,30 +12,40 @@ What must hold after every step, whatever happened:
   3. no transfer writes into a block that has a new owner, and no offer is released while read;
   4. no lease, wait, pull or request outlives its deadline by more than a turn of its worker;
   5. a cancel, or the end of a gateway's stream, leaves nothing of it but blocks being written;
-  6. a client's tokens are a prefix of the undisturbed run's: none wrong, twice or missing;
-  7. a request ends exactly once.
-And once the faults stop: every request ends, and then no lease is open and no block is held.
+  6. a client's tokens and text are a prefix of the undisturbed run's: none wrong, twice or missing;
+  7. a request ends exactly once;
+  8. an engine that sleeps has nothing to do: whatever gives it work wakes it;
+  9. what a gateway keeps (links, placements, admission, timers) is of sequences under way, none of
+     them waits for a worker that is there, and no ticket has two readers.
+And once the faults stop: every request ends, and then nothing is held anywhere.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable
 
-from protocol_gateways import Gateways, Seat, Stream
+from protocol_front import GONE, HELLO, SOME, Front, Gateway, Stream
 from protocol_wire import MoodyNetwork, MoodyTransport, RememberingPool, Truth
-from roles_kit import BLOCK, HASHER, KEY, Site, Worker
+from protocol_worker import Calls, Host, StrictLoop
+from roles_kit import Site, Worker
 
-from crossdock.kvtransfer import ticket as tickets
-from crossdock.proto.errors import TransferFailed
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
-from crossdock.worker.job import Job
 from crossdock.worker.loop import Turn
 
 PREFILLS, DECODES = 2, 2
 LEASE_S = 30.0
+
+
+class Seat:
+    """A place in the cluster, held by one worker after another under one name."""
+
+    def __init__(self, name: str, role: Role) -> None:
+        self.name, self.role = name, role
+        self.worker: Worker
 
 
 class Violation(AssertionError):
@@ -44,37 +55,40 @@ class Violation(AssertionError):
 class Simulation:
     """One seed, one history: `run` raises Violation when an invariant breaks."""
 
-    def __init__(self, seed: int, steps: int = 200, trace: Callable[[str], None] | None = None):
+    def __init__(self, seed: int, steps: int = 170, trace: Callable[[str], None] | None = None):
         self.seed, self.steps, self.trace = seed, steps, trace
         self.rng = random.Random(seed)
         self.seen: Counter[str] = Counter()
         self.network = MoodyNetwork(rng=self.rng, seen=self._see)
         self.site = Site(self.network, pool_type=RememberingPool, transport_type=MoodyTransport)
-        self.site.wall_clock = self.site.clock
-        self.truth = Truth(self.network)
+        self.site.wall_clock = self.clock = self.site.clock
+        self.calls = Calls(self.rng, self._resident)
+        self.truth = Truth(self.network, self.calls.released)
         self.workers: list[Worker] = []  # all processes that run, also those given up for lost
-        self.met: dict[Worker, dict[bytes, int]] = {}  # by decode worker: peer -> blocks
-        self.meeting: list[tuple[Stream, Job]] = []  # decode requests whose peer is being met
-        self.after_meeting: list[tuple[Stream, worker_pb2.HandOff]] = []  # for one of those
-        self.paused: set[Worker] = set()
-        self.calls: list[tuple] = []  # between workers, in no order
+        self.paused: dict[Worker, None] = {}
         self.counter = 0
         self.touched: dict[Worker, None] = {}
-        self.seats: list[Seat] = []
-        for i, role in enumerate([Role.PREFILL] * PREFILLS + [Role.DECODE] * DECODES):
-            self.seats.append(Seat(f"{role}{i}", role, self._worker(role, f"{role}{i}")))
-        self.front = Gateways(self.rng, self.site.clock, self.seats, self._see)
+        roles = [Role.PREFILL] * PREFILLS + [Role.DECODE] * DECODES
+        roles += [Role.COLOCATED] * (self.rng.random() < 0.3)
+        self.seats = [Seat(f"{role}{i}", role) for i, role in enumerate(roles)]
+        for seat in self.seats:
+            seat.worker = self._worker(seat.role, seat.name)
+        self.front = Front(self.rng, self.clock, self._see, self._resident)
+        self._members()
         self.actions = {
             self._turn: 40,
             self._to_worker: 24,
             self.front.hear_any: 20,
             self._network: 12,
-            self._call: 8,
-            self._advance: 6,
+            self.calls.any: 8,
+            self._advance: 8,
             self.front.new_request: 14,
-            self._meet: 3,
+            self.front.dial_any: 5,
+            self.front.membership: 3,
+            self.calls.meet_any: 3,
             self._renew: 4,
-            self.front.client_cancels: 1,
+            self._beat: 2,
+            self.front.client_leaves: 1,
             self._kill: 1,
             self._pause: 1,
             self._resume: 3,
@@ -82,14 +96,18 @@ class Simulation:
             self._drain: 0.5,
             self.front.stream_breaks: 1,
             self.front.gateway_dies: 0.5,
+            self.front.silence: 0.5,
             self._peers_forgotten: 0.5,
         }
 
     # -- the schedule --------------------------------------------------------------------------
 
     def run(self) -> Simulation:
-        actions, weights = list(self.actions), list(self.actions.values())
+        disabled = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)  # a history is full of what a cluster would warn of
         try:
+            self._begin()
+            actions, weights = list(self.actions), list(self.actions.values())
             for action in self.rng.choices(actions, weights, k=self.steps):
                 self._log(action.__name__)
                 action()
@@ -97,78 +115,147 @@ class Simulation:
             self._settle()
         except AssertionError as error:
             raise Violation(f"seed {self.seed}: {error}") from error
+        finally:
+            logging.disable(disabled)
         return self
 
     def _log(self, what: str) -> None:
         if self.trace is not None:
-            self.trace(f"{self.site.clock.now:8.1f} {what}")
+            self.trace(f"{self.clock.now:8.2f} {what}")
 
     def _see(self, what: str) -> None:
         self.seen[what] += 1
         self._log(f"         {what}")
 
+    def _begin(self) -> None:
+        """Everybody is connected before anything happens."""
+        self.calls.calm = True
+        for gateway in self.front.gateways:
+            self.front.tell(gateway)
+        self._settle_now()
+        self.calls.calm = False
+
     def _settle(self) -> None:
         """No more faults: everything must come to its end, by work or by time."""
-        self.network.calm = True
+        self.network.calm = self.calls.calm = True
         self.network._failures.clear()
         self.network._drops = 0
         self.paused.clear()
-        for seat in self.seats:
-            seat.worker.role.draining = False  # or a cluster that drains as a whole never ends
+        for worker in self.workers:  # or a cluster that drains as a whole never ends
+            worker.host.post(lambda role: setattr(role, "draining", False))
+        for gateway in self.front.gateways:
+            self.front.tell(gateway)
         self._log("the faults stop")
-        for _ in range(800):
-            if not self._settle_once():
-                if self._over():
-                    break
-                self._renew_all()
-                ends = [worker.role.next_deadline() for worker in self.workers]
-                next_end = min((end for end in ends if end is not None), default=1e9)
-                now = self.site.clock.now
-                self.site.clock.now = min(max(next_end, now + 0.1), now + LEASE_S / 3)
-        for request in self.front.requests:
-            assert len(request.ends) == 1, f"a request ended so: {request.ends}"
-            whole = request.ends != ["finished"] or request.received == request.expected
-            assert whole, "tokens are missing"
+        self._settle_now()
+        for worker in self.workers:
+            worker.host.beat()
+        for _ in range(200):
+            self._settle_now()
+            if self._over():
+                break
+            for worker in self.workers:
+                worker.host.renew()
+            self._pass_time()
+        for client in self.front.clients:
+            assert len(client.ends) == 1, f"a request ended so: {client.ends}"
+        for gateway in self.front.gateways:
+            self._check_gateway(gateway)
         for worker in self.workers:
             role = worker.role
             assert role.idle and not role.leases(), f"{role.state.config.name} still holds work"
             used = role.state.pool.num_used
             assert not used, f"{role.state.config.name} still holds {used} blocks"
 
+    def _check_gateway(self, gateway: Gateway) -> None:
+        assert gateway.idle, f"{gateway.name} still holds something of a request"
+        for wire in gateway.wires:
+            assert not wire.link.sequences, f"{wire.link.name} still has a sequence"
+            if not wire.link.usable:
+                continue  # it retires with the worker's next frame
+            found = gateway.view.workers[wire.link.name]
+            pool = self.front.resident(wire.link.endpoint.address).role.state.pool
+            told = gateway.view.index._held.get(found.slot, set())
+            assert told == {name for _, name in pool.snapshot()[1]}, "the prefix index is wrong"
+
+    def _pass_time(self) -> None:
+        """To the next moment at which something happens by itself."""
+        ends = [worker.role.next_deadline() for worker in self.workers]
+        ends += [gateway.timers.next_at() for gateway in self.front.gateways]
+        now = self.clock.now
+        next_end = min((end for end in ends if end is not None), default=1e9)
+        self.clock.now = min(max(next_end, now + 0.1), now + LEASE_S / 3)
+        self.front.fire_due(everybody=True)
+
+    def _settle_now(self) -> None:
+        """All that can happen at this time."""
+        for turn in range(400):
+            if not self._settle_once():
+                break
+            if turn % 4 == 0:
+                self._check()
+        for worker in self.workers:
+            self._turn_of(worker, slept=True)  # so nothing may come of it
+        self._check()
+
     def _settle_once(self) -> bool:
         """All that can happen at this time, once. False: nothing did."""
+        front = self.front
         moved = self.network.deliver() > 0
         while self.network.deliver_late():
             moved = True
-        while self.meeting:
-            self._introduced(*self.meeting.pop(0))
+        while self.calls.meetings:
+            self.calls.meetings.pop(0)[2]()
             moved = True
-        for stream in list(self.front.streams):
+        for gateway in front.gateways:
+            for wire in front.undialled(gateway):
+                wire.dial()
+                moved = True
+        for stream in list(front.streams):
             while stream.inbox:
                 self._receive(stream)
                 moved = True
+        self._nothing_forgotten()
         for worker in self.workers:
-            moved |= self._turn_of(worker)
-        while self.calls:
-            self._carry_out(self.calls.pop(0))
-            moved = True
-        for stream in list(self.front.streams):
-            while stream.outbox:
-                self.front.hear(stream)
+            if worker.host.awake:
+                self._turn_of(worker)
                 moved = True
-        self._check()
+        for call in self.calls.take_all():
+            self.calls.arrives(call)
+            moved = True
+        for stream in front.audible():
+            while stream.audible:
+                front.hear(stream)
+                moved = True
+        moved |= front.fire_due()
+        front.prune()
         return moved
 
+    def _nothing_forgotten(self) -> None:
+        """All that gateways have sent has arrived: no worker goes on with what is over."""
+        streams = {s.side.owner: s for s in self.front.streams if s.side is not None}
+        for worker in self.workers:
+            if worker.loop._commands:
+                continue
+            for job in worker.role.jobs.values():
+                assert job.owner in worker.host.gateways._streams, "a job outlived its stream"
+                stream = streams[job.owner]
+                sequences = stream.wire.gateway.dispatcher._sequences
+                known = job.id in flights or stream.outbox or stream.ended
+                assert known, "a worker was not told of an end"
+
     def _over(self) -> bool:
-        return all(request.ends for request in self.front.requests) and all(
+        return all(client.ends for client in self.front.clients) and all(
             worker.role.idle for worker in self.workers
         )
 
     def _check(self) -> None:
-        """A worker's bookkeeping changes only when it is called: only then is it looked at."""
+        """Bookkeeping changes only when somebody is called: only then is it looked at."""
         for worker in self.touched:
             worker.check()
         self.touched.clear()
+        if self.rng.random() < 0.5:
+            self.front.fire_due()
+        self.front.check()
 
     # -- workers -------------------------------------------------------------------------------
 
@@ -191,39 +278,73 @@ class Simulation:
         state = worker.role.state
         worker.transport.pool = state.pool
         self.network.homes[state.incarnation] = state.address
-        worker.on_turn = lambda turn: self._made(worker, turn)
+        worker.host = Host(worker, self.calls, self._see)
+        worker.loop = StrictLoop(worker.role, worker.runner, lambda turn: self._made(worker, turn))
+        worker.transport.set_wakeup(worker.loop.wake)
+        self._watch(worker)
         if role is Role.PREFILL:
             self.truth.watch_prefill(worker, lambda: self.workers)
-        else:
+        elif role is Role.DECODE:
             self.truth.watch_decode(worker)
-            self.met[worker] = {}
         self.workers.append(worker)
+        self.touched[worker] = None
         return worker
+
+    def _watch(self, worker: Worker) -> None:
+        """What a cancel, or the end of a stream, must leave behind: nothing."""
+        role = worker.role
+        cancel, owner_gone = role.cancel, role.owner_gone
+
+        def cancelled(sequence_id: str, reason: str) -> None:
+            cancel(sequence_id, reason)
+            left = [lease for lease in role.leases() if lease.sequence_id == sequence_id]
+            assert sequence_id not in role.jobs and not left, "a cancel left something behind"
+
+        def gone(owner: str) -> None:
+            owner_gone(owner)
+            left = [lease for lease in role.leases() if lease.owner == owner]
+            left += [held for held in role.jobs.values() if held.owner == owner]
+            assert not left, "a gateway's end left something behind"
+
+        role.cancel, role.owner_gone = cancelled, gone
 
     def _made(self, worker: Worker, turn: Turn) -> None:
         """What a turn of a worker has for the others."""
-        streams = {stream.owner: stream for stream in self.front.streams if stream.worker is worker}
-        for owner, outputs in turn.outputs.items():
+        for outputs in turn.outputs.values():
             for output in outputs:
                 if output.HasField("ticket"):
                     self.truth.offered(worker, output.ticket)
-                if owner in streams and not streams[owner].ended:
-                    streams[owner].outbox.append(output)
-        for address, ticket_id in turn.ticket_releases:
-            self.truth.called.add(ticket_id)
-            self.calls.append(("release", address, [ticket_id]))
+        worker.host.publish(turn)
+
+    def _resident(self, address: str) -> Worker | None:
+        """Who answers there: nobody while it is paused."""
+        for worker in reversed(self.workers):
+            if worker.role.state.address == address:
+                return None if worker in self.paused else worker
+        return None
+
+    def _members(self) -> None:
+        self.front.members = [seat.worker.host.endpoint for seat in self.seats]
+        self.front.version += 1
 
     def _turn(self) -> None:
         """Mostly one; now and then a worker gets many done while the others get none."""
-        worker = self.rng.choice(self.workers)
-        for _ in range(self.rng.choice([1] * 11 + [16])):
-            if worker not in self.paused:
-                self._turn_of(worker)
+        able = [worker for worker in self.workers if worker not in self.paused]
+        awake = [worker for worker in able if worker.host.awake]
+        if awake and self.rng.random() < 0.95:
+            worker = self.rng.choice(awake)
+            for _ in range(self.rng.choice([1] * 11 + [16])):
+                if not self._turn_of(worker):
+                    break
+        elif able:
+            worker = self.rng.choice(able)
+            self._turn_of(worker, slept=worker not in awake)
 
-    def _turn_of(self, worker: Worker) -> bool:
-        worked = worker.loop.turn()
-        self.touched[worker] = None
-        now, role = self.site.clock.now, worker.role
+    def _turn_of(self, worker: Worker, slept: bool = False) -> bool:
+        moved = worker.host.turn(slept)
+        if moved:
+            self.touched[worker] = None
+        now, role = self.clock.now, worker.role
         for lease in role.leases():
             assert lease.remaining_s > 0, "a lease outlived its end"
         for held in role.jobs.values():
@@ -231,7 +352,7 @@ class Simulation:
             assert not late, "a request outlived its deadline"
             waited = held.lease_end is not None and held.lease_end <= now
             assert not waited, "a wait for KV outlived its lease"
-        return worked
+        return moved
 
     def _kill(self) -> None:
         """SIGKILL, and a fresh process under the same name, mostly at the same address."""
@@ -240,29 +361,28 @@ class Simulation:
         self._die(seat.worker)
         same = self.rng.random() < 0.7
         seat.worker = self._worker(seat.role, seat.name, address if same else "")
+        self._members()
         self._see("killed, back at the same address" if same else "killed")
 
     def _die(self, worker: Worker) -> None:
         self._count(worker)
+        worker.host.alive = False
         self.network.kill(worker.role.state.incarnation)
+        self.calls.forget(worker.host)
         self.workers.remove(worker)
-        self.paused.discard(worker)
-        self.meeting = [
-            (stream, job) for stream, job in self.meeting if stream.worker is not worker
-        ]
+        self.paused.pop(worker, None)
         for stream in [stream for stream in self.front.streams if stream.worker is worker]:
-            stream.end(self.rng)
+            stream.end()
             stream.inbox.clear()
 
     def _pause(self) -> None:
         """SIGSTOP: nothing is heard of it, while its memory can be read as ever."""
-        self.paused.add(self.rng.choice(self.workers))
+        self.paused[self.rng.choice(self.workers)] = None
         self._see("paused")
 
     def _resume(self) -> None:
         if self.paused:
-            paused = [worker for worker in self.workers if worker in self.paused]
-            self.paused.discard(self.rng.choice(paused))
+            self.paused.pop(self.rng.choice(list(self.paused)))
 
     def _replace(self) -> None:
         """A paused worker is given up for lost; later it goes on beside its successor."""
@@ -270,25 +390,30 @@ class Simulation:
         if seats and len(self.workers) < len(self.seats) + 2:
             seat = self.rng.choice(seats)
             for stream in [stream for stream in self.front.streams if stream.worker is seat.worker]:
-                stream.end(self.rng)
+                stream.end()
             seat.worker = self._worker(seat.role, seat.name)
+            self._members()
             self._see("given up while paused")
 
     def _drain(self) -> None:
         """Takes nothing new, moves away what it has, and leaves once its streams have ended."""
         seat = self.rng.choice(self.seats)
-        seat.worker.role.draining = True
+        worker = seat.worker
+        worker.host.post(lambda role: setattr(role, "draining", True))
         if self.rng.random() < 0.5:
-            seat.worker.role.eject_all(worker_pb2.ERROR_CODE_DRAINING, "draining")
-            self._turn_of(seat.worker)
-            self._die(seat.worker)
+            code = worker_pb2.ERROR_CODE_DRAINING
+            worker.host.post(lambda role: role.eject_all(code, "draining"))
+            self._turn_of(worker)
+            self._die(worker)
             seat.worker = self._worker(seat.role, seat.name)
+            self._members()
             self._see("drained")
         elif self.rng.random() < 0.5:
-            seat.worker.role.draining = False
+            worker.host.post(lambda role: setattr(role, "draining", False))
 
     def _advance(self) -> None:
-        self.site.clock.now += self.rng.choice([0.1, 0.1, 1.0, 1.0, 5.0, 12.0, 31.0])
+        self.clock.now += self.rng.choice([0.05, 0.1, 0.1, 1.0, 1.0, 5.0, 12.0, 31.0])
+        self.front.fire_due(everybody=True)
 
     # -- between workers -----------------------------------------------------------------------
 
@@ -310,144 +435,39 @@ class Simulation:
     def _renew(self) -> None:
         worker = self.rng.choice([seat.worker for seat in self.seats if seat.role is Role.DECODE])
         if worker not in self.paused:
-            self._ask_renewal(worker)
+            worker.host.renew()
 
-    def _renew_all(self) -> None:
-        for worker in self.met:
-            if worker in self.workers:
-                self._ask_renewal(worker)
-
-    def _ask_renewal(self, worker: Worker) -> None:
-        until = self.site.clock.now + LEASE_S
-        for address, ticket_id in worker.role.waiting_tickets():
-            self.calls.append(("renew", address, [ticket_id], worker, until))
-
-    def _call(self) -> None:
-        """One call between workers arrives, or is lost, or arrives and arrives again."""
-        if not self.calls:
-            return
-        index, what = self.rng.randrange(len(self.calls)), self.rng.random()
-        call = self.calls[index] if what < 0.1 else self.calls.pop(index)
-        if what < 0.9:
-            self._carry_out(call)
-
-    def _carry_out(self, call: tuple) -> None:
-        what, address, ids, *rest = call
-        if what == "answer":
-            worker, until = rest
-            if worker in self.workers and worker not in self.paused:
-                worker.role.leases_renewed(ids, until)
-                self.touched[worker] = None
-            return
-        peer = next((w for w in reversed(self.workers) if w.role.state.address == address), None)
-        if peer is None or peer in self.paused:
-            return
-        self.touched[peer] = None
-        if what == "release":
-            peer.role.release_tickets(ids)
-            return
-        held = {lease.ticket_id for lease in peer.role.leases()}
-        unknown = set(peer.role.renew_tickets(ids, LEASE_S))
-        assert unknown == set(ids) - held, "a lease was renewed that is not open"
-        self.calls.append(("answer", "", (set(ids) - unknown, unknown), *rest))
-
-    def _meet(self) -> None:
-        if self.meeting:
-            met = self.meeting[self.rng.randrange(len(self.meeting))]
-            if met[0].worker not in self.paused:
-                self.meeting.remove(met)
-                self._introduced(*met)
-
-    def _introduced(self, stream: Stream, job: Job) -> None:
-        """Worker.service and peers: who signed the ticket, and whether it can be read from."""
-        ticket, sequence, worker = job.ticket, job.sequence, stream.worker
-        self.touched[worker] = None
-        try:
-            tickets.validate(
-                ticket,
-                key=KEY,
-                incarnation=ticket.incarnation,
-                layout_hash=worker.role.state.layout_hash,
-                prompt_hash=HASHER.prompt(
-                    sequence.token_ids[: ticket.num_tokens],
-                    sequence.block_hashes,
-                    sequence.root_hash,
-                ),
-                num_blocks=self._ensure(worker, ticket),
-                block_size=BLOCK,
-            )
-        except TransferFailed as error:
-            self._see("peer not met")
-            code = worker_pb2.ERROR_CODE_PULL_FAILED
-            failed = worker_pb2.SequenceError(code=code, message=str(error))
-            if not stream.ended:
-                answer = worker_pb2.SequenceOutput(sequence_id=job.id, error=failed)
-                stream.outbox.append(answer)
-            return
-        worker.role.submit(job)
-        for waiting in [w for w in self.after_meeting if w[0] is stream]:
-            if waiting[1].sequence_id == job.id:
-                self.after_meeting.remove(waiting)
-                worker.role.hand_off(waiting[1], waiting[0].owner)
-
-    def _ensure(self, worker: Worker, ticket: worker_pb2.Ticket) -> int:
-        """How many blocks the ticket's peer has. Raises TransferFailed."""
-        known = self.met[worker]
-        if ticket.incarnation not in known:
-            address = ticket.prefill_address
-            peer = next((w for w in self.workers if w.role.state.address == address), None)
-            if peer is None or peer.role.state.incarnation != ticket.incarnation:
-                raise TransferFailed(f"{address} is gone or another")
-            memory = peer.transport.memory
-            worker.transport.add_peer(
-                ticket.incarnation, peer.transport.info(), memory.num_blocks, memory.block_bytes
-            )
-            known[ticket.incarnation] = memory.num_blocks
-        return known[ticket.incarnation]
+    def _beat(self) -> None:
+        for worker in self.workers:
+            if worker not in self.paused:
+                worker.host.beat()
 
     def _peers_forgotten(self) -> None:
         """The controller's list without some peer: it is met again when a ticket comes."""
         worker = self.rng.choice([seat.worker for seat in self.seats if seat.role is Role.DECODE])
-        for incarnation in list(self.met[worker]):
-            worker.transport.remove_peer(incarnation)
-            del self.met[worker][incarnation]
+        others = self.rng.sample(self.front.members, self.rng.choice([0, 2, 4]))
+        if worker not in self.paused:
+            worker.host.peers.update(others)
 
     # -- the streams, on the worker's side -----------------------------------------------------
 
     def _to_worker(self) -> None:
         waiting = [s for s in self.front.streams if s.inbox and s.worker not in self.paused]
         if waiting:
-            self._receive(self.rng.choice(waiting))
+            stream = self.rng.choice(waiting)
+            for _ in range(min(len(stream.inbox), self.rng.choice(SOME))):
+                self._receive(stream)
 
     def _receive(self, stream: Stream) -> None:
-        what, sequence_id, load = stream.inbox.popleft()
-        role = stream.worker.role
-        self.touched[stream.worker] = None
-        job = load
-        if what == "submit" and job.ticket is not None:
-            self.meeting.append((stream, job))
-            if self.rng.random() < 0.8 or self.network.calm:
-                self._introduced(*self.meeting.pop())
-        elif what == "submit":
-            role.submit(job)
-        elif what == "hand_off":
-            if any(s is stream and j.id == sequence_id for s, j in self.meeting):
-                self.after_meeting.append((stream, load))  # its request comes first
-            else:
-                role.hand_off(load, stream.owner)
-        elif what == "cancel":
-            self.meeting = [
-                (s, j) for s, j in self.meeting if s is not stream or j.id != sequence_id
-            ]
-            role.cancel(sequence_id, "given up", stream.owner)
-            left = [lease for lease in role.leases() if lease.sequence_id == sequence_id]
-            assert sequence_id not in role.jobs and not left, "a cancel left something behind"
-        else:
-            self.meeting = [(s, j) for s, j in self.meeting if s is not stream]
-            role.owner_gone(stream.owner)
-            left = [lease for lease in role.leases() if lease.owner == stream.owner]
-            left += [held for held in role.jobs.values() if held.owner == stream.owner]
-            assert not left, "a gateway's end left something behind"
+        frame = stream.inbox.popleft()
+        gateways = stream.worker.host.gateways
+        if frame is HELLO:
+            stream.side = gateways.open(stream.wire.gateway.name, stream.wake)
+        elif frame is GONE:
+            if stream.side is not None:
+                gateways.ended(stream.side)
+        elif stream.side is not None:
+            gateways.receive(stream.side, frame)
 
     # -- what has been seen --------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ class MoodyTransport(FakeTransport):
         super().__init__(network, *arguments)  # type: ignore[arg-type]
         self.network = network
         self.came_from: dict[int, Source] = {}  # local block -> what was read into it last
+        self.posted = 0  # reads, of blocks and of generations
 
     def read_blocks(
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
@@ -95,6 +96,7 @@ class MoodyTransport(FakeTransport):
     def _post(
         self, incarnation: bytes, handle: Handle, act: Callable[[FakeTransport], None]
     ) -> Handle:
+        self.posted += 1
         reading, self._reading = self._reading, None
         if reading is None:
             return super()._post(incarnation, handle, act)
@@ -116,10 +118,11 @@ class MoodyTransport(FakeTransport):
 class Truth:
     """Every offer as it was made, and every join held against it."""
 
-    def __init__(self, network: MoodyNetwork) -> None:
+    def __init__(self, network: MoodyNetwork, called: set[bytes]) -> None:
+        """`called`: ticket ids that a Release call was made for."""
         self._network = network
         self._offered: dict[bytes, list[Source]] = {}
-        self.called: set[bytes] = set()  # ticket ids that a Release call was made for
+        self.called = called
 
     def watch_prefill(self, worker: Worker, workers: Callable[[], list[Worker]]) -> None:
         offers = worker.role._offers

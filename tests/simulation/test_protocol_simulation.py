@@ -12,12 +12,19 @@ SEEDS = 300
 
 MUST_HAPPEN = {
     "finished",
-    "cancelled",
-    "deadline",
-    "restarted",
+    "Cancelled",
+    "DeadlineExceeded",
+    "NoWorker",
+    "restarted: worker lost",
+    "restarted: preempted",
+    "restarted: overloaded",
+    "restarted: draining",
+    "restarted: pull failed",
     "no hand-off",
-    "read along",
-    "reader fell out",
+    "reserved early",
+    "reserved late",
+    "hung up: incarnation",
+    "cut: silent",
     "pull: no progress of the prompt",
     "joined",
     "killed",
@@ -58,7 +65,7 @@ def test_a_seed_replays_exactly() -> None:
     again: list[str] = []
     Simulation(7, trace=first.append).run()
     Simulation(7, trace=again.append).run()
-    assert len(first) > 250 and first == again
+    assert len(first) > 200 and first == again
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)

@@ -1,0 +1,583 @@
+"""The gateways' side of a history: the product's dispatcher, links and view on a virtual clock.
+
+What stands in for the world is here: timers, wires that break at any message, and clients that know
+what they must be answered.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+from roles_kit import BLOCK, Clock, Worker, undisturbed
+
+from crossdock.model.detokenizer import IncrementalDetokenizer
+from crossdock.proto import errors
+from crossdock.proto.types import FinishReason, Role, SamplingParams, WorkerEndpoint
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.router.dispatch.admission import Limits
+from crossdock.router.dispatch.dispatcher import Dispatcher
+from crossdock.router.dispatch.links import Links, LinkSettings, WorkerLink
+from crossdock.router.dispatch.request import Delta, Request, ResponseStream
+from crossdock.router.dispatch.sequence import Phase
+from crossdock.router.placement.policy import POLICIES
+from crossdock.router.placement.view import ClusterView
+from crossdock.worker.streams import GatewayStream
+
+GATEWAYS = 2
+MAX_REQUESTS = 14
+SOME = [1, 1, 2, 3]  # messages that arrive together
+LINKS = LinkSettings(silence_s=1.0, tick_s=0.5)
+HELLO = pb.GatewayFrame()  # to open a stream with; what it says is the link's
+GONE = LOST = None  # the last thing a worker, or a gateway, hears of a stream
+ENDS = (  # of requests, but for their deadlines and their clients' own
+    errors.Unavailable,
+    errors.WorkerLost,
+    errors.Overloaded,
+    errors.TransferFailed,
+    errors.Draining,
+)
+
+
+# -- timers ----------------------------------------------------------------------------------------
+
+
+@dataclass(order=True)
+class VirtualTimer:
+    when: float
+    order: int
+    callback: Callable[..., object] = field(compare=False)
+    args: tuple = field(compare=False)
+    over: bool = field(default=False, compare=False)  # fired or cancelled
+
+    def cancel(self) -> None:
+        self.over = True
+
+
+class VirtualTimers:
+    """See router.ports.Timers: they fire where the test's clock passes them."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._heap: list[VirtualTimer] = []
+        self._order = count()
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: object):
+        timer = VirtualTimer(self._clock.now + delay, next(self._order), callback, args)
+        heapq.heappush(self._heap, timer)
+        return timer
+
+    def fire_due(self) -> bool:
+        fired = False
+        while self._heap and (self._heap[0].over or self._heap[0].when <= self._clock.now):
+            timer = heapq.heappop(self._heap)
+            if not timer.over:
+                timer.over = fired = True
+                timer.callback(*timer.args)
+        return fired
+
+    @property
+    def pending(self) -> list[VirtualTimer]:
+        return [timer for timer in self._heap if not timer.over]
+
+    def next_at(self) -> float | None:
+        return min((timer.when for timer in self.pending), default=None)
+
+
+class Ticks(VirtualTimers):
+    """The watchdog's: it counts its turns, which the test gives it."""
+
+    def fire_due(self) -> bool:
+        for timer in self.pending[:1]:
+            self._heap.clear()
+            timer.callback(*timer.args)
+        return True
+
+
+# -- wires -----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Stream:
+    """One stream of a wire, until each side has heard its end."""
+
+    wire: Wire
+    worker: Worker
+    rng: random.Random
+    inbox: deque = field(default_factory=deque)  # GatewayFrame | GONE
+    outbox: deque = field(default_factory=deque)  # WorkerFrame | LOST
+    side: GatewayStream | None = None  # the worker's
+    ended: bool = False
+    reading: dict[str, bytes] = field(default_factory=dict)  # sequence id -> the ticket it was sent
+
+    @property
+    def audible(self) -> bool:
+        merged = not self.ended and self.side is not None and self.side._frames
+        return bool(self.outbox or merged) and self.wire.gateway.alive
+
+    def wake(self) -> None:
+        """The worker has frames: some leave at once, others wait and are merged."""
+        if self.rng.random() < 0.5:
+            self.pump()
+
+    def pump(self) -> None:
+        while not self.ended and self.side is not None and (frame := self.side.take()):
+            self.outbox.append(frame)
+
+    def end(self) -> None:
+        """Each side still hears a part of what was under way, then learns that it is over."""
+        if self.ended:
+            return
+        self.pump()
+        self.ended = True
+        for box in (self.inbox, self.outbox):
+            for _ in range(self.rng.randrange(len(box) + 1)):
+                box.pop()
+        self.inbox.append(GONE)
+        self.outbox.append(LOST)
+
+
+class Wire:
+    """See router.links.Wire: it is dialled again when the schedule says so."""
+
+    def __init__(self, front: Front, gateway: Gateway, link: WorkerLink) -> None:
+        self._front = front
+        self.gateway, self.link = gateway, link
+        self.stream: Stream | None = None
+        gateway.wires[self] = None
+
+    def send(self, frame: pb.GatewayFrame) -> None:
+        if self.stream is None:
+            return
+        self._front.watch_sent(self.stream, frame)
+        if not self.stream.ended:
+            self.stream.inbox.append(frame)
+
+    def cut(self, reason: str) -> None:
+        self._front.see("cut: silent")
+        self._hang_up()
+        if self.stream is not None:
+            self.stream.outbox.append(LOST)
+
+    def close(self) -> None:
+        self._hang_up()
+        self.gateway.wires.pop(self, None)
+
+    def dial(self) -> None:
+        worker = self._front.resident(self.link.endpoint.address)
+        if worker is None:
+            self.lost("nobody answers")
+            return
+        self.stream = Stream(self, worker, self._front.rng)
+        self.stream.inbox.append(HELLO)
+        self._front.streams.append(self.stream)
+
+    def lost(self, reason: str) -> None:
+        self._front.touched[self.gateway] = None
+        self._hang_up()
+        self.stream = None
+        if self.link.ended(reason) is None:
+            self.gateway.wires.pop(self, None)
+
+    def _hang_up(self) -> None:
+        if self.stream is not None:
+            self.stream.end()
+            self.stream.outbox.clear()
+            self.stream.reading.clear()
+
+
+# -- clients ---------------------------------------------------------------------------------------
+
+
+class Pieces:
+    """Tokens that are parts of characters, words and ends of words."""
+
+    strips_first_space = False
+    _table = tuple(
+        (b"\xe2\x82", b"\xac", b"%d " % token, b"%d." % token)[token % 4] for token in range(1000)
+    )
+
+    def of(self, token_id: int, skip_special: bool) -> bytes:
+        return self._table[token_id]
+
+
+class Text:
+    pieces = Pieces()
+
+
+def detokenizer(prompt: list[int], stop: tuple[str, ...]) -> IncrementalDetokenizer:
+    return IncrementalDetokenizer(Text(), prompt, stop)
+
+
+@dataclass
+class Answer:
+    """What one continuation must be, and what has come of it."""
+
+    token_ids: list[int]
+    text: str
+    reason: FinishReason
+    got: list[int] = field(default_factory=list)
+    got_text: str = ""
+    got_reason: FinishReason | None = None
+
+    @classmethod
+    def of(cls, prompt: list[int], sampling: SamplingParams, index: int) -> Answer:
+        tokens = undisturbed(prompt, sampling.max_tokens, sampling.seed + index)
+        texts, whole = detokenizer(prompt, sampling.stop), ""
+        for i, token in enumerate(tokens):
+            piece = texts.push([token])
+            whole += piece.text
+            if piece.stopped is not None:
+                return cls(tokens[: i + 1], whole, FinishReason.STOP)
+        return cls(tokens, whole + texts.finish(), FinishReason.LENGTH)
+
+    def take(self, delta: Delta) -> None:
+        assert self.got_reason is None, "something came after the end"
+        self.got += delta.token_ids
+        self.got_text += delta.text
+        self.got_reason = delta.finish_reason
+        so_far = self.token_ids[: len(self.got)]
+        assert self.got == so_far, f"wrong tokens: {self.got}, not {so_far}"
+        assert self.text.startswith(self.got_text), f"wrong text: {self.got_text!r}"
+
+    def check_whole(self) -> None:
+        assert self.got == self.token_ids and self.got_reason is self.reason, "tokens are missing"
+        assert self.got_text == self.text, "text is missing"
+
+
+class Client:
+    """The reader of one request."""
+
+    def __init__(self, request: Request, gateway: Gateway, see: Callable[[str], None]) -> None:
+        self.request, self.gateway, self._see = request, gateway, see
+        sampling, (prompt,) = request.sampling, request.prompts
+        self.answers = [Answer.of(list(prompt), sampling, i) for i in range(request.n)]
+        self.ends: list[str] = []
+        self.left = False
+        self._told = 0  # times that the stream was ended
+        try:
+            self.stream: ResponseStream | None = gateway.dispatcher.submit(request)
+        except errors.CrossdockError as error:
+            self.stream = None
+            self._over(error)
+            return
+        end = self.stream.end
+
+        def counted(error: errors.CrossdockError | None = None) -> None:
+            self._told += 1
+            assert self._told == 1, "a request ended twice"
+            end(error)
+
+        self.stream.end = counted  # type: ignore[method-assign]
+
+    def leave(self) -> None:
+        self.left = True
+        self.stream.close()
+
+    def read(self) -> None:
+        try:
+            while batch := self.stream.take():
+                for delta in batch:
+                    self.answers[delta.index].take(delta)
+        except errors.CrossdockError as error:
+            self._over(error)
+            return
+        if self.stream.ended:
+            for answer in self.answers:
+                answer.check_whole()
+            self._over(None)
+
+    def _over(self, error: errors.CrossdockError | None) -> None:
+        how = "finished" if error is None else type(error).__name__
+        if isinstance(error, errors.DeadlineExceeded):
+            now, deadline = self.gateway.dispatcher._clock(), self.request.deadline
+            assert deadline is not None and deadline <= now + 0.001, "ended before its deadline"
+        elif isinstance(error, errors.Cancelled):
+            assert self.left, f"nobody cancelled it: {error}"
+        elif error is not None:
+            assert type(error) in ENDS or isinstance(error, errors.Unavailable), repr(error)
+        self.ends.append(how)
+        self._see(how)
+
+
+# -- gateways --------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """Counts restarts; all others go nowhere."""
+
+    def __init__(self, see: Callable[[str], None]) -> None:
+        self.restarts = _Restarts(see)
+
+    def __getattr__(self, name: str) -> Metrics:
+        return self
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+
+@dataclass
+class _Restarts:
+    see: Callable[[str], None]
+
+    def labels(self, cause: str) -> _Restarts:
+        self.see(f"restarted: {cause}")
+        return self
+
+    def inc(self) -> None:
+        self.see("restarted")
+
+
+class Gateway:
+    """One life of one gateway."""
+
+    def __init__(self, name: str, front: Front) -> None:
+        rng, clock = front.rng, front.clock
+        self.name = name
+        self.alive = True
+        self.wires: dict[Wire, None] = {}
+        self.told = -1  # the membership that it knows
+        self.clients: list[Client] = []  # whose requests are under way
+        self.view = ClusterView()
+        self.timers = VirtualTimers(clock)
+        self.ticks = Ticks(clock)
+        self.links = Links(
+            self.view,
+            name,
+            b"i" * 16,
+            BLOCK,
+            dial=lambda link: Wire(front, self, link),
+            timers=self.ticks,
+            clock=clock,
+            settings=LINKS,
+        )
+        restarts = rng.choice([5, 50])
+        self.dispatcher = self.links.listener = Dispatcher(
+            view=self.view,
+            links=self.links,
+            timers=self.timers,
+            policy=POLICIES[rng.choice(["least_latency", "least_latency", "round_robin"])],
+            limits=Limits(max_active=12, max_restarts=restarts, max_losses=rng.choice([2, 50])),
+            metrics=Metrics(front.see),  # type: ignore[arg-type]
+            block_size=BLOCK,
+            eos_token_ids=frozenset(),
+            detokenizer_of=detokenizer,
+            prefix=f"{name}-{next(front.lives)}",
+            clock=clock,
+            rng=random.Random(rng.getrandbits(32)),
+        )
+
+    def check(self, now: float) -> None:
+        """What it keeps of sequences and requests is of those that are under way, and theirs."""
+        dispatcher = self.dispatcher
+        sequences = dispatcher._sequences
+        for wire in self.wires:
+            for key in wire.link.sequences:
+                held = key in flights and sequences[key].holders.get(wire.link.name) is wire.link
+                assert held, "a link keeps a sequence that is over"
+        for worker in self.view.workers.values():
+            assert worker.unseen.keys() <= sequences.keys(), "a placement outlived its sequence"
+        admitted = sum(active.request.num_sequences for active in dispatcher._requests)
+        assert dispatcher.active_sequences == admitted, "admission counts what is over"
+        for active in dispatcher._requests:
+            late = active.request.deadline is not None and active.request.deadline <= now
+            assert not late, "a request outlived its deadline"
+        for timer in self.timers.pending:
+            of = timer.args[0]
+            over = of.phase is Phase.DONE if hasattr(of, "phase") else of.ended
+            assert not over, "a timer is left of what is over"
+        for sequence in dispatcher._waiting:
+            roles = {w.role for w in self.view.workers.values() if not w.load.draining}
+            if sequence.phase is Phase.HAND_OFF:
+                served = Role.DECODE in roles
+            else:
+                served = self.view.ready
+            assert not served, "a sequence waits for a worker that is there"
+
+    @property
+    def idle(self) -> bool:
+        dispatcher = self.dispatcher
+        kept = dispatcher._requests, dispatcher._sequences, dispatcher._waiting, self.timers.pending
+        return not any(kept) and dispatcher.active_sequences == 0
+
+
+class Front:
+    """All gateways of one history, their clients and their streams."""
+
+    def __init__(
+        self,
+        rng: random.Random,
+        clock: Clock,
+        see: Callable[[str], None],
+        resident: Callable[[str], Worker | None],
+    ) -> None:
+        self.rng, self.clock, self.see, self.resident = rng, clock, see, resident
+        self.lives = count()
+        self.members: list[WorkerEndpoint] = []
+        self.version = 0  # of the membership
+        self.touched: dict[Gateway, None] = {}  # since the last check
+        self.broken = ""  # what was found where an exception would be caught
+        self.streams: list[Stream] = []
+        self.clients: list[Client] = []
+        self.gateways = [Gateway(f"gateway{i}", self) for i in range(GATEWAYS)]
+
+    # -- what happens --------------------------------------------------------------------------
+
+    def membership(self) -> None:
+        """The controller tells one gateway who is there."""
+        late = [gateway for gateway in self.gateways if gateway.told != self.version]
+        if late:
+            self.tell(self.rng.choice(late))
+
+    def tell(self, gateway: Gateway) -> None:
+        gateway.told = self.version
+        self.touched[gateway] = None
+        gateway.links.update(self.members)
+
+    def dial_any(self) -> None:
+        waiting = [wire for gateway in self.gateways for wire in self.undialled(gateway)]
+        if waiting:
+            self.rng.choice(waiting).dial()
+
+    def undialled(self, gateway: Gateway) -> list[Wire]:
+        return [wire for wire in gateway.wires if wire.stream is None]
+
+    def stream_breaks(self) -> None:
+        live = [stream for stream in self.streams if not stream.ended]
+        if live:
+            self.rng.choice(live).end()
+            self.see("stream broken")
+
+    def gateway_dies(self) -> None:
+        """All its streams end at once; its requests are the clients' to repeat."""
+        index = self.rng.randrange(GATEWAYS)
+        dead = self.gateways[index]
+        dead.alive = False
+        for stream in [stream for stream in self.streams if stream.wire.gateway is dead]:
+            stream.end()
+            stream.outbox.clear()
+        self.touched.pop(dead, None)
+        for client in dead.clients:
+            client.ends.append("gateway lost")
+        self.gateways[index] = Gateway(dead.name, self)
+        self.see("gateway lost")
+
+    def new_request(self) -> None:
+        if len(self.clients) >= MAX_REQUESTS:
+            return
+        rng, now = self.rng, self.clock.now
+        shared = [11] * rng.choice([0, 8, 16])  # prefixes that caches can share
+        prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, 40))]
+        tokens = 72 - len(prompt) if rng.random() < 0.15 else rng.randrange(1, 16)
+        stop = ("1.",) if rng.random() < 0.1 else ()
+        sampling = SamplingParams(0.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100))
+        request = Request(
+            request_id=f"r{len(self.clients)}",
+            prompts=[prompt],
+            sampling=sampling,
+            received=now,
+            received_unix=now,
+            n=2 if rng.random() < 0.1 else 1,
+            deadline=now + rng.choice([5.0, 40.0]) if rng.random() < 0.2 else None,
+        )
+        gateway = rng.choice(self.gateways)
+        self.touched[gateway] = None
+        client = Client(request, gateway, self.see)
+        self.clients.append(client)
+        if not client.ends:
+            gateway.clients.append(client)
+
+    def client_leaves(self) -> None:
+        waiting = [client for gateway in self.gateways for client in gateway.clients]
+        if waiting:
+            client = self.rng.choice(waiting)
+            self.touched[client.gateway] = None
+            client.leave()
+
+    def hear_any(self) -> None:
+        waiting = self.audible()
+        if waiting:
+            stream = self.rng.choice(waiting)
+            for _ in range(self.rng.choice(SOME)):
+                if stream.audible:
+                    self.hear(stream)
+
+    def audible(self) -> list[Stream]:
+        return [stream for stream in self.streams if stream.audible]
+
+    def hear(self, stream: Stream) -> None:
+        """One frame, or the end, at the gateway."""
+        stream.pump()
+        wire = stream.wire
+        self.touched[wire.gateway] = None
+        frame = stream.outbox.popleft() if stream.outbox else None
+        if wire.stream is not stream:
+            return
+        if frame is LOST:
+            wire.lost("the stream broke")
+            return
+        for output in frame.outputs:
+            if output.finish_reason:
+                stream.reading.pop(output.sequence_id, None)
+            if output.HasField("error"):
+                self.see(pb.ErrorCode.Name(output.error.code))
+        if why := wire.link.receive(frame):
+            self.see(f"hung up: {why.split(' ')[0]}")
+            wire.lost(why)
+
+    def fire_due(self, everybody: bool = False) -> bool:
+        """Timers whose time has come. `everybody`: it has moved on."""
+        fired = False
+        for gateway in self.gateways:
+            if gateway.timers.fire_due() or everybody:
+                self.touched[gateway] = None
+                fired = True
+        return fired
+
+    def silence(self) -> None:
+        """A gateway hears nothing for so long of workers that are paused, or slow to say anything;
+        of the others it hears their heartbeats."""
+        gateway = self.rng.choice(self.gateways)
+        for stream in [stream for stream in self.streams if stream.wire.gateway is gateway]:
+            alive = self.resident(stream.wire.link.endpoint.address)
+            if alive is stream.worker and self.rng.random() < 0.9:
+                alive.host.beat()
+                while stream.audible:
+                    self.hear(stream)
+        for _ in range(3):
+            gateway.ticks.fire_due()
+
+    # -- what is watched -----------------------------------------------------------------------
+
+    def watch_sent(self, stream: Stream, frame: pb.GatewayFrame) -> None:
+        kind = frame.WhichOneof("frame")
+        if kind == "cancel":
+            stream.reading.pop(frame.cancel.sequence_id, None)
+        elif kind == "decode" and frame.decode.HasField("ticket"):
+            ticket = frame.decode.ticket
+            for wire in stream.wire.gateway.wires:
+                others = wire.stream is not stream and wire.stream is not None
+                if others and ticket.ticket_id in wire.stream.reading.values():
+                    self.broken = "a ticket was given to two readers"
+            stream.reading[frame.decode.sequence.sequence_id] = ticket.ticket_id
+            early = frame.decode.sealed_blocks < len(ticket.block_ids)
+            self.see("reserved early" if early else "reserved late")
+        elif kind == "decode":
+            self.see("no hand-off")
+
+    def check(self) -> None:
+        assert not self.broken, self.broken
+        for gateway in self.touched:
+            for client in gateway.clients:
+                client.read()
+            gateway.clients = [client for client in gateway.clients if not client.ends]
+            gateway.check(self.clock.now)
+        self.touched.clear()
+
+    def prune(self) -> None:
+        """Forgets streams whose end both sides have heard."""
+        self.streams = [s for s in self.streams if not s.ended or s.inbox or s.outbox]
