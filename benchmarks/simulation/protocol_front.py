@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
-from roles_kit import BLOCK, Clock, Worker, undisturbed
+from roles_kit import BLOCK, HASHER, Clock, Worker, undisturbed
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import errors
@@ -226,7 +226,8 @@ class Answer:
 
     @classmethod
     def of(cls, prompt: list[int], sampling: SamplingParams, index: int) -> Answer:
-        tokens = undisturbed(prompt, sampling.max_tokens, sampling.seed + index)
+        drawn = {"temperature": sampling.temperature, "seed": sampling.seed + index}
+        tokens = undisturbed(prompt, sampling.max_tokens, **drawn)
         texts, whole = detokenizer(prompt, sampling.stop), ""
         for i, token in enumerate(tokens):
             piece = texts.push([token])
@@ -363,7 +364,7 @@ class Gateway:
             policy=POLICIES[rng.choice(["least_latency", "least_latency", "round_robin"])],
             limits=Limits(max_active=12, max_restarts=restarts, max_losses=rng.choice([2, 50])),
             metrics=Metrics(front.see),  # type: ignore[arg-type]
-            block_size=BLOCK,
+            hasher=HASHER,
             eos_token_ids=frozenset(),
             detokenizer_of=detokenizer,
             prefix=f"{name}-{next(front.lives)}",
@@ -377,7 +378,7 @@ class Gateway:
         sequences = dispatcher._sequences
         for wire in self.wires:
             for key in wire.link.sequences:
-                held = key in flights and sequences[key].holders.get(wire.link.name) is wire.link
+                held = key in sequences and sequences[key].holders.get(wire.link.name) is wire.link
                 assert held, "a link keeps a sequence that is over"
         for worker in self.view.workers.values():
             assert worker.unseen.keys() <= sequences.keys(), "a placement outlived its sequence"
@@ -474,7 +475,7 @@ class Front:
         prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, 40))]
         tokens = 72 - len(prompt) if rng.random() < 0.15 else rng.randrange(1, 16)
         stop = ("1.",) if rng.random() < 0.1 else ()
-        sampling = SamplingParams(0.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100))
+        sampling = SamplingParams(1.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100))
         request = Request(
             request_id=f"r{len(self.clients)}",
             prompts=[prompt],

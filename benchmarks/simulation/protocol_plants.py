@@ -24,7 +24,7 @@ from crossdock.router.dispatch.delivery import speak
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.request import Delta
-from crossdock.router.dispatch.sequence import Active, Phase, SequenceState
+from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState
 from crossdock.router.placement.view import ClusterView
 from crossdock.worker.gateways import Gateways
 from crossdock.worker.job import Job
@@ -473,7 +473,7 @@ def holders_not_cancelled(patch: pytest.MonkeyPatch) -> None:
 def deadline_timer_not_cancelled(patch: pytest.MonkeyPatch) -> None:
     end = Dispatcher._end
 
-    def forget_and_end(self: Dispatcher, active: Active, *arguments: object) -> None:
+    def forget_and_end(self: Dispatcher, active: ActiveRequest, *arguments: object) -> None:
         active.deadline_timer = None
         end(self, active, *arguments)
 

@@ -240,7 +240,7 @@ class Simulation:
                 assert job.owner in worker.host.gateways._streams, "a job outlived its stream"
                 stream = streams[job.owner]
                 sequences = stream.wire.gateway.dispatcher._sequences
-                known = job.id in flights or stream.outbox or stream.ended
+                known = job.id in sequences or stream.outbox or stream.ended
                 assert known, "a worker was not told of an end"
 
     def _over(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from roles_kit import CONTEXT, VOCAB, Worker
+from roles_kit import CONTEXT, HASHER, VOCAB, Worker
 
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import TransferFailed
@@ -145,6 +145,7 @@ class Host:
     """See worker.gateways.Host."""
 
     vocab_size = VOCAB
+    hasher = HASHER
 
     def __init__(self, worker: Worker, calls: Calls, see: Callable[[str], None]) -> None:
         state = worker.role.state
@@ -158,6 +159,8 @@ class Host:
             layout=worker_pb2.KVLayout(block_size=state.config.block_size),
             layout_hash=state.layout_hash,
             context_length=CONTEXT,
+            max_batch=state.config.max_batch,
+            chunk_tokens=state.config.chunk_tokens,
             num_blocks=state.memory.num_blocks,
             block_bytes=state.memory.block_bytes,
             transport_info=worker.transport.info(),
