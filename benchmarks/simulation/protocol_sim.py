@@ -295,10 +295,11 @@ class Simulation:
         role = worker.role
         cancel, owner_gone = role.cancel, role.owner_gone
 
-        def cancelled(sequence_id: str, reason: str) -> None:
-            cancel(sequence_id, reason)
+        def cancelled(sequence_id: str, reason: str, owner: str) -> None:
+            cancel(sequence_id, reason, owner)
             left = [lease for lease in role.leases() if lease.sequence_id == sequence_id]
-            assert sequence_id not in role.jobs and not left, "a cancel left something behind"
+            left += [role.jobs[sequence_id]] if sequence_id in role.jobs else []
+            assert not [held for held in left if held.owner == owner], "a cancel left something behind"
 
         def gone(owner: str) -> None:
             owner_gone(owner)
