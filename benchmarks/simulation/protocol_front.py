@@ -266,14 +266,18 @@ class Client:
             self.stream = None
             self._over(error)
             return
-        end = self.stream.end
+        end, push = self.stream.end, self.stream.push
+
+        def in_time(delta: Delta) -> None:
+            assert self._told == 0, "a token was delivered after the end"
+            push(delta)
 
         def counted(error: errors.CrossdockError | None = None) -> None:
             self._told += 1
             assert self._told == 1, "a request ended twice"
             end(error)
 
-        self.stream.end = counted  # type: ignore[method-assign]
+        self.stream.end, self.stream.push = counted, in_time  # type: ignore[method-assign]
 
     def leave(self) -> None:
         self.left = True

@@ -24,7 +24,7 @@ from crossdock.router.dispatch.delivery import speak
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.request import Delta
-from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState
+from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
 from crossdock.router.placement.view import ClusterView
 from crossdock.worker.gateways import Gateways
 from crossdock.worker.job import Job
@@ -420,8 +420,8 @@ def late_output_taken(patch: pytest.MonkeyPatch) -> None:
     def take(self: Dispatcher, link: object, outputs: list[pb.SequenceOutput]) -> None:
         for output in outputs:
             sequence = attempts.get(output.sequence_id)
-            given_up = sequence is not None and sequence.sequence_id != output.sequence_id
-            if given_up and sequence.phase is not Phase.DONE and output.token_ids:
+            given_up = sequence is not None and output.sequence_id not in self._sequences
+            if given_up and output.token_ids:
                 self._deliver(sequence, speak(sequence, output, frozenset()), self._clock())
         on_outputs(self, link, outputs)
 
@@ -434,6 +434,7 @@ def ticket_given_to_two_readers(patch: pytest.MonkeyPatch) -> None:
     complete = HandOffs.complete
 
     def complete_afresh(self: HandOffs, sequence: SequenceState, now: float) -> None:
+        self._view.unplace(sequence.decode_worker, sequence.sequence_id)
         sequence.decode_worker = ""
         sequence.placement = replace(sequence.placement, decode="")
         complete(self, sequence, now)

@@ -299,7 +299,9 @@ class Simulation:
             cancel(sequence_id, reason, owner)
             left = [lease for lease in role.leases() if lease.sequence_id == sequence_id]
             left += [role.jobs[sequence_id]] if sequence_id in role.jobs else []
-            assert not [held for held in left if held.owner == owner], "a cancel left something behind"
+            assert not [held for held in left if held.owner == owner], (
+                "a cancel left something behind"
+            )
 
         def gone(owner: str) -> None:
             owner_gone(owner)
