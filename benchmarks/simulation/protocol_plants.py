@@ -434,7 +434,7 @@ def ticket_given_to_two_readers(patch: pytest.MonkeyPatch) -> None:
     complete = HandOffs.complete
 
     def complete_afresh(self: HandOffs, sequence: SequenceState, now: float) -> None:
-        self._view.unplace(sequence.decode_worker, sequence.sequence_id)
+        self._view.unplace(sequence.placement.decode, sequence.sequence_id)
         sequence.decode_worker = ""
         sequence.placement = replace(sequence.placement, decode="")
         complete(self, sequence, now)

@@ -365,7 +365,23 @@ class Simulation:
         same = self.rng.random() < 0.7
         seat.worker = self._worker(seat.role, seat.name, address if same else "")
         self._members()
+        if self.rng.random() < 0.5:
+            self._welcome(seat.worker)
         self._see("killed, back at the same address" if same else "killed")
+
+    def _welcome(self, worker: Worker) -> None:
+        """All gateways learn of it, and connect, at once."""
+        for gateway in self.front.gateways:
+            self.front.tell(gateway)
+            for wire in self.front.undialled(gateway):
+                if wire.link.endpoint == worker.host.endpoint:
+                    wire.dial()
+        streams = [stream for stream in self.front.streams if stream.worker is worker]
+        for stream in streams:
+            self._receive(stream)
+        self._turn_of(worker)
+        for stream in streams:
+            self.front.hear(stream)
 
     def _die(self, worker: Worker) -> None:
         self._count(worker)
