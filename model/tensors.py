@@ -1,8 +1,5 @@
-"""Which tensors a model has, and whether a checkpoint has those and no others. Imports no torch.
-
-A tensor that nobody asks for says that the checkpoint is of another kind: biases, or the scales and
-packed weights of a quantization, without which what is read makes no sense.
-"""
+"""Which tensors a model has, and whether a checkpoint has those and no others (biases, scales of a
+quantization), without which what is read would be garbage. Imports no torch."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 Equal hashes mean equal token prefixes under equal roots, so KV computed for one serves the other.
 A root covers what else KV depends on, and who may share it: model and layout of the pool, cache
-salt. The key is the cluster's, so nobody outside can compute a hash, let alone search for two
-prompts that share one. Computed once, at the gateway, and carried with the request; a worker goes
-on with the chain for the tokens that it generates.
+salt. Nobody without the cluster's key can compute a hash, let alone search for two prompts that
+share one. Computed once, at the gateway, and carried with the request; a worker goes on with the
+chain for the tokens that it generates.
 """
 
 from __future__ import annotations
@@ -20,40 +20,35 @@ HASH_BYTES = 16
 
 
 def hash_key(cluster_key: bytes) -> bytes:
-    """The key of a cluster's hashes, 32 bytes; it signs no tickets and says nothing of the key
-    that does."""
+    """The key of a cluster's hashes, 32 bytes. It signs no tickets."""
     return hmac.digest(cluster_key, b"crossdock.block.v2", "sha256")
 
 
 @dataclass(frozen=True)
 class BlockHasher:
-    """Hashes blocks of `block_size` tokens under `key` (16 to 64 bytes)."""
+    """Hashes blocks of `block_size` tokens under `key`. Raises ValueError unless that has 16 to 64
+    bytes."""
 
     key: bytes = field(repr=False)
     block_size: int
-    # Keyed once and copied for each hash. `person` keeps the three uses apart.
-    _root: Any = field(init=False, repr=False, compare=False)
-    _block: Any = field(init=False, repr=False, compare=False)
-    _prompt: Any = field(init=False, repr=False, compare=False)
+    _keyed: Any = field(init=False, repr=False, compare=False)  # copied for each hash
 
     def __post_init__(self) -> None:
-        if not 16 <= len(self.key) <= hashlib.blake2b.MAX_KEY_SIZE:
-            raise ValueError(f"key: {len(self.key)} bytes; from 16 to 64")
-        for name in ("_root", "_block", "_prompt"):
-            keyed = hashlib.blake2b(key=self.key, digest_size=HASH_BYTES, person=name.encode())
-            object.__setattr__(self, name, keyed)
+        if len(self.key) < 16:
+            raise ValueError(f"key: {len(self.key)} bytes; at least 16")
+        keyed = hashlib.blake2b(key=self.key, digest_size=HASH_BYTES)
+        object.__setattr__(self, "_keyed", keyed)
 
     def root(self, identity: bytes, cache_salt: bytes = b"") -> bytes:
         """The parent of every first block. identity: of model and layout, the layout hash."""
-        return _digest(self._root, len(identity).to_bytes(4, "little") + identity + cache_salt)
+        return self._hash(b"root" + len(identity).to_bytes(4, "little") + identity + cache_salt)
 
     def block(self, parent: bytes, packed: bytes) -> bytes:
         """Hash of the block whose ids are `packed` (little-endian, 4 bytes each)."""
-        return _digest(self._block, parent + packed)
+        return self._hash(b"block" + parent + packed)
 
     def extend(self, hashes: list[bytes], token_ids: Sequence[int], root: bytes) -> None:
-        """Appends the hashes of those full blocks of `token_ids` that `hashes` lacks. The tail that
-        fills no block has none."""
+        """Appends the hashes of those full blocks of `token_ids` that `hashes` lacks."""
         start, size = len(hashes) * self.block_size, 4 * self.block_size
         if len(token_ids) - start < self.block_size:
             return
@@ -73,14 +68,13 @@ class BlockHasher:
         full blocks are cached under. `hashes` may end before `token_ids` do, or go on beyond."""
         chain = list(hashes[: len(token_ids) // self.block_size])
         self.extend(chain, token_ids, root)
-        return _digest(self._prompt, (chain[-1] if chain else root) + _packed(token_ids))
+        return self._hash(b"prompt" + (chain[-1] if chain else root) + _packed(token_ids))
+
+    def _hash(self, message: bytes) -> bytes:
+        state = self._keyed.copy()
+        state.update(message)
+        return bytes(state.digest())
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(token_ids)}I", *token_ids)
-
-
-def _digest(keyed: Any, message: bytes) -> bytes:
-    state = keyed.copy()
-    state.update(message)
-    return state.digest()

@@ -111,14 +111,12 @@ class LLM:
                 stepped.append(job)
         tokens = iter(self.runner.run(StepPlan(tuple(chunks))))
         for chunk, job in zip(chunks, stepped):
-            chunk.sequence.num_computed += chunk.length
-            seal_full(self.pool, chunk.sequence)
-            if chunk.sample:
-                ended = job.take(next(tokens))
-                sequence = chunk.sequence
-                self.hasher.extend(sequence.block_hashes, sequence.token_ids, self._root)
-                if ended:
-                    release(self.pool, sequence)
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.length
+            self.hasher.extend(sequence.block_hashes, sequence.token_ids, self._root)
+            seal_full(self.pool, sequence)
+            if chunk.sample and job.take(next(tokens)):
+                release(self.pool, sequence)
 
     def _fits(self, job: _Job, running: list[_Job]) -> bool:
         """Room for everything that each may still become, so that none is ever preempted."""

@@ -6,7 +6,7 @@ report arrives that can have seen it; without this a burst would go to one worke
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -145,7 +145,7 @@ class ClusterView:
 
     def __init__(self) -> None:
         self.workers: dict[str, WorkerView] = {}
-        self.layout_hash = b""  # of most of the workers: what block hashes start from
+        self.layout_hash = b""  # of who connected last: block hashes begin with it
         self.index = PrefixIndex()
         # (prefill, decode) -> decayed sums of bytes and seconds, so that large pulls count most.
         self._pulled: dict[tuple[str, str], tuple[float, float]] = {}
@@ -167,7 +167,7 @@ class ClusterView:
         self._gone.pop(facts.name, None)
         worker = WorkerView(facts, slot, now)
         self.workers[facts.name] = worker
-        self._count_layouts()
+        self.layout_hash = facts.layout_hash
         return worker
 
     def disconnected(self, name: str, incarnation: str) -> None:
@@ -298,15 +298,8 @@ class ClusterView:
     def _connected(self, *names: str) -> bool:
         return all(name in self.workers for name in names)
 
-    def _count_layouts(self) -> None:
-        # Nobody is connected for a moment: what was hashed meanwhile should still be found.
-        counts = Counter(worker.facts.layout_hash for worker in self.workers.values())
-        most = max(counts, key=lambda layout: (counts[layout], layout), default=self.layout_hash)
-        self.layout_hash = most
-
     def _forget(self, name: str) -> None:
         worker = self._gone[name] = self.workers.pop(name)
-        self._count_layouts()
         self.index.drop(worker.slot)
         self._free_slots.append(worker.slot)
         self._pulled = {pair: v for pair, v in self._pulled.items() if name not in pair}
