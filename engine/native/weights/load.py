@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 class Weights(Protocol):
     """Tensors of one model by their Hugging Face names."""
 
-    def __contains__(self, name: str) -> bool: ...
-
     def read(self, name: str, out: torch.Tensor) -> None:
         """Fills `out`, a contiguous tensor on the CPU of any float dtype. Raises ModelError naming
         file and tensor when it is missing, unreadable or not of out's shape."""
@@ -53,9 +51,6 @@ class SafetensorsWeights:
             for path in sorted(folder.glob("*.safetensors")):
                 self._files |= dict.fromkeys(self._shard(path).keys(), path)
         self._folder = folder
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
 
     def read(self, name: str, out: torch.Tensor) -> None:
         """Copies a tensor into `out`, converting its type. Raises ModelError for another shape."""
@@ -86,9 +81,6 @@ class GGUFWeights:
 
     def __init__(self, source: GGUFFile, config: ModelConfig) -> None:
         self._source, self._config = source, config
-
-    def __contains__(self, name: str) -> bool:
-        return gguf_name(name) in self._source.tensors
 
     def read(self, name: str, out: torch.Tensor) -> None:
         """Dequantizes a tensor into `out`, by its Hugging Face name. Raises ModelError."""
