@@ -102,9 +102,12 @@ class Engine(Protocol):
     def recover(self) -> None:
         """After a step that raised, once nothing holds its exception: gives back what it left.
         Raises where the device cannot do even a small step."""
+        return
 
     def warmup(self) -> None:
         """Does what a first request would otherwise wait for. The pool is left as it is."""
+        return
 
     def close(self) -> None:
         """Nothing is called after it."""
+        return

@@ -47,7 +47,7 @@ def of(owner: type, name: str) -> Any:
         default=about.default,
         default_factory=about.default_factory,
         metadata={**about.metadata, "of": name},
-    )  # type: ignore[call-overload]
+    )
 
 
 def given(record: Any) -> dict[str, Any]:

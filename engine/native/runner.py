@@ -67,7 +67,7 @@ class ModelRunner:
         )
         with torch.inference_mode():
             weights = load_weights(files, self.config)
-            ops = make_ops(self.config, self.dtype, kv_type, self.device)
+            ops = make_ops(self.config, self.dtype, self.device, kv_type)
             self._model = LlamaModel(self.config, weights, ops, self.dtype, self.device)
 
     @staticmethod

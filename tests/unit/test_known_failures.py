@@ -328,7 +328,7 @@ async def test_a_peer_that_leaves_while_it_is_asked_does_not_end_the_renewals(
     tiny_model: Path,
 ) -> None:
     """Akin to vllm#46283: a call to a peer is cancelled when its channel goes; others go on."""
-    decode = decode_worker.create(config("d", Role.DECODE, tiny_model, lease_s=0.06))
+    decode = decode_worker.create(config("d", Role.DECODE, tiny_model, lease_s=0.1))
     await decode.start()
     never = asyncio.Event()
     asked: list[list[bytes]] = []

@@ -58,12 +58,15 @@ class Ops(Protocol):
 
 
 def make_ops(
-    config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype | None = None,
 ) -> Ops:
     """Compiled kernels where they fit (CPU, float32), else those of torch.
 
     `kv_dtype`: of the pool; where it is not `dtype`, attention converts what it reads."""
-    if dtype == kv_dtype and _numba_fits(config, dtype, device):
+    if kv_dtype in (None, dtype) and _numba_fits(config, dtype, device):
         from crossdock.engine.native.attention.numba_ops import NumbaOps
 
         return NumbaOps(config)
