@@ -10,13 +10,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from offline import LLM
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from crossdock.client import AsyncClient
 from crossdock.decode import role as decode_worker
-from crossdock.engine.native.llm import LLM
 from crossdock.kvtransfer.nccl import transport as nccl
 from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.prefill import role as prefill_worker

@@ -19,10 +19,10 @@ from pathlib import Path
 import grpc
 import pytest
 from netns_kit import Cluster, NotPermitted
+from offline import LLM
 from tiny import make_tiny_model
 
 from crossdock.client import AsyncClient
-from crossdock.engine.native.llm import LLM
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.results import Timings

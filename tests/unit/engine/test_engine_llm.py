@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from offline import LLM
 from tiny import make_tiny_model
 
-from crossdock.engine.native.llm import LLM
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import FinishReason, SamplingParams
 

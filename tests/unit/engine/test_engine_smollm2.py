@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from offline import LLM
 
-from crossdock.engine.native.llm import LLM
 from crossdock.engine.native.weights.load import gguf_name
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 from crossdock.proto.types import FinishReason, SamplingParams

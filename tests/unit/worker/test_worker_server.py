@@ -140,7 +140,7 @@ async def settled(*workers: WorkerServer) -> None:
 
 
 async def test_hand_off_gives_the_tokens_of_one_engine(pair: Pair, tiny_model: Path) -> None:
-    from crossdock.engine.native.llm import LLM
+    from offline import LLM
 
     first = await pair.first("s", PROMPT)
     rest = await pair.rest("s", PROMPT, first)

@@ -1,4 +1,4 @@
-"""Offline completion in this process: for tests and scripts. No network, no other worker."""
+"""Offline generation in this process: the oracle of the tests. No network, no other worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crossdock.proto.types import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True)
-class Completion:
+class Generation:
     """What followed one prompt. `token_ids` holds the stop token, `text` no stop string."""
 
     token_ids: list[int]
@@ -67,7 +67,7 @@ class LLM:
         sampling: SamplingParams | Items[SamplingParams] | None = None,
         *,
         chat: bool = False,
-    ) -> list[Completion]:
+    ) -> list[Generation]:
         """Continues every prompt (text or token ids), in order. With `chat` each text is put into
         the model's chat template as a user's message. Raises InvalidRequest, before any work, for
         a prompt that is empty, out of the vocabulary or too long."""
@@ -96,7 +96,7 @@ class LLM:
         finally:
             for job in running:
                 release(self.pool, job.sequence)
-        return [job.completion() for job in jobs]
+        return [job.generation() for job in jobs]
 
     def _step(self, running: list[_Job]) -> None:
         budget, chunks, stepped = self._chunk_tokens, [], []
@@ -176,9 +176,9 @@ class _Job:
             self._words += self._detokenizer.finish()
         return self.finish is not None
 
-    def completion(self) -> Completion:
+    def generation(self) -> Generation:
         assert self.finish is not None
-        return Completion(
+        return Generation(
             token_ids=self.sequence.token_ids[self.sequence.prompt_tokens :],
             text=self._words,
             finish_reason=self.finish,

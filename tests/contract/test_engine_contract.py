@@ -25,7 +25,7 @@ from crossdock.proto.errors import ConfigError, LayoutMismatch
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.worker.config import WorkerConfig
 
-CONCRETE = {"native", "simulated", "runner", "llm"}
+CONCRETE = {"native", "simulated", "runner"}
 BLOCK = 8
 
 
