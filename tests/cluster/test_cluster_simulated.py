@@ -16,7 +16,7 @@ from crossdock.deploy import admin
 from crossdock.deploy.up import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-MANIFEST = Path(__file__).resolve().parents[1] / "deploy" / "manifests" / "simulated.yaml"
+MANIFEST = Path(__file__).resolve().parents[2] / "deploy" / "manifests" / "simulated.yaml"
 
 
 def test_the_manifest_serves_without_a_model(tmp_path: Path) -> None:

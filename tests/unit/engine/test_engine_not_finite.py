@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from offline import LLM
 from safetensors.torch import load_file, save_file
 from test_engine_ops import CPU, config, plan
 from tiny import make_tiny_model
@@ -15,7 +16,6 @@ from crossdock.engine.native.attention.numba_ops import NumbaOps
 from crossdock.engine.native.attention.torch_ops import TorchOps
 from crossdock.engine.native.batch import make_batch
 from crossdock.engine.native.kv_cache import KVCache
-from crossdock.engine.native.llm import LLM
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 from crossdock.proto.errors import NotFinite
 from crossdock.proto.types import SamplingParams
