@@ -122,7 +122,8 @@ class Gateways:
         except CrossdockError as error:
             self._answer(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
             return
-        stream.meetings[sequence.sequence_id] = waiting = []
+        waiting: list[worker_pb2.HandOff] = []
+        stream.meetings[sequence.sequence_id] = waiting
         then = partial(self._met, request, stream, waiting)
         self._host.peers.ensure(ticket.incarnation, ticket.prefill_address, then)
 

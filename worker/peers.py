@@ -97,9 +97,6 @@ class Peers:
         for address, ids in _by_address(tickets):
             self._calls.release(address, ids)
 
-    def close(self) -> None:
-        self.update(())
-
     def _met(self, incarnation: bytes, waiting: list[Callable[[Met], None]], met: Met) -> None:
         if self._meetings.get(incarnation) is not waiting:
             return  # it left meanwhile, and whoever waited was told

@@ -158,7 +158,7 @@ class WorkerServer:
             await self._grpc.stop(grace=0.2)
         if hasattr(self, "peers"):
             self.prober.close()
-            self.peers.close()
+            self.peers.update(())
             await self.peer_calls.keep(())
         if hasattr(self, "_loop"):
             await asyncio.to_thread(self._loop.stop, 10.0)
