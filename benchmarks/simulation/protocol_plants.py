@@ -442,12 +442,6 @@ def ticket_given_to_two_readers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(HandOffs, "complete", complete_afresh)
 
 
-def lost_reader_asked_again(patch: pytest.MonkeyPatch) -> None:
-    """A decode worker gets a sequence under an id that it may still have."""
-    drop = HandOffs.drop
-    patch.setattr(HandOffs, "drop", lambda self, sequence, lost: drop(self, sequence, False))
-
-
 def hand_off_before_token_0(patch: pytest.MonkeyPatch) -> None:
     """The decode worker is told of the whole prompt while it is still being computed."""
     note = HandOffs.note
@@ -543,7 +537,6 @@ PLANTS: list[Plant] = [
     token_0_delivered_twice,
     late_output_taken,
     ticket_given_to_two_readers,
-    lost_reader_asked_again,
     hand_off_before_token_0,
     holders_not_cancelled,
     deadline_timer_not_cancelled,
