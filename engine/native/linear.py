@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linea
     return PlainLinear(weight, bias)
 
 
+@functools.cache
 def padded_rows(rows: int) -> int:
     """`rows` rounded up to a multiple of an eighth of the power of two below: an eighth more at
     most. oneDNN compiles code for each number of rows and keeps it, half a MB a layer shape."""
@@ -65,13 +67,17 @@ class PackedLinear:
         self._linear_add = torch.ops.mkldnn._linear_pointwise.binary
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows, extra = len(x), padded_rows(len(x)) - len(x)
-        if extra:
-            x = functional.pad(x, (0, 0, 0, extra))
-        return self._linear(x, self._weight, self._bias, "none", [], "")[:rows]
+        padded = _padded(x)
+        y = self._linear(padded, self._weight, self._bias, "none", [], "")
+        return y if padded is x else y[: len(x)]
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual + x @ weight.T + bias, [rows, out], in one fused call."""
         if padded_rows(len(x)) != len(x):
             return residual.add_(self(x))
         return self._linear_add(x, residual, self._weight, self._bias, "add")
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    extra = padded_rows(len(x)) - len(x)
+    return functional.pad(x, (0, 0, 0, extra)) if extra else x
