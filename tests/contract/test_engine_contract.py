@@ -124,6 +124,19 @@ def test_a_step_takes_what_the_profile_says() -> None:
     assert profile.step_s(plan) == pytest.approx(prefill_s + 0.5 + 0.02 + 0.001 * 30)
 
 
+def test_the_profile_of_the_default_model_gives_its_measured_rates() -> None:
+    """docs/performance.md: 989, 832 and 669 tok/s of prefill; 53, 241 and 323 of decode."""
+    profile, one = Profile.NAMED["cpu-135m"], sequence([5] * 2048)
+    for tokens, rate in ((280, 989), (1024, 832), (2048, 669)):
+        starts = range(0, tokens, 256)
+        chunks = [Chunk(one, start, min(256, tokens - start), False) for start in starts]
+        seconds = sum(profile.step_s(StepPlan((chunk,))) for chunk in chunks)
+        assert tokens / seconds == pytest.approx(rate, rel=0.02)
+    for batch, rate in ((1, 53), (8, 241), (16, 323)):
+        plan = StepPlan((Chunk(one, 299, 1, True),) * batch)
+        assert batch / profile.step_s(plan) == pytest.approx(rate, rel=0.02)
+
+
 def test_nobody_imports_a_concrete_engine_but_its_own_package() -> None:
     found = []
     for path in sources():
