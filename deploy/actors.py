@@ -305,7 +305,7 @@ def placement_problem(placement: Placement, nodes: Sequence[Mapping[str, Any]]) 
 def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool = False) -> None:
     """Joins the Ray cluster at `address`, or starts one on this machine under `temp_dir`.
 
-    Raises Unavailable when the cluster can't be joined.
+    Raises Unavailable when it can't be joined, or can't write to the home folder.
     """
     local: dict[str, Any] = {
         "num_cpus": int(LOCAL_CPUS),
@@ -323,6 +323,9 @@ def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool =
     except (ConnectionError, RuntimeError, ValueError) as error:
         doing = f"join {address!r}" if address else "start a local Ray"
         raise Unavailable(f"ray.address: cannot {doing}: {error}") from None
+    except OSError as error:
+        hint = "it keeps its token in ~/.ray: set HOME to a folder that can be written"
+        raise Unavailable(f"Ray cannot start: {error}; {hint}") from None
 
 
 @contextlib.contextmanager

@@ -150,3 +150,14 @@ def test_only_an_end_that_ray_cannot_explain_is_put_down_to_a_signal(tmp_path, m
     assert actors._end_of(killed).endswith("(INTENDED_SYSTEM_EXIT: ray.kill was called)")
     elsewhere = death.replace("pid: 7", "pid: 8").format("SYSTEM_ERROR", eof)
     assert "connection error code 2" in actors._end_of(elsewhere)
+
+
+def test_ray_that_cannot_write_to_the_home_folder_says_what_to_set(monkeypatch):
+    """Ray 2.60 makes ~/.ray/auth_token at its start; with HOME=/dev/null it raises this."""
+
+    def init(*_: object, **__: object) -> None:
+        raise NotADirectoryError(20, "Not a directory", "/dev/null/.ray")
+
+    monkeypatch.setattr(actors.ray, "init", init)
+    with pytest.raises(Unavailable, match=r"/dev/null/\.ray.* set HOME"):
+        actors.start_ray("", 80, "/tmp")
