@@ -57,8 +57,8 @@ class DecodeRole(WorkerRole):
         """Starts the pulls of newly reserved sequences, then plans; hands back whom it preempts."""
         for sequence in self._scheduler.reserve():
             self._start_pull(self.jobs[sequence.sequence_id])
-        at_rest = [self._pulls[pull_id].sequence for pull_id in self._puller.at_rest()]
-        plan, preempted = self._scheduler.schedule(at_rest)
+        preemptible = [self._pulls[pull_id].sequence for pull_id in self._puller.preemptible()]
+        plan, preempted = self._scheduler.schedule(preemptible)
         for sequence in preempted:
             self._preempted(sequence)
         for chunk in plan.chunks if plan else ():
@@ -84,8 +84,8 @@ class DecodeRole(WorkerRole):
             )
 
     def _lease_end(self, ticket: worker_pb2.Ticket) -> float:
-        """Until when a ticket is good without another word. While the prompt is computed, each
-        word of it counts; then the lease begins."""
+        """Until when a ticket is good if nothing more is heard of it. While the prompt is computed,
+        each progress extends it; then the lease begins."""
         return self.state.clock() + ticket.lease_ms / 1000
 
     def _read_by(self) -> float:
@@ -220,7 +220,7 @@ class DecodeRole(WorkerRole):
     def _give_back(self, job: Job) -> None:
         """Releases a ticket that no fence released, by a call, once its blocks are read no more.
 
-        One whose prompt is still being computed has no lease, and may yet go to another reader.
+        Before token 0 there is no lease yet, and the ticket may still go to another decode worker.
         """
         if job.ticket is not None and job.sealed and job.lease_end is not None:
             self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))

@@ -6,10 +6,9 @@
 
 Decode tokens go first in every step; prompts computed here (colocated workers, short suffixes)
 share what is left of the step's token budget, or a fixed part of it where that is more.
-Blocks are reserved when there is room for all that
-the sequence has and for one more step of everything that runs. A sequence that reads along, its
-prompt still being computed elsewhere, only uses what room there is: it holds up nobody who is
-complete, and gives its blocks back before anybody who runs has to.
+Blocks are reserved when there is room for all that the sequence has and for one more step of
+everything that runs. An early reservation, for a prompt still being computed elsewhere, only uses
+what room there is: it holds up nobody who is complete, and is preempted before anybody who runs.
 """
 
 from __future__ import annotations
@@ -55,15 +54,15 @@ class DecodeScheduler:
         their prompt here have gone on to run.
         """
         reserved = []
-        crowded = False  # there was no room for one that reads along
+        crowded = False  # there was no room for an early reservation
         for sequence in self._waiting.copy():
             if self.running + len(self._pulling) >= self._max_batch:
                 break
-            reads_along = self._reads_along(sequence)
-            if reads_along and crowded:
+            early = self._reserves_early(sequence)
+            if early and crowded:
                 continue
             if not self._take_blocks(sequence):
-                if not reads_along:
+                if not early:
                     break
                 crowded = True
                 continue
@@ -92,12 +91,14 @@ class DecodeScheduler:
                 return
         raise KeyError(sequence.sequence_id)
 
-    def schedule(self, at_rest: Iterable[Sequence] = ()) -> tuple[StepPlan | None, list[Sequence]]:
+    def schedule(
+        self, preemptible: Iterable[Sequence] = ()
+    ) -> tuple[StepPlan | None, list[Sequence]]:
         """The next step and the sequences preempted for it, whose blocks are already free.
 
-        at_rest: of those that read along, the ones whose blocks no transfer touches just now.
+        preemptible: of those reserved early, the ones whose blocks no transfer touches just now.
         """
-        spare = sorted(at_rest, key=_order)
+        spare = sorted(preemptible, key=_order)
         preempted: list[Sequence] = []
         chunks = []
         for sequence in sorted(self._running, key=_order):
@@ -151,7 +152,7 @@ class DecodeScheduler:
         headroom = step * (self.running + len(self._pulling))
         return block_tables.take(self._pool, sequence, reusable, spare=headroom)
 
-    def _reads_along(self, sequence: Sequence) -> bool:
+    def _reserves_early(self, sequence: Sequence) -> bool:
         """Its prompt is still being computed elsewhere: token 0 is not known."""
         return self._remote.get(sequence) == sequence.num_tokens
 

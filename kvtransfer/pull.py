@@ -249,7 +249,7 @@ class Puller:
             return False
         return True
 
-    def at_rest(self) -> list[str]:
+    def preemptible(self) -> list[str]:
         """Pulls whose prompt is still being computed and that read nothing just now."""
         return [
             pull.sequence_id

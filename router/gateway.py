@@ -121,7 +121,7 @@ class GatewayServer:
                  config.name, model_id, self.grpc_address, self.http_address)  # fmt: skip
 
     async def update_members(self, endpoints: Iterable[WorkerEndpoint]) -> None:
-        """Follows the controller's membership: connects to who is new, lets go of who left."""
+        """Follows the controller's membership: links to who is new, and to nobody who left."""
         assert self._links is not None, "start() comes first"
         self._links.update(endpoints)
 

@@ -235,6 +235,6 @@ class EngineLoop:
 
 
 def _exit_soon() -> None:
-    """Ends the process once its last words are out; its gateways and the controller know how to
+    """Ends the process once its last outputs are out; its gateways and the controller know how to
     go on without it."""
     threading.Timer(1.0, os._exit, (1,)).start()

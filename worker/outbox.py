@@ -60,7 +60,7 @@ class Outbox:
         self._outputs[job.owner].append(output)
 
     def error(self, owner: str, sequence_id: str, code: worker_pb2.ErrorCode, message: str) -> None:
-        """The sequence's last word from this worker."""
+        """Ends the sequence on this worker."""
         self._outputs[owner].append(
             worker_pb2.SequenceOutput(
                 sequence_id=sequence_id,

@@ -156,7 +156,7 @@ class WorkerRole(ABC):
         return job if job is not None and job.owner == owner else None
 
     def cancel(self, sequence_id: str, reason: str, owner: str) -> None:
-        """Frees a sequence and answers nothing: the gateway has already let go of it."""
+        """Frees a sequence and answers nothing: the gateway has already released it."""
         job = self.job_of(sequence_id, owner)
         if job is not None:
             self._end(job, reason or "cancelled")

@@ -91,7 +91,7 @@ def _fences(transport: Any) -> None:
 
 def _sequences(module: ModuleType) -> None:
     sequence = module.SequenceState
-    init, hold, let_go = sequence.__init__, sequence.hold, sequence.let_go
+    init, hold, release = sequence.__init__, sequence.hold, sequence.release
 
     def received(self: Any, *args: Any, **fields: Any) -> None:
         init(self, *args, **fields)
@@ -105,9 +105,9 @@ def _sequences(module: ModuleType) -> None:
     def gone(self: Any, name: str) -> None:
         if name in self.holders:
             note("let_go", self.active.request.request_id, f"{self.sequence_id}@{name}")
-        let_go(self, name)
+        release(self, name)
 
-    sequence.__init__, sequence.hold, sequence.let_go = received, held, gone
+    sequence.__init__, sequence.hold, sequence.release = received, held, gone
 
 
 def _timelines(module: ModuleType) -> None:

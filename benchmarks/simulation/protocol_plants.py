@@ -20,7 +20,7 @@ from crossdock.kvtransfer.pull import Puller
 from crossdock.prefill.role import PrefillRole
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.admission import Admission
-from crossdock.router.dispatch.delivery import speak
+from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.request import Delta
@@ -139,7 +139,7 @@ def fenced_before_the_last_part(patch: pytest.MonkeyPatch) -> None:
 
 
 def released_while_it_is_computed(patch: pytest.MonkeyPatch) -> None:
-    """A reader that falls out releases the ticket, which then goes to another."""
+    """An early reservation given back releases the ticket, which then goes to another."""
 
     def always(self: DecodeRole, job: Job) -> None:
         if job.ticket is not None:
@@ -261,7 +261,7 @@ def quarantine_skipped(patch: pytest.MonkeyPatch) -> None:
 
 
 def preempted_in_mid_read(patch: pytest.MonkeyPatch) -> None:
-    """Whoever reads along gives its blocks to others while a read still writes into them."""
+    """A sequence reserved early gives its blocks to others while a read still writes into them."""
     preempted = DecodeRole._preempted
 
     def forget(self: DecodeRole, sequence: Sequence) -> None:
@@ -270,11 +270,11 @@ def preempted_in_mid_read(patch: pytest.MonkeyPatch) -> None:
         if pull_id is not None and self._pulls.pop(pull_id, None):
             del self._puller._pulls[pull_id]
 
-    def at_rest(self: Puller) -> list[str]:
+    def preemptible(self: Puller) -> list[str]:
         return [key for key, p in self._pulls.items() if not (p.complete or p.stopped)]
 
     patch.setattr(DecodeRole, "_preempted", forget)
-    patch.setattr(Puller, "at_rest", at_rest)
+    patch.setattr(Puller, "preemptible", preemptible)
 
 
 def quarantine_never_left(patch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def late_output_taken(patch: pytest.MonkeyPatch) -> None:
             sequence = attempts.get(output.sequence_id)
             given_up = sequence is not None and output.sequence_id not in self._sequences
             if given_up and output.token_ids:
-                self._deliver(sequence, speak(sequence, output, frozenset()), self._clock())
+                self._deliver(sequence, detokenize(sequence, output, frozenset()), self._clock())
         on_outputs(self, link, outputs)
 
     patch.setattr(Dispatcher, "_route", note)

@@ -44,7 +44,7 @@ class MoodyNetwork(FakeNetwork):
     rng: random.Random = field(default_factory=random.Random)
     calm: bool = False
     late: list[tuple[FakeTransport, bytes]] = field(default_factory=list)
-    notified: set[bytes] = field(default_factory=set)  # ticket ids that a reader let go of
+    notified: set[bytes] = field(default_factory=set)  # ticket ids that a reader released
     homes: dict[bytes, str] = field(default_factory=dict)  # incarnation -> address
     seen: Callable[[str], None] = lambda what: None
 
@@ -132,7 +132,7 @@ class Truth:
             still_open = {lease.ticket_id for lease in offers.open()}
             for ticket_id in still_open.intersection(ticket_ids):
                 asked = ticket_id in self._network.notified or ticket_id in self.called
-                assert asked, "an offer was released that no reader has let go of"
+                assert asked, "an offer was released that no reader has released"
                 assert not any(_reads(reader, ticket_id) for reader in workers()), (
                     "an offer was released while its blocks are being read"
                 )
@@ -187,7 +187,7 @@ def _reads(worker: Worker, ticket_id: bytes) -> bool:
         return False
     for pull in puller._pulls.values():
         if not pull.complete:
-            continue  # it fell out, or will: the ticket went to another reader
+            continue  # it failed, or will: the ticket went to another worker
         if pull.ticket.ticket_id == ticket_id and pull.fence is None:
             return pull.read is not None or pull.stopped is None
     return False

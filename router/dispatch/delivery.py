@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Set
-from dataclasses import dataclass
 from typing import Any
 
 from crossdock.proto.convert import FINISH_FROM_PB, sampling_to_pb
@@ -20,7 +19,7 @@ from crossdock.proto.errors import (
 from crossdock.proto.types import FinishReason
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.router.dispatch.request import Request
+from crossdock.router.dispatch.request import Delta, Request
 from crossdock.router.dispatch.sequence import SequenceState
 
 # Causes for which a sequence is prefilled again elsewhere, prompt and delivered tokens, and its
@@ -34,44 +33,37 @@ RESTARTED = {
 }
 
 
-@dataclass
-class Spoken:
-    """One output of a worker, as far as the client gets it."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[inference_pb2.TokenLogprobs]
-    finish_reason: FinishReason | None
-    stop_reason: str
-    cut_short: bool  # a stop string was found while the worker went on
-
-
-def speak(sequence: SequenceState, output: pb.SequenceOutput, eos: Set[int]) -> Spoken:
-    """Detokenizes an output. The token that ends a sequence is counted but has no text; what
-    follows a stop string is dropped. Raises where the worker gave the sequence up."""
+def detokenize(sequence: SequenceState, output: pb.SequenceOutput, eos: Set[int]) -> Delta:
+    """An output as far as the client gets it. The token that ends a sequence is counted but has no
+    text; what follows a stop string is dropped. Raises where the worker gave the sequence up."""
     reason = FINISH_FROM_PB.get(output.finish_reason) if output.finish_reason else None
     if reason is FinishReason.CANCELLED:
         raise Cancelled("the worker cancelled the sequence")
     if reason is FinishReason.ERROR:
         raise CrossdockError("the worker failed the sequence without saying why")
-    spoken = Spoken(
-        "", list(output.token_ids), list(output.logprobs), reason, output.stop_reason, False
+    delta = Delta(
+        sequence.index,
+        "",
+        list(output.token_ids),
+        list(output.logprobs),
+        reason,
+        output.stop_reason,
     )
-    visible = spoken.token_ids
+    visible = delta.token_ids
     if reason is FinishReason.STOP and visible and _ends(sequence, visible[-1], eos):
         visible = visible[:-1]
     if visible:
         piece = sequence.detokenizer.push(visible)
-        spoken.text = piece.text
+        delta.text = piece.text
         if piece.stopped is not None:
-            spoken.cut_short = reason is None or piece.token_count < len(spoken.token_ids)
-            spoken.token_ids = spoken.token_ids[: piece.token_count]
-            spoken.logprobs = spoken.logprobs[: piece.token_count]
-            spoken.finish_reason, spoken.stop_reason = FinishReason.STOP, piece.stopped
-            return spoken
+            delta.cut_short = reason is None or piece.token_count < len(delta.token_ids)
+            delta.token_ids = delta.token_ids[: piece.token_count]
+            delta.logprobs = delta.logprobs[: piece.token_count]
+            delta.finish_reason, delta.stop_reason = FinishReason.STOP, piece.stopped
+            return delta
     if reason is not None:
-        spoken.text += sequence.detokenizer.finish()
-    return spoken
+        delta.text += sequence.detokenizer.finish()
+    return delta
 
 
 def _ends(sequence: SequenceState, token_id: int, eos: Set[int]) -> bool:

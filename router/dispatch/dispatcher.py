@@ -29,10 +29,9 @@ from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
 from crossdock.router.dispatch.delivery import (
     RESTARTED,
-    Spoken,
+    detokenize,
     failure_of,
     sampling_message,
-    speak,
 )
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.metrics import GatewayMetrics
@@ -203,7 +202,7 @@ class Dispatcher:
         sequence.sequence_id = f"{self._prefix}-{self._count}"
         sequence.placement = placement
         sequence.ticket, sequence.decode_worker = None, ""
-        sequence.lost_readers.clear()
+        sequence.lost_early.clear()
         sequence.active.started = True
         self._sequences[sequence.sequence_id] = sequence
         sequence.hold(link)
@@ -269,7 +268,7 @@ class Dispatcher:
         except NoWorker as error:
             self._wait_for_worker(sequence, self._hand_off, error)
         except WorkerLost as error:
-            self._restart(sequence, min(sequence.lost_readers), "worker lost", error)
+            self._restart(sequence, min(sequence.lost_early), "worker lost", error)
 
     # -- what the workers say -----------------------------------------------------------------
 
@@ -304,7 +303,7 @@ class Dispatcher:
             sequence.cached_tokens = output.cached_tokens
         sequence.recomputed_tokens += output.recomputed_tokens
         if output.token_ids or output.finish_reason:
-            self._deliver(sequence, speak(sequence, output, self._eos), now)
+            self._deliver(sequence, detokenize(sequence, output, self._eos), now)
         if sequence.phase is Phase.PREFILL and link.name == sequence.prefill_worker:
             self._hand_offs.note(sequence, output)
             if output.token_ids:
@@ -313,9 +312,9 @@ class Dispatcher:
                 self._hand_offs.advance(sequence, now)
 
     def _joined(self, sequence: SequenceState, output: pb.SequenceOutput) -> None:
-        """The first token after a hand-off: the prefill worker, if it is still there, let go."""
+        """The first token after a hand-off: the prefill worker has nothing of it any more."""
         for name in [name for name in sequence.holders if name != sequence.decode_worker]:
-            sequence.let_go(name)
+            sequence.release(name)
         sequence.ticket = None
         sequence.transferred_bytes += output.transferred_bytes
         sequence.transferred_blocks += output.transferred_blocks
@@ -330,15 +329,13 @@ class Dispatcher:
             output.transfer_s,
         )
 
-    def _deliver(self, sequence: SequenceState, spoken: Spoken, now: float) -> None:
-        """Passes new tokens to the reader, and the end of the sequence with the last of them."""
-        self._count_tokens(sequence, spoken.token_ids, now)
-        delta = Delta(sequence.index, spoken.text, spoken.token_ids, spoken.logprobs)
-        if spoken.finish_reason is not None:
-            reads_along = sequence.phase is Phase.PREFILL and sequence.decode_worker
-            if spoken.cut_short or reads_along:
+    def _deliver(self, sequence: SequenceState, delta: Delta, now: float) -> None:
+        """Passes new tokens to the client, and the end of the sequence with the last of them."""
+        self._count_tokens(sequence, delta.token_ids, now)
+        if delta.finish_reason is not None:
+            reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
+            if delta.cut_short or reserved_early:
                 self._cancel_on_holders(sequence, "finished")
-            delta.finish_reason, delta.stop_reason = spoken.finish_reason, spoken.stop_reason
             self._finish(sequence, now)
             delta.usage, delta.timings = sequence.usage(), sequence.timings()
         sequence.active.stream.push(delta)
@@ -372,7 +369,7 @@ class Dispatcher:
 
     def _finish(self, sequence: SequenceState, now: float) -> None:
         sequence.timeline.mark("finished", now)
-        self._let_go(sequence)
+        self._release_holders(sequence)
         sequence.phase = Phase.DONE
         sequence.active.unfinished -= 1
         self.metrics.prompt_tokens.inc(sequence.prompt_tokens)
@@ -394,16 +391,16 @@ class Dispatcher:
 
     def _take_error(self, sequence: SequenceState, link: Link, error: pb.SequenceError) -> None:
         if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
-            sequence.let_go(link.name)  # the prefill side's word; the decode worker will judge
+            sequence.release(link.name)  # of the prefill side; the decode worker will judge
             return
         failure = failure_of(link.name, error)
-        reads_along = sequence.phase is Phase.PREFILL and link.name == sequence.decode_worker
+        reserved_early = sequence.phase is Phase.PREFILL and link.name == sequence.decode_worker
         if error.code == pb.ERROR_CODE_PULL_FAILED:
             self.view.pull_failed(sequence.prefill_worker, link.name, self._clock())
-        if reads_along and error.code in RESTARTED:
+        if reserved_early and error.code in RESTARTED:
             self._hand_offs.drop(sequence, lost=False)
             return
-        sequence.let_go(link.name)
+        sequence.release(link.name)
         if error.code not in RESTARTED:
             raise failure
         if error.code == pb.ERROR_CODE_DEVICE:
@@ -423,7 +420,7 @@ class Dispatcher:
         if sequence.restarts > self._limits.max_restarts:
             raise failure
         self._cancel_on_holders(sequence, cause)
-        self._let_go(sequence)
+        self._release_holders(sequence)
         sequence.avoid.add(culprit)
         sequence.phase = Phase.ROUTING
         self.metrics.restarts.labels(cause).inc()
@@ -440,7 +437,7 @@ class Dispatcher:
             sequence = self._sequences.get(sequence_id)
             if sequence is None:
                 continue
-            sequence.let_go(link.name)
+            sequence.release(link.name)
             if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
                 continue  # the pull may be over already; the decode worker will say
             self._guarded(sequence, partial(self._lost_under, link.name, reason))
@@ -484,7 +481,7 @@ class Dispatcher:
         for sequence in active.sequences:
             if sequence.phase is not Phase.DONE:
                 self._cancel_on_holders(sequence, why)
-                self._let_go(sequence)
+                self._release_holders(sequence)
                 sequence.phase = Phase.DONE
                 sequence.timeline.mark("finished", now)
                 tracing.sequence_ended(sequence)
@@ -501,12 +498,12 @@ class Dispatcher:
         for link in sequence.holders.values():
             link.send(pb.GatewayFrame(cancel=cancel))
 
-    def _let_go(self, sequence: SequenceState) -> None:
+    def _release_holders(self, sequence: SequenceState) -> None:
         """Forgets where a sequence is; what workers still say of it is ignored."""
         sequence.stop_timer()
         self._waiting.pop(sequence, None)
         for name in list(sequence.holders):
-            sequence.let_go(name)
+            sequence.release(name)
         self._sequences.pop(sequence.sequence_id, None)
         if sequence.placement is not None:
             for worker in {

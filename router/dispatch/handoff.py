@@ -1,9 +1,9 @@
 """The gateway's part in a hand-off: what decode workers are told of prompts computed elsewhere.
 
-    nothing ──some blocks are sealed──> reads along ──all sealed, token 0──> decodes
-       └───────────────────────── all sealed, token 0 ──────────────────────────^
+    nothing ──some blocks are ready──> reserved early ──all ready, token 0──> decodes
+       └───────────────────────── all ready, token 0 ───────────────────────────^
 
-A decode worker that falls out while it reads along costs nothing: the ticket is good for any other.
+A decode worker lost after an early reservation costs nothing: the ticket is good for any other.
 One whose stream broke may not know it yet, so it gets the same sequence only under another id.
 """
 
@@ -46,7 +46,7 @@ class HandOffs:
         sequence.checksums = list(output.checksums)
 
     def advance(self, sequence: SequenceState, now: float) -> None:
-        """Part of the prompt is computed: its decode worker, where it is there, reads along."""
+        """Part of the prompt is computed: its decode worker, where it is there, reserves early."""
         assert sequence.placement is not None
         if sequence.decode_worker:
             self._send(sequence)
@@ -71,12 +71,12 @@ class HandOffs:
         sequence.phase = Phase.DECODE
 
     def drop(self, sequence: SequenceState, lost: bool) -> None:
-        """The decode worker that reads along is lost, or has given the sequence back."""
+        """The decode worker that reserved early is lost, or has given the sequence back."""
         assert sequence.placement is not None
         name = sequence.decode_worker
         if lost:
-            sequence.lost_readers.add(name)
-        sequence.let_go(name)
+            sequence.lost_early.add(name)
+        sequence.release(name)
         sequence.avoid.add(name)
         self._view.unplace(name, sequence.sequence_id)
         sequence.decode_worker = ""
@@ -93,8 +93,8 @@ class HandOffs:
             link = self._taking(name)
             if link is None:
                 raise NoWorker("no decode worker is ready")
-            if name in sequence.lost_readers:
-                raise WorkerLost(f"{name}, lost while it read along, is the only decode worker")
+            if name in sequence.lost_early:
+                raise WorkerLost(f"{name}, lost before token 0, is the only decode worker")
             self._view.place(name, sequence.sequence_id, 0, demand.blocks)
         return link
 

@@ -43,6 +43,7 @@ class Delta:
     logprobs: list[inference_pb2.TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None  # set in the last delta of an index
     stop_reason: str = ""
+    cut_short: bool = False  # a stop string was found while the worker goes on
     usage: inference_pb2.Usage | None = None  # with finish_reason
     timings: inference_pb2.Timings | None = None  # with finish_reason
 

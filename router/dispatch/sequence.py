@@ -73,7 +73,7 @@ class SequenceState:
     timer: Timer | None = None
     prefill_worker: str = ""
     decode_worker: str = ""  # once it has been told
-    lost_readers: set[str] = field(default_factory=set)  # decode workers lost under this attempt
+    lost_early: set[str] = field(default_factory=set)  # decode workers lost before token 0
     first_tokens: int = 0  # how many came at once with token 0
     cached_tokens: int | None = None
     transferred_bytes: int = 0
@@ -96,7 +96,8 @@ class SequenceState:
         self.holders[link.name] = link
         link.sequences[self.sequence_id] = None
 
-    def let_go(self, name: str) -> None:
+    def release(self, name: str) -> None:
+        """A worker has nothing of it any more; what it still says is ignored."""
         link = self.holders.pop(name, None)
         if link is not None:
             link.sequences.pop(self.sequence_id, None)

@@ -14,7 +14,7 @@ from crossdock.router.placement.view import ClusterView, WorkerView
 TIE_RELATIVE = 0.05
 TIE_ABSOLUTE_S = 0.0005
 STREAM_TOKENS = 100  # over so many a decode worker's TPOT is weighed against seconds before them
-RESTING_S = 1e6  # a pair whose pulls fail comes after all others
+BACK_OFF_S = 1e6  # a pair whose pulls fail comes after all others
 # How many of each side are weighed as pairs, since each pair has a link of its own.
 PREFILL_CANDIDATES = 32
 DECODE_CANDIDATES = 8
@@ -80,8 +80,8 @@ def least_latency(
     bandwidth of the pair, which delays token 1 + what STREAM_TOKENS decode steps after joining and
     the wait for a place in the batch take longer than on the best decode worker. So queue depth,
     prefix hits, links and batches are one number. Near ties of either side go to the better of two
-    at random, so that gateways with slightly old views do not herd. Pairs whose pulls fail are left
-    to rest while there are others. Raises NoWorker.
+    at random, so that gateways with slightly old views do not herd. Pairs whose pulls fail back
+    off while there are others. Raises NoWorker.
     """
     choice = _Choice(view, demand, now, rng)
     best = [choice.disaggregated()] if choice.pairs else []
@@ -103,8 +103,8 @@ def round_robin(
     if not choice.pairs:
         raise NoWorker(choice.missing(Role.PREFILL, Role.DECODE))
     chosen = choice.candidate(prefills[turn % len(prefills)])
-    rested = choice.rested([chosen.worker.name])
-    return choice.placement(chosen.worker, rested[turn % len(rested)], chosen, "round robin")
+    decodes = choice.linked([chosen.worker.name])
+    return choice.placement(chosen.worker, decodes[turn % len(decodes)], chosen, "round robin")
 
 
 POLICIES: dict[str, Policy] = {"least_latency": least_latency, "round_robin": round_robin}
@@ -199,19 +199,19 @@ class _Choice:
             reason=reason,
         )
 
-    def rested(self, prefills: Sequence[str]) -> list[WorkerView]:
-        """The decode workers that do not rest from all of `prefills`; all, where none is one."""
+    def linked(self, prefills: Sequence[str]) -> list[WorkerView]:
+        """The decode workers that back off from not all of `prefills`; all, where none is one."""
         decodes, view = self.usable[Role.DECODE], self.view
-        if not view.any_resting:
+        if not view.any_backs_off:
             return decodes
         return [
-            d for d in decodes if not all(view.resting(p, d.name, self.now) for p in prefills)
+            d for d in decodes if not all(view.backs_off(p, d.name, self.now) for p in prefills)
         ] or decodes
 
     def streams(self, prefills: Sequence[str]) -> list[tuple[float, WorkerView]]:
         """The few decode workers with the least to spend: seconds of the stream, more than on the
         best of them, and of a pull from nobody in particular. With the former."""
-        streams = [(self.stream_s(w), w) for w in self.with_room(self.rested(prefills))]
+        streams = [(self.stream_s(w), w) for w in self.with_room(self.linked(prefills))]
         least_s = min(seconds for seconds, _ in streams)
         ranked = [
             (seconds + self.transfer_s("", w), self.rng.random(), seconds - least_s, w)
@@ -241,8 +241,8 @@ class _Choice:
         held = self.depths.get(decode.slot, 0)
         blocks = -(-self.demand.num_tokens // self.demand.block_size) - held
         nbytes = max(0, blocks) * decode.facts.block_bytes
-        resting = self.view.resting(prefill, decode.name, self.now)
-        return nbytes / self.view.bandwidth(prefill, decode.name) + RESTING_S * resting
+        backs_off = self.view.backs_off(prefill, decode.name, self.now)
+        return nbytes / self.view.bandwidth(prefill, decode.name) + BACK_OFF_S * backs_off
 
     def with_room(self, workers: Sequence[WorkerView]) -> list[WorkerView]:
         """Those that have the blocks; where nobody has, those with the most room."""

@@ -25,7 +25,7 @@ DEFAULT_BANDWIDTH = 1e9  # bytes/s
 BANDWIDTH_MEMORY = 0.8  # how much of the pulls before counts beside the newest one
 FASTEST_MEMORY = 0.99  # the same, of the best pair beside the newest pull of any
 # First and longest time that a pair is left alone after a failed pull; each further one doubles it.
-PAIR_REST_S = (5.0, 30.0)
+PAIR_BACK_OFF_S = (5.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class ClusterView:
         # (prefill, decode) -> decayed sums of bytes and seconds, so that large pulls count most.
         self._pulled: dict[tuple[str, str], tuple[float, float]] = {}
         self._fastest = 0.0  # bytes/s of the best pair lately; fades with every pull
-        # (prefill, decode) -> until when it rests, and how long that is; since the last good pull.
-        self._rests: dict[tuple[str, str], tuple[float, float]] = {}
+        # (prefill, decode) -> until when it backs off, and for how long; since the last good pull.
+        self._back_offs: dict[tuple[str, str], tuple[float, float]] = {}
         self._prefill = defaultdict[str, PoolSpeed](lambda: PoolSpeed(DEFAULT_PREFILL_S))  # by pool
         self._decode = defaultdict[str, PoolSpeed](lambda: PoolSpeed(DEFAULT_DECODE_S))
         self._free_slots: list[int] = []
@@ -198,7 +198,7 @@ class ClusterView:
         """Folds one measured pull into the pair's bandwidth; the pair works."""
         if nbytes <= 0 or seconds <= 0 or not self._connected(prefill, decode):
             return
-        self._rests.pop((prefill, decode), None)
+        self._back_offs.pop((prefill, decode), None)
         old_bytes, old_seconds = self._pulled.get((prefill, decode), (0.0, 0.0))
         self._pulled[prefill, decode] = (
             BANDWIDTH_MEMORY * old_bytes + nbytes,
@@ -210,12 +210,12 @@ class ClusterView:
         """The link of the two may be cut, though both are well: others are taken for a while."""
         if not self._connected(prefill, decode):
             return  # a worker died, which says nothing of the link to its successor
-        first, longest = PAIR_REST_S
-        until, rest = self._rests.get((prefill, decode), (float("-inf"), 0.0))
+        first, longest = PAIR_BACK_OFF_S
+        until, back_off = self._back_offs.get((prefill, decode), (float("-inf"), 0.0))
         if now < until:
             return  # of the pulls that were under way when the first one failed
-        rest = first if now - until > longest else min(2 * rest, longest)
-        self._rests[prefill, decode] = (now + rest, rest)
+        back_off = first if now - until > longest else min(2 * back_off, longest)
+        self._back_offs[prefill, decode] = (now + back_off, back_off)
 
     # -- what the dispatcher tells ------------------------------------------------------------
 
@@ -248,14 +248,14 @@ class ClusterView:
         preferred = [w for w in alive if w.name not in avoided and not w.is_stale(now)]
         return preferred or [w for w in alive if not w.is_stale(now)] or alive
 
-    def resting(self, prefill: str, decode: str, now: float) -> bool:
+    def backs_off(self, prefill: str, decode: str, now: float) -> bool:
         """Whether a pull between the two failed lately, and none succeeded since."""
-        return now < self._rests.get((prefill, decode), (now, 0.0))[0]
+        return now < self._back_offs.get((prefill, decode), (now, 0.0))[0]
 
     @property
-    def any_resting(self) -> bool:
+    def any_backs_off(self) -> bool:
         """Cheap, and false on most days."""
-        return bool(self._rests)
+        return bool(self._back_offs)
 
     def bandwidth(self, prefill: str, decode: str) -> float:
         """Bytes per second of pulls between the two, as measured. A pair that was not is presumed
@@ -303,4 +303,4 @@ class ClusterView:
         self.index.drop(worker.slot)
         self._free_slots.append(worker.slot)
         self._pulled = {pair: v for pair, v in self._pulled.items() if name not in pair}
-        self._rests = {pair: v for pair, v in self._rests.items() if name not in pair}
+        self._back_offs = {pair: v for pair, v in self._back_offs.items() if name not in pair}

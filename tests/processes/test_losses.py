@@ -61,7 +61,7 @@ class Held:
             and decodes["decode-1"].load.waiting > 0
         )
 
-    def let_go(self, pace_s: float = PACE_S) -> None:
+    def resume(self, pace_s: float = PACE_S) -> None:
         """At this pace of a step, TOKENS of them do not end by themselves within FREED_S."""
         self._cluster.everywhere(pace_s=pace_s, reads=True)
 
@@ -103,7 +103,7 @@ async def test_a_lost_gateway_leaves_nothing_behind(cluster: Cluster, how: str) 
     gateway = cluster.gateways[-1]
     gateway.signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     lost = time.monotonic()
-    await asyncio.to_thread(held.let_go)
+    await asyncio.to_thread(held.resume)
     await freed(cluster, lost)
     gateway.end()
     assert all(isinstance(end, CrossdockError) for end in await clients.ends())
@@ -118,7 +118,7 @@ async def test_clients_that_close_their_sockets_leave_nothing_behind(cluster: Cl
     for each in sockets:
         each.close()
     closed = time.monotonic()
-    await asyncio.to_thread(held.let_go)
+    await asyncio.to_thread(held.resume)
     await freed(cluster, closed)
 
 
@@ -143,7 +143,7 @@ async def test_a_peer_killed_in_the_middle_leaves_nothing_behind(
     clients = Clients(target, salt)
     await asyncio.to_thread(held.wait)
     await asyncio.to_thread(cluster.kill, victim)
-    await asyncio.to_thread(held.let_go, 0.0)
+    await asyncio.to_thread(held.resume, 0.0)
     tokens = await clients.ends()
     await freed(cluster, time.monotonic())
     assert tokens == await Clients(target, salt).ends()

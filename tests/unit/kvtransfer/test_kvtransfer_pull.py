@@ -58,7 +58,7 @@ class Pair:
         self.puller.start(name, ticket, ids, local, deadline)
         return ticket
 
-    def read_along(self, name: str, ids: list[int], local: list[int], sealed: int) -> None:
+    def start_early(self, name: str, ids: list[int], local: list[int], sealed: int) -> None:
         ticket = self.offer(ids)
         self.puller.start(name, ticket, ids, local, 100.0, sealed=sealed)
 
@@ -157,7 +157,7 @@ def test_nothing_to_read_still_releases_and_minds_the_lease(pair: Pair) -> None:
 def test_what_was_read_is_told_by_when_it_was_read_not_by_when_it_was_looked_at(pair: Pair) -> None:
     """An engine step is long: both its reads ended, and the last progress came, while one ran."""
     pair.network.hold()
-    pair.read_along("s", [3, 4, 5], [0, 1, 2], sealed=2)
+    pair.start_early("s", [3, 4, 5], [0, 1, 2], sealed=2)
     pair.now = 1.0
     pair.network.deliver(1)
     pair.now = 5.0
@@ -316,7 +316,7 @@ def test_a_read_wakes_the_engine_unless_the_fence_will(pair: Pair, sealed: int) 
     woken: list[int] = []
     pair.decode.transport.set_wakeup(lambda: woken.append(pair.network.pending()))
     pair.network.hold()
-    pair.read_along("s", [1, 2, 3], [0, 1, 2], sealed=sealed)
+    pair.start_early("s", [1, 2, 3], [0, 1, 2], sealed=sealed)
     pair.puller.more("s", 3, 100.0, 100.0)
     assert pair.network.pending() == 1  # one read at a time
     pair.network.deliver(1)

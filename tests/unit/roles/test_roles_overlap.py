@@ -112,7 +112,7 @@ def test_a_reader_that_hears_nothing_more_of_its_prompt_gives_up(site: Site) -> 
     all_free(d)
 
 
-def test_a_ticket_outlives_the_reader_that_fell_out(site: Site) -> None:
+def test_a_ticket_outlives_an_early_reservation(site: Site) -> None:
     """Its first reader is cancelled in mid-read; another takes the same ticket to its end."""
     p, d = pair(site, chunk_tokens=16)
     other = site.worker(Role.DECODE)
@@ -167,7 +167,7 @@ def test_a_reader_makes_room_for_a_sequence_that_runs(site: Site) -> None:
     all_free(p, d)
 
 
-def test_an_old_word_of_a_prompt_changes_nothing(site: Site) -> None:
+def test_old_progress_of_a_prompt_changes_nothing(site: Site) -> None:
     p, d = pair(site, chunk_tokens=16)
     part = announced(p, PROMPT)
     reader = job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks)

@@ -328,21 +328,21 @@ def test_decode_preempts_the_last_in_order_and_frees_its_blocks() -> None:
     assert scheduler.running == 1 and old.num_tokens > 31
 
 
-def reading_along(scheduler: DecodeScheduler, tokens: int) -> Sequence:
+def reserved_early(scheduler: DecodeScheduler, tokens: int) -> Sequence:
     """A sequence whose prompt is still being computed: token 0 is not there yet."""
     made = sequence(tokens)
     scheduler.add(made, remote_tokens=tokens)
     return made
 
 
-def test_decode_gives_up_who_reads_along_before_anybody_who_runs() -> None:
+def test_decode_preempts_early_reservations_before_anybody_who_runs() -> None:
     pool = BlockPool(8, BLOCK, prefix_cache=False)
     scheduler = DecodeScheduler(pool, max_batch=8, chunk_tokens=64)
     running, covered = handed_off(15)
     scheduler.add(running, remote_tokens=covered)
     for seq in scheduler.reserve():
         scheduler.join(seq)
-    first, second = reading_along(scheduler, 30), reading_along(scheduler, 30)
+    first, second = reserved_early(scheduler, 30), reserved_early(scheduler, 30)
     assert scheduler.reserve() == [first, second]
     while pool.num_available:
         assert not decode_step(scheduler)
@@ -357,14 +357,14 @@ def test_decode_gives_up_who_reads_along_before_anybody_who_runs() -> None:
     pool.check_integrity(scheduler.held)
 
 
-def test_decode_lets_who_is_complete_pass_who_reads_along_and_finds_no_room() -> None:
+def test_decode_lets_who_is_complete_pass_an_early_reservation_without_room() -> None:
     pool = BlockPool(8, BLOCK, prefix_cache=False)
     scheduler = DecodeScheduler(pool, max_batch=8, chunk_tokens=64)
     running, covered = handed_off(64)
     scheduler.add(running, remote_tokens=covered)
     for seq in scheduler.reserve():
         scheduler.join(seq)
-    unready, unready_too = reading_along(scheduler, 64), reading_along(scheduler, 10)
+    unready, unready_too = reserved_early(scheduler, 64), reserved_early(scheduler, 10)
     ready, covered = handed_off(10)
     scheduler.add(ready, remote_tokens=covered)
     assert scheduler.reserve() == [ready]

@@ -458,7 +458,7 @@ async def test_a_client_that_goes_away_stops_the_decode_worker(rig: Rig) -> None
     call = rig.stub.Generate(ask(PROMPT, max_tokens=500))
     for _ in range(3):
         await call.read()
-    assert not rig.gateway._links.get("prefill-0").sequences, "it let go when decode joined"
+    assert not rig.gateway._links.get("prefill-0").sequences, "released when decode joined"
     call.cancel()
     await until(lambda: rig.decodes[0].cancels)
     await until(lambda: rig.idle)
@@ -708,14 +708,14 @@ async def test_a_pair_whose_pull_failed_gets_nothing_for_a_while(tiny_model: Pat
             decode.refusals.append(worker_pb2.ERROR_CODE_PULL_FAILED)
         assert ids_of(await collect(rig.stub.Generate(ask(PROMPT, max_tokens=9)))) == PROMPT[:9]
         now, view = time.monotonic(), rig.gateway.view
-        resting = [
+        backing_off = [
             (prefill, decode)
             for prefill in ("prefill-0", "prefill-1")
             for decode in ("decode-0", "decode-1")
-            if view.resting(prefill, decode, now)
+            if view.backs_off(prefill, decode, now)
         ]
         assert rig.metric("restarted_sequences_total", cause="pull failed") == 2
-        assert len({prefill for prefill, _ in resting}) == len({d for _, d in resting}) == 2
+        assert len({prefill for prefill, _ in backing_off}) == len({d for _, d in backing_off}) == 2
 
 
 async def test_a_lost_prefill_worker_does_not_touch_who_has_joined(rig: Rig) -> None:

@@ -30,7 +30,7 @@ def nobody_reads(rig: Rig) -> bool:
     return not sequence.decode_worker
 
 
-async def test_the_decode_worker_reads_along(rig: Rig) -> None:
+async def test_the_decode_worker_reserves_early(rig: Rig) -> None:
     call = rig.stub.Generate(ask(PROMPT, max_tokens=5))
     await until(lambda: told(rig))
     ((name, request),) = told(rig)
@@ -51,7 +51,7 @@ async def test_the_decode_worker_reads_along(rig: Rig) -> None:
 @pytest.mark.parametrize(
     "code", [wpb.ERROR_CODE_OVERLOADED, wpb.ERROR_CODE_PULL_FAILED, wpb.ERROR_CODE_DRAINING]
 )
-async def test_a_reader_that_falls_out_is_replaced_at_token_0(rig: Rig, code: int) -> None:
+async def test_an_early_reservation_given_back_is_replaced_at_token_0(rig: Rig, code: int) -> None:
     rig.decodes[0].refusals.append(code)
     rig.decodes[1].refusals.append(code)
     call = rig.stub.Generate(ask(PROMPT, max_tokens=5))
@@ -70,7 +70,7 @@ async def test_a_reader_that_falls_out_is_replaced_at_token_0(rig: Rig, code: in
     await until(lambda: rig.idle)
 
 
-async def test_a_lost_reader_is_replaced_at_token_0(rig: Rig) -> None:
+async def test_a_lost_early_reservation_is_replaced_at_token_0(rig: Rig) -> None:
     call = rig.stub.Generate(ask(PROMPT, max_tokens=5))
     await until(lambda: told(rig))
     ((first, _),) = told(rig)
@@ -151,7 +151,7 @@ async def test_a_client_that_goes_away_meanwhile_frees_both(rig: Rig) -> None:
 async def test_a_decode_worker_that_drains_by_token_0_is_not_asked(
     rig: Rig, parts: list[int]
 ) -> None:
-    """Refusing it would have the prompt computed twice. One that reads along already goes on."""
+    """Refusing it would have the prompt computed twice. One that reserved early goes on."""
     prefill = rig.prefills[0]
     prefill.parts = parts
     call = rig.stub.Generate(ask(PROMPT, max_tokens=5))

@@ -19,7 +19,7 @@ from crossdock.router.placement.policy import (
 from crossdock.router.placement.view import (
     DEFAULT_BANDWIDTH,
     MEASURED_FOR_S,
-    PAIR_REST_S,
+    PAIR_BACK_OFF_S,
     REPLACED_WITHIN_S,
     SEEN_AFTER_S,
     STALE_AFTER_S,
@@ -469,7 +469,7 @@ def test_the_pool_bound_is_of_the_best_path() -> None:
 
 
 @pytest.mark.parametrize("policy", [least_latency, round_robin])
-def test_a_pair_whose_pull_failed_rests_and_its_two_workers_work_on(
+def test_a_pair_whose_pull_failed_backs_off_and_its_two_workers_work_on(
     rng: random.Random, policy: Policy
 ) -> None:
     view = two_and_two()
@@ -481,7 +481,7 @@ def test_a_pair_whose_pull_failed_rests_and_its_two_workers_work_on(
         return {(placement.prefill, placement.decode) for placement in chosen}
 
     view.pull_failed("p0", "d0", 0.0)
-    first, _ = PAIR_REST_S
+    first, _ = PAIR_BACK_OFF_S
     others = pairs(first / 2)
     assert ("p0", "d0") not in others
     assert {pair[0] for pair in others} == {"p0", "p1"}
@@ -502,31 +502,31 @@ def test_pulls_from_a_worker_that_is_gone_say_nothing_of_its_successor() -> None
     view.disconnected("p0", "p0-incarnation")
     view.pull_failed("p0", "d0", 0.0)
     view.transferred("p0", "d0", 1000, 1.0)
-    assert not view.any_resting and not view.resting("p0", "d0", 0.0)
+    assert not view.any_backs_off and not view.backs_off("p0", "d0", 0.0)
     assert view.bandwidth("p0", "d0") == DEFAULT_BANDWIDTH
 
 
-def test_a_pair_rests_longer_each_time_until_a_pull_succeeds() -> None:
+def test_a_pair_backs_off_longer_each_time_until_a_pull_succeeds() -> None:
     view = two_and_two()
-    first, longest = PAIR_REST_S
+    first, longest = PAIR_BACK_OFF_S
 
-    def rest_of(now: float) -> float:
+    def back_off_of(now: float) -> float:
         view.pull_failed("p0", "d0", now)
         view.pull_failed("p0", "d0", now)  # another that was under way: the same failure
         after = now
-        while view.resting("p0", "d0", after):
+        while view.backs_off("p0", "d0", after):
             after += 0.25
         return after - now
 
-    now, rests = 0.0, []
+    now, back_offs = 0.0, []
     for _ in range(6):
-        rests.append(rest_of(now))
-        now += rests[-1]
-    assert rests == [min(first * 2**i, longest) for i in range(6)]
-    assert not view.resting("p1", "d0", now)
+        back_offs.append(back_off_of(now))
+        now += back_offs[-1]
+    assert back_offs == [min(first * 2**i, longest) for i in range(6)]
+    assert not view.backs_off("p1", "d0", now)
     view.transferred("p0", "d0", 0, 0.0)  # all was cached: nothing crossed the link
-    assert rest_of(now) == longest
+    assert back_off_of(now) == longest
     view.transferred("p0", "d0", 1000, 0.1)
-    assert not view.resting("p0", "d0", now)
-    assert rest_of(now) == first
-    assert rest_of(now + 10 * longest) == first  # long ago
+    assert not view.backs_off("p0", "d0", now)
+    assert back_off_of(now) == first
+    assert back_off_of(now + 10 * longest) == first  # long ago
