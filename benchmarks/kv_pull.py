@@ -25,6 +25,7 @@ from crossdock.kvtransfer.pull import Puller
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory, merge_runs
+from crossdock.proto.v1.worker_pb2 import PromptProgress
 
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 4  # SmolLM2-135M in float32, 16 tokens a block
 
@@ -173,7 +174,8 @@ def pull(puller: Puller, news: threading.Event, peer: Peer, remote: list[int], l
         layout_hash=b"",
         lease_s=30.0,
     )
-    puller.start("s", ticket, remote, local, time.perf_counter() + 30.0)
+    progress = PromptProgress(ticket=ticket, ready_blocks=len(remote))
+    puller.start("s", progress, remote, local, time.perf_counter() + 30.0)
     while True:
         for done in puller.poll():
             assert done.error is None, done.error

@@ -67,21 +67,18 @@ class DecodeRole(WorkerRole):
                 job.mark("prefill_started")
         return plan
 
-    def hand_off(self, progress: worker_pb2.HandOff, owner: str) -> None:
+    def hand_off(self, hand_off: worker_pb2.HandOff, owner: str) -> None:
         """Takes how far a ticket's prompt is; older progress than what is known changes nothing."""
-        job = self.job_of(progress.sequence_id, owner)
-        if job is None or job.ticket is None or progress.sealed_blocks <= job.sealed_blocks:
+        job, progress = self.job_of(hand_off.sequence_id, owner), hand_off.progress
+        if job is None or job.ticket is None or progress.ready_blocks <= job.progress.ready_blocks:
             return  # it has ended here, or this is old
-        job.sealed_blocks = min(progress.sealed_blocks, len(job.ticket.block_ids))
+        job.progress.MergeFrom(progress)
         job.lease_end = self._lease_end(job.ticket)
-        if job.sealed:
-            self._append(job.sequence, progress.first_tokens)
-            job.checksums = tuple(progress.checksums)
+        if job.ready:
+            self._append(job.sequence, hand_off.first_tokens)
         pull_id = self._pull_of(job)
         if pull_id is not None:
-            self._puller.more(
-                pull_id, job.sealed_blocks, self._read_by(), job.lease_end, job.checksums
-            )
+            self._puller.more(pull_id, job.progress, self._read_by(), job.lease_end)
 
     def _lease_end(self, ticket: worker_pb2.Ticket) -> float:
         """Until when a ticket is good if nothing more is heard of it. While the prompt is computed,
@@ -100,14 +97,12 @@ class DecodeRole(WorkerRole):
         self._pulls[pull_id] = job
         try:
             self._puller.start(
-                pull_id,
-                ticket,
+                pull_id=pull_id,
+                progress=job.progress,
                 remote_block_ids=list(ticket.block_ids[wanted]),
                 local_block_ids=sequence.block_table[wanted],
                 deadline=self._read_by(),
                 lease_until=job.lease_end,
-                sealed=job.sealed_blocks,
-                checksums=job.checksums,
             )
         except TransferFailed as error:
             del self._pulls[pull_id]
@@ -128,10 +123,10 @@ class DecodeRole(WorkerRole):
                 self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, message)
 
     def _pull_ended(self, done: PullDone) -> None:
-        job = self._pulls.pop(done.sequence_id)
+        job = self._pulls.pop(done.pull_id)
         if done.released:
             job.lease_end = None
-        blocks = self._quarantine.pop(done.sequence_id, None)
+        blocks = self._quarantine.pop(done.pull_id, None)
         if blocks is not None:
             self.state.pool.release(blocks)
             self._give_back(job)
@@ -144,13 +139,10 @@ class DecodeRole(WorkerRole):
         wall_offset = self.state.wall_clock() - self.state.clock()
         job.mark("pulled", done.pulled_at + wall_offset)
         job.mark("fenced", done.fenced_at + wall_offset)
-        job.transferred_bytes, job.transferred_blocks = done.nbytes, done.nblocks
-        job.late_bytes = done.late_blocks * self.state.memory.block_bytes
-        job.transfer_s = done.reading_s
-        counters = self.state.counters
-        counters.transferred_bytes += done.nbytes
-        counters.transferred_blocks += done.nblocks
-        counters.late_bytes += job.late_bytes
+        counters, job.transfer = self.state.counters, done.transfer
+        counters.transferred_bytes += done.transfer.bytes
+        counters.transferred_blocks += done.transfer.blocks
+        counters.late_bytes += done.transfer.late_bytes
         self._scheduler.join(job.sequence)
         job.mark("joined")
 
@@ -172,7 +164,7 @@ class DecodeRole(WorkerRole):
             return
         counters.computed_tokens += prompt_part
         if job.ticket is not None:
-            job.recomputed_tokens += prompt_part
+            job.transfer.recomputed_tokens += prompt_part
             counters.recomputed_tokens += prompt_part
         elif drawn:
             counters.prompt_tokens += sequence.num_tokens
@@ -222,7 +214,7 @@ class DecodeRole(WorkerRole):
 
         Before token 0 there is no lease yet, and the ticket may still go to another decode worker.
         """
-        if job.ticket is not None and job.sealed and job.lease_end is not None:
+        if job.ticket is not None and job.ready and job.lease_end is not None:
             self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))
 
     def _pull_of(self, job: Job) -> str | None:
@@ -236,14 +228,14 @@ class DecodeRole(WorkerRole):
         return [
             (job.ticket.prefill_address, job.ticket.ticket_id)
             for job in self.jobs.values()
-            if job.ticket is not None and job.lease_end is not None and job.sealed
+            if job.ticket is not None and job.lease_end is not None and job.ready
         ]
 
     def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], until: float) -> None:
         """Until when tickets are good, monotonic seconds; a lost one fails unless it is read."""
         renewed, lost = answer
         for job in list(self.jobs.values()):
-            if job.ticket is None or job.lease_end is None or not job.sealed:
+            if job.ticket is None or job.lease_end is None or not job.ready:
                 continue
             ticket_id = job.ticket.ticket_id
             if ticket_id in lost and not self._is_pulling(job):  # a pull's fence will judge

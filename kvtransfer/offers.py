@@ -5,7 +5,7 @@
                      └──────> REVOKED    the owner went away, or its sequence was cancelled
 
 A ticket may be announced while its prompt is still being computed: readers take the blocks that
-are sealed, which the sequence still owns. Once all are, the offer holds one reference on each.
+are ready, which the sequence still owns. Once all are, the offer holds one reference on each.
 Whichever exit comes first gives them back, once, through one function. What arrives later for that
 ticket finds nothing and is no error.
 """

@@ -3,7 +3,7 @@
     RESERVED ──> PULLING ──> FENCING ──> JOINED
         └───────────┴───────────┴──────> FAILED(why)
 
-RESERVED: local blocks are set aside, nothing was read yet. PULLING: the blocks that are sealed are
+RESERVED: local blocks are set aside, nothing was read yet. PULLING: the blocks that are ready are
 read, part by part while the prompt is still being computed. FENCING: the generations of the same
 blocks are read, after the last of the blocks. They equal the ticket's only if nobody else owned a
 block in between, since a generation is raised before its block gets a new owner. Only then is the
@@ -34,7 +34,7 @@ from crossdock.kvtransfer.transport import (
     Transport,
 )
 from crossdock.proto.errors import TransferFailed
-from crossdock.proto.v1.worker_pb2 import Ticket
+from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket, TransferStats
 
 
 class PullState(enum.StrEnum):
@@ -57,19 +57,15 @@ class PullDone:
     """The end of one pull. Its local blocks are the caller's again.
 
     error: None exactly when the fence held and the sequence may join the batch. released: the
-    prefill side was told with the fence; else that is left to the caller. Times are of the
-    puller's clock, 0.0 where the pull never got there. late_blocks: of nblocks, those that had not
-    been read when the prompt's last block was sealed. reading_s: while a read was under way.
+    prefill side was told with the fence; else that is left to the caller. transfer: empty with an
+    error. Times are of the puller's clock, 0.0 where the pull never got there.
     """
 
-    sequence_id: str
+    pull_id: str
     ticket_id: bytes
     error: str | None
     released: bool
-    nbytes: int
-    nblocks: int
-    late_blocks: int
-    reading_s: float
+    transfer: TransferStats
     started_at: float
     pulled_at: float
     fenced_at: float
@@ -77,16 +73,14 @@ class PullDone:
 
 @dataclass
 class _Pull:
-    sequence_id: str
-    ticket: Ticket
+    pull_id: str
+    progress: PromptProgress
     remote_ids: list[int]
     local_ids: list[int]
     places: list[int]  # of remote_ids among the ticket's blocks, ascending
     deadline: float  # of the reads that are asked for
     lease_until: float
     started_at: float
-    sealed: int = 0  # of the ticket's blocks
-    checksums: Sequence[int] = ()  # of the ticket's blocks
     num_posted: int = 0  # of remote_ids, read or being read
     late_blocks: int = 0
     read: Handle | None = None
@@ -100,9 +94,13 @@ class _Pull:
     fence: Handle | None = None
 
     @property
+    def ticket(self) -> Ticket:
+        return self.progress.ticket
+
+    @property
     def num_ready(self) -> int:
-        """Of remote_ids, how many are sealed."""
-        return bisect_left(self.places, self.sealed)
+        """Of remote_ids, how many hold their KV."""
+        return bisect_left(self.places, self.progress.ready_blocks)
 
     @property
     def state(self) -> PullState:
@@ -113,7 +111,7 @@ class _Pull:
     @property
     def complete(self) -> bool:
         """The whole prompt is computed."""
-        return self.sealed == len(self.ticket.block_ids)
+        return self.progress.ready_blocks >= len(self.ticket.block_ids)
 
     @property
     def under_way(self) -> bool:
@@ -122,7 +120,7 @@ class _Pull:
 
     @property
     def waits(self) -> bool:
-        """All that is sealed has been read, and the prompt is still being computed."""
+        """All that is ready has been read, and the prompt is still being computed."""
         return not self.complete and self.num_read == self.num_ready
 
     @property
@@ -170,31 +168,29 @@ class Puller:
 
     def start(
         self,
-        sequence_id: str,
-        ticket: Ticket,
+        pull_id: str,
+        progress: PromptProgress,
         remote_block_ids: Sequence[int],
         local_block_ids: Sequence[int],
         deadline: float,
         lease_until: float | None = None,
-        sealed: int | None = None,
-        checksums: Sequence[int] = (),
     ) -> None:
         """Begins to read the ticket's block remote_block_ids[i] into local_block_ids[i].
 
-        ticket: validated (see ticket.validate). remote_block_ids: those of its blocks that are
-        not in this pool already, in its order, maybe none. sealed: how many of the ticket's blocks
-        hold their KV, from the first; all when None. deadline, lease_until: on the clock; without
-        lease_until the lease runs from now. checksums: of the ticket's blocks, to be compared too;
-        none: the fence alone decides. Raises TransferFailed, and then owns nothing.
+        progress: with the ticket, validated (see ticket.validate). remote_block_ids: those of its
+        blocks that are not in this pool already, in its order, maybe none. deadline, lease_until:
+        on the clock; without lease_until the lease runs from now. Raises TransferFailed, and then
+        owns nothing.
         """
-        if sequence_id in self._pulls:
-            raise TransferFailed(f"pull of {sequence_id} refused: one is under way")
+        if pull_id in self._pulls:
+            raise TransferFailed(f"pull {pull_id} refused: one is under way")
+        ticket = progress.ticket
         places = _places(ticket, remote_block_ids)
         self._check_local(local_block_ids, len(remote_block_ids))
         now = self._clock()
-        pull = self._pulls[sequence_id] = _Pull(
-            sequence_id=sequence_id,
-            ticket=ticket,
+        pull = self._pulls[pull_id] = _Pull(
+            pull_id=pull_id,
+            progress=progress,
             remote_ids=list(remote_block_ids),
             local_ids=list(local_block_ids),
             places=places,
@@ -202,33 +198,20 @@ class Puller:
             lease_until=now + ticket.lease_ms / 1000 if lease_until is None else lease_until,
             started_at=now,
         )
-        self._seal(pull, len(ticket.block_ids) if sealed is None else sealed, checksums)
-        self._begin_reads()
+        self.more(pull_id, progress, pull.deadline, pull.lease_until)
 
     def more(
-        self,
-        sequence_id: str,
-        sealed: int,
-        deadline: float,
-        lease_until: float,
-        checksums: Sequence[int] = (),
+        self, pull_id: str, progress: PromptProgress, deadline: float, lease_until: float
     ) -> None:
-        """More of the ticket's blocks are sealed. Pulls that have ended meanwhile are ignored.
-
-        deadline: of reading them. A count that is no greater than an earlier one is old.
-        """
-        pull = self._pulls.get(sequence_id)
-        if pull is None or sealed <= pull.sealed:
+        """More of the ticket's blocks are ready, to be read until `deadline`. Pulls that have ended
+        meanwhile are ignored."""
+        pull = self._pulls.get(pull_id)
+        if pull is None:
             return
-        pull.deadline, pull.lease_until = deadline, lease_until
-        self._seal(pull, sealed, checksums)
-        self._begin_reads()
-
-    def _seal(self, pull: _Pull, sealed: int, checksums: Sequence[int]) -> None:
-        pull.sealed = min(sealed, len(pull.ticket.block_ids))
-        pull.checksums = checksums
+        pull.progress, pull.deadline, pull.lease_until = progress, deadline, lease_until
         if pull.complete:
             pull.late_blocks = len(pull.remote_ids) - pull.num_read
+        self._begin_reads()
 
     def renewed(self, ticket_id: bytes, until: float) -> None:
         """The prefill worker has extended the lease. `until`, on the clock, counts from when it
@@ -237,10 +220,10 @@ class Puller:
             if pull.ticket.ticket_id == ticket_id:
                 pull.lease_until = max(pull.lease_until, until)
 
-    def cancel(self, sequence_id: str) -> bool:
+    def cancel(self, pull_id: str) -> bool:
         """The sequence is not wanted any more. False: no transfer of it is under way, so its local
         blocks are the caller's at once; True: they are when `poll` reports it."""
-        pull = self._pulls.get(sequence_id)
+        pull = self._pulls.get(pull_id)
         if pull is None:
             return False
         pull.stopped = pull.stopped or "cancelled"
@@ -252,7 +235,7 @@ class Puller:
     def preemptible(self) -> list[str]:
         """Pulls whose prompt is still being computed and that read nothing just now."""
         return [
-            pull.sequence_id
+            pull.pull_id
             for pull in self._pulls.values()
             if not (pull.complete or pull.under_way or pull.stopped)
         ]
@@ -277,7 +260,7 @@ class Puller:
         for pull in late:
             pull.reported_overdue = True
             pull.stop_if_due(now)
-        return [pull.sequence_id for pull in late]
+        return [pull.pull_id for pull in late]
 
     def next_deadline(self) -> float | None:
         """When a pull next ends or becomes overdue by itself; None: nothing depends on time."""
@@ -292,7 +275,7 @@ class Puller:
 
     def states(self) -> dict[str, PullState]:
         """Pull id -> state, of all under way."""
-        return {pull.sequence_id: pull.state for pull in self._pulls.values()}
+        return {pull.pull_id: pull.state for pull in self._pulls.values()}
 
     def held(self) -> list[list[int]]:
         """The local blocks of each pull: what the pool's integrity check counts for them."""
@@ -377,38 +360,41 @@ class Puller:
 
     def _verify(self, pull: _Pull) -> str | None:
         """None where every block read has the checksum that was sent, or none was sent."""
-        if not pull.checksums:
+        sums = pull.progress.checksums
+        if not sums:
             return None
-        if len(pull.checksums) != len(pull.ticket.block_ids):
-            return (
-                f"checksum refused: {len(pull.checksums)} for {len(pull.ticket.block_ids)} blocks"
-            )
+        if len(sums) != len(pull.ticket.block_ids):
+            return f"checksum refused: {len(sums)} for {len(pull.ticket.block_ids)} blocks"
         found = checksums_of(self._memory, pull.local_ids)
         for block_id, place, checksum in zip(pull.remote_ids, pull.places, found, strict=True):
-            if checksum != pull.checksums[place]:
+            if checksum != sums[place]:
                 return f"checksum refused: block {block_id} was read as other bytes than were sent"
         return None
 
     def _end(self, pull: _Pull, error: str | None, fenced_at: float = 0.0) -> PullDone:
         """The one way out, to JOINED or FAILED."""
-        del self._pulls[pull.sequence_id]
+        del self._pulls[pull.pull_id]
+        transfer, block_bytes = TransferStats(), self._memory.block_bytes
         if error is None:
+            transfer = TransferStats(
+                bytes=len(pull.remote_ids) * block_bytes,
+                blocks=len(pull.remote_ids),
+                late_bytes=pull.late_blocks * block_bytes,
+                seconds=pull.reading_s,
+            )
             self.counts.joined += 1
-            self.counts.blocks += len(pull.remote_ids)
-            self.counts.bytes += len(pull.remote_ids) * self._memory.block_bytes
+            self.counts.blocks += transfer.blocks
+            self.counts.bytes += transfer.bytes
         else:
             self.counts.failed += 1
             reason = error.split(":", 1)[0]
             self.counts.reasons[reason] = self.counts.reasons.get(reason, 0) + 1
         return PullDone(
-            sequence_id=pull.sequence_id,
+            pull_id=pull.pull_id,
             ticket_id=pull.ticket.ticket_id,
             error=error,
             released=pull.fence is not None and pull.fence.state is HandleState.DONE,
-            nbytes=len(pull.remote_ids) * self._memory.block_bytes if error is None else 0,
-            nblocks=len(pull.remote_ids) if error is None else 0,
-            late_blocks=pull.late_blocks,
-            reading_s=pull.reading_s,
+            transfer=transfer,
             started_at=pull.started_at,
             pulled_at=pull.pulled_at,
             fenced_at=fenced_at,

@@ -62,16 +62,20 @@ class PrefillRole(WorkerRole):
                 self._announce(self.jobs[chunk.sequence.sequence_id])
 
     def _announce(self, job: Job) -> None:
-        """The blocks that are sealed may be read while the rest is computed."""
+        """The blocks that are ready may be read while the rest is computed."""
         sequence = job.sequence
         one_token = sequence.num_generated + 1 >= sequence.sampling.max_tokens
         if self.state.config.reserve == "late" or sequence.num_sealed == 0 or one_token:
             return
+        self.state.outbox.progress(job, self._progress(job, sequence.num_tokens))
+
+    def _progress(self, job: Job, num_tokens: int) -> worker_pb2.PromptProgress:
+        """How far the prompt of `num_tokens` is; its ticket is made, and told, once."""
+        progress = worker_pb2.PromptProgress(ready_blocks=job.sequence.num_sealed)
         if job.ticket is None:
-            job.ticket = self._ticket(job, sequence.num_tokens)
-            self.state.outbox.sealed(job, sequence.num_sealed, job.ticket)
-        else:
-            self.state.outbox.sealed(job, sequence.num_sealed)
+            progress.ticket.CopyFrom(self._ticket(job, num_tokens))
+            job.progress.CopyFrom(progress)
+        return progress
 
     def _ticket(self, job: Job, num_tokens: int) -> worker_pb2.Ticket:
         sequence = job.sequence
@@ -98,18 +102,16 @@ class PrefillRole(WorkerRole):
 
     def _offer(self, job: Job, tokens: list[SampledToken]) -> None:
         """The prompt's blocks pass to the lease; others that its tokens were given go back."""
-        announced = job.ticket is not None
-        ticket = job.ticket or self._ticket(job, job.sequence.num_computed)
+        progress = self._progress(job, job.sequence.num_computed)
+        ticket = job.progress.ticket
+        progress.ready_blocks = len(ticket.block_ids)
         self.state.pool.release(job.sequence.block_table[len(ticket.block_ids) :])
         job.sequence.block_table = []
         job.mark("ticket_offered")
         self._offers.offer(ticket, job.id, job.owner)
-        output = self.state.outbox.tokens(job, tokens, None)
-        output.sealed_blocks = len(ticket.block_ids)
-        if not announced:
-            output.ticket.CopyFrom(ticket)
         if self.state.config.verify == "checksum":
-            output.checksums.extend(checksums(self.state.memory, ticket.block_ids))
+            progress.checksums.extend(checksums(self.state.memory, ticket.block_ids))
+        self.state.outbox.tokens(job, tokens, None, progress)
 
     def _forget(self, job: Job) -> None:
         self._scheduler.remove(job.sequence)

@@ -102,19 +102,19 @@ class Gateways:
         for stream in self._streams.values():
             stream.close()
 
-    def _hand_off(self, progress: worker_pb2.HandOff, stream: GatewayStream) -> None:
-        if not all(0 <= token < self._host.vocab_size for token in progress.first_tokens):
-            log.error("%s: no such tokens: %s", progress.sequence_id, progress.first_tokens)
+    def _hand_off(self, hand_off: worker_pb2.HandOff, stream: GatewayStream) -> None:
+        if not all(0 <= token < self._host.vocab_size for token in hand_off.first_tokens):
+            log.error("%s: no such tokens: %s", hand_off.sequence_id, hand_off.first_tokens)
             return  # without it the request fails by itself
-        waiting = stream.meetings.get(progress.sequence_id)
+        waiting = stream.meetings.get(hand_off.sequence_id)
         if waiting is None:
-            self._host.post(lambda role: role.hand_off(progress, stream.owner))
+            self._host.post(lambda role: role.hand_off(hand_off, stream.owner))
         else:
-            waiting.append(progress)  # its request comes first
+            waiting.append(hand_off)  # its request comes first
 
     def _decode(self, request: worker_pb2.DecodeRequest, stream: GatewayStream) -> None:
-        ticket, sequence = request.ticket, request.sequence
-        if not request.HasField("ticket"):
+        ticket, sequence = request.progress.ticket, request.sequence
+        if not request.HasField("progress"):
             self._submit(sequence, None, stream)
             return
         try:
@@ -143,15 +143,16 @@ class Gateways:
         except CrossdockError as error:
             self._answer(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
             return
-        self._submit(sequence, request, stream)
-        for progress in waiting:
-            self._hand_off(progress, stream)
+        self._submit(sequence, request.progress, stream)
+        for hand_off in waiting:
+            self._hand_off(hand_off, stream)
 
     def _check_ticket(self, request: worker_pb2.DecodeRequest, met: Met) -> None:
         """Raises CrossdockError unless the ticket is this cluster's and its blocks can be read."""
         if isinstance(met, TransferFailed):
             raise met
-        host, ticket, sequence = self._host, request.ticket, request.sequence
+        host, progress, sequence = self._host, request.progress, request.sequence
+        ticket = progress.ticket
         tickets.validate(
             ticket,
             key=host.config.cluster_key,
@@ -163,13 +164,13 @@ class Gateways:
             num_blocks=met.num_blocks,
             block_size=host.config.block_size,
         )
-        if not 0 < request.sealed_blocks <= len(ticket.block_ids):
+        if not 0 < progress.ready_blocks <= len(ticket.block_ids):
             raise TransferFailed(
-                f"{request.sealed_blocks} blocks are sealed, the ticket has {len(ticket.block_ids)}"
+                f"{progress.ready_blocks} blocks are ready, the ticket has {len(ticket.block_ids)}"
             )
         # Token 0, and what was drawn with it, comes with the last block.
-        beyond = len(request.sequence.token_ids) - ticket.num_tokens
-        complete = request.sealed_blocks == len(ticket.block_ids)
+        beyond = len(sequence.token_ids) - ticket.num_tokens
+        complete = progress.ready_blocks == len(ticket.block_ids)
         if beyond < 0 or complete != (beyond > 0):
             raise TransferFailed(
                 f"the ticket covers {ticket.num_tokens} tokens, the request has {beyond} more"
@@ -178,10 +179,10 @@ class Gateways:
     def _submit(
         self,
         request: worker_pb2.SequenceRequest,
-        pull: worker_pb2.DecodeRequest | None,
+        progress: worker_pb2.PromptProgress | None,
         stream: GatewayStream,
     ) -> None:
-        """`pull`: the request's ticket and how far it is; None: the prompt is computed here."""
+        """`progress`: of the request's ticket; None: the prompt is computed here."""
         host = self._host
         try:
             job = Job.from_pb(
@@ -195,9 +196,8 @@ class Gateways:
         except CrossdockError as error:
             self._answer(stream, request, worker_pb2.ERROR_CODE_INVALID, str(error))
             return
-        if pull is not None:
-            job.ticket, job.sealed_blocks = pull.ticket, pull.sealed_blocks
-            job.checksums = tuple(pull.checksums)
+        if progress is not None:
+            job.progress = progress
         host.post(lambda role: role.submit(job))
 
     def _answer(

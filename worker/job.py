@@ -20,16 +20,10 @@ class Job:
     owner: str
     traceparent: str = ""
     deadline_unix_s: float | None = None
-    ticket: worker_pb2.Ticket | None = None
-    sealed_blocks: int = 0  # of the ticket's blocks, how many hold their KV
-    checksums: tuple[int, ...] = ()  # of the ticket's blocks; empty: not to be compared
+    progress: worker_pb2.PromptProgress = field(default_factory=worker_pb2.PromptProgress)
     lease_end: float | None = None  # monotonic seconds; until then a ticket not released is good
     times: dict[str, float] = field(default_factory=dict)  # life-cycle event -> wall-clock ms
-    transferred_bytes: int = 0
-    transferred_blocks: int = 0
-    late_bytes: int = 0  # of transferred_bytes, those that moved after token 0
-    transfer_s: float = 0.0
-    recomputed_tokens: int = 0
+    transfer: worker_pb2.TransferStats = field(default_factory=worker_pb2.TransferStats)
     first_output_sent: bool = False
 
     @property
@@ -38,9 +32,15 @@ class Job:
         return self.sequence.sequence_id
 
     @property
-    def sealed(self) -> bool:
+    def ticket(self) -> worker_pb2.Ticket | None:
+        """Of the KV that it offers or reads; None: neither, or not yet."""
+        return self.progress.ticket if self.progress.HasField("ticket") else None
+
+    @property
+    def ready(self) -> bool:
         """The prompt of the ticket is computed, and token 0 is known."""
-        return self.ticket is not None and self.sealed_blocks == len(self.ticket.block_ids)
+        blocks = len(self.progress.ticket.block_ids)
+        return self.ticket is not None and self.progress.ready_blocks >= blocks
 
     def mark(self, event: str, unix_s: float | None = None) -> None:
         """Notes when a life-cycle event happened first."""

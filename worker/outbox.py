@@ -30,12 +30,14 @@ class Outbox:
         job: Job,
         tokens: list[SampledToken],
         finish: tuple[FinishReason, str] | None,
-    ) -> worker_pb2.SequenceOutput:
+        progress: worker_pb2.PromptProgress | None = None,
+    ) -> None:
         """New tokens; the first ones carry the sequence's times and counts as well."""
         output = worker_pb2.SequenceOutput(
             sequence_id=job.id,
             token_ids=[token.token_id for token in tokens],
             logprobs=[_logprobs(token) for token in tokens if token.logprob is not None],
+            progress=progress,
         )
         if finish:
             output.finish_reason = FINISH_TO_PB[finish[0]]
@@ -43,21 +45,16 @@ class Outbox:
         if not job.first_output_sent:
             job.first_output_sent = True
             output.cached_tokens = job.sequence.num_cached
-            output.transferred_bytes = job.transferred_bytes
-            output.transferred_blocks = job.transferred_blocks
-            output.late_bytes = job.late_bytes
-            output.transfer_s = job.transfer_s
-            output.recomputed_tokens = job.recomputed_tokens
+            if job.ticket is not None:
+                output.transfer.CopyFrom(job.transfer)
             output.times.CopyFrom(worker_pb2.SequenceTimes(**job.times))
         self._outputs[job.owner].append(output)
-        return output
 
-    def sealed(self, job: Job, blocks: int, ticket: worker_pb2.Ticket | None = None) -> None:
-        """So many of its ticket's blocks can be read; the first time with the ticket."""
-        output = worker_pb2.SequenceOutput(sequence_id=job.id, sealed_blocks=blocks)
-        if ticket is not None:
-            output.ticket.CopyFrom(ticket)
-        self._outputs[job.owner].append(output)
+    def progress(self, job: Job, progress: worker_pb2.PromptProgress) -> None:
+        """More of its ticket's blocks can be read; the first time with the ticket."""
+        self._outputs[job.owner].append(
+            worker_pb2.SequenceOutput(sequence_id=job.id, progress=progress)
+        )
 
     def error(self, owner: str, sequence_id: str, code: worker_pb2.ErrorCode, message: str) -> None:
         """Ends the sequence on this worker."""

@@ -26,8 +26,8 @@ def record(job: Job, config: WorkerConfig, error: str | None = None) -> None:
             "crossdock.worker": config.name,
             "crossdock.prompt_tokens": job.sequence.prompt_tokens,
             "crossdock.cached_tokens": job.sequence.num_cached,
-            "crossdock.transferred_bytes": job.transferred_bytes,
-            "crossdock.late_bytes": job.late_bytes,
+            "crossdock.transferred_bytes": job.transfer.bytes,
+            "crossdock.late_bytes": job.transfer.late_bytes,
         },
     )
     for name, at_ms in events:

@@ -562,14 +562,14 @@ class Front:
         kind = frame.WhichOneof("frame")
         if kind == "cancel":
             stream.reading.pop(frame.cancel.sequence_id, None)
-        elif kind == "decode" and frame.decode.HasField("ticket"):
-            ticket = frame.decode.ticket
+        elif kind == "decode" and frame.decode.HasField("progress"):
+            ticket = frame.decode.progress.ticket
             for wire in stream.wire.gateway.wires:
                 others = wire.stream is not stream and wire.stream is not None
                 if others and ticket.ticket_id in wire.stream.reading.values():
                     self.broken = "a ticket was given to two readers"
             stream.reading[frame.decode.sequence.sequence_id] = ticket.ticket_id
-            early = frame.decode.sealed_blocks < len(ticket.block_ids)
+            early = frame.decode.progress.ready_blocks < len(ticket.block_ids)
             self.see("reserved early" if early else "reserved late")
         elif kind == "decode":
             self.see("no hand-off")

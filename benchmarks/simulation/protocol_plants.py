@@ -127,10 +127,13 @@ def named_before_the_fence(patch: pytest.MonkeyPatch) -> None:
 
 
 def announced_before_it_is_computed(patch: pytest.MonkeyPatch) -> None:
-    sealed = Outbox.sealed
-    patch.setattr(
-        Outbox, "sealed", lambda self, job, blocks, *ticket: sealed(self, job, blocks + 1, *ticket)
-    )
+    tell = Outbox.progress
+
+    def tell_more(self: Outbox, job: Job, progress: pb.PromptProgress) -> None:
+        progress.ready_blocks += 1
+        tell(self, job, progress)
+
+    patch.setattr(Outbox, "progress", tell_more)
 
 
 def fenced_before_the_last_part(patch: pytest.MonkeyPatch) -> None:
@@ -282,8 +285,8 @@ def quarantine_never_left(patch: pytest.MonkeyPatch) -> None:
     ended = DecodeRole._pull_ended
 
     def forget(self: DecodeRole, done: object) -> None:
-        if done.sequence_id in self._quarantine:
-            self._quarantine[done.sequence_id] = []
+        if done.pull_id in self._quarantine:
+            self._quarantine[done.pull_id] = []
         ended(self, done)
 
     patch.setattr(DecodeRole, "_pull_ended", forget)
@@ -401,8 +404,10 @@ def token_0_delivered_twice(patch: pytest.MonkeyPatch) -> None:
     """By the prefill worker, and by the decode worker that was told of it."""
     joined = Dispatcher._joined
 
-    def deliver_again(self: Dispatcher, sequence: SequenceState, output: pb.SequenceOutput) -> None:
-        joined(self, sequence, output)
+    def deliver_again(
+        self: Dispatcher, sequence: SequenceState, transfer: pb.TransferStats
+    ) -> None:
+        joined(self, sequence, transfer)
         sequence.active.stream.push(Delta(sequence.index, "", sequence.token_ids[-1:]))
 
     patch.setattr(Dispatcher, "_joined", deliver_again)
@@ -444,14 +449,14 @@ def ticket_given_to_two_readers(patch: pytest.MonkeyPatch) -> None:
 
 def hand_off_before_token_0(patch: pytest.MonkeyPatch) -> None:
     """The decode worker is told of the whole prompt while it is still being computed."""
-    note = HandOffs.note
+    advance = HandOffs.advance
 
-    def note_all(self: HandOffs, sequence: SequenceState, output: pb.SequenceOutput) -> None:
-        note(self, sequence, output)
-        if sequence.decode_worker and sequence.ticket is not None:
-            sequence.sealed_blocks = len(sequence.ticket.block_ids)
+    def advance_all(self: HandOffs, sequence: SequenceState, now: float) -> None:
+        if sequence.decode_worker:
+            sequence.progress.ready_blocks = len(sequence.progress.ticket.block_ids)
+        advance(self, sequence, now)
 
-    patch.setattr(HandOffs, "note", note_all)
+    patch.setattr(HandOffs, "advance", advance_all)
 
 
 def holders_not_cancelled(patch: pytest.MonkeyPatch) -> None:

@@ -315,8 +315,8 @@ class Simulation:
         """What a turn of a worker has for the others."""
         for outputs in turn.outputs.values():
             for output in outputs:
-                if output.HasField("ticket"):
-                    self.truth.offered(worker, output.ticket)
+                if output.progress.HasField("ticket"):
+                    self.truth.offered(worker, output.progress.ticket)
         worker.host.publish(turn)
 
     def _resident(self, address: str) -> Worker | None:

@@ -187,8 +187,7 @@ def job(
     prompt: list[int],
     *,
     emitted: list[int] | None = None,
-    ticket: worker_pb2.Ticket | None = None,
-    sealed: int | None = None,
+    progress: worker_pb2.PromptProgress | None = None,
     owner: str = "gateway",
     sequence_id: str = "",
     deadline_unix_ms: int = 0,
@@ -197,7 +196,7 @@ def job(
 ) -> Job:
     """A request as a gateway would send it, with what it has emitted so far.
 
-    sealed: of the ticket's blocks; None: all, and then `emitted` has token 0.
+    progress: of its ticket; where all blocks are ready, `emitted` has token 0.
     """
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | sampling))  # type: ignore[arg-type]
     ids = prompt + (emitted or [])
@@ -219,7 +218,6 @@ def job(
         context_length=CONTEXT,
         hasher=HASHER,
     )
-    if ticket is not None:
-        made.ticket = ticket
-        made.sealed_blocks = len(ticket.block_ids) if sealed is None else sealed
+    if progress is not None:
+        made.progress.CopyFrom(progress)
     return made

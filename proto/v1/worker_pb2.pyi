@@ -149,6 +149,30 @@ class Ticket(_message.Message):
     prompt_hash: bytes
     def __init__(self, ticket_id: _Optional[bytes] = ..., prefill_worker: _Optional[str] = ..., prefill_address: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., layout_hash: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., mac: _Optional[bytes] = ..., prompt_hash: _Optional[bytes] = ...) -> None: ...
 
+class PromptProgress(_message.Message):
+    __slots__ = ("ticket", "ready_blocks", "checksums")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    READY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    ready_blocks: int
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., ready_blocks: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TransferStats(_message.Message):
+    __slots__ = ("bytes", "blocks", "late_bytes", "recomputed_tokens", "seconds")
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    blocks: int
+    late_bytes: int
+    recomputed_tokens: int
+    seconds: float
+    def __init__(self, bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., late_bytes: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class SequenceRequest(_message.Message):
     __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "root_hash", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids", "arrival_unix_s")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -184,28 +208,22 @@ class PrefillRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., decode_worker: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("sequence", "ticket", "sealed_blocks", "checksums")
+    __slots__ = ("sequence", "progress")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
-    TICKET_FIELD_NUMBER: _ClassVar[int]
-    SEALED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     sequence: SequenceRequest
-    ticket: Ticket
-    sealed_blocks: int
-    checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., sealed_blocks: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    progress: PromptProgress
+    def __init__(self, sequence: _Optional[_Union[SequenceRequest, _Mapping]] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ...) -> None: ...
 
 class HandOff(_message.Message):
-    __slots__ = ("sequence_id", "sealed_blocks", "first_tokens", "checksums")
+    __slots__ = ("sequence_id", "progress", "first_tokens")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
-    SEALED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
-    sealed_blocks: int
+    progress: PromptProgress
     first_tokens: _containers.RepeatedScalarFieldContainer[int]
-    checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_id: _Optional[str] = ..., sealed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[str] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ..., first_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("sequence_id", "reason")
@@ -274,40 +292,28 @@ class SequenceTimes(_message.Message):
     def __init__(self, prefill_queued: _Optional[float] = ..., prefill_started: _Optional[float] = ..., first_token: _Optional[float] = ..., ticket_offered: _Optional[float] = ..., decode_queued: _Optional[float] = ..., reserved: _Optional[float] = ..., pulled: _Optional[float] = ..., fenced: _Optional[float] = ..., joined: _Optional[float] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "ticket", "error", "times", "cached_tokens", "transferred_bytes", "transferred_blocks", "recomputed_tokens", "transfer_s", "late_bytes", "sealed_blocks", "checksums")
+    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "progress", "error", "times", "cached_tokens", "transfer")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_REASON_FIELD_NUMBER: _ClassVar[int]
-    TICKET_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
-    LATE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    SEALED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]
     finish_reason: _inference_pb2.FinishReason
     stop_reason: str
-    ticket: Ticket
+    progress: PromptProgress
     error: SequenceError
     times: SequenceTimes
     cached_tokens: int
-    transferred_bytes: int
-    transferred_blocks: int
-    recomputed_tokens: int
-    transfer_s: float
-    late_bytes: int
-    sealed_blocks: int
-    checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., transfer_s: _Optional[float] = ..., late_bytes: _Optional[int] = ..., sealed_blocks: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    transfer: TransferStats
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("waiting", "running", "queued_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "draining", "prefill_base_s", "prefill_step_tokens", "age_s", "late")

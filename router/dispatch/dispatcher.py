@@ -201,7 +201,8 @@ class Dispatcher:
         self._count += 1
         sequence.sequence_id = f"{self._prefix}-{self._count}"
         sequence.placement = placement
-        sequence.ticket, sequence.decode_worker = None, ""
+        sequence.decode_worker = ""
+        sequence.progress.Clear()
         sequence.lost_early.clear()
         sequence.active.started = True
         self._sequences[sequence.sequence_id] = sequence
@@ -297,37 +298,27 @@ class Dispatcher:
         if sequence.phase is Phase.DECODE:
             if link.name != sequence.decode_worker:
                 return
-            if sequence.ticket is not None and output.token_ids:
-                self._joined(sequence, output)
+            if sequence.progress.HasField("ticket") and output.token_ids:
+                self._joined(sequence, output.transfer)
         if sequence.cached_tokens is None and output.token_ids:
             sequence.cached_tokens = output.cached_tokens
-        sequence.recomputed_tokens += output.recomputed_tokens
         if output.token_ids or output.finish_reason:
             self._deliver(sequence, detokenize(sequence, output, self._eos), now)
         if sequence.phase is Phase.PREFILL and link.name == sequence.prefill_worker:
-            self._hand_offs.note(sequence, output)
+            sequence.progress.MergeFrom(output.progress)
             if output.token_ids:
                 self._hand_off(sequence)
             else:
                 self._hand_offs.advance(sequence, now)
 
-    def _joined(self, sequence: SequenceState, output: pb.SequenceOutput) -> None:
+    def _joined(self, sequence: SequenceState, transfer: pb.TransferStats) -> None:
         """The first token after a hand-off: the prefill worker has nothing of it any more."""
         for name in [name for name in sequence.holders if name != sequence.decode_worker]:
             sequence.release(name)
-        sequence.ticket = None
-        sequence.transferred_bytes += output.transferred_bytes
-        sequence.transferred_blocks += output.transferred_blocks
-        sequence.late_bytes += output.late_bytes
-        self.metrics.transferred_bytes.inc(output.transferred_bytes)
-        self.metrics.transferred_blocks.inc(output.transferred_blocks)
-        self.metrics.late_bytes.inc(output.late_bytes)
-        self.view.transferred(
-            sequence.prefill_worker,
-            sequence.decode_worker,
-            output.transferred_bytes,
-            output.transfer_s,
-        )
+        sequence.joined(transfer)
+        self.metrics.transferred(transfer)
+        pair = sequence.prefill_worker, sequence.decode_worker
+        self.view.transferred(*pair, transfer.bytes, transfer.seconds)
 
     def _deliver(self, sequence: SequenceState, delta: Delta, now: float) -> None:
         """Passes new tokens to the client, and the end of the sequence with the last of them."""
@@ -374,7 +365,6 @@ class Dispatcher:
         sequence.active.unfinished -= 1
         self.metrics.prompt_tokens.inc(sequence.prompt_tokens)
         self.metrics.cached_tokens.inc(sequence.cached_tokens or 0)
-        self.metrics.recomputed_tokens.inc(sequence.recomputed_tokens)
         self.metrics.sequence_done(sequence.timeline, sequence.generated)
         tracing.sequence_ended(sequence)
 

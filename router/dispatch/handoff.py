@@ -38,13 +38,6 @@ class HandOffs:
         self._eos = eos
         self._rng = rng
 
-    def note(self, sequence: SequenceState, output: pb.SequenceOutput) -> None:
-        """What a prefill worker says of its blocks."""
-        if output.HasField("ticket"):
-            sequence.ticket = output.ticket
-        sequence.sealed_blocks = output.sealed_blocks
-        sequence.checksums = list(output.checksums)
-
     def advance(self, sequence: SequenceState, now: float) -> None:
         """Part of the prompt is computed: its decode worker, where it is there, reserves early."""
         assert sequence.placement is not None
@@ -60,7 +53,7 @@ class HandOffs:
 
         Raises NoWorker, or WorkerLost where the only one left may still have the sequence.
         """
-        if sequence.ticket is None:
+        if not sequence.progress.HasField("ticket"):
             raise CrossdockError(f"{sequence.prefill_worker} gave token 0 without a ticket")
         sequence.phase = Phase.HAND_OFF
         self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.root_hash)
@@ -106,21 +99,14 @@ class HandOffs:
     def _tell(self, sequence: SequenceState, link: Link, now: float) -> None:
         sequence.decode_worker = link.name
         sequence.hold(link)
-        decode = pb.DecodeRequest(
-            sequence=sequence.request_message(self._eos),
-            ticket=sequence.ticket,
-            sealed_blocks=sequence.sealed_blocks,
-            checksums=sequence.checksums,
-        )
+        message = sequence.request_message(self._eos)
+        decode = pb.DecodeRequest(sequence=message, progress=sequence.progress)
         link.send(pb.GatewayFrame(decode=decode))
         self._view.sent(link.name, sequence.sequence_id, now)
 
     def _send(self, sequence: SequenceState) -> None:
-        hand_off = pb.HandOff(
-            sequence_id=sequence.sequence_id,
-            sealed_blocks=sequence.sealed_blocks,
-            checksums=sequence.checksums,
-        )
-        if sequence.phase is Phase.HAND_OFF and sequence.ticket is not None:
-            hand_off.first_tokens.extend(sequence.token_ids[sequence.ticket.num_tokens :])
+        hand_off = pb.HandOff(sequence_id=sequence.sequence_id, progress=sequence.progress)
+        hand_off.progress.ClearField("ticket")  # which it has
+        if sequence.phase is Phase.HAND_OFF:
+            hand_off.first_tokens.extend(sequence.token_ids[sequence.progress.ticket.num_tokens :])
         sequence.holders[sequence.decode_worker].send(pb.GatewayFrame(hand_off=hand_off))

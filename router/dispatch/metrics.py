@@ -17,6 +17,7 @@ from crossdock.proto.errors import (
     Unavailable,
 )
 from crossdock.proto.types import Role
+from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES, Timeline
 
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
@@ -95,6 +96,13 @@ class GatewayMetrics:
 
     def outcome(self, error: CrossdockError | None) -> None:
         self.requests.labels(outcome_of(error)).inc()
+
+    def transferred(self, transfer: pb.TransferStats) -> None:
+        """How the KV of one hand-off came to its decode worker."""
+        self.transferred_bytes.inc(transfer.bytes)
+        self.transferred_blocks.inc(transfer.blocks)
+        self.late_bytes.inc(transfer.late_bytes)
+        self.recomputed_tokens.inc(transfer.recomputed_tokens)
 
     def sequence_done(self, timeline: Timeline, generated: int) -> None:
         """Times of one sequence that ran to its end."""

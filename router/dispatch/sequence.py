@@ -64,9 +64,7 @@ class SequenceState:
     sequence_id: str = ""  # of this attempt; a restart gets another
     placement: Placement | None = None
     holders: dict[str, Link] = field(default_factory=dict)  # who has something of it
-    ticket: pb.Ticket | None = None
-    sealed_blocks: int = 0  # of the ticket's
-    checksums: list[int] = field(default_factory=list)  # of the ticket's blocks, where asked for
+    progress: pb.PromptProgress = field(default_factory=pb.PromptProgress)  # empty once joined
     restarts: int = 0  # since the last token gained
     losses: int = 0  # workers that died while they held it
     avoid: set[str] = field(default_factory=set)
@@ -76,10 +74,7 @@ class SequenceState:
     lost_early: set[str] = field(default_factory=set)  # decode workers lost before token 0
     first_tokens: int = 0  # how many came at once with token 0
     cached_tokens: int | None = None
-    transferred_bytes: int = 0
-    transferred_blocks: int = 0
-    late_bytes: int = 0
-    recomputed_tokens: int = 0
+    transfer: pb.TransferStats = field(default_factory=pb.TransferStats)  # of all attempts
 
     @property
     def generated(self) -> int:
@@ -102,6 +97,12 @@ class SequenceState:
         if link is not None:
             link.sequences.pop(self.sequence_id, None)
 
+    def joined(self, transfer: pb.TransferStats) -> None:
+        """A decode worker has the KV: adds what that took to what earlier attempts did."""
+        self.progress.Clear()
+        for field_, value in transfer.ListFields():
+            setattr(self.transfer, field_.name, getattr(self.transfer, field_.name) + value)
+
     def stop_timer(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
@@ -118,10 +119,10 @@ class SequenceState:
         timings = self.timeline.timings()
         timings.prefill_worker = self.prefill_worker
         timings.decode_worker = self.decode_worker
-        timings.transferred_bytes = self.transferred_bytes
-        timings.transferred_blocks = self.transferred_blocks
-        timings.late_bytes = self.late_bytes
-        timings.recomputed_tokens = self.recomputed_tokens
+        timings.transferred_bytes = self.transfer.bytes
+        timings.transferred_blocks = self.transfer.blocks
+        timings.late_bytes = self.transfer.late_bytes
+        timings.recomputed_tokens = self.transfer.recomputed_tokens
         return timings
 
     def demand(self, block_size: int) -> Demand:

@@ -27,7 +27,7 @@ from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
 from crossdock.kvtransfer.transport import Handle, HandleState, PoolMemory, Transport
 from crossdock.proto.errors import TransferFailed
-from crossdock.proto.v1.worker_pb2 import Ticket
+from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
 
 NUM_BLOCKS = 64
 BLOCK_BYTES = 12_288
@@ -39,6 +39,10 @@ KEY = b"contract"
 def content(seed: int, block_id: int) -> np.ndarray:
     """What a peer's block holds."""
     return ((np.arange(BLOCK_BYTES) * 31 + block_id * 7 + seed) % 251).astype(np.uint8)
+
+
+def computed(ticket: Ticket) -> PromptProgress:
+    return PromptProgress(ticket=ticket, ready_blocks=len(ticket.block_ids))
 
 
 class Pool:
@@ -232,7 +236,7 @@ class World:
         done: dict[str, PullDone] = {}
 
         def polled() -> bool:
-            done.update({end.sequence_id: end for end in puller.poll()})
+            done.update({end.pull_id: end for end in puller.poll()})
             return puller.active == 0
 
         self.until(polled)
@@ -270,10 +274,10 @@ def later() -> float:
 def test_a_pull_moves_the_bytes_and_joins(world: World) -> None:
     puller, peer = world.puller(), world.standing
     ids = list(range(8, 24))
-    puller.start("s", peer.ticket(ids), ids, list(range(16)), later())
+    puller.start("s", computed(peer.ticket(ids)), ids, list(range(16)), later())
     done = world.run(puller)["s"]
     assert done.error is None
-    assert (done.nblocks, done.nbytes) == (16, 16 * BLOCK_BYTES)
+    assert (done.transfer.blocks, done.transfer.bytes) == (16, 16 * BLOCK_BYTES)
     assert done.started_at <= done.pulled_at <= done.fenced_at
     assert world.holds(peer, ids, range(16))
     assert not world.pool.blocks[16:].any()
@@ -284,7 +288,7 @@ def test_scattered_blocks_are_moved_in_runs(world: World) -> None:
     remote = [30, 31, 32, 5, 6, 50, 9, 8]
     local = [10, 11, 12, 20, 21, 22, 41, 40]
     before = world.transport.stats.descriptors
-    puller.start("s", peer.ticket(remote), remote, local, later())
+    puller.start("s", computed(peer.ticket(remote)), remote, local, later())
     assert world.run(puller)["s"].error is None
     assert world.holds(peer, remote, local)
     # 30-32, 5-6, 50, and 8-9, which are in order on both sides however they were listed.
@@ -294,7 +298,7 @@ def test_scattered_blocks_are_moved_in_runs(world: World) -> None:
 def test_only_the_blocks_asked_for_are_moved(world: World) -> None:
     puller, peer = world.puller(), world.standing
     before = world.transport.stats.bytes
-    puller.start("s", peer.ticket([1, 2, 3, 4]), [3, 4], [0, 1], later())
+    puller.start("s", computed(peer.ticket([1, 2, 3, 4])), [3, 4], [0, 1], later())
     assert world.run(puller)["s"].error is None
     assert world.holds(peer, [3, 4], [0, 1])
     assert world.transport.stats.bytes - before == 2 * BLOCK_BYTES
@@ -303,11 +307,11 @@ def test_only_the_blocks_asked_for_are_moved(world: World) -> None:
 def test_the_release_arrives_with_the_ticket_id(world: World) -> None:
     puller, peer = world.puller(), world.standing
     ticket, cached = peer.ticket([1, 2]), peer.ticket([1, 2])
-    puller.start("read", ticket, [1, 2], [0, 1], later())
-    puller.start("all cached", cached, [], [], later())
+    puller.start("read", computed(ticket), [1, 2], [0, 1], later())
+    puller.start("all cached", computed(cached), [], [], later())
     done = world.run(puller)
     assert [done["read"].error, done["all cached"].error] == [None, None]
-    assert done["all cached"].nbytes == 0
+    assert done["all cached"].transfer.bytes == 0
     assert peer.releases(ticket, cached)
 
 
@@ -316,8 +320,8 @@ def test_a_new_owner_fails_the_fence(world: World) -> None:
     ticket, fine = peer.ticket([10, 11, 12]), peer.ticket([20, 21])
     peer.reset()
     peer.change_owner(11)
-    puller.start("stale", ticket, [10, 11, 12], [0, 1, 2], later())
-    puller.start("fine", fine, [20, 21], [3, 4], later())
+    puller.start("stale", computed(ticket), [10, 11, 12], [0, 1, 2], later())
+    puller.start("fine", computed(fine), [20, 21], [3, 4], later())
     done = world.run(puller)
     assert done["fine"].error is None
     error = done["stale"].error
@@ -346,8 +350,8 @@ def test_an_unknown_peer_fails_that_pull_only(world: World) -> None:
     puller, peer = world.puller(), world.standing
     stranger = peer.ticket([1])
     stranger.incarnation = new_incarnation()
-    puller.start("stranger", stranger, [1], [0], later())
-    puller.start("known", peer.ticket([2]), [2], [1], later())
+    puller.start("stranger", computed(stranger), [1], [0], later())
+    puller.start("known", computed(peer.ticket([2])), [2], [1], later())
     done = world.run(puller)
     assert "unknown" in str(done["stranger"].error)
     assert done["known"].error is None
@@ -384,7 +388,7 @@ def test_many_pulls_at_once(world: World) -> None:
     for index in range(16):
         peer = (world.standing, other)[index % 2]
         remote = [index, index + 16, index + 17]
-        puller.start(f"s{index}", peer.ticket(remote), remote, _mine(index), later())
+        puller.start(f"s{index}", computed(peer.ticket(remote)), remote, _mine(index), later())
     assert puller.active == 16
     done = world.run(puller)
     assert [end.error for end in done.values()] == [None] * 16
@@ -400,11 +404,11 @@ def _mine(index: int) -> list[int]:
 def test_a_cancelled_pull_ends_only_when_its_transfer_has(world: World) -> None:
     puller, peer = world.puller(), world.standing
     ticket = peer.ticket([1, 2])
-    puller.start("s", ticket, [1, 2], [0, 1], later())
+    puller.start("s", computed(ticket), [1, 2], [0, 1], later())
     assert puller.cancel("s")
     assert puller.held() == [[0, 1]]  # not the caller's before poll says so
     done = world.run(puller)["s"]
-    assert (done.error, done.nbytes) == ("cancelled", 0)
+    assert (done.error, done.transfer.bytes) == ("cancelled", 0)
     assert puller.held() == []
     assert peer.releases(ticket)
     assert not puller.cancel("s")
@@ -416,9 +420,9 @@ def test_a_killed_peer_fails_quickly_and_alone(world: World) -> None:
     doomed.kill()
     start = time.monotonic()
     for index in range(3):
-        puller.start(f"dead{index}", doomed.ticket([1]), [1], [index], later())
-    puller.start("cached", doomed.ticket([1]), [], [], later())
-    puller.start("alive", world.standing.ticket([2]), [2], [8], later())
+        puller.start(f"dead{index}", computed(doomed.ticket([1])), [1], [index], later())
+    puller.start("cached", computed(doomed.ticket([1])), [], [], later())
+    puller.start("alive", computed(world.standing.ticket([2])), [2], [8], later())
     done = world.run(puller)
     assert time.monotonic() - start < 5.0
     assert all(done[f"dead{index}"].error for index in range(3))
@@ -439,7 +443,7 @@ def test_a_peer_killed_while_it_is_read(world: World) -> None:
     handles.append(world.transport.read_generations(doomed.incarnation, ids, b"x"))
     world.until(lambda: all(handle.terminal for handle in handles))
     assert handles[-1].state is HandleState.FAILED
-    puller.start("alive", world.standing.ticket([2]), [2], [8], later())
+    puller.start("alive", computed(world.standing.ticket([2])), [2], [8], later())
     assert world.run(puller)["alive"].error is None
 
 
@@ -449,8 +453,8 @@ def test_a_restarted_peer_is_a_new_peer(world: World) -> None:
     first.kill()
     world.transport.remove_peer(first.incarnation)
     second = world.spawn()
-    puller.start("old", old, [1], [0], later())
-    puller.start("new", second.ticket([1]), [1], [1], later())
+    puller.start("old", computed(old), [1], [0], later())
+    puller.start("new", computed(second.ticket([1])), [1], [1], later())
     done = world.run(puller)
     assert "unknown" in str(done["old"].error)
     assert done["new"].error is None
@@ -465,7 +469,7 @@ def test_a_removed_peer_can_be_added_again(world: World) -> None:
         failed = world.transport.read_blocks(peer.incarnation, [1], [0])
         assert world.settled(failed).state is HandleState.FAILED
         world.add(peer)
-        puller.start(f"s{round_}", peer.ticket([round_]), [round_], [round_], later())
+        puller.start(f"s{round_}", computed(peer.ticket([round_])), [round_], [round_], later())
         assert world.run(puller)[f"s{round_}"].error is None
     world.transport.remove_peer(new_incarnation())  # never added: no matter
 

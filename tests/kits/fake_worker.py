@@ -41,7 +41,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.fail_after: dict[int, int] = {}  # generated tokens -> ErrorCode, each used once
         self.gate = asyncio.Event()  # closed: sequences wait before each token
         self.gate.set()
-        self.parts: list[int] = []  # sealed blocks that a prefill tells of before token 0
+        self.parts: list[int] = []  # ready blocks that a prefill tells of before token 0
         self.token_0 = asyncio.Event()  # closed: prefills wait before it, their parts told
         self.token_0.set()
         self.step_s = 0.0
@@ -225,11 +225,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             generations=[1] * blocks,
             num_tokens=len(sequence.token_ids),
         )
-        for sealed in self.parts:
-            part = pb.SequenceOutput(sequence_id=sequence.sequence_id, sealed_blocks=sealed)
-            if sealed == self.parts[0]:
-                part.ticket.CopyFrom(ticket)
-            self._emit(part)
+        for ready in self.parts:
+            progress = pb.PromptProgress(ready_blocks=ready)
+            if ready == self.parts[0]:
+                progress.ticket.CopyFrom(ticket)
+            self._emit(pb.SequenceOutput(sequence_id=sequence.sequence_id, progress=progress))
         await self.token_0.wait()
         output = self._token(sequence)
         output.cached_tokens = cached
@@ -239,9 +239,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         )
         if not output.finish_reason:
             output.times.ticket_offered = now
-            output.sealed_blocks = blocks
+            output.progress.ready_blocks = blocks
             if not self.parts:
-                output.ticket.CopyFrom(ticket)
+                output.progress.ticket.CopyFrom(ticket)
         self._emit(output)
 
     async def _decode(self, request: pb.DecodeRequest) -> None:
@@ -249,7 +249,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if self._refused(sequence):
             return
         arrived = self._now_ms()
-        if request.sealed_blocks < len(request.ticket.block_ids):
+        if request.progress.ready_blocks < len(request.progress.ticket.block_ids):
             self._reading[sequence.sequence_id] = token_0 = asyncio.Future[int]()
             sequence.token_ids.append(await token_0)
         first = True
@@ -260,10 +260,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 self._emit(_failed(sequence, code))
                 return
             output = self._token(sequence)
-            if first and request.HasField("ticket"):
-                blocks = len(request.ticket.block_ids)
-                output.transferred_blocks = blocks
-                output.transferred_bytes = blocks * BLOCK_BYTES
+            if first and request.HasField("progress"):
+                blocks = len(request.progress.ticket.block_ids)
+                output.transfer.blocks = blocks
+                output.transfer.bytes = blocks * BLOCK_BYTES
                 now = self._now_ms()
                 output.times.CopyFrom(
                     pb.SequenceTimes(
@@ -282,9 +282,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             if output.finish_reason:
                 return
 
-    def _hand_off(self, progress: pb.HandOff) -> None:
-        if progress.first_tokens:
-            self._reading.pop(progress.sequence_id).set_result(progress.first_tokens[0])
+    def _hand_off(self, hand_off: pb.HandOff) -> None:
+        if hand_off.first_tokens:
+            self._reading.pop(hand_off.sequence_id).set_result(hand_off.first_tokens[0])
 
     async def _pace(self) -> None:
         await self.gate.wait()

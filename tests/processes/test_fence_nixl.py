@@ -25,7 +25,7 @@ from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import Handle, HandleState, PoolMemory, Transport
-from crossdock.proto.v1.worker_pb2 import Ticket
+from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
 
 NUM_BLOCKS = 48
 BLOCK_SIZE = 16
@@ -260,7 +260,13 @@ class Bench:
         """The one place that knows how a Puller is driven."""
         puller = Puller(transport, self.side.memory, time.monotonic)  # type: ignore[arg-type]
         deadline = time.monotonic() + WAIT_S
-        puller.start("s", ticket, list(ticket.block_ids), local, deadline)
+        puller.start(
+            "s",
+            PromptProgress(ticket=ticket, ready_blocks=len(ticket.block_ids)),
+            list(ticket.block_ids),
+            local,
+            deadline,
+        )
         while not (done := puller.poll()):
             assert time.monotonic() < deadline + 1, "the pull never ended"
             self.news.wait(0.05)

@@ -26,6 +26,7 @@ from crossdock.kvtransfer.memory import Scratch, spans_of
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.kvtransfer.transport import Handle, HandleState
 from crossdock.proto.errors import TransferFailed
+from crossdock.proto.v1.worker_pb2 import PromptProgress
 
 TCP = {"TLS": "tcp"}
 
@@ -99,7 +100,13 @@ def test_a_frozen_peer_holds_its_readers_blocks_until_it_is_over(bench: Bench) -
     ids = list(range(NUM_BLOCKS))
     bench.pool.blocks[:] = 0
     os.kill(peer.pid, signal.SIGSTOP)
-    puller.start("s", peer.ticket(ids), ids, ids, deadline=time.monotonic() + 0.2)
+    puller.start(
+        "s",
+        PromptProgress(ticket=peer.ticket(ids), ready_blocks=len(ids)),
+        ids,
+        ids,
+        deadline=time.monotonic() + 0.2,
+    )
     done: list[PullDone] = []
     while not puller.overdue():
         done += puller.poll()

@@ -192,12 +192,12 @@ def test_a_lease_that_ran_out_while_decode_reads_serves_no_token(site: Site) -> 
     d.turn()
     site.clock.now += 31
     p.turn()  # reaped there; here it is believed to live on
-    d.role.leases_renewed(({first.ticket.ticket_id}, set()), site.clock.now + 100)
+    d.role.leases_renewed(({first.progress.ticket.ticket_id}, set()), site.clock.now + 100)
     for pull in ("read", "fence"):
         others = prefill(p, [5] * 60)  # which takes the same blocks and writes on them
-        assert set(others.ticket.block_ids) & set(first.ticket.block_ids)
+        assert set(others.progress.ticket.block_ids) & set(first.progress.ticket.block_ids)
         site.network.deliver(1)
-        p.role.release_tickets([others.ticket.ticket_id])
+        p.role.release_tickets([others.progress.ticket.ticket_id])
         site.clock.now -= 25 if pull == "read" else 0  # the pull has time left
         d.turn()
     last = end_of(d, name)
@@ -219,7 +219,7 @@ def test_an_offered_block_is_not_evicted_before_its_reader_is_done(site: Site) -
         p.role.submit(one)
     p.turn(30)
     assert len(p.take()) < len(rushing)
-    offered = list(first.ticket.block_ids)
+    offered = list(first.progress.ticket.block_ids)
     assert p.runner.kv_of(offered)[: len(PROMPT)].tolist() == kv_of_tokens(PROMPT).tolist()
     site.network.deliver()
     d.turn(12)
@@ -260,7 +260,7 @@ def test_prefill_reclaims_what_no_decode_worker_ever_fetched(site: Site) -> None
     first = prefill(p, PROMPT)
     site.clock.now += 29.9
     p.turn()
-    assert p.role.state.pool.num_used == len(first.ticket.block_ids)
+    assert p.role.state.pool.num_used == len(first.progress.ticket.block_ids)
     assert p.role.next_deadline() == pytest.approx(site.clock.now + 0.1)
     site.clock.now += 0.1
     all_free(p)
@@ -440,7 +440,7 @@ async def test_preempted_work_goes_back_to_prefill(tiny_model: Path) -> None:
         assert ids_of(answer) == list(range(10, 18))
         again = rig.prefills[0].prefills[1].sequence
         assert list(again.token_ids[again.prompt_tokens :]) == list(range(10, 14))
-        assert all(request.HasField("ticket") for request in rig.decodes[0].decodes)
+        assert all(request.HasField("progress") for request in rig.decodes[0].decodes)
         assert rig.metric("restarted_sequences_total", cause="preempted") == 1
 
 

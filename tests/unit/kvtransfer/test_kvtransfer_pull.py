@@ -12,7 +12,7 @@ from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import HandleState, PoolMemory, Transport, merge_runs
 from crossdock.proto.errors import ConfigError, TransferFailed
-from crossdock.proto.v1.worker_pb2 import Ticket
+from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
 
 BLOCKS, BYTES = 32, 64
 
@@ -26,6 +26,10 @@ class Side:
         self.transport: Transport = create_transport(
             "fake", self.incarnation, self.memory, network=network
         )
+
+
+def computed(ticket: Ticket) -> PromptProgress:
+    return PromptProgress(ticket=ticket, ready_blocks=len(ticket.block_ids))
 
 
 class Pair:
@@ -55,12 +59,18 @@ class Pair:
 
     def start(self, name: str, ids: list[int], local: list[int], deadline: float = 100.0) -> Ticket:
         ticket = self.offer(ids)
-        self.puller.start(name, ticket, ids, local, deadline)
+        self.puller.start(name, computed(ticket), ids, local, deadline)
         return ticket
 
-    def start_early(self, name: str, ids: list[int], local: list[int], sealed: int) -> None:
+    def start_early(self, name: str, ids: list[int], local: list[int], ready: int) -> None:
         ticket = self.offer(ids)
-        self.puller.start(name, ticket, ids, local, 100.0, sealed=sealed)
+        progress = PromptProgress(ticket=ticket, ready_blocks=ready)
+        self.puller.start(name, progress, ids, local, 100.0)
+
+    def all_ready(self) -> None:
+        """The rest of the prompt of the one pull is computed."""
+        (pull,) = self.puller._pulls.values()
+        self.puller.more(pull.pull_id, computed(pull.ticket), 100.0, 100.0)
 
     def only(self) -> PullDone:
         [done] = self.puller.poll()
@@ -90,7 +100,7 @@ def test_every_state_on_the_way_to_joined(pair: Pair) -> None:
     done = pair.only()
     assert done.error is None
     assert (done.started_at, done.pulled_at, done.fenced_at) == (0.0, 1.0, 2.0)
-    assert (done.nblocks, done.nbytes) == (2, 2 * BYTES)
+    assert (done.transfer.blocks, done.transfer.bytes) == (2, 2 * BYTES)
     assert pair.decode.blocks[0].tolist() == [4] * BYTES
     assert pair.take_releases() == 1
     assert pair.freed == [3, 4]
@@ -128,7 +138,7 @@ def test_the_lease_is_counted_from_the_ticket_and_fails_closed(pair: Pair) -> No
     pair.now = 30.0
     pair.network.deliver()  # the fence would hold, but its time is over
     done = pair.only()
-    assert (done.error, done.nbytes) == ("lease is over", 0)
+    assert (done.error, done.transfer.bytes) == ("lease is over", 0)
 
 
 def test_a_renewed_lease_lives_on(pair: Pair) -> None:
@@ -147,28 +157,29 @@ def test_a_renewed_lease_lives_on(pair: Pair) -> None:
 
 def test_nothing_to_read_still_releases_and_minds_the_lease(pair: Pair) -> None:
     ticket = pair.offer([3])
-    pair.puller.start("s", ticket, [], [], deadline=100.0)
+    pair.puller.start("s", computed(ticket), [], [], deadline=100.0)
     assert pair.only().error is None
     assert pair.take_releases() == 1
-    pair.puller.start("late", pair.offer([4]), [], [], deadline=100.0, lease_until=0.0)
+    pair.puller.start("late", computed(pair.offer([4])), [], [], deadline=100.0, lease_until=0.0)
     assert pair.only().error == "lease is over"
 
 
 def test_what_was_read_is_told_by_when_it_was_read_not_by_when_it_was_looked_at(pair: Pair) -> None:
     """An engine step is long: both its reads ended, and the last progress came, while one ran."""
     pair.network.hold()
-    pair.start_early("s", [3, 4, 5], [0, 1, 2], sealed=2)
+    pair.start_early("s", [3, 4, 5], [0, 1, 2], ready=2)
     pair.now = 1.0
     pair.network.deliver(1)
     pair.now = 5.0
-    pair.puller.more("s", 3, 100.0, 100.0)
+    pair.all_ready()
     assert pair.puller.poll() == []
     pair.now = 6.0
     pair.network.deliver(1)
     pair.now = 9.0
     pair.network.deliver()
     done = pair.only()
-    assert (done.error, done.late_blocks, done.reading_s, done.pulled_at) == (None, 1, 2.0, 6.0)
+    assert (done.error, done.pulled_at, done.transfer.seconds) == (None, 6.0, 2.0)
+    assert done.transfer.late_bytes == BYTES
 
 
 def test_a_cancelled_pull_keeps_its_blocks_until_the_read_is_over(pair: Pair) -> None:
@@ -210,9 +221,9 @@ def test_pulls_beyond_the_limit_wait_and_time_out_in_the_queue() -> None:
     assert pair.puller.states()["b"] is PullState.RESERVED
     assert pair.network.pending() == 1
     pair.now = 5.0
-    assert [done.sequence_id for done in pair.puller.poll()] == ["c"]
+    assert [done.pull_id for done in pair.puller.poll()] == ["c"]
     pair.network.deliver()
-    ended = {done.sequence_id: done.error for done in pair.puller.poll() + pair.puller.poll()}
+    ended = {done.pull_id: done.error for done in pair.puller.poll() + pair.puller.poll()}
     assert ended == {"a": None, "b": None}
     assert not pair.decode.blocks[3].any()
 
@@ -221,7 +232,7 @@ def test_a_failed_read_and_a_failed_fence_fail_their_pull_only(pair: Pair) -> No
     pair.network.fail_next_read("cable")
     pair.start("read", [1], [1])
     pair.start("fine", [2], [2])
-    ended = {done.sequence_id: done.error for done in pair.puller.poll()}
+    ended = {done.pull_id: done.error for done in pair.puller.poll()}
     assert ended == {"read": "read failed: cable", "fine": None}
     pair.network.hold()
     pair.start("fence", [3], [3])
@@ -270,7 +281,7 @@ def test_a_pull_that_cannot_be_is_refused(
 ) -> None:
     ticket = pair.offer([1, 2])
     with pytest.raises(TransferFailed, match=says):
-        pair.puller.start("s", ticket, remote, local, 100.0)
+        pair.puller.start("s", computed(ticket), remote, local, 100.0)
     assert pair.puller.active == 0
 
 
@@ -309,22 +320,22 @@ def test_an_unknown_transport_is_a_config_error(pair: Pair) -> None:
         allocate("carrier pigeon", 64, 1)
 
 
-@pytest.mark.parametrize("sealed", [2, 3])
-def test_a_read_wakes_the_engine_unless_the_fence_will(pair: Pair, sealed: int) -> None:
+@pytest.mark.parametrize("ready", [2, 3])
+def test_a_read_wakes_the_engine_unless_the_fence_will(pair: Pair, ready: int) -> None:
     """Blocks became ready while an earlier part was read: nothing else would have them read before
     the idle engine's next turn. After the last read the fence follows, and tells of both."""
     woken: list[int] = []
     pair.decode.transport.set_wakeup(lambda: woken.append(pair.network.pending()))
     pair.network.hold()
-    pair.start_early("s", [1, 2, 3], [0, 1, 2], sealed=sealed)
-    pair.puller.more("s", 3, 100.0, 100.0)
+    pair.start_early("s", [1, 2, 3], [0, 1, 2], ready=ready)
+    pair.all_ready()
     assert pair.network.pending() == 1  # one read at a time
     pair.network.deliver(1)
-    if sealed < 3:
+    if ready < 3:
         assert woken == [0]
         assert pair.puller.poll() == [] and pair.network.pending() == 1  # the next part
         pair.network.deliver(1)
-    assert woken == [0] * (sealed < 3) and pair.network.pending() == 1  # the fence
+    assert woken == [0] * (ready < 3) and pair.network.pending() == 1  # the fence
     pair.network.deliver(1)
-    assert len(woken) == 1 + (sealed < 3)
+    assert len(woken) == 1 + (ready < 3)
     assert pair.only().error is None

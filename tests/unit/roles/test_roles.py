@@ -30,15 +30,15 @@ def prefill(worker: Worker, prompt: list[int], **options: object) -> worker_pb2.
         worker.turn()
     *announced, output = worker.take()
     for earlier in announced:
-        if earlier.HasField("ticket"):
-            output.ticket.CopyFrom(earlier.ticket)
+        if earlier.progress.HasField("ticket"):
+            output.progress.ticket.CopyFrom(earlier.progress.ticket)
     return output
 
 
 def hand_off(
     decode: Worker, prompt: list[int], first: worker_pb2.SequenceOutput, **options: object
 ) -> str:
-    made = job(prompt, emitted=list(first.token_ids), ticket=first.ticket, **options)  # type: ignore[arg-type]
+    made = job(prompt, emitted=list(first.token_ids), progress=first.progress, **options)  # type: ignore[arg-type]
     decode.role.submit(made)
     return made.id
 
@@ -63,15 +63,15 @@ def all_free(*workers: Worker) -> None:
 def test_handed_off_tokens_are_the_undisturbed_ones(site: Site) -> None:
     p, d = pair(site)
     first = prefill(p, PROMPT)
-    assert list(first.ticket.block_ids) and first.ticket.num_tokens == len(PROMPT)
+    assert list(first.progress.ticket.block_ids) and first.progress.ticket.num_tokens == len(PROMPT)
     hand_off(d, PROMPT, first)
     d.turn(12)
     outputs = d.take()
     assert tokens_of([first, *outputs]) == undisturbed(PROMPT, 8)
     assert outputs[-1].finish_reason == inference_pb2.FINISH_REASON_LENGTH
-    assert outputs[0].transferred_blocks == len(first.ticket.block_ids) == 7
-    assert outputs[0].transferred_bytes == 7 * p.transport.memory.block_bytes
-    assert outputs[0].recomputed_tokens == d.role.state.counters.recomputed_tokens == 0
+    assert outputs[0].transfer.blocks == len(first.progress.ticket.block_ids) == 7
+    assert outputs[0].transfer.bytes == 7 * p.transport.memory.block_bytes
+    assert outputs[0].transfer.recomputed_tokens == d.role.state.counters.recomputed_tokens == 0
     events = [name for name, _ in outputs[0].times.ListFields()]
     assert [field.name for field in events] == [
         *("decode_queued", "reserved", "pulled", "fenced", "joined")
@@ -92,7 +92,7 @@ def test_a_second_turn_moves_only_what_decode_lacks(site: Site) -> None:
     outputs = d.take()
     assert tokens_of([first, *outputs]) == undisturbed(longer, 8)
     # 57 tokens of the first turn had KV here: 7 full blocks of the 9.
-    assert outputs[0].transferred_blocks == 9 - 7
+    assert outputs[0].transfer.blocks == 9 - 7
     all_free(p, d)
 
 
@@ -100,7 +100,7 @@ def test_a_token_that_ends_the_sequence_needs_no_ticket(site: Site) -> None:
     p = site.worker(Role.PREFILL)
     first = prefill(p, PROMPT, max_tokens=1)
     assert first.finish_reason == inference_pb2.FINISH_REASON_LENGTH
-    assert not first.HasField("ticket")
+    assert not first.HasField("progress")
     all_free(p)
 
 
@@ -114,7 +114,7 @@ def test_a_ticket_that_failed_is_released_once(site: Site, failing: str) -> None
     d.turn()
     if failing == "read":
         site.network.fail_next_read()
-    p.role.state.pool.generations[first.ticket.block_ids[0]] += 1
+    p.role.state.pool.generations[first.progress.ticket.block_ids[0]] += 1
     site.network.deliver()
     d.turn(2)
     (output,) = d.take()
@@ -212,7 +212,7 @@ def test_a_lost_ticket_fails_its_sequence(site: Site) -> None:
     first = prefill(p, PROMPT)
     waiting = hand_off(d, PROMPT, first)  # no room for it yet
     d.turn()
-    d.role.leases_renewed((set(), {first.ticket.ticket_id}), site.clock.now + 30.0)
+    d.role.leases_renewed((set(), {first.progress.ticket.ticket_id}), site.clock.now + 30.0)
     d.turn()
     (output,) = [output for output in d.take() if output.sequence_id == waiting]
     assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
@@ -508,7 +508,7 @@ def test_a_renewal_that_comes_after_the_fence_changes_nothing(site: Site) -> Non
     hand_off(d, PROMPT, first)
     d.turn()
     site.network.deliver()  # the fence's notification has released the ticket
-    d.role.leases_renewed((set(), {first.ticket.ticket_id}), site.clock.now + 30.0)
+    d.role.leases_renewed((set(), {first.progress.ticket.ticket_id}), site.clock.now + 30.0)
     d.turn(12)
     assert tokens_of([first, *d.take()]) == undisturbed(PROMPT, 8)
 

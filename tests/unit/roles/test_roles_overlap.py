@@ -28,18 +28,17 @@ def announced(worker: Worker, prompt: list[int], **options: object) -> worker_pb
 
 def follow(decode: Worker, made: Job, output: worker_pb2.SequenceOutput) -> None:
     """Passes on what a prefill worker said, as a gateway does."""
-    progress = worker_pb2.HandOff(sequence_id=made.id, sealed_blocks=output.sealed_blocks)
-    if output.token_ids:
-        progress.first_tokens.extend(output.token_ids)
-        progress.checksums.extend(output.checksums)
-    decode.role.hand_off(progress, made.owner)
+    hand_off = worker_pb2.HandOff(sequence_id=made.id, progress=output.progress)
+    hand_off.progress.ClearField("ticket")
+    hand_off.first_tokens.extend(output.token_ids)
+    decode.role.hand_off(hand_off, made.owner)
 
 
 def test_blocks_are_pulled_while_the_prompt_is_computed(site: Site) -> None:
     p, d = pair(site, chunk_tokens=16)
     part = announced(p, PROMPT)
-    assert (part.sealed_blocks, len(part.ticket.block_ids)) == (2, 7)
-    reader = job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks)
+    assert (part.progress.ready_blocks, len(part.progress.ticket.block_ids)) == (2, 7)
+    reader = job(PROMPT, progress=part.progress)
     d.role.submit(reader)
     moved = []
     while True:
@@ -50,18 +49,21 @@ def test_blocks_are_pulled_while_the_prompt_is_computed(site: Site) -> None:
         (output,) = p.take()
         if output.token_ids:
             break
-        assert not output.HasField("ticket")
+        assert not output.progress.HasField("ticket")
         follow(d, reader, output)
     assert moved == [2, 4, 6]
     assert len(p.role.leases()) == 1
-    wrong = worker_pb2.HandOff(sequence_id=reader.id, sealed_blocks=7, first_tokens=[1])
+    wrong = worker_pb2.HandOff(sequence_id=reader.id, first_tokens=[1])
+    wrong.progress.ready_blocks = 7
     d.role.hand_off(wrong, "another gateway")
     follow(d, reader, output)
     d.turn(12)
     outputs = d.take()
     assert tokens_of([output, *outputs]) == undisturbed(PROMPT, 8)
-    assert outputs[0].transferred_blocks == 7
-    assert outputs[0].late_bytes == p.transport.memory.block_bytes  # the last chunk: one block
+    assert outputs[0].transfer.blocks == 7
+    assert (
+        outputs[0].transfer.late_bytes == p.transport.memory.block_bytes
+    )  # the last chunk: one block
     assert d.transport.stats.reads == 4 and d.transport.stats.fences == 1
     all_free(p, d)
 
@@ -81,8 +83,12 @@ def test_a_prefix_found_by_prefill_is_pulled_before_the_rest_is_computed(site: S
     p.turn()
     part, last = p.take()
     assert said_before_the_step == [1]
-    assert (part.sealed_blocks, list(part.token_ids)) == (6, [])
-    assert len(last.token_ids) == 1 and last.sealed_blocks == 7 and not last.HasField("ticket")
+    assert (part.progress.ready_blocks, list(part.token_ids)) == (6, [])
+    assert (
+        len(last.token_ids) == 1
+        and last.progress.ready_blocks == 7
+        and not last.progress.HasField("ticket")
+    )
 
 
 def test_reserve_late_says_nothing_before_token_0(site: Site) -> None:
@@ -92,13 +98,17 @@ def test_reserve_late_says_nothing_before_token_0(site: Site) -> None:
     assert not p.take()
     p.turn()
     (output,) = p.take()
-    assert output.token_ids and output.sealed_blocks == 7 and output.HasField("ticket")
+    assert (
+        output.token_ids
+        and output.progress.ready_blocks == 7
+        and output.progress.HasField("ticket")
+    )
 
 
 def test_a_reader_that_hears_nothing_more_of_its_prompt_gives_up(site: Site) -> None:
     p, d = pair(site, chunk_tokens=16)
     part = announced(p, PROMPT)
-    d.role.submit(job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks))
+    d.role.submit(job(PROMPT, progress=part.progress))
     d.turn(3)
     site.clock.now += 29.9
     d.turn()
@@ -119,7 +129,7 @@ def test_a_ticket_outlives_an_early_reservation(site: Site) -> None:
     site.introduce(p, d, other)
     part = announced(p, PROMPT)
     site.network.hold()
-    first = job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks)
+    first = job(PROMPT, progress=part.progress)
     d.role.submit(first)
     d.turn()
     d.role.cancel(first.id, "draining", first.owner)
@@ -131,7 +141,7 @@ def test_a_ticket_outlives_an_early_reservation(site: Site) -> None:
         p.turn()
     last = p.take()[-1]
     assert len(p.role.leases()) == 1
-    last.ticket.CopyFrom(part.ticket)
+    last.progress.ticket.CopyFrom(part.progress.ticket)
     hand_off(other, PROMPT, last)
     other.turn(12)
     assert tokens_of([last, *other.take()]) == undisturbed(PROMPT, 8)
@@ -147,7 +157,7 @@ def test_a_reader_makes_room_for_a_sequence_that_runs(site: Site) -> None:
     running = hand_off(d, short, first, max_tokens=40)
     d.turn(3)
     part = announced(p, PROMPT)
-    d.role.submit(job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks))
+    d.role.submit(job(PROMPT, progress=part.progress))
     d.turn(30)
     outputs = d.take()
     (given_up,) = [output for output in outputs if output.sequence_id != running]
@@ -156,7 +166,7 @@ def test_a_reader_makes_room_for_a_sequence_that_runs(site: Site) -> None:
         p.turn()
     last = p.take()[-1]
     assert len(p.role.leases()) == 1, "nobody has released what was given up while it was computed"
-    last.ticket.CopyFrom(part.ticket)
+    last.progress.ticket.CopyFrom(part.progress.ticket)
     hand_off(d, PROMPT, last)
     d.turn(50)
     later = d.take()
@@ -170,14 +180,19 @@ def test_a_reader_makes_room_for_a_sequence_that_runs(site: Site) -> None:
 def test_old_progress_of_a_prompt_changes_nothing(site: Site) -> None:
     p, d = pair(site, chunk_tokens=16)
     part = announced(p, PROMPT)
-    reader = job(PROMPT, ticket=part.ticket, sealed=part.sealed_blocks)
+    reader = job(PROMPT, progress=part.progress)
     d.role.submit(reader)
     while p.role.jobs:
         p.turn()
     *parts, last = p.take()
     for output in (last, *parts, part, last):
         follow(d, reader, output)
-    d.role.hand_off(worker_pb2.HandOff(sequence_id="nobody's", sealed_blocks=3), "gateway")
+    d.role.hand_off(
+        worker_pb2.HandOff(
+            sequence_id="nobody's", progress=worker_pb2.PromptProgress(ready_blocks=3)
+        ),
+        "gateway",
+    )
     d.turn(12)
     assert tokens_of([last, *d.take()]) == undisturbed(PROMPT, 8)
     all_free(p, d)
@@ -187,9 +202,8 @@ def test_old_progress_of_a_prompt_changes_nothing(site: Site) -> None:
 def test_bytes_that_are_not_those_sent_are_refused(site: Site, corrupt: bool) -> None:
     p, d = pair(site, verify="checksum")
     first = prefill(p, PROMPT)
-    assert len(first.checksums) == 7
-    made = job(PROMPT, emitted=list(first.token_ids), ticket=first.ticket)
-    made.checksums = tuple(first.checksums)
+    assert len(first.progress.checksums) == 7
+    made = job(PROMPT, emitted=list(first.token_ids), progress=first.progress)
     site.network.hold()
     d.role.submit(made)
     d.turn()

@@ -70,7 +70,7 @@ async def test_one_request_end_to_end(rig: Rig) -> None:
     assert list(prefill.sequence.block_hashes) == rig.hashes(PROMPT)
     assert list(decode.sequence.token_ids) == PROMPT + PROMPT[:1]
     assert decode.sequence.prompt_tokens == 40
-    assert decode.ticket.prefill_worker == "prefill-0"
+    assert decode.progress.ticket.prefill_worker == "prefill-0"
     assert prefill.sequence.sampling.seed == decode.sequence.sampling.seed == 9
     assert prefill.sequence.sampling.HasField("temperature")
     await until(lambda: rig.idle)
@@ -280,7 +280,7 @@ async def test_a_colocated_worker_alone_serves(tiny_model: Path) -> None:
         responses = await collect(rig.stub.Generate(ask(PROMPT, max_tokens=6)))
         assert ids_of(responses) == PROMPT[:6]
         (decode,) = rig.colocated[0].decodes
-        assert not decode.HasField("ticket")
+        assert not decode.HasField("progress")
         assert responses[-1].timings.transferred_blocks == 0
 
 

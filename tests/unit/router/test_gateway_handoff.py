@@ -37,12 +37,15 @@ async def test_the_decode_worker_reserves_early(rig: Rig) -> None:
     worker = next(worker for worker in rig.decodes if worker.name == name)
     await until(lambda: worker.hand_offs)
     assert rig.prefills[0].prefills[0].decode_worker == name
-    assert (request.sealed_blocks, len(request.ticket.block_ids)) == (1, 5)
+    assert (request.progress.ready_blocks, len(request.progress.ticket.block_ids)) == (1, 5)
     assert list(request.sequence.token_ids) == PROMPT
     rig.prefills[0].token_0.set()
     responses = await collect(call)
     assert ids_of(responses) == PROMPT[:5]
-    assert [(h.sealed_blocks, *h.first_tokens) for h in worker.hand_offs] == [(3,), (5, PROMPT[0])]
+    assert [(h.progress.ready_blocks, *h.first_tokens) for h in worker.hand_offs] == [
+        (3,),
+        (5, PROMPT[0]),
+    ]
     assert len(told(rig)) == 1 and rig.metric("restarted_sequences_total", cause="worker lost") == 0
     assert responses[-1].timings.decode_worker == name
     await until(lambda: rig.idle)
@@ -65,7 +68,10 @@ async def test_an_early_reservation_given_back_is_replaced_at_token_0(rig: Rig, 
     responses = await collect(call)
     assert ids_of(responses) == PROMPT[:5]
     (second,) = [request for name, request in told(rig) if name != first]
-    assert (second.sealed_blocks, list(second.sequence.token_ids)) == (5, PROMPT + PROMPT[:1])
+    assert (second.progress.ready_blocks, list(second.sequence.token_ids)) == (
+        5,
+        PROMPT + PROMPT[:1],
+    )
     assert len(rig.prefills[0].prefills) == 1, "the prompt was not computed twice"
     await until(lambda: rig.idle)
 

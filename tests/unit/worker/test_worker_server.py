@@ -63,7 +63,7 @@ class Gateway:
             for output in frame.outputs:
                 if output.sequence_id == sequence_id:
                     yield output
-                    offered = output.token_ids and output.sealed_blocks
+                    offered = output.token_ids and output.HasField("progress")
                     if output.finish_reason or offered:
                         return
 
@@ -82,8 +82,8 @@ class Pair:
         await self.p.send(prefill=request)
         *announced, first = [output async for output in self.p.outputs(sequence_id)]
         for earlier in announced:
-            if earlier.HasField("ticket"):
-                first.ticket.CopyFrom(earlier.ticket)
+            if earlier.progress.HasField("ticket"):
+                first.progress.ticket.CopyFrom(earlier.progress.ticket)
         return first
 
     async def rest(
@@ -91,9 +91,7 @@ class Pair:
     ) -> list[worker_pb2.SequenceOutput]:
         request = sequence(sequence_id, prompt, list(first.token_ids))
         await self.d.send(
-            decode=worker_pb2.DecodeRequest(
-                sequence=request, ticket=first.ticket, sealed_blocks=first.sealed_blocks
-            )
+            decode=worker_pb2.DecodeRequest(sequence=request, progress=first.progress)
         )
         return [output async for output in self.d.outputs(sequence_id)]
 
@@ -148,8 +146,8 @@ async def test_hand_off_gives_the_tokens_of_one_engine(pair: Pair, tiny_model: P
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     (alone,) = LLM(str(tiny_model), num_blocks=32).generate([PROMPT], params)
     assert tokens == list(alone.token_ids)
-    assert rest[0].transferred_blocks == 5 and rest[0].recomputed_tokens == 0
-    assert rest[0].transferred_bytes == 5 * pair.decode.description.block_bytes
+    assert rest[0].transfer.blocks == 5 and rest[0].transfer.recomputed_tokens == 0
+    assert rest[0].transfer.bytes == 5 * pair.decode.description.block_bytes
     assert all(len(output.logprobs) == 1 for output in [first, *rest])
     await settled(pair.prefill, pair.decode)
 
@@ -209,7 +207,7 @@ async def test_a_worker_says_at_once_that_its_engine_hangs(
 
 async def test_leases_are_renewed_and_released_by_call(pair: Pair) -> None:
     first = await pair.first("s", PROMPT)
-    ids = [first.ticket.ticket_id, b"?" * 16]
+    ids = [first.progress.ticket.ticket_id, b"?" * 16]
     answer = await pair.p.stub.RenewLeases(
         worker_pb2.RenewLeasesRequest(ticket_ids=ids, lease_ms=60_000)
     )
@@ -224,9 +222,9 @@ async def test_leases_are_renewed_and_released_by_call(pair: Pair) -> None:
 async def test_a_ticket_that_is_not_what_was_offered_is_refused(pair: Pair, field: str) -> None:
     first = await pair.first("s", PROMPT)
     if field == "generations":
-        first.ticket.generations[0] += 1
+        first.progress.ticket.generations[0] += 1
     else:
-        setattr(first.ticket, field, b"x" * len(getattr(first.ticket, field)))
+        setattr(first.progress.ticket, field, b"x" * len(getattr(first.progress.ticket, field)))
     (output,) = await pair.rest("s", PROMPT, first)
     assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
     assert not output.token_ids
@@ -245,11 +243,7 @@ async def test_a_ticket_is_good_for_its_own_prompt_alone(
     request = sequence("s", other, list(first.token_ids))
     if hashes == "the offer's":
         request.block_hashes[:] = HASHER.chain(PROMPT, ROOT)
-    await pair.d.send(
-        decode=worker_pb2.DecodeRequest(
-            sequence=request, ticket=first.ticket, sealed_blocks=first.sealed_blocks
-        )
-    )
+    await pair.d.send(decode=worker_pb2.DecodeRequest(sequence=request, progress=first.progress))
     (output,) = [output async for output in pair.d.outputs("s")]
     assert output.error.code == worker_pb2.ERROR_CODE_PULL_FAILED
     assert "offered for prompt" in output.error.message
@@ -261,11 +255,7 @@ async def test_a_ticket_is_good_for_blocks_hashed_as_the_offers_were(pair: Pair)
     first = await pair.first("s", PROMPT)
     request = sequence("s", PROMPT, list(first.token_ids))
     request.block_hashes[:] = HASHER.chain([PROMPT[0] + 1, *PROMPT[1:]], ROOT)
-    await pair.d.send(
-        decode=worker_pb2.DecodeRequest(
-            sequence=request, ticket=first.ticket, sealed_blocks=first.sealed_blocks
-        )
-    )
+    await pair.d.send(decode=worker_pb2.DecodeRequest(sequence=request, progress=first.progress))
     (output,) = [output async for output in pair.d.outputs("s")]
     assert "offered for prompt" in output.error.message
 
