@@ -3,7 +3,7 @@
 Each request is asked once before the faults begin; whatever happens later, it must be answered
 with the same tokens. The cluster is one of two prefill and two decode workers with the default
 model, started and ended here; or one that runs on this machine already, which then must have been
-started with benchmarks/chaos_wire on its PYTHONPATH and CROSSDOCK_CHAOS naming an empty folder.
+started as benchmarks/chaos_wire.py says, with CROSSDOCK_CHAOS naming an empty folder.
 
     python benchmarks/chaos.py --seed 1
     python benchmarks/chaos.py --rounds 8        # 8 times as many faults
@@ -35,7 +35,7 @@ from crossdock.client import AsyncClient
 from crossdock.deploy import admin
 from crossdock.proto.errors import CrossdockError, Overloaded, Unavailable
 
-WIRE = Path(__file__).resolve().parent / "chaos_wire"
+HERE = Path(__file__).resolve().parent
 # A small pool: touching its pages is a quarter of a worker's start, and workers start often here.
 POOLS = """\
   prefill: {role: prefill, replicas: 2, kv_memory_mb: 192, resources: {cpus: 1}}
@@ -234,8 +234,12 @@ def held_by(member: Any) -> list[str]:
 def own_cluster(options: argparse.Namespace) -> Iterator[tuple[Path, str, str]]:
     """(the wire's folder, the gateway's address, the controller's) of a cluster for this run."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        path = [str(WIRE), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = {"PYTHONPATH": os.pathsep.join(path), "CROSSDOCK_CHAOS": folder}
+        path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {
+            "PYTHONPATH": os.pathsep.join(path),
+            "CROSSDOCK_EVENT_LISTENER": "chaos_wire:reached",
+            "CROSSDOCK_CHAOS": folder,
+        }
         yaml = spec(f"chaos-{os.getpid()}", POOLS, options.model)
         with running(yaml, verbose=options.verbose, env=env) as cluster:
             yield Path(folder), cluster.grpc, cluster.admin

@@ -39,7 +39,7 @@ class Life:
 
     events: list[tuple[float, str]] = field(default_factory=list)
     held: list[tuple[float, str]] = field(default_factory=list)  # by "sequence@worker"
-    let_go: list[tuple[float, str]] = field(default_factory=list)
+    released: list[tuple[float, str]] = field(default_factory=list)
 
     def state(self, at: float) -> str:
         """The newest event until then, empty before the first."""
@@ -49,7 +49,7 @@ class Life:
     def holders(self, at: float) -> set[str]:
         """Names of the workers that had something of it."""
         held = [who for since, who in self.held if since <= at]
-        for until, who in self.let_go:
+        for until, who in self.released:
             if until <= at and who in held:
                 held.remove(who)
         return {who.partition("@")[2] for who in held}
@@ -96,7 +96,7 @@ class Journal:
         return [name for name, life in self.lives.items() if worker in life.holders(at)]
 
     def _take(self, at: float, pid: int, event: str, who: str, detail: str) -> None:
-        if event == "worker":
+        if event == "started":
             role, _, incarnation = detail.partition("@")
             self.workers[incarnation] = Worker(who, role, pid, incarnation)
             return
@@ -104,7 +104,7 @@ class Journal:
             if worker := self.workers.get(detail):
                 getattr(worker, event).append(at)
             return
-        if event in ("held", "let_go"):
+        if event in ("held", "released"):
             self._request[detail.partition("@")[0]] = who
             getattr(self._life(who), event).append((at, detail))
             return

@@ -32,6 +32,7 @@ from crossdock.deploy.runtime import (
     StartFailed,
 )
 from crossdock.deploy.store import ClusterStore
+from crossdock.proto import events
 from crossdock.proto.errors import ConfigError, CrossdockError, ModelError, Unavailable
 from crossdock.proto.types import Role, WorkerEndpoint
 
@@ -47,7 +48,7 @@ CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
 KILL_S = 5.0  # for Ray to notice that a process is gone
 VITAL = ("gcs_server", "raylet")  # of Ray's own processes: no cluster without them
 CRASHES = "CROSSDOCK_CRASHES"  # the folder where a process that crashes leaves why
-PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG", CRASHES)
+PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG", traces.EVENT_LISTENER, CRASHES)
 
 
 class MemberActor:
@@ -503,6 +504,7 @@ def _set_up_process(name: str, telemetry: Mapping[str, str] | None) -> None:
     logging.basicConfig(
         level=traces.log_level(), format=f"%(asctime)s {name} %(levelname)s %(message)s"
     )
+    events.listen(traces.event_listener())
     traces.configure(telemetry, f"crossdock.{name.rpartition('-')[0] or name}", name)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import pkgutil
 from collections.abc import Mapping
 
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.events import Listener
 
 log = logging.getLogger(__name__)
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+EVENT_LISTENER = "CROSSDOCK_EVENT_LISTENER"
 
 
 def log_level() -> str:
@@ -19,6 +22,15 @@ def log_level() -> str:
         known = ", ".join(LOG_LEVELS)
         raise ConfigError("CROSSDOCK_LOG", f"{level!r} is not allowed; one of {known}")
     return level.upper()
+
+
+def event_listener() -> Listener | None:
+    """Whom CROSSDOCK_EVENT_LISTENER names as module:function, if it is set. Raises ConfigError."""
+    named = os.environ.get(EVENT_LISTENER)
+    try:
+        return pkgutil.resolve_name(named) if named else None
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ConfigError(EVENT_LISTENER, f"{named!r} is not module:function: {error}") from None
 
 
 def configure(telemetry: Mapping[str, str] | None, service_name: str, instance: str = "") -> None:

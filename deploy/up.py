@@ -21,7 +21,7 @@ from crossdock.deploy.runtime import ProcessGone, StartFailed
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
-from crossdock.deploy.telemetry import log_level
+from crossdock.deploy.telemetry import event_listener, log_level
 from crossdock.kvtransfer.local import cleanup_stale
 from crossdock.model import store as models
 from crossdock.model.text import load_text
@@ -112,6 +112,7 @@ class Cluster:
         self._began = time.monotonic()
         try:
             log_level()
+            event_listener()
             if not self.ray_address:
                 self._cleanup.enter_context(ClusterStore(self.spec.name).locked())
                 self._check_ports()

@@ -33,6 +33,7 @@ from crossdock.kvtransfer.transport import (
     PoolMemory,
     Transport,
 )
+from crossdock.proto import events
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket, TransferStats
 
@@ -333,6 +334,7 @@ class Puller:
 
     def _fence(self, pull: _Pull) -> None:
         """The release travels with the fence: pass or fail, these blocks are not read again."""
+        events.emit("pulled", pull.ticket.ticket_id.hex())
         pull.fence = self._transport.read_generations(
             pull.ticket.incarnation, pull.remote_ids, pull.ticket.ticket_id
         )
@@ -376,6 +378,7 @@ class Puller:
         del self._pulls[pull.pull_id]
         transfer, block_bytes = TransferStats(), self._memory.block_bytes
         if error is None:
+            events.emit("fenced", pull.ticket.ticket_id.hex())
             transfer = TransferStats(
                 bytes=len(pull.remote_ids) * block_bytes,
                 blocks=len(pull.remote_ids),

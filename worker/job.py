@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from crossdock.engine.sequence import Sequence
+from crossdock.proto import events
 from crossdock.proto.convert import sampling_from_pb
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.hashing import HASH_BYTES, BlockHasher
@@ -43,8 +44,11 @@ class Job:
         return self.ticket is not None and self.progress.ready_blocks >= blocks
 
     def mark(self, event: str, unix_s: float | None = None) -> None:
-        """Notes when a life-cycle event happened first."""
-        self.times.setdefault(event, 1000 * (time.time() if unix_s is None else unix_s))
+        """Notes when a life-cycle event happened first; `unix_s`: one that was emitted then."""
+        if event not in self.times:
+            self.times[event] = 1000 * (time.time() if unix_s is None else unix_s)
+            if unix_s is None:
+                events.emit(event, self.id, self.ticket.ticket_id.hex() if self.ticket else "-")
 
     @classmethod
     def from_pb(

@@ -21,6 +21,7 @@ from crossdock.kvtransfer.checksum import check_available
 from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
+from crossdock.proto import events
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.hashing import BlockHasher, hash_key
@@ -108,6 +109,7 @@ class WorkerServer:
             asyncio.create_task(self._every(WATCH_S, self._watch_engine)),
             asyncio.create_task(self._every(self.config.lease_s / 3, self._renew_leases)),
         ]
+        events.emit("started", self.config.name, f"{self.config.role}@{self.endpoint.incarnation}")
         return self.endpoint
 
     @property

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from crossdock.proto import events
 from crossdock.proto.errors import (
     Cancelled,
     CrossdockError,
@@ -359,6 +360,7 @@ class Dispatcher:
         self.metrics.generated_tokens.inc(len(ids))
 
     def _finish(self, sequence: SequenceState, now: float) -> None:
+        events.emit("last_token", sequence.active.request.request_id)
         sequence.timeline.mark("finished", now)
         self._release_holders(sequence)
         sequence.phase = Phase.DONE

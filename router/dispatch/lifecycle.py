@@ -7,6 +7,7 @@ hand-off stall (token 0 to token 1) = decode_queue + reserve + pull + fence + fi
 
 from __future__ import annotations
 
+from crossdock.proto import events
 from crossdock.proto.types import LIFE_CYCLE
 from crossdock.proto.v1 import inference_pb2, worker_pb2
 
@@ -32,7 +33,8 @@ class Timeline:
     never a sum. An event keeps its first time: a sequence that is prefilled again has one TTFT.
     """
 
-    def __init__(self, received: float, received_unix: float) -> None:
+    def __init__(self, received: float, received_unix: float, request_id: str = "") -> None:
+        self._request_id = request_id  # for who listens to events
         self._received = received
         self._received_unix = received_unix
         self._at: dict[str, float] = {}
@@ -42,6 +44,7 @@ class Timeline:
     def mark(self, event: str, now: float) -> None:
         """An event that the gateway itself saw, on its clock."""
         self._at.setdefault(event, now - self._received)
+        events.emit("delivered" if event == "first_token" else event, self._request_id)
 
     def move(self, event: str, now: float) -> None:
         """The same, but the newest time counts."""

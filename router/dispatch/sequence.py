@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from crossdock.proto import events
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
@@ -90,12 +91,14 @@ class SequenceState:
     def hold(self, link: Link) -> None:
         self.holders[link.name] = link
         link.sequences[self.sequence_id] = None
+        events.emit("held", self.active.request.request_id, f"{self.sequence_id}@{link.name}")
 
     def release(self, name: str) -> None:
         """A worker has nothing of it any more; what it still says is ignored."""
         link = self.holders.pop(name, None)
         if link is not None:
             link.sequences.pop(self.sequence_id, None)
+            events.emit("released", self.active.request.request_id, f"{self.sequence_id}@{name}")
 
     def joined(self, transfer: pb.TransferStats) -> None:
         """A decode worker has the KV: adds what that took to what earlier attempts did."""
@@ -181,6 +184,7 @@ def make_sequences(
     """The n continuations of each prompt. Where a prompt fills blocks, its later continuations are
     held until the first has its token 0: then they find its KV instead of computing it again."""
     request = active.request
+    events.emit("received", request.request_id)
     messages = [sampling_of(i) for i in range(request.n)]
     root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
@@ -197,7 +201,7 @@ def make_sequences(
                     hashes=hashes.copy(),
                     sampling=messages[i],
                     detokenizer=detokenizer_of(ids),
-                    timeline=Timeline(request.received, request.received_unix),
+                    timeline=Timeline(request.received, request.received_unix, request.request_id),
                     phase=Phase.HELD if i and hashes else Phase.ROUTING,
                 )
             )

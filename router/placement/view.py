@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from crossdock.proto import events
 from crossdock.proto.types import Role
 from crossdock.router.placement.prefix_index import PrefixIndex
 from crossdock.router.placement.speed import DEFAULT_DECODE_S, DEFAULT_PREFILL_S, Line, PoolSpeed
@@ -161,6 +162,7 @@ class ClusterView:
 
     def connected(self, facts: WorkerFacts, now: float) -> WorkerView:
         """A worker's stream opened. An older incarnation of the same name is forgotten."""
+        events.emit("connected", facts.name, facts.incarnation)
         if facts.name in self.workers:
             self._forget(facts.name)
         slot = self._free_slots.pop() if self._free_slots else len(self.workers)
@@ -172,6 +174,7 @@ class ClusterView:
 
     def disconnected(self, name: str, incarnation: str) -> None:
         """The stream is gone; another incarnation that took the name since then stays."""
+        events.emit("disconnected", name, incarnation)
         worker = self.workers.get(name)
         if worker is not None and worker.facts.incarnation == incarnation:
             self._forget(name)

@@ -32,8 +32,8 @@ def test_no_fault_at_any_event_costs_a_token_a_request_or_a_block() -> None:
 
 PREFILL, DECODE = "prefill-0", "decode-0"
 LINES = f"""\
-1000000000 70 worker {PREFILL} prefill@aa
-1000000000 80 worker {DECODE} decode@bb
+1000000000 70 started {PREFILL} prefill@aa
+1000000000 80 started {DECODE} decode@bb
 2000000000 60 connected {PREFILL} aa
 2000000000 60 connected {DECODE} bb
 3000000000 60 received r1 -
@@ -46,9 +46,9 @@ LINES = f"""\
 3500000000 80 decode_queued g-1 cafe
 3600000000 80 pulled cafe -
 3700000000 80 joined g-1 -
-3800000000 60 let_go r1 g-1@{PREFILL}
+3800000000 60 released r1 g-1@{PREFILL}
 5000000000 60 disconnected {DECODE} bb
-9000000000 90 worker {DECODE} decode@cc
+9000000000 90 started {DECODE} decode@cc
 9500000000 60 connected {DECODE} cc
 """.splitlines()
 
