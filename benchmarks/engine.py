@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 
+from crossdock.deploy.home import crossdock_home
 from crossdock.engine.native.linear import Linear, make_linear
 from crossdock.engine.native.runner import ModelRunner
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
@@ -40,7 +41,10 @@ def main() -> None:
     started = time.perf_counter()
     room = max(2048, 16 * (options.context + BLOCK_SIZE)) // BLOCK_SIZE + 16
     runner = ModelRunner(
-        resolve(options.model), num_blocks=room, block_size=BLOCK_SIZE, threads=options.threads
+        resolve(options.model, crossdock_home()),
+        num_blocks=room,
+        block_size=BLOCK_SIZE,
+        threads=options.threads,
     )
     loaded = time.perf_counter()
     runner.warmup()

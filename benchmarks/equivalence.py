@@ -22,6 +22,7 @@ import torch
 
 from crossdock.bench.run import describe_machine
 from crossdock.client import AsyncClient
+from crossdock.deploy.home import crossdock_home
 from crossdock.model.store import ModelFiles, resolve
 from crossdock.model.text import load_text
 
@@ -111,7 +112,7 @@ def compare(model: Any, prompt: list[int], answer: tuple[int, ...]) -> Compared:
 
 def main() -> int:
     options = arguments()
-    files = resolve(options.model)
+    files = resolve(options.model, crossdock_home())
     english = load_text(files).encode(TEXT.read_text())
     given = prompts(options.prompts, options.longest, english)
     started = time.perf_counter()

@@ -15,6 +15,7 @@ import re
 import time
 from pathlib import Path
 
+from crossdock.deploy.home import crossdock_home
 from crossdock.engine.native.runner import ModelRunner
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 from crossdock.model.store import resolve
@@ -33,7 +34,10 @@ def main() -> None:
 
     blocks = -(-options.longest // BLOCK_SIZE)
     runner = ModelRunner(
-        resolve(options.model), num_blocks=blocks, block_size=BLOCK_SIZE, threads=1
+        resolve(options.model, crossdock_home()),
+        num_blocks=blocks,
+        block_size=BLOCK_SIZE,
+        threads=1,
     )
     runner.warmup()
     lengths = list(range(1, options.longest + 1))

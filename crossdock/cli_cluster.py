@@ -189,9 +189,12 @@ def model_fetch(
     model_id: Annotated[str, typer.Argument(help="A known model; see crossdock model list.")],
 ) -> None:
     """Download a known model, check its digest and keep it under CROSSDOCK_HOME."""
+    from crossdock.deploy.home import crossdock_home
     from crossdock.model import store
 
-    print(store.fetch(model_id, progress=lambda line: print(line, file=sys.stderr)))
+    print(
+        store.fetch(model_id, crossdock_home(), progress=lambda line: print(line, file=sys.stderr))
+    )
 
 
 @models.command("list")
@@ -199,13 +202,14 @@ def model_list() -> None:
     """Models that are known by name, and whether they are here."""
     from rich.table import Table
 
+    from crossdock.deploy.home import crossdock_home
     from crossdock.model import store
     from crossdock.proto.errors import ModelError
 
     table = Table("model", "size", "here")
     for name, model in store.KNOWN_MODELS.items():
         try:
-            here = str(store.resolve(name).path)
+            here = str(store.resolve(name, crossdock_home()).path)
         except ModelError:
             here = f"no: crossdock model fetch {name}"
         table.add_row(name, f"{model.size / 1e6:.0f} MB", here)
@@ -219,10 +223,11 @@ def model_show(
     """What a model is: its shape, context and digest."""
     from dataclasses import asdict
 
+    from crossdock.deploy.home import crossdock_home
     from crossdock.model import store
     from crossdock.model.config import load_config
 
-    files = store.resolve(model)
+    files = store.resolve(model, crossdock_home())
     facts = {
         "model": files.model_id,
         "path": files.path,

@@ -1,1 +1,1 @@
-"""The control plane: spec, reconcile, controller, actors, telemetry."""
+"""The control plane: spec, reconcile, controller, Ray's actors, telemetry."""

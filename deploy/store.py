@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from crossdock.model.store import crossdock_home
+from crossdock.deploy.home import crossdock_home
 from crossdock.proto.errors import ConfigError, Unavailable
 
 KEY_BYTES = 32

@@ -16,13 +16,15 @@ from types import FrameType
 
 import grpc
 
-from crossdock.deploy import actors, processes
+from crossdock.deploy import processes
+from crossdock.deploy.home import crossdock_home
+from crossdock.deploy.ray import control_plane, session
 from crossdock.deploy.runtime import ProcessGone, StartFailed
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
 from crossdock.deploy.telemetry import event_listener, log_level
-from crossdock.kvtransfer.local import cleanup_stale
+from crossdock.kvtransfer.shared_memory import cleanup_stale
 from crossdock.model import store as models
 from crossdock.model.text import load_text
 from crossdock.proto.channels import internal
@@ -99,7 +101,7 @@ class Cluster:
         self._verbose = verbose
         self._began = time.monotonic()
         self._cleanup = contextlib.ExitStack()
-        self._controller: actors.ControllerHandle | None = None
+        self._controller: control_plane.ControllerHandle | None = None
         self._model_name = Path(self.spec.model.id).stem.lower()
         self._decisions_seen = 0.0
 
@@ -144,13 +146,13 @@ class Cluster:
                 raise ConfigError(field, message) from None
 
     def _have_model(self) -> None:
-        model_id = self.spec.model.id
+        model_id, home = self.spec.model.id, crossdock_home()
         if self.ray_address:
             return  # each node finds its own
         try:
             if model_id in models.KNOWN_MODELS:
-                models.fetch(model_id, progress=self._say)
-            found = models.resolve(model_id)
+                models.fetch(model_id, home, progress=self._say)
+            found = models.resolve(model_id, home)
             load_text(found)  # shape, tokenizer and chat template: whatever is not supported
             self._model_name = found.model_id
         except ModelError as error:
@@ -159,15 +161,15 @@ class Cluster:
     def _start_ray(self) -> None:
         if self.ray_address:
             self._say(f"joining Ray at {self.ray_address}")
-            actors.start_ray(self.ray_address, self.spec.ray.object_store_mb, "", self._verbose)
-            self._cleanup.callback(actors.stop_ray)
+            session.start_ray(self.ray_address, self.spec.ray.object_store_mb, "", self._verbose)
+            self._cleanup.callback(session.stop_ray)
             return
         self._say("starting Ray")
         processes.keep_orphans()
         folder = _temp_folder()
         self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         self._cleanup.callback(self._stop_local_ray)
-        actors.start_ray("", self.spec.ray.object_store_mb, folder, self._verbose)
+        session.start_ray("", self.spec.ray.object_store_mb, folder, self._verbose)
 
     def _start_controller(self, timeout_s: float, interrupted: Callable[[], bool]) -> None:
         self._say("starting the controller")
@@ -176,7 +178,7 @@ class Cluster:
             "endpoint": self.spec.telemetry.endpoint,
         }
         try:
-            self._controller = actors.start_controller(
+            self._controller = control_plane.start_controller(
                 self.spec.name, self.spec.to_yaml(), telemetry, local=not self.ray_address
             )
         except ConfigError as error:
@@ -277,7 +279,7 @@ class Cluster:
     def _check_ray(self) -> None:
         """Ends everything where a process of our own Ray is gone: what it ran would go on without
         anybody to watch it. Raises Unavailable."""
-        if problem := actors.lost_ray_process():
+        if problem := session.lost_ray_process():
             self._say(f"{problem}: ending the cluster")
             self._controller = None
             processes.end_all(processes.descendants(os.getpid()), grace_s=0.0)
@@ -287,7 +289,7 @@ class Cluster:
         """The cluster stays; this process lets go of it."""
         self._cleanup.pop_all()
         self._controller = None
-        actors.stop_ray()
+        session.stop_ray()
 
     # -- end -----------------------------------------------------------------------------------
 
@@ -313,7 +315,7 @@ class Cluster:
     def _stop_local_ray(self) -> None:
         """Ray ends its processes on a shutdown; those that outlive it are killed."""
         ours = processes.descendants(os.getpid())
-        actors.stop_ray()
+        session.stop_ray()
         processes.end_all(ours, grace_s=5.0)
         cleanup_stale()  # shared memory of workers that were killed
 

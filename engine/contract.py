@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.model.store import NOWHERE
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import Generations, PoolMemory
 from crossdock.proto.settings import setting
@@ -56,6 +58,7 @@ class EngineConfig:
     kv_memory_mb: int = setting(512, "Size of one worker's KV pool, MB.", low=1, high=4_000_000)
     kv_blocks: int = 0  # 0: as many as kv_memory_mb holds
     threads: int = setting(1, "CPU threads of the engine.", low=1, high=1024)
+    home: Path = NOWHERE  # where fetched models and digests are
     gpus: float | None = None  # that are reserved for it; None: take one where there is one
 
     def blocks_of(self, block_bytes: int) -> int:

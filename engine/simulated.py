@@ -221,7 +221,7 @@ def create(config: EngineConfig, allocate: Allocate) -> SimulatedEngine:
     if config.kv_dtype != "auto":
         message = f"{config.kv_dtype!r} is no type of KV of the simulated engine: auto"
         raise ConfigError("kv.dtype", message)
-    files = resolve(config.model)
+    files = resolve(config.model, config.home)
     num_blocks = config.blocks_of(config.block_size * settings.profile.kv_bytes_per_token)
     block_bytes = config.block_size * POSITION_BYTES
     buffer, generations = allocate(num_blocks * block_bytes, num_blocks)

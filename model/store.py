@@ -23,6 +23,7 @@ from crossdock.proto.errors import ModelError
 Progress = Callable[[str], None]
 DOWNLOAD_TIMEOUT_S = 1800.0
 SIMULATED = "simulated"
+NOWHERE = Path(os.devnull)  # a home that holds no model and keeps no digest
 _MB = 1 << 20
 
 
@@ -64,15 +65,10 @@ class ModelFiles:
     digest: str  # of the weights, see digest.py; hexadecimal
 
 
-def crossdock_home() -> Path:
-    """Folder of everything kept between runs: $CROSSDOCK_HOME, else ~/.cache/crossdock."""
-    home = os.environ.get("CROSSDOCK_HOME")
-    return Path(home).expanduser().absolute() if home else Path.home() / ".cache" / "crossdock"
-
-
-def resolve(model_id: str) -> ModelFiles:
-    """Finds a known model that was fetched, a Hugging Face folder, or a .gguf file. SIMULATED is
-    always there: a tokenizer of bytes without weights, for the simulated engine alone.
+def resolve(model_id: str, home: Path = NOWHERE) -> ModelFiles:
+    """Finds a known model that was fetched into `home`, a Hugging Face folder, or a .gguf file.
+    SIMULATED is always there: a tokenizer of bytes without weights, for the simulated engine alone.
+    Digests are remembered in `home`.
 
     All but the values of its weights is checked. Raises ModelError naming the path and what is
     wrong with it, or the tensor that is not supported.
@@ -81,7 +77,7 @@ def resolve(model_id: str) -> ModelFiles:
         return ModelFiles(SIMULATED, Path(SIMULATED), "bytes", "")
     known = KNOWN_MODELS.get(model_id)
     if known is not None:
-        path = _place(model_id, known)
+        path = _place(model_id, known, home)
         if not path.is_file():
             raise ModelError(f"{path} is missing; get it with: crossdock model fetch {model_id}")
         if path.stat().st_size != known.size:
@@ -89,12 +85,12 @@ def resolve(model_id: str) -> ModelFiles:
                 f"{path} has {path.stat().st_size} bytes, not {known.size}: it is truncated or "
                 f"changed; get it again with: crossdock model fetch {model_id}"
             )
-        return _gguf_files(model_id, path)
+        return _gguf_files(model_id, path, home)
     path = Path(model_id).expanduser()
     if path.is_dir():
-        return _folder_files(path.absolute())
+        return _folder_files(path.absolute(), home)
     if path.is_file():
-        return _gguf_files(path.stem, path.absolute())
+        return _gguf_files(path.stem, path.absolute(), home)
     raise ModelError(
         f"model {model_id!r} is neither a known model ({', '.join(KNOWN_MODELS)}), "
         "nor a folder, nor a .gguf file that is here"
@@ -104,7 +100,7 @@ def resolve(model_id: str) -> ModelFiles:
 # -- local models ----------------------------------------------------------------------------
 
 
-def _gguf_files(model_id: str, path: Path) -> ModelFiles:
+def _gguf_files(model_id: str, path: Path, home: Path) -> ModelFiles:
     from crossdock.model.gguf_file import gguf_name, open_gguf
     from crossdock.model.tensors import can_dequantize
 
@@ -118,10 +114,10 @@ def _gguf_files(model_id: str, path: Path) -> ModelFiles:
         name: (tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)))
         for name, tensor in source.tensors.items()
     }
-    return _checked(files, {"model.gguf": path}, found, can_dequantize, gguf_name)
+    return _checked(files, home, {"model.gguf": path}, found, can_dequantize, gguf_name)
 
 
-def _folder_files(folder: Path) -> ModelFiles:
+def _folder_files(folder: Path, home: Path) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: config.json is missing; is this a Hugging Face model folder?")
     weights = _weight_files(folder)
@@ -129,21 +125,21 @@ def _folder_files(folder: Path) -> ModelFiles:
     for path in weights.values():
         found |= _read_header(path)
     files = ModelFiles(folder.name, folder, "hf", "")
-    return _checked(files, {**weights, "config.json": folder / "config.json"}, found)
+    return _checked(files, home, {**weights, "config.json": folder / "config.json"}, found)
 
 
-def _checked(files: ModelFiles, weights: Mapping[str, Path], *found: Any) -> ModelFiles:
+def _checked(files: ModelFiles, home: Path, weights: Mapping[str, Path], *found: Any) -> ModelFiles:
     """found: what check_tensors wants to know of them."""
     from crossdock.model.config import load_config
     from crossdock.model.tensors import check_tensors
 
     check_tensors(files.path, load_config(files), *found)
     with _reading(files.path):
-        return replace(files, digest=weights_digest(weights, _records()))
+        return replace(files, digest=weights_digest(weights, _records(home)))
 
 
-def _records() -> Path:
-    return crossdock_home() / "digests"
+def _records(home: Path) -> Path:
+    return home / "digests"
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
@@ -195,8 +191,8 @@ def _reading(path: Path) -> Iterator[None]:
 # -- known models ----------------------------------------------------------------------------
 
 
-def fetch(model_id: str, progress: Progress | None = None) -> Path:
-    """Downloads and verifies a known model where it is not here and intact. Returns its file.
+def fetch(model_id: str, home: Path, progress: Progress | None = None) -> Path:
+    """Downloads and verifies a known model where `home` has it not intact. Returns its file.
 
     Nothing half-written is ever left under its final name. Raises ModelError.
     """
@@ -204,9 +200,9 @@ def fetch(model_id: str, progress: Progress | None = None) -> Path:
     if known is None:
         raise ModelError(f"model {model_id!r} is not known; known: {', '.join(KNOWN_MODELS)}")
     say = progress or (lambda line: None)
-    path = _place(model_id, known)
+    path = _place(model_id, known, home)
     try:
-        if _is_intact(path, known, say):
+        if _is_intact(path, known, _records(home), say):
             say(f"{model_id} is here: {path}")
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,14 +220,14 @@ def fetch(model_id: str, progress: Progress | None = None) -> Path:
     return path
 
 
-def _place(model_id: str, known: KnownModel) -> Path:
-    return crossdock_home() / "models" / model_id / known.file_name
+def _place(model_id: str, known: KnownModel, home: Path) -> Path:
+    return home / "models" / model_id / known.file_name
 
 
-def _is_intact(path: Path, known: KnownModel, say: Progress) -> bool:
+def _is_intact(path: Path, known: KnownModel, records: Path, say: Progress) -> bool:
     if not path.is_file():
         return False
-    if path.stat().st_size == known.size and file_digest(path, _records()) == known.sha256:
+    if path.stat().st_size == known.size and file_digest(path, records) == known.sha256:
         return True
     say(f"{path} is damaged, getting it again")
     return False

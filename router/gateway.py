@@ -8,9 +8,10 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
-from crossdock.model.store import resolve
+from crossdock.model.store import NOWHERE, resolve
 from crossdock.model.text import load_text
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.hashing import BlockHasher
@@ -38,6 +39,7 @@ class GatewayConfig:
     name: str
     model: str  # a known id, a folder, or a .gguf file
     hash_key: bytes = field(repr=False)  # of the cluster's block hashes
+    home: Path = NOWHERE  # where fetched models and digests are
     grpc: str = "127.0.0.1:50051"
     http: str = "127.0.0.1:8000"
     policy: str = "least_latency"
@@ -94,7 +96,7 @@ class GatewayServer:
         Raises ModelError for a model that cannot be read, ConfigError for a port that is in use.
         """
         config = self.config
-        model_id, text, longest = await asyncio.to_thread(_load, config.model)
+        model_id, text, longest = await asyncio.to_thread(_load, config.model, config.home)
         facts = ModelFacts(model_id, text.vocab_size, text.context_length, longest)
         self._links = self._make_links()
         self._dispatcher = self._links.listener = dispatcher = self._make_dispatcher(
@@ -219,9 +221,9 @@ class GatewayServer:
                 await self._grpc.set_ready(told)
 
 
-def _load(model: str) -> tuple[str, TextModel, int]:
+def _load(model: str, home: Path) -> tuple[str, TextModel, int]:
     """Model id, text side, and the length of its longest token. Takes a while: runs on a thread."""
-    files = resolve(model)
+    files = resolve(model, home)
     text = load_text(files)
     longest = max(len(text.token_text(token_id)) for token_id in range(text.vocab_size))
     return files.model_id, text, max(1, longest)

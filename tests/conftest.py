@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+from crossdock.deploy.home import crossdock_home
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))  # as workers do
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +23,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The default model's GGUF; skips where it was not fetched."""
-    from crossdock.model.store import crossdock_home
-
     folder = crossdock_home() / "models" / "smollm2-135m-instruct"
     found = sorted(folder.glob("*.gguf"))
     if not found:

@@ -69,7 +69,7 @@ def create(config: EngineConfig, allocate: Allocate) -> NativeEngine:
     from crossdock.model.config import load_config
     from crossdock.model.store import resolve
 
-    files = resolve(config.model)
+    files = resolve(config.model, config.home)
     if files.format == "bytes":
         raise ConfigError("model.id", f"{config.model!r} has no weights: see engine.kind simulated")
     assert isinstance(config.engine, Settings)

@@ -273,7 +273,7 @@ def test_an_unknown_log_level_is_named_before_anything_starts(own_spec, monkeypa
 
 def test_ctrl_c_ends_up_while_it_waits_for_the_controller(own_spec, monkeypatch):
     """The controller's actor may wait for a node for as long as it likes."""
-    from crossdock.deploy import actors
+    from crossdock.deploy.ray import control_plane, session
 
     class Never:
         killed = False
@@ -290,9 +290,9 @@ def test_ctrl_c_ends_up_while_it_waits_for_the_controller(own_spec, monkeypatch)
             Never.killed = not restart
 
     asked = threading.Event()
-    monkeypatch.setattr(actors, "start_ray", lambda *_: None)
-    monkeypatch.setattr(actors, "stop_ray", lambda: None)
-    monkeypatch.setattr(actors, "start_controller", lambda *_, **__: Never())
+    monkeypatch.setattr(session, "start_ray", lambda *_: None)
+    monkeypatch.setattr(session, "stop_ray", lambda: None)
+    monkeypatch.setattr(control_plane, "start_controller", lambda *_, **__: Never())
     presser = threading.Thread(
         target=lambda: asked.wait(20) and os.kill(os.getpid(), signal.SIGINT)
     )

@@ -12,6 +12,7 @@ import grpc
 from roles_kit import undisturbed
 
 from crossdock.decode import role as decode_worker
+from crossdock.deploy.home import crossdock_home
 from crossdock.engine import registry
 from crossdock.engine.simulated import TEXT_IDS
 from crossdock.model.store import resolve
@@ -97,4 +98,4 @@ async def start_engines(
         channel = grpc.aio.insecure_channel(gateway.grpc_address)
         await stack.enter_async_context(channel)
         stub = inference_pb2_grpc.InferenceStub(channel)
-        yield EngineRig(gateway, stub, load_text(resolve(model)), workers)
+        yield EngineRig(gateway, stub, load_text(resolve(model, crossdock_home())), workers)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from crossdock.deploy.home import crossdock_home
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.block_tables import attach_prefix, blocks_for, grow, release, seal_full
 from crossdock.engine.native.runner import ModelRunner
@@ -45,7 +46,7 @@ class LLM:
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
-        files = resolve(model)
+        files = resolve(model, crossdock_home())
         self.text: TextModel = load_text(files)
         self.runner = ModelRunner(
             files,

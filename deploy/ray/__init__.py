@@ -1,7 +1,5 @@
-"""Settings that Ray reads when it is imported: import this first.
-
-What the user set stays as it is.
-"""
+"""All that speaks to Ray, and the settings that Ray reads when it is imported, so they are made
+here. What the user set stays as it is."""
 
 from __future__ import annotations
 

@@ -1,0 +1,180 @@
+"""The controller's actor, and its handle for the process that started the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from crossdock.deploy.ray.calls import CRASHES, get, kill_process
+from crossdock.deploy.ray.member import set_up_process
+from crossdock.deploy.ray.runtime import MANY_CALLS, RayRuntime, actor_options, namespace
+from crossdock.deploy.runtime import Placement, StartFailed
+from crossdock.deploy.store import ClusterStore
+from crossdock.proto.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+CONTROLLER = "controller"
+
+
+class ControllerActor:
+    """The control plane's process. Ray restarts it; the spec on disk and the actors outlive it."""
+
+    def __init__(
+        self,
+        cluster: str,
+        yaml: str,
+        life: str,
+        telemetry: Mapping[str, str] | None,
+        local: bool,
+    ) -> None:
+        set_up_process(CONTROLLER, telemetry)
+        os.environ[CRASHES] = str(ClusterStore(cluster).folder)
+        self._cluster, self._yaml, self._life = cluster, yaml, life
+        self._local = local
+        self._failed = ""
+        self._controller: Any = None
+        self._started = asyncio.Event()
+        self._loop_task = asyncio.get_running_loop().create_task(self._run())
+
+    async def started(self) -> str:
+        """The address it answers operators at. Raises StartFailed."""
+        await self._started.wait()
+        if self._failed:
+            raise StartFailed(self._failed)
+        return self._address
+
+    async def status(self) -> bytes:
+        """A serialized ClusterStatus."""
+        from crossdock.deploy.admin_service import cluster_status
+
+        await self.started()
+        status = await cluster_status(self._controller)
+        return status.SerializeToString()
+
+    async def ping(self) -> None:
+        """Answers while its loop turns."""
+
+    async def run(self) -> None:
+        """Pends as long as the process lives, which is until the cluster is down."""
+        await asyncio.Event().wait()
+
+    async def down(self, drain_s: float) -> None:
+        await self._started.wait()
+        if self._controller is not None:
+            await self._controller.down(drain_s)
+        else:
+            ray.actor.exit_actor()
+
+    async def _run(self) -> None:
+        from crossdock.deploy.admin_service import serve_admin
+        from crossdock.deploy.controller import Controller
+
+        try:
+            store = ClusterStore(self._cluster)
+            store.begin(self._yaml, self._life)  # a restarted controller goes on with what is there
+            controller = Controller(RayRuntime(self._cluster, self._local), store)
+            server, self._address = await serve_admin(controller, controller.spec.controller.grpc)
+        except Exception as error:
+            log.exception("the controller cannot start")
+            self._failed = f"{type(error).__name__}: {error}"
+            self._started.set()
+            return
+        self._controller = controller
+        self._started.set()
+        await controller.run()
+        await controller.ended.wait()
+        await server.stop(grace=1.0)
+        ray.kill(ray.get_runtime_context().current_actor)  # exit_actor is for calls of an actor
+
+
+class ControllerHandle:
+    """The controller as the process that started the cluster uses it. Calls block."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._run = actor.run.remote()
+        self._started = actor.started.remote()
+
+    def started(self, timeout_s: float) -> str:
+        """Its address. Raises StartFailed, ProcessGone, or TimeoutError: then it may be asked
+        again."""
+        return str(get(self._started, timeout_s))
+
+    def hangs(self, timeout_s: float) -> bool:
+        """Whether it gives no sign of life; that its process is gone is one."""
+        answered, _ = ray.wait([self._actor.ping.remote()], timeout=timeout_s)
+        return not answered
+
+    def kill(self, restart: bool) -> None:
+        """Ends its process, also one that hangs; Ray starts it again where `restart` says so."""
+        kill_process(self._actor)
+        if not restart:
+            ray.kill(self._actor)
+
+    def status(self, timeout_s: float = 10.0) -> bytes:
+        """A serialized ClusterStatus."""
+        answer = get(self._actor.status.remote(), timeout_s)
+        assert isinstance(answer, bytes)
+        return answer
+
+    def ended(self, wait_s: float) -> bool:
+        """Whether the cluster went down within `wait_s`. Ray may restart it meanwhile."""
+        done, _ = ray.wait([self._run], timeout=wait_s)
+        if not done:
+            return False
+        try:
+            ray.get(self._run)
+        except ray.exceptions.ActorUnavailableError:
+            self._run = self._actor.run.remote()
+            return False
+        except RayActorError:
+            return True
+        return True
+
+    def down(self, drain_s: float, timeout_s: float, hurry: Callable[[], bool]) -> None:
+        """Ends the cluster; without waiting for its requests any more once `hurry` says so."""
+        downs = [self._actor.down.remote(drain_s)]
+        deadline = time.monotonic() + timeout_s
+        while not self.ended(0.2):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not down within {timeout_s:g} s")
+            if hurry() and len(downs) == 1:
+                downs.append(self._actor.down.remote(0.0))
+
+
+def start_controller(
+    cluster: str, yaml: str, telemetry: Mapping[str, str] | None, local: bool
+) -> ControllerHandle:
+    """Starts the control plane for the spec in `yaml`.
+
+    `local`: all runs on this machine and is reached over its loopback.
+    Raises ConfigError when a cluster of this name runs already.
+    """
+    space = namespace(cluster)
+    with contextlib.suppress(ValueError):
+        ray.get_actor(CONTROLLER, namespace=space)
+        message = f"{cluster!r} runs already in this Ray cluster; use `crossdock apply`"
+        raise ConfigError("metadata.name", message)
+    actor = (
+        ray.remote(ControllerActor)
+        .options(
+            name=CONTROLLER,
+            namespace=space,
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=MANY_CALLS,
+            **actor_options(Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})),
+        )
+        .remote(cluster, yaml, secrets.token_hex(8), telemetry, local)
+    )
+    return ControllerHandle(actor)

@@ -1,0 +1,129 @@
+"""The actor around one worker or gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from crossdock.deploy import processes
+from crossdock.deploy import telemetry as traces
+from crossdock.deploy.home import crossdock_home
+from crossdock.deploy.ray.calls import CRASHES
+from crossdock.deploy.runtime import CannotStart, Launch, Started, StartFailed
+from crossdock.proto import events
+from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
+from crossdock.proto.types import Role, WorkerEndpoint
+
+CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
+
+
+class MemberActor:
+    """One worker or gateway process. Lives until it is stopped or killed."""
+
+    def __init__(self, launch: Launch) -> None:
+        set_up_process(launch.name, launch.telemetry)
+        with contextlib.suppress(KeyError, OSError):  # on another host than the controller's
+            processes.record_crashes(os.environ[CRASHES])
+        self._launch = launch
+        self._server: Any = None
+        self._starting = asyncio.Lock()
+        self._started: Started | None = None
+        self._stopped = asyncio.Event()
+
+    async def start(self) -> Started:
+        async with self._starting:
+            if self._started is None:
+                try:
+                    self._started = await self._start()
+                except CrossdockError as error:
+                    settled = isinstance(error, (ConfigError, ModelError))
+                    failed = CannotStart if settled else StartFailed
+                    raise failed(f"{type(error).__name__}: {error}") from None
+            return self._started
+
+    async def launch(self) -> Launch:
+        return self._launch
+
+    async def run(self) -> str:
+        """Pends as long as the process lives: its end is noticed by whoever awaits this."""
+        await self._stopped.wait()
+        return "stopped"
+
+    async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+        if self._launch.gateway is None:
+            await self._server.update_peers(list(endpoints))
+            return
+        await self._server.update_members(list(endpoints))
+        if _can_serve(endpoints):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CONNECT_S):
+                    while not self._server.ready:
+                        await asyncio.sleep(0.02)
+
+    async def drain(self, timeout_s: float) -> bool:
+        return bool(await self._server.drain(timeout_s))
+
+    async def active_requests(self) -> int:
+        return int(self._server.active_requests) if self._started else 0
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop()
+        traces.flush()
+        self._stopped.set()
+
+    async def _start(self) -> Started:
+        context = ray.get_runtime_context()
+        launch, node_id = self._launch, context.get_node_id()
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))
+        # Imported here, in the actor: the controller and the driver need no torch.
+        if launch.worker is not None:
+            config = dataclasses.replace(
+                launch.worker,
+                host=launch.host or _host(),
+                node_id=node_id,
+                home=crossdock_home(),
+            )
+            if launch.role == "prefill":
+                from crossdock.prefill.role import create
+            else:
+                from crossdock.decode.role import create
+            self._server = create(config)
+            endpoint = await self._server.start()
+            return Started(os.getpid(), node_id, endpoint=endpoint)
+        from crossdock.router.dispatch.metrics import Slo
+        from crossdock.router.gateway import GatewayConfig, GatewayServer
+
+        assert launch.gateway is not None
+        own = {"slo": Slo(**launch.gateway["slo"]), "home": crossdock_home()}
+        config = GatewayConfig(**{**launch.gateway, **own})
+        self._server = GatewayServer(config)
+        await self._server.start()
+        grpc, http = self._server.grpc_address, self._server.http_address
+        return Started(os.getpid(), node_id, grpc=grpc, http=http)
+
+
+def _can_serve(endpoints: Sequence[WorkerEndpoint]) -> bool:
+    roles = {endpoint.role for endpoint in endpoints}
+    return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
+
+
+def _host() -> str:
+    """The address at which other nodes reach this one."""
+    return str(ray.util.get_node_ip_address())
+
+
+def set_up_process(name: str, telemetry: Mapping[str, str] | None) -> None:
+    """Logging and traces of a process of the cluster; `name` is the member's, or controller."""
+    logging.basicConfig(
+        level=traces.log_level(), format=f"%(asctime)s {name} %(levelname)s %(message)s"
+    )
+    events.listen(traces.event_listener())
+    traces.configure(telemetry, f"crossdock.{name.rpartition('-')[0] or name}", name)

@@ -1,0 +1,163 @@
+"""Processes as the controller starts and finds them: actors that outlive it, placed by Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from crossdock.deploy.ray.calls import CRASHES, KILL_S, call, kill_process
+from crossdock.deploy.ray.member import MemberActor
+from crossdock.deploy.runtime import (
+    CannotStart,
+    Launch,
+    Placement,
+    Process,
+    ProcessGone,
+    Started,
+    StartFailed,
+)
+from crossdock.deploy.telemetry import EVENT_LISTENER
+from crossdock.proto.types import WorkerEndpoint
+
+HEAD_RESOURCE = "node:__internal_head__"
+MANY_CALLS = 1000
+MB = 1 << 20
+PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG", EVENT_LISTENER, CRASHES)
+
+
+class RayProcess:
+    """A MemberActor as the controller handles it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def start(self) -> Started:
+        return await call(self._actor.start.remote())
+
+    async def gone(self) -> str:
+        try:
+            return str(await call(self._actor.run.remote()))
+        except ProcessGone as error:
+            return str(error)
+
+    async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+        await call(self._actor.update.remote(list(endpoints)))
+
+    async def drain(self, timeout_s: float) -> bool:
+        return await call(self._actor.drain.remote(timeout_s))
+
+    async def active_requests(self) -> int:
+        return await call(self._actor.active_requests.remote())
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        try:
+            async with asyncio.timeout(grace_s):
+                await call(self._actor.stop.remote())
+        except (TimeoutError, ProcessGone, StartFailed):
+            await asyncio.to_thread(kill_process, self._actor)
+        with contextlib.suppress(RayActorError, ValueError):
+            ray.kill(self._actor)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KILL_S):
+                await self.gone()
+
+
+class RayRuntime:
+    """Runtime over the Ray cluster that this process is part of."""
+
+    def __init__(self, cluster: str, local: bool) -> None:
+        self._namespace = namespace(cluster)
+        self._host = "127.0.0.1" if local else ""
+
+    async def launch(self, launch: Launch) -> Process:
+        launch = dataclasses.replace(launch, host=self._host)
+        # A name of its own for each launch: Ray frees a name only some time after its actor.
+        name = f"member/{launch.name}/{secrets.token_hex(4)}"
+        member = ray.remote(MemberActor)
+        try:
+            actor = member.options(
+                name=name,
+                namespace=self._namespace,
+                lifetime="detached",  # it outlives this controller; the next one adopts it
+                max_restarts=0,
+                max_concurrency=MANY_CALLS,
+                **actor_options(launch.placement),
+            ).remote(launch)
+        except (ValueError, TypeError) as error:
+            raise CannotStart(f"Ray refuses it: {error}") from None
+        return RayProcess(actor)
+
+    async def adopt(self) -> Sequence[tuple[Launch, Process]]:
+        found: list[tuple[Launch, Process]] = []
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == self._namespace and entry["name"].startswith("member/"):
+                with contextlib.suppress(ValueError, ProcessGone):
+                    actor = ray.get_actor(entry["name"], namespace=self._namespace)
+                    try:
+                        async with asyncio.timeout(10.0):
+                            launch: Launch = await call(actor.launch.remote())
+                    except TimeoutError:  # not placed yet, or hung: nobody would watch it
+                        await RayProcess(actor).stop(grace_s=0.0)
+                    else:
+                        found.append((launch, RayProcess(actor)))
+        return found
+
+    def why_waiting(self, launch: Launch) -> str:
+        nodes = ray.nodes()
+        return placement_problem(launch.placement, nodes)
+
+
+def placement_problem(placement: Placement, nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Why no node can ever take a process, empty when one can. `nodes` as ray.nodes() has them."""
+    alive = [node for node in nodes if node["Alive"]]
+    if placement.labels:
+        wanted = placement.labels.items()
+        alive = [node for node in alive if wanted <= node.get("Labels", {}).items()]
+        if not alive:
+            labels = ", ".join(f"{key}={value}" for key, value in wanted)
+            return f"no node of the Ray cluster has the labels {labels}"
+    for resource, amount in _resources(placement).items():
+        most = max((node["Resources"].get(resource, 0.0) for node in alive), default=0.0)
+        if most < amount:
+            unit = "MB " if resource == "memory" else ""
+            amount, most = (amount / MB, most // MB) if unit else (amount, most)
+            return f"no fitting node has {amount:.9g} {unit}of {resource}; the most is {most:.9g}"
+    return ""
+
+
+def namespace(cluster: str) -> str:
+    """Ray's name for everything of this cluster."""
+    return f"crossdock-{cluster}"
+
+
+def _resources(placement: Placement) -> dict[str, float]:
+    wanted = {"CPU": placement.cpus, "GPU": placement.gpus, **placement.custom}
+    wanted["memory"] = placement.memory_mb * MB
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def actor_options(placement: Placement) -> dict[str, Any]:
+    """A placement as actor options."""
+    custom = dict(placement.custom)
+    if placement.on_head:
+        custom[HEAD_RESOURCE] = 0.001
+    env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    options: dict[str, Any] = {
+        "num_cpus": placement.cpus,
+        "num_gpus": placement.gpus,
+        "resources": custom,
+        "runtime_env": {"env_vars": {**env, **placement.env}},
+    }
+    if placement.memory_mb:
+        options["memory"] = placement.memory_mb * MB
+    if placement.labels:
+        options["label_selector"] = dict(placement.labels)
+    return options
