@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crossdock.kvtransfer.nixl_info import descriptors, parse_info
 from crossdock.kvtransfer.pull import Puller
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
@@ -115,9 +116,8 @@ class BareNixl:
             self._agent = ours.api.nixl_agent("bare", ours.api.nixl_agent_config())
         self._local_ptr = buffer.ctypes.data
         self._agent.register_memory([(self._local_ptr, buffer.nbytes, 0, "")], "DRAM")
-        self._agent.add_remote_agent(peer.info[ours._INFO.size :])
+        self._agent.add_remote_agent(parse_info(peer.info, peer.incarnation).metadata)
         ids, ones = np.arange(num_blocks), np.ones(num_blocks, dtype=np.int64)
-        descriptors = ours._descriptors
         self._describe = lambda base, first, length: self._agent.get_xfer_descs(
             descriptors(base, first, length, BLOCK_BYTES, 0), "DRAM"
         )

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from crossdock.kvtransfer.nixl_info import parse_info
 from crossdock.kvtransfer.pull import Puller
 from crossdock.kvtransfer.registry import create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
@@ -175,7 +176,7 @@ class BareNixl:
             self._agent: Any = ours.api.nixl_agent("bare", ours.api.nixl_agent_config())
         region = [(self._pool.data_ptr(), self._pool.nbytes, 0, "")]
         self._registered = self._agent.register_memory(region, self._kind)
-        self._agent.add_remote_agent(peer.info[ours._INFO.size :])
+        self._agent.add_remote_agent(parse_info(peer.info, peer.incarnation).metadata)
 
     def read(
         self,

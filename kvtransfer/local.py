@@ -1,32 +1,27 @@
 """KV transfer on one host: pools lie in shared memory, a reader copies from its peer's.
 
-A pool is one file under /dev/shm. Its owner holds a lock on it for life, so a file that can be
-locked by another belongs to nobody and is removed. Releases travel over a Unix socket in the
+The pools are shared_memory.py's. Releases travel over a Unix socket in the
 abstract namespace; when the kernel closes it, the peer is gone.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import fcntl
 import json
 import mmap
 import os
-import re
-import secrets
 import selectors
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.threaded import ThreadedTransport
+from crossdock.kvtransfer.shared_memory import NAME, cleanup_stale, map_pool, segment_at
+from crossdock.kvtransfer.threaded import ThreadedTransport, check_pools
 from crossdock.kvtransfer.transport import (
     Generations,
     Handle,
@@ -37,103 +32,9 @@ from crossdock.kvtransfer.transport import (
 )
 from crossdock.proto.errors import TransferFailed
 
-_SHM = Path("/dev/shm")
-_NAME = re.compile(r"crossdock-\d+-[0-9a-f]{32}")
 _SLICE_BYTES = 4 << 20  # copied between two looks at commands and sockets
 _CONNECT_TIMEOUT_S = 2.0
 _MESSAGE_BYTES = 64
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """A pool of this process. The file holds the generations, then, on a page of its own, KV."""
-
-    name: str
-    fd: int
-    kv_offset: int
-
-    def remove(self) -> None:
-        with contextlib.suppress(OSError):
-            (_SHM / self.name).unlink()
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
-
-
-_segments: dict[int, _Segment] = {}  # by the address of their first block
-
-
-def allocate_segment(
-    nbytes: int, num_blocks: int
-) -> tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]:
-    """See registry.allocate. Raises TransferFailed when /dev/shm has no room."""
-    cleanup_stale()
-    kv_offset = -(-num_blocks * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
-    segment = _create_file(kv_offset + max(nbytes, 1), kv_offset)
-    pages = mmap.mmap(segment.fd, kv_offset + max(nbytes, 1))
-    generations = np.frombuffer(pages, dtype=np.int64, count=num_blocks)
-    buffer = np.frombuffer(pages, dtype=np.uint8, count=nbytes, offset=kv_offset)
-    address = buffer.ctypes.data
-    _segments[address] = segment
-
-    def close() -> None:
-        if _segments.pop(address, None) is not None:
-            segment.remove()
-            # A view that somebody still has keeps the pages mapped until it goes.
-            with contextlib.suppress(BufferError):
-                pages.close()
-
-    return buffer, generations, close
-
-
-def cleanup_stale() -> list[str]:
-    """Removes the pools of processes that are gone, and names them."""
-    removed = []
-    for path in _SHM.glob("crossdock-*"):
-        if not _NAME.fullmatch(path.name):
-            continue
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-                removed.append(path.name)
-            finally:
-                os.close(fd)
-    return removed
-
-
-def _create_file(nbytes: int, kv_offset: int) -> _Segment:
-    """A file that is locked before it is linked anywhere, so that no janitor finds it unlocked."""
-    fd = os.open(_SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    name = f"crossdock-{os.getpid()}-{secrets.token_hex(16)}"
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        os.posix_fallocate(fd, 0, nbytes)  # a full /dev/shm is an error here, not a SIGBUS later
-        _link(fd, _SHM / name)
-    except OSError as error:
-        os.close(fd)
-        raise TransferFailed(
-            f"no shared memory for a KV pool of {nbytes} bytes under {_SHM}: {error.strerror}"
-        ) from error
-    return _Segment(name, fd, kv_offset)
-
-
-def _link(fd: int, path: Path) -> None:
-    """Gives an O_TMPFILE file its name. Without the folder, os.link would not follow."""
-    folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.link(str(fd), path, src_dir_fd=folder, follow_symlinks=True)
-    finally:
-        os.close(folder)
-
-
-def _remove_own() -> None:
-    for segment in list(_segments.values()):
-        if segment.name.startswith(f"crossdock-{os.getpid()}-"):
-            segment.remove()
-
-
-atexit.register(_remove_own)
 
 
 @dataclass
@@ -161,7 +62,7 @@ class LocalTransport(ThreadedTransport):
 
     def __init__(self, incarnation: bytes, memory: PoolMemory) -> None:
         super().__init__(f"local-{incarnation.hex()[:8]}")
-        segment = _segments.get(memory.kv_ptr)
+        segment = segment_at(memory.kv_ptr)
         if segment is None:
             raise TransferFailed("the local transport needs a KV pool in shared memory")
         self._incarnation = incarnation
@@ -186,33 +87,9 @@ class LocalTransport(ThreadedTransport):
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
         """Maps the peer's segment. Raises TransferFailed: gone, or its blocks differ in size."""
-        if block_bytes != self._memory.block_bytes:
-            raise TransferFailed(
-                f"peer {incarnation.hex()} has blocks of {block_bytes} bytes, "
-                f"here they have {self._memory.block_bytes}"
-            )
-        self._call(lambda: self._add(incarnation, info, num_blocks, block_bytes))
-
-    def remove_peer(self, incarnation: bytes) -> None:
-        """Closes the connection on the transport's thread; copies under way fail."""
-        if not self._closing:
-            self._enqueue(lambda: self._drop(incarnation, "peer was removed"))
-
-    def read_blocks(
-        self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
-    ) -> Handle:
-        """Copied on the transport's thread, some megabytes at a time, in turn with other reads."""
-        handle = Handle()
-        return self._submit(
-            handle, lambda: self._begin_copy(handle, incarnation, remote_ids, local_ids)
-        )
-
-    def read_generations(
-        self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
-    ) -> Handle:
-        """Reads the peer's counters, then sends `notify` to its socket."""
-        handle = Handle()
-        return self._submit(handle, lambda: self._fence(handle, incarnation, remote_ids, notify))
+        name, kv_offset, told = _parse_info(info)
+        check_pools(incarnation, told, (num_blocks, block_bytes), self._memory.block_bytes)
+        self._call(lambda: self._add(incarnation, name, kv_offset, told))
 
     # On the transport's thread.
 
@@ -223,14 +100,13 @@ class LocalTransport(ThreadedTransport):
         self._listener = listener
         self._selector.register(listener, selectors.EVENT_READ)
 
-    def _add(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+    def _add(self, incarnation: bytes, name: str, kv_offset: int, blocks: tuple[int, int]) -> None:
         known = self._peers.get(incarnation)
         if known is not None and not known.lost:
             return
-        name, kv_offset = _parse_info(info, num_blocks, block_bytes)
         connection = _connect(incarnation)
         try:
-            generations, blocks = _map_pool(name, kv_offset, num_blocks, block_bytes)
+            generations, blocks = map_pool(name, kv_offset, *blocks)
         except (OSError, ValueError) as error:
             connection.close()
             raise TransferFailed(
@@ -238,6 +114,9 @@ class LocalTransport(ThreadedTransport):
             ) from error
         self._peers[incarnation] = _Peer(incarnation, connection, generations, blocks)
         self._selector.register(connection, selectors.EVENT_READ, data=incarnation)
+
+    def _remove(self, incarnation: bytes) -> None:
+        self._drop(incarnation, "peer was removed")
 
     def _drop(self, incarnation: bytes, reason: str) -> None:
         peer = self._peers.pop(incarnation, None)
@@ -270,7 +149,7 @@ class LocalTransport(ThreadedTransport):
             cleanup_stale()
             raise TransferFailed("peer is gone")
 
-    def _begin_copy(
+    def _begin_blocks(
         self,
         handle: Handle,
         incarnation: bytes,
@@ -286,7 +165,7 @@ class LocalTransport(ThreadedTransport):
         runs = merge_runs(remote_ids, local_ids)
         self._copies.append(_Copy(handle, peer, runs, nblocks=len(remote_ids)))
 
-    def _fence(
+    def _begin_fence(
         self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> None:
         peer = self._peer(incarnation)
@@ -341,10 +220,7 @@ class LocalTransport(ThreadedTransport):
         except TransferFailed as error:
             self._fail(copy.handle, str(error))
             return
-        self.stats.reads += 1
-        self.stats.blocks += copy.nblocks
-        self.stats.descriptors += len(copy.runs)
-        self.stats.bytes += copy.nblocks * self._memory.block_bytes
+        self._count_blocks(copy.nblocks, len(copy.runs), self._memory.block_bytes)
         self._finish(copy.handle)
 
     def _readable(self, key: selectors.SelectorKey) -> None:
@@ -424,33 +300,14 @@ def _uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def _map_pool(
-    name: str, kv_offset: int, num_blocks: int, block_bytes: int
-) -> tuple[Generations, npt.NDArray[np.uint8]]:
-    """The peer's generations and blocks, readable only."""
-    fd = os.open(_SHM / name, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        pages = mmap.mmap(fd, kv_offset + num_blocks * block_bytes, prot=mmap.PROT_READ)
-    finally:
-        os.close(fd)
-    generations = np.frombuffer(pages, dtype=np.int64, count=num_blocks)
-    blocks = np.frombuffer(pages, np.uint8, num_blocks * block_bytes, kv_offset)
-    return generations, blocks.reshape(num_blocks, block_bytes)
-
-
-def _parse_info(info: bytes, num_blocks: int, block_bytes: int) -> tuple[str, int]:
-    """Segment name and offset of block 0. Raises TransferFailed for anything that is not that."""
+def _parse_info(info: bytes) -> tuple[str, int, tuple[int, int]]:
+    """Segment name, offset of block 0, blocks and bytes of each. Raises TransferFailed."""
     try:
         described = json.loads(info)
         name, kv_offset = str(described["segment"]), int(described["kv_offset"])
-        counts = (int(described["num_blocks"]), int(described["block_bytes"]))
+        blocks = (int(described["num_blocks"]), int(described["block_bytes"]))
     except (ValueError, KeyError, TypeError) as error:
         raise TransferFailed("the peer's transport info is not the local transport's") from error
-    if not _NAME.fullmatch(name) or kv_offset % mmap.PAGESIZE or kv_offset < num_blocks * 8:
+    if not NAME.fullmatch(name) or kv_offset % mmap.PAGESIZE or kv_offset < blocks[0] * 8:
         raise TransferFailed("the peer's transport info names no pool")
-    if counts != (num_blocks, block_bytes):
-        raise TransferFailed(
-            f"the peer describes {num_blocks} blocks of {block_bytes} bytes, "
-            f"its transport {counts[0]} of {counts[1]}"
-        )
-    return name, kv_offset
+    return name, kv_offset, blocks

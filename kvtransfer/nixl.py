@@ -14,7 +14,6 @@ The one file that calls nixl. What was measured of it rather than read:
 from __future__ import annotations
 
 import logging
-import struct
 import threading
 import time
 from collections import deque
@@ -25,13 +24,17 @@ from typing import Any
 
 import nixl._api as api
 import numpy as np
-import numpy.typing as npt
 
 from crossdock.kvtransfer.memory import Scratch, spans_of
-from crossdock.kvtransfer.threaded import ThreadedTransport, polling_pause, reason_of
+from crossdock.kvtransfer.nixl_info import PoolInfo, descriptors, pack_info, parse_info
+from crossdock.kvtransfer.threaded import (
+    ThreadedTransport,
+    check_pools,
+    polling_pause,
+    reason_of,
+)
 from crossdock.kvtransfer.transport import (
     Handle,
-    MemoryType,
     PoolMemory,
     check_ids,
     merge_runs,
@@ -40,11 +43,6 @@ from crossdock.kvtransfer.ucx import environment
 from crossdock.proto.errors import TransferFailed
 
 log = logging.getLogger(__name__)
-
-# Version, incarnation, address of KV and of generations, blocks, block bytes, type, device.
-_INFO = struct.Struct("!B16sQQQQBI")
-_INFO_VERSION = 1
-_MEMORY_TYPES: tuple[MemoryType, ...] = ("DRAM", "VRAM")
 
 _PROGRESS_DELAY_US = 10_000  # how long NIXL's thread sleeps at most between two events
 _EXPECTING_POLL_S = 0.002
@@ -57,23 +55,10 @@ _abandoned: list[object] = []  # agents closed with transfers under way: never f
 _making_agent = threading.Lock()  # holds while settings of the whole process are changed
 
 
-@dataclass(frozen=True)
-class _PeerMemory:
-    """The peer's pool, from its info."""
-
-    kv_ptr: int
-    generations_ptr: int
-    num_blocks: int
-    block_bytes: int
-    memory_type: MemoryType
-    device_id: int
-    metadata: bytes
-
-
 @dataclass
 class _Peer:
     incarnation: bytes
-    memory: _PeerMemory
+    memory: PoolInfo
     connected: bool = False
     broken: str | None = None  # why it is lost, until a probe over a new connection came back
     removed: bool = False
@@ -125,41 +110,10 @@ class NixlTransport(ThreadedTransport):
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
         """Loads the peer's metadata. Raises TransferFailed where info and pool do not agree."""
-        memory = _parse_info(info, incarnation)
-        if (memory.num_blocks, memory.block_bytes) != (num_blocks, block_bytes):
-            raise TransferFailed(
-                f"peer {incarnation.hex()} describes {num_blocks} blocks of {block_bytes} bytes, "
-                f"its transport {memory.num_blocks} of {memory.block_bytes}"
-            )
-        if block_bytes != self._memory.block_bytes:
-            raise TransferFailed(
-                f"peer {incarnation.hex()} has blocks of {block_bytes} bytes, "
-                f"here they have {self._memory.block_bytes}"
-            )
+        memory = parse_info(info, incarnation)
+        told = (memory.num_blocks, memory.block_bytes)
+        check_pools(incarnation, told, (num_blocks, block_bytes), self._memory.block_bytes)
         self._call(lambda: self._add(incarnation, memory))
-
-    def remove_peer(self, incarnation: bytes) -> None:
-        """Its agent is dropped on the NIXL thread, once the reads under way have ended."""
-        if not self._closing:
-            self._enqueue(lambda: self._remove(incarnation))
-
-    def read_blocks(
-        self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
-    ) -> Handle:
-        """One descriptor for each run of blocks, posted by the NIXL thread."""
-        handle = Handle()
-        return self._submit(
-            handle, lambda: self._post_blocks(handle, incarnation, remote_ids, local_ids)
-        )
-
-    def read_generations(
-        self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
-    ) -> Handle:
-        """A READ of int64 entries; the notification goes with its completion."""
-        handle = Handle()
-        return self._submit(
-            handle, lambda: self._post_generations(handle, incarnation, remote_ids, notify)
-        )
 
     # On the transport's thread.
 
@@ -180,21 +134,18 @@ class NixlTransport(ThreadedTransport):
             self._agent.register_memory(pool, memory.memory_type),
             self._agent.register_memory(counters, "DRAM"),
         ]
-        self._info = (
-            _INFO.pack(
-                _INFO_VERSION,
-                self._incarnation,
-                memory.kv_ptr,
-                memory.generations.ctypes.data,
-                memory.num_blocks,
-                memory.block_bytes,
-                _MEMORY_TYPES.index(memory.memory_type),
-                memory.device_id,
-            )
-            + self._agent.get_agent_metadata()
+        own = PoolInfo(
+            kv_ptr=memory.kv_ptr,
+            generations_ptr=memory.generations.ctypes.data,
+            num_blocks=memory.num_blocks,
+            block_bytes=memory.block_bytes,
+            memory_type=memory.memory_type,
+            device_id=memory.device_id,
+            metadata=self._agent.get_agent_metadata(),
         )
+        self._info = pack_info(own, self._incarnation)
 
-    def _add(self, incarnation: bytes, memory: _PeerMemory) -> None:
+    def _add(self, incarnation: bytes, memory: PoolInfo) -> None:
         peer = self._peers.get(incarnation)
         if peer is None or peer.memory != memory:
             if peer is not None and peer.in_flight:
@@ -275,7 +226,7 @@ class NixlTransport(ThreadedTransport):
             raise TransferFailed(f"peer {peer.name} is lost: {peer.broken}")
         return peer
 
-    def _post_blocks(
+    def _begin_blocks(
         self,
         handle: Handle,
         incarnation: bytes,
@@ -290,18 +241,15 @@ class NixlTransport(ThreadedTransport):
             return
         runs = merge_runs(remote_ids, local_ids)
         size = self._memory.block_bytes
-        local = _descriptors(
+        local = descriptors(
             self._memory.kv_ptr, runs.local, runs.length, size, self._memory.device_id
         )
-        remote = _descriptors(
+        remote = descriptors(
             peer.memory.kv_ptr, runs.remote, runs.length, size, peer.memory.device_id
         )
 
         def done() -> None:
-            self.stats.reads += 1
-            self.stats.blocks += len(remote_ids)
-            self.stats.descriptors += len(runs)
-            self.stats.bytes += len(remote_ids) * size
+            self._count_blocks(len(remote_ids), len(runs), size)
 
         self._post(
             _Transfer(handle, peer, None, done),
@@ -310,7 +258,7 @@ class NixlTransport(ThreadedTransport):
             b"",
         )
 
-    def _post_generations(
+    def _begin_fence(
         self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> None:
         peer = self._ready_peer(incarnation)
@@ -338,8 +286,8 @@ class NixlTransport(ThreadedTransport):
         if scratch is None:
             return False
         entries, offset = self._scratch.entries, scratch.start + spans.offset
-        local = _descriptors(entries.ctypes.data, offset, spans.length, 8, 0)
-        remote = _descriptors(peer.memory.generations_ptr, spans.first, spans.length, 8, 0)
+        local = descriptors(entries.ctypes.data, offset, spans.length, 8, 0)
+        remote = descriptors(peer.memory.generations_ptr, spans.first, spans.length, 8, 0)
 
         def done() -> None:
             handle.generations = entries[scratch.start + spans.places]
@@ -447,46 +395,6 @@ class NixlTransport(ThreadedTransport):
         for registration in self._registered:
             self._agent.deregister_memory(registration)
         self._agent = None
-
-
-def _descriptors(
-    base: int,
-    first: npt.NDArray[np.int64],
-    length: npt.NDArray[np.int64],
-    size: int,
-    device_id: int,
-) -> npt.NDArray[np.uint64]:
-    """uint64 [runs, 3]: address, bytes, device.
-
-    Lists prepared ahead, one descriptor a block, read as fast (benchmarks/kv_pull.py measures
-    both) and would have to be made for every peer.
-    """
-    rows = np.empty((len(first), 3), dtype=np.uint64)
-    rows[:, 0] = base + first * size
-    rows[:, 1] = length * size
-    rows[:, 2] = device_id
-    return rows
-
-
-def _parse_info(info: bytes, incarnation: bytes) -> _PeerMemory:
-    if len(info) <= _INFO.size or info[0] != _INFO_VERSION:
-        raise TransferFailed("the peer's transport info is not NIXL's, or of another version")
-    _, told, kv_ptr, generations_ptr, num_blocks, block_bytes, kind, device_id = _INFO.unpack_from(
-        info
-    )
-    if told != incarnation:
-        raise TransferFailed(f"peer {incarnation.hex()} sent the transport info of {told.hex()}")
-    if kind >= len(_MEMORY_TYPES):
-        raise TransferFailed(f"the peer's transport info names memory type {kind}")
-    return _PeerMemory(
-        kv_ptr=kv_ptr,
-        generations_ptr=generations_ptr,
-        num_blocks=num_blocks,
-        block_bytes=block_bytes,
-        memory_type=_MEMORY_TYPES[kind],
-        device_id=device_id,
-        metadata=info[_INFO.size :],
-    )
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def allocate(name: str, nbytes: int, num_blocks: int) -> PoolBuffers:
     call it when neither is used any more).
     """
     if name == "local":
-        from crossdock.kvtransfer.local import allocate_segment
+        from crossdock.kvtransfer.shared_memory import allocate_segment
 
         return allocate_segment(nbytes, num_blocks)
     if name in TRANSPORTS:

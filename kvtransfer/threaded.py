@@ -28,8 +28,8 @@ _CLOSE_GRACE_S = 2.0  # for transfers under way, whose memory is given back afte
 class ThreadedTransport:
     """Runs commands of other threads, then `_progress`, then sleeps as long as that allows.
 
-    A subclass implements the reads and the five hooks at the end, which run on the transport's
-    thread only.
+    A subclass implements `info`, `add_peer` and the hooks at the end, which run on the
+    transport's thread only.
     """
 
     def __init__(self, name: str) -> None:
@@ -50,11 +50,28 @@ class ThreadedTransport:
 
     # Called by any thread.
 
+    def remove_peer(self, incarnation: bytes) -> None:
+        """See Transport.remove_peer: done on the transport's thread."""
+        if not self._closing:
+            self._enqueue(lambda: self._remove(incarnation))
+
+    def read_blocks(
+        self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
+    ) -> Handle:
+        """See Transport.read_blocks: begun on the transport's thread."""
+        handle = Handle()
+        return self._submit(
+            handle, lambda: self._begin_blocks(handle, incarnation, remote_ids, local_ids)
+        )
+
     def read_generations(
         self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> Handle:
-        """As Transport.read_generations; each transport has its own."""
-        raise NotImplementedError
+        """See Transport.read_generations: begun on the transport's thread."""
+        handle = Handle()
+        return self._submit(
+            handle, lambda: self._begin_fence(handle, incarnation, remote_ids, notify)
+        )
 
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
         """Reads entry 0 and waits; seconds taken. Raises TransferFailed, also after `timeout_s`."""
@@ -226,9 +243,32 @@ class ThreadedTransport:
         self.stats.notifications += 1
         self._news = True
 
+    def _count_blocks(self, blocks: int, runs: int, block_bytes: int) -> None:
+        self.stats.reads += 1
+        self.stats.blocks += blocks
+        self.stats.descriptors += runs
+        self.stats.bytes += blocks * block_bytes
+
     # What a subclass does.
 
     def _open(self) -> None:
+        raise NotImplementedError
+
+    def _remove(self, incarnation: bytes) -> None:
+        raise NotImplementedError
+
+    def _begin_blocks(
+        self,
+        handle: Handle,
+        incarnation: bytes,
+        remote_ids: Sequence[int],
+        local_ids: Sequence[int],
+    ) -> None:
+        raise NotImplementedError
+
+    def _begin_fence(
+        self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
+    ) -> None:
         raise NotImplementedError
 
     def _progress(self) -> float | None:
@@ -243,6 +283,23 @@ class ThreadedTransport:
 
     def _shut(self) -> None:
         raise NotImplementedError
+
+
+def check_pools(
+    incarnation: bytes, told: tuple[int, int], described: tuple[int, int], own_block_bytes: int
+) -> None:
+    """Raises TransferFailed where a peer's transport and its description differ in (blocks, bytes
+    of each), or its blocks from this worker's in bytes."""
+    if told != described:
+        raise TransferFailed(
+            f"peer {incarnation.hex()} describes {described[0]} blocks of {described[1]} bytes, "
+            f"its transport {told[0]} of {told[1]}"
+        )
+    if described[1] != own_block_bytes:
+        raise TransferFailed(
+            f"peer {incarnation.hex()} has blocks of {described[1]} bytes, "
+            f"here they have {own_block_bytes}"
+        )
 
 
 def wait_for(handle: Handle, timeout_s: float, what: str) -> float:

@@ -27,7 +27,13 @@ from crossdock.kvtransfer.nccl import messages
 from crossdock.kvtransfer.nccl.channel import Channel, Frame, Kind
 from crossdock.kvtransfer.nccl.communicator import Communicators
 from crossdock.kvtransfer.nccl.link import OWNER, READER, Link, Rank, Request
-from crossdock.kvtransfer.threaded import ThreadedTransport, polling_pause, reason_of, wait_for
+from crossdock.kvtransfer.threaded import (
+    ThreadedTransport,
+    check_pools,
+    polling_pause,
+    reason_of,
+    wait_for,
+)
 from crossdock.kvtransfer.transport import (
     Generations,
     Handle,
@@ -98,16 +104,7 @@ class NcclTransport(ThreadedTransport):
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
         """Connects and waits for an answer. Raises TransferFailed: none came, or blocks differ."""
         address, blocks = messages.parse_info(info, incarnation)
-        if blocks != (num_blocks, block_bytes):
-            raise TransferFailed(
-                f"peer {incarnation.hex()} describes {num_blocks} blocks of {block_bytes} bytes, "
-                f"its transport {blocks[0]} of {blocks[1]}"
-            )
-        if block_bytes != self._memory.block_bytes:
-            raise TransferFailed(
-                f"peer {incarnation.hex()} has blocks of {block_bytes} bytes, "
-                f"here they have {self._memory.block_bytes}"
-            )
+        check_pools(incarnation, blocks, (num_blocks, block_bytes), self._memory.block_bytes)
         self._call(lambda: self._add(_Peer(incarnation, address, num_blocks)))
         try:
             nothing = self.read_generations(incarnation, [], b"")
@@ -116,41 +113,12 @@ class NcclTransport(ThreadedTransport):
             self.remove_peer(incarnation)
             raise
 
-    def remove_peer(self, incarnation: bytes) -> None:
-        """New reads fail at once; the connection ends once nothing is under way with it."""
-        if not self._closing:
-            self._enqueue(lambda: self._remove(incarnation))
-
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
         """Makes the pair's communicator, too."""
         handle, start = Handle(), time.perf_counter()
         self._submit(handle, lambda: self._ask_blocks(handle, self._peer(incarnation), [], []))
         wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
         return time.perf_counter() - start + super().warm(incarnation, timeout_s)
-
-    def read_blocks(
-        self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
-    ) -> Handle:
-        """Asks the owner, and posts the receives once it says that it sends."""
-        handle = Handle()
-
-        def ask() -> None:
-            peer = self._peer(incarnation)
-            if len(remote_ids) == 0:
-                self._finish(handle)
-            else:
-                self._ask_blocks(handle, peer, remote_ids, local_ids)
-
-        return self._submit(handle, ask)
-
-    def read_generations(
-        self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
-    ) -> Handle:
-        """Asks over TCP; the owner's thread answers with the counters as they stand then."""
-        handle = Handle()
-        return self._submit(
-            handle, lambda: self._ask_generations(handle, incarnation, remote_ids, notify)
-        )
 
     # On the transport's thread: peers.
 
@@ -246,6 +214,20 @@ class NcclTransport(ThreadedTransport):
 
     # On the transport's thread: what this worker asks.
 
+    def _begin_blocks(
+        self,
+        handle: Handle,
+        incarnation: bytes,
+        remote_ids: Sequence[int],
+        local_ids: Sequence[int],
+    ) -> None:
+        """Asks the owner, and posts the receives once it says that it sends."""
+        peer = self._peer(incarnation)
+        if len(remote_ids) == 0:
+            self._finish(handle)
+        else:
+            self._ask_blocks(handle, peer, remote_ids, local_ids)
+
     def _ask_blocks(
         self, handle: Handle, peer: _Peer, remote_ids: Sequence[int], local_ids: Sequence[int]
     ) -> None:
@@ -257,18 +239,16 @@ class NcclTransport(ThreadedTransport):
 
         def done(_: Generations | None) -> None:
             if len(runs):
-                self.stats.reads += 1
-                self.stats.blocks += len(remote_ids)
-                self.stats.descriptors += len(runs)
-                self.stats.bytes += len(remote_ids) * self._memory.block_bytes
+                self._count_blocks(len(remote_ids), len(runs), self._memory.block_bytes)
             self._finish(handle)
 
         request = Request(handle, done, self._spans(local))
         self._link(peer).ask(request, Kind.READ, messages.pack_read(runs), time.monotonic())
 
-    def _ask_generations(
+    def _begin_fence(
         self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> None:
+        """Asks over TCP; the owner's thread answers with the counters as they stand then."""
         peer = self._peer(incarnation)
         check_ids(remote_ids, peer.num_blocks, "remote")
         body = messages.pack_fence(notify, remote_ids)

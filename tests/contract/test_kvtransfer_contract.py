@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from crossdock.kvtransfer.fake import FakeNetwork
-from crossdock.kvtransfer.local import cleanup_stale
 from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.kvtransfer.pull import PullDone, Puller, PullLimits
 from crossdock.kvtransfer.registry import allocate, create_transport
+from crossdock.kvtransfer.shared_memory import cleanup_stale
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
 from crossdock.kvtransfer.transport import Handle, HandleState, PoolMemory, Transport
 from crossdock.proto.errors import TransferFailed

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from test_kvtransfer_contract import BLOCK_BYTES, NUM_BLOCKS, Pool, ProcessPeer, later
 
-from crossdock.kvtransfer.local import LocalTransport, allocate_segment, cleanup_stale
+from crossdock.kvtransfer.local import LocalTransport
 from crossdock.kvtransfer.registry import allocate
+from crossdock.kvtransfer.shared_memory import allocate_segment, cleanup_stale
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import HandleState, PoolMemory
 from crossdock.proto.errors import TransferFailed
 
 OWNER = """
 import os, sys
-from crossdock.kvtransfer.local import allocate_segment
+from crossdock.kvtransfer.shared_memory import allocate_segment
 pool = allocate_segment(1 << 16, 16)
 print([name for name in os.listdir("/dev/shm") if f"crossdock-{os.getpid()}-" in name][0])
 sys.stdout.flush()

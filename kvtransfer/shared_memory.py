@@ -1,0 +1,139 @@
+"""KV pools in shared memory: each one file under /dev/shm, that other processes can map.
+
+Its owner holds a lock on it for life, so a file that can be locked by another belongs to nobody
+and is removed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import mmap
+import os
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.kvtransfer.transport import Generations
+from crossdock.proto.errors import TransferFailed
+
+_SHM = Path("/dev/shm")
+NAME = re.compile(r"crossdock-\d+-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A pool of this process. The file holds the generations, then, on a page of its own, KV."""
+
+    name: str
+    fd: int
+    kv_offset: int
+
+    def remove(self) -> None:
+        """For its owner; those who have it mapped keep it."""
+        with contextlib.suppress(OSError):
+            (_SHM / self.name).unlink()
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+
+
+_segments: dict[int, Segment] = {}  # by the address of their first block
+
+
+def allocate_segment(
+    nbytes: int, num_blocks: int
+) -> tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]:
+    """See registry.allocate. Raises TransferFailed when /dev/shm has no room."""
+    cleanup_stale()
+    kv_offset = -(-num_blocks * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+    segment = _create_file(kv_offset + max(nbytes, 1), kv_offset)
+    pages = mmap.mmap(segment.fd, kv_offset + max(nbytes, 1))
+    generations = np.frombuffer(pages, dtype=np.int64, count=num_blocks)
+    buffer = np.frombuffer(pages, dtype=np.uint8, count=nbytes, offset=kv_offset)
+    address = buffer.ctypes.data
+    _segments[address] = segment
+
+    def close() -> None:
+        if _segments.pop(address, None) is not None:
+            segment.remove()
+            # A view that somebody still has keeps the pages mapped until it goes.
+            with contextlib.suppress(BufferError):
+                pages.close()
+
+    return buffer, generations, close
+
+
+def segment_at(kv_ptr: int) -> Segment | None:
+    """This process's pool whose block 0 is at that address."""
+    return _segments.get(kv_ptr)
+
+
+def cleanup_stale() -> list[str]:
+    """Removes the pools of processes that are gone, and names them."""
+    removed = []
+    for path in _SHM.glob("crossdock-*"):
+        if not NAME.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path.name)
+            finally:
+                os.close(fd)
+    return removed
+
+
+def _create_file(nbytes: int, kv_offset: int) -> Segment:
+    """A file that is locked before it is linked anywhere, so that no janitor finds it unlocked."""
+    fd = os.open(_SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    name = f"crossdock-{os.getpid()}-{secrets.token_hex(16)}"
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.posix_fallocate(fd, 0, nbytes)  # a full /dev/shm is an error here, not a SIGBUS later
+        _link(fd, _SHM / name)
+    except OSError as error:
+        os.close(fd)
+        raise TransferFailed(
+            f"no shared memory for a KV pool of {nbytes} bytes under {_SHM}: {error.strerror}"
+        ) from error
+    return Segment(name, fd, kv_offset)
+
+
+def _link(fd: int, path: Path) -> None:
+    """Gives an O_TMPFILE file its name. Without the folder, os.link would not follow."""
+    folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(str(fd), path, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
+
+
+def _remove_own() -> None:
+    for segment in list(_segments.values()):
+        if segment.name.startswith(f"crossdock-{os.getpid()}-"):
+            segment.remove()
+
+
+atexit.register(_remove_own)
+
+
+def map_pool(
+    name: str, kv_offset: int, num_blocks: int, block_bytes: int
+) -> tuple[Generations, npt.NDArray[np.uint8]]:
+    """The peer's generations and blocks, readable only."""
+    fd = os.open(_SHM / name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pages = mmap.mmap(fd, kv_offset + num_blocks * block_bytes, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)
+    generations = np.frombuffer(pages, dtype=np.int64, count=num_blocks)
+    blocks = np.frombuffer(pages, np.uint8, num_blocks * block_bytes, kv_offset)
+    return generations, blocks.reshape(num_blocks, block_bytes)
