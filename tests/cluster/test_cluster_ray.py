@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -12,14 +11,25 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import grpc
 import pytest
+from ray_kit import (
+    PROMPT,
+    UP,
+    Load,
+    answers_after,
+    ask,
+    is_controller,
+    temp_folders,
+    until,
+    worker_of,
+    write_spec,
+)
 
-from crossdock.client import AsyncClient, Client
+from crossdock.client import Client
 from crossdock.deploy import admin, processes
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.up import Cluster, serving, up
@@ -27,117 +37,6 @@ from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-YAML = """
-metadata: {{name: {name}}}
-model: {{id: "{model}"}}
-gateway:
-  grpc: "127.0.0.1:0"
-  http: "127.0.0.1:0"
-  drain_s: 2
-controller: {{grpc: "127.0.0.1:{admin}"}}
-pools:
-  prefill:
-    role: prefill
-    replicas: {prefill}
-    kv_memory_mb: 8
-    nodes: {{labels: {{{on_p}}}}}
-  decode:
-    role: decode
-    replicas: {decode}
-    kv_memory_mb: 8
-    nodes: {{labels: {{{on_d}}}}}
-"""
-PROMPT = list(range(5, 105))
-
-ADMIN_PORTS: dict[str, int] = {}
-
-
-def write_spec(path: Path, model: Path, prefill=1, decode=1, on_p="", on_d="", name="") -> Path:
-    name = f"test{name}-{os.getpid()}"
-    # One for each cluster: a restarted controller is found where it was.
-    admin_port = ADMIN_PORTS.setdefault(name, free_port())
-    path.write_text(
-        YAML.format(
-            name=name,
-            model=model,
-            admin=admin_port,
-            prefill=prefill,
-            decode=decode,
-            on_p=on_p,
-            on_d=on_d,
-        )
-    )
-    return path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def ask(cluster: Cluster, salt: int = 0, tokens: int = 8, timeout: float = 30.0):
-    prompt = [7 + salt % 50, *PROMPT]
-    with Client(cluster.grpc) as client:
-        return client.generate(
-            prompt, max_tokens=tokens, temperature=0, ignore_eos=True, timeout=timeout
-        )
-
-
-def until(condition, timeout_s: float, what: str):
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.05)
-    return found
-
-
-def worker_of(cluster: Cluster, pool: str):
-    return next(w for w in admin.status(cluster.admin).workers if w.pool == pool)
-
-
-class Load:
-    """Clients that ask one request after another, from a thread of their own."""
-
-    def __init__(self, target: str, clients: int = 4, tokens: int = 24) -> None:
-        self.done = 0
-        self.errors: list[Exception] = []
-        self._target, self._clients, self._tokens = target, clients, tokens
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(60)
-        assert not self._thread.is_alive(), "a request hangs"
-
-    def more(self, count: int) -> None:
-        """Waits until `count` more requests ended, well or not."""
-        target = self.done + len(self.errors) + count
-        until(lambda: self.done + len(self.errors) >= target, 60, f"{count} more requests")
-
-    async def _run(self) -> None:
-        async with AsyncClient(self._target) as client:
-            await asyncio.gather(*(self._ask(client, i) for i in range(self._clients)))
-
-    async def _ask(self, client: AsyncClient, number: int) -> None:
-        turn = 0
-        while not self._stop.is_set():
-            turn += 1
-            prompt = [5 + number, 5 + turn % 100, *PROMPT]
-            try:
-                result = await client.generate(
-                    prompt, max_tokens=self._tokens, temperature=0, ignore_eos=True, timeout=60
-                )
-                assert len(result.token_ids) == self._tokens
-                self.done += 1
-            except Exception as error:
-                self.errors.append(error)
-                await asyncio.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -282,18 +181,6 @@ def held(worker) -> int:
     return status.used_blocks + len(status.leases)
 
 
-def is_controller(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return b"ControllerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
-
-
-def answers_after(cluster: Cluster, old_pid: int) -> bool:
-    with contextlib.suppress(Unavailable):
-        return not Path(f"/proc/{old_pid}").exists() and cluster.status().converged
-    return False
-
-
 def test_one_name_is_served_once(cluster, spec_path):
     with pytest.raises(ConfigError, match=r"cluster\.yaml:2: metadata\.name: .*another"):
         up(spec_path)
@@ -358,8 +245,6 @@ def test_what_rays_core_refuses_is_refused_in_the_file(cluster, spec_path):
 
 # -- in a process of its own ------------------------------------------------------------------
 
-UP = "import sys; from crossdock.deploy.up import up; sys.exit(up(sys.argv[1]))"
-
 
 @contextlib.contextmanager
 def started(path: Path):
@@ -404,19 +289,6 @@ def test_up_says_ready_once_and_leaves_nothing_behind(own_spec, number):
     }
     assert not left
     assert "READY" not in rest and "curl http://127.0.0.1:" in rest
-
-
-def temp_folders(pid: int) -> set[str]:
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"=", b"\0").split(b"\0")
-        paths = [Path(os.fsdecode(word)).parts for word in words if b"/crossdock-" in word]
-        return {
-            str(Path(*parts[: i + 1]))
-            for parts in paths
-            for i, part in enumerate(parts)
-            if part.startswith("crossdock-")
-        }
-    return set()
 
 
 def test_up_names_the_worker_that_cannot_start_and_why(own_spec, tiny_model, tmp_path):

@@ -5,99 +5,30 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
+from cluster_kit import KEY, Cluster, start, stop
 from offline import LLM
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from crossdock.client import AsyncClient
-from crossdock.decode import role as decode_worker
 from crossdock.kvtransfer.nccl import transport as nccl
 from crossdock.kvtransfer.nccl.fake import FakeCommunicators
-from crossdock.prefill import role as prefill_worker
 from crossdock.proto.errors import DeadlineExceeded
 from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.types import LIFE_CYCLE, Role, SamplingParams
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.router.dispatch import tracing as router_tracing
-from crossdock.router.gateway import GatewayConfig, GatewayServer
+from crossdock.router.gateway import GatewayServer
 from crossdock.worker import loop
 from crossdock.worker import tracing as worker_tracing
-from crossdock.worker.config import WorkerConfig
 from crossdock.worker.peer_calls import met
-from crossdock.worker.server import WorkerServer
 
 SEED = 7
-KEY = b"a key of this test cluster"
-
-
-@dataclass
-class Cluster:
-    gateway: GatewayServer
-    workers: list[WorkerServer]
-    client: AsyncClient
-
-    async def settled(self) -> list[worker_pb2.WorkerStatus]:
-        """Once nothing is held anywhere; fails if that takes long or a block is unaccounted."""
-        statuses = []
-        for worker in self.workers:
-            async with asyncio.timeout(10):
-                while True:
-                    status = await worker.status(check_integrity=True)
-                    assert status.integrity_error == ""
-                    if not (status.used_blocks or status.leases or status.load.running):
-                        break
-                    await asyncio.sleep(0.02)
-            statuses.append(status)
-        return statuses
-
-
-async def start(
-    model: Path, roles: list[Role], transport: str = "local", **settings: object
-) -> Cluster:
-    workers = []
-    for index, role in enumerate(roles):
-        create = prefill_worker.create if role is Role.PREFILL else decode_worker.create
-        config = WorkerConfig(
-            name=f"{role}-{index}",
-            pool=str(role),
-            role=role,
-            model=str(model),
-            cluster_key=KEY,
-            transport=transport,
-            **({"kv_memory_mb": 16} | settings),  # type: ignore[arg-type]
-        )
-        workers.append(create(config))
-    endpoints = [await worker.start() for worker in workers]
-    for worker in workers:
-        await worker.update_peers(endpoints)
-    gateway = GatewayServer(
-        GatewayConfig(
-            name="g",
-            model=str(model),
-            hash_key=hash_key(KEY),
-            grpc="127.0.0.1:0",
-            http="127.0.0.1:0",
-        )
-    )
-    await gateway.start()
-    await gateway.update_members(endpoints)
-    async with asyncio.timeout(10):
-        while len(gateway.view.workers) < len(workers):
-            await asyncio.sleep(0.01)
-    return Cluster(gateway, workers, AsyncClient(gateway.grpc_address))
-
-
-async def stop(cluster: Cluster) -> None:
-    await cluster.client.close()
-    await cluster.gateway.stop()
-    for worker in cluster.workers:
-        await worker.stop()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cluster_ray import (
+from ray_kit import (
     PROMPT,
     UP,
     answers_after,

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_kit import Cluster, start, stop
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from test_end_to_end import Cluster, start, stop
 
 from crossdock.kvtransfer.transport import Handle, HandleState
 from crossdock.proto.types import Role

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_kvtransfer_contract import (
+from transport_kit import (
     BLOCK_BYTES,
     NUM_BLOCKS,
     WAIT_S,

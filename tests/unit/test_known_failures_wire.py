@@ -13,11 +13,11 @@ from typing import Any
 
 import grpc
 import pytest
+from doctor_kit import OK, D, P, facts, lines
 from gateway_rig import start_rig
 from rich.console import Console
 from source_rules import pickles, sources, unbounded_waits
-from test_doctor import OK, D, P, facts, lines
-from test_kvtransfer_contract import BLOCK_BYTES, NUM_BLOCKS, Pool
+from transport_kit import BLOCK_BYTES, NUM_BLOCKS, Pool
 
 from crossdock.doctor import PairFacts, Report, show
 from crossdock.kvtransfer import nixl

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from offline import LLM
+from ops_kit import CPU, config, plan
 from safetensors.torch import load_file, save_file
-from test_engine_ops import CPU, config, plan
 from tiny import make_tiny_model
 
 from crossdock.engine.native.attention import ops

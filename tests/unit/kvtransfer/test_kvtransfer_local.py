@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_kvtransfer_contract import BLOCK_BYTES, NUM_BLOCKS, Pool, ProcessPeer, later
+from transport_kit import BLOCK_BYTES, NUM_BLOCKS, Pool, ProcessPeer, later
 
 from crossdock.kvtransfer.local import LocalTransport
 from crossdock.kvtransfer.registry import allocate

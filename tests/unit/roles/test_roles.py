@@ -6,7 +6,8 @@ import time
 import weakref
 
 import pytest
-from roles_kit import CONTEXT, Site, Worker, job, undisturbed
+from handoff_kit import PROMPT, all_free, hand_off, pair, prefill, tokens_of
+from roles_kit import CONTEXT, Site, job, undisturbed
 
 from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.proto.errors import CrossdockError, NotFinite
@@ -14,50 +15,10 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2, worker_pb2
 from crossdock.worker import loop
 
-PROMPT = [(7 * i) % 900 + 3 for i in range(50)]
-
 
 @pytest.fixture
 def site() -> Site:
     return Site()
-
-
-def prefill(worker: Worker, prompt: list[int], **options: object) -> worker_pb2.SequenceOutput:
-    """Token 0 and its ticket."""
-    made = job(prompt, **options)  # type: ignore[arg-type]
-    worker.role.submit(made)
-    while made.id in worker.role.jobs:
-        worker.turn()
-    *announced, output = worker.take()
-    for earlier in announced:
-        if earlier.progress.HasField("ticket"):
-            output.progress.ticket.CopyFrom(earlier.progress.ticket)
-    return output
-
-
-def hand_off(
-    decode: Worker, prompt: list[int], first: worker_pb2.SequenceOutput, **options: object
-) -> str:
-    made = job(prompt, emitted=list(first.token_ids), progress=first.progress, **options)  # type: ignore[arg-type]
-    decode.role.submit(made)
-    return made.id
-
-
-def tokens_of(outputs: list[worker_pb2.SequenceOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
-def pair(site: Site, **settings: object) -> tuple[Worker, Worker]:
-    workers = site.worker(Role.PREFILL, **settings), site.worker(Role.DECODE, **settings)  # type: ignore[arg-type]
-    site.introduce(*workers)
-    return workers
-
-
-def all_free(*workers: Worker) -> None:
-    for worker in workers:
-        worker.turn()
-        worker.check()
-        assert worker.role.idle and worker.role.state.pool.num_used == 0
 
 
 def test_handed_off_tokens_are_the_undisturbed_ones(site: Site) -> None:

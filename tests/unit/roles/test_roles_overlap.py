@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from handoff_kit import PROMPT, all_free, hand_off, pair, prefill, tokens_of
 from roles_kit import Site, Worker, job, undisturbed
-from test_roles import PROMPT, all_free, hand_off, pair, prefill, tokens_of
 
 from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.proto.types import Role

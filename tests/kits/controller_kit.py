@@ -1,0 +1,167 @@
+"""A controller over a cluster of fake processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from dataclasses import replace
+
+from crossdock.deploy.controller import Controller, ControllerSettings
+from crossdock.deploy.members import WatchSettings
+from crossdock.deploy.runtime import (
+    CannotStart,
+    Launch,
+    ProcessGone,
+    Started,
+    StartFailed,
+)
+from crossdock.deploy.spec import ClusterSpec
+from crossdock.proto.types import Role, WorkerEndpoint
+
+YAML = """
+metadata: {name: test}
+model: {id: any}
+gateway: {grpc: "127.0.0.1:50051", http: "127.0.0.1:8000"}
+pools:
+  prefill: {role: prefill}
+  decode: {role: decode}
+"""
+SETTINGS = ControllerSettings(
+    turn_s=0.02, watch=WatchSettings(probe_every_s=0.02, unresponsive_s=1e9, stop_grace_s=0.1)
+)
+
+
+class FakeProcess:
+    def __init__(self, cluster: FakeCluster, launch: Launch, number: int) -> None:
+        self.cluster, self.launch, self.number = cluster, launch, number
+        self.members: list[WorkerEndpoint] = []
+        self.busy = asyncio.Event()  # set: has work that a drain waits for
+        self.draining = False
+        self.told: list[set[str]] = []
+        self.serves = False
+        self.slow_updates = 0  # so many of the next ones take their time
+        self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def alive(self) -> bool:
+        return not self._gone.done()
+
+    @property
+    def doors(self) -> set[str]:
+        gateway = self.launch.gateway or {}
+        doors = {gateway[door] for door in ("grpc", "http") if door in gateway}
+        return {door for door in doors if not door.endswith(":0")}
+
+    def kill(self, why: str = "killed") -> None:
+        self._gone.set_result(why)
+
+    async def start(self) -> Started:
+        if why := self.cluster.broken.get(self.launch.pool):
+            raise StartFailed(why)
+        if why := self.cluster.hopeless.get(self.launch.pool):
+            raise CannotStart(why)
+        policy = (self.launch.gateway or {}).get("policy", "")
+        if "trial" not in self.launch.name and policy in self.cluster.broken_gateways:
+            raise StartFailed(self.cluster.broken_gateways[policy])
+        await self.cluster.may_start.wait()
+        await asyncio.sleep(0.01 * self.number)  # each in its own time
+        launch, where = self.launch, f"127.0.0.1:{self.number}"
+        others = [p for p in self.cluster.alive(launch.pool) if p is not self]
+        if taken := self.doors & {door for other in others for door in other.doors}:
+            raise CannotStart(f"ConfigError: {sorted(taken)} in use")
+        self.serves = True
+        common = (self.number, "node")
+        if launch.gateway is not None:
+            return Started(*common, grpc=launch.gateway["grpc"], http=launch.gateway["http"])
+        role, incarnation = Role(launch.role), f"{self.number:032x}"
+        endpoint = WorkerEndpoint(
+            launch.name, launch.pool, role, where, incarnation, launch.revision
+        )
+        return Started(*common, endpoint=endpoint)
+
+    async def gone(self) -> str:
+        return await asyncio.shield(self._gone)
+
+    async def update(self, endpoints) -> None:
+        if not self.alive:
+            raise ProcessGone("killed")
+        if self.slow_updates:
+            self.slow_updates -= 1
+            await self.cluster.may_update.wait()
+        self.members = list(endpoints)
+        self.told.append({m.name for m in endpoints})
+
+    async def drain(self, timeout_s: float) -> bool:
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.busy.is_set():
+                    await asyncio.sleep(0.005)
+        return not self.busy.is_set()
+
+    async def active_requests(self) -> int:
+        return 0
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        if self.alive:
+            self._gone.set_result("stopped")
+
+
+class FakeCluster:
+    """A Runtime whose processes outlive controllers, as detached actors do."""
+
+    def __init__(self) -> None:
+        self.processes: list[FakeProcess] = []
+        self.broken: dict[str, str] = {}  # pool -> why its processes cannot start
+        self.hopeless: dict[str, str] = {}  # the same, for good
+        self.refused: dict[str, str] = {}  # the same, by Ray
+        self.broken_gateways: dict[str, str] = {}  # policy -> why, except in a trial
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        self.may_update = asyncio.Event()
+        self._numbers = itertools.count(1)
+
+    async def launch(self, launch: Launch) -> FakeProcess:
+        if why := self.refused.get(launch.pool):
+            raise CannotStart(f"Ray refuses it: {why}")
+        process = FakeProcess(self, launch, next(self._numbers))
+        self.processes.append(process)
+        return process
+
+    async def adopt(self):
+        return [(p.launch, p) for p in self.processes if p.alive]
+
+    def why_waiting(self, launch: Launch) -> str:
+        return ""
+
+    def alive(self, pool: str) -> list[FakeProcess]:
+        return [p for p in self.processes if p.alive and p.launch.pool == pool]
+
+
+@contextlib.asynccontextmanager
+async def running(cluster, store):
+    controller = Controller(cluster, store, SETTINGS)
+    loop = asyncio.create_task(controller.run())
+    try:
+        yield controller
+    finally:
+        loop.cancel()
+        for watched in controller.members:
+            watched.release()
+        with contextlib.suppress(asyncio.CancelledError):
+            await loop
+
+
+async def until(condition, timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def with_gateway(spec: ClusterSpec, **fields) -> ClusterSpec:
+    return replace(spec, gateway=replace(spec.gateway, **fields))
+
+
+def with_decode(spec: ClusterSpec, **fields) -> ClusterSpec:
+    return replace(spec, pools={**spec.pools, "decode": replace(spec.pools["decode"], **fields)})

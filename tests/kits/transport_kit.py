@@ -1,0 +1,224 @@
+"""A pool on any transport, and peers for it in memory or in a process of their own.
+
+Run as a program this file is the peer: it serves a pool and obeys lines on its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from crossdock.kvtransfer.fake import FakeNetwork
+from crossdock.kvtransfer.nccl.fake import FakeCommunicators
+from crossdock.kvtransfer.registry import allocate, create_transport
+from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
+from crossdock.kvtransfer.transport import PoolMemory, Transport
+from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
+
+NUM_BLOCKS = 64
+BLOCK_BYTES = 12_288
+WAIT_S = 20.0
+KEY = b"contract"
+
+
+def content(seed: int, block_id: int) -> np.ndarray:
+    """What a peer's block holds."""
+    return ((np.arange(BLOCK_BYTES) * 31 + block_id * 7 + seed) % 251).astype(np.uint8)
+
+
+def computed(ticket: Ticket) -> PromptProgress:
+    return PromptProgress(ticket=ticket, ready_blocks=len(ticket.block_ids))
+
+
+class Pool:
+    """A pool and its transport: what one worker has."""
+
+    def __init__(self, name: str, network: FakeNetwork | None = None, **options: object) -> None:
+        self.incarnation = new_incarnation()
+        buffer, generations, self._free = allocate(name, NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
+        self.memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
+        self.blocks = buffer.reshape(NUM_BLOCKS, BLOCK_BYTES)
+        if name == "nccl":
+            options = {"communicators": FakeCommunicators(), "cluster_key": KEY, **options}
+        self.transport: Transport = create_transport(
+            name, self.incarnation, self.memory, network=network, **options
+        )
+
+    def fill(self, seed: int) -> None:
+        for block_id in range(NUM_BLOCKS):
+            self.blocks[block_id] = content(seed, block_id)
+        self.memory.generations[:] = 100 + np.arange(NUM_BLOCKS)
+
+    def change_owner(self, block_id: int) -> None:
+        self.memory.generations[block_id] += 1
+        self.blocks[block_id] = 255
+
+    def close(self) -> None:
+        self.transport.close()
+        del self.blocks, self.memory
+        self._free()
+
+
+class Peer:
+    """What the tests ask of a peer, whatever process it lives in."""
+
+    incarnation: bytes
+    info: bytes
+    seed: int
+
+    def ticket(self, block_ids: Sequence[int], lease_s: float = 60.0) -> Ticket:
+        return make_ticket(
+            key=KEY,
+            prefill_worker="p",
+            prefill_address="",
+            incarnation=self.incarnation,
+            block_ids=block_ids,
+            generations=[100 + block_id for block_id in block_ids],
+            num_tokens=len(block_ids) * 16,
+            prompt_hash=b"",
+            layout_hash=b"",
+            lease_s=lease_s,
+        )
+
+    def change_owner(self, block_id: int) -> None:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Every block as in the beginning."""
+        raise NotImplementedError
+
+    def releases(self, *tickets: Ticket) -> bool:
+        """Waits until all of them were released; False after WAIT_S."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        raise NotImplementedError
+
+
+class FakePeer(Peer):
+    def __init__(self, network: FakeNetwork, seed: int) -> None:
+        self._network, self.seed = network, seed
+        self._seen: set[bytes] = set()
+        self._pool = Pool("fake", network)
+        self._pool.fill(seed)
+        self.incarnation, self.info = self._pool.incarnation, self._pool.transport.info()
+
+    def change_owner(self, block_id: int) -> None:
+        self._pool.change_owner(block_id)
+
+    def reset(self) -> None:
+        self._pool.fill(self.seed)
+
+    def releases(self, *tickets: Ticket) -> bool:
+        self._seen.update(self._pool.transport.notifications())
+        return self._seen >= {ticket.ticket_id for ticket in tickets}
+
+    def kill(self) -> None:
+        self._network.kill(self.incarnation)
+
+
+class ProcessPeer(Peer):
+    def __init__(self, name: str, seed: int, ucx: dict[str, str] | None = None) -> None:
+        self.seed = seed
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, name, str(seed), json.dumps(ucx or {})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        described = self._answer()
+        self.incarnation = bytes.fromhex(described["incarnation"])
+        self.info = bytes.fromhex(described["info"])
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def change_owner(self, block_id: int) -> None:
+        assert self._ask("change", str(block_id))
+
+    def reset(self) -> None:
+        assert self._ask("reset", "all")
+
+    def releases(self, *tickets: Ticket) -> bool:
+        return self._ask("releases", ",".join(ticket.ticket_id.hex() for ticket in tickets))
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait(WAIT_S)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def stop(self) -> int:
+        """Ends it in order; its exit code."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait(WAIT_S)
+
+    def _ask(self, command: str, argument: str) -> bool:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{command} {argument}\n")
+        self._process.stdin.flush()
+        return bool(self._answer())
+
+    def _answer(self):  # type: ignore[no-untyped-def]
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("> "):  # libraries print too
+                return json.loads(line[2:])
+        raise AssertionError("the peer process ended")
+
+
+def later() -> float:
+    return time.monotonic() + WAIT_S
+
+
+def serve(name: str, seed: int, ucx: dict[str, str]) -> None:
+    """The peer process: obeys `change BLOCK`, `reset all` and `releases ID,ID`, a line each."""
+    options = {"ucx": ucx} if name == "nixl" else {}
+    pool = Pool(name, **options)
+    pool.fill(seed)
+    news = threading.Event()
+    pool.transport.set_wakeup(news.set)
+    pool.transport.expect_notifications(True)
+    described = {"incarnation": pool.incarnation.hex(), "info": pool.transport.info().hex()}
+    print("> " + json.dumps(described), flush=True)
+    seen: set[str] = set()
+
+    def released(wanted: set[str]) -> bool:
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            seen.update(ticket_id.hex() for ticket_id in pool.transport.notifications())
+            if seen >= wanted:
+                return True
+            news.wait(0.05)
+            news.clear()
+        return False
+
+    for line in sys.stdin:
+        command, argument = line.split()
+        answer = True
+        if command == "change":
+            pool.change_owner(int(argument))
+        elif command == "reset":
+            pool.fill(seed)
+        else:
+            answer = released(set(argument.split(",")))
+        print("> " + json.dumps(answer), flush=True)
+    pool.close()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))
