@@ -19,7 +19,8 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/unit tests/contract tests/simulation -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/contract tests/simulation -m 'not slow' -n 2 \
+		--hypothesis-profile=fast $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python tools/words.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -268,7 +269,7 @@ def as_one_revision(pools: list[Target]) -> list[Target]:
     return [replace(t, revision=f"{t.revision}-{t.role}") for t in pools]
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(POOLS, min_size=1, max_size=4), st.data())
 def test_it_converges_and_never_takes_too_much_away(specs, data):
     world = World([])

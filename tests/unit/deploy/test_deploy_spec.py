@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock.deploy.runtime import gateway_launch, worker_launch
@@ -139,7 +140,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ClusterSpec.load(tmp_path / "latin.yaml")
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.text(max_size=200))
 def test_no_text_makes_it_fail_otherwise(text):
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from block_kit import BLOCK, names, stored
-from hypothesis import settings
+from examples import examples
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -205,6 +205,6 @@ class Blocks(RuleBasedStateMachine):
 
 
 TestSequences = Sequences.TestCase
-TestSequences.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestSequences.settings = examples(300, stateful_step_count=40)
 TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestBlocks.settings = examples(300, stateful_step_count=40)

@@ -7,7 +7,8 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
@@ -90,7 +91,7 @@ def first_stop(text: str, stops: list[str]) -> tuple[int, int, str] | None:
 groupings = st.lists(st.integers(0, 4), max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.binary(max_size=60).map(list) | token_lists, groupings)
 def test_deltas_join_to_the_whole_text(ids, cuts):
     whole = b"".join(Letters().of(id_, True) for id_ in ids).decode("utf-8", "replace")
@@ -98,7 +99,7 @@ def test_deltas_join_to_the_whole_text(ids, cuts):
     assert (text, stopped, count) == (whole, None, len(ids))
 
 
-@settings(max_examples=800, deadline=None)
+@examples(800)
 @given(token_lists, stop_lists, groupings)
 def test_text_is_cut_at_the_first_stop_string_however_it_is_grouped(ids, stops, cuts):
     ends = [b"".join(Letters().of(id_, True) for id_ in ids[:n]) for n in range(len(ids) + 1)]
@@ -114,7 +115,7 @@ def test_text_is_cut_at_the_first_stop_string_however_it_is_grouped(ids, stops, 
         assert count == next(n for n, raw in enumerate(ends) if len(raw) >= needed)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.integers(0, 383), max_size=60), groupings)
 def test_a_real_tokenizers_deltas_join_to_its_decoding(tiny, ids, cuts):
     text, _, _ = run(IncrementalDetokenizer(tiny, [5]), grouped(ids, cuts))

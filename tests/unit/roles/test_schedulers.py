@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock.decode.scheduler import DecodeScheduler
@@ -386,7 +387,7 @@ def test_decode_holds_to_max_batch() -> None:
     assert scheduler.waiting == 3
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     prompts=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=8),
     blocks=st.integers(8, 24),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock.router.placement.prefix_index import PrefixIndex
@@ -45,7 +46,7 @@ def test_depths_equal_brute_force(workers: list[tuple[int, ...]], length: int) -
 
 
 @given(caches, st.data())
-@settings(max_examples=50)
+@examples(50)
 def test_evictions_snapshots_and_drops_are_followed(
     workers: list[tuple[int, ...]], data: st.DataObject
 ) -> None:
