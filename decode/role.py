@@ -256,10 +256,6 @@ class DecodeRole(WorkerRole):
         scheduler = self._scheduler
         return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
 
-    def leases(self) -> list[worker_pb2.Lease]:
-        """None: this role offers no tickets."""
-        return []
-
     def held(self) -> Iterable[list[int]]:
         """Blocks of sequences and of pulls given up whose transfer is not terminal."""
         return [*self._scheduler.held, *self._quarantine.values()]

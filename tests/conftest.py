@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
 
+
 from crossdock.deploy.home import crossdock_home
 
 os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))  # as workers do

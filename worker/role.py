@@ -1,4 +1,4 @@
-"""What the engine loop asks of a role, and what prefill and decode have in common."""
+"""What the engine loop and the service ask of a role, and what all roles have in common."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class WorkerRole(ABC):
         self.prefill_time = StepFit(by_size=True)  # of prompt tokens
         self.decode_time = StepFit()  # of sequences
 
-    # What prefill and decode do differently.
+    # What each role does its own way.
 
     @abstractmethod
     def _admit(self, job: Job) -> None:
@@ -100,10 +100,6 @@ class WorkerRole(ABC):
         """What gateways choose workers by, as of this turn."""
 
     @abstractmethod
-    def leases(self) -> list[worker_pb2.Lease]:
-        """The tickets offered here and not read yet, oldest first."""
-
-    @abstractmethod
     def held(self) -> Iterable[Sequence[int]]:
         """Every list of block references that is owned now, for check_integrity."""
 
@@ -117,22 +113,31 @@ class WorkerRole(ABC):
         for job in [job for job in self.jobs.values() if job.owner == owner]:
             self._end(job)
 
-    def hand_off(self, progress: worker_pb2.HandOff, owner: str) -> None:  # noqa: B027
-        """How far the prompt of a ticket is; only a role that pulls has any."""
+    # Tickets. By default none is offered or read here.
 
-    def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:  # noqa: B027
-        """A peer is done with these; only a role that offers has any."""
-
-    def renew_tickets(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
-        """Extends leases; returns the ids that are not open here."""
-        return list(ticket_ids)
-
-    def waiting_tickets(self) -> list[tuple[str, bytes]]:
-        """(prefill address, ticket id) of every ticket whose lease this role still needs."""
+    def leases(self) -> list[worker_pb2.Lease]:
+        """The tickets offered here and not read yet, oldest first."""
         return []
 
-    def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], until: float) -> None:  # noqa: B027
-        """What prefill workers said of waiting_tickets: ids renewed until a time, ids lost."""
+    def renew_tickets(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
+        """Extends open leases to `lease_s` seconds from now; returns the ids that are not open."""
+        return list(ticket_ids)
+
+    def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:
+        """Ends the leases and gives their blocks back; ids that are not open are ignored."""
+        return
+
+    def hand_off(self, hand_off: worker_pb2.HandOff, owner: str) -> None:
+        """Takes how far a ticket's prompt is; news that is old, or of no job here, is ignored."""
+        return
+
+    def waiting_tickets(self) -> list[tuple[str, bytes]]:
+        """(prefill address, ticket id) of every ticket read here that still needs its lease."""
+        return []
+
+    def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], until: float) -> None:
+        """What was answered of waiting_tickets: ids renewed until a monotonic time, ids lost."""
+        return
 
     # What they share.
 

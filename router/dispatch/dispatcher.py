@@ -21,23 +21,18 @@ from crossdock.proto.errors import (
     CrossdockError,
     DeadlineExceeded,
     Draining,
-    Unavailable,
     WorkerLost,
 )
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
-from crossdock.router.dispatch.delivery import (
-    RESTARTED,
-    detokenize,
-    failure_of,
-    sampling_message,
-)
+from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.ports import Link, Outgoing, Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
+from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of, restart_delay_s
 from crossdock.router.dispatch.sequence import (
     ActiveRequest,
     Detokenizer,
@@ -45,6 +40,7 @@ from crossdock.router.dispatch.sequence import (
     SequenceState,
     make_sequences,
 )
+from crossdock.router.dispatch.waiting import Step, Waiting
 from crossdock.router.placement.policy import NoWorker, Policy
 from crossdock.router.placement.view import ClusterView
 
@@ -92,9 +88,7 @@ class Dispatcher:
         self._turn = 0
         self._count = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
-        self._waiting: dict[
-            SequenceState, Callable[[SequenceState], None]
-        ] = {}  # waiting for a worker
+        self._waiting = Waiting(timers, limits.worker_wait_s, self._give_up)
         self._requests: dict[ActiveRequest, None] = {}
 
     @property
@@ -151,7 +145,6 @@ class Dispatcher:
             active,
             self._hasher,
             self.view.layout_hash,
-            lambda i: sampling_message(request, i),
             lambda ids: self._detokenizer_of(ids, request.sampling.stop),
         )
         for sequence in active.sequences:
@@ -187,7 +180,7 @@ class Dispatcher:
                 self.view, sequence.demand(self._block_size), now, self._rng, self._turn
             )
         except NoWorker as error:
-            self._wait_for_worker(sequence, self._route, error)
+            self._waiting.add(sequence, self._route, error)
             return
         finally:
             self.metrics.decision.observe(time.perf_counter() - started)
@@ -195,9 +188,8 @@ class Dispatcher:
             check_deadline(sequence.active.request, placement, now, retry_after_s(self.view))
         link = self._links.get(placement.prefill or placement.decode)
         if link is None:
-            self._wait_for_worker(
-                sequence, self._route, NoWorker("the chosen worker is not connected")
-            )
+            why = NoWorker("the chosen worker is not connected")
+            self._waiting.add(sequence, self._route, why)
             return
         self._count += 1
         sequence.sequence_id = f"{self._prefix}-{self._count}"
@@ -228,36 +220,15 @@ class Dispatcher:
             link.send(pb.GatewayFrame(prefill=prefill))
         self.view.sent(link.name, sid, now)
 
-    def _wait_for_worker(
-        self, sequence: SequenceState, again: Callable[[SequenceState], None], why: Unavailable
-    ) -> None:
-        """Waits a while for a worker to appear."""
-        self._waiting[sequence] = again
-        if sequence.timer is None:
-            wait_s = self._limits.worker_wait_s
-            sequence.timer = self._timers.call_later(
-                wait_s, self._give_up, sequence, NoWorker(f"{why} (waited {wait_s:g} s)")
-            )
-
     def _give_up(self, sequence: SequenceState, error: CrossdockError) -> None:
-        self._waiting.pop(sequence, None)
         self._end(sequence.active, error, "no worker")
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""
         self._on_ready(self.ready)
-        for sequence, again in list(self._waiting.items()):
-            if self._waiting.pop(sequence, None) is None:
-                continue
-            timer, sequence.timer = sequence.timer, None
-            self._guarded(sequence, again)
-            if sequence in self._waiting:  # still nobody: the wait goes on from where it was
-                sequence.stop_timer()
-                sequence.timer = timer
-            elif timer is not None:
-                timer.cancel()
+        self._waiting.try_all(self._guarded)
 
-    def _guarded(self, sequence: SequenceState, step: Callable[[SequenceState], None]) -> None:
+    def _guarded(self, sequence: SequenceState, step: Step) -> None:
         try:
             step(sequence)
         except CrossdockError as error:
@@ -268,7 +239,7 @@ class Dispatcher:
         try:
             self._hand_offs.complete(sequence, self._clock())
         except NoWorker as error:
-            self._wait_for_worker(sequence, self._hand_off, error)
+            self._waiting.add(sequence, self._hand_off, error)
         except WorkerLost as error:
             self._restart(sequence, min(sequence.lost_early), "worker lost", error)
 
@@ -323,7 +294,9 @@ class Dispatcher:
 
     def _deliver(self, sequence: SequenceState, delta: Delta, now: float) -> None:
         """Passes new tokens to the client, and the end of the sequence with the last of them."""
-        self._count_tokens(sequence, delta.token_ids, now)
+        if delta.token_ids:
+            first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
+            self.metrics.gained(len(delta.token_ids), first, gap_s)
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
             if delta.cut_short or reserved_early:
@@ -335,29 +308,6 @@ class Dispatcher:
             self._end(sequence.active, None, "")
         else:
             self._release_held(sequence)
-
-    def _count_tokens(self, sequence: SequenceState, ids: list[int], now: float) -> None:
-        if not ids:
-            return
-        had = sequence.generated
-        timeline = sequence.timeline
-        if had == 0:
-            sequence.first_tokens = len(ids)
-            timeline.mark("first_token", now)
-            self.metrics.ttft.observe(now - sequence.active.request.received)
-        else:
-            last = timeline.last_token
-            if last is not None:
-                gap = now - sequence.active.request.received - last
-                self.metrics.itl.observe(gap)
-            if (
-                had == sequence.first_tokens and sequence.phase is Phase.DECODE
-            ):  # else prefilled again
-                timeline.mark_second_token(now)
-        timeline.move("last_token", now)
-        sequence.token_ids += ids
-        sequence.restarts = 0
-        self.metrics.generated_tokens.inc(len(ids))
 
     def _finish(self, sequence: SequenceState, now: float) -> None:
         events.emit("last_token", sequence.active.request.request_id)
@@ -396,11 +346,9 @@ class Dispatcher:
         if error.code not in RESTARTED:
             raise failure
         if error.code == pb.ERROR_CODE_DEVICE:
-            self._count_loss(sequence, failure)
+            count_loss(sequence, failure, self._limits)
         if error.code == pb.ERROR_CODE_PULL_FAILED:
-            sequence.avoid.add(
-                sequence.prefill_worker
-            )  # either end of the pair may be the broken one
+            sequence.avoid.add(sequence.prefill_worker)  # either of the pair may be broken
         self._restart(sequence, link.name, RESTARTED[error.code], failure)
 
     def _restart(
@@ -408,9 +356,7 @@ class Dispatcher:
     ) -> None:
         """Prompt and delivered tokens are prefilled again, elsewhere if there is an elsewhere; a
         token depends on nothing else, so the stream goes on as if nothing had happened."""
-        sequence.restarts += 1
-        if sequence.restarts > self._limits.max_restarts:
-            raise failure
+        delay_s = restart_delay_s(sequence, cause, failure, self._limits)
         self._cancel_on_holders(sequence, cause)
         self._release_holders(sequence)
         sequence.avoid.add(culprit)
@@ -418,9 +364,6 @@ class Dispatcher:
         self.metrics.restarts.labels(cause).inc()
         log.info("%s: %s on %s after %d tokens, prefilling again",
                  sequence.sequence_id, cause, culprit, sequence.generated)  # fmt: skip
-        delay_s = 0.0
-        if sequence.restarts > 1 or cause == "overloaded":
-            delay_s = self._limits.first_backoff_s * 2 ** (sequence.restarts - 1)
         sequence.timer = self._timers.call_later(delay_s, self._guarded, sequence, self._route)
 
     def on_lost(self, link: Link, reason: str) -> None:
@@ -442,17 +385,11 @@ class Dispatcher:
             f"{role} worker {worker} was lost ({reason}) after {sequence.generated} tokens; "
             "send the request again"
         )
-        self._count_loss(sequence, error)
+        count_loss(sequence, error, self._limits)
         if sequence.phase is Phase.PREFILL and worker == sequence.decode_worker:
             self._hand_offs.drop(sequence, lost=True)
             return
         self._restart(sequence, worker, "worker lost", error)
-
-    def _count_loss(self, sequence: SequenceState, error: CrossdockError) -> None:
-        """Raises where it is one too many: the sequence itself may be what does it."""
-        sequence.losses += 1
-        if sequence.losses > self._limits.max_losses:
-            raise error
 
     def _deadline_passed(self, active: ActiveRequest) -> None:
         request = active.request
@@ -493,15 +430,12 @@ class Dispatcher:
     def _release_holders(self, sequence: SequenceState) -> None:
         """Forgets where a sequence is; what workers still say of it is ignored."""
         sequence.stop_timer()
-        self._waiting.pop(sequence, None)
+        self._waiting.remove(sequence)
         for name in list(sequence.holders):
             sequence.release(name)
         self._sequences.pop(sequence.sequence_id, None)
         if sequence.placement is not None:
-            for worker in {
-                sequence.placement.prefill,
-                sequence.placement.decode,
-                sequence.decode_worker,
-            }:
+            placed = sequence.placement.prefill, sequence.placement.decode
+            for worker in {*placed, sequence.decode_worker}:
                 if worker:
                     self.view.unplace(worker, sequence.sequence_id)

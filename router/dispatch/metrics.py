@@ -97,6 +97,13 @@ class GatewayMetrics:
     def outcome(self, error: CrossdockError | None) -> None:
         self.requests.labels(outcome_of(error)).inc()
 
+    def gained(self, tokens: int, first: bool, gap_s: float | None) -> None:
+        """Tokens delivered together, so long after the request, where they are its first, or after
+        those before."""
+        self.generated_tokens.inc(tokens)
+        if gap_s is not None:
+            (self.ttft if first else self.itl).observe(gap_s)
+
     def transferred(self, transfer: pb.TransferStats) -> None:
         """How the KV of one hand-off came to its decode worker."""
         self.transferred_bytes.inc(transfer.bytes)

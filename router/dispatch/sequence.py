@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from crossdock.proto import events
+from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
@@ -100,6 +101,20 @@ class SequenceState:
             link.sequences.pop(self.sequence_id, None)
             events.emit("released", self.active.request.request_id, f"{self.sequence_id}@{name}")
 
+    def gained(self, ids: list[int], now: float) -> float | None:
+        """Adds tokens that are delivered `now`; returns seconds since request or last token, None
+        where that is not known."""
+        last, timeline = self.timeline.last_token, self.timeline
+        if self.generated == 0:
+            last, self.first_tokens = 0.0, len(ids)
+            timeline.mark("first_token", now)
+        elif self.generated == self.first_tokens and self.phase is Phase.DECODE:
+            timeline.mark_second_token(now)  # in any other phase it was prefilled again
+        timeline.move("last_token", now)
+        self.token_ids += ids
+        self.restarts = 0
+        return None if last is None else now - self.active.request.received - last
+
     def joined(self, transfer: pb.TransferStats) -> None:
         """A decode worker has the KV: adds what that took to what earlier attempts did."""
         self.progress.Clear()
@@ -178,14 +193,13 @@ def make_sequences(
     active: ActiveRequest,
     hasher: BlockHasher,
     layout_hash: bytes,
-    sampling_of: Callable[[int], inference_pb2.SamplingParams],
     detokenizer_of: Callable[[list[int]], Detokenizer],
 ) -> list[SequenceState]:
     """The n continuations of each prompt. Where a prompt fills blocks, its later continuations are
     held until the first has its token 0: then they find its KV instead of computing it again."""
     request = active.request
     events.emit("received", request.request_id)
-    messages = [sampling_of(i) for i in range(request.n)]
+    told = sampling_to_pb(replace(request.sampling, stop=()))  # workers know no text
     root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
         ids = list(prompt)
@@ -199,10 +213,18 @@ def make_sequences(
                     prompt_tokens=len(ids),
                     root_hash=root,
                     hashes=hashes.copy(),
-                    sampling=messages[i],
+                    sampling=_seeded(told, i),
                     detokenizer=detokenizer_of(ids),
                     timeline=Timeline(request.received, request.received_unix, request.request_id),
                     phase=Phase.HELD if i and hashes else Phase.ROUTING,
                 )
             )
     return sequences
+
+
+def _seeded(told: inference_pb2.SamplingParams, index: int) -> inference_pb2.SamplingParams:
+    """Those of one continuation of a prompt."""
+    message = inference_pb2.SamplingParams()
+    message.CopyFrom(told)
+    message.seed = (told.seed + index) % 2**64
+    return message
