@@ -27,6 +27,7 @@ METRICS_HELP = "[bold]Metrics[/bold]\n\n" + "\n\n".join(
 
 
 def register(app: typer.Typer) -> None:
+    """Adds `crossdock bench` to the command line."""
     app.command(epilog=METRICS_HELP)(bench)
     app.command("bench-trace")(bench_trace)
 
@@ -191,6 +192,7 @@ def _progress(console: Console) -> Progress:
 
 
 def show_report(report: BenchReport, console: Console) -> None:
+    """Prints the figures as a table."""
     from rich.table import Table
 
     from crossdock.bench.metrics import PERCENTILES, count_errors

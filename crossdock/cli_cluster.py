@@ -32,6 +32,7 @@ models = typer.Typer(help="Fetch and inspect models.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
+    """Adds the commands about clusters and models to the command line."""
     for command in (up, status, doctor, apply, scale, down):
         app.command()(command)
     app.add_typer(models, name="model")
@@ -240,6 +241,7 @@ def model_show(
 
 
 def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
+    """Prints the members as a table."""
     as_specified = "as specified" if cluster.converged else "changing"
     generation = f"generation {cluster.generation}  {as_specified}"
     console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {generation}")

@@ -115,6 +115,7 @@ class Client:
             call.cancel()
 
     def models(self, timeout: float | None = 10.0) -> list[ModelInfo]:
+        """What the cluster serves. Raises as `generate`."""
         with _translated():
             return read_models(self._stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
 
@@ -126,6 +127,7 @@ class Client:
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
+        """Ends the connection; requests under way fail."""
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -186,6 +188,7 @@ class AsyncClient:
             call.cancel()
 
     async def models(self, timeout: float | None = 10.0) -> list[ModelInfo]:
+        """What the cluster serves. Raises as `generate`."""
         async with _translated_async():
             stub = InferenceStub(self._channel)
             return read_models(await stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
@@ -198,6 +201,7 @@ class AsyncClient:
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
+        """Ends the connection; requests under way fail."""
         if self._open_channel is not None:
             await self._open_channel.close(grace=None)
 

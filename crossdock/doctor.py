@@ -76,6 +76,7 @@ class PairFacts:
 
     @property
     def name(self) -> str:
+        """Both ends, reader first."""
         return f"{self.decode} <- {self.prefill}"
 
 
@@ -94,12 +95,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
+    """What was found of a cluster's workers and pairs."""
+
     cluster: str
     workers: Sequence[WorkerFacts]
     pairs: Sequence[PairFacts]
 
     @property
     def findings(self) -> list[Finding]:
+        """Every problem and warning."""
         return judge(self.workers, self.pairs)
 
 
@@ -373,6 +377,7 @@ def _words(error: grpc.RpcError) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
+    """The report as a JSON document."""
     from dataclasses import asdict
 
     findings = report.findings
@@ -387,6 +392,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def show(report: Report, console: Console) -> None:
+    """Prints the report as tables."""
     console.print(_workers_table(report.workers))
     console.print(_pairs_table(report.pairs))
 

@@ -88,36 +88,45 @@ class Result:
 
     @property
     def text(self) -> str:
+        """Of the first completion."""
         return self.completions[0].text
 
     @property
     def token_ids(self) -> tuple[int, ...]:
+        """Of the first completion."""
         return self.completions[0].token_ids
 
     @property
     def finish_reason(self) -> FinishReason | None:
+        """Why the first completion ended."""
         return self.completions[0].finish_reason
 
     @property
     def stop_reason(self) -> str:
+        """The stop string or token that ended the first completion."""
         return self.completions[0].stop_reason
 
     @property
     def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """Of the first completion's tokens, where they were asked for."""
         return self.completions[0].logprobs
 
     @property
     def timings(self) -> Timings | None:
+        """Of the first completion, in seconds."""
         return self.completions[0].timings
 
 
 @dataclass(frozen=True)
 class ModelInfo:
+    """A model that the cluster serves."""
+
     id: str
     context_length: int  # tokens
 
 
 def read_chunk(message: pb.GenerateResponse) -> Chunk:
+    """A piece of a stream from its message."""
     return Chunk(
         request_id=message.request_id,
         index=message.index,
@@ -132,6 +141,7 @@ def read_chunk(message: pb.GenerateResponse) -> Chunk:
 
 
 def read_result(message: pb.GenerateUnaryResponse) -> Result:
+    """A whole answer from its message."""
     completions = sorted(message.completions, key=lambda each: each.index)
     return Result(
         request_id=message.request_id,
@@ -142,6 +152,7 @@ def read_result(message: pb.GenerateUnaryResponse) -> Result:
 
 
 def read_models(message: pb.ListModelsResponse) -> list[ModelInfo]:
+    """The models from their message."""
     return [ModelInfo(model.id, model.context_length) for model in message.models]
 
 

@@ -25,6 +25,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
+    """The operators' calls, as admin.proto describes them; CrossdockErrors become gRPC statuses."""
+
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._down: asyncio.Task[None] | None = None
@@ -32,11 +34,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def GetClusterStatus(
         self, request: admin_pb2.GetClusterStatusRequest, context: Context
     ) -> admin_pb2.ClusterStatus:
+        """What is wanted and what is there, member by member."""
         return await cluster_status(self._controller, request.check_integrity)
 
     async def Apply(
         self, request: admin_pb2.ApplyRequest, context: Context
     ) -> admin_pb2.ApplyResponse:
+        """Takes a new spec. INVALID_ARGUMENT names the field that is wrong."""
         async with _errors_sent(context):
             file = request.file or "<apply>"
             spec = ClusterSpec.parse(request.yaml, file)
@@ -49,6 +53,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Scale(
         self, request: admin_pb2.ScaleRequest, context: Context
     ) -> admin_pb2.ApplyResponse:
+        """Changes the replicas of one pool."""
         async with _errors_sent(context):
             pool, replicas = request.pool, request.replicas
             return await self._change(
@@ -59,6 +64,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Down(
         self, request: admin_pb2.DownRequest, context: Context
     ) -> admin_pb2.DownResponse:
+        """Ends the cluster; answers once every member has stopped."""
         if self._down is None:
             self._down = asyncio.create_task(self._controller.down(request.drain_s))
         await asyncio.shield(self._down)
@@ -100,6 +106,7 @@ async def serve_admin(controller: Controller, address: str) -> tuple[grpc.aio.Se
 async def cluster_status(
     controller: Controller, check_integrity: bool = False
 ) -> admin_pb2.ClusterStatus:
+    """The controller's state as operators see it, with each member's own counts."""
     workers = [m for m in controller.members if not m.is_gateway]
     gateways = [m for m in controller.members if m.is_gateway]
     statuses: list[admin_pb2.MemberStatus] = list(

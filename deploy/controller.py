@@ -61,6 +61,8 @@ class ControllerSettings:
 
 @dataclass(frozen=True)
 class DecisionRecord:
+    """One decision for operators: when (Unix seconds), what, and why."""
+
     unix_s: float
     action: str
     reason: str
@@ -134,6 +136,7 @@ class Controller:
         self._adopted = True
 
     async def turn(self) -> None:
+        """One round: decides, acts, and tells everybody of the members."""
         self._wake.clear()
         self._count_losses()
         leaving = [await self._act(action) for action in self._decide(self.spec)]
@@ -155,6 +158,7 @@ class Controller:
         return reconcile(targets(spec), self.observed(), self._losses, time.monotonic())
 
     def observed(self) -> list[Member]:
+        """The members as `reconcile` sees them."""
         return [watched.seen() for watched in self.members]
 
     @property

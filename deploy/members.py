@@ -79,10 +79,12 @@ class Watched:
 
     @property
     def name(self) -> str:
+        """The member's, as in its launch."""
         return self.launch.name
 
     @property
     def is_gateway(self) -> bool:
+        """Whether it is a gateway and no worker."""
         return self.launch.gateway is not None
 
     @property
@@ -114,6 +116,7 @@ class Watched:
         self.drain_deadline = time.monotonic() + timeout_s
 
     async def drain(self) -> None:
+        """Has it finish what it serves, until its drain deadline."""
         try:
             remaining = max(0.0, self.drain_deadline - time.monotonic())
             self.drained = await self.process.drain(remaining)
@@ -124,6 +127,7 @@ class Watched:
         self._changed()
 
     async def stop(self) -> None:
+        """Stops watching it, then ends its process."""
         self.release()
         if self._channel is not None:
             await self._channel.close(grace=None)

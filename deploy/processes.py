@@ -45,6 +45,7 @@ def keep_orphans() -> None:
 
 
 def alive(process: ProcessId) -> bool:
+    """Whether it runs still; another process under its number does not count."""
     stat = _stat(process.pid)
     return stat is not None and stat[1] == process.start_time
 

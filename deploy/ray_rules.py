@@ -30,6 +30,7 @@ def check_amount(path: str, amount: float, least: float = 0.0) -> None:
 
 
 def check_resources(path: str, resources: Mapping[str, float]) -> None:
+    """Raises ConfigError for names and amounts of resources that Ray would refuse."""
     for name, amount in resources.items():
         field = f"{path}.{name}"
         if name in BUILT_IN:
@@ -40,6 +41,7 @@ def check_resources(path: str, resources: Mapping[str, float]) -> None:
 
 
 def check_labels(path: str, labels: Mapping[str, str]) -> None:
+    """Raises ConfigError for labels that Ray would refuse."""
     for key, value in labels.items():
         if not LABEL_KEY.fullmatch(key):
             raise ConfigError(f"{path}.{key}", f"{key!r} is no label key: [PREFIX/]{LABEL_RULE}")

@@ -29,6 +29,8 @@ GATEWAY_ROLE = "gateway"
 
 
 class State(enum.StrEnum):
+    """Of a member, from its launch to its end."""
+
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
@@ -63,6 +65,7 @@ class Member:
 
     @property
     def live(self) -> bool:
+        """Whether it counts towards its pool."""
         return self.state in (State.STARTING, State.READY)
 
 
@@ -80,12 +83,15 @@ class Losses:
 
     @property
     def start_allowed_at(self) -> float:
+        """When the next start is allowed, on the caller's clock."""
         if self.count <= 1:
             return float("-inf")
         return self.last + min(MAX_BACKOFF_S, 2.0 ** (self.count - 2))
 
 
 class Do(enum.StrEnum):
+    """What the controller does to a member."""
+
     START = "start"
     DRAIN = "drain"
     STOP = "stop"
@@ -93,6 +99,8 @@ class Do(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Action:
+    """One thing to do, to whom and why."""
+
     do: Do
     name: str
     pool: str

@@ -60,6 +60,7 @@ class Started:
 
     @property
     def address(self) -> str:
+        """Where it serves: a worker's, or a gateway's gRPC, as host:port."""
         return self.endpoint.address if self.endpoint else self.grpc
 
 
@@ -87,6 +88,8 @@ class Process(Protocol):
 
 
 class Runtime(Protocol):
+    """Where processes come from: Ray, or a fake."""
+
     async def launch(self, launch: Launch) -> Process:
         """Asks for a process; `start` of it waits until it is there."""
 

@@ -39,17 +39,23 @@ EVERY_HOST = {"0.0.0.0", "::"}  # gRPC takes either for both families
 
 @dataclass(frozen=True)
 class MetadataSpec:
+    """The YAML's `metadata`."""
+
     name: str = setting(doc="Name of the cluster: one controller by this name runs.", kind="name")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
+    """The YAML's `model`."""
+
     id: str = of(WorkerConfig, "model")
     dtype: str = of(WorkerConfig, "dtype")
 
 
 @dataclass(frozen=True)
 class NodesSpec:
+    """The YAML's `nodes` of a pool: where its workers may run."""
+
     labels: Mapping[str, str] = setting(
         factory=no_entries,
         doc="Ray node labels that a node must have to be used.",
@@ -59,6 +65,8 @@ class NodesSpec:
 
 @dataclass(frozen=True)
 class LimitsSpec:
+    """The YAML's `limits` of a gateway."""
+
     max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)
     max_active: int = setting(
         1024, "Sequences under way in one gateway; more are refused.", low=1, high=1_000_000
@@ -74,6 +82,8 @@ class LimitsSpec:
 
 @dataclass(frozen=True)
 class GatewaySpec:
+    """The YAML's `gateway`."""
+
     replicas: int = setting(
         1, "Number of gateways. Gateway i listens on both ports + i.", low=1, high=64
     )
@@ -95,6 +105,8 @@ class GatewaySpec:
 
 @dataclass(frozen=True)
 class ControllerSpec:
+    """The YAML's `controller`."""
+
     grpc: str = setting(
         "127.0.0.1:50050",
         "Where the controller answers crossdock status, apply, scale and down.",
@@ -104,6 +116,8 @@ class ControllerSpec:
 
 @dataclass(frozen=True)
 class ResourcesSpec:
+    """The YAML's `resources` of one worker."""
+
     cpus: float = setting(
         1.0, "Ray CPUs each worker reserves.", low=0, high=4096, check=check_amount
     )
@@ -126,6 +140,8 @@ class ResourcesSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
+    """One entry of the YAML's `pools`: workers that are alike."""
+
     role: str = setting(
         doc="What its workers do: one phase, or (colocated) both.",
         choices=tuple(role.value for role in Role),
@@ -146,11 +162,14 @@ class PoolSpec:
 
     @property
     def engine_threads(self) -> int:
+        """CPU threads of each worker's engine: as many as it reserves, at least 1."""
         return self.threads or max(1, int(self.resources.cpus))
 
 
 @dataclass(frozen=True)
 class KVSpec:
+    """The YAML's `kv`."""
+
     transport: str = of(WorkerConfig, "transport")
     dtype: str = of(WorkerConfig, "kv_dtype")
     block_size: int = of(WorkerConfig, "block_size")
@@ -163,12 +182,16 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class SLOSpec:
+    """The YAML's `slo`, in milliseconds."""
+
     ttft_ms: float = setting(2000.0, "Time to first token aimed at.", low=1, high=3_600_000)
     tpot_ms: float = setting(100.0, "Time per output token aimed at.", low=0.1, high=3_600_000)
 
 
 @dataclass(frozen=True)
 class TelemetrySpec:
+    """The YAML's `telemetry`."""
+
     exporter: str = setting("none", "Where traces go.", choices=("none", "otlp", "console"))
     endpoint: str = setting(
         "http://127.0.0.1:4317", "OTLP collector (gRPC), where exporter is otlp."
@@ -177,6 +200,8 @@ class TelemetrySpec:
 
 @dataclass(frozen=True)
 class RaySpec:
+    """The YAML's `ray`."""
+
     address: str = setting(
         "", "Ray cluster to join: auto, or HOST:PORT of its head. Empty: a local one is started."
     )
@@ -240,6 +265,7 @@ class ClusterSpec:
 
     @property
     def name(self) -> str:
+        """The cluster's."""
         return self.metadata.name
 
     def with_replicas(self, pool: str, replicas: int) -> ClusterSpec:
@@ -260,6 +286,7 @@ class ClusterSpec:
         return _digest([spec, plain(self.model), plain(self.kv), plain(self.telemetry)])
 
     def gateway_revision(self) -> str:
+        """Differs where a gateway has to be replaced."""
         spec = plain(self.gateway)
         for not_the_gateways in ("replicas", "drain_s"):
             del spec[not_the_gateways]

@@ -44,6 +44,7 @@ class ClusterStore:
         self._write(self.spec_path, yaml.encode())
 
     def generation(self) -> int:
+        """Of the spec that is saved."""
         return int(self._generation_path.read_text())
 
     def save_good(self, yaml: str) -> None:
@@ -55,9 +56,11 @@ class ClusterStore:
         return self._good_path.read_text(encoding="utf-8") if self._good_path.exists() else ""
 
     def spec(self) -> str:
+        """The applied spec, as YAML."""
         return self.spec_path.read_text(encoding="utf-8")
 
     def key(self) -> bytes:
+        """The cluster's key, KEY_BYTES long."""
         return self._key_path.read_bytes()
 
     def end(self) -> None:

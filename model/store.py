@@ -40,6 +40,7 @@ class KnownModel:
 
     @property
     def file_name(self) -> str:
+        """Of the file itself, without its folders."""
         return self.member.rpartition("/")[2]
 
 

@@ -66,6 +66,7 @@ class GatewayConfig:
 
     @property
     def limits(self) -> Limits:
+        """What admission counts with."""
         return replace(
             Limits(),
             max_active=self.max_active,
@@ -155,6 +156,7 @@ class GatewayServer:
 
     @property
     def active_requests(self) -> int:
+        """Requests under way."""
         return self._dispatcher.active_requests if self._dispatcher else 0
 
     @property
@@ -164,10 +166,12 @@ class GatewayServer:
 
     @property
     def grpc_address(self) -> str:
+        """host:port, once started."""
         return self._grpc.address if self._grpc else self.config.grpc
 
     @property
     def http_address(self) -> str:
+        """host:port, once started."""
         return self._http.address if self._http else self.config.http
 
     def metrics_text(self) -> bytes:

@@ -46,9 +46,11 @@ class Arrival:
 class Endpoint(Protocol):
     """A server under load. Streams one request; raises what went wrong."""
 
-    def stream(self, job: Job) -> AsyncIterator[Arrival]: ...
+    def stream(self, job: Job) -> AsyncIterator[Arrival]:
+        """Sends one request; its tokens as they arrive. Raises EndpointError."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Ends its connections."""
 
 
 class EndpointError(Exception):
@@ -67,6 +69,7 @@ class GrpcEndpoint:
         self._model, self._timeout_s = model, timeout_s
 
     async def stream(self, job: Job) -> AsyncIterator[Arrival]:
+        """See Endpoint.stream."""
         chunks = self._client.stream(
             token_ids=job.token_ids,
             model=self._model,
@@ -87,6 +90,7 @@ class GrpcEndpoint:
             )
 
     async def close(self) -> None:
+        """See Endpoint.close."""
         await self._client.close()
 
 
@@ -112,6 +116,7 @@ class OpenAIEndpoint:
         return self._open_session
 
     async def stream(self, job: Job) -> AsyncIterator[Arrival]:
+        """See Endpoint.stream."""
         if not self._model:
             self._model = await self._first_model()
         path = "chat/completions" if self._style == "chat" else "completions"
@@ -149,6 +154,7 @@ class OpenAIEndpoint:
             return str((await response.json())["data"][0]["id"])
 
     async def close(self) -> None:
+        """See Endpoint.close."""
         if self._open_session is not None:
             await self._open_session.close()
 

@@ -34,24 +34,29 @@ class RequestRecord:
 
     @property
     def ok(self) -> bool:
+        """Whether it ended without an error."""
         return not self.error
 
     @property
     def ttft(self) -> float | None:
+        """Seconds from sending to the first token; None: none came."""
         return self.arrivals_s[0] - self.sent_s if self.arrivals_s else None
 
     @property
     def itl(self) -> list[float]:
+        """Seconds between tokens that follow each other."""
         return [later - earlier for earlier, later in pairwise(self.arrivals_s)]
 
     @property
     def tpot(self) -> float | None:
+        """Mean seconds a token after the first; None below two tokens."""
         if self.output_tokens < 2 or not self.arrivals_s:
             return None
         return (self.arrivals_s[-1] - self.arrivals_s[0]) / (self.output_tokens - 1)
 
     @property
     def e2e(self) -> float:
+        """Seconds from sending to the last token."""
         return self.finished_s - self.sent_s
 
 
@@ -104,10 +109,12 @@ class Run:
 
     @property
     def succeeded(self) -> list[RequestRecord]:
+        """The records without an error."""
         return [record for record in self.records if record.ok]
 
     @property
     def duration_s(self) -> float:
+        """Seconds from the first request to the last end."""
         if not self.records:
             return 0.0
         started = min(record.sent_s for record in self.records)
@@ -115,6 +122,7 @@ class Run:
 
     @property
     def good(self) -> list[RequestRecord]:
+        """The records within the objectives."""
         return [record for record in self.succeeded if meets(record, self.slo)]
 
 
@@ -256,6 +264,7 @@ def summarize(run: Run) -> dict[str, object]:
 
 
 def distribution(samples: Sequence[float]) -> dict[str, float]:
+    """Mean, percentiles and maximum, in the samples' unit; there must be one."""
     shown = {f"p{percent}": percentile(samples, percent) for percent in PERCENTILES}
     return {"mean": sum(samples) / len(samples), **shown, "max": max(samples)}
 

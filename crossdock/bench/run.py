@@ -109,6 +109,8 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class BenchReport:
+    """What a benchmark measured, and how it was asked to."""
+
     config: BenchConfig
     run: Run
     workload: dict[str, Any]
@@ -116,13 +118,16 @@ class BenchReport:
 
     @property
     def failed(self) -> int:
+        """Requests that ended with an error."""
         return sum(not record.ok for record in self.run.records)
 
     @property
     def results(self) -> dict[str, Any]:
+        """The figures, by metric."""
         return summarize(self.run)
 
     def to_json(self, with_requests: bool = False) -> dict[str, Any]:
+        """As a JSON document; with each request's record where asked for."""
         config = dataclasses.asdict(self.config)
         config["trace"] = Path(self.config.trace).name
         report: dict[str, Any] = {

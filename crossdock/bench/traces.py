@@ -36,6 +36,8 @@ class TraceRequest:
 
 @dataclass(frozen=True)
 class Trace:
+    """Requests with their times of arrival."""
+
     requests: tuple[TraceRequest, ...]
     block_size: int  # tokens a block
 
@@ -170,6 +172,7 @@ class SyntheticOptions:
 
 
 def synthesize(options: SyntheticOptions) -> Trace:
+    """A trace of the shape asked for; the same for the same seed."""
     rng = np.random.default_rng([options.seed, 2])
     names = itertools.count(1)
     conversations: list[TraceRequest] = []
@@ -201,6 +204,7 @@ def _long_tailed(rng: np.random.Generator, mean: float, sigma: float) -> int:
 
 
 def write_mooncake(trace: Trace, path: Path) -> None:
+    """Writes a trace as JSON lines in Mooncake's format."""
     with path.open("w", encoding="utf-8") as out:
         for row in trace.requests:
             line = {
@@ -255,6 +259,7 @@ class PromptMaker:
     seed: int = 0
 
     def token_ids(self, request: TraceRequest) -> list[int]:
+        """A prompt whose blocks are those of its hashes: equal hashes, equal tokens."""
         if self.block_size == 1:
             made = self._tokens_by_name(request.block_ids)
         else:

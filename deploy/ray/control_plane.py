@@ -69,6 +69,7 @@ class ControllerActor:
         await asyncio.Event().wait()
 
     async def down(self, drain_s: float) -> None:
+        """Ends the cluster; requests under way get `drain_s` seconds."""
         await self._started.wait()
         if self._controller is not None:
             await self._controller.down(drain_s)

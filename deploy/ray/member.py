@@ -38,6 +38,7 @@ class MemberActor:
         self._stopped = asyncio.Event()
 
     async def start(self) -> Started:
+        """Serves from here on; a second call gives the same. Raises CannotStart or StartFailed."""
         async with self._starting:
             if self._started is None:
                 try:
@@ -49,6 +50,7 @@ class MemberActor:
             return self._started
 
     async def launch(self) -> Launch:
+        """What it was made from, for a controller that adopts it."""
         return self._launch
 
     async def run(self) -> str:
@@ -57,6 +59,7 @@ class MemberActor:
         return "stopped"
 
     async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+        """Tells it of all workers; a gateway reaches them first, or waits CONNECT_S."""
         if self._launch.gateway is None:
             await self._server.update_peers(list(endpoints))
             return
@@ -68,12 +71,15 @@ class MemberActor:
                         await asyncio.sleep(0.02)
 
     async def drain(self, timeout_s: float) -> bool:
+        """Whether it finished all it serves within `timeout_s` seconds."""
         return bool(await self._server.drain(timeout_s))
 
     async def active_requests(self) -> int:
+        """Requests under way; 0 before it serves."""
         return int(self._server.active_requests) if self._started else 0
 
     async def stop(self) -> None:
+        """Stops serving, then ends `run`."""
         if self._server is not None:
             await self._server.stop()
         traces.flush()

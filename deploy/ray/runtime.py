@@ -40,24 +40,30 @@ class RayProcess:
         self._actor = actor
 
     async def start(self) -> Started:
+        """See Process.start."""
         return await call(self._actor.start.remote())
 
     async def gone(self) -> str:
+        """Pends until its process has ended; says how."""
         try:
             return str(await call(self._actor.run.remote()))
         except ProcessGone as error:
             return str(error)
 
     async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+        """See MemberActor.update."""
         await call(self._actor.update.remote(list(endpoints)))
 
     async def drain(self, timeout_s: float) -> bool:
+        """See MemberActor.drain."""
         return await call(self._actor.drain.remote(timeout_s))
 
     async def active_requests(self) -> int:
+        """See MemberActor.active_requests."""
         return await call(self._actor.active_requests.remote())
 
     async def stop(self, grace_s: float = 5.0) -> None:
+        """Stops it, with SIGKILL after `grace_s` seconds, and waits until it is gone."""
         try:
             async with asyncio.timeout(grace_s):
                 await call(self._actor.stop.remote())
@@ -78,6 +84,7 @@ class RayRuntime:
         self._host = "127.0.0.1" if local else ""
 
     async def launch(self, launch: Launch) -> Process:
+        """Asks Ray for a process, which may wait for a place. Raises CannotStart."""
         launch = dataclasses.replace(launch, host=self._host)
         # A name of its own for each launch: Ray frees a name only some time after its actor.
         name = f"member/{launch.name}/{secrets.token_hex(4)}"
@@ -96,6 +103,7 @@ class RayRuntime:
         return RayProcess(actor)
 
     async def adopt(self) -> Sequence[tuple[Launch, Process]]:
+        """The members that an earlier controller launched; those that do not answer are ended."""
         found: list[tuple[Launch, Process]] = []
         for entry in ray.util.list_named_actors(all_namespaces=True):
             if entry["namespace"] == self._namespace and entry["name"].startswith("member/"):
@@ -111,6 +119,7 @@ class RayRuntime:
         return found
 
     def why_waiting(self, launch: Launch) -> str:
+        """Why Ray cannot place it now, empty where it can."""
         nodes = ray.nodes()
         return placement_problem(launch.placement, nodes)
 

@@ -30,18 +30,33 @@ class TextModel(Protocol):
     """The model's text side, as the engine's text room builds it."""
 
     @property
-    def eos_token_ids(self) -> frozenset[int]: ...
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+
     @property
-    def context_length(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-    def token_text(self, token_id: int) -> str: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, for logprobs."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token as bytes, for logprobs."""
+
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]: ...
+    ) -> list[int]:
+        """The prompt of a conversation. Raises InvalidRequest where the template refuses it."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +101,11 @@ class Frontend:
 
     @property
     def model_id(self) -> str:
+        """The name that clients use."""
         return self.validator.model.model_id
 
     def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
+        """A request that came now, with its deadline."""
         now = self._clock()
         allowed = self._timeout_s if timeout_s is None else timeout_s
         return Arrival(now, time.time(), trace_context, now + allowed)
@@ -107,12 +124,14 @@ class Frontend:
         return self._rng.getrandbits(63)
 
     async def encode(self, field: str, text: str) -> list[int]:
+        """Token ids of a prompt, on a thread where it is long. Raises InvalidRequest."""
         self.validator.check_text(field, text)
         if len(text) > INLINE_CHARACTERS:
             return await asyncio.to_thread(self.text.encode, text)
         return self.text.encode(text)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, through the model's chat template."""
         check_messages(messages)
         plain = [dict(message) for message in messages]
         size = sum(len(message["content"]) for message in plain)

@@ -82,12 +82,14 @@ class GrpcServer:
         await self._server.start()
 
     async def set_ready(self, ready: bool) -> None:
+        """What grpc.health.v1 answers from now on."""
         kinds = health_pb2.HealthCheckResponse
         status = kinds.SERVING if ready else kinds.NOT_SERVING
         await self._health.set("", status)
         await self._health.set(SERVICE, status)
 
     async def stop(self, grace_s: float) -> None:
+        """Ends the server; calls under way get `grace_s` seconds."""
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)

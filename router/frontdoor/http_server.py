@@ -98,6 +98,7 @@ class HttpServer:
         self.address = f"{host}:{self._runner.addresses[0][1]}"
 
     async def stop(self) -> None:
+        """Ends the server and its connections."""
         if self._runner is not None:
             await self._runner.cleanup()
 

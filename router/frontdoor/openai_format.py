@@ -21,8 +21,11 @@ _encode = msgspec.json.encode
 class TokenNames(Protocol):
     """How single tokens are shown."""
 
-    def token_text(self, token_id: int) -> str: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_text(self, token_id: int) -> str:
+        """One token as text."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token as bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Head:
 
     @property
     def kind(self) -> str:
+        """The `object` of an answer."""
         return "chat.completion" if self.chat else "text_completion"
 
     def event_prefix(self) -> bytes:
@@ -138,6 +142,8 @@ def usage_of(usages: dict[int, inference_pb2.Usage], n: int) -> dict[str, Any]:
 def chat_logprobs(
     found: Sequence[inference_pb2.TokenLogprobs], names: TokenNames
 ) -> dict[str, Any]:
+    """Logprobs as /v1/chat/completions has them."""
+
     def entry(item: inference_pb2.TokenLogprob) -> dict[str, Any]:
         return {
             "token": names.token_text(item.token_id),
@@ -156,6 +162,7 @@ def chat_logprobs(
 def completion_logprobs(
     found: Sequence[inference_pb2.TokenLogprobs], names: TokenNames, offset: int
 ) -> dict[str, Any]:
+    """Logprobs as /v1/completions has them."""
     tokens = [names.token_text(item.chosen.token_id) for item in found]
     offsets = []
     for token in tokens:

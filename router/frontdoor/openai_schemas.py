@@ -23,6 +23,8 @@ Body = TypeVar("Body", bound="SamplingFields")
 
 
 class StreamOptions(msgspec.Struct):
+    """The body's `stream_options`."""
+
     include_usage: bool | None = None
 
 
@@ -52,22 +54,30 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 
 
 class CompletionBody(SamplingFields, kw_only=True):
+    """The body of POST /v1/completions."""
+
     prompt: Any = None
     logprobs: int | None = None
     echo: bool | None = None
 
 
 class ContentPart(msgspec.Struct):
+    """One part of a message whose content is a list."""
+
     type: str
     text: str | None = None
 
 
 class Message(msgspec.Struct):
+    """One message of a conversation."""
+
     role: str
     content: str | list[ContentPart] | None = None
 
 
 class ChatBody(SamplingFields, kw_only=True):
+    """The body of POST /v1/chat/completions."""
+
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None

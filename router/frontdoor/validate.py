@@ -39,6 +39,7 @@ class Validator:
         return context if pool is None else min(context, pool)
 
     def check_model(self, name: str) -> None:
+        """Raises where another model is served."""
         if name and name != self.model.model_id:
             raise NotFound(
                 f"model: {name!r} is not served here; the model of this cluster is "
@@ -56,6 +57,7 @@ class Validator:
             )
 
     def check_prompt(self, field: str, token_ids: Sequence[int]) -> None:
+        """Raises InvalidRequest for a prompt that is empty, out of the vocabulary or too long."""
         if not token_ids:
             raise InvalidRequest(field, [], "must not be empty")
         if len(token_ids) >= self.capacity:
@@ -71,10 +73,12 @@ class Validator:
                 raise InvalidRequest(field, token_id, limit)
 
     def check_count(self, field: str, n: int) -> None:
+        """Raises InvalidRequest for too many sequences in one request."""
         if not 1 <= n <= MAX_N:
             raise InvalidRequest(field, n, f"must be from 1 to {MAX_N}")
 
     def check_prompts(self, field: str, count: int) -> None:
+        """Raises InvalidRequest for none or too many prompts."""
         if not 1 <= count <= MAX_PROMPTS:
             raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
 
@@ -128,6 +132,7 @@ def check_unicode(field: str, text: str) -> None:
 
 
 def check_priority(priority: int) -> None:
+    """Raises InvalidRequest outside of its limits."""
     if not -(2**31) <= priority < 2**31:
         raise InvalidRequest("priority", priority, f"must be from {-(2**31)} to {2**31 - 1}")
 
@@ -141,6 +146,7 @@ def check_label(field: str, value: str) -> None:
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    """Raises InvalidRequest for a conversation that no template takes."""
     if not messages:
         raise InvalidRequest("messages", [], "must hold at least one message")
     if len(messages) > MAX_MESSAGES:

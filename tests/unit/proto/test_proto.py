@@ -205,6 +205,7 @@ def test_the_key_of_the_hashes_does_not_say_the_clusters() -> None:
         ("crossdock.proto.convert crossdock.proto.hashing", "torch ray nixl grpc numba"),
         ("crossdock.prefill.scheduler crossdock.decode.scheduler", "torch ray nixl grpc numba"),
         ("crossdock.prefill.role crossdock.decode.role", "torch ray nixl"),
+        ("crossdock.model.store crossdock.model.text crossdock.model.config", "torch ray nixl"),
         ("crossdock.router.gateway", "torch ray nixl"),
         ("crossdock.deploy.spec crossdock.deploy.reconcile", "torch ray nixl"),
         ("crossdock.deploy.controller crossdock.deploy.admin", "torch ray nixl"),
