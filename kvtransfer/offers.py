@@ -147,10 +147,6 @@ class Offers:
         whose = sequence_id, owner
         return self._revoke(x for x in self._leases.values() if (x.sequence_id, x.owner) == whose)
 
-    def revoke_all(self) -> int:
-        """For a worker that stops: nobody can read its pool any more."""
-        return self._revoke(self._leases.values())
-
     def reap(self) -> list[Lease]:
         """Ends every lease whose time is over. Called on a timer, work or no work."""
         now = self._clock()

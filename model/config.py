@@ -64,7 +64,6 @@ class ModelConfig:
     sliding_window: int | None = None  # tokens that a token sees, itself included
     sliding_window_from: int = 0  # the first layer that has the window
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
     dtype: str = "float32"  # the dtype of the weights as shipped
 
     @property
@@ -148,7 +147,6 @@ def _from_hf(folder: Path) -> ModelConfig:
         sliding_window=window,
         sliding_window_from=window_from,
         eos_token_ids=_union(raw.get("eos_token_id"), generation.get("eos_token_id")),
-        bos_token_id=raw.get("bos_token_id"),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
 
@@ -218,7 +216,6 @@ def _from_gguf(gguf: GGUFFile) -> ModelConfig:
         qk_norm=family.qk_norm,
         sliding_window=int(field("attention.sliding_window", 0)) or None,
         eos_token_ids=_union(*(gguf.metadata.get(f"tokenizer.ggml.{key}") for key in eos_keys)),
-        bos_token_id=gguf.metadata.get("tokenizer.ggml.bos_token_id"),
         dtype="float16",
     )
 

@@ -174,10 +174,6 @@ class GatewayServer:
         """host:port, once started."""
         return self._http.address if self._http else self.config.http
 
-    def metrics_text(self) -> bytes:
-        """Prometheus exposition of this gateway."""
-        return self.metrics.exposition()
-
     def _make_links(self) -> Links:
         config = self.config
         return Links(

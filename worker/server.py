@@ -13,7 +13,7 @@ from typing import TypeVar
 import grpc
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from crossdock.engine.block_pool import BlockPool, IntegrityError
 from crossdock.engine.registry import create as create_engine
@@ -176,11 +176,6 @@ class WorkerServer:
     def last_turn_age_s(self) -> float:
         """Seconds since the engine thread last turned over: its progress."""
         return time.monotonic() - self._loop.last_turn
-
-    def metrics_text(self) -> bytes:
-        """The Prometheus page."""
-        assert self._registry is not None, "not started"
-        return generate_latest(self._registry)
 
     # -- to the engine thread ------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class Timeline:
     """
 
     def __init__(self, received: float, received_unix: float, request_id: str = "") -> None:
-        self._request_id = request_id  # for who listens to events
+        self._request_id = request_id
         self._received = received
         self._received_unix = received_unix
         self._at: dict[str, float] = {}

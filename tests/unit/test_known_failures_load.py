@@ -52,7 +52,8 @@ async def test_many_small_hand_offs_wear_no_transport_out(tiny_model: Path, tran
             {"released": total},
         )
         assert cluster.workers[1]._transport.stats.failures == 0
-        assert "crossdock_restarted_sequences_total{" not in cluster.gateway.metrics_text().decode()
+        shown = cluster.gateway.metrics.exposition().decode()
+        assert "crossdock_restarted_sequences_total{" not in shown
     finally:
         await stop(cluster)
 

@@ -95,7 +95,7 @@ def test_a_lost_owner_or_a_cancelled_sequence_gives_its_blocks_back(side: Side) 
     assert side.offers.revoke_owner("g1") == 1
     assert side.offers.revoke_owner("g1") == 0
     assert side.freed == [[2, 3], [0, 1]]
-    assert side.offers.revoke_all() == 1
+    assert side.offers.revoke_owner("g2") == 1
     assert len(side.offers) == 0
     assert side.offers.exits[Exit.REVOKED] == 3
 
