@@ -59,9 +59,9 @@ class WorkerCollector(Collector):
         yield jobs
 
 
-def serve(role: WorkerRole, host: str) -> tuple[CollectorRegistry, str]:
-    """Serves /metrics on a free port of `host`; returns the registry and host:port."""
+def serve(role: WorkerRole, host: str) -> str:
+    """Serves /metrics on a free port of `host`; returns host:port."""
     registry = CollectorRegistry()
     registry.register(WorkerCollector(role))
     server, _ = start_http_server(0, addr=host, registry=registry)
-    return registry, f"{host}:{server.server_port}"
+    return f"{host}:{server.server_port}"

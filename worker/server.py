@@ -13,7 +13,6 @@ from typing import TypeVar
 import grpc
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry
 
 from crossdock.engine.block_pool import BlockPool, IntegrityError
 from crossdock.engine.registry import create as create_engine
@@ -65,7 +64,6 @@ class WorkerServer:
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._closers: list[Callable[[], None]] = []
-        self._registry: CollectorRegistry | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -99,9 +97,7 @@ class WorkerServer:
         self.peer_calls = GrpcPeerCalls(self.description.layout, self._transport)
         self.peers = Peers(self.peer_calls, self._state.clock)
         self.prober = Prober(self, self._transport, self._state.memory.memory_type)
-        self._registry, self.description.metrics_address = metrics.serve(
-            self._role, self.config.host
-        )
+        self.description.metrics_address = metrics.serve(self._role, self.config.host)
         self._loop.start()
         await self._grpc.start()
         self._tasks = [
