@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from crossdock.deploy.home import crossdock_home
+
 settings.register_profile("fast", max_examples=10)  # of the 100 that examples() scales by
 
 
@@ -18,8 +20,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
 
-
-from crossdock.deploy.home import crossdock_home
 
 os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))  # as workers do
 
