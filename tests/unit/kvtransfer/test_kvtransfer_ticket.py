@@ -28,6 +28,7 @@ def layout(**changes: object) -> KVLayout:
         "kv_heads": 3,
         "head_dim": 64,
         "tp_degree": 1,
+        "engine": "native",
     }
     return KVLayout(**(fields | changes))
 
