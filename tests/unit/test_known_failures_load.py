@@ -25,6 +25,7 @@ def site() -> Site:
     return Site()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["nixl", "local"])
 async def test_many_small_hand_offs_wear_no_transport_out(tiny_model: Path, transport: str) -> None:
     """sglang#23272: about 4 small requests a second broke one backend; each is soaked, 128 at

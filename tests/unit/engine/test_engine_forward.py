@@ -100,7 +100,10 @@ def teacher_forced(runner: ModelRunner, sequence: Sequence, lengths: list[int]) 
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("lengths", [[150], [1] * 150, [7, 1, 33, 2, 64, 3, 40]])
+@pytest.mark.parametrize(
+    "lengths",
+    [[150], pytest.param([1] * 150, marks=pytest.mark.slow), [7, 1, 33, 2, 64, 3, 40]],
+)
 def test_logits_in_any_split(
     runner: ModelRunner, reference: torch.nn.Module, lengths: list[int]
 ) -> None:
