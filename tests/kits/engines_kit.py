@@ -18,6 +18,7 @@ from crossdock.engine.simulated import TEXT_IDS
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.prefill import role as prefill_worker
+from crossdock.proto.hashing import hash_key
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2_grpc
 from crossdock.router.gateway import GatewayConfig, GatewayServer
@@ -87,7 +88,7 @@ async def start_engines(
             await worker.update_peers(endpoints)
         local = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}
         gateway = GatewayServer(
-            GatewayConfig("g", model, block_size=settings["block_size"], **local)
+            GatewayConfig("g", model, hash_key(KEY), block_size=settings["block_size"], **local)
         )
         await gateway.start()
         stack.push_async_callback(gateway.stop)
