@@ -24,6 +24,7 @@ from crossdock.kvtransfer.layout import check_layouts, layout_hash
 from crossdock.proto.errors import ConfigError, LayoutMismatch
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.worker.config import WorkerConfig
+from crossdock.worker.peer_calls import met
 
 CONCRETE = {"native", "simulated", "runner"}
 BLOCK = 8
@@ -268,7 +269,7 @@ async def test_a_hand_off_between_unlike_engines_is_refused_with_both_named(
         (p,), (d,) = one.workers, other.workers
         peer = p.endpoint
         with pytest.raises(Exception, match="engine is 'native' here and 'simulated' there"):
-            await d.peers.ensure(bytes.fromhex(peer.incarnation), peer.address)
+            await met(d.peers, bytes.fromhex(peer.incarnation), peer.address)
 
 
 # -- the type of KV --------------------------------------------------------------------------------
