@@ -51,8 +51,8 @@ async def test_tokens_of_one_step_travel_together() -> None:
     async with start_engines(*PAIR, engine=simulated(tokens_per_step=2)) as rig:
         seen = []
         for worker in rig.workers:
-            publish = worker._service.publish
-            worker._service.publish = lambda turn, publish=publish: (  # type: ignore[method-assign]
+            publish = worker._gateways.publish
+            worker._gateways.publish = lambda turn, publish=publish: (  # type: ignore[method-assign]
                 seen.extend(len(o.token_ids) for outs in turn.outputs.values() for o in outs),
                 publish(turn),
             )
