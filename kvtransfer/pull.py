@@ -63,7 +63,6 @@ class PullDone:
     """
 
     pull_id: str
-    ticket_id: bytes
     error: str | None
     released: bool
     transfer: TransferStats
@@ -394,7 +393,6 @@ class Puller:
             self.counts.reasons[reason] = self.counts.reasons.get(reason, 0) + 1
         return PullDone(
             pull_id=pull.pull_id,
-            ticket_id=pull.ticket.ticket_id,
             error=error,
             released=pull.fence is not None and pull.fence.state is HandleState.DONE,
             transfer=transfer,
