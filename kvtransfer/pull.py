@@ -15,11 +15,10 @@ blocks until that is terminal; `poll` reports it then, and only then may they be
 
 from __future__ import annotations
 
-import enum
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -36,21 +35,6 @@ from crossdock.kvtransfer.transport import (
 from crossdock.proto import events
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket, TransferStats
-
-
-class PullState(enum.StrEnum):
-    """Of a pull under way; an ended one has none, only its PullDone."""
-
-    RESERVED = "reserved"
-    PULLING = "pulling"
-    FENCING = "fencing"
-
-
-@dataclass(frozen=True)
-class PullLimits:
-    """max_reading: pulls from one peer whose blocks are read at once; others wait their turn."""
-
-    max_reading: int = 16
 
 
 @dataclass(frozen=True)
@@ -103,12 +87,6 @@ class _Pull:
         return bisect_left(self.places, self.progress.ready_blocks)
 
     @property
-    def state(self) -> PullState:
-        if self.fence is not None:
-            return PullState.FENCING
-        return PullState.PULLING if self.num_posted else PullState.RESERVED
-
-    @property
     def complete(self) -> bool:
         """The whole prompt is computed."""
         return self.progress.ready_blocks >= len(self.ticket.block_ids)
@@ -135,17 +113,6 @@ class _Pull:
                 self.stopped = "deadline passed" if self.deadline <= now else "lease is over"
 
 
-@dataclass
-class PullCounts:
-    """Since start."""
-
-    joined: int = 0
-    failed: int = 0
-    blocks: int = 0  # of the joined
-    bytes: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)  # of the failed
-
-
 class Puller:
     """All pulls of one decode worker. Called by the engine thread alone; never blocks.
 
@@ -157,14 +124,14 @@ class Puller:
         transport: Transport,
         memory: PoolMemory,
         clock: Callable[[], float],
-        limits: PullLimits | None = None,
+        max_reading: int = 16,
     ) -> None:
+        """max_reading: pulls from one peer whose blocks are read at once; others wait."""
         self._transport = transport
         self._memory = memory
         self._clock = clock
-        self._limits = limits or PullLimits()
+        self._max_reading = max_reading
         self._pulls: dict[str, _Pull] = {}
-        self.counts = PullCounts()
 
     def start(
         self,
@@ -273,10 +240,6 @@ class Puller:
         """Pulls under way, those given up included until their transfer is terminal."""
         return len(self._pulls)
 
-    def states(self) -> dict[str, PullState]:
-        """Pull id -> state, of all under way."""
-        return {pull.pull_id: pull.state for pull in self._pulls.values()}
-
     def held(self) -> list[list[int]]:
         """The local blocks of each pull: what the pool's integrity check counts for them."""
         return [pull.local_ids for pull in self._pulls.values()]
@@ -302,7 +265,7 @@ class Puller:
             pull.stop_if_due(now)
             if pull.under_way or pull.stopped is not None:
                 continue
-            turn = reading[pull.ticket.incarnation] < self._limits.max_reading
+            turn = reading[pull.ticket.incarnation] < self._max_reading
             if turn or pull.num_posted == pull.num_ready:
                 self._begin_next(pull, now)
                 reading[pull.ticket.incarnation] += pull.read is not None
@@ -384,13 +347,6 @@ class Puller:
                 late_bytes=pull.late_blocks * block_bytes,
                 seconds=pull.reading_s,
             )
-            self.counts.joined += 1
-            self.counts.blocks += transfer.blocks
-            self.counts.bytes += transfer.bytes
-        else:
-            self.counts.failed += 1
-            reason = error.split(":", 1)[0]
-            self.counts.reasons[reason] = self.counts.reasons.get(reason, 0) + 1
         return PullDone(
             pull_id=pull.pull_id,
             error=error,

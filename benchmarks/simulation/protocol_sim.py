@@ -32,6 +32,8 @@ from protocol_wire import MoodyNetwork, MoodyTransport, RememberingPool, Truth
 from protocol_worker import Calls, Host, StrictLoop
 from roles_kit import Site, Worker
 
+from crossdock.decode.role import DecodeRole
+from crossdock.kvtransfer.pull import PullDone
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.loop import Turn
@@ -286,9 +288,21 @@ class Simulation:
             self.truth.watch_prefill(worker, lambda: self.workers)
         elif role is Role.DECODE:
             self.truth.watch_decode(worker)
+        if role is not Role.PREFILL:
+            self._watch_pulls(worker.role)
         self.workers.append(worker)
         self.touched[worker] = None
         return worker
+
+    def _watch_pulls(self, role: DecodeRole) -> None:
+        ended = role._pull_ended
+
+        def counted(done: PullDone) -> None:
+            why = done.error and done.error.split(":", 1)[0]
+            self.seen[f"pull: {why}" if why else "joined"] += 1
+            ended(done)
+
+        role._pull_ended = counted
 
     def _watch(self, worker: Worker) -> None:
         """What a cancel, or the end of a stream, must leave behind: nothing."""
@@ -500,7 +514,3 @@ class Simulation:
         role = worker.role
         if role.state.config.role is Role.PREFILL:
             self.seen.update({f"lease {how}": n for how, n in role._offers.exits.items()})
-        else:
-            counts = role._puller.counts
-            self.seen.update({f"pull: {why}": n for why, n in counts.reasons.items()})
-            self.seen["joined"] += counts.joined

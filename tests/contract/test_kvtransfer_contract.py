@@ -27,7 +27,7 @@ from transport_kit import (
 )
 
 from crossdock.kvtransfer.fake import FakeNetwork
-from crossdock.kvtransfer.pull import PullDone, Puller, PullLimits
+from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.kvtransfer.shared_memory import cleanup_stale
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import Handle, HandleState
@@ -64,7 +64,7 @@ class World:
 
     def puller(self, **limits: int) -> Puller:
         self.pool.blocks[:] = 0
-        return Puller(self.transport, self.pool.memory, time.monotonic, PullLimits(**limits))
+        return Puller(self.transport, self.pool.memory, time.monotonic, **limits)
 
     def until(self, check: Callable[[], bool]) -> None:
         """Waits on the transport's wakeups, as an engine thread does."""
