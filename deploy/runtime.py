@@ -1,4 +1,4 @@
-"""What the controller needs of whatever runs its processes: Ray in life, a stand-in in tests."""
+"""What the controller needs of whatever runs its processes: Ray in life, a fake in tests."""
 
 from __future__ import annotations
 

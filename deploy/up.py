@@ -286,7 +286,7 @@ class Cluster:
             raise Unavailable(f"{problem}, and the cluster with it; start it again")
 
     def leave(self) -> None:
-        """The cluster stays; this process lets go of it."""
+        """The cluster stays; this process leaves it."""
         self._cleanup.pop_all()
         self._controller = None
         session.stop_ray()

@@ -8,6 +8,7 @@ from typing import Any
 
 from crossdock.engine.contract import Allocate, Engine, EngineConfig, EngineSettings
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.memory import MemoryType
 
 ENGINES = {
     "native": "crossdock.engine.native.engine",
@@ -28,6 +29,12 @@ def create(config: EngineConfig, allocate: Allocate) -> Engine:
     """
     engine: Engine = _module(config.engine.kind).create(config, allocate)
     return engine
+
+
+def memory_type(config: EngineConfig) -> MemoryType:
+    """Where the pool of this engine will lie, known before it is made."""
+    where: MemoryType = _module(config.engine.kind).memory_type(config)
+    return where
 
 
 def _module(kind: str) -> Any:

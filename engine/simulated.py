@@ -31,7 +31,7 @@ from crossdock.engine.sequence import Chunk, SampledToken, StepPlan
 from crossdock.model.config import load_config
 from crossdock.model.store import resolve
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.memory import PoolMemory
+from crossdock.proto.memory import MemoryType, PoolMemory
 from crossdock.proto.settings import setting
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import worker_pb2
@@ -212,6 +212,11 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+def memory_type(config: EngineConfig) -> MemoryType:
+    """See registry.memory_type."""
+    return "DRAM"
 
 
 def create(config: EngineConfig, allocate: Allocate) -> SimulatedEngine:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from crossdock.engine.block_pool import BlockPool, IntegrityError
 from crossdock.engine.registry import create as create_engine
+from crossdock.engine.registry import memory_type
 from crossdock.kvtransfer.checksum import check_available
 from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.registry import allocate, create_transport
@@ -199,10 +200,10 @@ class WorkerServer:
 
     def _build(self, address: str) -> None:
         config, incarnation = self.config, new_incarnation()
+        if config.verify == "checksum":
+            check_available(memory_type(config))
         engine = create_engine(config, self._allocate)
         self._closers.append(engine.close)
-        if config.verify == "checksum":
-            check_available(engine.memory.memory_type)
         engine.warmup()
         facts, layout, memory = engine.facts, engine.layout, engine.memory
         self.vocab_size = facts.vocab_size

@@ -15,7 +15,7 @@ from crossdock.engine.contract import (
 )
 from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.memory import PoolMemory
+from crossdock.proto.memory import MemoryType, PoolMemory
 from crossdock.proto.settings import setting
 
 if TYPE_CHECKING:
@@ -62,6 +62,20 @@ class NativeEngine(Engine):
         self._runner.warmup()
 
 
+def _device(config: EngineConfig) -> str:
+    assert isinstance(config.engine, Settings)
+    if config.engine.device == "auto" and config.gpus is not None:
+        return "cuda" if config.gpus else "cpu"
+    return config.engine.device
+
+
+def memory_type(config: EngineConfig) -> MemoryType:
+    """See registry.memory_type."""
+    from crossdock.engine.native.runner import resolve_device
+
+    return "DRAM" if resolve_device(_device(config)).type == "cpu" else "VRAM"
+
+
 def create(config: EngineConfig, allocate: Allocate) -> NativeEngine:
     """See registry.create."""
     # Here: torch takes seconds, and only a process that runs a model needs it.
@@ -72,10 +86,7 @@ def create(config: EngineConfig, allocate: Allocate) -> NativeEngine:
     files = resolve(config.model, config.home)
     if files.format == "bytes":
         raise ConfigError("model.id", f"{config.model!r} has no weights: see engine.kind simulated")
-    assert isinstance(config.engine, Settings)
-    device = config.engine.device
-    if device == "auto" and config.gpus is not None:
-        device = "cuda" if config.gpus else "cpu"
+    device = _device(config)
     block_bytes = ModelRunner.kv_bytes_per_block(
         load_config(files), config.block_size, config.dtype, device, config.kv_dtype
     )
