@@ -127,7 +127,7 @@ def judge(workers: Sequence[WorkerFacts], pairs: Sequence[PairFacts]) -> list[Fi
 
 def path_taken(pair: PairFacts, decode: WorkerFacts, prefill: WorkerFacts) -> str:
     """tcp, rdma, shared memory, "not tcp, not rdma", or unknown; by what the kernel counted."""
-    if decode.transport in ("local", "fake"):
+    if decode.transport == "local":
         return "shared memory" if decode.transport == "local" else "memory"
     if pair.bytes == 0:
         return UNKNOWN

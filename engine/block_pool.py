@@ -177,13 +177,6 @@ class BlockPool:
             self._references[block] = 1
         return blocks
 
-    def retain(self, ids: Iterable[int]) -> None:
-        """One more reference on each block; they must be in use."""
-        for block in ids:
-            if self._references[block] == 0:
-                raise IntegrityError(f"block {block} is retained but not in use")
-            self._references[block] += 1
-
     def release(self, ids: Iterable[int]) -> None:
         """One reference less on each. At none a block that holds a name is cached, others free."""
         self._clock += 1

@@ -106,13 +106,13 @@ class LocalTransport(ThreadedTransport):
             return
         connection = _connect(incarnation)
         try:
-            generations, blocks = map_pool(name, kv_offset, *blocks)
+            generations, kv = map_pool(name, kv_offset, *blocks)
         except (OSError, ValueError) as error:
             connection.close()
             raise TransferFailed(
                 f"peer {incarnation.hex()}: its pool cannot be mapped: {error}"
             ) from error
-        self._peers[incarnation] = _Peer(incarnation, connection, generations, blocks)
+        self._peers[incarnation] = _Peer(incarnation, connection, generations, kv)
         self._selector.register(connection, selectors.EVENT_READ, data=incarnation)
 
     def _remove(self, incarnation: bytes) -> None:

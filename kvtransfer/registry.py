@@ -15,10 +15,9 @@ from crossdock.kvtransfer.transport import Generations, PoolMemory, Transport
 from crossdock.proto.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crossdock.kvtransfer.fake import FakeNetwork
     from crossdock.kvtransfer.nccl.communicator import Communicators
 
-TRANSPORTS = ("nixl", "nccl", "local", "fake")
+TRANSPORTS = ("nixl", "nccl", "local")
 
 PoolBuffers = tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]
 
@@ -32,14 +31,13 @@ def create_transport(
     cluster_key: bytes = b"",
     host: str = "127.0.0.1",
     communicators: Communicators | None = None,
-    network: FakeNetwork | None = None,
 ) -> Transport:
     """A running transport over `memory`, which outlives it.
 
     ucx: for nixl, e.g. {"TLS": "rc,cuda", "NET_DEVICES": "mlx5_0:1"}: UCX's own names without
     their prefix. cluster_key, host: for nccl, whose peers reach this one at that host and prove
-    that they know the key; communicators: in NCCL's place. network: for fake. Raises ConfigError
-    for an unknown name, TransferFailed when the library does not start.
+    that they know the key; communicators: in NCCL's place. Raises ConfigError for an unknown name,
+    TransferFailed when the library does not start.
     """
     if name == "nixl":
         from crossdock.kvtransfer.nixl import NixlTransport
@@ -55,10 +53,6 @@ def create_transport(
         from crossdock.kvtransfer.local import LocalTransport
 
         return LocalTransport(incarnation, memory)
-    if name == "fake":
-        from crossdock.kvtransfer.fake import FakeTransport, default_network
-
-        return FakeTransport(network or default_network(), incarnation, memory)
     raise _unknown(name)
 
 

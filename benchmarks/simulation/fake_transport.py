@@ -99,14 +99,6 @@ class FakeNetwork:
             message.act(receiver)
 
 
-_DEFAULT_NETWORK = FakeNetwork()
-
-
-def default_network() -> FakeNetwork:
-    """The network of transports that are given none: all of this process."""
-    return _DEFAULT_NETWORK
-
-
 class FakeTransport:
     """See transport.Transport. A restarted process is a new one under a new incarnation."""
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from fake_transport import FakeNetwork, FakeTransport
 from roles_kit import Worker
 
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.sequence import Sequence as Continuation
 from crossdock.engine.simulated import kv_of_tokens
-from crossdock.kvtransfer.fake import FakeNetwork, FakeTransport
 from crossdock.kvtransfer.transport import Handle, HandleState
 from crossdock.proto.v1 import worker_pb2
 

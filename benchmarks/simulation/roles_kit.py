@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+from fake_transport import FakeNetwork, FakeTransport
 
 from crossdock.decode.role import DecodeRole
 from crossdock.engine.block_pool import BlockPool
@@ -25,7 +26,6 @@ from crossdock.engine.simulated import (
     drawn,
     weights,
 )
-from crossdock.kvtransfer.fake import FakeNetwork, FakeTransport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory
 from crossdock.prefill.role import PrefillRole

@@ -11,13 +11,13 @@ from pathlib import Path
 import grpc
 import pytest
 from cluster_kit import KEY, Cluster, start, stop
+from fake_nccl import FakeCommunicators
 from offline import LLM
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from crossdock.kvtransfer.nccl import transport as nccl
-from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.proto.errors import DeadlineExceeded
 from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.types import LIFE_CYCLE, Role, SamplingParams

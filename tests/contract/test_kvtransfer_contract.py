@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_transport import FakeNetwork
 from transport_kit import (
     BLOCK_BYTES,
     NUM_BLOCKS,
@@ -26,7 +27,6 @@ from transport_kit import (
     later,
 )
 
-from crossdock.kvtransfer.fake import FakeNetwork
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.kvtransfer.shared_memory import cleanup_stale
 from crossdock.kvtransfer.ticket import new_incarnation

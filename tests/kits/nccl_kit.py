@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from fake_nccl import FakeCommunicators
 from transport_kit import (
     BLOCK_BYTES,
     KEY,
@@ -20,7 +21,6 @@ from transport_kit import (
 from crossdock.kvtransfer.nccl import link as nccl_link
 from crossdock.kvtransfer.nccl import messages
 from crossdock.kvtransfer.nccl.channel import Channel, Frame, Kind
-from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.kvtransfer.nccl.transport import NcclTransport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import Handle, HandleState

@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from fake_nccl import FakeCommunicators
+from fake_transport import FakeNetwork
 
-from crossdock.kvtransfer.fake import FakeNetwork
-from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory, Transport

@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from fake_nccl import FakeCommunicators
 from nccl_kit import Reader, Worker, link_of, post_and_hang, settled, until
 from transport_kit import (
     BLOCK_BYTES,
@@ -22,7 +23,6 @@ from transport_kit import (
 
 from crossdock.kvtransfer.nccl import link as nccl_link
 from crossdock.kvtransfer.nccl.channel import Kind
-from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import HandleState, PoolMemory, merge_runs

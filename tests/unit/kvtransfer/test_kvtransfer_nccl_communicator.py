@@ -18,6 +18,7 @@ import fake_cupy
 import fake_cupy_nccl
 import numpy as np
 import pytest
+from fake_nccl import FakeCommunicators
 
 from crossdock.kvtransfer.nccl.communicator import (
     UNIQUE_ID_BYTES,
@@ -25,7 +26,6 @@ from crossdock.kvtransfer.nccl.communicator import (
     Communicators,
     Operation,
 )
-from crossdock.kvtransfer.nccl.fake import FakeCommunicators
 from crossdock.kvtransfer.registry import allocate
 from crossdock.kvtransfer.transport import PoolMemory
 from crossdock.proto.errors import TransferFailed
