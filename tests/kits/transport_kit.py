@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from fake_nccl import FakeCommunicators
-from fake_transport import FakeNetwork
+from fake_transport import FakeNetwork, FakeTransport
 
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
@@ -41,13 +41,16 @@ class Pool:
 
     def __init__(self, name: str, network: FakeNetwork | None = None, **options: object) -> None:
         self.incarnation = new_incarnation()
-        buffer, generations, self._free = allocate(name, NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
+        library = "nixl" if name == "fake" else name
+        buffer, generations, self._free = allocate(library, NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
         self.memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
         self.blocks = buffer.reshape(NUM_BLOCKS, BLOCK_BYTES)
         if name == "nccl":
             options = {"communicators": FakeCommunicators(), "cluster_key": KEY, **options}
-        self.transport: Transport = create_transport(
-            name, self.incarnation, self.memory, network=network, **options
+        self.transport: Transport = (
+            FakeTransport(network or FakeNetwork(), self.incarnation, self.memory)
+            if name == "fake"
+            else create_transport(name, self.incarnation, self.memory, **options)
         )
 
     def fill(self, seed: int) -> None:

@@ -109,13 +109,6 @@ class Sequences(RuleBasedStateMachine):
             owner[1].append(hashes[i])
         return owner
 
-    @rule(target=tables, owner=tables)
-    def share(self, owner):
-        self.pool.retain(owner[0])
-        copy = (list(owner[0]), list(owner[1]))
-        self.held.append(copy)
-        return copy
-
     @rule(owner=consumes(tables))
     def finish(self, owner):
         self.held = [other for other in self.held if other is not owner]
@@ -177,12 +170,6 @@ class Blocks(RuleBasedStateMachine):
         taken = self.pool.acquire_prefix(names(*chain))
         self.held += taken
         return multiple(*taken)
-
-    @rule(target=blocks, block=blocks)
-    def retain(self, block):
-        self.pool.retain([block])
-        self.held.append(block)
-        return block
 
     @rule(block=consumes(blocks))
     def release(self, block):
