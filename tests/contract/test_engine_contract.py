@@ -145,7 +145,8 @@ def test_nobody_imports_a_concrete_engine_but_its_own_package() -> None:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            names = [alias.name for alias in getattr(node, "names", ())]
+            imports = isinstance(node, ast.Import | ast.ImportFrom)
+            names = [alias.name for alias in node.names] if imports else []
             dotted = {module, *names, *(f"{module}.{name}" for name in names if module)}
             if dotted & {f"crossdock.engine.{name}" for name in CONCRETE}:
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno}")

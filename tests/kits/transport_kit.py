@@ -6,6 +6,7 @@ Run as a program this file is the peer: it serves a pool and obeys lines on its 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -134,6 +135,7 @@ class ProcessPeer(Peer):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the kits among it
         )
         described = self._answer()
         self.incarnation = bytes.fromhex(described["incarnation"])

@@ -70,8 +70,10 @@ def test_workers_tell_each_event_once_and_of_the_fence_before_it_is_posted(told:
         p.turn()
     outputs = p.take()
     first = next(output for output in outputs if output.token_ids)
-    offered = next(output.ticket for output in outputs if output.HasField("ticket"))
-    reader = job(PROMPT, emitted=list(first.token_ids), ticket=offered)
+    announced = (output.progress for output in outputs if output.HasField("progress"))
+    offered = next(each.ticket for each in announced if each.HasField("ticket"))
+    first.progress.ticket.CopyFrom(offered)
+    reader = job(PROMPT, emitted=list(first.token_ids), progress=first.progress)
     fences: list[list[str]] = []
     read = d.role.state.transport.read_generations
 
