@@ -109,8 +109,7 @@ class MemberActor:
 
         assert launch.gateway is not None
         own = {"slo": Slo(**launch.gateway["slo"]), "home": crossdock_home()}
-        config = GatewayConfig(**{**launch.gateway, **own})
-        self._server = GatewayServer(config)
+        self._server = GatewayServer(GatewayConfig(**{**launch.gateway, **own}))
         await self._server.start()
         grpc, http = self._server.grpc_address, self._server.http_address
         return Started(os.getpid(), node_id, grpc=grpc, http=http)

@@ -291,7 +291,7 @@ def test_up_says_ready_once_and_leaves_nothing_behind(own_spec, number):
     assert "READY" not in rest and "curl http://127.0.0.1:" in rest
 
 
-def test_up_names_the_worker_that_cannot_start_and_why(own_spec, tiny_model, tmp_path):
+def test_up_names_the_tensor_that_a_model_lacks(own_spec, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "broken")
     config = json.loads((model / "config.json").read_text())
     config["num_hidden_layers"] += 1  # whose weights are not there
@@ -300,7 +300,7 @@ def test_up_names_the_worker_that_cannot_start_and_why(own_spec, tiny_model, tmp
     with started(own_spec) as process:
         output = process.stdout.read()
         assert process.wait(60) != 0
-    assert re.search(r"(prefill|decode)-0 did not start: ModelError: .*broken", output), output
+    assert re.search(r"own\.yaml:3: model\.id: .*broken: tensor model\.layers", output), output
     assert "READY" not in output
 
 
