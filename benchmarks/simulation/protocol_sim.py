@@ -27,19 +27,20 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from protocol_front import GONE, HELLO, SOME, Front, Gateway, Stream
+from protocol_front import GONE, HELLO, SOME, Front, Stream
+from protocol_settle import LEASE_S, settle, settle_now
 from protocol_wire import MoodyNetwork, MoodyTransport, RememberingPool, Truth
 from protocol_worker import Calls, Host, StrictLoop
 from roles_kit import Site, Worker
 
 from crossdock.decode.role import DecodeRole
 from crossdock.kvtransfer.pull import PullDone
+from crossdock.prefill.role import PrefillRole
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.loop import Turn
 
 PREFILLS, DECODES = 2, 2
-LEASE_S = 30.0
 
 
 class Seat:
@@ -64,7 +65,7 @@ class Simulation:
         self.network = MoodyNetwork(rng=self.rng, seen=self._see)
         self.site = Site(self.network, pool_type=RememberingPool, transport_type=MoodyTransport)
         self.site.wall_clock = self.clock = self.site.clock
-        self.calls = Calls(self.rng, self._resident)
+        self.calls = Calls(self.rng, self._resident, self._computing)
         self.truth = Truth(self.network, self.calls.released)
         self.workers: list[Worker] = []  # all processes that run, also those given up for lost
         self.paused: dict[Worker, None] = {}
@@ -82,7 +83,7 @@ class Simulation:
             self._to_worker: 24,
             self.front.hear_any: 20,
             self._network: 12,
-            self.calls.any: 8,
+            self.calls.any: 5,
             self._advance: 8,
             self.front.new_request: 14,
             self.front.dial_any: 5,
@@ -111,146 +112,33 @@ class Simulation:
             self._begin()
             actions, weights = list(self.actions), list(self.actions.values())
             for action in self.rng.choices(actions, weights, k=self.steps):
-                self._log(action.__name__)
+                self.log(action.__name__)
                 action()
-                self._check()
-            self._settle()
+                self.check()
+            settle(self)
         except AssertionError as error:
             raise Violation(f"seed {self.seed}: {error}") from error
         finally:
             logging.disable(disabled)
         return self
 
-    def _log(self, what: str) -> None:
+    def log(self, what: str) -> None:
         if self.trace is not None:
             self.trace(f"{self.clock.now:8.2f} {what}")
 
     def _see(self, what: str) -> None:
         self.seen[what] += 1
-        self._log(f"         {what}")
+        self.log(f"         {what}")
 
     def _begin(self) -> None:
         """Everybody is connected before anything happens."""
         self.calls.calm = True
         for gateway in self.front.gateways:
             self.front.tell(gateway)
-        self._settle_now()
+        settle_now(self)
         self.calls.calm = False
 
-    def _settle(self) -> None:
-        """No more faults: everything must come to its end, by work or by time."""
-        self.network.calm = self.calls.calm = True
-        self.network._failures.clear()
-        self.network._drops = 0
-        self.paused.clear()
-        for worker in self.workers:  # or a cluster that drains as a whole never ends
-            worker.host.post(lambda role: setattr(role, "draining", False))
-        for gateway in self.front.gateways:
-            self.front.tell(gateway)
-        self._log("the faults stop")
-        self._settle_now()
-        for worker in self.workers:
-            worker.host.beat()
-        for _ in range(200):
-            self._settle_now()
-            if self._over():
-                break
-            for worker in self.workers:
-                worker.host.renew()
-            self._pass_time()
-        for client in self.front.clients:
-            assert len(client.ends) == 1, f"a request ended so: {client.ends}"
-        for gateway in self.front.gateways:
-            self._check_gateway(gateway)
-        for worker in self.workers:
-            role = worker.role
-            assert role.idle and not role.leases(), f"{role.state.config.name} still holds work"
-            used = role.state.pool.num_used
-            assert not used, f"{role.state.config.name} still holds {used} blocks"
-
-    def _check_gateway(self, gateway: Gateway) -> None:
-        assert gateway.idle, f"{gateway.name} still holds something of a request"
-        for wire in gateway.wires:
-            assert not wire.link.sequences, f"{wire.link.name} still has a sequence"
-            if not wire.link.usable:
-                continue  # it retires with the worker's next frame
-            found = gateway.view.workers[wire.link.name]
-            pool = self.front.resident(wire.link.endpoint.address).role.state.pool
-            told = gateway.view.index._held.get(found.slot, set())
-            assert told == {name for _, name in pool.snapshot()[1]}, "the prefix index is wrong"
-
-    def _pass_time(self) -> None:
-        """To the next moment at which something happens by itself."""
-        ends = [worker.role.next_deadline() for worker in self.workers]
-        ends += [gateway.timers.next_at() for gateway in self.front.gateways]
-        now = self.clock.now
-        next_end = min((end for end in ends if end is not None), default=1e9)
-        self.clock.now = min(max(next_end, now + 0.1), now + LEASE_S / 3)
-        self.front.fire_due(everybody=True)
-
-    def _settle_now(self) -> None:
-        """All that can happen at this time."""
-        for turn in range(400):
-            if not self._settle_once():
-                break
-            if turn % 4 == 0:
-                self._check()
-        for worker in self.workers:
-            self._turn_of(worker, slept=True)  # so nothing may come of it
-        self._check()
-
-    def _settle_once(self) -> bool:
-        """All that can happen at this time, once. False: nothing did."""
-        front = self.front
-        moved = self.network.deliver() > 0
-        while self.network.deliver_late():
-            moved = True
-        while self.calls.meetings:
-            self.calls.meetings.pop(0)[2]()
-            moved = True
-        for gateway in front.gateways:
-            for wire in front.undialled(gateway):
-                wire.dial()
-                moved = True
-        for stream in list(front.streams):
-            while stream.inbox:
-                self._receive(stream)
-                moved = True
-        self._nothing_forgotten()
-        for worker in self.workers:
-            if worker.host.awake:
-                self._turn_of(worker)
-                moved = True
-        for call in self.calls.take_all():
-            self.calls.arrives(call)
-            moved = True
-        for stream in front.audible():
-            while stream.audible:
-                front.hear(stream)
-                moved = True
-        moved |= front.fire_due()
-        front.prune()
-        return moved
-
-    def _nothing_forgotten(self) -> None:
-        """All that gateways have sent has arrived: no worker goes on with what is over."""
-        streams = {s.side.owner: s for s in self.front.streams if s.side is not None}
-        for worker in self.workers:
-            if worker.loop._commands:
-                continue
-            for job in worker.role.jobs.values():
-                assert job.owner in worker.host.gateways._streams, "a job outlived its stream"
-                stream = streams[job.owner]
-                sequences = stream.wire.gateway.dispatcher._sequences
-                known = job.id in sequences or stream.outbox or stream.ended
-                assert known, "a worker was not told of an end"
-
-    def _over(self) -> bool:
-        return all(client.ends for client in self.front.clients) and all(
-            worker.role.idle for worker in self.workers
-        )
-
-    def _check(self) -> None:
+    def check(self) -> None:
         """Bookkeeping changes only when somebody is called: only then is it looked at."""
         for worker in self.touched:
             worker.check()
@@ -264,7 +152,7 @@ class Simulation:
     def _worker(self, role: Role, name: str, address: str = "") -> Worker:
         """A fresh process: its pool, its incarnation and all it knows are new."""
         self.counter += 1
-        blocks = self.rng.choice([9, 10, 12, 18])  # the longest sequence fits in each
+        blocks = self.rng.choice([9, 9, 10, 12, 18])  # the longest sequence fits in each
         worker = self.site.worker(
             role,
             blocks,
@@ -340,6 +228,11 @@ class Simulation:
                 return None if worker in self.paused else worker
         return None
 
+    def _computing(self) -> set[bytes]:
+        prefills = [worker for worker in self.workers if isinstance(worker.role, PrefillRole)]
+        jobs = [job for worker in prefills for job in worker.role.jobs.values()]
+        return {job.ticket.ticket_id for job in jobs if job.ticket is not None}
+
     def _members(self) -> None:
         self.front.members = [seat.worker.host.endpoint for seat in self.seats]
         self.front.version += 1
@@ -351,13 +244,13 @@ class Simulation:
         if awake and self.rng.random() < 0.95:
             worker = self.rng.choice(awake)
             for _ in range(self.rng.choice([1] * 11 + [16])):
-                if not self._turn_of(worker):
+                if not self.turn_of(worker):
                     break
         elif able:
             worker = self.rng.choice(able)
-            self._turn_of(worker, slept=worker not in awake)
+            self.turn_of(worker, slept=worker not in awake)
 
-    def _turn_of(self, worker: Worker, slept: bool = False) -> bool:
+    def turn_of(self, worker: Worker, slept: bool = False) -> bool:
         moved = worker.host.turn(slept)
         if moved:
             self.touched[worker] = None
@@ -392,8 +285,8 @@ class Simulation:
                     wire.dial()
         streams = [stream for stream in self.front.streams if stream.worker is worker]
         for stream in streams:
-            self._receive(stream)
-        self._turn_of(worker)
+            self.receive(stream)
+        self.turn_of(worker)
         for stream in streams:
             self.front.hear(stream)
 
@@ -436,7 +329,7 @@ class Simulation:
         if self.rng.random() < 0.5:
             code = worker_pb2.ERROR_CODE_DRAINING
             worker.host.post(lambda role: role.eject_all(code, "draining"))
-            self._turn_of(worker)
+            self.turn_of(worker)
             self._die(worker)
             seat.worker = self._worker(seat.role, seat.name)
             self._members()
@@ -452,9 +345,9 @@ class Simulation:
 
     def _network(self) -> None:
         network, what = self.network, self.rng.random()
-        if what < 0.35:
+        if what < 0.4:
             network.hold()
-        elif what < 0.5:
+        elif what < 0.55:
             network.deliver_any()
         elif what < 0.75:
             network.deliver(self.rng.choice([1, 2, None]))
@@ -489,9 +382,9 @@ class Simulation:
         if waiting:
             stream = self.rng.choice(waiting)
             for _ in range(min(len(stream.inbox), self.rng.choice(SOME))):
-                self._receive(stream)
+                self.receive(stream)
 
-    def _receive(self, stream: Stream) -> None:
+    def receive(self, stream: Stream) -> None:
         frame = stream.inbox.popleft()
         gateways = stream.worker.host.gateways
         if frame is HELLO:

@@ -43,8 +43,14 @@ class Call:
 class Calls:
     """All calls under way, in no order. One may be lost, or arrive twice."""
 
-    def __init__(self, rng: random.Random, resident: Callable[[str], Worker | None]) -> None:
-        self.rng, self.resident = rng, resident
+    def __init__(
+        self,
+        rng: random.Random,
+        resident: Callable[[str], Worker | None],
+        computing: Callable[[], set[bytes]],
+    ) -> None:
+        """`computing`: the tickets whose prompts are still being computed."""
+        self.rng, self.resident, self.computing = rng, resident, computing
         self.calm = False
         self.under_way: list[Call] = []
         self.meetings: list[tuple[Host, bytes, Callable[[], None]]] = []
@@ -137,6 +143,8 @@ class Phone:
             role.release_tickets(ids)
             return worker_pb2.ReleaseTicketsResponse()
 
+        early = self._calls.computing() & set(ids) if ids else None
+        assert not early, "a ticket was released before its lease began"
         self._calls.released.update(ids)
         self._calls.under_way.append(Call(self._host, address, ask, lambda answer: None))
 
