@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "simulation"))
 
 from protocol_plants import LIMIT, PLANTS, find
-from protocol_sim import Simulation
+from protocol_sim import STEPS, Simulation
 
 PROGRESS_S = 10.0
 
@@ -26,7 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20_000)
     parser.add_argument("--from", type=int, default=0, dest="first")
-    parser.add_argument("--steps", type=int, default=170, help="of each history, faults on")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each history, faults on")
     parser.add_argument("--plant", action="store_true", help="run the planted bugs instead")
     parser.add_argument("--replay", type=int, metavar="SEED", help="print one history")
     options = parser.parse_args()

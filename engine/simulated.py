@@ -160,10 +160,14 @@ class SimulatedEngine(Engine):
         size = self._block_size
         before = 0
         if start:
-            before = self._flat[block_table[(start - 1) // size] * size + (start - 1) % size]
+            before = int(self._flat[block_table[(start - 1) // size] * size + (start - 1) % size])
+        if len(token_ids) == 1:  # most steps: without arrays of one element
+            term = (token_ids[0] + 1) * int(weights(start, 1)[0])
+            self._flat[block_table[start // size] * size + start % size] = (before + term) & _MASK
+            return
         positions = np.arange(start, start + len(token_ids))
         slots = np.asarray(block_table)[positions // size] * size + positions % size
-        self._flat[slots] = before + _terms(token_ids, start).cumsum(dtype=np.uint64)
+        self._flat[slots] = np.uint64(before) + _terms(token_ids, start).cumsum(dtype=np.uint64)
 
 
 def kv_of_tokens(token_ids: Sequence[int]) -> KV:

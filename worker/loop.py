@@ -70,17 +70,19 @@ class EngineLoop:
         self._failed_steps = 0  # since the device last ran anything
         self.last_turn = time.monotonic()
         self._due = math.inf  # when the turn under way is late
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Starts the thread; commands posted before are its first."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
         """Ends the thread after its turn; waits up to `timeout_s` seconds for it."""
         self._stopping = True
         self.wake()
-        self._thread.join(timeout_s)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def wake(self) -> None:
         """Callable from any thread: something arrived."""

@@ -25,8 +25,8 @@ from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
 from crossdock.worker.streams import GatewayStream
 
-GATEWAYS = 2
-MAX_REQUESTS = 14
+LONGEST = 69  # tokens of a sequence: with what a step may draw, 9 blocks
+MAX_REQUESTS = 7
 SOME = [1, 1, 2, 3]  # messages that arrive together
 LINKS = LinkSettings(silence_s=1.0, tick_s=0.5)
 HELLO = pb.GatewayFrame()  # to open a stream with; what it says is the link's
@@ -56,7 +56,7 @@ class Stream:
 
     def wake(self) -> None:
         """The worker has frames: some leave at once, others wait and are merged."""
-        if self.rng.random() < 0.5:
+        if not self.wire.calm and self.rng.random() < 0.5:
             self.pump()
 
     def pump(self) -> None:
@@ -84,6 +84,10 @@ class Wire:
         self.gateway, self.link = gateway, link
         self.stream: Stream | None = None
         gateway.wires[self] = None
+
+    @property
+    def calm(self) -> bool:
+        return self._front.calm
 
     def send(self, frame: pb.GatewayFrame) -> None:
         if self.stream is None:
@@ -240,11 +244,13 @@ class Front:
         self.lives = count()
         self.members: list[WorkerEndpoint] = []
         self.version = 0  # of the membership
+        self.calm = False
+        self.long = rng.choice([0.0, 0.05, 0.3])  # of requests
         self.touched: dict[Gateway, None] = {}  # since the last check
         self.broken = ""  # what was found where an exception would be caught
         self.streams: list[Stream] = []
         self.clients: list[Client] = []
-        self.gateways = [Gateway(f"gateway{i}", self) for i in range(GATEWAYS)]
+        self.gateways = [Gateway(f"gateway{i}", self) for i in range(rng.choice([1, 2]))]
 
     # -- what happens --------------------------------------------------------------------------
 
@@ -275,7 +281,7 @@ class Front:
 
     def gateway_dies(self) -> None:
         """All its streams end at once; its requests are the clients' to repeat."""
-        index = self.rng.randrange(GATEWAYS)
+        index = self.rng.randrange(len(self.gateways))
         dead = self.gateways[index]
         dead.alive = False
         for stream in [stream for stream in self.streams if stream.wire.gateway is dead]:
@@ -293,7 +299,7 @@ class Front:
         rng, now = self.rng, self.clock.now
         shared = [11] * rng.choice([0, 8, 16])  # prefixes that caches can share
         prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, 40))]
-        tokens = 72 - len(prompt) if rng.random() < 0.15 else rng.randrange(1, 16)
+        tokens = LONGEST - len(prompt) if rng.random() < self.long else rng.choice([1, 2, 4, 6, 8, 16])
         stop = ("1.",) if rng.random() < 0.1 else ()
         sampling = SamplingParams(1.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100))
         request = Request(

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from protocol_sim import Simulation
 
 LEASE_S = 30.0
+TURNS = 4  # of a worker, before the others hear of it
 
 
 def settle(sim: Simulation) -> None:
     """No more faults: everything must come to its end, by work or by time."""
-    sim.network.calm = sim.calls.calm = True
+    sim.network.calm = sim.calls.calm = sim.front.calm = True
     sim.network._failures.clear()
     sim.network._drops = 0
     sim.paused.clear()
@@ -97,7 +98,9 @@ def settle_once(sim: Simulation) -> bool:
             moved = True
     nothing_forgotten(sim)
     for worker in sim.workers:
-        if worker.host.awake:
+        for _ in range(TURNS):
+            if not worker.host.awake:
+                break
             sim.turn_of(worker)
             moved = True
     for call in sim.calls.take_all():

@@ -40,7 +40,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.loop import Turn
 
-PREFILLS, DECODES = 2, 2
+STEPS = 60  # of a history, faults on
 
 
 class Seat:
@@ -58,12 +58,17 @@ class Violation(AssertionError):
 class Simulation:
     """One seed, one history: `run` raises Violation when an invariant breaks."""
 
-    def __init__(self, seed: int, steps: int = 170, trace: Callable[[str], None] | None = None):
+    def __init__(self, seed: int, steps: int = STEPS, trace: Callable[[str], None] | None = None):
         self.seed, self.steps, self.trace = seed, steps, trace
         self.rng = random.Random(seed)
         self.seen: Counter[str] = Counter()
         self.network = MoodyNetwork(rng=self.rng, seen=self._see)
-        self.site = Site(self.network, pool_type=RememberingPool, transport_type=MoodyTransport)
+        self.site = Site(
+            self.network,
+            pool_type=RememberingPool,
+            transport_type=MoodyTransport,
+            tokens_per_step=self.rng.choice([1, 1, 2, 4]),
+        )
         self.site.wall_clock = self.clock = self.site.clock
         self.calls = Calls(self.rng, self._resident, self._computing)
         self.truth = Truth(self.network, self.calls.released)
@@ -71,7 +76,8 @@ class Simulation:
         self.paused: dict[Worker, None] = {}
         self.counter = 0
         self.touched: dict[Worker, None] = {}
-        roles = [Role.PREFILL] * PREFILLS + [Role.DECODE] * DECODES
+        roles = [Role.PREFILL] * self.rng.choice([1, 2])
+        roles += [Role.DECODE] * self.rng.choice([1, 2])
         roles += [Role.COLOCATED] * (self.rng.random() < 0.3)
         self.seats = [Seat(f"{role}{i}", role) for i, role in enumerate(roles)]
         for seat in self.seats:
@@ -82,9 +88,9 @@ class Simulation:
             self._turn: 40,
             self._to_worker: 24,
             self.front.hear_any: 20,
-            self._network: 12,
+            self._network: self.rng.choice([6, 12, 24]),
             self.calls.any: 5,
-            self._advance: 8,
+            self._advance: self.rng.choice([4, 8, 16]),
             self.front.new_request: 14,
             self.front.dial_any: 5,
             self.front.membership: 3,
@@ -92,7 +98,7 @@ class Simulation:
             self._renew: 4,
             self._beat: 2,
             self.front.client_leaves: 1,
-            self._kill: 1,
+            self._kill: self.rng.choice([0.5, 1, 4]),
             self._pause: 1,
             self._resume: 3,
             self._replace: 1,
@@ -371,7 +377,8 @@ class Simulation:
     def _peers_forgotten(self) -> None:
         """The controller's list without some peer: it is met again when a ticket comes."""
         worker = self.rng.choice([seat.worker for seat in self.seats if seat.role is Role.DECODE])
-        others = self.rng.sample(self.front.members, self.rng.choice([0, 2, 4]))
+        known = self.rng.choice([0, 1, len(self.front.members) - 1])
+        others = self.rng.sample(self.front.members, known)
         if worker not in self.paused:
             worker.host.peers.update(others)
 
