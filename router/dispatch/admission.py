@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from crossdock.proto.errors import ConfigError, Overloaded
+from crossdock.proto.errors import Overloaded
+from crossdock.proto.settings import check_settings, setting
 from crossdock.router.dispatch.request import Request
 from crossdock.router.placement.policy import Placement
 from crossdock.router.placement.view import ClusterView
@@ -13,24 +14,23 @@ from crossdock.router.placement.view import ClusterView
 LONGEST_RETRY_S = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """Bounds of one gateway. Sequences are counted: a request with n = 4 is four."""
 
-    max_active: int = 1024
-    max_active_per_tenant: int = 512
-    worker_wait_s: float = 120.0  # how long a request waits for a worker of a role to appear
+    max_active: int = setting(
+        1024, "Sequences under way in one gateway; more are refused.", low=1, high=1_000_000
+    )
+    max_active_per_tenant: int = setting(512, "The same of one tenant.", low=1, high=1_000_000)
+    worker_wait_s: float = setting(
+        120.0, "How long a request waits for a worker where none is there.", low=0, high=3600
+    )
     max_restarts: int = 5  # of a sequence, without a token gained in between
     max_losses: int = 2  # workers that may die or fail under one sequence before it is refused
     first_backoff_s: float = 0.05  # before a refused sequence is offered again; doubles
 
     def __post_init__(self) -> None:
-        for name in ("max_active", "max_active_per_tenant"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"gateway.limits.{name}", f"{getattr(self, name)}: at least 1")
-        for name in ("worker_wait_s", "max_restarts", "max_losses", "first_backoff_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"gateway.limits.{name}", f"{getattr(self, name)}: at least 0")
+        check_settings(self, "gateway.limits.")
 
 
 class Admission:

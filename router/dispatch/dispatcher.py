@@ -63,7 +63,7 @@ class Dispatcher:
         eos_token_ids: frozenset[int],
         detokenizer_of: Callable[[list[int], tuple[str, ...]], Detokenizer],
         prefix: str,
-        on_ready: Callable[[bool], None] = lambda ready: None,
+        on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -161,7 +161,8 @@ class Dispatcher:
         self._admission.admit(request.tenant, request.num_sequences, retry_after_s(self.view))
 
     def close(self) -> None:
-        """Ends everything that is under way."""
+        """Ends everything that is under way, and takes nothing new."""
+        self.draining = True
         for active in list(self._requests):
             self._end(active, Draining("the gateway stopped; send the request again"), "stopped")
 
@@ -225,7 +226,7 @@ class Dispatcher:
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""
-        self._on_ready(self.ready)
+        self._on_ready()
         self._waiting.try_all(self._guarded)
 
     def _guarded(self, sequence: SequenceState, step: Step) -> None:
