@@ -102,6 +102,16 @@ class ResponseStream:
             await self._waiter
         return self.take()
 
+    async def whole(self) -> list[Delta]:
+        """Waits for the end: all that each index gained as one delta, in their order."""
+        found: dict[int, Delta] = {}
+        async for delta in self:
+            if delta.index in found:
+                found[delta.index].absorb(delta)
+            else:
+                found[delta.index] = delta
+        return [found[index] for index in sorted(found)]
+
     def take(self) -> list[Delta]:
         """All deltas that came since the last call, without waiting: none as yet, or at the end.
 

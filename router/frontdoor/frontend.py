@@ -9,8 +9,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from crossdock.model.text import TextModel
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.types import SamplingParams
 from crossdock.router.dispatch.dispatcher import Dispatcher
@@ -24,39 +25,6 @@ from crossdock.router.frontdoor.validate import (
 )
 
 INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
-
-
-class TextModel(Protocol):
-    """The model's text side, as the engine's text room builds it."""
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a sequence."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of prompt and answer together, at most."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids."""
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text, for logprobs."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """One token as bytes, for logprobs."""
-
-    def apply_chat_template(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
-        """The prompt of a conversation. Raises InvalidRequest where the template refuses it."""
 
 
 @dataclass(frozen=True)

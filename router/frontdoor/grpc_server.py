@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -31,13 +30,6 @@ SERVICE = "crossdock.v1.Inference"
 HARD_LIMIT_FACTOR = 8  # beyond this many times max_body_bytes gRPC itself refuses a message
 GRPC_MOST_BYTES = 2**31 - 1  # an int32
 FOREVER_S = 10 * 365 * 86400.0
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands in for a message that could not be parsed, so that the handler can say why."""
-
-    error: CrossdockError
 
 
 class GrpcServer:
@@ -97,7 +89,7 @@ class GrpcServer:
     # -- the methods --------------------------------------------------------------------------
 
     async def _generate(
-        self, request: pb.GenerateRequest | Unreadable, context: Any
+        self, request: pb.GenerateRequest | CrossdockError, context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
         stream: ResponseStream | None = None
         try:
@@ -111,18 +103,12 @@ class GrpcServer:
                 stream.close()
 
     async def _generate_unary(
-        self, request: pb.GenerateRequest | Unreadable, context: Any
+        self, request: pb.GenerateRequest | CrossdockError, context: Any
     ) -> pb.GenerateUnaryResponse:
         stream: ResponseStream | None = None
         try:
             request_id, stream = await self._submit(request, context)
-            whole: dict[int, Delta] = {}
-            async for delta in stream:
-                if delta.index in whole:
-                    whole[delta.index].absorb(delta)
-                else:
-                    whole[delta.index] = delta
-            return _unary(request_id, self._frontend.model_id, whole)
+            return _unary(request_id, self._frontend.model_id, await stream.whole())
         except CrossdockError as error:
             await _abort(context, error)
             raise
@@ -136,13 +122,13 @@ class GrpcServer:
         return pb.ListModelsResponse(models=[model])
 
     async def _submit(
-        self, message: pb.GenerateRequest | Unreadable, context: Any
+        self, message: pb.GenerateRequest | CrossdockError, context: Any
     ) -> tuple[str, ResponseStream]:
         frontend = self._frontend
         arrival = self._arrival(context)
         with frontend.refusals_counted():
-            if isinstance(message, Unreadable):
-                raise message.error
+            if isinstance(message, CrossdockError):
+                raise message
             frontend.validator.check_model(message.model)
             n = 1 if message.n == 0 else message.n
             frontend.validator.check_count("n", n)
@@ -203,15 +189,16 @@ class GrpcServer:
         limit = self._max_body_bytes
 
         def parse_or_say_why(data: bytes) -> Any:
+            """An error in place of a message is for the handler to raise."""
             if len(data) > limit:
                 size = f"{len(data)} bytes"
-                return Unreadable(RequestTooLarge("message", size, f"at most {limit} bytes"))
+                return RequestTooLarge("message", size, f"at most {limit} bytes")
             try:
                 return parse(data)
             except DecodeError as error:
                 size = f"{len(data)} bytes"
                 limit_text = f"must be a valid message with strings in UTF-8: {error}"
-                return Unreadable(InvalidRequest("message", size, limit_text))
+                return InvalidRequest("message", size, limit_text)
 
         return parse_or_say_why
 
@@ -234,12 +221,11 @@ def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
     return response
 
 
-def _unary(request_id: str, model: str, whole: dict[int, Delta]) -> pb.GenerateUnaryResponse:
+def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryResponse:
     answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
-    for index in sorted(whole):
-        delta = whole[index]
+    for delta in whole:
         answer.completions.add(
-            index=index,
+            index=delta.index,
             text=delta.text,
             token_ids=delta.token_ids,
             logprobs=delta.logprobs,
@@ -247,12 +233,11 @@ def _unary(request_id: str, model: str, whole: dict[int, Delta]) -> pb.GenerateU
             stop_reason=delta.stop_reason,
             timings=delta.timings,
         )
-    usages = [delta.usage for delta in whole.values() if delta.usage is not None]
-    if usages:
-        first = whole[min(whole)].usage
-        answer.usage.prompt_tokens = usages[0].prompt_tokens
-        answer.usage.cached_tokens = first.cached_tokens if first is not None else 0
-        answer.usage.completion_tokens = sum(usage.completion_tokens for usage in usages)
+        if delta.usage is not None:
+            answer.usage.completion_tokens += delta.usage.completion_tokens
+    if whole and whole[0].usage is not None:  # of all, the prompt is one
+        answer.usage.prompt_tokens = whole[0].usage.prompt_tokens
+        answer.usage.cached_tokens = whole[0].usage.cached_tokens
     return answer
 
 
