@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
 from crossdock.proto.errors import (
     Cancelled,
@@ -29,13 +30,13 @@ from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.metrics import GatewayMetrics
-from crossdock.router.dispatch.ports import Link, Outgoing, Timers
+from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of, restart_delay_s
 from crossdock.router.dispatch.sequence import (
     ActiveRequest,
-    Detokenizer,
     Phase,
     SequenceState,
     make_sequences,
@@ -54,14 +55,14 @@ class Dispatcher:
         self,
         *,
         view: ClusterView,
-        links: Outgoing,
+        links: Links,
         timers: Timers,
         policy: Policy,
         limits: Limits,
         metrics: GatewayMetrics,
         hasher: BlockHasher,
         eos_token_ids: frozenset[int],
-        detokenizer_of: Callable[[list[int], tuple[str, ...]], Detokenizer],
+        detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
         prefix: str,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -246,7 +247,7 @@ class Dispatcher:
 
     # -- what the workers say -----------------------------------------------------------------
 
-    def on_outputs(self, link: Link, outputs: Sequence[pb.SequenceOutput]) -> None:
+    def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
         now = self._clock()
         for output in outputs:
             sequence = self._sequences.get(output.sequence_id)
@@ -261,7 +262,7 @@ class Dispatcher:
                 self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
 
     def _take(
-        self, sequence: SequenceState, link: Link, output: pb.SequenceOutput, now: float
+        self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
     ) -> None:
         if output.HasField("times"):
             sequence.timeline.merge(output.times)
@@ -332,7 +333,9 @@ class Dispatcher:
 
     # -- errors, losses, ends -----------------------------------------------------------------
 
-    def _take_error(self, sequence: SequenceState, link: Link, error: pb.SequenceError) -> None:
+    def _take_error(
+        self, sequence: SequenceState, link: WorkerLink, error: pb.SequenceError
+    ) -> None:
         if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
             sequence.release(link.name)  # of the prefill side; the decode worker will judge
             return
@@ -367,7 +370,7 @@ class Dispatcher:
                  sequence.sequence_id, cause, culprit, sequence.generated)  # fmt: skip
         sequence.timer = self._timers.call_later(delay_s, self._guarded, sequence, self._route)
 
-    def on_lost(self, link: Link, reason: str) -> None:
+    def on_lost(self, link: WorkerLink, reason: str) -> None:
         self.metrics.lost.inc()
         for sequence_id in list(link.sequences):
             sequence = self._sequences.get(sequence_id)

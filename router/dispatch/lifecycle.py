@@ -14,15 +14,8 @@ from crossdock.proto.settings import setting
 from crossdock.proto.types import LIFE_CYCLE
 from crossdock.proto.v1 import inference_pb2, worker_pb2
 
-WORKER_EVENTS = (
-    "prefill_queued",
-    "prefill_started",
-    "ticket_offered",
-    "decode_queued",
-    "reserved",
-    "pulled",
-    "fenced",
-    "joined",
+WORKER_EVENTS = tuple(
+    name for name in worker_pb2.SequenceTimes.DESCRIPTOR.fields_by_name if name != "first_token"
 )
 TTFT_STAGES = ("admission", "routing", "prefill_queue", "prefill", "delivery")
 STALL_STAGES = ("decode_queue", "reserve", "pull", "fence", "first_step")

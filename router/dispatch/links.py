@@ -20,7 +20,7 @@ from crossdock.proto.convert import ROLE_FROM_PB
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.ports import Timer, Timers
-from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts, WorkerView
+from crossdock.router.placement.view import ClusterView, WorkerFacts, WorkerView
 
 log = logging.getLogger(__name__)
 
@@ -205,23 +205,7 @@ class WorkerLink:
 
     def _take_load(self, worker: WorkerView, load: pb.Load) -> None:
         was_draining = worker.load.draining
-        report = LoadReport(
-            waiting=load.waiting,
-            running=load.running,
-            queued_tokens=load.queued_tokens,
-            free_blocks=load.free_blocks,
-            cached_blocks=load.cached_blocks,
-            total_blocks=load.total_blocks,
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            prefill_base_s=load.prefill_base_s,
-            prefill_step_tokens=load.prefill_step_tokens,
-            step_base_s=load.step_base_s,
-            step_per_sequence_s=load.step_per_sequence_s,
-            draining=load.draining,
-            age_s=load.age_s,
-            late=load.late,
-        )
-        self._owner.view.reported(worker, report, self._owner.clock())
+        self._owner.view.reported(worker, load, self._owner.clock())
         if load.draining != was_draining:
             self._owner.listener.on_change()
 

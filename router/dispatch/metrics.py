@@ -6,15 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from crossdock.proto.errors import (
-    Cancelled,
-    CrossdockError,
-    DeadlineExceeded,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    Unavailable,
-)
+from crossdock.proto.errors import CrossdockError
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES, Slo, Timeline
@@ -86,7 +78,8 @@ class GatewayMetrics:
             connected.labels(role.value).set_function(lambda role=role: workers(role))  # type: ignore[misc]
 
     def outcome(self, error: CrossdockError | None) -> None:
-        self.requests.labels(outcome_of(error)).inc()
+        """A request ended, by an error or well."""
+        self.requests.labels(error.outcome if error else "ok").inc()
 
     def gained(self, tokens: int, first: bool, gap_s: float | None) -> None:
         """Tokens delivered together, so long after the request, where they are its first, or after
@@ -130,18 +123,3 @@ class GatewayMetrics:
     def _gauge(self, name: str, about: str, read: Callable[[], int]) -> None:
         gauge = Gauge(f"crossdock_{name}", about, registry=self.registry)
         gauge.set_function(read)
-
-
-def outcome_of(error: CrossdockError | None) -> str:
-    """The `outcome` label of a request that ended so."""
-    if error is None:
-        return "ok"
-    names: list[tuple[type[CrossdockError], str]] = [
-        (Cancelled, "cancelled"),
-        (DeadlineExceeded, "deadline"),
-        (Overloaded, "overloaded"),
-        (InvalidRequest, "invalid"),
-        (NotFound, "not_found"),
-        (Unavailable, "unavailable"),
-    ]
-    return next((name for kind, name in names if isinstance(error, kind)), "internal")

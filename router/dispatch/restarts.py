@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from crossdock.proto.errors import (
@@ -49,17 +48,20 @@ def count_loss(sequence: SequenceState, error: CrossdockError, limits: Limits) -
         raise error
 
 
+_FAILURES: dict[Any, type[CrossdockError]] = {
+    pb.ERROR_CODE_OVERLOADED: Overloaded,
+    pb.ERROR_CODE_PULL_FAILED: TransferFailed,
+    pb.ERROR_CODE_PREEMPTED: Overloaded,
+    pb.ERROR_CODE_DEADLINE: DeadlineExceeded,
+    pb.ERROR_CODE_CANCELLED: Cancelled,
+    pb.ERROR_CODE_DRAINING: Draining,
+}
+
+
 def failure_of(worker: str, error: pb.SequenceError) -> CrossdockError:
     """A worker's error as the client gets it."""
+    if error.code == pb.ERROR_CODE_INVALID:
+        return InvalidRequest("request", worker, error.message)
     message = f"worker {worker}: {error.message or pb.ErrorCode.Name(error.code)}"
-    again = f"{message}; send the request again"
-    kinds: dict[Any, Callable[[], CrossdockError]] = {
-        pb.ERROR_CODE_INVALID: lambda: InvalidRequest("request", worker, error.message),
-        pb.ERROR_CODE_OVERLOADED: lambda: Overloaded(again),
-        pb.ERROR_CODE_PULL_FAILED: lambda: TransferFailed(again),
-        pb.ERROR_CODE_PREEMPTED: lambda: Overloaded(again),
-        pb.ERROR_CODE_DEADLINE: lambda: DeadlineExceeded(message),
-        pb.ERROR_CODE_CANCELLED: lambda: Cancelled(message),
-        pb.ERROR_CODE_DRAINING: lambda: Draining(again),
-    }
-    return kinds.get(error.code, lambda: CrossdockError(message))()
+    kind = _FAILURES.get(error.code, CrossdockError)
+    return kind(f"{message}; send the request again" if kind.retriable else message)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from crossdock.proto.convert import SAMPLING_SCALARS
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import MAX_STOP_STRINGS, SamplingParams
 from crossdock.router.frontdoor.validate import UNLIMITED
@@ -137,17 +138,9 @@ def sampling_of(body: SamplingFields, seed: int) -> SamplingParams:
     """Sampling parameters with defaults in place of what was not given. Checks only the shape."""
     given = {
         name: value
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "min_tokens",
-        )
-        if (value := getattr(body, name)) is not None
+        for name in SAMPLING_SCALARS
+        if name not in ("seed", "max_tokens", "logprobs")
+        and (value := getattr(body, name)) is not None
     }
     return SamplingParams(
         **given,
