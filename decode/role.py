@@ -33,6 +33,8 @@ class DecodeRole(WorkerRole):
     Blocks of a pull that was given up stay quarantined until the transfer is terminal.
     """
 
+    _scheduler: DecodeScheduler
+
     def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
         config = state.config
@@ -250,11 +252,6 @@ class DecodeRole(WorkerRole):
         ends = [job.lease_end for job in self.jobs.values() if job.lease_end is not None]
         pull = self._puller.next_deadline()
         return min([*ends, *([pull] if pull is not None else [])], default=None)
-
-    def load(self) -> worker_pb2.Load:
-        """Sequences, prompt tokens computed here and blocks as of this turn."""
-        scheduler = self._scheduler
-        return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
 
     def held(self) -> Iterable[list[int]]:
         """Blocks of sequences and of pulls given up whose transfer is not terminal."""

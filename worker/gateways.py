@@ -13,10 +13,11 @@ from typing import Protocol
 from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import CrossdockError, TransferFailed
 from crossdock.proto.hashing import BlockHasher
-from crossdock.proto.v1 import inference_pb2, worker_pb2
+from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
 from crossdock.worker.loop import Turn
+from crossdock.worker.outbox import error_output
 from crossdock.worker.peers import Met, Peers
 from crossdock.worker.role import WorkerRole
 from crossdock.worker.streams import GatewayStream, block_events
@@ -120,7 +121,7 @@ class Gateways:
         try:
             tickets.verify(ticket, self._host.config.cluster_key)
         except CrossdockError as error:
-            self._answer(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            _refuse(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, error)
             return
         waiting: list[worker_pb2.HandOff] = []
         stream.meetings[sequence.sequence_id] = waiting
@@ -141,7 +142,7 @@ class Gateways:
         try:
             self._check_ticket(request, met)
         except CrossdockError as error:
-            self._answer(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            _refuse(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, error)
             return
         self._submit(sequence, request.progress, stream)
         for hand_off in waiting:
@@ -194,22 +195,18 @@ class Gateways:
                 hasher=host.hasher,
             )
         except CrossdockError as error:
-            self._answer(stream, request, worker_pb2.ERROR_CODE_INVALID, str(error))
+            _refuse(stream, request, worker_pb2.ERROR_CODE_INVALID, error)
             return
         if progress is not None:
             job.progress = progress
         host.post(lambda role: role.submit(job))
 
-    def _answer(
-        self,
-        stream: GatewayStream,
-        request: worker_pb2.SequenceRequest,
-        code: worker_pb2.ErrorCode,
-        message: str,
-    ) -> None:
-        output = worker_pb2.SequenceOutput(
-            sequence_id=request.sequence_id,
-            finish_reason=inference_pb2.FINISH_REASON_ERROR,
-            error=worker_pb2.SequenceError(code=code, message=message),
-        )
-        stream.send(worker_pb2.WorkerFrame(outputs=[output]))
+
+def _refuse(
+    stream: GatewayStream,
+    request: worker_pb2.SequenceRequest,
+    code: worker_pb2.ErrorCode,
+    error: CrossdockError,
+) -> None:
+    output = error_output(request.sequence_id, code, str(error))
+    stream.send(worker_pb2.WorkerFrame(outputs=[output]))

@@ -43,6 +43,9 @@ class Busy(Exception):
     """Nothing could be spared for the probe; says what."""
 
 
+_OUTCOMES = {Busy: worker_pb2.LINK_OUTCOME_BUSY, LayoutMismatch: worker_pb2.LINK_OUTCOME_LAYOUT}
+
+
 @dataclass(eq=False)
 class _Hold:
     """Blocks set aside for one probe, and the reads into them.
@@ -99,54 +102,49 @@ class Prober:
             task.cancel()
 
     async def _link(self, request: worker_pb2.ProbeRequest) -> worker_pb2.LinkProbe:
-        link = worker_pb2.LinkProbe(outcome=worker_pb2.LINK_OUTCOME_OK)
+        link = worker_pb2.LinkProbe()
         try:
             async with asyncio.timeout(TURN_S):
                 await self._turn.acquire()
         except TimeoutError:
-            return _fail(link, worker_pb2.LINK_OUTCOME_BUSY, "another probe is running here")
+            _fail(link, Busy("another probe is running here"))
+            return link
         try:
             await self._measure(request, link)
         finally:
             self._turn.release()
         return link
 
-    async def _measure(
-        self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe
-    ) -> worker_pb2.LinkProbe:
-        peer_id = request.peer_incarnation
+    async def _measure(self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe) -> None:
+        """`outcome` is what it means to fail where the probe has got to."""
+        hold, peer_id = _Hold(), request.peer_incarnation
         try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                peer = await self._handshake(request, link)
-        except LayoutMismatch as error:
-            return _fail(link, worker_pb2.LINK_OUTCOME_LAYOUT, str(error))
-        except TimeoutError:
-            why = f"no handshake within {HANDSHAKE_S:g} s"
-            return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, why)
-        except Exception as error:
-            return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, str(error) or repr(error))
-        hold = _Hold()
-        try:
+            link.outcome = worker_pb2.LINK_OUTCOME_UNREACHABLE
+            peer = await self._handshake(request, link)
+            link.outcome = worker_pb2.LINK_OUTCOME_READ_FAILED
             link.latency_s = await asyncio.to_thread(_latency, self._transport, peer_id)
             await self._set_aside(hold, peer)
             await asyncio.to_thread(_bandwidth, self._transport, peer, hold, link)
-        except Busy as error:
-            _fail(link, worker_pb2.LINK_OUTCOME_BUSY, str(error))
+            link.outcome = worker_pb2.LINK_OUTCOME_OK
         except Exception as error:
-            _fail(link, worker_pb2.LINK_OUTCOME_READ_FAILED, str(error) or repr(error))
+            _fail(link, error)
         # Not where it was cancelled: the worker stops, and the thread above may still post reads.
         self._give_back(hold)
-        return link
 
     async def _handshake(
         self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe
     ) -> worker_pb2.WorkerDescription:
-        start = time.perf_counter()
-        found = await self._server.peer_calls.describe(request.peer_address)
-        if found.incarnation != request.peer_incarnation:
-            raise TransferFailed(f"{request.peer_address} was restarted, or is another worker now")
-        check_layouts(self._server.description.layout, found.layout)
-        peer = await met(self._server.peers, request.peer_incarnation, request.peer_address)
+        start, wanted = time.perf_counter(), request.peer_incarnation
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                found = await self._server.peer_calls.describe(request.peer_address)
+                if found.incarnation != wanted:
+                    why = f"{request.peer_address} was restarted, or is another worker now"
+                    raise TransferFailed(why)
+                check_layouts(self._server.description.layout, found.layout)
+                peer = await met(self._server.peers, wanted, request.peer_address)
+        except TimeoutError:
+            raise TransferFailed(f"no handshake within {HANDSHAKE_S:g} s") from None
         link.handshake_s = time.perf_counter() - start
         return peer
 
@@ -250,11 +248,9 @@ def _seconds(post: Callable[[], Handle], deadline: float) -> float:
     return time.perf_counter() - start
 
 
-def _fail(
-    link: worker_pb2.LinkProbe, outcome: worker_pb2.LinkOutcome, message: str
-) -> worker_pb2.LinkProbe:
-    link.outcome, link.message = outcome, message
-    return link
+def _fail(link: worker_pb2.LinkProbe, error: Exception) -> None:
+    link.outcome = _OUTCOMES.get(type(error), link.outcome)
+    link.message = str(error) or repr(error)
 
 
 @cache
