@@ -89,7 +89,9 @@ class Dispatcher:
         self._turn = 0
         self._count = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
-        self._waiting = Waiting(timers, limits.worker_wait_s, self._give_up)
+        self._waiting = Waiting(
+            timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
+        )
         self._requests: dict[ActiveRequest, None] = {}
 
     @property
@@ -174,13 +176,11 @@ class Dispatcher:
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
         sequence.extend_hashes(self._hasher, self.view.layout_hash)
-        now = self._clock()
+        demand, now = sequence.demand(self._block_size), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:
-            placement = self._policy(
-                self.view, sequence.demand(self._block_size), now, self._rng, self._turn
-            )
+            placement = self._policy(self.view, demand, now, self._rng, self._turn)
         except NoWorker as error:
             self._waiting.add(sequence, self._route, error)
             return
@@ -203,11 +203,8 @@ class Dispatcher:
         self._sequences[sequence.sequence_id] = sequence
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
-        log.debug("%s: %s, %s: %s", sequence.sequence_id, placement.prefill, placement.decode,
-                  placement.reason)  # fmt: skip
-        demand = sequence.demand(self._block_size)
-        message = sequence.request_message(self._eos_list)
-        sid = sequence.sequence_id
+        log.debug("%s: %s", sequence.sequence_id, placement)
+        message, sid = sequence.request_message(self._eos_list), sequence.sequence_id
         if placement.prefill is None:
             sequence.phase = Phase.DECODE
             sequence.decode_worker = sequence.prefill_worker = placement.decode
@@ -221,9 +218,6 @@ class Dispatcher:
             prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)
             link.send(pb.GatewayFrame(prefill=prefill))
         self.view.sent(link.name, sid, now)
-
-    def _give_up(self, sequence: SequenceState, error: CrossdockError) -> None:
-        self._end(sequence.active, error, "no worker")
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""

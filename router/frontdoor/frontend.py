@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,6 @@ class Arrival:
     deadline: float  # on the gateway's clock
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What may travel beside prompt and sampling."""
-
-    request_id: str = ""
-    tenant: str = ""
-    priority: int = 0
-    cache_salt: str = ""
-    default_max_tokens: int = UNLIMITED  # of a request that leaves it open
-
-
 class Frontend:
     """Tokenizes, validates and submits."""
 
@@ -57,15 +46,11 @@ class Frontend:
         validator: Validator,
         dispatcher: Dispatcher,
         timeout_s: float,
-        clock: Callable[[], float] = time.monotonic,
-        rng: random.Random | None = None,
     ) -> None:
         self.text = text
         self.validator = validator
         self.dispatcher = dispatcher
         self._timeout_s = timeout_s  # of a request that brings no deadline
-        self._clock = clock
-        self._rng = rng or random.Random()
 
     @property
     def model_id(self) -> str:
@@ -74,7 +59,7 @@ class Frontend:
 
     def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
         """A request that came now, with its deadline."""
-        now = self._clock()
+        now = time.monotonic()
         allowed = self._timeout_s if timeout_s is None else timeout_s
         return Arrival(now, time.time(), trace_context, now + allowed)
 
@@ -89,7 +74,7 @@ class Frontend:
 
     def draw_seed(self) -> int:
         """For a request that brings none: from here on it is as repeatable as one that does."""
-        return self._rng.getrandbits(63)
+        return random.getrandbits(63)
 
     async def encode(self, field: str, text: str) -> list[int]:
         """Token ids of a prompt, on a thread where it is long. Raises InvalidRequest."""
@@ -122,34 +107,34 @@ class Frontend:
         sampling: SamplingParams,
         n: int,
         arrival: Arrival,
-        extras: Extras,
+        *,
+        request_id: str,
+        tenant: str,
+        priority: int,
+        cache_salt: str,
+        default_max_tokens: int = UNLIMITED,
     ) -> tuple[str, ResponseStream]:
         """Request id and stream. Raises InvalidRequest naming `field` for a bad prompt."""
         with self.refusals_counted():
-            for name in ("request_id", "tenant", "cache_salt"):
-                check_label(name, getattr(extras, name))
-            check_priority(extras.priority)
+            check_label("request_id", request_id)
+            check_label("tenant", tenant)
+            check_label("cache_salt", cache_salt)
+            check_priority(priority)
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
             longest = max(len(prompt) for prompt in prompts)
             request = Request(
-                request_id=extras.request_id or uuid.uuid4().hex,
+                request_id=request_id or uuid.uuid4().hex,
                 prompts=prompts,
-                sampling=self.validator.fit(sampling, longest, extras.default_max_tokens),
+                sampling=self.validator.fit(sampling, longest, default_max_tokens),
                 n=n,
-                tenant=extras.tenant,
-                priority=extras.priority,
-                cache_salt=_salt(extras),
+                tenant=tenant,
+                priority=priority,
+                # Tenants never share cached prefixes with each other, nor do unlike salts.
+                cache_salt=f"{tenant}\0{cache_salt}".encode() if tenant or cache_salt else b"",
                 received=arrival.received,
                 received_unix=arrival.received_unix,
                 deadline=arrival.deadline,
                 trace_context=arrival.trace_context,
             )
         return request.request_id, self.dispatcher.submit(request)
-
-
-def _salt(extras: Extras) -> bytes:
-    """Tenants never share cached prefixes with each other, nor do unlike salts."""
-    if not extras.tenant and not extras.cache_salt:
-        return b""
-    return f"{extras.tenant}\0{extras.cache_salt}".encode()

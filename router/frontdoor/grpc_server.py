@@ -23,7 +23,7 @@ from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor import http_limits
-from crossdock.router.frontdoor.frontend import Arrival, Extras, Frontend
+from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
@@ -139,10 +139,17 @@ class GrpcServer:
             sampling = sampling_from_pb(given, **defaults)
             frontend.validator.check_sampling(sampling)
             field, prompt = await self._prompt(message)
-            extras = Extras(
-                message.request_id, message.tenant, message.priority, message.cache_salt
-            )
-        return frontend.submit(field, [prompt], sampling, n, arrival, extras)
+        return frontend.submit(
+            field,
+            [prompt],
+            sampling,
+            n,
+            arrival,
+            request_id=message.request_id,
+            tenant=message.tenant,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+        )
 
     async def _prompt(self, message: pb.GenerateRequest) -> tuple[str, list[int]]:
         kind = message.WhichOneof("input")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -20,12 +19,11 @@ from crossdock.proto.errors import (
     Overloaded,
     RequestTooLarge,
 )
-from crossdock.proto.types import SamplingParams
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
-from crossdock.router.frontdoor.frontend import Arrival, Extras, Frontend
+from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -48,24 +46,13 @@ REQUEST_ID_HEADER = "X-Request-Id"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@dataclass(frozen=True)
-class Asked(Generic[Body]):
-    """A body, and what was read of it."""
-
-    body: Body
-    sampling: SamplingParams
-    n: int
-
-
 class HttpServer:
     """Serves one Frontend over the OpenAI API, and its metrics and health."""
 
-    def __init__(
-        self, frontend: Frontend, address: str, max_body_bytes: int, created: int | None = None
-    ) -> None:
+    def __init__(self, frontend: Frontend, address: str, max_body_bytes: int) -> None:
         self._frontend = frontend
         self._max_body_bytes = max_body_bytes
-        self._created = int(time.time()) if created is None else created
+        self._created = int(time.time())
         self._runner: http_limits.Runner | None = None
         self.address = address
 
@@ -102,35 +89,25 @@ class HttpServer:
     # -- routes -------------------------------------------------------------------------------
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        frontend = self._frontend
-        arrival = frontend.arrival(tracing.context_of(request.headers))
-        with frontend.refusals_counted():
-            asked = self._common(await self._read(request, arrival), ChatBody)
-            prompt = await frontend.encode_chat(messages_of(asked.body))
-        extras = _extras(request, asked.body, UNLIMITED)
-        submitted = frontend.submit("messages", [prompt], asked.sampling, asked.n, arrival, extras)
-        return await self._answer(request, asked, arrival, submitted, fmt.ChatAnswer)
+        async def read(body: ChatBody) -> tuple[str, list[list[int]]]:
+            return "messages", [await self._frontend.encode_chat(messages_of(body))]
+
+        return await self._serve(request, ChatBody, read, UNLIMITED, fmt.ChatAnswer)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        frontend = self._frontend
-        arrival = frontend.arrival(tracing.context_of(request.headers))
-        with frontend.refusals_counted():
-            asked = self._common(await self._read(request, arrival), CompletionBody)
-            body = asked.body
-            if body.echo and asked.sampling.logprobs is not None:
+        async def read(body: CompletionBody) -> tuple[str, list[list[int]]]:
+            if body.echo and body.logprobs is not None:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
-            given = prompts_of(body.prompt)
+            frontend, given, prompts = self._frontend, prompts_of(body.prompt), []
             frontend.validator.check_prompts("prompt", len(given))
-            prompts = []
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"
                 prompts.append(await frontend.encode(field, one) if isinstance(one, str) else one)
-        extras = _extras(request, body, DEFAULT_COMPLETION_TOKENS)
-        submitted = frontend.submit("prompt", prompts, asked.sampling, asked.n, arrival, extras)
-        echo: list[str] = []
-        if body.echo:
-            echo = [p if isinstance(p, str) else frontend.text.decode(p) for p in given]
-        return await self._answer(request, asked, arrival, submitted, fmt.CompletionAnswer, echo)
+            return "prompt", prompts
+
+        return await self._serve(
+            request, CompletionBody, read, DEFAULT_COMPLETION_TOKENS, fmt.CompletionAnswer
+        )
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"object": "list", "data": [self._card()]})
@@ -166,47 +143,62 @@ class HttpServer:
             return data
         return await asyncio.to_thread(http_limits.inflate, data, encoding.lower(), limit)
 
-    def _common(self, raw: bytes, kind: type[Body]) -> Asked[Body]:
-        """What was asked for, checked as far as it can be without the prompt."""
-        frontend = self._frontend
-        body = read_body(raw, kind)
-        frontend.validator.check_model(body.model or "")
-        n = 1 if body.n is None else body.n
-        frontend.validator.check_count("n", n)
-        sampling = sampling_of(body, frontend.draw_seed())
-        frontend.validator.check_sampling(sampling)
-        return Asked(body, sampling, n)
-
     # -- answering ----------------------------------------------------------------------------
 
-    async def _answer(
+    async def _serve(
         self,
         request: web.Request,
-        asked: Asked[Any],
-        arrival: Arrival,
-        submitted: tuple[str, ResponseStream],
-        kind: type[fmt.Answer],
-        echo: Sequence[str] = (),
+        kind: type[Body],
+        read_prompts: Callable[[Body], Awaitable[tuple[str, list[list[int]]]]],
+        default_max_tokens: int,
+        answer_kind: type[fmt.Answer],
     ) -> web.StreamResponse:
-        request_id, stream = submitted
-        options = asked.body.stream_options
-        answer = kind(
-            self._frontend.text,
-            request_id,
-            created=int(arrival.received_unix),
-            model=self._frontend.model_id,
-            n=asked.n,
-            logprobs=asked.sampling.logprobs is not None,
-            include_usage=bool(options and options.include_usage),
-            echo=echo,
+        """Answers a request for tokens; `read_prompts` gives the prompts' ids and their field."""
+        frontend, headers = self._frontend, request.headers
+        arrival = frontend.arrival(tracing.context_of(headers))
+        with frontend.refusals_counted():
+            body = read_body(await self._read(request, arrival), kind)
+            frontend.validator.check_model(body.model or "")
+            n = 1 if body.n is None else body.n
+            frontend.validator.check_count("n", n)
+            sampling = sampling_of(body, frontend.draw_seed())
+            frontend.validator.check_sampling(sampling)
+            field, prompts = await read_prompts(body)
+        request_id, stream = frontend.submit(
+            field,
+            prompts,
+            sampling,
+            n,
+            arrival,
+            request_id=headers.get(REQUEST_ID_HEADER, ""),
+            tenant=headers.get(TENANT_HEADER, ""),
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
+            default_max_tokens=default_max_tokens,
         )
         try:
-            if asked.body.stream:
+            answer = answer_kind(
+                frontend.text,
+                request_id,
+                created=int(arrival.received_unix),
+                model=frontend.model_id,
+                n=n,
+                logprobs=sampling.logprobs is not None,
+                include_usage=bool(body.stream_options and body.stream_options.include_usage),
+                echo=self._echo(body),
+            )
+            if body.stream:
                 return await self._stream(request, stream, answer)
             data = answer.whole(await stream.whole())
             return web.Response(body=data, content_type="application/json")
         finally:
             stream.close()
+
+    def _echo(self, body: SamplingFields) -> list[str]:
+        if not (isinstance(body, CompletionBody) and body.echo):
+            return []
+        text = self._frontend.text
+        return [p if isinstance(p, str) else text.decode(p) for p in prompts_of(body.prompt)]
 
     async def _stream(
         self, request: web.Request, stream: ResponseStream, answer: fmt.Answer
@@ -262,16 +254,6 @@ class HttpServer:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return _error_response(CrossdockError("internal error; the gateway's log has it"))
-
-
-def _extras(request: web.Request, body: SamplingFields, max_tokens: int) -> Extras:
-    return Extras(
-        request_id=request.headers.get(REQUEST_ID_HEADER, ""),
-        tenant=request.headers.get(TENANT_HEADER, ""),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        default_max_tokens=max_tokens,
-    )
 
 
 def _error_response(error: CrossdockError) -> web.Response:
