@@ -111,7 +111,7 @@ class GatewayServer:
         return self._dispatcher is not None and self._dispatcher.ready
 
     def _make_links(self) -> Links:
-        config, dial = self.config, Dialer(self.config.links)
+        config, dial = self.config, Dialer()
         links = Links(
             self.view,
             config.name,

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """The gateway's requests under way. Implements LinkListener."""
+    """The gateway's requests under way."""
 
     def __init__(
         self,
@@ -365,6 +365,7 @@ class Dispatcher:
         sequence.timer = self._timers.call_later(delay_s, self._guarded, sequence, self._route)
 
     def on_lost(self, link: WorkerLink, reason: str) -> None:
+        """The stream broke: nothing that was sent over it will be answered."""
         self.metrics.lost.inc()
         for sequence_id in list(link.sequences):
             sequence = self._sequences.get(sequence_id)

@@ -37,7 +37,6 @@ class GrpcServer:
 
     def __init__(self, frontend: Frontend, address: str, max_body_bytes: int) -> None:
         self._frontend = frontend
-        self._address = address
         self._max_body_bytes = max_body_bytes
         self._health = health.aio.HealthServicer()
         self._server: Any = None
@@ -62,14 +61,11 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        host, _, port = self._address.rpartition(":")
         try:
-            bound = self._server.add_insecure_port(self._address)
+            bound = self._server.add_insecure_port(self.address)
         except RuntimeError as error:
-            raise ConfigError("gateway.grpc", f"{self._address}: {_bind_error(error)}") from error
-        if bound == 0:
-            raise ConfigError("gateway.grpc", f"{self._address}: port {port} is in use")
-        self.address = f"{host}:{bound}"
+            raise ConfigError("gateway.grpc", f"{self.address}: {_bind_error(error)}") from error
+        self.address = f"{self.address.rpartition(':')[0]}:{bound}"
         await self.set_ready(False)
         await self._server.start()
 
