@@ -161,7 +161,6 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
         gpus=pool.resources.gpus,
         threads=pool.engine_threads,
         revision=revision,
-        telemetry=_telemetry(spec),
         **given(spec.model),
         **given(spec.kv),
         **given(pool),

@@ -212,10 +212,7 @@ def _bandwidth(
     link.bytes_per_s = nbytes / statistics.median(_bulk_reads(transport, peer, hold))
     link.bytes = BULK_READS * nbytes
     grown = traffic.growth(before, traffic.received())
-    if grown.tcp is not None:
-        link.tcp_bytes = grown.tcp
-    if grown.rdma is not None:
-        link.rdma_bytes = grown.rdma
+    link.MergeFrom(worker_pb2.LinkProbe(tcp_bytes=grown.tcp, rdma_bytes=grown.rdma))
 
 
 def _bulk_reads(

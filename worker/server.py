@@ -303,7 +303,7 @@ class WorkerServer:
 
     def _status(self, role: WorkerRole, check_integrity: bool) -> worker_pb2.WorkerStatus:
         state, counters = role.state, role.state.counters
-        integrity_error = ""
+        told, integrity_error = worker_pb2.WorkerStatus.DESCRIPTOR.fields_by_name, ""
         if check_integrity:
             try:
                 state.pool.check_integrity([*role.held(), *self.prober.held])
@@ -314,12 +314,7 @@ class WorkerServer:
             load=role.load(),
             leases=role.leases(),
             uptime_s=time.monotonic() - self._started_at,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generated_tokens=counters.generated_tokens,
-            transferred_bytes=counters.transferred_bytes,
-            transferred_blocks=counters.transferred_blocks,
-            recomputed_tokens=counters.recomputed_tokens,
+            **{name: value for name, value in vars(counters).items() if name in told},
             integrity_error=integrity_error,
             used_blocks=state.pool.num_used,
             last_step_age_s=self.last_turn_age_s,

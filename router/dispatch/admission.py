@@ -47,19 +47,18 @@ class Admission:
 
     def admit(self, tenant: str, sequences: int, retry_after_s: float) -> None:
         """Raises Overloaded, naming the bound, and then counts nothing."""
-        limits = self._limits
+        limits, mine = self._limits, self._by_tenant[tenant]
+        again = f"try again in {retry_after_s:.0f} s"
         if self._active + sequences > limits.max_active:
             raise Overloaded(
                 f"{self._active} sequences are active and {sequences} more would pass "
-                f"max_active = {limits.max_active}; try again in {retry_after_s:.0f} s",
+                f"max_active = {limits.max_active}; {again}",
                 retry_after_s,
             )
-        mine = self._by_tenant[tenant]
         if mine + sequences > limits.max_active_per_tenant:
             raise Overloaded(
                 f"tenant {tenant!r} has {mine} active sequences and {sequences} more would pass "
-                f"max_active_per_tenant = {limits.max_active_per_tenant}; "
-                f"try again in {retry_after_s:.0f} s",
+                f"max_active_per_tenant = {limits.max_active_per_tenant}; {again}",
                 retry_after_s,
             )
         self._active += sequences

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from crossdock.proto.convert import ROLE_FROM_PB
@@ -235,35 +235,24 @@ class WorkerLink:
             self._owner.listener.on_change()
 
 
+@dataclass(eq=False)
 class Links:
     """All links of one gateway; follows the membership that the controller pushes."""
 
-    listener: Dispatcher  # set before the first update
-
-    def __init__(
-        self,
-        view: ClusterView,
-        gateway: str,
-        incarnation: bytes,
-        block_size: int,
-        *,
-        dial: Callable[[WorkerLink], Wire],
-        timers: Timers,
-        clock: Callable[[], float],
-        settings: LinkSettings,
-    ) -> None:
-        self.view = view
-        self.gateway = gateway
-        self.incarnation = incarnation
-        self.block_size = block_size
-        self.dial = dial
-        self.settings = settings
-        self.clock = clock
-        self.resyncs = 0
-        self._timers = timers
-        self._members: dict[tuple[str, str], WorkerLink] = {}
-        self._retiring: dict[WorkerLink, None] = {}
-        self._tick: Timer | None = None
+    view: ClusterView
+    gateway: str
+    incarnation: bytes
+    block_size: int
+    _: KW_ONLY
+    dial: Callable[[WorkerLink], Wire]
+    timers: Timers
+    clock: Callable[[], float]
+    settings: LinkSettings
+    listener: Dispatcher = field(init=False)  # set before the first update
+    resyncs: int = 0
+    _members: dict[tuple[str, str], WorkerLink] = field(default_factory=dict)
+    _retiring: dict[WorkerLink, None] = field(default_factory=dict)
+    _tick: Timer | None = None
 
     def get(self, name: str) -> WorkerLink | None:
         """The open link to the worker that holds this name now."""
@@ -302,7 +291,7 @@ class Links:
     def _watch(self) -> None:
         """Breaks streams that fell silent. Counts its own turns, not the clock, so that a pause of
         this process does not pass for the silence of its peers."""
-        self._tick = self._timers.call_later(self.settings.tick_s, self._watch)
+        self._tick = self.timers.call_later(self.settings.tick_s, self._watch)
         open_links = [link for link in self._members.values() if link.usable]
         for link in [*open_links, *self._retiring]:
             link.tick()

@@ -16,13 +16,7 @@ from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.types import SamplingParams
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.request import Request, ResponseStream
-from crossdock.router.frontdoor.validate import (
-    UNLIMITED,
-    Validator,
-    check_label,
-    check_messages,
-    check_priority,
-)
+from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
 
 INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
 
@@ -37,20 +31,14 @@ class Arrival:
     deadline: float  # on the gateway's clock
 
 
+@dataclass(frozen=True)
 class Frontend:
     """Tokenizes, validates and submits."""
 
-    def __init__(
-        self,
-        text: TextModel,
-        validator: Validator,
-        dispatcher: Dispatcher,
-        timeout_s: float,
-    ) -> None:
-        self.text = text
-        self.validator = validator
-        self.dispatcher = dispatcher
-        self._timeout_s = timeout_s  # of a request that brings no deadline
+    text: TextModel
+    validator: Validator
+    dispatcher: Dispatcher
+    timeout_s: float  # of a request that brings no deadline
 
     @property
     def model_id(self) -> str:
@@ -60,7 +48,7 @@ class Frontend:
     def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
         """A request that came now, with its deadline."""
         now = time.monotonic()
-        allowed = self._timeout_s if timeout_s is None else timeout_s
+        allowed = self.timeout_s if timeout_s is None else timeout_s
         return Arrival(now, time.time(), trace_context, now + allowed)
 
     @contextlib.contextmanager
@@ -119,7 +107,10 @@ class Frontend:
             check_label("request_id", request_id)
             check_label("tenant", tenant)
             check_label("cache_salt", cache_salt)
-            check_priority(priority)
+            if not -(2**31) <= priority < 2**31:
+                raise InvalidRequest(
+                    "priority", priority, f"must be from {-(2**31)} to {2**31 - 1}"
+                )
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
             longest = max(len(prompt) for prompt in prompts)

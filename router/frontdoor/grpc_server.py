@@ -207,21 +207,17 @@ class GrpcServer:
 
 
 def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
-    response = pb.GenerateResponse(
+    return pb.GenerateResponse(
         request_id=request_id,
         index=delta.index,
         text=delta.text,
         token_ids=delta.token_ids,
         logprobs=delta.logprobs,
+        finish_reason=FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
+        stop_reason=delta.stop_reason,
+        usage=delta.usage,
+        timings=delta.timings,
     )
-    if delta.finish_reason is not None:
-        response.finish_reason = FINISH_TO_PB[delta.finish_reason]
-        response.stop_reason = delta.stop_reason
-        if delta.usage is not None:
-            response.usage.CopyFrom(delta.usage)
-        if delta.timings is not None:
-            response.timings.CopyFrom(delta.timings)
-    return response
 
 
 def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryResponse:

@@ -218,7 +218,7 @@ class HttpServer:
         except CrossdockError as error:
             await response.write(fmt.error_event(error))
         except ConnectionResetError:
-            log.debug("%s: the client went away", answer.id)
+            log.debug("%s: the client went away", answer.request_id)
         return response
 
     def _card(self) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -17,46 +19,36 @@ from crossdock.router.dispatch.request import Delta
 _encode = msgspec.json.encode
 
 
+@dataclass
 class Answer(ABC):
-    """One request's answer: what its chunks share, and what each index has sent so far.
-
-    names: how tokens are shown. n: answers to each prompt. echo: by prompt, text before them.
-    """
+    """One request's answer: what its chunks share, and what each index has sent so far."""
 
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # its `object`
     event_kind: ClassVar[str]
 
-    def __init__(
-        self,
-        names: TextModel,
-        request_id: str,
-        *,
-        created: int,
-        model: str,
-        n: int,
-        logprobs: bool,
-        include_usage: bool,
-        echo: Sequence[str] = (),
-    ) -> None:
-        self.id = f"{self.id_prefix}-{request_id}"
-        self._names = names
-        self._n = n
-        self._logprobs = logprobs
-        self._include_usage = include_usage
-        self._echo = echo
-        self._about = {"created": created, "model": model}
-        self._usages: dict[int, inference_pb2.Usage] = {}
-        self._sent: dict[int, int] = {}  # index -> characters
-        usage = b'"usage":null,' if include_usage else b""
-        self._prefix = b"data: " + _encode(self._head(self.event_kind))[:-1] + b"," + usage
-        self._prefix += b'"choices":['
+    names: TextModel  # how tokens are shown
+    request_id: str
+    created: int
+    model: str
+    n: int  # answers to each prompt
+    logprobs: bool
+    include_usage: bool
+    echo: Sequence[str] = ()  # by prompt, text to put before its answers
+    _usages: dict[int, inference_pb2.Usage] = field(default_factory=dict)
+    _sent: dict[int, int] = field(default_factory=dict)  # index -> characters
+
+    @cached_property
+    def _prefix(self) -> bytes:
+        usage = b'"usage":null,' if self.include_usage else b""
+        head = _encode(self._head(self.event_kind))[:-1]
+        return b"data: " + head + b"," + usage + b'"choices":['
 
     def event(self, delta: Delta) -> bytes:
         """Its server-sent event; empty where the delta holds nothing to show yet."""
         first = delta.index not in self._sent
         self._take(delta, first)
-        shown = delta.text or delta.finish_reason or (self._logprobs and delta.logprobs)
+        shown = delta.text or delta.finish_reason or (self.logprobs and delta.logprobs)
         if not shown and not first:
             return b""
         offset = self._sent.get(delta.index, 0)
@@ -71,7 +63,7 @@ class Answer(ABC):
     def last_events(self) -> bytes:
         """The end of the stream, after the usage where the client asked for it."""
         done = b"data: [DONE]\n\n"
-        if not self._include_usage:
+        if not self.include_usage:
             return done
         body = self._head(self.event_kind) | {"choices": [], "usage": self._usage()}
         return b"data: " + _encode(body) + b"\n\n" + done
@@ -92,17 +84,18 @@ class Answer(ABC):
         return _encode(self._head(self.kind) | {"choices": choices, "usage": self._usage()})
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, **self._about}
+        id_ = f"{self.id_prefix}-{self.request_id}"
+        return {"id": id_, "object": kind, "created": self.created, "model": self.model}
 
     def _take(self, delta: Delta, first: bool) -> None:
         if delta.usage is not None:
             self._usages[delta.index] = delta.usage
-        if first and self._echo:
-            delta.text = self._echo[delta.index // self._n] + delta.text
+        if first and self.echo:
+            delta.text = self.echo[delta.index // self.n] + delta.text
 
     def _usage(self) -> dict[str, Any]:
         """Summed over the choices, each prompt counted once."""
-        firsts = [usage for index, usage in self._usages.items() if index % self._n == 0]
+        firsts = [usage for index, usage in self._usages.items() if index % self.n == 0]
         prompt = sum(usage.prompt_tokens for usage in firsts)
         completion = sum(usage.completion_tokens for usage in self._usages.values())
         cached = sum(usage.cached_tokens for usage in firsts)
@@ -114,7 +107,7 @@ class Answer(ABC):
         }
 
     def _logprobs_of(self, delta: Delta, offset: int) -> dict[str, Any] | None:
-        return self._tokens(delta.logprobs, offset) if self._logprobs else None
+        return self._tokens(delta.logprobs, offset) if self.logprobs else None
 
     @abstractmethod
     def _content(self, delta: Delta) -> dict[str, Any]:
@@ -147,9 +140,9 @@ class ChatAnswer(Answer):
     def _tokens(self, found: Sequence[inference_pb2.TokenLogprobs], offset: int) -> dict[str, Any]:
         def entry(item: inference_pb2.TokenLogprob) -> dict[str, Any]:
             return {
-                "token": self._names.token_text(item.token_id),
+                "token": self.names.token_text(item.token_id),
                 "logprob": item.logprob,
-                "bytes": list(self._names.token_bytes(item.token_id)),
+                "bytes": list(self.names.token_bytes(item.token_id)),
             }
 
         return {
@@ -172,7 +165,7 @@ class CompletionAnswer(Answer):
         return b'"text":%b' % _encode(delta.text)
 
     def _tokens(self, found: Sequence[inference_pb2.TokenLogprobs], offset: int) -> dict[str, Any]:
-        text_of = self._names.token_text
+        text_of = self.names.token_text
         tokens = [text_of(item.chosen.token_id) for item in found]
         return {
             "tokens": tokens,

@@ -131,12 +131,6 @@ def check_unicode(field: str, text: str) -> None:
         raise InvalidRequest(field, bad, "must be valid Unicode") from None
 
 
-def check_priority(priority: int) -> None:
-    """Raises InvalidRequest outside of its limits."""
-    if not -(2**31) <= priority < 2**31:
-        raise InvalidRequest("priority", priority, f"must be from {-(2**31)} to {2**31 - 1}")
-
-
 def check_label(field: str, value: str) -> None:
     """Short names that clients choose: request ids, tenants, salts."""
     if len(value) > MAX_LABEL_CHARACTERS:
