@@ -56,10 +56,6 @@ class _Hold:
     blocks: list[int] = field(default_factory=list)
     reads: list[Handle] = field(default_factory=list)
 
-    @property
-    def settled(self) -> bool:
-        return all(read.terminal for read in self.reads)
-
 
 class Prober:
     """Measures reads between this worker and a peer for `crossdock doctor`, one probe at a time."""
@@ -169,15 +165,13 @@ class Prober:
 
     def _give_back(self, hold: _Hold) -> None:
         """Once no read can write any more. Commands run in order, so this comes after _allocate."""
-        if hold.settled:
-            self._server.post(lambda role: self._release(role, hold))
-        else:
-            self._keep(asyncio.create_task(self._quarantine(hold)))
 
-    async def _quarantine(self, hold: _Hold) -> None:
-        while not hold.settled:
-            await asyncio.sleep(0.05)
-        self._give_back(hold)
+        async def settled() -> None:
+            while not all(read.terminal for read in hold.reads):
+                await asyncio.sleep(0.05)
+            self._server.post(lambda role: self._release(role, hold))
+
+        self._keep(asyncio.create_task(settled()))
 
     def _release(self, role: WorkerRole, hold: _Hold) -> None:
         """On the engine thread."""

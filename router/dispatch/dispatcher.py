@@ -77,15 +77,13 @@ class Dispatcher:
         self._limits = limits
         self._admission = Admission(limits)
         self._hasher = hasher
-        self._block_size = hasher.block_size
-        self._eos = eos_token_ids
-        self._eos_list = sorted(eos_token_ids)
+        self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
         self._prefix = prefix  # makes sequence ids unique in the cluster
         self._on_ready = on_ready
         self._clock = clock
         self._rng = rng or random.Random()
-        self._hand_offs = HandOffs(view, links, hasher, self._eos_list, self._rng)
+        self._hand_offs = HandOffs(view, links, hasher, self._eos, self._rng)
         self._turn = 0
         self._count = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
@@ -144,12 +142,8 @@ class Dispatcher:
                 request.deadline - now, self._deadline_passed, active
             )
         active.unfinished = request.num_sequences
-        active.sequences = make_sequences(
-            active,
-            self._hasher,
-            self.view.layout_hash,
-            lambda ids: self._detokenizer_of(ids, request.sampling.stop),
-        )
+        layout_hash = self.view.layout_hash
+        active.sequences = make_sequences(active, self._hasher, layout_hash, self._detokenizer_of)
         for sequence in active.sequences:
             sequence.timeline.mark("admitted", now)
         for sequence in active.sequences:
@@ -176,7 +170,7 @@ class Dispatcher:
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
         sequence.extend_hashes(self._hasher, self.view.layout_hash)
-        demand, now = sequence.demand(self._block_size), self._clock()
+        demand, now = sequence.demand(self._hasher.block_size), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:
@@ -204,7 +198,7 @@ class Dispatcher:
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
-        message, sid = sequence.request_message(self._eos_list), sequence.sequence_id
+        message, sid = sequence.request_message(self._eos), sequence.sequence_id
         if placement.prefill is None:
             sequence.phase = Phase.DECODE
             sequence.decode_worker = sequence.prefill_worker = placement.decode
@@ -433,8 +427,7 @@ class Dispatcher:
         for name in list(sequence.holders):
             sequence.release(name)
         self._sequences.pop(sequence.sequence_id, None)
-        if sequence.placement is not None:
-            placed = sequence.placement.prefill, sequence.placement.decode
-            for worker in {*placed, sequence.decode_worker}:
-                if worker:
-                    self.view.unplace(worker, sequence.sequence_id)
+        placed = sequence.placement.prefill, sequence.placement.decode
+        for worker in {*placed, sequence.decode_worker}:
+            if worker:
+                self.view.unplace(worker, sequence.sequence_id)

@@ -40,7 +40,6 @@ class HandOffs:
 
     def advance(self, sequence: SequenceState, now: float) -> None:
         """Part of the prompt is computed: its decode worker, where it is there, reserves early."""
-        assert sequence.placement is not None
         if sequence.decode_worker:
             self._send(sequence)
             return
@@ -65,7 +64,6 @@ class HandOffs:
 
     def drop(self, sequence: SequenceState, lost: bool) -> None:
         """The decode worker that reserved early is lost, or has given the sequence back."""
-        assert sequence.placement is not None
         name = sequence.decode_worker
         if lost:
             sequence.lost_early.add(name)
@@ -77,7 +75,6 @@ class HandOffs:
 
     def _choose(self, sequence: SequenceState, now: float) -> WorkerLink:
         """The decode worker of the placement, or any other where that was lost or drains."""
-        assert sequence.placement is not None
         link = self._taking(sequence.placement.decode)
         if link is None:
             self._view.unplace(sequence.placement.decode, sequence.sequence_id)

@@ -45,7 +45,6 @@ _FAILURES: dict[Any, type[errors.CrossdockError]] = {
     pb.ERROR_CODE_PULL_FAILED: errors.TransferFailed,
     pb.ERROR_CODE_PREEMPTED: errors.Overloaded,
     pb.ERROR_CODE_DEADLINE: errors.DeadlineExceeded,
-    pb.ERROR_CODE_CANCELLED: errors.Cancelled,
     pb.ERROR_CODE_DRAINING: errors.Draining,
 }
 

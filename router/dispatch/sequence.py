@@ -17,7 +17,7 @@ from crossdock.router.dispatch.lifecycle import Timeline
 from crossdock.router.dispatch.links import WorkerLink
 from crossdock.router.dispatch.ports import Timer
 from crossdock.router.dispatch.request import Request, ResponseStream
-from crossdock.router.placement.policy import Demand, Placement
+from crossdock.router.placement.policy import UNPLACED, Demand, Placement
 
 
 class Phase(enum.Enum):
@@ -50,7 +50,7 @@ class SequenceState:
     timeline: Timeline
     phase: Phase = Phase.ROUTING
     sequence_id: str = ""  # of this attempt; a restart gets another
-    placement: Placement | None = None
+    placement: Placement = UNPLACED
     holders: dict[str, WorkerLink] = field(default_factory=dict)  # who has something of it
     progress: pb.PromptProgress = field(default_factory=pb.PromptProgress)  # empty once joined
     restarts: int = 0  # since the last token gained
@@ -179,13 +179,14 @@ def make_sequences(
     active: ActiveRequest,
     hasher: BlockHasher,
     layout_hash: bytes,
-    detokenizer_of: Callable[[list[int]], IncrementalDetokenizer],
+    detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
 ) -> list[SequenceState]:
     """The n continuations of each prompt. Where a prompt fills blocks, its later continuations are
     held until the first has its token 0: then they find its KV instead of computing it again."""
     request = active.request
     events.emit("received", request.request_id)
-    told = sampling_to_pb(replace(request.sampling, stop=()))  # workers know no text
+    plain = replace(request.sampling, stop=())  # workers know no text
+    told = [sampling_to_pb(replace(plain, seed=(plain.seed + i) % 2**64)) for i in range(request.n)]
     root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
         ids = list(prompt)
@@ -199,18 +200,10 @@ def make_sequences(
                     prompt_tokens=len(ids),
                     root_hash=root,
                     hashes=hashes.copy(),
-                    sampling=_seeded(told, i),
-                    detokenizer=detokenizer_of(ids),
+                    sampling=told[i],
+                    detokenizer=detokenizer_of(ids, request.sampling.stop),
                     timeline=Timeline(request.received, request.received_unix, request.request_id),
                     phase=Phase.HELD if i and hashes else Phase.ROUTING,
                 )
             )
     return sequences
-
-
-def _seeded(told: inference_pb2.SamplingParams, index: int) -> inference_pb2.SamplingParams:
-    """Those of one continuation of a prompt."""
-    message = inference_pb2.SamplingParams()
-    message.CopyFrom(told)
-    message.seed = (told.seed + index) % 2**64
-    return message

@@ -87,30 +87,24 @@ class GrpcServer:
     async def _generate(
         self, request: pb.GenerateRequest | CrossdockError, context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
-        stream: ResponseStream | None = None
         try:
             request_id, stream = await self._submit(request, context)
-            async for delta in stream:
-                yield _response(request_id, delta)
+            with contextlib.closing(stream):
+                async for delta in stream:
+                    yield _response(request_id, delta)
         except CrossdockError as error:
             await _abort(context, error)
-        finally:
-            if stream is not None:
-                stream.close()
 
     async def _generate_unary(
         self, request: pb.GenerateRequest | CrossdockError, context: Any
     ) -> pb.GenerateUnaryResponse:
-        stream: ResponseStream | None = None
         try:
             request_id, stream = await self._submit(request, context)
-            return _unary(request_id, self._frontend.model_id, await stream.whole())
+            with contextlib.closing(stream):
+                return _unary(request_id, self._frontend.model_id, await stream.whole())
         except CrossdockError as error:
             await _abort(context, error)
             raise
-        finally:
-            if stream is not None:
-                stream.close()
 
     async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
         facts = self._frontend.validator.model
@@ -125,21 +119,16 @@ class GrpcServer:
         with frontend.refusals_counted():
             if isinstance(message, CrossdockError):
                 raise message
-            frontend.validator.check_model(message.model)
-            n = 1 if message.n == 0 else message.n
-            frontend.validator.check_count("n", n)
-            given = message.sampling
-            defaults = {} if given.HasField("max_tokens") else {"max_tokens": UNLIMITED}
-            if not given.HasField("seed"):
-                defaults["seed"] = frontend.draw_seed()
-            sampling = sampling_from_pb(given, **defaults)
-            frontend.validator.check_sampling(sampling)
+            sampling = sampling_from_pb(
+                message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
+            )
+            frontend.validator.check_request(message.model, message.n or 1, sampling)
             field, prompt = await self._prompt(message)
         return frontend.submit(
             field,
             [prompt],
             sampling,
-            n,
+            message.n or 1,
             arrival,
             request_id=message.request_id,
             tenant=message.tenant,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -158,11 +159,8 @@ class HttpServer:
         arrival = frontend.arrival(tracing.context_of(headers))
         with frontend.refusals_counted():
             body = read_body(await self._read(request, arrival), kind)
-            frontend.validator.check_model(body.model or "")
-            n = 1 if body.n is None else body.n
-            frontend.validator.check_count("n", n)
-            sampling = sampling_of(body, frontend.draw_seed())
-            frontend.validator.check_sampling(sampling)
+            n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
+            frontend.validator.check_request(body.model or "", n, sampling)
             field, prompts = await read_prompts(body)
         request_id, stream = frontend.submit(
             field,
@@ -176,7 +174,7 @@ class HttpServer:
             cache_salt=body.cache_salt or "",
             default_max_tokens=default_max_tokens,
         )
-        try:
+        with contextlib.closing(stream):
             answer = answer_kind(
                 frontend.text,
                 request_id,
@@ -191,8 +189,6 @@ class HttpServer:
                 return await self._stream(request, stream, answer)
             data = answer.whole(await stream.whole())
             return web.Response(body=data, content_type="application/json")
-        finally:
-            stream.close()
 
     def _echo(self, body: SamplingFields) -> list[str]:
         if not (isinstance(body, CompletionBody) and body.echo):

@@ -72,18 +72,16 @@ class Validator:
                 limit = f"token ids must be from 0 to {self.model.vocab_size - 1}"
                 raise InvalidRequest(field, token_id, limit)
 
-    def check_count(self, field: str, n: int) -> None:
-        """Raises InvalidRequest for too many sequences in one request."""
-        if not 1 <= n <= MAX_N:
-            raise InvalidRequest(field, n, f"must be from 1 to {MAX_N}")
-
     def check_prompts(self, field: str, count: int) -> None:
         """Raises InvalidRequest for none or too many prompts."""
         if not 1 <= count <= MAX_PROMPTS:
             raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
 
-    def check_sampling(self, sampling: SamplingParams) -> None:
-        """What can be known before the prompt is tokenized."""
+    def check_request(self, model: str, n: int, sampling: SamplingParams) -> None:
+        """What can be known before the prompt is tokenized. Raises InvalidRequest or NotFound."""
+        self.check_model(model)
+        if not 1 <= n <= MAX_N:
+            raise InvalidRequest("n", n, f"must be from 1 to {MAX_N}")
         sampling.validate(self.model.vocab_size)
         for text in sampling.stop:
             check_unicode("stop", text)

@@ -60,6 +60,8 @@ class Placement:
     measured: bool  # the prediction rests on what its worker measured lately of such prompts
 
 
+UNPLACED = Placement("", "", 0, 0, 0.0, measured=False)
+
 T = TypeVar("T")
 Policy = Callable[[ClusterView, Demand, float, random.Random, int], Placement]
 
