@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from crossdock.deploy.reconcile import GATEWAY_ROLE, Target
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
@@ -105,7 +105,7 @@ def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes) -> Laun
     """The first gateway of `spec`, on free ports in place of the addresses in `taken`."""
     launch = gateway_launch(spec, f"{GATEWAY_POOL}-trial", 0, cluster_key)
     assert launch.gateway is not None
-    free = {
+    free: dict[str, Any] = {
         door: address.rpartition(":")[0] + ":0"
         for door in ("grpc", "http")
         if (address := getattr(launch.gateway, door)) in taken

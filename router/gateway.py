@@ -14,7 +14,7 @@ from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.proto.hashing import BlockHasher
-from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.proto.types import WorkerEndpoint
 from crossdock.router.config import GatewayConfig as GatewayConfig
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links
@@ -23,7 +23,7 @@ from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
-from crossdock.router.frontdoor.validate import ModelFacts, Validator
+from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
 
@@ -53,10 +53,12 @@ class GatewayServer:
         Raises ModelError for a model that cannot be read, ConfigError for a port that is in use.
         """
         config = self.config
-        text, facts = await asyncio.to_thread(_load, config.model, config.home)
+        model_id, text, longest = await asyncio.to_thread(_load, config.model, config.home)
         self._links = links = self._make_links()
         self._dispatcher = links.listener = dispatcher = self._make_dispatcher(text, links)
-        validator = Validator(facts, lambda: self.view.pool_tokens(time.monotonic()))
+        validator = Validator(
+            model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
+        )
         frontend = Frontend(text, validator, dispatcher, config.request_timeout_s)
         self._grpc = grpc = GrpcServer(frontend, config.grpc, config.max_body_bytes)
         http = HttpServer(frontend, config.http, config.max_body_bytes)
@@ -73,13 +75,13 @@ class GatewayServer:
         self.metrics.watch(
             active=lambda: dispatcher.active_sequences,
             waiting=lambda: dispatcher.waiting_sequences,
-            workers=self._connected,
+            workers=lambda role: sum(w.role is role for w in self.view.workers.values()),
             resyncs=lambda: links.resyncs,
         )
         publishing = asyncio.get_running_loop().create_task(self._publish_health())
         self._closing.callback(publishing.cancel)
         log.info("gateway %s serves %s at grpc %s and http %s",
-                 config.name, facts.model_id, grpc.address, http.address)  # fmt: skip
+                 config.name, model_id, grpc.address, http.address)  # fmt: skip
 
     async def update_members(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """Follows the controller's membership: links to who is new, and to nobody who left."""
@@ -141,9 +143,6 @@ class GatewayServer:
             on_ready=self._health_changed.set,
         )
 
-    def _connected(self, role: Role) -> int:
-        return sum(worker.role is role for worker in self.view.workers.values())
-
     async def _publish_health(self) -> None:
         """Keeps grpc.health.v1 in step with `ready`."""
         told = False
@@ -156,9 +155,9 @@ class GatewayServer:
                 await self._grpc.set_ready(told)
 
 
-def _load(model: str, home: Path) -> tuple[TextModel, ModelFacts]:
-    """A model's text side, and what requests are checked by. Takes a while: runs on a thread."""
+def _load(model: str, home: Path) -> tuple[str, TextModel, int]:
+    """Model id, text side, and the length of its longest token. Takes a while: runs on a thread."""
     files = resolve(model, home)
     text = load_text(files)
     longest = max(len(text.token_text(token_id)) for token_id in range(text.vocab_size))
-    return text, ModelFacts(files.model_id, text.vocab_size, text.context_length, max(1, longest))
+    return files.model_id, text, max(1, longest)

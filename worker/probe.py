@@ -11,22 +11,24 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from crossdock.kvtransfer import traffic
 from crossdock.kvtransfer.layout import check_layouts
 from crossdock.kvtransfer.transport import Handle, HandleState, Transport
-from crossdock.proto.errors import LayoutMismatch, TransferFailed
+from crossdock.proto.errors import LayoutMismatch, Overloaded, TransferFailed
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.peer_calls import met
 
 if TYPE_CHECKING:
     from crossdock.worker.role import WorkerRole
     from crossdock.worker.server import WorkerServer
+
+T = TypeVar("T")
 
 MAX_BLOCKS = 64
 MAX_READ_BYTES = 64 << 20
@@ -39,11 +41,10 @@ PACKAGES = ("crossdock", "torch", "nixl", "ray")
 TRANSPORT_PACKAGES = {"nccl": ("cupy-cuda13x", "nvidia-nccl-cu13")}
 
 
-class Busy(Exception):
-    """Nothing could be spared for the probe; says what."""
-
-
-_OUTCOMES = {Busy: worker_pb2.LINK_OUTCOME_BUSY, LayoutMismatch: worker_pb2.LINK_OUTCOME_LAYOUT}
+_OUTCOMES = {
+    Overloaded: worker_pb2.LINK_OUTCOME_BUSY,
+    LayoutMismatch: worker_pb2.LINK_OUTCOME_LAYOUT,
+}
 
 
 @dataclass(eq=False)
@@ -84,12 +85,10 @@ class Prober:
         )
         config = self._server.config
         if config.transport == "nixl":
-            response.ucx.update(_ucx_environment())
-            response.ucx.update(config.transport_options)
+            response.ucx.update(_ucx_environment() | dict(config.transport_options))
         if request.peer_address:
             # A caller that goes away must not leave blocks behind: the task ends by itself.
-            task = asyncio.create_task(self._link(request))
-            self._keep(task)
+            task = self._run(self._link(request))
             response.link.CopyFrom(await asyncio.shield(task))
         return response
 
@@ -100,10 +99,9 @@ class Prober:
     async def _link(self, request: worker_pb2.ProbeRequest) -> worker_pb2.LinkProbe:
         link = worker_pb2.LinkProbe()
         try:
-            async with asyncio.timeout(TURN_S):
-                await self._turn.acquire()
+            await asyncio.wait_for(self._turn.acquire(), TURN_S)
         except TimeoutError:
-            _fail(link, Busy("another probe is running here"))
+            _fail(link, Overloaded("another probe is running here"))
             return link
         try:
             await self._measure(request, link)
@@ -152,14 +150,14 @@ class Prober:
             async with asyncio.timeout(TURN_S):
                 await self._server.call(lambda role: self._allocate(role, hold, most))
         except TimeoutError:
-            raise Busy(f"the engine did not turn over within {TURN_S:g} s") from None
+            raise Overloaded(f"the engine did not turn over within {TURN_S:g} s") from None
 
     def _allocate(self, role: WorkerRole, hold: _Hold, most: int) -> None:
         """On the engine thread. Leaves half of what could be had to the requests."""
         pool = role.state.pool
         count = min(most, pool.num_available // 2)
         if count == 0:
-            raise Busy(f"{pool.num_used} of {pool.num_blocks} KV blocks are in use")
+            raise Overloaded(f"{pool.num_used} of {pool.num_blocks} KV blocks are in use")
         hold.blocks = pool.allocate(count)
         self._holds.append(hold)
 
@@ -171,7 +169,7 @@ class Prober:
                 await asyncio.sleep(0.05)
             self._server.post(lambda role: self._release(role, hold))
 
-        self._keep(asyncio.create_task(settled()))
+        self._run(settled())
 
     def _release(self, role: WorkerRole, hold: _Hold) -> None:
         """On the engine thread."""
@@ -179,9 +177,11 @@ class Prober:
             self._holds.remove(hold)
             role.state.pool.release(hold.blocks)
 
-    def _keep(self, task: asyncio.Task[worker_pb2.LinkProbe] | asyncio.Task[None]) -> None:
+    def _run(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 # -- reads: on a thread of their own, which may wait -------------------------------------------

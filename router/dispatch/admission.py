@@ -38,20 +38,16 @@ class Admission:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._active = 0
+        self.active = 0
         self._by_tenant: Counter[str] = Counter()
-
-    @property
-    def active(self) -> int:
-        return self._active
 
     def admit(self, tenant: str, sequences: int, retry_after_s: float) -> None:
         """Raises Overloaded, naming the bound, and then counts nothing."""
         limits, mine = self._limits, self._by_tenant[tenant]
         again = f"try again in {retry_after_s:.0f} s"
-        if self._active + sequences > limits.max_active:
+        if self.active + sequences > limits.max_active:
             raise Overloaded(
-                f"{self._active} sequences are active and {sequences} more would pass "
+                f"{self.active} sequences are active and {sequences} more would pass "
                 f"max_active = {limits.max_active}; {again}",
                 retry_after_s,
             )
@@ -61,11 +57,11 @@ class Admission:
                 f"max_active_per_tenant = {limits.max_active_per_tenant}; {again}",
                 retry_after_s,
             )
-        self._active += sequences
+        self.active += sequences
         self._by_tenant[tenant] += sequences
 
     def release(self, tenant: str, sequences: int) -> None:
-        self._active -= sequences
+        self.active -= sequences
         self._by_tenant[tenant] -= sequences
         if not self._by_tenant[tenant]:
             del self._by_tenant[tenant]

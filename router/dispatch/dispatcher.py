@@ -17,13 +17,7 @@ from functools import partial
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
-from crossdock.proto.errors import (
-    Cancelled,
-    CrossdockError,
-    DeadlineExceeded,
-    Draining,
-    WorkerLost,
-)
+from crossdock.proto.errors import Cancelled, CrossdockError, DeadlineExceeded, Draining, WorkerLost
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import tracing
@@ -35,12 +29,7 @@ from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of, restart_delay_s
-from crossdock.router.dispatch.sequence import (
-    ActiveRequest,
-    Phase,
-    SequenceState,
-    make_sequences,
-)
+from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.waiting import Step, Waiting
 from crossdock.router.placement.policy import NoWorker, Policy
 from crossdock.router.placement.view import ClusterView

@@ -43,7 +43,7 @@ class Frontend:
     @property
     def model_id(self) -> str:
         """The name that clients use."""
-        return self.validator.model.model_id
+        return self.validator.model_id
 
     def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
         """A request that came now, with its deadline."""
@@ -76,7 +76,7 @@ class Frontend:
         check_messages(messages)
         plain = [dict(message) for message in messages]
         size = sum(len(message["content"]) for message in plain)
-        if size > self.validator.capacity * self.validator.model.longest_token:
+        if size > self.validator.capacity * self.validator.longest_token:
             self.validator.check_text("messages", "".join(m["content"] for m in plain))
         try:
             if size > INLINE_CHARACTERS:

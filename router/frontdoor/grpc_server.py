@@ -107,8 +107,8 @@ class GrpcServer:
             raise
 
     async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
-        facts = self._frontend.validator.model
-        model = pb.Model(id=facts.model_id, context_length=facts.context_length)
+        frontend = self._frontend
+        model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
         return pb.ListModelsResponse(models=[model])
 
     async def _submit(

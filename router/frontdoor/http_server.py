@@ -99,7 +99,8 @@ class HttpServer:
         async def read(body: CompletionBody) -> tuple[str, list[list[int]]]:
             if body.echo and body.logprobs is not None:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
-            frontend, given, prompts = self._frontend, prompts_of(body.prompt), []
+            frontend, given = self._frontend, prompts_of(body.prompt)
+            prompts: list[list[int]] = []
             frontend.validator.check_prompts("prompt", len(given))
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"
@@ -218,13 +219,12 @@ class HttpServer:
         return response
 
     def _card(self) -> dict[str, Any]:
-        model = self._frontend.validator.model
         return {
-            "id": model.model_id,
+            "id": self._frontend.model_id,
             "object": "model",
             "created": self._created,
             "owned_by": "crossdock",
-            "context_length": model.context_length,
+            "context_length": self._frontend.text.context_length,
         }
 
     # -- errors -------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class ClusterView:
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
         """Folds one measured pull into the pair's bandwidth; the pair works."""
-        if nbytes <= 0 or seconds <= 0 or not self._connected(prefill, decode):
+        if nbytes <= 0 or seconds <= 0 or not {prefill, decode} <= self.workers.keys():
             return
         self._back_offs.pop((prefill, decode), None)
         old_bytes, old_seconds = self._pulled.get((prefill, decode), (0.0, 0.0))
@@ -190,7 +190,7 @@ class ClusterView:
 
     def pull_failed(self, prefill: str, decode: str, now: float) -> None:
         """The link of the two may be cut, though both are well: others are taken for a while."""
-        if not self._connected(prefill, decode):
+        if not {prefill, decode} <= self.workers.keys():
             return  # a worker died, which says nothing of the link to its successor
         first, longest = PAIR_BACK_OFF_S
         until, back_off = self._back_offs.get((prefill, decode), (float("-inf"), 0.0))
@@ -276,9 +276,6 @@ class ClusterView:
         return max(largest[Role.COLOCATED], pair) or None
 
     # -----------------------------------------------------------------------------------------
-
-    def _connected(self, *names: str) -> bool:
-        return all(name in self.workers for name in names)
 
     def _forget(self, name: str) -> None:
         worker = self._gone[name] = self.workers.pop(name)
