@@ -36,7 +36,10 @@ Events = Iterable[tuple[bool, bytes]]  # of a prefix cache: (stored, hash)
 
 def of(kind: type[T], **values: Any) -> T:
     """`kind` of those values that it knows: the trials run on earlier states of the code too."""
-    known = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(kind):
+        known = {entry.name for entry in dataclasses.fields(kind)}
+    else:
+        known = set(kind.DESCRIPTOR.fields_by_name)  # type: ignore[attr-defined]
     return kind(**{name: value for name, value in values.items() if name in known})
 
 

@@ -9,14 +9,7 @@ from collections.abc import Iterable
 from itertools import count
 
 from crossdock.decode.scheduler import DecodeScheduler
-from crossdock.engine.sequence import (
-    Chunk,
-    Finish,
-    SampledToken,
-    Sequence,
-    StepPlan,
-    take_tokens,
-)
+from crossdock.engine.sequence import Chunk, Finish, SampledToken, Sequence, StepPlan, take_tokens
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1 import worker_pb2
@@ -32,6 +25,8 @@ class DecodeRole(WorkerRole):
 
     Blocks of a pull that was given up stay quarantined until the transfer is terminal.
     """
+
+    _scheduler: DecodeScheduler
 
     def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
@@ -106,7 +101,7 @@ class DecodeRole(WorkerRole):
             )
         except TransferFailed as error:
             del self._pulls[pull_id]
-            self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            self._pull_failed(job, str(error))
 
     def poll(self) -> None:
         """Ends pulls that are terminal or overdue, and tickets whose lease ended unread."""
@@ -114,13 +109,15 @@ class DecodeRole(WorkerRole):
             self._pull_ended(done)
         for pull_id in self._puller.overdue():
             if pull_id not in self._quarantine:
-                message = "the KV could not be pulled in time"
-                self.fail(self._pulls[pull_id], worker_pb2.ERROR_CODE_PULL_FAILED, message)
+                self._pull_failed(self._pulls[pull_id], "the KV could not be pulled in time")
         now = self.state.clock()
         for job in list(self.jobs.values()):
             if job.lease_end is not None and now >= job.lease_end and not self._is_pulling(job):
-                message = "the ticket's lease ended while the request waited for KV blocks"
-                self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, message)
+                why = "the ticket's lease ended while the request waited for KV blocks"
+                self._pull_failed(job, why)
+
+    def _pull_failed(self, job: Job, why: str) -> None:
+        self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, why)
 
     def _pull_ended(self, done: PullDone) -> None:
         job = self._pulls.pop(done.pull_id)
@@ -131,7 +128,7 @@ class DecodeRole(WorkerRole):
             self.state.pool.release(blocks)
             self._give_back(job)
         elif done.error is not None:
-            self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, done.error)
+            self._pull_failed(job, done.error)
         else:
             self._joined(job, done)
 
@@ -214,8 +211,8 @@ class DecodeRole(WorkerRole):
 
         Before token 0 there is no lease yet, and the ticket may still go to another decode worker.
         """
-        if job.ticket is not None and job.ready and job.lease_end is not None:
-            self.state.ticket_releases.append((job.ticket.prefill_address, job.ticket.ticket_id))
+        if job.lease is not None:
+            self.state.ticket_releases.append(job.lease)
 
     def _pull_of(self, job: Job) -> str | None:
         return next((key for key, pulled in self._pulls.items() if pulled is job), None)
@@ -225,22 +222,17 @@ class DecodeRole(WorkerRole):
 
     def waiting_tickets(self) -> list[tuple[str, bytes]]:
         """(prefill address, ticket id) of every ticket that still needs its lease."""
-        return [
-            (job.ticket.prefill_address, job.ticket.ticket_id)
-            for job in self.jobs.values()
-            if job.ticket is not None and job.lease_end is not None and job.ready
-        ]
+        return [job.lease for job in self.jobs.values() if job.lease is not None]
 
     def leases_renewed(self, answer: tuple[set[bytes], set[bytes]], until: float) -> None:
         """Until when tickets are good, monotonic seconds; a lost one fails unless it is read."""
         renewed, lost = answer
         for job in list(self.jobs.values()):
-            if job.ticket is None or job.lease_end is None or not job.ready:
+            if job.lease is None:
                 continue
-            ticket_id = job.ticket.ticket_id
+            ticket_id = job.lease[1]
             if ticket_id in lost and not self._is_pulling(job):  # a pull's fence will judge
-                message = "the prefill worker no longer holds the ticket"
-                self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, message)
+                self._pull_failed(job, "the prefill worker no longer holds the ticket")
             elif ticket_id in renewed:
                 job.lease_end = until
                 self._puller.renewed(ticket_id, until)
@@ -250,11 +242,6 @@ class DecodeRole(WorkerRole):
         ends = [job.lease_end for job in self.jobs.values() if job.lease_end is not None]
         pull = self._puller.next_deadline()
         return min([*ends, *([pull] if pull is not None else [])], default=None)
-
-    def load(self) -> worker_pb2.Load:
-        """Sequences, prompt tokens computed here and blocks as of this turn."""
-        scheduler = self._scheduler
-        return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
 
     def held(self) -> Iterable[list[int]]:
         """Blocks of sequences and of pulls given up whose transfer is not terminal."""

@@ -13,39 +13,34 @@ what room there is: it holds up nobody who is complete, and is preempted before 
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable
 
 from crossdock.engine import block_tables
 from crossdock.engine.block_pool import BlockPool, OutOfBlocks
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.worker.scheduler import Scheduler, order
 
 PROMPT_SHARE = 4  # prompts get at least this part (1/4) of a step's token budget
 
 
-class DecodeScheduler:
+class DecodeScheduler(Scheduler):
     """Owns the block tables of pulling and running sequences; waiting ones hold no block."""
 
     def __init__(
         self, pool: BlockPool, max_batch: int, chunk_tokens: int, lookahead: int = 0
     ) -> None:
-        """`max_batch`: sequences that run at once. `chunk_tokens`: tokens of one step.
-        `lookahead`: tokens that a step may draw for a sequence beyond the first; each needs room
-        in a block."""
-        self._pool = pool
-        self._lookahead = lookahead
-        self._max_batch = max_batch
-        self._chunk_tokens = chunk_tokens
-        self._waiting: list[Sequence] = []
+        """`max_batch`: sequences that run at once."""
         self._pulling: list[Sequence] = []
         self._running: list[Sequence] = []
+        super().__init__(pool, chunk_tokens, lookahead, self._pulling, self._running)
+        self._max_batch = max_batch
         self._remote: dict[Sequence, int] = {}  # of sequences with a ticket: tokens it covers
 
     def add(self, sequence: Sequence, remote_tokens: int = 0) -> None:
         """`remote_tokens`: of token_ids, how many have KV to pull; 0 computes them here."""
         if remote_tokens:
             self._remote[sequence] = remote_tokens
-        insort(self._waiting, sequence, key=_order)
+        self._queue(sequence)
 
     def reserve(self) -> list[Sequence]:
         """Gives blocks to waiting sequences, in order, as far as they go.
@@ -84,12 +79,7 @@ class DecodeScheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forgets a sequence in any state and frees its blocks."""
         self._remote.pop(sequence, None)
-        for group in (self._waiting, self._pulling, self._running):
-            if sequence in group:
-                group.remove(sequence)
-                block_tables.release(self._pool, sequence)
-                return
-        raise KeyError(sequence.sequence_id)
+        super().remove(sequence)
 
     def schedule(
         self, preemptible: Iterable[Sequence] = ()
@@ -98,10 +88,10 @@ class DecodeScheduler:
 
         preemptible: of those reserved early, the ones whose blocks no transfer touches just now.
         """
-        spare = sorted(preemptible, key=_order)
+        spare = sorted(preemptible, key=order)
         preempted: list[Sequence] = []
         chunks = []
-        for sequence in sorted(self._running, key=_order):
+        for sequence in sorted(self._running, key=order):
             if sequence.num_uncomputed == 1 and self._make_room(sequence, spare, preempted):
                 chunks.append(Chunk(sequence, sequence.num_computed, 1, sample=True))
         # Decodes are never held up for a prompt, nor a prompt for good by many decodes.
@@ -109,10 +99,8 @@ class DecodeScheduler:
         for sequence in self._running.copy():
             uncomputed = sequence.num_uncomputed > 1 and budget > 0
             if uncomputed and self._make_room(sequence, spare, preempted):
-                length = min(sequence.num_uncomputed, budget)
-                last = length == sequence.num_uncomputed
-                chunks.append(Chunk(sequence, sequence.num_computed, length, sample=last))
-                budget -= length
+                chunks.append(self._chunk(sequence, budget))
+                budget -= chunks[-1].length
         plan = StepPlan(tuple(c for c in chunks if c.sequence not in preempted))
         return (plan if plan.chunks else None), preempted
 
@@ -124,26 +112,10 @@ class DecodeScheduler:
         block_tables.seal_full(self._pool, sequence)
 
     @property
-    def waiting(self) -> int:
-        """Sequences that are not in the batch: without blocks, or with a pull under way."""
-        return len(self._waiting) + len(self._pulling)
-
-    @property
-    def running(self) -> int:
-        """Sequences in the batch, `max_batch` at most."""
-        return len(self._running)
-
-    @property
     def queued_tokens(self) -> int:
-        """Uncached prompt tokens still to be computed here."""
         waiting = (s for s in self._waiting if s not in self._remote)
         running = (s.num_uncomputed for s in self._running if s.num_uncomputed > 1)
         return sum(block_tables.uncached(self._pool, s) for s in waiting) + sum(running)
-
-    @property
-    def held(self) -> list[list[int]]:
-        """The block tables that sequences here own, for check_integrity."""
-        return [sequence.block_table for sequence in (*self._pulling, *self._running)]
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         # A sequence computed here must compute its last token; a pulled one has it computed.
@@ -166,13 +138,7 @@ class DecodeScheduler:
                 block_tables.grow(self._pool, sequence, sequence.num_tokens + self._lookahead)
                 return True
             except OutOfBlocks:
-                victim = spare.pop() if spare else sorted(self._running, key=_order)[-1]
+                victim = spare.pop() if spare else sorted(self._running, key=order)[-1]
                 self.remove(victim)
                 preempted.append(victim)
         return False
-
-
-def _order(sequence: Sequence) -> tuple[int, float]:
-    """Arrival is at the gateway, and a restart keeps it: so who is first here is preempted by
-    nobody and ends, then the next, and whoever was preempted before gets its turn."""
-    return sequence.priority, sequence.arrival

@@ -11,6 +11,7 @@ from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.settings import given
 from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.router.config import GatewayConfig
 from crossdock.worker.config import WorkerConfig
 
 
@@ -37,14 +38,14 @@ class Launch:
     revision: str
     placement: Placement
     worker: WorkerConfig | None = None
-    gateway: Mapping[str, Any] | None = field(default=None, repr=False)
+    gateway: GatewayConfig | None = None
     telemetry: Mapping[str, str] | None = None
     host: str = ""  # that a worker listens on; its node's address where empty
 
     @property
     def holds(self) -> frozenset[str]:
         """The addresses that this process takes for itself alone."""
-        mine = (self.gateway["grpc"], self.gateway["http"]) if self.gateway else ()
+        mine = (self.gateway.grpc, self.gateway.http) if self.gateway else ()
         return fixed_addresses(*mine)
 
 
@@ -103,11 +104,13 @@ class Runtime(Protocol):
 def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes) -> Launch:
     """The first gateway of `spec`, on free ports in place of the addresses in `taken`."""
     launch = gateway_launch(spec, f"{GATEWAY_POOL}-trial", 0, cluster_key)
-    settings = dict(launch.gateway or {})
-    for door in ("grpc", "http"):
-        if settings[door] in taken:
-            settings[door] = settings[door].rpartition(":")[0] + ":0"
-    return replace(launch, gateway=settings)
+    assert launch.gateway is not None
+    free: dict[str, Any] = {
+        door: address.rpartition(":")[0] + ":0"
+        for door in ("grpc", "http")
+        if (address := getattr(launch.gateway, door)) in taken
+    }
+    return replace(launch, gateway=replace(launch.gateway, **free))
 
 
 def targets(spec: ClusterSpec) -> list[Target]:
@@ -158,7 +161,6 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
         gpus=pool.resources.gpus,
         threads=pool.engine_threads,
         revision=revision,
-        telemetry=_telemetry(spec),
         **given(spec.model),
         **given(spec.kv),
         **given(pool),
@@ -187,22 +189,15 @@ def _telemetry(spec: ClusterSpec) -> dict[str, str] | None:
 def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes) -> Launch:
     """How gateway `index` is started. It gets no more of the key than block hashes need."""
     grpc, http = spec.gateway_addresses(index)
-    limits = spec.gateway.limits
-    settings = {
-        "name": name,
-        "model": spec.model.id,
-        "hash_key": hash_key(cluster_key),
-        "grpc": grpc,
-        "http": http,
-        "policy": spec.gateway.policy,
-        "block_size": spec.kv.block_size,
-        "max_body_bytes": int(limits.max_body_mb * 1_000_000),
-        "max_active": limits.max_active,
-        "max_active_per_tenant": limits.max_active_per_tenant,
-        "request_timeout_s": limits.request_timeout_s,
-        "worker_wait_s": limits.worker_wait_s,
-        "slo": {"ttft_ms": spec.slo.ttft_ms, "tpot_ms": spec.slo.tpot_ms},
-    }
+    config = GatewayConfig(
+        name=name,
+        model=spec.model.id,
+        hash_key=hash_key(cluster_key),
+        block_size=spec.kv.block_size,
+        slo=spec.slo,
+        **given(spec.gateway.limits),
+        **given(spec.gateway) | {"grpc": grpc, "http": http},
+    )
     labels = dict(spec.gateway.nodes.labels)
     placement = Placement(labels=labels, on_head=not labels, env={"OMP_NUM_THREADS": "1"})
     return Launch(
@@ -211,6 +206,6 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         GATEWAY_POOL,
         spec.gateway_revision(),
         placement,
-        gateway=settings,
+        gateway=config,
         telemetry=_telemetry(spec),
     )

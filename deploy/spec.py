@@ -29,6 +29,7 @@ from crossdock.proto.settings import (
     split_address,
 )
 from crossdock.proto.types import Role
+from crossdock.router.config import GatewayConfig, Slo
 from crossdock.worker.config import EngineSettings, WorkerConfig
 
 API_VERSION = "crossdock/v1"
@@ -67,17 +68,11 @@ class NodesSpec:
 class LimitsSpec:
     """The YAML's `limits` of a gateway."""
 
-    max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)
-    max_active: int = setting(
-        1024, "Sequences under way in one gateway; more are refused.", low=1, high=1_000_000
-    )
-    max_active_per_tenant: int = setting(512, "The same of one tenant.", low=1, high=1_000_000)
-    request_timeout_s: float = setting(
-        600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
-    )
-    worker_wait_s: float = setting(
-        120.0, "How long a request waits for a worker where none is there.", low=0, high=3600
-    )
+    max_body_mb: float = of(GatewayConfig, "max_body_mb")
+    max_active: int = of(GatewayConfig, "max_active")
+    max_active_per_tenant: int = of(GatewayConfig, "max_active_per_tenant")
+    request_timeout_s: float = of(GatewayConfig, "request_timeout_s")
+    worker_wait_s: float = of(GatewayConfig, "worker_wait_s")
 
 
 @dataclass(frozen=True)
@@ -87,13 +82,9 @@ class GatewaySpec:
     replicas: int = setting(
         1, "Number of gateways. Gateway i listens on both ports + i.", low=1, high=64
     )
-    grpc: str = setting("127.0.0.1:50051", "Where gRPC is served.", kind="address")
-    http: str = setting("127.0.0.1:8000", "Where OpenAI HTTP is served.", kind="address")
-    policy: str = setting(
-        "least_latency",
-        "How workers are chosen: by predicted latency (queue depth and prefix hits), or in turn.",
-        choices=("least_latency", "round_robin"),
-    )
+    grpc: str = of(GatewayConfig, "grpc")
+    http: str = of(GatewayConfig, "http")
+    policy: str = of(GatewayConfig, "policy")
     limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
     drain_s: float = setting(
         10.0, "How long a stopping gateway may finish its requests.", low=0, high=3600
@@ -181,14 +172,6 @@ class KVSpec:
 
 
 @dataclass(frozen=True)
-class SLOSpec:
-    """The YAML's `slo`, in milliseconds."""
-
-    ttft_ms: float = setting(2000.0, "Time to first token aimed at.", low=1, high=3_600_000)
-    tpot_ms: float = setting(100.0, "Time per output token aimed at.", low=0.1, high=3_600_000)
-
-
-@dataclass(frozen=True)
 class TelemetrySpec:
     """The YAML's `telemetry`."""
 
@@ -227,7 +210,7 @@ class ClusterSpec:
     gateway: GatewaySpec = setting(factory=GatewaySpec, doc="The front door.")
     controller: ControllerSpec = setting(factory=ControllerSpec, doc="The control plane.")
     kv: KVSpec = setting(factory=KVSpec, doc="The KV pools and the hand-off.")
-    slo: SLOSpec = setting(factory=SLOSpec, doc="What the router and the reports aim at.")
+    slo: Slo = setting(factory=Slo, doc="What the router and the reports aim at.")
     telemetry: TelemetrySpec = setting(factory=TelemetrySpec, doc="Traces.")
     ray: RaySpec = setting(factory=RaySpec, doc="The Ray cluster underneath.")
 

@@ -24,6 +24,8 @@ class PrefillRole(WorkerRole):
     With `reserve` early the ticket is announced as soon as there is a block to read.
     """
 
+    _scheduler: PrefillScheduler
+
     def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
         self._scheduler = PrefillScheduler(state.pool, state.config.chunk_tokens, state.lookahead)
@@ -143,11 +145,6 @@ class PrefillRole(WorkerRole):
     def next_deadline(self) -> float | None:
         """When the first open lease ends, monotonic seconds; None: no lease is open."""
         return self._offers.next_deadline()
-
-    def load(self) -> worker_pb2.Load:
-        """Sequences, prompt tokens still to be computed and blocks as of this turn."""
-        scheduler = self._scheduler
-        return self._load(scheduler.waiting, scheduler.running, scheduler.queued_tokens)
 
     def leases(self) -> list[worker_pb2.Lease]:
         """The offered tickets not read yet, oldest first, for the status."""

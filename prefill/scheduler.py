@@ -10,36 +10,22 @@ chunk is planned, not when it arrives, so it finds what the prompts before it ha
 
 from __future__ import annotations
 
-from bisect import insort
-
 from crossdock.engine import block_tables
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.worker.scheduler import Scheduler
 
 
-class PrefillScheduler:
+class PrefillScheduler(Scheduler):
     """Owns the block tables of the prompts it computes, from admission to their last chunk."""
 
     def __init__(self, pool: BlockPool, chunk_tokens: int, lookahead: int = 0) -> None:
-        """`chunk_tokens`: the most prompt tokens that one step computes. `lookahead`: how many
-        tokens it may draw for a prompt beyond token 0; each needs room in a block."""
-        self._pool = pool
-        self._lookahead = lookahead
-        self._chunk_tokens = chunk_tokens
-        self._waiting: list[Sequence] = []
         self._computing: list[Sequence] = []
+        super().__init__(pool, chunk_tokens, lookahead, self._computing)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a prompt behind those of its priority that arrived earlier; takes no blocks."""
-        insort(self._waiting, sequence, key=lambda waiting: (waiting.priority, waiting.arrival))
-
-    def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence in either state and frees its blocks."""
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-        else:
-            self._computing.remove(sequence)
-            block_tables.release(self._pool, sequence)
+        self._queue(sequence)
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run. Admits as far as the budget reaches."""
@@ -70,28 +56,6 @@ class PrefillScheduler:
             self._computing.remove(sequence)
 
     @property
-    def waiting(self) -> int:
-        """Sequences without a block so far."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Sequences that hold blocks, their prompt partly computed."""
-        return len(self._computing)
-
-    @property
     def queued_tokens(self) -> int:
-        """Uncached prompt tokens still to be computed, with what is cached now."""
         waiting = sum(block_tables.uncached(self._pool, sequence) for sequence in self._waiting)
         return waiting + sum(sequence.num_uncomputed for sequence in self._computing)
-
-    @property
-    def held(self) -> list[list[int]]:
-        """The block tables that sequences here own, for check_integrity."""
-        return [sequence.block_table for sequence in self._computing]
-
-    @staticmethod
-    def _chunk(sequence: Sequence, budget: int) -> Chunk:
-        length = min(sequence.num_uncomputed, budget)
-        last = length == sequence.num_uncomputed
-        return Chunk(sequence, sequence.num_computed, length, sample=last)

@@ -5,33 +5,15 @@ from __future__ import annotations
 from crossdock.proto.types import FinishReason, Role, SamplingParams
 from crossdock.proto.v1 import inference_pb2, worker_pb2
 
-ROLE_TO_PB = {
-    Role.PREFILL: worker_pb2.ROLE_PREFILL,
-    Role.DECODE: worker_pb2.ROLE_DECODE,
-    Role.COLOCATED: worker_pb2.ROLE_COLOCATED,
-}
+ROLE_TO_PB = {role: getattr(worker_pb2, f"ROLE_{role.name}") for role in Role}
 ROLE_FROM_PB = {number: role for role, number in ROLE_TO_PB.items()}
 
-FINISH_TO_PB = {
-    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
-    FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
-}
+FINISH_TO_PB = {each: getattr(inference_pb2, f"FINISH_REASON_{each.name}") for each in FinishReason}
 FINISH_FROM_PB = {number: reason for reason, number in FINISH_TO_PB.items()}
 
-_SCALARS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "max_tokens",
-    "min_tokens",
-    "logprobs",
+# The fields that a request may leave unset.
+SAMPLING_SCALARS = tuple(
+    field.name for field in inference_pb2.SamplingParams.DESCRIPTOR.fields if field.has_presence
 )
 
 
@@ -42,7 +24,7 @@ def wire_seed(seed: int) -> int:
 
 def sampling_to_pb(params: SamplingParams) -> inference_pb2.SamplingParams:
     """Every field set, so that the reader needs no defaults."""
-    scalars = {name: getattr(params, name) for name in _SCALARS}
+    scalars = {name: getattr(params, name) for name in SAMPLING_SCALARS}
     return inference_pb2.SamplingParams(
         **scalars | {"seed": wire_seed(params.seed)},
         logit_bias=dict(params.logit_bias),
@@ -55,7 +37,7 @@ def sampling_to_pb(params: SamplingParams) -> inference_pb2.SamplingParams:
 def sampling_from_pb(message: inference_pb2.SamplingParams, **defaults: int) -> SamplingParams:
     """Unset fields take `defaults`, then those of SamplingParams. Validates nothing."""
     given: dict[str, object] = dict(defaults)
-    given |= {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
+    given |= {name: getattr(message, name) for name in SAMPLING_SCALARS if message.HasField(name)}
     return SamplingParams(
         **given,  # type: ignore[arg-type]
         logit_bias=dict(message.logit_bias),

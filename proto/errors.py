@@ -30,6 +30,7 @@ class CrossdockError(Exception):
     grpc_status: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
     retriable: ClassVar[bool] = False
+    outcome: ClassVar[str] = "internal"  # how gateways count a request that ended so
 
 
 class InvalidRequest(CrossdockError):
@@ -37,6 +38,7 @@ class InvalidRequest(CrossdockError):
 
     grpc_status = "INVALID_ARGUMENT"
     http_status = 400
+    outcome = "invalid"
 
     def __init__(self, field: str, value: object, limit: str) -> None:
         shown = repr(value)
@@ -57,6 +59,7 @@ class NotFound(CrossdockError):
 
     grpc_status = "NOT_FOUND"
     http_status = 404
+    outcome = "not_found"
 
 
 class Overloaded(CrossdockError):
@@ -64,6 +67,7 @@ class Overloaded(CrossdockError):
 
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 429
+    outcome = "overloaded"
     retriable = True
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
@@ -76,6 +80,7 @@ class DeadlineExceeded(CrossdockError):
 
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 504
+    outcome = "deadline"
 
 
 class Cancelled(CrossdockError):
@@ -83,6 +88,7 @@ class Cancelled(CrossdockError):
 
     grpc_status = "CANCELLED"
     http_status = 499
+    outcome = "cancelled"
 
 
 class Unavailable(CrossdockError):
@@ -90,6 +96,7 @@ class Unavailable(CrossdockError):
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
+    outcome = "unavailable"
     retriable = True
 
 

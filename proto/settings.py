@@ -74,9 +74,10 @@ def walk(spec: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
             yield path, about, value
 
 
-def check_settings(record: Any) -> None:
-    """Raises ConfigError at the first setting of a record that is outside its limits."""
-    for path, about, value in walk(record):
+def check_settings(record: Any, prefix: str = "") -> None:
+    """Raises ConfigError at the first setting of a record that is outside its limits; `prefix` is
+    what its path begins with."""
+    for path, about, value in walk(record, prefix):
         if "doc" in about.metadata:
             _check_value(path, about, value)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Protocol
@@ -13,10 +14,11 @@ from typing import Protocol
 from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import CrossdockError, TransferFailed
 from crossdock.proto.hashing import BlockHasher
-from crossdock.proto.v1 import inference_pb2, worker_pb2
+from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
 from crossdock.worker.loop import Turn
+from crossdock.worker.outbox import error_output
 from crossdock.worker.peers import Met, Peers
 from crossdock.worker.role import WorkerRole
 from crossdock.worker.streams import GatewayStream, block_events
@@ -43,14 +45,14 @@ class Host(Protocol):
         """Has `deliver` called with the whole prefix cache and load, in order with `publish`."""
 
 
+@dataclass(eq=False)
 class Gateways:
     """Owns the streams of all gateways. What a gateway has here ends with its stream."""
 
-    def __init__(self, host: Host, clock: Callable[[], float] = time.time) -> None:
-        self._host = host
-        self._clock = clock
-        self._streams: dict[str, GatewayStream] = {}
-        self._ids = count()
+    host: Host
+    clock: Callable[[], float] = time.time
+    _streams: dict[str, GatewayStream] = field(default_factory=dict)
+    _ids: Iterator[int] = field(default_factory=count)
 
     def open(self, gateway: str, wake: Callable[[], None]) -> GatewayStream:
         """A gateway has connected: its stream begins with a snapshot, and then misses nothing."""
@@ -61,7 +63,7 @@ class Gateways:
             stream.has_snapshot = True
             stream.send(frame)
 
-        self._host.post_snapshot(begin, hello=self._host.description)
+        self.host.post_snapshot(begin, hello=self.host.description)
         return stream
 
     def receive(self, stream: GatewayStream, frame: worker_pb2.GatewayFrame) -> None:
@@ -76,17 +78,17 @@ class Gateways:
         elif kind == "cancel":
             cancel = frame.cancel
             stream.meetings.pop(cancel.sequence_id, None)
-            self._host.post(
+            self.host.post(
                 lambda role: role.cancel(cancel.sequence_id, cancel.reason, stream.owner)
             )
         elif kind == "resync":
-            self._host.post_snapshot(stream.send)
+            self.host.post_snapshot(stream.send)
 
     def ended(self, stream: GatewayStream) -> None:
         """The gateway is gone, or its stream broke: frees all that it had here."""
         stream.meetings.clear()
         self._streams.pop(stream.owner, None)
-        self._host.post(lambda role: role.owner_gone(stream.owner))
+        self.host.post(lambda role: role.owner_gone(stream.owner))
 
     def publish(self, turn: Turn) -> None:
         """Spreads what one engine turn made over the streams."""
@@ -103,12 +105,12 @@ class Gateways:
             stream.close()
 
     def _hand_off(self, hand_off: worker_pb2.HandOff, stream: GatewayStream) -> None:
-        if not all(0 <= token < self._host.vocab_size for token in hand_off.first_tokens):
+        if not all(0 <= token < self.host.vocab_size for token in hand_off.first_tokens):
             log.error("%s: no such tokens: %s", hand_off.sequence_id, hand_off.first_tokens)
             return  # without it the request fails by itself
         waiting = stream.meetings.get(hand_off.sequence_id)
         if waiting is None:
-            self._host.post(lambda role: role.hand_off(hand_off, stream.owner))
+            self.host.post(lambda role: role.hand_off(hand_off, stream.owner))
         else:
             waiting.append(hand_off)  # its request comes first
 
@@ -118,14 +120,14 @@ class Gateways:
             self._submit(sequence, None, stream)
             return
         try:
-            tickets.verify(ticket, self._host.config.cluster_key)
+            tickets.verify(ticket, self.host.config.cluster_key)
         except CrossdockError as error:
-            self._answer(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            _refuse(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, error)
             return
         waiting: list[worker_pb2.HandOff] = []
         stream.meetings[sequence.sequence_id] = waiting
         then = partial(self._met, request, stream, waiting)
-        self._host.peers.ensure(ticket.incarnation, ticket.prefill_address, then)
+        self.host.peers.ensure(ticket.incarnation, ticket.prefill_address, then)
 
     def _met(
         self,
@@ -141,7 +143,7 @@ class Gateways:
         try:
             self._check_ticket(request, met)
         except CrossdockError as error:
-            self._answer(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, str(error))
+            _refuse(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, error)
             return
         self._submit(sequence, request.progress, stream)
         for hand_off in waiting:
@@ -151,7 +153,7 @@ class Gateways:
         """Raises CrossdockError unless the ticket is this cluster's and its blocks can be read."""
         if isinstance(met, TransferFailed):
             raise met
-        host, progress, sequence = self._host, request.progress, request.sequence
+        host, progress, sequence = self.host, request.progress, request.sequence
         ticket = progress.ticket
         tickets.validate(
             ticket,
@@ -183,33 +185,29 @@ class Gateways:
         stream: GatewayStream,
     ) -> None:
         """`progress`: of the request's ticket; None: the prompt is computed here."""
-        host = self._host
+        host = self.host
         try:
             job = Job.from_pb(
                 request,
                 stream.owner,
-                arrival=self._clock(),
+                arrival=self.clock(),
                 vocab_size=host.vocab_size,
                 context_length=host.description.context_length,
                 hasher=host.hasher,
             )
         except CrossdockError as error:
-            self._answer(stream, request, worker_pb2.ERROR_CODE_INVALID, str(error))
+            _refuse(stream, request, worker_pb2.ERROR_CODE_INVALID, error)
             return
         if progress is not None:
             job.progress = progress
         host.post(lambda role: role.submit(job))
 
-    def _answer(
-        self,
-        stream: GatewayStream,
-        request: worker_pb2.SequenceRequest,
-        code: worker_pb2.ErrorCode,
-        message: str,
-    ) -> None:
-        output = worker_pb2.SequenceOutput(
-            sequence_id=request.sequence_id,
-            finish_reason=inference_pb2.FINISH_REASON_ERROR,
-            error=worker_pb2.SequenceError(code=code, message=message),
-        )
-        stream.send(worker_pb2.WorkerFrame(outputs=[output]))
+
+def _refuse(
+    stream: GatewayStream,
+    request: worker_pb2.SequenceRequest,
+    code: worker_pb2.ErrorCode,
+    error: CrossdockError,
+) -> None:
+    output = error_output(request.sequence_id, code, str(error))
+    stream.send(worker_pb2.WorkerFrame(outputs=[output]))

@@ -43,6 +43,14 @@ class Job:
         blocks = len(self.progress.ticket.block_ids)
         return self.ticket is not None and self.progress.ready_blocks >= blocks
 
+    @property
+    def lease(self) -> tuple[str, bytes] | None:
+        """Prefill address and id of a ticket that is read here, from token 0 to its release."""
+        ticket = self.ticket
+        if ticket is None or not self.ready or self.lease_end is None:
+            return None
+        return ticket.prefill_address, ticket.ticket_id
+
     def mark(self, event: str, unix_s: float | None = None) -> None:
         """Notes when a life-cycle event happened first; `unix_s`: one that was emitted then."""
         if event not in self.times:

@@ -146,8 +146,12 @@ class EngineLoop:
 
     def flush(self) -> bool:
         """Hands over what has come up so far, if anything has. On the engine thread."""
-        turn = self._collect()
+        state = self._role.state
+        first_event, events = state.pool.drain_events()
+        releases, state.ticket_releases = state.ticket_releases, []
+        turn = Turn(state.outbox.take(), None, first_event, events, releases)
         if turn:
+            turn.load = self._role.load()
             self._publish(turn)
         return bool(turn)
 
@@ -219,15 +223,6 @@ class EngineLoop:
             log.critical("%d engine steps failed in a row: the process ends", self._failed_steps)
             self.flush()
             _exit_soon()
-
-    def _collect(self) -> Turn:
-        state = self._role.state
-        first_event, events = state.pool.drain_events()
-        releases, state.ticket_releases = state.ticket_releases, []
-        turn = Turn(state.outbox.take(), None, first_event, events, releases)
-        if turn:
-            turn.load = self._role.load()
-        return turn
 
     def _idle_wait(self) -> float:
         deadline = self._role.next_deadline()

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from crossdock.worker.role import Counters, WorkerRole
-
-_COUNTERS = {
-    "prompt_tokens": "Prompt tokens of the sequences whose prompt was served here.",
-    "cached_tokens": "Of those, tokens whose KV was in the prefix cache.",
-    "computed_tokens": "Prompt tokens computed here.",
-    "generated_tokens": "Tokens generated here.",
-    "transferred_bytes": "KV bytes pulled from prefill workers and fenced.",
-    "transferred_blocks": "KV blocks pulled from prefill workers and fenced.",
-    "late_bytes": "Of transferred_bytes, what had not been pulled when the prompt was computed.",
-    "recomputed_tokens": "Prompt tokens computed here although their KV had been handed off.",
-    "preemptions": "Sequences handed back for want of KV blocks.",
-    "steps": "Engine steps.",
-    "step_seconds": "Seconds spent in engine steps.",
-}
+from crossdock.worker.role import WorkerRole
 
 
 class WorkerCollector(Collector):
@@ -37,11 +24,12 @@ class WorkerCollector(Collector):
         labels = {"worker": state.config.name, "pool": state.config.pool}
         labels["role"] = str(state.config.role)
         names, values = list(labels), list(labels.values())
-        counters: Counters = state.counters
-        for name, text in _COUNTERS.items():
-            family = CounterMetricFamily(f"crossdock_worker_{name}", text, labels=names)
-            family.add_metric(values, getattr(counters, name))
-            yield family
+        counters = state.counters
+        for about in fields(counters):
+            if text := about.metadata.get("doc"):
+                family = CounterMetricFamily(f"crossdock_worker_{about.name}", text, labels=names)
+                family.add_metric(values, getattr(counters, about.name))
+                yield family
         errors = CounterMetricFamily(
             "crossdock_worker_errors", "Sequences ended by an error.", labels=[*names, "code"]
         )

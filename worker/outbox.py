@@ -58,13 +58,18 @@ class Outbox:
 
     def error(self, owner: str, sequence_id: str, code: worker_pb2.ErrorCode, message: str) -> None:
         """Ends the sequence on this worker."""
-        self._outputs[owner].append(
-            worker_pb2.SequenceOutput(
-                sequence_id=sequence_id,
-                finish_reason=inference_pb2.FINISH_REASON_ERROR,
-                error=worker_pb2.SequenceError(code=code, message=message),
-            )
-        )
+        self._outputs[owner].append(error_output(sequence_id, code, message))
+
+
+def error_output(
+    sequence_id: str, code: worker_pb2.ErrorCode, message: str
+) -> worker_pb2.SequenceOutput:
+    """What ends a sequence on a worker that cannot go on with it."""
+    return worker_pb2.SequenceOutput(
+        sequence_id=sequence_id,
+        finish_reason=inference_pb2.FINISH_REASON_ERROR,
+        error=worker_pb2.SequenceError(code=code, message=message),
+    )
 
 
 def _logprobs(token: SampledToken) -> inference_pb2.TokenLogprobs:

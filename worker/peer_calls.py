@@ -69,9 +69,7 @@ class GrpcPeerCalls:
         """Who answers there now. Raises TransferFailed where nobody does."""
         request = worker_pb2.DescribeRequest()
         call = self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
-        peer = await _answer(call, address)
-        assert isinstance(peer, worker_pb2.WorkerDescription)
-        return peer
+        return await _answer(call, address)
 
     async def keep(self, addresses: Iterable[str]) -> None:
         """Closes the channels to all others."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -41,14 +42,15 @@ class PeerCalls(Protocol):
         """Best effort: a ticket that cannot be released ends with its lease."""
 
 
+@dataclass(eq=False)
 class Peers:
     """Keyed by incarnation: a restarted worker on the same address is another peer."""
 
-    def __init__(self, calls: PeerCalls, clock: Callable[[], float]) -> None:
-        self._calls = calls
-        self._clock = clock
-        self._known: dict[bytes, worker_pb2.WorkerDescription] = {}
-        self._meetings: dict[bytes, list[Callable[[Met], None]]] = {}  # who waits for each
+    calls: PeerCalls
+    clock: Callable[[], float]
+    _known: dict[bytes, worker_pb2.WorkerDescription] = field(default_factory=dict)
+    # Who waits for each that is being met.
+    _meetings: dict[bytes, list[Callable[[Met], None]]] = field(default_factory=dict)
 
     def update(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """The prefill workers among `endpoints` become the peers; a bad one is left out."""
@@ -67,7 +69,7 @@ class Peers:
             self._meetings[incarnation].append(then)
         else:
             self._meetings[incarnation] = waiting = [then]
-            self._calls.introduce(incarnation, address, partial(self._met, incarnation, waiting))
+            self.calls.introduce(incarnation, address, partial(self._met, incarnation, waiting))
 
     def renew(
         self,
@@ -80,7 +82,7 @@ class Peers:
 
         A peer that does not answer leaves its tickets as they were: their leases run on.
         """
-        until = self._clock() + lease_s
+        until = self.clock() + lease_s
 
         def done(ids: list[bytes], answer: Renewed) -> None:
             if isinstance(answer, TransferFailed):
@@ -90,12 +92,12 @@ class Peers:
             answered(set(ids) - lost, lost, until)
 
         for address, ids in _by_address(tickets):
-            self._calls.renew(address, ids, lease_s, partial(done, ids))
+            self.calls.renew(address, ids, lease_s, partial(done, ids))
 
     def release(self, tickets: Iterable[tuple[str, bytes]]) -> None:
         """One call a peer."""
         for address, ids in _by_address(tickets):
-            self._calls.release(address, ids)
+            self.calls.release(address, ids)
 
     def _met(self, incarnation: bytes, waiting: list[Callable[[Met], None]], met: Met) -> None:
         if self._meetings.get(incarnation) is not waiting:
@@ -108,7 +110,7 @@ class Peers:
 
     def _drop(self, incarnation: bytes) -> None:
         self._known.pop(incarnation, None)
-        self._calls.forget(incarnation)
+        self.calls.forget(incarnation)
         for then in self._meetings.pop(incarnation, ()):
             then(TransferFailed(f"{incarnation.hex()} left the cluster"))
 

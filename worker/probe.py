@@ -11,22 +11,24 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from crossdock.kvtransfer import traffic
 from crossdock.kvtransfer.layout import check_layouts
 from crossdock.kvtransfer.transport import Handle, HandleState, Transport
-from crossdock.proto.errors import LayoutMismatch, TransferFailed
+from crossdock.proto.errors import LayoutMismatch, Overloaded, TransferFailed
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.peer_calls import met
 
 if TYPE_CHECKING:
     from crossdock.worker.role import WorkerRole
     from crossdock.worker.server import WorkerServer
+
+T = TypeVar("T")
 
 MAX_BLOCKS = 64
 MAX_READ_BYTES = 64 << 20
@@ -39,8 +41,10 @@ PACKAGES = ("crossdock", "torch", "nixl", "ray")
 TRANSPORT_PACKAGES = {"nccl": ("cupy-cuda13x", "nvidia-nccl-cu13")}
 
 
-class Busy(Exception):
-    """Nothing could be spared for the probe; says what."""
+_OUTCOMES = {
+    Overloaded: worker_pb2.LINK_OUTCOME_BUSY,
+    LayoutMismatch: worker_pb2.LINK_OUTCOME_LAYOUT,
+}
 
 
 @dataclass(eq=False)
@@ -52,10 +56,6 @@ class _Hold:
 
     blocks: list[int] = field(default_factory=list)
     reads: list[Handle] = field(default_factory=list)
-
-    @property
-    def settled(self) -> bool:
-        return all(read.terminal for read in self.reads)
 
 
 class Prober:
@@ -85,12 +85,10 @@ class Prober:
         )
         config = self._server.config
         if config.transport == "nixl":
-            response.ucx.update(_ucx_environment())
-            response.ucx.update(config.transport_options)
+            response.ucx.update(_ucx_environment() | dict(config.transport_options))
         if request.peer_address:
             # A caller that goes away must not leave blocks behind: the task ends by itself.
-            task = asyncio.create_task(self._link(request))
-            self._keep(task)
+            task = self._run(self._link(request))
             response.link.CopyFrom(await asyncio.shield(task))
         return response
 
@@ -99,54 +97,48 @@ class Prober:
             task.cancel()
 
     async def _link(self, request: worker_pb2.ProbeRequest) -> worker_pb2.LinkProbe:
-        link = worker_pb2.LinkProbe(outcome=worker_pb2.LINK_OUTCOME_OK)
+        link = worker_pb2.LinkProbe()
         try:
-            async with asyncio.timeout(TURN_S):
-                await self._turn.acquire()
+            await asyncio.wait_for(self._turn.acquire(), TURN_S)
         except TimeoutError:
-            return _fail(link, worker_pb2.LINK_OUTCOME_BUSY, "another probe is running here")
+            _fail(link, Overloaded("another probe is running here"))
+            return link
         try:
             await self._measure(request, link)
         finally:
             self._turn.release()
         return link
 
-    async def _measure(
-        self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe
-    ) -> worker_pb2.LinkProbe:
-        peer_id = request.peer_incarnation
+    async def _measure(self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe) -> None:
+        """`outcome` is what it means to fail where the probe has got to."""
+        hold, peer_id = _Hold(), request.peer_incarnation
         try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                peer = await self._handshake(request, link)
-        except LayoutMismatch as error:
-            return _fail(link, worker_pb2.LINK_OUTCOME_LAYOUT, str(error))
-        except TimeoutError:
-            why = f"no handshake within {HANDSHAKE_S:g} s"
-            return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, why)
-        except Exception as error:
-            return _fail(link, worker_pb2.LINK_OUTCOME_UNREACHABLE, str(error) or repr(error))
-        hold = _Hold()
-        try:
+            link.outcome = worker_pb2.LINK_OUTCOME_UNREACHABLE
+            peer = await self._handshake(request, link)
+            link.outcome = worker_pb2.LINK_OUTCOME_READ_FAILED
             link.latency_s = await asyncio.to_thread(_latency, self._transport, peer_id)
             await self._set_aside(hold, peer)
             await asyncio.to_thread(_bandwidth, self._transport, peer, hold, link)
-        except Busy as error:
-            _fail(link, worker_pb2.LINK_OUTCOME_BUSY, str(error))
+            link.outcome = worker_pb2.LINK_OUTCOME_OK
         except Exception as error:
-            _fail(link, worker_pb2.LINK_OUTCOME_READ_FAILED, str(error) or repr(error))
+            _fail(link, error)
         # Not where it was cancelled: the worker stops, and the thread above may still post reads.
         self._give_back(hold)
-        return link
 
     async def _handshake(
         self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe
     ) -> worker_pb2.WorkerDescription:
-        start = time.perf_counter()
-        found = await self._server.peer_calls.describe(request.peer_address)
-        if found.incarnation != request.peer_incarnation:
-            raise TransferFailed(f"{request.peer_address} was restarted, or is another worker now")
-        check_layouts(self._server.description.layout, found.layout)
-        peer = await met(self._server.peers, request.peer_incarnation, request.peer_address)
+        start, wanted = time.perf_counter(), request.peer_incarnation
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                found = await self._server.peer_calls.describe(request.peer_address)
+                if found.incarnation != wanted:
+                    why = f"{request.peer_address} was restarted, or is another worker now"
+                    raise TransferFailed(why)
+                check_layouts(self._server.description.layout, found.layout)
+                peer = await met(self._server.peers, wanted, request.peer_address)
+        except TimeoutError:
+            raise TransferFailed(f"no handshake within {HANDSHAKE_S:g} s") from None
         link.handshake_s = time.perf_counter() - start
         return peer
 
@@ -158,28 +150,26 @@ class Prober:
             async with asyncio.timeout(TURN_S):
                 await self._server.call(lambda role: self._allocate(role, hold, most))
         except TimeoutError:
-            raise Busy(f"the engine did not turn over within {TURN_S:g} s") from None
+            raise Overloaded(f"the engine did not turn over within {TURN_S:g} s") from None
 
     def _allocate(self, role: WorkerRole, hold: _Hold, most: int) -> None:
         """On the engine thread. Leaves half of what could be had to the requests."""
         pool = role.state.pool
         count = min(most, pool.num_available // 2)
         if count == 0:
-            raise Busy(f"{pool.num_used} of {pool.num_blocks} KV blocks are in use")
+            raise Overloaded(f"{pool.num_used} of {pool.num_blocks} KV blocks are in use")
         hold.blocks = pool.allocate(count)
         self._holds.append(hold)
 
     def _give_back(self, hold: _Hold) -> None:
         """Once no read can write any more. Commands run in order, so this comes after _allocate."""
-        if hold.settled:
-            self._server.post(lambda role: self._release(role, hold))
-        else:
-            self._keep(asyncio.create_task(self._quarantine(hold)))
 
-    async def _quarantine(self, hold: _Hold) -> None:
-        while not hold.settled:
-            await asyncio.sleep(0.05)
-        self._give_back(hold)
+        async def settled() -> None:
+            while not all(read.terminal for read in hold.reads):
+                await asyncio.sleep(0.05)
+            self._server.post(lambda role: self._release(role, hold))
+
+        self._run(settled())
 
     def _release(self, role: WorkerRole, hold: _Hold) -> None:
         """On the engine thread."""
@@ -187,9 +177,11 @@ class Prober:
             self._holds.remove(hold)
             role.state.pool.release(hold.blocks)
 
-    def _keep(self, task: asyncio.Task[worker_pb2.LinkProbe] | asyncio.Task[None]) -> None:
+    def _run(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 # -- reads: on a thread of their own, which may wait -------------------------------------------
@@ -214,10 +206,7 @@ def _bandwidth(
     link.bytes_per_s = nbytes / statistics.median(_bulk_reads(transport, peer, hold))
     link.bytes = BULK_READS * nbytes
     grown = traffic.growth(before, traffic.received())
-    if grown.tcp is not None:
-        link.tcp_bytes = grown.tcp
-    if grown.rdma is not None:
-        link.rdma_bytes = grown.rdma
+    link.MergeFrom(worker_pb2.LinkProbe(tcp_bytes=grown.tcp, rdma_bytes=grown.rdma))
 
 
 def _bulk_reads(
@@ -250,11 +239,9 @@ def _seconds(post: Callable[[], Handle], deadline: float) -> float:
     return time.perf_counter() - start
 
 
-def _fail(
-    link: worker_pb2.LinkProbe, outcome: worker_pb2.LinkOutcome, message: str
-) -> worker_pb2.LinkProbe:
-    link.outcome, link.message = outcome, message
-    return link
+def _fail(link: worker_pb2.LinkProbe, error: Exception) -> None:
+    link.outcome = _OUTCOMES.get(type(error), link.outcome)
+    link.message = str(error) or repr(error)
 
 
 @cache

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.sequence import SampledToken, StepPlan
@@ -18,24 +20,33 @@ from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
 from crossdock.worker.outbox import Outbox
 from crossdock.worker.rates import StepFit
+from crossdock.worker.scheduler import Scheduler
+
+
+def _counter(doc: str, zero: float = 0) -> Any:
+    return field(default=zero, metadata={"doc": doc})
 
 
 @dataclass
 class Counters:
-    """Since the worker started; read by metrics and status."""
+    """Since the worker started. Metrics show what has a documentation."""
 
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    transferred_bytes: int = 0
-    transferred_blocks: int = 0
-    late_bytes: int = 0
-    recomputed_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    errors: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = _counter("Prompt tokens of the sequences whose prompt was served here.")
+    cached_tokens: int = _counter("Of those, tokens whose KV was in the prefix cache.")
+    computed_tokens: int = _counter("Prompt tokens computed here.")
+    generated_tokens: int = _counter("Tokens generated here.")
+    transferred_bytes: int = _counter("KV bytes pulled from prefill workers and fenced.")
+    transferred_blocks: int = _counter("KV blocks pulled from prefill workers and fenced.")
+    late_bytes: int = _counter(
+        "Of transferred_bytes, what had not been pulled when the prompt was computed."
+    )
+    recomputed_tokens: int = _counter(
+        "Prompt tokens computed here although their KV had been handed off."
+    )
+    preemptions: int = _counter("Sequences handed back for want of KV blocks.")
+    steps: int = _counter("Engine steps.")
+    step_seconds: float = _counter("Seconds spent in engine steps.", 0.0)
+    errors: Counter[str] = field(default_factory=Counter)  # by code, in lower case
 
 
 @dataclass
@@ -61,6 +72,8 @@ class WorkerState:
 
 class WorkerRole(ABC):
     """A scheduler with its hand-off half. Every method is called by the engine thread alone."""
+
+    _scheduler: Scheduler
 
     def __init__(self, state: WorkerState) -> None:
         self.state = state
@@ -94,10 +107,6 @@ class WorkerRole(ABC):
     @abstractmethod
     def next_deadline(self) -> float | None:
         """Monotonic time at which poll has something to do even if nothing arrives."""
-
-    @abstractmethod
-    def load(self) -> worker_pb2.Load:
-        """What gateways choose workers by, as of this turn."""
 
     @abstractmethod
     def held(self) -> Iterable[Sequence[int]]:
@@ -213,18 +222,18 @@ class WorkerRole(ABC):
 
     def _refuse(self, job: Job, code: worker_pb2.ErrorCode, message: str) -> None:
         name = worker_pb2.ErrorCode.Name(code).removeprefix("ERROR_CODE_").lower()
-        errors = self.state.counters.errors
-        errors[name] = errors.get(name, 0) + 1
+        self.state.counters.errors[name] += 1
         self.state.outbox.error(job.owner, job.id, code, message)
 
-    def _load(self, waiting: int, running: int, queued_tokens: int) -> worker_pb2.Load:
-        pool = self.state.pool
+    def load(self) -> worker_pb2.Load:
+        """What gateways choose workers by, as of this turn."""
+        pool, scheduler = self.state.pool, self._scheduler
         prefill_base, per_token = self.prefill_time.base_and_slope
         step_base, per_sequence = self.decode_time.base_and_slope
         return worker_pb2.Load(
-            waiting=waiting,
-            running=running,
-            queued_tokens=queued_tokens,
+            waiting=scheduler.waiting,
+            running=scheduler.running,
+            queued_tokens=scheduler.queued_tokens,
             free_blocks=pool.num_free,
             cached_blocks=pool.num_cached,
             total_blocks=pool.num_blocks,

@@ -50,21 +50,13 @@ MAX_MESSAGE_BYTES = 64 << 20
 class WorkerServer:
     """Owns everything of one worker from `start` to `stop`."""
 
-    config: WorkerConfig
-    description: worker_pb2.WorkerDescription
-    vocab_size: int
-    peers: Peers
-    peer_calls: GrpcPeerCalls
-    prober: Prober
-    _load: tuple[worker_pb2.Load, float]  # the last that the engine told, and when
-
     def __init__(self, config: WorkerConfig, role_type: Callable[[WorkerState], WorkerRole]):
         self.config = config
         self.hasher = BlockHasher(hash_key(config.cluster_key), config.block_size)
         self._role_type = role_type
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
-        self._closers: list[Callable[[], None]] = []
+        self._closing = contextlib.ExitStack()
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -161,9 +153,7 @@ class WorkerServer:
             await self.peer_calls.keep(())
         if hasattr(self, "_loop"):
             await asyncio.to_thread(self._loop.stop, 10.0)
-        for close in reversed(self._closers):
-            close()
-        self._closers.clear()
+        self._closing.close()
 
     async def status(self, check_integrity: bool = False) -> worker_pb2.WorkerStatus:
         """As of between two steps; `check_integrity` accounts for every block of the pool."""
@@ -203,7 +193,7 @@ class WorkerServer:
         if config.verify == "checksum":
             check_available(memory_type(config))
         engine = create_engine(config, self._allocate)
-        self._closers.append(engine.close)
+        self._closing.callback(engine.close)
         engine.warmup()
         facts, layout, memory = engine.facts, engine.layout, engine.memory
         self.vocab_size = facts.vocab_size
@@ -215,7 +205,7 @@ class WorkerServer:
             cluster_key=config.cluster_key,
             host=config.host,
         )
-        self._closers.append(self._transport.close)
+        self._closing.callback(self._transport.close)
         self.description = worker_pb2.WorkerDescription(
             name=config.name,
             pool=config.pool,
@@ -255,7 +245,7 @@ class WorkerServer:
 
     def _allocate(self, nbytes: int, num_blocks: int) -> tuple[npt.NDArray[np.uint8], Generations]:
         buffer, generations, free = allocate(self.config.transport, nbytes, num_blocks)
-        self._closers.append(free)
+        self._closing.callback(free)
         return buffer, generations
 
     def _publish(self, turn: Turn) -> None:
@@ -303,7 +293,7 @@ class WorkerServer:
 
     def _status(self, role: WorkerRole, check_integrity: bool) -> worker_pb2.WorkerStatus:
         state, counters = role.state, role.state.counters
-        integrity_error = ""
+        told, integrity_error = worker_pb2.WorkerStatus.DESCRIPTOR.fields_by_name, ""
         if check_integrity:
             try:
                 state.pool.check_integrity([*role.held(), *self.prober.held])
@@ -314,12 +304,7 @@ class WorkerServer:
             load=role.load(),
             leases=role.leases(),
             uptime_s=time.monotonic() - self._started_at,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generated_tokens=counters.generated_tokens,
-            transferred_bytes=counters.transferred_bytes,
-            transferred_blocks=counters.transferred_blocks,
-            recomputed_tokens=counters.recomputed_tokens,
+            **{name: value for name, value in vars(counters).items() if name in told},
             integrity_error=integrity_error,
             used_blocks=state.pool.num_used,
             last_step_age_s=self.last_turn_age_s,

@@ -104,12 +104,10 @@ class MemberActor:
             self._server = create(config)
             endpoint = await self._server.start()
             return Started(os.getpid(), node_id, endpoint=endpoint)
-        from crossdock.router.dispatch.metrics import Slo
-        from crossdock.router.gateway import GatewayConfig, GatewayServer
+        from crossdock.router.gateway import GatewayServer
 
         assert launch.gateway is not None
-        own = {"slo": Slo(**launch.gateway["slo"]), "home": crossdock_home()}
-        self._server = GatewayServer(GatewayConfig(**{**launch.gateway, **own}))
+        self._server = GatewayServer(dataclasses.replace(launch.gateway, home=crossdock_home()))
         await self._server.start()
         grpc, http = self._server.grpc_address, self._server.http_address
         return Started(os.getpid(), node_id, grpc=grpc, http=http)

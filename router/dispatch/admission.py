@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from crossdock.proto.errors import ConfigError, Overloaded
+from crossdock.proto.errors import Overloaded
+from crossdock.proto.settings import check_settings, setting
 from crossdock.router.dispatch.request import Request
 from crossdock.router.placement.policy import Placement
 from crossdock.router.placement.view import ClusterView
@@ -13,24 +14,23 @@ from crossdock.router.placement.view import ClusterView
 LONGEST_RETRY_S = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """Bounds of one gateway. Sequences are counted: a request with n = 4 is four."""
 
-    max_active: int = 1024
-    max_active_per_tenant: int = 512
-    worker_wait_s: float = 120.0  # how long a request waits for a worker of a role to appear
+    max_active: int = setting(
+        1024, "Sequences under way in one gateway; more are refused.", low=1, high=1_000_000
+    )
+    max_active_per_tenant: int = setting(512, "The same of one tenant.", low=1, high=1_000_000)
+    worker_wait_s: float = setting(
+        120.0, "How long a request waits for a worker where none is there.", low=0, high=3600
+    )
     max_restarts: int = 5  # of a sequence, without a token gained in between
     max_losses: int = 2  # workers that may die or fail under one sequence before it is refused
     first_backoff_s: float = 0.05  # before a refused sequence is offered again; doubles
 
     def __post_init__(self) -> None:
-        for name in ("max_active", "max_active_per_tenant"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"gateway.limits.{name}", f"{getattr(self, name)}: at least 1")
-        for name in ("worker_wait_s", "max_restarts", "max_losses", "first_backoff_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"gateway.limits.{name}", f"{getattr(self, name)}: at least 0")
+        check_settings(self, "gateway.limits.")
 
 
 class Admission:
@@ -38,35 +38,30 @@ class Admission:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._active = 0
+        self.active = 0
         self._by_tenant: Counter[str] = Counter()
-
-    @property
-    def active(self) -> int:
-        return self._active
 
     def admit(self, tenant: str, sequences: int, retry_after_s: float) -> None:
         """Raises Overloaded, naming the bound, and then counts nothing."""
-        limits = self._limits
-        if self._active + sequences > limits.max_active:
+        limits, mine = self._limits, self._by_tenant[tenant]
+        again = f"try again in {retry_after_s:.0f} s"
+        if self.active + sequences > limits.max_active:
             raise Overloaded(
-                f"{self._active} sequences are active and {sequences} more would pass "
-                f"max_active = {limits.max_active}; try again in {retry_after_s:.0f} s",
+                f"{self.active} sequences are active and {sequences} more would pass "
+                f"max_active = {limits.max_active}; {again}",
                 retry_after_s,
             )
-        mine = self._by_tenant[tenant]
         if mine + sequences > limits.max_active_per_tenant:
             raise Overloaded(
                 f"tenant {tenant!r} has {mine} active sequences and {sequences} more would pass "
-                f"max_active_per_tenant = {limits.max_active_per_tenant}; "
-                f"try again in {retry_after_s:.0f} s",
+                f"max_active_per_tenant = {limits.max_active_per_tenant}; {again}",
                 retry_after_s,
             )
-        self._active += sequences
+        self.active += sequences
         self._by_tenant[tenant] += sequences
 
     def release(self, tenant: str, sequences: int) -> None:
-        self._active -= sequences
+        self.active -= sequences
         self._by_tenant[tenant] -= sequences
         if not self._by_tenant[tenant]:
             del self._by_tenant[tenant]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection
 
 from crossdock.proto.convert import FINISH_FROM_PB
-from crossdock.proto.errors import Cancelled, CrossdockError
 from crossdock.proto.types import FinishReason
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.request import Delta
 from crossdock.router.dispatch.sequence import SequenceState
 
 
-def detokenize(sequence: SequenceState, output: pb.SequenceOutput, eos: Set[int]) -> Delta:
+def detokenize(sequence: SequenceState, output: pb.SequenceOutput, eos: Collection[int]) -> Delta:
     """An output as far as the client gets it. The token that ends a sequence is counted but has no
-    text; what follows a stop string is dropped. Raises where the worker gave the sequence up."""
+    text; what follows a stop string is dropped."""
     reason = FINISH_FROM_PB.get(output.finish_reason) if output.finish_reason else None
-    if reason is FinishReason.CANCELLED:
-        raise Cancelled("the worker cancelled the sequence")
-    if reason is FinishReason.ERROR:
-        raise CrossdockError("the worker failed the sequence without saying why")
     ids, logprobs = list(output.token_ids), list(output.logprobs)
     delta = Delta(sequence.index, "", ids, logprobs, reason, output.stop_reason)
     visible = delta.token_ids
@@ -39,6 +34,6 @@ def detokenize(sequence: SequenceState, output: pb.SequenceOutput, eos: Set[int]
     return delta
 
 
-def _ends(sequence: SequenceState, token_id: int, eos: Set[int]) -> bool:
+def _ends(sequence: SequenceState, token_id: int, eos: Collection[int]) -> bool:
     sampling = sequence.sampling
     return token_id in sampling.stop_token_ids or (token_id in eos and not sampling.ignore_eos)

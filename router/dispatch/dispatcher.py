@@ -15,31 +15,21 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
-from crossdock.proto.errors import (
-    Cancelled,
-    CrossdockError,
-    DeadlineExceeded,
-    Draining,
-    WorkerLost,
-)
+from crossdock.proto.errors import Cancelled, CrossdockError, DeadlineExceeded, Draining, WorkerLost
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.metrics import GatewayMetrics
-from crossdock.router.dispatch.ports import Link, Outgoing, Timers
+from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of, restart_delay_s
-from crossdock.router.dispatch.sequence import (
-    ActiveRequest,
-    Detokenizer,
-    Phase,
-    SequenceState,
-    make_sequences,
-)
+from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.waiting import Step, Waiting
 from crossdock.router.placement.policy import NoWorker, Policy
 from crossdock.router.placement.view import ClusterView
@@ -48,22 +38,22 @@ log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """The gateway's requests under way. Implements LinkListener."""
+    """The gateway's requests under way."""
 
     def __init__(
         self,
         *,
         view: ClusterView,
-        links: Outgoing,
+        links: Links,
         timers: Timers,
         policy: Policy,
         limits: Limits,
         metrics: GatewayMetrics,
         hasher: BlockHasher,
         eos_token_ids: frozenset[int],
-        detokenizer_of: Callable[[list[int], tuple[str, ...]], Detokenizer],
+        detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
         prefix: str,
-        on_ready: Callable[[bool], None] = lambda ready: None,
+        on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -76,19 +66,19 @@ class Dispatcher:
         self._limits = limits
         self._admission = Admission(limits)
         self._hasher = hasher
-        self._block_size = hasher.block_size
-        self._eos = eos_token_ids
-        self._eos_list = sorted(eos_token_ids)
+        self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
         self._prefix = prefix  # makes sequence ids unique in the cluster
         self._on_ready = on_ready
         self._clock = clock
         self._rng = rng or random.Random()
-        self._hand_offs = HandOffs(view, links, hasher, self._eos_list, self._rng)
+        self._hand_offs = HandOffs(view, links, hasher, self._eos, self._rng)
         self._turn = 0
         self._count = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
-        self._waiting = Waiting(timers, limits.worker_wait_s, self._give_up)
+        self._waiting = Waiting(
+            timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
+        )
         self._requests: dict[ActiveRequest, None] = {}
 
     @property
@@ -141,12 +131,8 @@ class Dispatcher:
                 request.deadline - now, self._deadline_passed, active
             )
         active.unfinished = request.num_sequences
-        active.sequences = make_sequences(
-            active,
-            self._hasher,
-            self.view.layout_hash,
-            lambda ids: self._detokenizer_of(ids, request.sampling.stop),
-        )
+        layout_hash = self.view.layout_hash
+        active.sequences = make_sequences(active, self._hasher, layout_hash, self._detokenizer_of)
         for sequence in active.sequences:
             sequence.timeline.mark("admitted", now)
         for sequence in active.sequences:
@@ -161,7 +147,8 @@ class Dispatcher:
         self._admission.admit(request.tenant, request.num_sequences, retry_after_s(self.view))
 
     def close(self) -> None:
-        """Ends everything that is under way."""
+        """Ends everything that is under way, and takes nothing new."""
+        self.draining = True
         for active in list(self._requests):
             self._end(active, Draining("the gateway stopped; send the request again"), "stopped")
 
@@ -172,13 +159,11 @@ class Dispatcher:
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
         sequence.extend_hashes(self._hasher, self.view.layout_hash)
-        now = self._clock()
+        demand, now = sequence.demand(self._hasher.block_size), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:
-            placement = self._policy(
-                self.view, sequence.demand(self._block_size), now, self._rng, self._turn
-            )
+            placement = self._policy(self.view, demand, now, self._rng, self._turn)
         except NoWorker as error:
             self._waiting.add(sequence, self._route, error)
             return
@@ -201,11 +186,8 @@ class Dispatcher:
         self._sequences[sequence.sequence_id] = sequence
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
-        log.debug("%s: %s, %s: %s", sequence.sequence_id, placement.prefill, placement.decode,
-                  placement.reason)  # fmt: skip
-        demand = sequence.demand(self._block_size)
-        message = sequence.request_message(self._eos_list)
-        sid = sequence.sequence_id
+        log.debug("%s: %s", sequence.sequence_id, placement)
+        message, sid = sequence.request_message(self._eos), sequence.sequence_id
         if placement.prefill is None:
             sequence.phase = Phase.DECODE
             sequence.decode_worker = sequence.prefill_worker = placement.decode
@@ -220,12 +202,9 @@ class Dispatcher:
             link.send(pb.GatewayFrame(prefill=prefill))
         self.view.sent(link.name, sid, now)
 
-    def _give_up(self, sequence: SequenceState, error: CrossdockError) -> None:
-        self._end(sequence.active, error, "no worker")
-
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""
-        self._on_ready(self.ready)
+        self._on_ready()
         self._waiting.try_all(self._guarded)
 
     def _guarded(self, sequence: SequenceState, step: Step) -> None:
@@ -245,7 +224,7 @@ class Dispatcher:
 
     # -- what the workers say -----------------------------------------------------------------
 
-    def on_outputs(self, link: Link, outputs: Sequence[pb.SequenceOutput]) -> None:
+    def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
         now = self._clock()
         for output in outputs:
             sequence = self._sequences.get(output.sequence_id)
@@ -260,7 +239,7 @@ class Dispatcher:
                 self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
 
     def _take(
-        self, sequence: SequenceState, link: Link, output: pb.SequenceOutput, now: float
+        self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
     ) -> None:
         if output.HasField("times"):
             sequence.timeline.merge(output.times)
@@ -331,7 +310,9 @@ class Dispatcher:
 
     # -- errors, losses, ends -----------------------------------------------------------------
 
-    def _take_error(self, sequence: SequenceState, link: Link, error: pb.SequenceError) -> None:
+    def _take_error(
+        self, sequence: SequenceState, link: WorkerLink, error: pb.SequenceError
+    ) -> None:
         if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
             sequence.release(link.name)  # of the prefill side; the decode worker will judge
             return
@@ -366,7 +347,8 @@ class Dispatcher:
                  sequence.sequence_id, cause, culprit, sequence.generated)  # fmt: skip
         sequence.timer = self._timers.call_later(delay_s, self._guarded, sequence, self._route)
 
-    def on_lost(self, link: Link, reason: str) -> None:
+    def on_lost(self, link: WorkerLink, reason: str) -> None:
+        """The stream broke: nothing that was sent over it will be answered."""
         self.metrics.lost.inc()
         for sequence_id in list(link.sequences):
             sequence = self._sequences.get(sequence_id)
@@ -434,8 +416,7 @@ class Dispatcher:
         for name in list(sequence.holders):
             sequence.release(name)
         self._sequences.pop(sequence.sequence_id, None)
-        if sequence.placement is not None:
-            placed = sequence.placement.prefill, sequence.placement.decode
-            for worker in {*placed, sequence.decode_worker}:
-                if worker:
-                    self.view.unplace(worker, sequence.sequence_id)
+        placed = sequence.placement.prefill, sequence.placement.decode
+        for worker in {*placed, sequence.decode_worker}:
+            if worker:
+                self.view.unplace(worker, sequence.sequence_id)

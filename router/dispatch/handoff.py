@@ -15,7 +15,7 @@ from dataclasses import replace
 from crossdock.proto.errors import CrossdockError, WorkerLost
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.router.dispatch.ports import Link, Outgoing
+from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.sequence import Phase, SequenceState
 from crossdock.router.placement.policy import NoWorker, decode_for
 from crossdock.router.placement.view import ClusterView
@@ -27,7 +27,7 @@ class HandOffs:
     def __init__(
         self,
         view: ClusterView,
-        links: Outgoing,
+        links: Links,
         hasher: BlockHasher,
         eos: list[int],
         rng: random.Random,
@@ -40,7 +40,6 @@ class HandOffs:
 
     def advance(self, sequence: SequenceState, now: float) -> None:
         """Part of the prompt is computed: its decode worker, where it is there, reserves early."""
-        assert sequence.placement is not None
         if sequence.decode_worker:
             self._send(sequence)
             return
@@ -65,7 +64,6 @@ class HandOffs:
 
     def drop(self, sequence: SequenceState, lost: bool) -> None:
         """The decode worker that reserved early is lost, or has given the sequence back."""
-        assert sequence.placement is not None
         name = sequence.decode_worker
         if lost:
             sequence.lost_early.add(name)
@@ -75,9 +73,8 @@ class HandOffs:
         sequence.decode_worker = ""
         sequence.placement = replace(sequence.placement, decode="")
 
-    def _choose(self, sequence: SequenceState, now: float) -> Link:
+    def _choose(self, sequence: SequenceState, now: float) -> WorkerLink:
         """The decode worker of the placement, or any other where that was lost or drains."""
-        assert sequence.placement is not None
         link = self._taking(sequence.placement.decode)
         if link is None:
             self._view.unplace(sequence.placement.decode, sequence.sequence_id)
@@ -91,12 +88,12 @@ class HandOffs:
             self._view.place(name, sequence.sequence_id, 0, demand.blocks)
         return link
 
-    def _taking(self, name: str) -> Link | None:
+    def _taking(self, name: str) -> WorkerLink | None:
         """The open link to a worker, where it takes new work."""
         worker = self._view.workers.get(name)
         return None if worker is None or worker.load.draining else self._links.get(name)
 
-    def _tell(self, sequence: SequenceState, link: Link, now: float) -> None:
+    def _tell(self, sequence: SequenceState, link: WorkerLink, now: float) -> None:
         sequence.decode_worker = link.name
         sequence.hold(link)
         message = sequence.request_message(self._eos)

@@ -7,22 +7,26 @@ hand-off stall (token 0 to token 1) = decode_queue + reserve + pull + fence + fi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from crossdock.proto import events
+from crossdock.proto.settings import setting
 from crossdock.proto.types import LIFE_CYCLE
 from crossdock.proto.v1 import inference_pb2, worker_pb2
 
-WORKER_EVENTS = (
-    "prefill_queued",
-    "prefill_started",
-    "ticket_offered",
-    "decode_queued",
-    "reserved",
-    "pulled",
-    "fenced",
-    "joined",
+WORKER_EVENTS = tuple(
+    name for name in worker_pb2.SequenceTimes.DESCRIPTOR.fields_by_name if name != "first_token"
 )
 TTFT_STAGES = ("admission", "routing", "prefill_queue", "prefill", "delivery")
 STALL_STAGES = ("decode_queue", "reserve", "pull", "fence", "first_step")
+
+
+@dataclass(frozen=True)
+class Slo:
+    """What counts as good: a sequence within both is one of goodput."""
+
+    ttft_ms: float = setting(2000.0, "Time to first token aimed at.", low=1, high=3_600_000)
+    tpot_ms: float = setting(100.0, "Time per output token aimed at.", low=0.1, high=3_600_000)
 
 
 class Timeline:

@@ -12,28 +12,31 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from crossdock.proto.convert import ROLE_FROM_PB
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.ports import Timer, Timers
-from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts, WorkerView
+from crossdock.router.placement.view import ClusterView, WorkerFacts, WorkerView
+
+if TYPE_CHECKING:
+    from crossdock.router.dispatch.dispatcher import Dispatcher
 
 log = logging.getLogger(__name__)
 
 
+BACKOFF_S = (0.1, 2.0)  # before a stream is opened again: at first, and at the longest
+
+
 @dataclass(frozen=True)
 class LinkSettings:
-    hello_timeout_s: float = 10.0
+    """When a stream that says nothing is given up."""
+
     silence_s: float = 5.0  # workers send a frame at least once a second
     tick_s: float = 0.5
-    first_backoff_s: float = 0.1
-    max_backoff_s: float = 2.0
-    keepalive_s: float = 5.0
-    max_frame_bytes: int = 256 * 2**20  # a snapshot of a large prefix cache is one frame
 
 
 class LinkState(enum.Enum):
@@ -41,18 +44,6 @@ class LinkState(enum.Enum):
     OPEN = "open"
     RETIRING = "retiring"
     CLOSED = "closed"
-
-
-class LinkListener(Protocol):
-    """Who owns the sequences that travel over the links."""
-
-    def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None: ...
-
-    def on_lost(self, link: WorkerLink, reason: str) -> None:
-        """The stream broke: nothing that was sent over it will be answered."""
-
-    def on_change(self) -> None:
-        """A worker was connected or lost, or began to drain: readiness may have changed."""
 
 
 class Wire(Protocol):
@@ -83,7 +74,7 @@ class WorkerLink:
         self._worker: WorkerView | None = None
         self._greeted = False  # this stream's first frame was the member's
         self._next_event: int | None = None  # None: a snapshot was asked for
-        self._backoff_s = owner.settings.first_backoff_s
+        self._backoff_s = BACKOFF_S[0]
         self._wire = owner.dial(self)
 
     @property
@@ -117,12 +108,13 @@ class WorkerLink:
             self._leave_view()
             self._wire.close()
 
-    def tick(self, silence_s: float, tick_s: float) -> None:
-        """A tick of the watchdog passed; a stream without a frame for so long is given up."""
+    def tick(self) -> None:
+        """A tick of the watchdog passed; a stream that was silent for too long is given up."""
         self.silent_ticks += 1
-        if self.silent_ticks > silence_s / tick_s:
+        settings = self._owner.settings
+        if self.silent_ticks > settings.silence_s / settings.tick_s:
             self.silent_ticks = 0
-            self._wire.cut(f"silent for {silence_s:g} s")
+            self._wire.cut(f"silent for {settings.silence_s:g} s")
 
     # -- the wire's side ----------------------------------------------------------------------
 
@@ -150,10 +142,9 @@ class WorkerLink:
             self._owner.forget(self)
         if self.state is LinkState.CLOSED:
             return None
-        settings = self._owner.settings
         self.state, self._greeted = LinkState.CONNECTING, False
-        doubled = min(self._backoff_s * 2, settings.max_backoff_s)
-        self._backoff_s = settings.first_backoff_s if was_open else doubled
+        first_s, longest_s = BACKOFF_S
+        self._backoff_s = first_s if was_open else min(self._backoff_s * 2, longest_s)
         return self._backoff_s
 
     def _refusal(self, frame: pb.WorkerFrame) -> str:
@@ -205,23 +196,7 @@ class WorkerLink:
 
     def _take_load(self, worker: WorkerView, load: pb.Load) -> None:
         was_draining = worker.load.draining
-        report = LoadReport(
-            waiting=load.waiting,
-            running=load.running,
-            queued_tokens=load.queued_tokens,
-            free_blocks=load.free_blocks,
-            cached_blocks=load.cached_blocks,
-            total_blocks=load.total_blocks,
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            prefill_base_s=load.prefill_base_s,
-            prefill_step_tokens=load.prefill_step_tokens,
-            step_base_s=load.step_base_s,
-            step_per_sequence_s=load.step_per_sequence_s,
-            draining=load.draining,
-            age_s=load.age_s,
-            late=load.late,
-        )
-        self._owner.view.reported(worker, report, self._owner.clock())
+        self._owner.view.reported(worker, load, self._owner.clock())
         if load.draining != was_draining:
             self._owner.listener.on_change()
 
@@ -260,35 +235,24 @@ class WorkerLink:
             self._owner.listener.on_change()
 
 
+@dataclass(eq=False)
 class Links:
     """All links of one gateway; follows the membership that the controller pushes."""
 
-    listener: LinkListener  # set before the first update
-
-    def __init__(
-        self,
-        view: ClusterView,
-        gateway: str,
-        incarnation: bytes,
-        block_size: int,
-        *,
-        dial: Callable[[WorkerLink], Wire],
-        timers: Timers,
-        clock: Callable[[], float],
-        settings: LinkSettings,
-    ) -> None:
-        self.view = view
-        self.gateway = gateway
-        self.incarnation = incarnation
-        self.block_size = block_size
-        self.dial = dial
-        self.settings = settings
-        self.clock = clock
-        self.resyncs = 0
-        self._timers = timers
-        self._members: dict[tuple[str, str], WorkerLink] = {}
-        self._retiring: dict[WorkerLink, None] = {}
-        self._tick: Timer | None = None
+    view: ClusterView
+    gateway: str
+    incarnation: bytes
+    block_size: int
+    _: KW_ONLY
+    dial: Callable[[WorkerLink], Wire]
+    timers: Timers
+    clock: Callable[[], float]
+    settings: LinkSettings
+    listener: Dispatcher = field(init=False)  # set before the first update
+    resyncs: int = 0
+    _members: dict[tuple[str, str], WorkerLink] = field(default_factory=dict)
+    _retiring: dict[WorkerLink, None] = field(default_factory=dict)
+    _tick: Timer | None = None
 
     def get(self, name: str) -> WorkerLink | None:
         """The open link to the worker that holds this name now."""
@@ -297,10 +261,6 @@ class Links:
             return None
         link = self._members.get((name, worker.facts.incarnation))
         return link if link is not None and link.usable else None
-
-    @property
-    def open_links(self) -> list[WorkerLink]:
-        return [link for link in self._members.values() if link.usable]
 
     def update(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """Takes a new membership: opens, keeps and retires links accordingly."""
@@ -331,7 +291,7 @@ class Links:
     def _watch(self) -> None:
         """Breaks streams that fell silent. Counts its own turns, not the clock, so that a pause of
         this process does not pass for the silence of its peers."""
-        settings = self.settings
-        self._tick = self._timers.call_later(settings.tick_s, self._watch)
-        for link in [*self.open_links, *self._retiring]:
-            link.tick(settings.silence_s, settings.tick_s)
+        self._tick = self.timers.call_later(self.settings.tick_s, self._watch)
+        open_links = [link for link in self._members.values() if link.usable]
+        for link in [*open_links, *self._retiring]:
+            link.tick()

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from crossdock.proto.errors import (
-    Cancelled,
-    CrossdockError,
-    DeadlineExceeded,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    Unavailable,
-)
+from crossdock.proto.errors import CrossdockError
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES, Timeline
+from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES, Slo, Timeline
 
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
@@ -26,19 +17,11 @@ _SHORT = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 _DECISION = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 1e-1)
 
 
-@dataclass(frozen=True)
-class Slo:
-    """What counts as good: a sequence within both is one of goodput."""
-
-    ttft_ms: float = 2000.0
-    tpot_ms: float = 100.0
-
-
 class GatewayMetrics:
     """All metrics of one gateway. Names start with `crossdock_`; times are seconds."""
 
-    def __init__(self, slo: Slo | None = None) -> None:
-        self._slo = slo or Slo()
+    def __init__(self, slo: Slo) -> None:
+        self._slo = slo
         self.registry = CollectorRegistry()
         self.ttft = self._histogram("ttft", "Received to first token delivered", _LONG)
         self.itl = self._histogram("itl", "Between two tokens of a sequence", _STEP)
@@ -95,7 +78,8 @@ class GatewayMetrics:
             connected.labels(role.value).set_function(lambda role=role: workers(role))  # type: ignore[misc]
 
     def outcome(self, error: CrossdockError | None) -> None:
-        self.requests.labels(outcome_of(error)).inc()
+        """A request ended, by an error or well."""
+        self.requests.labels(error.outcome if error else "ok").inc()
 
     def gained(self, tokens: int, first: bool, gap_s: float | None) -> None:
         """Tokens delivered together, so long after the request, where they are its first, or after
@@ -139,18 +123,3 @@ class GatewayMetrics:
     def _gauge(self, name: str, about: str, read: Callable[[], int]) -> None:
         gauge = Gauge(f"crossdock_{name}", about, registry=self.registry)
         gauge.set_function(read)
-
-
-def outcome_of(error: CrossdockError | None) -> str:
-    """The `outcome` label of a request that ended so."""
-    if error is None:
-        return "ok"
-    names: list[tuple[type[CrossdockError], str]] = [
-        (Cancelled, "cancelled"),
-        (DeadlineExceeded, "deadline"),
-        (Overloaded, "overloaded"),
-        (InvalidRequest, "invalid"),
-        (NotFound, "not_found"),
-        (Unavailable, "unavailable"),
-    ]
-    return next((name for kind, name in names if isinstance(error, kind)), "internal")

@@ -66,49 +66,45 @@ class ResponseStream:
     """
 
     def __init__(self, on_close: Callable[[], None]) -> None:
-        self._buffer: list[Delta] = []
-        self._latest: dict[int, Delta] = {}  # of the buffer, per index
+        self.ended = False
+        self._buffer: dict[int, Delta] = {}  # by index
         self._waiter: asyncio.Future[None] | None = None
-        self._ended = False
         self._error: CrossdockError | None = None
         self._on_close = on_close
 
     # -- the dispatcher's side ----------------------------------------------------------------
 
     def push(self, delta: Delta) -> None:
-        waiting = self._latest.get(delta.index)
-        if waiting is not None:
-            waiting.absorb(delta)
-        else:
-            self._latest[delta.index] = delta
-            self._buffer.append(delta)
+        _merge(self._buffer, delta)
         self._wake()
 
     def end(self, error: CrossdockError | None = None) -> None:
-        self._ended = True
+        self.ended = True
         self._error = error
         self._wake()
 
     # -- the reader's side --------------------------------------------------------------------
 
-    @property
-    def ended(self) -> bool:
-        return self._ended
-
     async def batch(self) -> list[Delta]:
         """Waits until `take` has something: at least one delta; empty at the end."""
-        while not self._buffer and not self._ended:
+        while not self._buffer and not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self.take()
+
+    async def whole(self) -> list[Delta]:
+        """Waits for the end: all that each index gained as one delta, in their order."""
+        found: dict[int, Delta] = {}
+        async for delta in self:
+            _merge(found, delta)
+        return [found[index] for index in sorted(found)]
 
     def take(self) -> list[Delta]:
         """All deltas that came since the last call, without waiting: none as yet, or at the end.
 
         Raises the CrossdockError that ended the request, after what came before it was read.
         """
-        batch, self._buffer = self._buffer, []
-        self._latest.clear()
+        batch, self._buffer = list(self._buffer.values()), {}
         if not batch and self._error is not None:
             raise self._error
         return batch
@@ -120,9 +116,15 @@ class ResponseStream:
 
     def close(self) -> None:
         """The reader is gone: whatever still runs for it stops."""
-        if not self._ended:
+        if not self.ended:
             self._on_close()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _merge(into: dict[int, Delta], delta: Delta) -> None:
+    earlier = into.setdefault(delta.index, delta)
+    if earlier is not delta:
+        earlier.absorb(delta)

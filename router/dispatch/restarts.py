@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from crossdock.proto.errors import (
-    Cancelled,
-    CrossdockError,
-    DeadlineExceeded,
-    Draining,
-    InvalidRequest,
-    Overloaded,
-    TransferFailed,
-)
+from crossdock.proto import errors
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.admission import Limits
 from crossdock.router.dispatch.sequence import SequenceState
@@ -30,7 +21,7 @@ RESTARTED = {
 
 
 def restart_delay_s(
-    sequence: SequenceState, cause: str, failure: CrossdockError, limits: Limits
+    sequence: SequenceState, cause: str, failure: errors.CrossdockError, limits: Limits
 ) -> float:
     """Counts a restart; returns after how many seconds it may begin. Raises `failure` where it is
     one too many since the last token."""
@@ -42,24 +33,26 @@ def restart_delay_s(
     return limits.first_backoff_s * 2.0 ** (sequence.restarts - 1)
 
 
-def count_loss(sequence: SequenceState, error: CrossdockError, limits: Limits) -> None:
+def count_loss(sequence: SequenceState, error: errors.CrossdockError, limits: Limits) -> None:
     """Raises `error` where it is one loss too many: the sequence itself may be what does it."""
     sequence.losses += 1
     if sequence.losses > limits.max_losses:
         raise error
 
 
-def failure_of(worker: str, error: pb.SequenceError) -> CrossdockError:
+_FAILURES: dict[Any, type[errors.CrossdockError]] = {
+    pb.ERROR_CODE_OVERLOADED: errors.Overloaded,
+    pb.ERROR_CODE_PULL_FAILED: errors.TransferFailed,
+    pb.ERROR_CODE_PREEMPTED: errors.Overloaded,
+    pb.ERROR_CODE_DEADLINE: errors.DeadlineExceeded,
+    pb.ERROR_CODE_DRAINING: errors.Draining,
+}
+
+
+def failure_of(worker: str, error: pb.SequenceError) -> errors.CrossdockError:
     """A worker's error as the client gets it."""
+    if error.code == pb.ERROR_CODE_INVALID:
+        return errors.InvalidRequest("request", worker, error.message)
     message = f"worker {worker}: {error.message or pb.ErrorCode.Name(error.code)}"
-    again = f"{message}; send the request again"
-    kinds: dict[Any, Callable[[], CrossdockError]] = {
-        pb.ERROR_CODE_INVALID: lambda: InvalidRequest("request", worker, error.message),
-        pb.ERROR_CODE_OVERLOADED: lambda: Overloaded(again),
-        pb.ERROR_CODE_PULL_FAILED: lambda: TransferFailed(again),
-        pb.ERROR_CODE_PREEMPTED: lambda: Overloaded(again),
-        pb.ERROR_CODE_DEADLINE: lambda: DeadlineExceeded(message),
-        pb.ERROR_CODE_CANCELLED: lambda: Cancelled(message),
-        pb.ERROR_CODE_DRAINING: lambda: Draining(again),
-    }
-    return kinds.get(error.code, lambda: CrossdockError(message))()
+    kind = _FAILURES.get(error.code, errors.CrossdockError)
+    return kind(f"{message}; send the request again" if kind.retriable else message)

@@ -5,33 +5,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
 from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import Timeline
-from crossdock.router.dispatch.ports import Link, Timer
+from crossdock.router.dispatch.links import WorkerLink
+from crossdock.router.dispatch.ports import Timer
 from crossdock.router.dispatch.request import Request, ResponseStream
-from crossdock.router.placement.policy import Demand, Placement
-
-
-class TextDelta(Protocol):
-    @property
-    def text(self) -> str: ...
-    @property
-    def stopped(self) -> str | None: ...
-    @property
-    def token_count(self) -> int: ...
-
-
-class Detokenizer(Protocol):
-    """Token ids to text, a few at a time; finds stop strings."""
-
-    def push(self, token_ids: list[int]) -> TextDelta: ...
-    def finish(self) -> str: ...
+from crossdock.router.placement.policy import UNPLACED, Demand, Placement
 
 
 class Phase(enum.Enum):
@@ -60,12 +46,12 @@ class SequenceState:
     root_hash: bytes  # parent of the first of the hashes
     hashes: list[bytes]  # of the full blocks of token_ids
     sampling: inference_pb2.SamplingParams
-    detokenizer: Detokenizer
+    detokenizer: IncrementalDetokenizer
     timeline: Timeline
     phase: Phase = Phase.ROUTING
     sequence_id: str = ""  # of this attempt; a restart gets another
-    placement: Placement | None = None
-    holders: dict[str, Link] = field(default_factory=dict)  # who has something of it
+    placement: Placement = UNPLACED
+    holders: dict[str, WorkerLink] = field(default_factory=dict)  # who has something of it
     progress: pb.PromptProgress = field(default_factory=pb.PromptProgress)  # empty once joined
     restarts: int = 0  # since the last token gained
     losses: int = 0  # workers that died while they held it
@@ -89,7 +75,7 @@ class SequenceState:
             self.root_hash, self.hashes = root, []
         hasher.extend(self.hashes, self.token_ids, root)
 
-    def hold(self, link: Link) -> None:
+    def hold(self, link: WorkerLink) -> None:
         self.holders[link.name] = link
         link.sequences[self.sequence_id] = None
         events.emit("held", self.active.request.request_id, f"{self.sequence_id}@{link.name}")
@@ -193,13 +179,14 @@ def make_sequences(
     active: ActiveRequest,
     hasher: BlockHasher,
     layout_hash: bytes,
-    detokenizer_of: Callable[[list[int]], Detokenizer],
+    detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
 ) -> list[SequenceState]:
     """The n continuations of each prompt. Where a prompt fills blocks, its later continuations are
     held until the first has its token 0: then they find its KV instead of computing it again."""
     request = active.request
     events.emit("received", request.request_id)
-    told = sampling_to_pb(replace(request.sampling, stop=()))  # workers know no text
+    plain = replace(request.sampling, stop=())  # workers know no text
+    told = [sampling_to_pb(replace(plain, seed=(plain.seed + i) % 2**64)) for i in range(request.n)]
     root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
         ids = list(prompt)
@@ -213,18 +200,10 @@ def make_sequences(
                     prompt_tokens=len(ids),
                     root_hash=root,
                     hashes=hashes.copy(),
-                    sampling=_seeded(told, i),
-                    detokenizer=detokenizer_of(ids),
+                    sampling=told[i],
+                    detokenizer=detokenizer_of(ids, request.sampling.stop),
                     timeline=Timeline(request.received, request.received_unix, request.request_id),
                     phase=Phase.HELD if i and hashes else Phase.ROUTING,
                 )
             )
     return sequences
-
-
-def _seeded(told: inference_pb2.SamplingParams, index: int) -> inference_pb2.SamplingParams:
-    """Those of one continuation of a prompt."""
-    message = inference_pb2.SamplingParams()
-    message.CopyFrom(told)
-    message.seed = (told.seed + index) % 2**64
-    return message

@@ -13,20 +13,32 @@ import grpc
 from crossdock.proto.channels import internal
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.proto.v1 import worker_pb2_grpc
-from crossdock.router.dispatch.links import LinkSettings, WorkerLink
+from crossdock.router.dispatch.links import WorkerLink
 
 log = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 10.0
+KEEPALIVE_MS = 5000
+MAX_FRAME_BYTES = 256 * 2**20  # a snapshot of a large prefix cache is one frame
+CHANNEL_OPTIONS = internal(
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+)
 
 
 class Dialer:
     """Makes the wires of one gateway. Called with a link, on the event loop."""
 
-    def __init__(self, settings: LinkSettings) -> None:
-        self._settings = settings
+    def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, link: WorkerLink) -> GrpcWire:
-        wire = GrpcWire(link, self._settings)
+        wire = GrpcWire(link)
         self._tasks.add(wire.task)
         wire.task.add_done_callback(self._tasks.discard)
         return wire
@@ -39,9 +51,8 @@ class Dialer:
 class GrpcWire:
     """See links.Wire. One task, which lives one stream after another."""
 
-    def __init__(self, link: WorkerLink, settings: LinkSettings) -> None:
+    def __init__(self, link: WorkerLink) -> None:
         self._link = link
-        self._settings = settings
         self._call: Any = None
         self._cut = ""  # why we cancelled the call ourselves
         self._outbox: deque[pb.GatewayFrame] = deque()
@@ -69,7 +80,7 @@ class GrpcWire:
         """Lives one stream from connect to its end; the answer says why it ended."""
         self._cut = ""
         async with grpc.aio.insecure_channel(
-            self._link.endpoint.address, options=_channel_options(self._settings)
+            self._link.endpoint.address, options=CHANNEL_OPTIONS
         ) as channel:
             call = worker_pb2_grpc.WorkerStub(channel).Connect()
             self._call = call
@@ -79,7 +90,7 @@ class GrpcWire:
             except grpc.aio.AioRpcError as error:
                 return f"{error.code().name}: {error.details()}"
             except TimeoutError:
-                return f"no hello within {self._settings.hello_timeout_s} s"
+                return f"no hello within {HELLO_TIMEOUT_S} s"
             except asyncio.CancelledError:
                 if self._cut and not self.task.cancelling():
                     return self._cut
@@ -104,21 +115,9 @@ class GrpcWire:
                 await self._outbox_filled.wait()
 
     async def _read(self, call: Any) -> str:
-        frame = await asyncio.wait_for(call.read(), self._settings.hello_timeout_s)
+        frame = await asyncio.wait_for(call.read(), HELLO_TIMEOUT_S)
         while frame is not grpc.aio.EOF:
             if over := self._link.receive(frame):
                 return over
             frame = await call.read()
         return "the worker closed the stream"
-
-
-def _channel_options(settings: LinkSettings) -> list[tuple[str, int]]:
-    return internal(
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(settings.keepalive_s * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_s * 1000)),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.max_receive_message_length", settings.max_frame_bytes),
-        ("grpc.max_send_message_length", settings.max_frame_bytes),
-    )

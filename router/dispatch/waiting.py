@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from crossdock.proto.errors import Unavailable
 from crossdock.router.dispatch.ports import Timers
@@ -12,17 +13,15 @@ from crossdock.router.placement.policy import NoWorker
 Step = Callable[[SequenceState], None]
 
 
+@dataclass(eq=False)
 class Waiting:
     """Each sequence has its next step here, to be tried when a worker appears. After `wait_s`
     seconds, all its tries together, it is passed to `give_up` with why."""
 
-    def __init__(
-        self, timers: Timers, wait_s: float, give_up: Callable[[SequenceState, NoWorker], None]
-    ) -> None:
-        self._timers = timers
-        self._wait_s = wait_s
-        self._give_up = give_up
-        self._steps: dict[SequenceState, Step] = {}
+    timers: Timers
+    wait_s: float
+    give_up: Callable[[SequenceState, NoWorker], None]
+    _steps: dict[SequenceState, Step] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -34,8 +33,8 @@ class Waiting:
         """Has `step` tried when a worker appears; the sequence's timer is the wait's until then."""
         self._steps[sequence] = step
         if sequence.timer is None:
-            error = NoWorker(f"{why} (waited {self._wait_s:g} s)")
-            sequence.timer = self._timers.call_later(self._wait_s, self._over, sequence, error)
+            error = NoWorker(f"{why} (waited {self.wait_s:g} s)")
+            sequence.timer = self.timers.call_later(self.wait_s, self._over, sequence, error)
 
     def remove(self, sequence: SequenceState) -> None:
         """The sequence has ended; its timer is the caller's."""
@@ -56,4 +55,4 @@ class Waiting:
 
     def _over(self, sequence: SequenceState, error: NoWorker) -> None:
         self.remove(sequence)
-        self._give_up(sequence, error)
+        self.give_up(sequence, error)

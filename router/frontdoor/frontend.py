@@ -7,56 +7,18 @@ import contextlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from crossdock.model.text import TextModel
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.types import SamplingParams
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.request import Request, ResponseStream
-from crossdock.router.frontdoor.validate import (
-    UNLIMITED,
-    Validator,
-    check_label,
-    check_messages,
-    check_priority,
-)
+from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
 
 INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
-
-
-class TextModel(Protocol):
-    """The model's text side, as the engine's text room builds it."""
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a sequence."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of prompt and answer together, at most."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids."""
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text, for logprobs."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """One token as bytes, for logprobs."""
-
-    def apply_chat_template(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
-        """The prompt of a conversation. Raises InvalidRequest where the template refuses it."""
 
 
 @dataclass(frozen=True)
@@ -70,44 +32,23 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What may travel beside prompt and sampling."""
-
-    request_id: str = ""
-    tenant: str = ""
-    priority: int = 0
-    cache_salt: str = ""
-    default_max_tokens: int = UNLIMITED  # of a request that leaves it open
-
-
 class Frontend:
     """Tokenizes, validates and submits."""
 
-    def __init__(
-        self,
-        text: TextModel,
-        validator: Validator,
-        dispatcher: Dispatcher,
-        timeout_s: float,
-        clock: Callable[[], float] = time.monotonic,
-        rng: random.Random | None = None,
-    ) -> None:
-        self.text = text
-        self.validator = validator
-        self.dispatcher = dispatcher
-        self._timeout_s = timeout_s  # of a request that brings no deadline
-        self._clock = clock
-        self._rng = rng or random.Random()
+    text: TextModel
+    validator: Validator
+    dispatcher: Dispatcher
+    timeout_s: float  # of a request that brings no deadline
 
     @property
     def model_id(self) -> str:
         """The name that clients use."""
-        return self.validator.model.model_id
+        return self.validator.model_id
 
     def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
         """A request that came now, with its deadline."""
-        now = self._clock()
-        allowed = self._timeout_s if timeout_s is None else timeout_s
+        now = time.monotonic()
+        allowed = self.timeout_s if timeout_s is None else timeout_s
         return Arrival(now, time.time(), trace_context, now + allowed)
 
     @contextlib.contextmanager
@@ -121,7 +62,7 @@ class Frontend:
 
     def draw_seed(self) -> int:
         """For a request that brings none: from here on it is as repeatable as one that does."""
-        return self._rng.getrandbits(63)
+        return random.getrandbits(63)
 
     async def encode(self, field: str, text: str) -> list[int]:
         """Token ids of a prompt, on a thread where it is long. Raises InvalidRequest."""
@@ -135,7 +76,7 @@ class Frontend:
         check_messages(messages)
         plain = [dict(message) for message in messages]
         size = sum(len(message["content"]) for message in plain)
-        if size > self.validator.capacity * self.validator.model.longest_token:
+        if size > self.validator.capacity * self.validator.longest_token:
             self.validator.check_text("messages", "".join(m["content"] for m in plain))
         try:
             if size > INLINE_CHARACTERS:
@@ -154,34 +95,37 @@ class Frontend:
         sampling: SamplingParams,
         n: int,
         arrival: Arrival,
-        extras: Extras,
+        *,
+        request_id: str,
+        tenant: str,
+        priority: int,
+        cache_salt: str,
+        default_max_tokens: int = UNLIMITED,
     ) -> tuple[str, ResponseStream]:
         """Request id and stream. Raises InvalidRequest naming `field` for a bad prompt."""
         with self.refusals_counted():
-            for name in ("request_id", "tenant", "cache_salt"):
-                check_label(name, getattr(extras, name))
-            check_priority(extras.priority)
+            check_label("request_id", request_id)
+            check_label("tenant", tenant)
+            check_label("cache_salt", cache_salt)
+            if not -(2**31) <= priority < 2**31:
+                raise InvalidRequest(
+                    "priority", priority, f"must be from {-(2**31)} to {2**31 - 1}"
+                )
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
             longest = max(len(prompt) for prompt in prompts)
             request = Request(
-                request_id=extras.request_id or uuid.uuid4().hex,
+                request_id=request_id or uuid.uuid4().hex,
                 prompts=prompts,
-                sampling=self.validator.fit(sampling, longest, extras.default_max_tokens),
+                sampling=self.validator.fit(sampling, longest, default_max_tokens),
                 n=n,
-                tenant=extras.tenant,
-                priority=extras.priority,
-                cache_salt=_salt(extras),
+                tenant=tenant,
+                priority=priority,
+                # Tenants never share cached prefixes with each other, nor do unlike salts.
+                cache_salt=f"{tenant}\0{cache_salt}".encode() if tenant or cache_salt else b"",
                 received=arrival.received,
                 received_unix=arrival.received_unix,
                 deadline=arrival.deadline,
                 trace_context=arrival.trace_context,
             )
         return request.request_id, self.dispatcher.submit(request)
-
-
-def _salt(extras: Extras) -> bytes:
-    """Tenants never share cached prefixes with each other, nor do unlike salts."""
-    if not extras.tenant and not extras.cache_salt:
-        return b""
-    return f"{extras.tenant}\0{extras.cache_salt}".encode()

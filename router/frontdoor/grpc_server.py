@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -24,7 +23,7 @@ from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor import http_limits
-from crossdock.router.frontdoor.frontend import Arrival, Extras, Frontend
+from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
@@ -33,19 +32,11 @@ GRPC_MOST_BYTES = 2**31 - 1  # an int32
 FOREVER_S = 10 * 365 * 86400.0
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands in for a message that could not be parsed, so that the handler can say why."""
-
-    error: CrossdockError
-
-
 class GrpcServer:
     """Serves one Frontend. `set_ready` is what health checks and watches see."""
 
     def __init__(self, frontend: Frontend, address: str, max_body_bytes: int) -> None:
         self._frontend = frontend
-        self._address = address
         self._max_body_bytes = max_body_bytes
         self._health = health.aio.HealthServicer()
         self._server: Any = None
@@ -70,14 +61,11 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        host, _, port = self._address.rpartition(":")
         try:
-            bound = self._server.add_insecure_port(self._address)
+            bound = self._server.add_insecure_port(self.address)
         except RuntimeError as error:
-            raise ConfigError("gateway.grpc", f"{self._address}: {_bind_error(error)}") from error
-        if bound == 0:
-            raise ConfigError("gateway.grpc", f"{self._address}: port {port} is in use")
-        self.address = f"{host}:{bound}"
+            raise ConfigError("gateway.grpc", f"{self.address}: {_bind_error(error)}") from error
+        self.address = f"{self.address.rpartition(':')[0]}:{bound}"
         await self.set_ready(False)
         await self._server.start()
 
@@ -97,66 +85,56 @@ class GrpcServer:
     # -- the methods --------------------------------------------------------------------------
 
     async def _generate(
-        self, request: pb.GenerateRequest | Unreadable, context: Any
+        self, request: pb.GenerateRequest | CrossdockError, context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
-        stream: ResponseStream | None = None
         try:
             request_id, stream = await self._submit(request, context)
-            async for delta in stream:
-                yield _response(request_id, delta)
+            with contextlib.closing(stream):
+                async for delta in stream:
+                    yield _response(request_id, delta)
         except CrossdockError as error:
             await _abort(context, error)
-        finally:
-            if stream is not None:
-                stream.close()
 
     async def _generate_unary(
-        self, request: pb.GenerateRequest | Unreadable, context: Any
+        self, request: pb.GenerateRequest | CrossdockError, context: Any
     ) -> pb.GenerateUnaryResponse:
-        stream: ResponseStream | None = None
         try:
             request_id, stream = await self._submit(request, context)
-            whole: dict[int, Delta] = {}
-            async for delta in stream:
-                if delta.index in whole:
-                    whole[delta.index].absorb(delta)
-                else:
-                    whole[delta.index] = delta
-            return _unary(request_id, self._frontend.model_id, whole)
+            with contextlib.closing(stream):
+                return _unary(request_id, self._frontend.model_id, await stream.whole())
         except CrossdockError as error:
             await _abort(context, error)
             raise
-        finally:
-            if stream is not None:
-                stream.close()
 
     async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
-        facts = self._frontend.validator.model
-        model = pb.Model(id=facts.model_id, context_length=facts.context_length)
+        frontend = self._frontend
+        model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
         return pb.ListModelsResponse(models=[model])
 
     async def _submit(
-        self, message: pb.GenerateRequest | Unreadable, context: Any
+        self, message: pb.GenerateRequest | CrossdockError, context: Any
     ) -> tuple[str, ResponseStream]:
         frontend = self._frontend
         arrival = self._arrival(context)
         with frontend.refusals_counted():
-            if isinstance(message, Unreadable):
-                raise message.error
-            frontend.validator.check_model(message.model)
-            n = 1 if message.n == 0 else message.n
-            frontend.validator.check_count("n", n)
-            given = message.sampling
-            defaults = {} if given.HasField("max_tokens") else {"max_tokens": UNLIMITED}
-            if not given.HasField("seed"):
-                defaults["seed"] = frontend.draw_seed()
-            sampling = sampling_from_pb(given, **defaults)
-            frontend.validator.check_sampling(sampling)
-            field, prompt = await self._prompt(message)
-            extras = Extras(
-                message.request_id, message.tenant, message.priority, message.cache_salt
+            if isinstance(message, CrossdockError):
+                raise message
+            sampling = sampling_from_pb(
+                message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
             )
-        return frontend.submit(field, [prompt], sampling, n, arrival, extras)
+            frontend.validator.check_request(message.model, message.n or 1, sampling)
+            field, prompt = await self._prompt(message)
+        return frontend.submit(
+            field,
+            [prompt],
+            sampling,
+            message.n or 1,
+            arrival,
+            request_id=message.request_id,
+            tenant=message.tenant,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+        )
 
     async def _prompt(self, message: pb.GenerateRequest) -> tuple[str, list[int]]:
         kind = message.WhichOneof("input")
@@ -203,43 +181,39 @@ class GrpcServer:
         limit = self._max_body_bytes
 
         def parse_or_say_why(data: bytes) -> Any:
+            """An error in place of a message is for the handler to raise."""
             if len(data) > limit:
                 size = f"{len(data)} bytes"
-                return Unreadable(RequestTooLarge("message", size, f"at most {limit} bytes"))
+                return RequestTooLarge("message", size, f"at most {limit} bytes")
             try:
                 return parse(data)
             except DecodeError as error:
                 size = f"{len(data)} bytes"
                 limit_text = f"must be a valid message with strings in UTF-8: {error}"
-                return Unreadable(InvalidRequest("message", size, limit_text))
+                return InvalidRequest("message", size, limit_text)
 
         return parse_or_say_why
 
 
 def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
-    response = pb.GenerateResponse(
+    return pb.GenerateResponse(
         request_id=request_id,
         index=delta.index,
         text=delta.text,
         token_ids=delta.token_ids,
         logprobs=delta.logprobs,
+        finish_reason=FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
+        stop_reason=delta.stop_reason,
+        usage=delta.usage,
+        timings=delta.timings,
     )
-    if delta.finish_reason is not None:
-        response.finish_reason = FINISH_TO_PB[delta.finish_reason]
-        response.stop_reason = delta.stop_reason
-        if delta.usage is not None:
-            response.usage.CopyFrom(delta.usage)
-        if delta.timings is not None:
-            response.timings.CopyFrom(delta.timings)
-    return response
 
 
-def _unary(request_id: str, model: str, whole: dict[int, Delta]) -> pb.GenerateUnaryResponse:
+def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryResponse:
     answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
-    for index in sorted(whole):
-        delta = whole[index]
+    for delta in whole:
         answer.completions.add(
-            index=index,
+            index=delta.index,
             text=delta.text,
             token_ids=delta.token_ids,
             logprobs=delta.logprobs,
@@ -247,12 +221,11 @@ def _unary(request_id: str, model: str, whole: dict[int, Delta]) -> pb.GenerateU
             stop_reason=delta.stop_reason,
             timings=delta.timings,
         )
-    usages = [delta.usage for delta in whole.values() if delta.usage is not None]
-    if usages:
-        first = whole[min(whole)].usage
-        answer.usage.prompt_tokens = usages[0].prompt_tokens
-        answer.usage.cached_tokens = first.cached_tokens if first is not None else 0
-        answer.usage.completion_tokens = sum(usage.completion_tokens for usage in usages)
+        if delta.usage is not None:
+            answer.usage.completion_tokens += delta.usage.completion_tokens
+    if whole and whole[0].usage is not None:  # of all, the prompt is one
+        answer.usage.prompt_tokens = whole[0].usage.prompt_tokens
+        answer.usage.cached_tokens = whole[0].usage.cached_tokens
     return answer
 
 

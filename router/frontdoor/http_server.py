@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -20,13 +20,11 @@ from crossdock.proto.errors import (
     Overloaded,
     RequestTooLarge,
 )
-from crossdock.proto.types import SamplingParams
-from crossdock.proto.v1 import inference_pb2
 from crossdock.router.dispatch import tracing
-from crossdock.router.dispatch.request import Delta, ResponseStream
+from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
-from crossdock.router.frontdoor.frontend import Arrival, Extras, Frontend
+from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -49,26 +47,13 @@ REQUEST_ID_HEADER = "X-Request-Id"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A request under way and how its answer is to look."""
-
-    stream: ResponseStream
-    head: fmt.Head
-    n: int
-    logprobs: bool
-    echo: tuple[str, ...] = ()  # by prompt: text to put before the answer
-
-
 class HttpServer:
     """Serves one Frontend over the OpenAI API, and its metrics and health."""
 
-    def __init__(
-        self, frontend: Frontend, address: str, max_body_bytes: int, created: int | None = None
-    ) -> None:
+    def __init__(self, frontend: Frontend, address: str, max_body_bytes: int) -> None:
         self._frontend = frontend
         self._max_body_bytes = max_body_bytes
-        self._created = int(time.time()) if created is None else created
+        self._created = int(time.time())
         self._runner: http_limits.Runner | None = None
         self.address = address
 
@@ -105,39 +90,25 @@ class HttpServer:
     # -- routes -------------------------------------------------------------------------------
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        frontend = self._frontend
-        arrival = frontend.arrival(tracing.context_of(request.headers))
-        with frontend.refusals_counted():
-            body, sampling, n = self._common(await self._read(request, arrival), ChatBody)
-            prompt = await frontend.encode_chat(messages_of(body))
-        extras = _extras(request, body, UNLIMITED)
-        request_id, stream = frontend.submit("messages", [prompt], sampling, n, arrival, extras)
-        head = self._head(request_id, body, arrival, chat=True)
-        return await self._answer(
-            request, body, Answer(stream, head, n, sampling.logprobs is not None)
-        )
+        async def read(body: ChatBody) -> tuple[str, list[list[int]]]:
+            return "messages", [await self._frontend.encode_chat(messages_of(body))]
+
+        return await self._serve(request, ChatBody, read, UNLIMITED, fmt.ChatAnswer)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        frontend = self._frontend
-        arrival = frontend.arrival(tracing.context_of(request.headers))
-        with frontend.refusals_counted():
-            body, sampling, n = self._common(await self._read(request, arrival), CompletionBody)
-            if body.echo and sampling.logprobs is not None:
+        async def read(body: CompletionBody) -> tuple[str, list[list[int]]]:
+            if body.echo and body.logprobs is not None:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
-            given = prompts_of(body.prompt)
+            frontend, given = self._frontend, prompts_of(body.prompt)
+            prompts: list[list[int]] = []
             frontend.validator.check_prompts("prompt", len(given))
-            prompts = []
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"
                 prompts.append(await frontend.encode(field, one) if isinstance(one, str) else one)
-        extras = _extras(request, body, DEFAULT_COMPLETION_TOKENS)
-        request_id, stream = frontend.submit("prompt", prompts, sampling, n, arrival, extras)
-        echo: tuple[str, ...] = ()
-        if body.echo:
-            echo = tuple(p if isinstance(p, str) else frontend.text.decode(p) for p in given)
-        head = self._head(request_id, body, arrival, chat=False)
-        return await self._answer(
-            request, body, Answer(stream, head, n, sampling.logprobs is not None, echo)
+            return "prompt", prompts
+
+        return await self._serve(
+            request, CompletionBody, read, DEFAULT_COMPLETION_TOKENS, fmt.CompletionAnswer
         )
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
@@ -174,88 +145,86 @@ class HttpServer:
             return data
         return await asyncio.to_thread(http_limits.inflate, data, encoding.lower(), limit)
 
-    def _common(self, raw: bytes, kind: type[Body]) -> tuple[Body, SamplingParams, int]:
-        """Body, sampling parameters and n, checked as far as they can be without the prompt."""
-        frontend = self._frontend
-        body = read_body(raw, kind)
-        frontend.validator.check_model(body.model or "")
-        n = 1 if body.n is None else body.n
-        frontend.validator.check_count("n", n)
-        sampling = sampling_of(body, frontend.draw_seed())
-        frontend.validator.check_sampling(sampling)
-        return body, sampling, n
-
-    def _head(
-        self, request_id: str, body: SamplingFields, arrival: Arrival, *, chat: bool
-    ) -> fmt.Head:
-        return fmt.Head(
-            id=f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
-            created=int(arrival.received_unix),
-            model=self._frontend.model_id,
-            chat=chat,
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        )
-
     # -- answering ----------------------------------------------------------------------------
 
-    async def _answer(
-        self, request: web.Request, body: SamplingFields, answer: Answer
+    async def _serve(
+        self,
+        request: web.Request,
+        kind: type[Body],
+        read_prompts: Callable[[Body], Awaitable[tuple[str, list[list[int]]]]],
+        default_max_tokens: int,
+        answer_kind: type[fmt.Answer],
     ) -> web.StreamResponse:
-        try:
+        """Answers a request for tokens; `read_prompts` gives the prompts' ids and their field."""
+        frontend, headers = self._frontend, request.headers
+        arrival = frontend.arrival(tracing.context_of(headers))
+        with frontend.refusals_counted():
+            body = read_body(await self._read(request, arrival), kind)
+            n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
+            frontend.validator.check_request(body.model or "", n, sampling)
+            field, prompts = await read_prompts(body)
+        request_id, stream = frontend.submit(
+            field,
+            prompts,
+            sampling,
+            n,
+            arrival,
+            request_id=headers.get(REQUEST_ID_HEADER, ""),
+            tenant=headers.get(TENANT_HEADER, ""),
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
+            default_max_tokens=default_max_tokens,
+        )
+        with contextlib.closing(stream):
+            answer = answer_kind(
+                frontend.text,
+                request_id,
+                created=int(arrival.received_unix),
+                model=frontend.model_id,
+                n=n,
+                logprobs=sampling.logprobs is not None,
+                include_usage=bool(body.stream_options and body.stream_options.include_usage),
+                echo=self._echo(body),
+            )
             if body.stream:
-                return await self._stream(request, answer)
-            return await self._whole(answer)
-        finally:
-            answer.stream.close()
+                return await self._stream(request, stream, answer)
+            data = answer.whole(await stream.whole())
+            return web.Response(body=data, content_type="application/json")
 
-    async def _whole(self, answer: Answer) -> web.Response:
-        whole: dict[int, Delta] = {}
-        async for delta in answer.stream:
-            if delta.index in whole:
-                whole[delta.index].absorb(delta)
-            else:
-                whole[delta.index] = delta
-        deltas = [whole[index] for index in sorted(whole)]
-        if answer.echo:
-            for delta in deltas:
-                delta.text = answer.echo[delta.index // answer.n] + delta.text
-        usages = {delta.index: delta.usage for delta in deltas if delta.usage is not None}
-        usage = fmt.usage_of(usages, answer.n)
-        names = self._frontend.text
-        data = fmt.whole_answer(answer.head, deltas, names, answer.logprobs, usage)
-        return web.Response(body=data, content_type="application/json")
+    def _echo(self, body: SamplingFields) -> list[str]:
+        if not (isinstance(body, CompletionBody) and body.echo):
+            return []
+        text = self._frontend.text
+        return [p if isinstance(p, str) else text.decode(p) for p in prompts_of(body.prompt)]
 
-    async def _stream(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, stream: ResponseStream, answer: fmt.Answer
+    ) -> web.StreamResponse:
         # The first token decides between an answer and an HTTP error.
-        batch = await answer.stream.batch()
+        batch = await stream.batch()
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
         await response.prepare(request)
-        writer = EventWriter(answer, self._frontend.text)
         try:
             while batch:
-                if data := b"".join([writer.event(delta) for delta in batch]):
+                if data := b"".join([answer.event(delta) for delta in batch]):
                     await response.write(data)
-                batch = await answer.stream.batch()
-            if answer.head.include_usage:
-                usage = fmt.usage_of(writer.usages, answer.n)
-                await response.write(fmt.usage_event(answer.head, usage))
-            await response.write(fmt.DONE)
+                batch = await stream.batch()
+            await response.write(answer.last_events())
         except CrossdockError as error:
             await response.write(fmt.error_event(error))
         except ConnectionResetError:
-            log.debug("%s: the client went away", answer.head.id)
+            log.debug("%s: the client went away", answer.request_id)
         return response
 
     def _card(self) -> dict[str, Any]:
-        model = self._frontend.validator.model
         return {
-            "id": model.model_id,
+            "id": self._frontend.model_id,
             "object": "model",
             "created": self._created,
             "owned_by": "crossdock",
-            "context_length": model.context_length,
+            "context_length": self._frontend.text.context_length,
         }
 
     # -- errors -------------------------------------------------------------------------------
@@ -281,44 +250,6 @@ class HttpServer:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return _error_response(CrossdockError("internal error; the gateway's log has it"))
-
-
-class EventWriter:
-    """Turns deltas into server-sent events; remembers what each index has sent."""
-
-    def __init__(self, answer: Answer, names: fmt.TokenNames) -> None:
-        self.usages: dict[int, inference_pb2.Usage] = {}
-        self._answer = answer
-        self._names = names
-        self._prefix = answer.head.event_prefix()
-        self._begun: dict[int, int] = {}  # index -> characters sent
-
-    def event(self, delta: Delta) -> bytes:
-        """Empty where the delta holds nothing to show yet."""
-        if delta.usage is not None:
-            self.usages[delta.index] = delta.usage
-        answer = self._answer
-        first = delta.index not in self._begun
-        if first and answer.echo:
-            delta.text = answer.echo[delta.index // answer.n] + delta.text
-        shown = delta.text or delta.finish_reason or (answer.logprobs and delta.logprobs)
-        if not shown and not first:
-            return b""
-        offset = self._begun.get(delta.index, 0)
-        self._begun[delta.index] = offset + len(delta.text)
-        if answer.head.chat:
-            return fmt.chat_event(self._prefix, delta, first, self._names, answer.logprobs)
-        return fmt.completion_event(self._prefix, delta, offset, self._names, answer.logprobs)
-
-
-def _extras(request: web.Request, body: SamplingFields, max_tokens: int) -> Extras:
-    return Extras(
-        request_id=request.headers.get(REQUEST_ID_HEADER, ""),
-        tenant=request.headers.get(TENANT_HEADER, ""),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        default_max_tokens=max_tokens,
-    )
 
 
 def _error_response(error: CrossdockError) -> web.Response:

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from crossdock.proto.convert import SAMPLING_SCALARS
 from crossdock.proto.errors import InvalidRequest
-from crossdock.proto.types import MAX_STOP_STRINGS, SamplingParams
+from crossdock.proto.types import SamplingParams
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -137,22 +138,14 @@ def sampling_of(body: SamplingFields, seed: int) -> SamplingParams:
     """Sampling parameters with defaults in place of what was not given. Checks only the shape."""
     given = {
         name: value
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "min_tokens",
-        )
-        if (value := getattr(body, name)) is not None
+        for name in SAMPLING_SCALARS
+        if name not in ("seed", "max_tokens", "logprobs")
+        and (value := getattr(body, name)) is not None
     }
     return SamplingParams(
         **given,
         logit_bias=_logit_bias(body.logit_bias or {}),
-        stop=_stop(body.stop),
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         seed=seed if body.seed is None else body.seed,
         ignore_eos=bool(body.ignore_eos),
@@ -198,16 +191,6 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(strings) > MAX_STOP_STRINGS:
-        limit = f"at most {MAX_STOP_STRINGS} strings"
-        raise InvalidRequest("stop", f"{len(strings)} strings", limit)
-    return strings
 
 
 def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from crossdock.model.text import TextModel
 from crossdock.proto.errors import InvalidRequest, NotFound
 from crossdock.proto.types import MAX_N, SamplingParams
 
@@ -15,35 +16,27 @@ UNLIMITED = 2**62  # max_tokens of a request that leaves it open, until its prom
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What the gateway knows of the model that it serves."""
-
-    model_id: str
-    vocab_size: int
-    context_length: int  # tokens
-    longest_token: int  # characters; bounds from below how many tokens a text has
-
-
-@dataclass(frozen=True)
 class Validator:
     """Checks against the model, and against the workers' KV pools as they are now."""
 
-    model: ModelFacts
+    model_id: str
+    text: TextModel
+    longest_token: int  # characters; bounds from below how many tokens a text has
     pool_tokens: Callable[[], int | None]
 
     @property
     def capacity(self) -> int:
         """Tokens that one sequence can have, prompt and completion together."""
         pool = self.pool_tokens()
-        context = self.model.context_length
+        context = self.text.context_length
         return context if pool is None else min(context, pool)
 
     def check_model(self, name: str) -> None:
         """Raises where another model is served."""
-        if name and name != self.model.model_id:
+        if name and name != self.model_id:
             raise NotFound(
                 f"model: {name!r} is not served here; the model of this cluster is "
-                f"{self.model.model_id!r}"
+                f"{self.model_id!r}"
             )
 
     def check_text(self, field: str, text: str) -> None:
@@ -51,7 +44,7 @@ class Validator:
         if not text:
             raise InvalidRequest(field, text, "must not be empty")
         check_unicode(field, text)
-        if len(text) > self.capacity * self.model.longest_token:
+        if len(text) > self.capacity * self.longest_token:
             raise InvalidRequest(
                 field, f"{len(text)} characters", f"at most {self.capacity - 1} tokens"
             )
@@ -68,23 +61,21 @@ class Validator:
                 f"{self._capacity_reason()}",
             )
         for token_id in token_ids:
-            if not 0 <= token_id < self.model.vocab_size:
-                limit = f"token ids must be from 0 to {self.model.vocab_size - 1}"
+            if not 0 <= token_id < self.text.vocab_size:
+                limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
                 raise InvalidRequest(field, token_id, limit)
-
-    def check_count(self, field: str, n: int) -> None:
-        """Raises InvalidRequest for too many sequences in one request."""
-        if not 1 <= n <= MAX_N:
-            raise InvalidRequest(field, n, f"must be from 1 to {MAX_N}")
 
     def check_prompts(self, field: str, count: int) -> None:
         """Raises InvalidRequest for none or too many prompts."""
         if not 1 <= count <= MAX_PROMPTS:
             raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
 
-    def check_sampling(self, sampling: SamplingParams) -> None:
-        """What can be known before the prompt is tokenized."""
-        sampling.validate(self.model.vocab_size)
+    def check_request(self, model: str, n: int, sampling: SamplingParams) -> None:
+        """What can be known before the prompt is tokenized. Raises InvalidRequest or NotFound."""
+        self.check_model(model)
+        if not 1 <= n <= MAX_N:
+            raise InvalidRequest("n", n, f"must be from 1 to {MAX_N}")
+        sampling.validate(self.text.vocab_size)
         for text in sampling.stop:
             check_unicode("stop", text)
         if sampling.max_tokens != UNLIMITED and sampling.max_tokens >= self.capacity:
@@ -117,9 +108,9 @@ class Validator:
 
     def _capacity_reason(self) -> str:
         pool = self.pool_tokens()
-        if pool is not None and pool < self.model.context_length:
+        if pool is not None and pool < self.text.context_length:
             return f"the whole KV pool of a worker holds {pool} tokens"
-        return f"the context of {self.model.model_id} is {self.model.context_length} tokens"
+        return f"the context of {self.model_id} is {self.text.context_length} tokens"
 
 
 def check_unicode(field: str, text: str) -> None:
@@ -129,12 +120,6 @@ def check_unicode(field: str, text: str) -> None:
     except UnicodeEncodeError as error:
         bad = f"U+{ord(text[error.start]):04X} at character {error.start}"
         raise InvalidRequest(field, bad, "must be valid Unicode") from None
-
-
-def check_priority(priority: int) -> None:
-    """Raises InvalidRequest outside of its limits."""
-    if not -(2**31) <= priority < 2**31:
-        raise InvalidRequest("priority", priority, f"must be from {-(2**31)} to {2**31 - 1}")
 
 
 def check_label(field: str, value: str) -> None:

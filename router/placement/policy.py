@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from crossdock.proto.errors import Unavailable
 from crossdock.proto.types import Role
@@ -57,17 +58,11 @@ class Placement:
     uncached_tokens: int
     predicted_ttft_s: float
     measured: bool  # the prediction rests on what its worker measured lately of such prompts
-    reason: str
 
 
-@dataclass(frozen=True)
-class _Prefill:
-    worker: WorkerView
-    cached_blocks: int
-    uncached: int
-    ttft_s: float
+UNPLACED = Placement("", "", 0, 0, 0.0, measured=False)
 
-
+T = TypeVar("T")
 Policy = Callable[[ClusterView, Demand, float, random.Random, int], Placement]
 
 
@@ -98,13 +93,12 @@ def round_robin(
     choice = _Choice(view, demand, now, rng)
     prefills, _, colocated = choice.usable.values()
     if colocated and (not choice.pairs or turn % 2):
-        chosen = choice.candidate(colocated[turn % len(colocated)])
-        return choice.placement(None, chosen.worker, chosen, "round robin")
+        return choice.placement(colocated[turn % len(colocated)])
     if not choice.pairs:
         raise NoWorker(choice.missing(Role.PREFILL, Role.DECODE))
-    chosen = choice.candidate(prefills[turn % len(prefills)])
-    decodes = choice.linked([chosen.worker.name])
-    return choice.placement(chosen.worker, decodes[turn % len(decodes)], chosen, "round robin")
+    prefill = prefills[turn % len(prefills)]
+    decodes = choice.linked([prefill.name])
+    return choice.placement(prefill, decodes[turn % len(decodes)])
 
 
 POLICIES: dict[str, Policy] = {"least_latency": least_latency, "round_robin": round_robin}
@@ -117,8 +111,7 @@ def decode_for(
     choice = _Choice(view, demand, now, rng)
     if not choice.usable[Role.DECODE]:
         raise NoWorker(choice.missing(Role.DECODE))
-    streams = choice.streams([prefill])
-    return streams[choice.best_of_two(choice.after_token_0(prefill, streams))[1]][1].name
+    return choice.best_of_two(choice.after_token_0(prefill, choice.streams([prefill])))[1].name
 
 
 class _Choice:
@@ -145,58 +138,44 @@ class _Choice:
 
     def disaggregated(self) -> tuple[float, Placement]:
         """Seconds until token 1 and lost after it, and where."""
-        firsts = [self.candidate(w) for w in self.with_room(self.usable[Role.PREFILL])]
-        if len(firsts) > PREFILL_CANDIDATES:
-            ranked = [(first.ttft_s, self.rng.random(), first) for first in firsts]
-            nearest = heapq.nsmallest(PREFILL_CANDIDATES, ranked, key=lambda item: item[:2])
-            firsts = [first for _, _, first in nearest]
-        streams = self.streams([first.worker.name for first in firsts])
-        after = [self.after_token_0(first.worker.name, streams) for first in firsts]
-        costs = [(firsts[i].ttft_s + min(seconds)[0], i) for i, seconds in enumerate(after)]
-        i = self.best_of_two(costs)[1]
-        after_s, j = self.best_of_two(after[i])
-        chosen, (excess_s, decode) = firsts[i], streams[j]
-        reason = (
-            f"{chosen.worker.queued_tokens} queued + {chosen.uncached} own tokens in "
-            f"{chosen.ttft_s:.4f} s, transfer {after_s - excess_s:.4f} s, "
-            f"tpot {self.view.step_s(decode, decode.sequences + 1):.4f} s"
-        )
-        return chosen.ttft_s + after_s, self.placement(chosen.worker, decode, chosen, reason)
+        workers = self.with_room(self.usable[Role.PREFILL])
+        firsts = self.nearest([(self.ttft_s(w), w) for w in workers], PREFILL_CANDIDATES)
+        streams = self.streams([worker.name for _, worker in firsts])
+        after = {worker: self.after_token_0(worker.name, streams) for _, worker in firsts}
+        costs = [(ttft_s + min(s for s, _ in after[worker]), worker) for ttft_s, worker in firsts]
+        prefill = self.best_of_two(costs)[1]
+        after_s, decode = self.best_of_two(after[prefill])
+        return self.ttft_s(prefill) + after_s, self.placement(prefill, decode)
 
     def colocated(self) -> tuple[float, Placement]:
         """The same where one worker does both phases."""
-        candidates = [self.candidate(w) for w in self.with_room(self.usable[Role.COLOCATED])]
-        streams = [self.stream_s(candidate.worker) for candidate in candidates]
-        costs = [
-            (candidate.ttft_s + stream_s - min(streams), i)
-            for i, (candidate, stream_s) in enumerate(zip(candidates, streams))
-        ]
-        cost, i = self.best_of_two(costs)
-        chosen = candidates[i]
-        reason = f"{chosen.worker.queued_tokens} queued + {chosen.uncached} own tokens, both phases"
-        return cost, self.placement(None, chosen.worker, chosen, reason)
+        streams = [(self.stream_s(w), w) for w in self.with_room(self.usable[Role.COLOCATED])]
+        least_s = min(seconds for seconds, _ in streams)
+        costs = [(self.ttft_s(worker) + seconds - least_s, worker) for seconds, worker in streams]
+        cost, worker = self.best_of_two(costs)
+        return cost, self.placement(worker)
 
-    def candidate(self, worker: WorkerView) -> _Prefill:
+    def uncached(self, worker: WorkerView) -> int:
+        """The last prompt token is always computed: its logits are what token 0 is drawn from."""
         cached = self.depths.get(worker.slot, 0)
-        # The last prompt token is always computed: its logits are what token 0 is drawn from.
-        uncached = max(1, self.demand.num_tokens - cached * self.demand.block_size)
-        ttft_s = self.view.prefill_s(worker, worker.queued_tokens + uncached)
-        if worker.role is Role.COLOCATED:  # a step of the running batch goes before each chunk
-            ttft_s += self.view.step_s(worker, worker.sequences)
-        return _Prefill(worker, cached, uncached, ttft_s)
+        return max(1, self.demand.num_tokens - cached * self.demand.block_size)
 
-    def placement(
-        self, prefill: WorkerView | None, decode: WorkerView, chosen: _Prefill, reason: str
-    ) -> Placement:
-        worker = chosen.worker
+    def ttft_s(self, worker: WorkerView) -> float:
+        seconds = self.view.prefill_s(worker, worker.queued_tokens + self.uncached(worker))
+        if worker.role is Role.COLOCATED:  # a step of the running batch goes before each chunk
+            seconds += self.view.step_s(worker, worker.sequences)
+        return seconds
+
+    def placement(self, worker: WorkerView, decode: WorkerView | None = None) -> Placement:
+        """`worker` computes the prompt; `decode`: None where it goes on to the end."""
+        uncached = self.uncached(worker)
         return Placement(
-            prefill=prefill.name if prefill else None,
-            decode=decode.name,
-            cached_blocks=chosen.cached_blocks,
-            uncached_tokens=chosen.uncached,
-            predicted_ttft_s=chosen.ttft_s,
-            measured=worker.knows_prefill(worker.queued_tokens + chosen.uncached, self.now),
-            reason=reason,
+            prefill=worker.name if decode else None,
+            decode=(decode or worker).name,
+            cached_blocks=self.depths.get(worker.slot, 0),
+            uncached_tokens=uncached,
+            predicted_ttft_s=self.ttft_s(worker),
+            measured=worker.knows_prefill(worker.queued_tokens + uncached, self.now),
         )
 
     def linked(self, prefills: Sequence[str]) -> list[WorkerView]:
@@ -213,12 +192,8 @@ class _Choice:
         best of them, and of a pull from nobody in particular. With the former."""
         streams = [(self.stream_s(w), w) for w in self.with_room(self.linked(prefills))]
         least_s = min(seconds for seconds, _ in streams)
-        ranked = [
-            (seconds + self.transfer_s("", w), self.rng.random(), seconds - least_s, w)
-            for seconds, w in streams
-        ]
-        nearest = heapq.nsmallest(DECODE_CANDIDATES, ranked, key=lambda item: item[:2])
-        return [(excess_s, worker) for _, _, excess_s, worker in nearest]
+        options = [(s + self.transfer_s("", w), (s - least_s, w)) for s, w in streams]
+        return [stream for _, stream in self.nearest(options, DECODE_CANDIDATES)]
 
     def stream_s(self, worker: WorkerView) -> float:
         """Predicted seconds of STREAM_TOKENS steps after joining, and until there is a place in the
@@ -230,12 +205,9 @@ class _Choice:
 
     def after_token_0(
         self, prefill: str, streams: Sequence[tuple[float, WorkerView]]
-    ) -> list[tuple[float, int]]:
-        """Seconds that each of `streams` costs with the pull, and its index."""
-        return [
-            (excess_s + self.transfer_s(prefill, decode), j)
-            for j, (excess_s, decode) in enumerate(streams)
-        ]
+    ) -> list[tuple[float, WorkerView]]:
+        """Seconds that each of `streams` costs with the pull."""
+        return [(excess_s + self.transfer_s(prefill, w), w) for excess_s, w in streams]
 
     def transfer_s(self, prefill: str, decode: WorkerView) -> float:
         held = self.depths.get(decode.slot, 0)
@@ -253,8 +225,15 @@ class _Choice:
         roomiest = max(w.available_blocks for w in workers)
         return [w for w in workers if w.available_blocks == roomiest]
 
-    def best_of_two(self, costs: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    def nearest(self, options: list[tuple[float, T]], count: int) -> list[tuple[float, T]]:
+        """The `count` options of the least cost; of equal ones any."""
+        if len(options) <= count:
+            return options
+        ranked = [(option[0], self.rng.random(), option) for option in options]
+        return [item[2] for item in heapq.nsmallest(count, ranked, key=lambda item: item[:2])]
+
+    def best_of_two(self, costs: Sequence[tuple[float, T]]) -> tuple[float, T]:
         """The better of two at random of those within a tie of the least."""
-        limit = min(costs)[0] * (1 + TIE_RELATIVE) + TIE_ABSOLUTE_S
+        limit = min(cost for cost, _ in costs) * (1 + TIE_RELATIVE) + TIE_ABSOLUTE_S
         tied = [option for option in costs if option[0] <= limit]
         return min(self.rng.sample(tied, min(2, len(tied))), key=lambda option: option[0])

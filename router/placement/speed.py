@@ -9,11 +9,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from crossdock.proto.v1 import worker_pb2
+
 Line = tuple[float, float]  # of an engine step's seconds: base, and for each token or sequence
 
 DEFAULT_PREFILL_S: Line = (0.0, 0.001)
 DEFAULT_DECODE_S: Line = (0.02, 0.005)
 WEIGHT = 0.1  # of the newest measurement in a pool's running mean
+
+
+def prefill_line(load: worker_pb2.Load) -> Line | None:
+    """Base and slope by tokens of a prefill step's time; None where nothing was measured."""
+    rate = load.prefill_tokens_per_s
+    return (load.prefill_base_s, 1 / rate) if rate else None
+
+
+def decode_line(load: worker_pb2.Load) -> Line | None:
+    """The same by sequences of a decode step's time."""
+    line = (load.step_base_s, load.step_per_sequence_s)
+    return line if any(line) else None
 
 
 @dataclass

@@ -12,8 +12,15 @@ from dataclasses import dataclass, field
 
 from crossdock.proto import events
 from crossdock.proto.types import Role
+from crossdock.proto.v1 import worker_pb2
 from crossdock.router.placement.prefix_index import PrefixIndex
-from crossdock.router.placement.speed import DEFAULT_DECODE_S, DEFAULT_PREFILL_S, Line, PoolSpeed
+from crossdock.router.placement.speed import (
+    DEFAULT_DECODE_S,
+    DEFAULT_PREFILL_S,
+    PoolSpeed,
+    decode_line,
+    prefill_line,
+)
 
 STALE_AFTER_S = 2.5  # workers report at least once a second
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
@@ -29,36 +36,7 @@ FASTEST_MEMORY = 0.99  # the same, of the best pair beside the newest pull of an
 PAIR_BACK_OFF_S = (5.0, 30.0)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """The newest load that a worker reported; zeros mean not measured yet."""
-
-    waiting: int = 0
-    running: int = 0
-    queued_tokens: int = 0
-    free_blocks: int = 0
-    cached_blocks: int = 0
-    total_blocks: int = 0
-    prefill_tokens_per_s: float = 0.0
-    prefill_base_s: float = 0.0
-    prefill_step_tokens: int = 0  # of the largest step that was measured
-    step_base_s: float = 0.0
-    step_per_sequence_s: float = 0.0
-    draining: bool = False
-    age_s: float = 0.0  # when it came: since the engine's turn that it is of
-    late: bool = False  # the engine hangs since
-
-    @property
-    def prefill_s(self) -> Line | None:
-        """Base and slope by tokens of a prefill step's time; None where nothing was measured."""
-        rate = self.prefill_tokens_per_s
-        return (self.prefill_base_s, 1 / rate) if rate else None
-
-    @property
-    def decode_s(self) -> Line | None:
-        """The same by sequences of a decode step's time."""
-        line = (self.step_base_s, self.step_per_sequence_s)
-        return line if any(line) else None
+LoadReport = worker_pb2.Load  # the newest that a worker sent; zeros mean not measured yet
 
 
 @dataclass(frozen=True)
@@ -180,11 +158,12 @@ class ClusterView:
             self._forget(name)
 
     def reported(self, worker: WorkerView, load: LoadReport, now: float) -> None:
-        pool, prefill, decode = worker.facts.pool, load.prefill_s, load.decode_s
-        if prefill is not None and prefill != worker.load.prefill_s:
+        """A worker said how it stands; work placed there that it has counted is counted no more."""
+        pool, prefill, decode = worker.facts.pool, prefill_line(load), decode_line(load)
+        if prefill is not None and prefill != prefill_line(worker.load):
             self._prefill[pool].measured(prefill)
             worker.measured_at = now
-        if decode is not None and decode != worker.load.decode_s:
+        if decode is not None and decode != decode_line(worker.load):
             self._decode[pool].measured(decode)
         worker.load = load
         worker.reported_at = now
@@ -199,7 +178,7 @@ class ClusterView:
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
         """Folds one measured pull into the pair's bandwidth; the pair works."""
-        if nbytes <= 0 or seconds <= 0 or not self._connected(prefill, decode):
+        if nbytes <= 0 or seconds <= 0 or not {prefill, decode} <= self.workers.keys():
             return
         self._back_offs.pop((prefill, decode), None)
         old_bytes, old_seconds = self._pulled.get((prefill, decode), (0.0, 0.0))
@@ -211,7 +190,7 @@ class ClusterView:
 
     def pull_failed(self, prefill: str, decode: str, now: float) -> None:
         """The link of the two may be cut, though both are well: others are taken for a while."""
-        if not self._connected(prefill, decode):
+        if not {prefill, decode} <= self.workers.keys():
             return  # a worker died, which says nothing of the link to its successor
         first, longest = PAIR_BACK_OFF_S
         until, back_off = self._back_offs.get((prefill, decode), (float("-inf"), 0.0))
@@ -270,14 +249,14 @@ class ClusterView:
     def prefill_s(self, worker: WorkerView, tokens: int) -> float:
         """Predicted time to compute `tokens` prompt tokens, as presumed by speed.py."""
         speed, busy = self._prefill[worker.facts.pool], worker.queued_tokens > 0
-        base, slope = speed.presumed(worker.load.prefill_s, busy)
+        base, slope = speed.presumed(prefill_line(worker.load), busy)
         steps = -(-tokens // (worker.facts.chunk_tokens or max(1, tokens)))
         return base * steps + slope * tokens
 
     def step_s(self, worker: WorkerView, batch: int) -> float:
         """Predicted time of one decode step over `batch` sequences, which is their TPOT."""
         speed, busy = self._decode[worker.facts.pool], worker.sequences > 0
-        base, slope = speed.presumed(worker.load.decode_s, busy)
+        base, slope = speed.presumed(decode_line(worker.load), busy)
         return base + max(slope, LEAST_SHARE * base) * batch
 
     @property
@@ -297,9 +276,6 @@ class ClusterView:
         return max(largest[Role.COLOCATED], pair) or None
 
     # -----------------------------------------------------------------------------------------
-
-    def _connected(self, *names: str) -> bool:
-        return all(name in self.workers for name in names)
 
     def _forget(self, name: str) -> None:
         worker = self._gone[name] = self.workers.pop(name)

@@ -49,8 +49,8 @@ class FakeProcess:
 
     @property
     def doors(self) -> set[str]:
-        gateway = self.launch.gateway or {}
-        doors = {gateway[door] for door in ("grpc", "http") if door in gateway}
+        gateway = self.launch.gateway
+        doors = {gateway.grpc, gateway.http} if gateway else set()
         return {door for door in doors if not door.endswith(":0")}
 
     def kill(self, why: str = "killed") -> None:
@@ -61,7 +61,7 @@ class FakeProcess:
             raise StartFailed(why)
         if why := self.cluster.hopeless.get(self.launch.pool):
             raise CannotStart(why)
-        policy = (self.launch.gateway or {}).get("policy", "")
+        policy = self.launch.gateway.policy if self.launch.gateway else ""
         if "trial" not in self.launch.name and policy in self.cluster.broken_gateways:
             raise StartFailed(self.cluster.broken_gateways[policy])
         await self.cluster.may_start.wait()
@@ -73,7 +73,7 @@ class FakeProcess:
         self.serves = True
         common = (self.number, "node")
         if launch.gateway is not None:
-            return Started(*common, grpc=launch.gateway["grpc"], http=launch.gateway["http"])
+            return Started(*common, grpc=launch.gateway.grpc, http=launch.gateway.http)
         role, incarnation = Role(launch.role), f"{self.number:032x}"
         endpoint = WorkerEndpoint(
             launch.name, launch.pool, role, where, incarnation, launch.revision

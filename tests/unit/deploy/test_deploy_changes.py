@@ -143,12 +143,12 @@ async def test_operators_at_once_and_what_they_are_told(cluster, controller, tmp
 async def test_gateways_take_ports_one_after_another(cluster, controller):
     controller.apply(replace(controller.spec, gateway=replace(controller.spec.gateway, replicas=2)))
     assert await controller.wait_converged(5)
-    ports = sorted(g.launch.gateway["grpc"] for g in cluster.alive("gateway"))
+    ports = sorted(g.launch.gateway.grpc for g in cluster.alive("gateway"))
     assert ports == ["127.0.0.1:50051", "127.0.0.1:50052"]
-    [first] = [g for g in cluster.alive("gateway") if g.launch.gateway["grpc"] == ports[0]]
+    [first] = [g for g in cluster.alive("gateway") if g.launch.gateway.grpc == ports[0]]
     first.kill()
     await until(lambda: len(cluster.alive("gateway")) == 2 and controller.converged)
-    assert sorted(g.launch.gateway["grpc"] for g in cluster.alive("gateway")) == ports
+    assert sorted(g.launch.gateway.grpc for g in cluster.alive("gateway")) == ports
 
 
 async def test_what_cannot_change_is_refused_and_nothing_happens(cluster, controller):

@@ -225,9 +225,9 @@ def test_launches_carry_what_the_spec_says():
     assert launch.placement.custom == {"rack-a": 1.0}
     assert launch.revision == launch.worker.revision == spec.pool_revision("prefill")
     gateway = gateway_launch(spec, "gateway-1", 1, b"k" * 32)
-    assert gateway.gateway["hash_key"] == hash_key(b"k" * 32)
+    assert gateway.gateway.hash_key == hash_key(b"k" * 32)
     assert "hash_key" not in repr(gateway) and "cluster_key" not in repr(launch)
-    assert gateway.gateway["grpc"] == "127.0.0.1:50052" and gateway.placement.on_head
+    assert gateway.gateway.grpc == "127.0.0.1:50052" and gateway.placement.on_head
 
 
 AMOUNTS = [0.00001, 0.00009, 0.0001, 0.00015, 0.5, 1.0, 1.5, 2.0, 1e9]

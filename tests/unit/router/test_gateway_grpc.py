@@ -900,5 +900,5 @@ def test_settings_that_cannot_be(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize("mb", [300, 1024])  # 1024: the most that the YAML takes
 async def test_it_serves_with_bodies_of_which_eight_are_more_than_grpc_counts(tiny_model, mb):
-    async with start_rig(tiny_model, max_body_bytes=mb * 1_000_000) as rig:
+    async with start_rig(tiny_model, max_body_mb=mb) as rig:
         assert await rig.stub.GenerateUnary(ask(max_tokens=2))

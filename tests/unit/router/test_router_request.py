@@ -91,7 +91,7 @@ def test_limits_that_cannot_be(field: str) -> None:
 
 def test_only_a_measured_prediction_refuses() -> None:
     def placed(ttft_s: float, measured: bool) -> Placement:
-        return Placement("p", "d", 0, 10, ttft_s, measured, "")
+        return Placement("p", "d", 0, 10, ttft_s, measured)
 
     from crossdock.proto.types import SamplingParams
 

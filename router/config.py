@@ -1,0 +1,48 @@
+"""Settings of one gateway process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crossdock.model.store import NOWHERE
+from crossdock.proto.settings import check_settings, setting
+from crossdock.router.dispatch.admission import Limits
+from crossdock.router.dispatch.lifecycle import Slo as Slo
+from crossdock.router.dispatch.links import LinkSettings
+from crossdock.router.placement.policy import POLICIES
+
+
+@dataclass(frozen=True)
+class GatewayConfig(Limits):
+    """Everything a gateway needs to start.
+
+    What has a documentation here can be said in the YAML, which is checked by it.
+    """
+
+    name: str
+    model: str  # a known id, a folder, or a .gguf file
+    hash_key: bytes = field(repr=False)  # of the cluster's block hashes
+    home: Path = NOWHERE  # where fetched models and digests are
+    grpc: str = setting("127.0.0.1:50051", "Where gRPC is served.", kind="address")
+    http: str = setting("127.0.0.1:8000", "Where OpenAI HTTP is served.", kind="address")
+    policy: str = setting(
+        "least_latency",
+        "How workers are chosen: by predicted latency (queue depth and prefix hits), or in turn.",
+        choices=tuple(POLICIES),
+    )
+    block_size: int = setting(16, "Tokens of a block of the workers' pools.", low=1, high=65_536)
+    max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)
+    request_timeout_s: float = setting(
+        600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
+    )
+    slo: Slo = field(default_factory=Slo)
+    links: LinkSettings = field(default_factory=LinkSettings)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "gateway.")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Larger requests are refused."""
+        return int(self.max_body_mb * 1_000_000)

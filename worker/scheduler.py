@@ -1,0 +1,69 @@
+"""What the schedulers of both roles have in common. Pure bookkeeping: no torch, no clock."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import insort
+
+from crossdock.engine import block_tables
+from crossdock.engine.block_pool import BlockPool
+from crossdock.engine.sequence import Chunk, Sequence
+
+
+class Scheduler(ABC):
+    """Sequences that wait, in order, and those whose block tables it owns, by state."""
+
+    def __init__(
+        self, pool: BlockPool, chunk_tokens: int, lookahead: int, *held: list[Sequence]
+    ) -> None:
+        """`chunk_tokens`: prompt tokens that one step computes at the most. `lookahead`: tokens
+        that it may draw for a sequence beyond the first; each needs room in a block."""
+        self._pool = pool
+        self._chunk_tokens = chunk_tokens
+        self._lookahead = lookahead
+        self._waiting: list[Sequence] = []
+        self._held = held
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence in any state and frees its blocks."""
+        for group in (self._waiting, *self._held):
+            if sequence in group:
+                group.remove(sequence)
+                block_tables.release(self._pool, sequence)
+                return
+        raise KeyError(sequence.sequence_id)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that no step advances yet."""
+        return len(self._waiting) + sum(len(group) for group in self._held[:-1])
+
+    @property
+    def running(self) -> int:
+        """Sequences that steps advance."""
+        return len(self._held[-1])
+
+    @property
+    @abstractmethod
+    def queued_tokens(self) -> int:
+        """Uncached prompt tokens still to be computed here, with what is cached now."""
+
+    @property
+    def held(self) -> list[list[int]]:
+        """The block tables that sequences here own, for check_integrity."""
+        return [sequence.block_table for group in self._held for sequence in group]
+
+    def _queue(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=order)
+
+    @staticmethod
+    def _chunk(sequence: Sequence, budget: int) -> Chunk:
+        length = min(sequence.num_uncomputed, budget)
+        last = length == sequence.num_uncomputed
+        return Chunk(sequence, sequence.num_computed, length, sample=last)
+
+
+def order(sequence: Sequence) -> tuple[int, float]:
+    """Arrival is at the gateway, and a restart keeps it: so who is first here is preempted by
+    nobody and ends, then the next, and whoever was preempted before gets its turn."""
+    return sequence.priority, sequence.arrival
