@@ -23,6 +23,7 @@ from typing import Any
 
 import grpc
 import urllib3
+from freeze import freeze
 
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.types import Role, WorkerEndpoint
@@ -69,7 +70,10 @@ class Process:
         return json.loads(self._pipe.recv_bytes())
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if number == signal.SIGSTOP:
+            freeze(self.pid)
+        else:
+            os.kill(self.pid, number)
 
     def end(self) -> None:
         """By force: nothing here is to be tidied up."""
