@@ -23,6 +23,7 @@ from typing import Any
 
 import grpc
 import urllib3
+from forked import forked
 from freeze import freeze
 
 from crossdock.proto.hashing import hash_key
@@ -30,8 +31,6 @@ from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
 START_S = 60.0
-PRELOADED = ["crossdock.decode.role", "crossdock.engine.native.runner", "crossdock.prefill.role"]
-PRELOADED += ["crossdock.router.gateway", "crossdock.kvtransfer.registry"]
 KEY = b"a key of this test cluster"
 USED = "crossdock_worker_kv_blocks{"
 
@@ -50,9 +49,7 @@ class Process:
     def __init__(self, kind: str, **settings: Any) -> None:
         self.name: str = settings["name"]
         self._pipe, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self._process = context.Process(target=serve, args=(kind, settings, theirs), daemon=True)
+        self._process = forked().Process(target=serve, args=(kind, settings, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
