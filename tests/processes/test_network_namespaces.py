@@ -23,6 +23,7 @@ from offline import LLM
 from tiny import make_tiny_model
 
 from crossdock.client import AsyncClient
+from crossdock.kvtransfer import ucx
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.results import Timings
@@ -33,7 +34,10 @@ SLOW_MBIT = 16.0  # a prompt's KV takes 6 s, and those under way share it
 PULL_TIMEOUT_S = 4.0
 # Bounds, with room for a busy machine; docs/operations.md has what was measured.
 ELSEWHERE_S = PULL_TIMEOUT_S + 8.0  # the longest gap in a stream whose pull was cut
-TRANSFER_DEAD_S = 20.0  # from the cut until UCX has given up: TCP's 10 s (kvtransfer/ucx.py)
+# From the cut until UCX has given up. What is awaited in silence is given up after TCP's time, and
+# what is sent into the silence, at the latest just before that, after a time of its own.
+TCP_DEAD_S = float(ucx.DEFAULTS["TCP_USER_TIMEOUT"].removesuffix("s"))
+TRANSFER_DEAD_S = 2 * TCP_DEAD_S + 5.0
 FREED_S = 5.0  # from the end of a request, or of a transfer, whose links are whole
 HEALED_S = 25.0  # from a whole link until a request has gone over it
 PAIR = ("prefill-1", "decode-1")
