@@ -6,6 +6,8 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 CLUSTER ?= deploy/manifests/local-cpu.yaml
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SHARED  := tests/unit tests/contract tests/simulation -n 2 --dist worksteal
+ALONE   := tests/processes tests/cluster
 TORCH   := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: serve test test-fast lint proto docs clean
@@ -16,11 +18,13 @@ serve: $(VENV)/.serve
 
 test: $(VENV)/.dev
 	@$(BIN)/crossdock model fetch smollm2-135m-instruct
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@trap 'exit 130' INT; \
+	$(BIN)/python -m pytest $(SHARED) $(PYTEST_ARGS); shared=$$?; \
+	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS); alone=$$?; \
+	case $$shared-$$alone in 0-0|0-5|5-0) ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS chose none of it
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/unit tests/contract tests/simulation -m 'not slow' -n 2 \
-		--hypothesis-profile=fast $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m 'not slow' --hypothesis-profile=fast $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python tools/words.py

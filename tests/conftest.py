@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))  # as workers do
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: none needs threads beside it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

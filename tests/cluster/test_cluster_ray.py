@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from freeze import freeze
 from ray_kit import (
     PROMPT,
     UP,
@@ -152,7 +153,7 @@ def test_a_killed_controller_comes_back_and_disturbs_nobody(cluster):
     prefill, decode = worker_of(cluster, "prefill"), worker_of(cluster, "decode")
     with Load(cluster.grpc) as load, Client(cluster.grpc) as client:
         load.more(2)
-        os.kill(decode.pid, signal.SIGSTOP)
+        freeze(decode.pid)
         stream = client.stream([9, *PROMPT], max_tokens=8, temperature=0, ignore_eos=True)
         assert len(next(stream).token_ids) == 1
         assert status_of(prefill).leases  # open while nobody controls

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from freeze import freeze
 from ray_kit import (
     PROMPT,
     UP,
@@ -137,7 +138,7 @@ def test_ready_means_that_tokens_came_out(own_spec, monkeypatch):
     def hang(*arguments):
         found = announce(*arguments)
         [decode] = [w for w in status().workers if w.pool == "decode"]
-        os.kill(decode.pid, signal.SIGSTOP)
+        freeze(decode.pid)
         return found
 
     monkeypatch.setattr(cluster, "_await_ready", hang)

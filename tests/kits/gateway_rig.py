@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from fake_worker import FakeWorker
 
 from crossdock.proto.hashing import BlockHasher
@@ -21,6 +22,7 @@ from crossdock.router.gateway import GatewayConfig, GatewayServer
 
 FINISH = pb.FinishReason
 HASH_KEY = b"the key of these tests"
+PROMPT = list(range(10, 50))
 
 
 @dataclass
@@ -110,7 +112,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
 
 def ask(token_ids: list[int] | None = None, *, n: int = 1, **sampling: Any) -> pb.GenerateRequest:
     """A request by token ids, which the fake workers echo."""
-    ids = list(range(10, 50)) if token_ids is None else token_ids
+    ids = PROMPT if token_ids is None else token_ids
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=ids), n=n, sampling=pb.SamplingParams(**sampling)
     )
@@ -129,3 +131,18 @@ def ids_of(responses: list[pb.GenerateResponse], index: int = 0) -> list[int]:
 
 def text_of(responses: list[pb.GenerateResponse], index: int = 0) -> str:
     return "".join(r.text for r in responses if r.index == index)
+
+
+async def refusal(rig: Rig, request: Any, **call: Any) -> grpc.aio.AioRpcError:
+    """How Generate and GenerateUnary refuse a request: alike."""
+    with pytest.raises(grpc.aio.AioRpcError) as streamed:
+        await collect(rig.stub.Generate(request, **call))
+    with pytest.raises(grpc.aio.AioRpcError) as unary:
+        await rig.stub.GenerateUnary(request, **call)
+    assert streamed.value.code() == unary.value.code()
+    assert streamed.value.details() == unary.value.details()
+    return streamed.value
+
+
+def trailer(error: grpc.aio.AioRpcError, name: str) -> str | None:
+    return dict(error.trailing_metadata() or ()).get(name)

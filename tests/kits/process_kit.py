@@ -23,14 +23,14 @@ from typing import Any
 
 import grpc
 import urllib3
+from forked import forked
+from freeze import freeze
 
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
 START_S = 60.0
-PRELOADED = ["crossdock.decode.role", "crossdock.engine.native.runner", "crossdock.prefill.role"]
-PRELOADED += ["crossdock.router.gateway", "crossdock.kvtransfer.registry"]
 KEY = b"a key of this test cluster"
 USED = "crossdock_worker_kv_blocks{"
 
@@ -49,9 +49,7 @@ class Process:
     def __init__(self, kind: str, **settings: Any) -> None:
         self.name: str = settings["name"]
         self._pipe, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self._process = context.Process(target=serve, args=(kind, settings, theirs), daemon=True)
+        self._process = forked().Process(target=serve, args=(kind, settings, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -69,7 +67,10 @@ class Process:
         return json.loads(self._pipe.recv_bytes())
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if number == signal.SIGSTOP:
+            freeze(self.pid)
+        else:
+            os.kill(self.pid, number)
 
     def end(self) -> None:
         """By force: nothing here is to be tidied up."""

@@ -1,21 +1,22 @@
 """A pool on any transport, and peers for it in memory or in a process of their own.
 
-Run as a program this file is the peer: it serves a pool and obeys lines on its standard input.
+The peer's process serves a pool and obeys what it is told over its pipe.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import contextlib
+import multiprocessing
 import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 from fake_nccl import FakeCommunicators
 from fake_transport import FakeNetwork, FakeTransport
+from forked import forked
 
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
@@ -25,6 +26,7 @@ from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
 NUM_BLOCKS = 64
 BLOCK_BYTES = 12_288
 WAIT_S = 20.0
+START_S = 60.0
 KEY = b"contract"
 
 
@@ -130,100 +132,88 @@ class FakePeer(Peer):
 class ProcessPeer(Peer):
     def __init__(self, name: str, seed: int, ucx: dict[str, str] | None = None) -> None:
         self.seed = seed
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, name, str(seed), json.dumps(ucx or {})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the kits among it
-        )
-        described = self._answer()
-        self.incarnation = bytes.fromhex(described["incarnation"])
-        self.info = bytes.fromhex(described["info"])
+        context = multiprocessing.get_context("spawn")
+        if name == "nixl":  # whose import takes seconds, most of them torch's
+            context = forked()
+        self._pipe, theirs = multiprocessing.Pipe()
+        arguments = (name, seed, ucx or {}, theirs)
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.incarnation, self.info = self._answer()
 
     @property
     def pid(self) -> int:
+        assert self._process.pid is not None
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        return self._process.poll() is None
+        return self._process.is_alive()
 
     def change_owner(self, block_id: int) -> None:
-        assert self._ask("change", str(block_id))
+        assert self._ask("change", block_id)
 
     def reset(self) -> None:
-        assert self._ask("reset", "all")
+        assert self._ask("reset", None)
 
     def releases(self, *tickets: Ticket) -> bool:
-        return self._ask("releases", ",".join(ticket.ticket_id.hex() for ticket in tickets))
+        return self._ask("releases", {ticket.ticket_id for ticket in tickets})
 
     def kill(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait(WAIT_S)
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
+        self._process.kill()
+        self._process.join(WAIT_S)
+        self._pipe.close()
 
-    def stop(self) -> int:
+    def stop(self) -> int | None:
         """Ends it in order; its exit code."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        return self._process.wait(WAIT_S)
+        self._pipe.close()
+        self._process.join(WAIT_S)
+        return self._process.exitcode
 
-    def _ask(self, command: str, argument: str) -> bool:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{command} {argument}\n")
-        self._process.stdin.flush()
-        return bool(self._answer())
+    def _ask(self, command: str, argument: object) -> bool:
+        self._pipe.send((command, argument))
+        return self._answer()
 
-    def _answer(self):  # type: ignore[no-untyped-def]
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("> "):  # libraries print too
-                return json.loads(line[2:])
-        raise AssertionError("the peer process ended")
+    def _answer(self) -> Any:
+        assert self._pipe.poll(START_S), "the peer process does not answer"
+        return self._pipe.recv()
 
 
 def later() -> float:
     return time.monotonic() + WAIT_S
 
 
-def serve(name: str, seed: int, ucx: dict[str, str]) -> None:
-    """The peer process: obeys `change BLOCK`, `reset all` and `releases ID,ID`, a line each."""
+def serve(name: str, seed: int, ucx: dict[str, str], pipe: Connection) -> None:
+    """The peer process: obeys (change, block), (reset, None) and (releases, ticket ids)."""
     options = {"ucx": ucx} if name == "nixl" else {}
     pool = Pool(name, **options)
     pool.fill(seed)
     news = threading.Event()
     pool.transport.set_wakeup(news.set)
     pool.transport.expect_notifications(True)
-    described = {"incarnation": pool.incarnation.hex(), "info": pool.transport.info().hex()}
-    print("> " + json.dumps(described), flush=True)
-    seen: set[str] = set()
+    pipe.send((pool.incarnation, pool.transport.info()))
+    seen: set[bytes] = set()
 
-    def released(wanted: set[str]) -> bool:
+    def released(wanted: set[bytes]) -> bool:
         end = time.monotonic() + WAIT_S
         while time.monotonic() < end:
-            seen.update(ticket_id.hex() for ticket_id in pool.transport.notifications())
+            seen.update(pool.transport.notifications())
             if seen >= wanted:
                 return True
             news.wait(0.05)
             news.clear()
         return False
 
-    for line in sys.stdin:
-        command, argument = line.split()
-        answer = True
-        if command == "change":
-            pool.change_owner(int(argument))
-        elif command == "reset":
-            pool.fill(seed)
-        else:
-            answer = released(set(argument.split(",")))
-        print("> " + json.dumps(answer), flush=True)
+    with contextlib.suppress(EOFError):
+        while True:
+            command, argument = pipe.recv()
+            answer = True
+            if command == "change":
+                pool.change_owner(argument)
+            elif command == "reset":
+                pool.fill(seed)
+            else:
+                answer = released(argument)
+            pipe.send(answer)
     pool.close()
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from freeze import freeze
 from transport_kit import (
     BLOCK_BYTES,
     NUM_BLOCKS,
@@ -99,7 +100,7 @@ def test_a_frozen_peer_holds_its_readers_blocks_until_it_is_over(bench: Bench) -
     puller = Puller(bench.transport, bench.pool.memory, time.monotonic)
     ids = list(range(NUM_BLOCKS))
     bench.pool.blocks[:] = 0
-    os.kill(peer.pid, signal.SIGSTOP)
+    freeze(peer.pid)
     puller.start(
         "s",
         PromptProgress(ticket=peer.ticket(ids), ready_blocks=len(ids)),
@@ -133,7 +134,7 @@ def test_a_frozen_peer_holds_its_readers_blocks_until_it_is_over(bench: Bench) -
 
 def test_a_killed_peer_ends_what_hangs_on_it(bench: Bench) -> None:
     peer = bench.spawn()
-    os.kill(peer.pid, signal.SIGSTOP)
+    freeze(peer.pid)
     read = bench.transport.read_blocks(peer.incarnation, range(32), range(32))
     fence = bench.transport.read_generations(peer.incarnation, range(32), b"ticket")
     fine = bench.transport.read_blocks(bench.peer.incarnation, [1], [40])

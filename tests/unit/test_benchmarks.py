@@ -125,6 +125,7 @@ def test_without_nixl_the_vram_hand_off_says_so(monkeypatch: pytest.MonkeyPatch)
     assert vram_hand_off.missing("cpu") == "nixl is not installed"
 
 
+@pytest.mark.slow
 def test_the_vram_hand_off_runs_on_host_memory(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     sizes = ["--pool=24", "--blocks=8", "--rounds=2", "--layers=3", "--kv-heads=2"]

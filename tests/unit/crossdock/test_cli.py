@@ -35,14 +35,21 @@ def test_help_lists_every_command_fast_and_without_the_heavy_parts() -> None:
         "assert code == 0\n"
         "assert not {'torch', 'ray', 'grpc', 'numpy', 'aiohttp', 'nixl'} & set(sys.modules)\n"
     )
+    helps, frames = zip(*((cpu_of(script), cpu_of("import typer.rich_utils")) for _ in range(3)))
+    # Whatever the machine: little beside what typer and rich cost.
+    assert min(helps)[0] < 2 * min(frames)[0]
+    for command in COMMANDS:
+        assert f" {command} " in helps[0][1]
+
+
+def cpu_of(script: str) -> tuple[float, str]:
+    """CPU seconds of a Python process, and what it printed."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    for command in COMMANDS:
-        assert f" {command} " in shown.stdout
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, shown.stdout
 
 
 def test_the_installed_command_prints_its_version() -> None:

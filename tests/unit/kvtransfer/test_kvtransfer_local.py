@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from freeze import freeze
 from transport_kit import BLOCK_BYTES, NUM_BLOCKS, Pool, ProcessPeer, later
 
 from crossdock.kvtransfer.local import LocalTransport
@@ -104,7 +105,7 @@ def test_releases_to_a_busy_peer_wait_for_it() -> None:
     pool, peer = Pool("local"), ProcessPeer("local", 1)
     try:
         pool.transport.add_peer(peer.incarnation, peer.info, NUM_BLOCKS, BLOCK_BYTES)
-        os.kill(peer.pid, signal.SIGSTOP)
+        freeze(peer.pid)
         tickets = [peer.ticket([1]) for _ in range(2000)]  # far more than its socket holds
         handles = [
             pool.transport.read_generations(peer.incarnation, [1], ticket.ticket_id)

@@ -14,6 +14,7 @@ import time
 
 import pytest
 from fake_nccl import FakeCommunicators
+from freeze import freeze
 from nccl_kit import Reader, Worker, link_of, post_and_hang, settled, until
 from transport_kit import (
     BLOCK_BYTES,
@@ -148,7 +149,7 @@ def test_a_frozen_peer_writes_nothing_once_it_was_given_up(
         reader.meet(peer)
         assert reader.reads_again(peer)
         monkeypatch.setattr(nccl_link, "REQUEST_S", 1.0)
-        os.kill(peer.pid, signal.SIGSTOP)
+        freeze(peer.pid)
         read = reader.read(peer, list(range(32)), list(range(32)))
         fence = reader.transport.read_generations(peer.incarnation, [1], b"late")
         assert settled(read, fence) == [HandleState.FAILED, HandleState.FAILED]

@@ -12,11 +12,6 @@ from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.job import Job
 
 
-@pytest.fixture
-def site() -> Site:
-    return Site()
-
-
 def announced(worker: Worker, prompt: list[int], **options: object) -> worker_pb2.SequenceOutput:
     """What a prefill worker says after the first chunk of a prompt."""
     worker.role.submit(job(prompt, **options))  # type: ignore[arg-type]

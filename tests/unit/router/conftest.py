@@ -1,7 +1,8 @@
-"""A gateway before fake workers, and the text of its model."""
+"""A gateway before fake workers, the text of its model, and the dice of its placement."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,8 @@ def text(tiny_model: Path) -> Any:
 @pytest.fixture
 def model(tiny_model: Path) -> str:
     return resolve(str(tiny_model)).model_id
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(7)

@@ -6,10 +6,10 @@ import random
 from collections import Counter
 
 import pytest
+from view_kit import BLOCK, add, cache, connect, demand, make_view, report, two_and_two
 
 from crossdock.proto.types import Role
 from crossdock.router.placement.policy import (
-    Demand,
     NoWorker,
     Policy,
     decode_for,
@@ -17,62 +17,11 @@ from crossdock.router.placement.policy import (
     round_robin,
 )
 from crossdock.router.placement.view import (
-    DEFAULT_BANDWIDTH,
     MEASURED_FOR_S,
     PAIR_BACK_OFF_S,
-    REPLACED_WITHIN_S,
-    SEEN_AFTER_S,
     STALE_AFTER_S,
     ClusterView,
-    LoadReport,
-    WorkerFacts,
 )
-
-BLOCK = 16
-
-
-def make_view(**roles: Role) -> ClusterView:
-    view = ClusterView()
-    for name, role in roles.items():
-        add(view, name, role)
-    return view
-
-
-def add(view: ClusterView, name: str, role: Role, **load: float) -> None:
-    facts = WorkerFacts(name, role, f"{name}-incarnation", 1000, BLOCK, 1000)
-    worker = view.connected(facts, 0.0)
-    full = {"free_blocks": 1000, "total_blocks": 1000, "prefill_tokens_per_s": 1000.0} | load
-    view.reported(worker, LoadReport(**full), 0.0)  # type: ignore[arg-type]
-
-
-def connect(view: ClusterView, name: str, role: Role, **facts: int) -> None:
-    """A worker that has reported nothing yet."""
-    given = {"num_blocks": 1000, "block_size": BLOCK, "block_bytes": 1000} | facts
-    view.connected(WorkerFacts(name, role, f"{name}-incarnation", **given), 0.0)
-
-
-def report(view: ClusterView, name: str, now: float = 0.0, **load: float) -> None:
-    full = {"free_blocks": 1000, "total_blocks": 1000, "prefill_tokens_per_s": 1000.0} | load
-    view.reported(view.workers[name], LoadReport(**full), now)  # type: ignore[arg-type]
-
-
-def cache(view: ClusterView, name: str, hashes: list[bytes]) -> None:
-    for block_hash in hashes:
-        view.index.add(view.workers[name].slot, block_hash)
-
-
-def demand(tokens: int = 160, **changes: object) -> Demand:
-    hashes = [i.to_bytes(16) for i in range(tokens // BLOCK)]
-    return Demand(**({"num_tokens": tokens, "block_hashes": hashes, "block_size": BLOCK} | changes))  # type: ignore[arg-type]
-
-
-def two_and_two() -> ClusterView:
-    return make_view(p0=Role.PREFILL, p1=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE)
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    return random.Random(7)
 
 
 def test_a_prefix_hit_wins_where_queues_are_alike(rng: random.Random) -> None:
@@ -161,19 +110,6 @@ def test_a_slow_link_turns_the_pair(rng: random.Random) -> None:
     assert (placement.prefill, placement.decode) == ("p1", "d1")
 
 
-def test_a_pair_that_was_never_measured_is_presumed_as_good_as_the_best() -> None:
-    view = two_and_two()
-    view.transferred("p0", "d0", nbytes=10**10, seconds=1.0)
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e10)
-    view.transferred("p0", "d1", nbytes=10**7, seconds=1.0)
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e10, rel=0.02)
-    view.transferred("p1", "d0", nbytes=2 * 10**10, seconds=1.0)
-    assert view.bandwidth("p1", "d1") == pytest.approx(2e10)
-    for _ in range(1000):
-        view.transferred("p1", "d0", nbytes=10**8, seconds=1.0)  # all are slow now
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e8, rel=0.05)
-
-
 def test_requests_are_not_locked_to_the_pairs_that_were_measured(rng: random.Random) -> None:
     view, asked = two_and_two(), demand(15_000)  # 1 ms by default, 0.1 ms as it is
     pairs = Counter()
@@ -183,19 +119,6 @@ def test_requests_are_not_locked_to_the_pairs_that_were_measured(rng: random.Ran
         view.transferred(placement.prefill, placement.decode, nbytes=10**7, seconds=0.001)
         pairs[placement.prefill, placement.decode] += 1
     assert len(pairs) == 4 and min(pairs.values()) >= 5
-
-
-def test_bandwidth_follows_the_bytes_not_the_number_of_pulls() -> None:
-    view = make_view(p0=Role.PREFILL, d0=Role.DECODE)
-    view.transferred("p0", "d0", nbytes=10**9, seconds=1.0)
-    view.transferred("p0", "d0", nbytes=1000, seconds=0.001)  # 1 MB/s, being all latency
-    assert view.bandwidth("p0", "d0") == pytest.approx(1e9, rel=0.01)
-    for _ in range(30):
-        view.transferred("p0", "d0", nbytes=10**8, seconds=1.0)
-    assert view.bandwidth("p0", "d0") == pytest.approx(1e8, rel=0.05)
-    view.transferred("p0", "d0", nbytes=0, seconds=1.0)
-    view.disconnected("d0", "d0-incarnation")
-    assert view.bandwidth("p0", "d0") > 5e8, "its successor is presumed as good as any"
 
 
 def test_blocks_that_decode_holds_are_not_counted_as_transfer(rng: random.Random) -> None:
@@ -292,33 +215,6 @@ def test_gateways_with_one_old_view_do_not_herd() -> None:
     assert max(chosen.values()) < 100
 
 
-def test_work_counts_until_a_report_can_have_seen_it() -> None:
-    view = make_view(p0=Role.PREFILL)
-    worker = view.workers["p0"]
-    view.place("p0", "s", 300, 20)
-    report(view, "p0", now=10.0)
-    assert worker.queued_tokens == 300, "reserved, not sent: no report can have seen it"
-    view.sent("p0", "s", 10.0)
-    report(view, "p0", now=10.0 + SEEN_AFTER_S / 2)
-    assert (worker.queued_tokens, worker.sequences, worker.available_blocks) == (300, 1, 980)
-    report(view, "p0", now=10.0 + SEEN_AFTER_S, queued_tokens=280)
-    assert (worker.queued_tokens, worker.sequences, worker.available_blocks) == (280, 0, 1000)
-    view.place("p0", "t", 50, 4)
-    view.unplace("p0", "t")
-    assert worker.queued_tokens == 280
-
-
-def test_a_load_from_before_a_step_has_not_seen_what_came_during_it() -> None:
-    view = make_view(p0=Role.PREFILL)
-    worker = view.workers["p0"]
-    view.place("p0", "s", 300, 20)
-    view.sent("p0", "s", 10.0)
-    report(view, "p0", now=11.0, age_s=1.2)  # a heartbeat repeats what the engine told at 9.8
-    assert worker.queued_tokens == 300
-    report(view, "p0", now=11.5, age_s=0.1, queued_tokens=280)
-    assert worker.queued_tokens == 280
-
-
 def test_an_engine_that_hangs_gets_no_work(rng: random.Random) -> None:
     view, asked = two_and_two(), demand()
     for name in ("p0", "d1"):
@@ -392,26 +288,6 @@ def test_another_decode_worker_for_a_computed_prompt(rng: random.Random) -> None
         decode_for(make_view(p0=Role.PREFILL), demand(), "p0", 0.0, rng)
 
 
-def test_an_incarnation_replaces_the_one_before_it() -> None:
-    view = make_view(p0=Role.PREFILL)
-    cache(view, "p0", [b"old"])
-    facts = WorkerFacts("p0", Role.PREFILL, "second", 1000, BLOCK, 1000)
-    view.connected(facts, 1.0)
-    assert view.index.depths([b"old"]) == {}
-    view.disconnected("p0", "p0-incarnation")  # the old stream's end, noticed late
-    assert "p0" in view.workers
-    view.disconnected("p0", "second")
-    assert not view.workers
-
-
-def test_slots_are_used_again() -> None:
-    view = make_view(a=Role.PREFILL, b=Role.PREFILL)
-    view.disconnected("a", "a-incarnation")
-    add(view, "c", Role.DECODE)
-    add(view, "d", Role.DECODE)
-    assert sorted(w.slot for w in view.workers.values()) == [0, 1, 2]
-
-
 @pytest.mark.parametrize("policy", [least_latency, round_robin])
 def test_a_sequence_goes_where_it_can_be_held_to_its_end(
     rng: random.Random, policy: Policy
@@ -445,29 +321,6 @@ def test_a_facts_context_bounds_it_below_its_pool(rng: random.Random) -> None:
     assert {least_latency(view, demand(160), 0.0, rng).prefill for _ in range(20)} == {"p1"}
 
 
-def test_a_worker_that_is_replaced_still_counts_in_what_may_be_asked() -> None:
-    view = make_view(d0=Role.DECODE)
-    connect(view, "p0", Role.PREFILL, num_blocks=900)
-    connect(view, "p1", Role.PREFILL, num_blocks=10)
-    view.disconnected("p0", "p0-incarnation")
-    assert view.pool_tokens(REPLACED_WITHIN_S - 1) == 900 * BLOCK, "what needs it waits for it"
-    assert view.pool_tokens(REPLACED_WITHIN_S + 1) == 10 * BLOCK
-    connect(view, "p0", Role.PREFILL, num_blocks=20)
-    assert view.pool_tokens(1.0) == 20 * BLOCK
-
-
-def test_the_pool_bound_is_of_the_best_path() -> None:
-    view = ClusterView()
-    assert view.pool_tokens(0.0) is None
-    for name, role, blocks in (
-        ("p0", Role.PREFILL, 100), ("p1", Role.PREFILL, 50), ("d0", Role.DECODE, 70)
-    ):  # fmt: skip
-        view.connected(WorkerFacts(name, role, name, blocks, BLOCK, 1), 0.0)
-    assert view.pool_tokens(0.0) == 70 * BLOCK
-    view.connected(WorkerFacts("c0", Role.COLOCATED, "c0", 90, BLOCK, 1), 0.0)
-    assert view.pool_tokens(0.0) == 90 * BLOCK
-
-
 @pytest.mark.parametrize("policy", [least_latency, round_robin])
 def test_a_pair_whose_pull_failed_backs_off_and_its_two_workers_work_on(
     rng: random.Random, policy: Policy
@@ -494,39 +347,3 @@ def test_a_pair_whose_pull_failed_backs_off_and_its_two_workers_work_on(
     view.pull_failed("p1", "d0", first / 2)
     view.pull_failed("p1", "d1", first / 2)
     assert pairs(first / 2)  # nobody else is left
-
-
-def test_pulls_from_a_worker_that_is_gone_say_nothing_of_its_successor() -> None:
-    """Names come back, incarnations do not; what nobody forgets any more would stay for good."""
-    view = two_and_two()
-    view.disconnected("p0", "p0-incarnation")
-    view.pull_failed("p0", "d0", 0.0)
-    view.transferred("p0", "d0", 1000, 1.0)
-    assert not view.any_backs_off and not view.backs_off("p0", "d0", 0.0)
-    assert view.bandwidth("p0", "d0") == DEFAULT_BANDWIDTH
-
-
-def test_a_pair_backs_off_longer_each_time_until_a_pull_succeeds() -> None:
-    view = two_and_two()
-    first, longest = PAIR_BACK_OFF_S
-
-    def back_off_of(now: float) -> float:
-        view.pull_failed("p0", "d0", now)
-        view.pull_failed("p0", "d0", now)  # another that was under way: the same failure
-        after = now
-        while view.backs_off("p0", "d0", after):
-            after += 0.25
-        return after - now
-
-    now, back_offs = 0.0, []
-    for _ in range(6):
-        back_offs.append(back_off_of(now))
-        now += back_offs[-1]
-    assert back_offs == [min(first * 2**i, longest) for i in range(6)]
-    assert not view.backs_off("p1", "d0", now)
-    view.transferred("p0", "d0", 0, 0.0)  # all was cached: nothing crossed the link
-    assert back_off_of(now) == longest
-    view.transferred("p0", "d0", 1000, 0.1)
-    assert not view.backs_off("p0", "d0", now)
-    assert back_off_of(now) == first
-    assert back_off_of(now + 10 * longest) == first  # long ago
