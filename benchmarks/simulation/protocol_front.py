@@ -239,13 +239,15 @@ class Front:
         clock: Clock,
         see: Callable[[str], None],
         resident: Callable[[str], Worker | None],
+        long: float,
     ) -> None:
+        """`long`: the part of the requests that are as long as a request can be."""
         self.rng, self.clock, self.see, self.resident = rng, clock, see, resident
         self.lives = count()
         self.members: list[WorkerEndpoint] = []
         self.version = 0  # of the membership
         self.calm = False
-        self.long = rng.choice([0.0, 0.05, 0.3])  # of requests
+        self.long = long
         self.touched: dict[Gateway, None] = {}  # since the last check
         self.broken = ""  # what was found where an exception would be caught
         self.streams: list[Stream] = []
@@ -299,7 +301,9 @@ class Front:
         rng, now = self.rng, self.clock.now
         shared = [11] * rng.choice([0, 8, 16])  # prefixes that caches can share
         prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, 40))]
-        tokens = LONGEST - len(prompt) if rng.random() < self.long else rng.choice([1, 2, 4, 6, 8, 16])
+        tokens = (
+            LONGEST - len(prompt) if rng.random() < self.long else rng.choice([1, 2, 4, 6, 8, 16])
+        )
         stop = ("1.",) if rng.random() < 0.1 else ()
         sampling = SamplingParams(1.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100))
         request = Request(

@@ -75,6 +75,7 @@ class Simulation:
         self.workers: list[Worker] = []  # all processes that run, also those given up for lost
         self.paused: dict[Worker, None] = {}
         self.counter = 0
+        self.tight = self.rng.random() < 0.3  # long answers, and little room for them
         self.touched: dict[Worker, None] = {}
         roles = [Role.PREFILL] * self.rng.choice([1, 2])
         roles += [Role.DECODE] * self.rng.choice([1, 2])
@@ -82,7 +83,9 @@ class Simulation:
         self.seats = [Seat(f"{role}{i}", role) for i, role in enumerate(roles)]
         for seat in self.seats:
             seat.worker = self._worker(seat.role, seat.name)
-        self.front = Front(self.rng, self.clock, self._see, self._resident)
+        self.front = Front(
+            self.rng, self.clock, self._see, self._resident, 0.4 if self.tight else 0.05
+        )
         self._members()
         self.actions = {
             self._turn: 40,
@@ -106,7 +109,7 @@ class Simulation:
             self.front.stream_breaks: 1,
             self.front.gateway_dies: 0.5,
             self.front.silence: 0.5,
-            self._peers_forgotten: 0.5,
+            self._peers_forgotten: self.rng.choice([0.5, 4]),
         }
 
     # -- the schedule --------------------------------------------------------------------------
@@ -158,7 +161,8 @@ class Simulation:
     def _worker(self, role: Role, name: str, address: str = "") -> Worker:
         """A fresh process: its pool, its incarnation and all it knows are new."""
         self.counter += 1
-        blocks = self.rng.choice([9, 9, 10, 12, 18])  # the longest sequence fits in each
+        # Each pool holds the longest sequence, and the tight ones little else.
+        blocks = self.rng.choice([9, 9, 10] if self.tight else [10, 12, 18])
         worker = self.site.worker(
             role,
             blocks,

@@ -52,6 +52,7 @@ class Calls:
         """`computing`: the tickets whose prompts are still being computed."""
         self.rng, self.resident, self.computing = rng, resident, computing
         self.calm = False
+        self.prompt = rng.choice([0.8, 0.3])  # meetings that happen at once
         self.under_way: list[Call] = []
         self.meetings: list[tuple[Host, bytes, Callable[[], None]]] = []
         self.released: set[bytes] = set()  # ticket ids that a Release call was made for
@@ -108,7 +109,7 @@ class Phone:
     def introduce(self, incarnation: bytes, address: str, done: Callable[[Met], None]) -> None:
         meet = partial(self._meet, incarnation, address, done)
         self._calls.meetings.append((self._host, incarnation, meet))
-        if self._calls.calm or self._calls.rng.random() < 0.8:
+        if self._calls.calm or self._calls.rng.random() < self._calls.prompt:
             self._calls.meetings.pop()[2]()
 
     def _meet(self, incarnation: bytes, address: str, done: Callable[[Met], None]) -> None:
