@@ -119,7 +119,7 @@ class BenchReport:
     @property
     def failed(self) -> int:
         """Requests that ended with an error."""
-        return sum(not record.ok for record in self.run.records)
+        return len(self.run.records) - len(self.run.succeeded)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -173,9 +173,8 @@ def prepare(config: BenchConfig) -> tuple[list[Job], dict[str, Any]]:
 
 def _workload(config: BenchConfig) -> tuple[Trace, list[float]]:
     if config.trace or config.synthetic:
-        options = dataclasses.replace(config.replay, seed=config.seed)
-        if config.num_requests:
-            options = dataclasses.replace(options, limit=config.num_requests)
+        limit = config.num_requests or config.replay.limit
+        options = dataclasses.replace(config.replay, seed=config.seed, limit=limit)
         if config.trace:
             trace = load_trace(Path(config.trace), options)
         else:
@@ -247,17 +246,15 @@ async def _warm_up(endpoint: Endpoint, config: BenchConfig) -> None:
 def rows(report: BenchReport) -> tuple[list[list[str]], list[list[str]]]:
     """Totals as (name, value) and latencies as (name, mean, p50, p90, p99, max), in print."""
     results = report.results
-    totals = [[name, _number(value)] for name, value in results.items() if not _spread(value)]
+    totals = [
+        [name, _number(value)] for name, value in results.items() if not isinstance(value, dict)
+    ]
     latencies = [
         [metric.name, *(_seconds(value) for value in results[f"{metric.name}_s"].values())]
         for metric in LATENCIES
         if f"{metric.name}_s" in results
     ]
     return totals, latencies
-
-
-def _spread(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _number(value: float) -> str:

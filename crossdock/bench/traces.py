@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from crossdock.proto.errors import ConfigError
 
 COMMON_BLOCK_SIZES = (512, 16)  # tokens a block: as published, and of the derived trace
+AZURE_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,50 @@ def load_trace(path: Path, options: TraceOptions = TraceOptions()) -> Trace:
     """Mooncake .jsonl or Azure .csv. Raises ConfigError naming file, line and column."""
     if not path.is_file():
         raise ConfigError("trace", "no such file", str(path))
-    trace = _load_azure(path) if path.suffix == ".csv" else _load_mooncake(path)
-    if not trace.requests:
+    azure = path.suffix == ".csv"
+    read = functools.partial(_azure_row, itertools.count()) if azure else _mooncake_row
+    requests = []
+    with path.open(encoding="utf-8", newline="") as lines:
+        rows = enumerate(csv.DictReader(lines), 2) if azure else enumerate(lines, 1)
+        for number, row in rows:
+            try:
+                request = read(row)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError("row", f"not a request: {error!r}", f"{path}:{number}") from None
+            if request is None:
+                continue
+            if request.input_tokens < 1 or request.output_tokens < 1:
+                raise ConfigError("input_length", "lengths must be 1 or more", f"{path}:{number}")
+            requests.append(request)
+    if not requests:
         raise ConfigError("trace", "holds no requests", str(path))
-    return replay(trace, options)
+    size = AZURE_BLOCK_SIZE if azure else infer_block_size(requests, str(path))
+    return replay(Trace(tuple(requests), size), options)
+
+
+def _mooncake_row(line: str) -> TraceRequest | None:
+    """None for an empty line."""
+    if not line.strip():
+        return None
+    row = json.loads(line)
+    return TraceRequest(
+        at_s=float(row["timestamp"]) / 1000,
+        input_tokens=int(row["input_length"]),
+        output_tokens=int(row["output_length"]),
+        block_ids=tuple(int(name) for name in row["hash_ids"]),
+    )
+
+
+def _azure_row(names: Iterator[int], row: Mapping[str, str]) -> TraceRequest:
+    """Without names of its prefix: every block is its own."""
+    tokens = max(1, int(row["ContextTokens"]))
+    stamp = row["TIMESTAMP"][:26]  # seven decimals are one more than Python reads
+    return TraceRequest(
+        at_s=datetime.fromisoformat(stamp).timestamp(),
+        input_tokens=tokens,
+        output_tokens=max(1, int(row["GeneratedTokens"])),
+        block_ids=tuple(itertools.islice(names, math.ceil(tokens / AZURE_BLOCK_SIZE))),
+    )
 
 
 def replay(trace: Trace, options: TraceOptions) -> Trace:
@@ -86,37 +127,10 @@ def replay(trace: Trace, options: TraceOptions) -> Trace:
     for row in rows:
         at = (row.at_s - start) * options.time_scale + rng.uniform() * options.jitter_s
         tokens = min(row.input_tokens, options.max_input or row.input_tokens)
-        made.append(
-            TraceRequest(
-                at_s=at,
-                input_tokens=tokens,
-                output_tokens=min(row.output_tokens, options.max_output or row.output_tokens),
-                block_ids=row.block_ids[: math.ceil(tokens / trace.block_size)],
-            )
-        )
+        output = min(row.output_tokens, options.max_output or row.output_tokens)
+        blocks = row.block_ids[: math.ceil(tokens / trace.block_size)]
+        made.append(TraceRequest(at, tokens, output, blocks))
     return replace(trace, requests=tuple(sorted(made, key=lambda row: row.at_s)))
-
-
-def _load_mooncake(path: Path) -> Trace:
-    requests = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                request = TraceRequest(
-                    at_s=float(row["timestamp"]) / 1000,
-                    input_tokens=int(row["input_length"]),
-                    output_tokens=int(row["output_length"]),
-                    block_ids=tuple(int(name) for name in row["hash_ids"]),
-                )
-            except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError("row", f"not a request: {error!r}", f"{path}:{number}") from None
-            if request.input_tokens < 1 or request.output_tokens < 1:
-                raise ConfigError("input_length", "lengths must be 1 or more", f"{path}:{number}")
-            requests.append(request)
-    return Trace(tuple(requests), infer_block_size(requests, str(path)))
 
 
 def infer_block_size(requests: Sequence[TraceRequest], where: str = "") -> int:
@@ -132,26 +146,6 @@ def infer_block_size(requests: Sequence[TraceRequest], where: str = "") -> int:
     if low > high:
         raise ConfigError("hash_ids", "no block size fits the number of ids in every row", where)
     return next((size for size in COMMON_BLOCK_SIZES if low <= size <= high), low)
-
-
-def _load_azure(path: Path) -> Trace:
-    """Without prefix names: every block is its own."""
-    size, names, requests = 16, itertools.count(), []
-    with path.open(encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines), 2):
-            try:
-                stamp = row["TIMESTAMP"][:26]  # seven decimals are one more than Python reads
-                tokens = int(row["ContextTokens"])
-                request = TraceRequest(
-                    at_s=datetime.fromisoformat(stamp).timestamp(),
-                    input_tokens=max(1, tokens),
-                    output_tokens=max(1, int(row["GeneratedTokens"])),
-                    block_ids=tuple(itertools.islice(names, math.ceil(max(1, tokens) / size))),
-                )
-            except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError("row", f"not a request: {error!r}", f"{path}:{number}") from None
-            requests.append(request)
-    return Trace(tuple(requests), size)
 
 
 @dataclass(frozen=True)
