@@ -203,10 +203,9 @@ def open_endpoint(url: str, model: str, timeout_s: float, style: str = "text") -
     raise InvalidRequest("endpoint", url, "give grpc://host:port or http://host:port")
 
 
-async def send(
-    endpoint: Endpoint, job: Job, started: float, clock: Callable[[], float] = time.perf_counter
-) -> RequestRecord:
+async def send(endpoint: Endpoint, job: Job, started: float) -> RequestRecord:
     """One request from first byte to last; what goes wrong is in the record, never raised."""
+    clock = time.perf_counter
     sent = clock() - started
     arrivals: list[float] = []
     output = prompt = cached = None

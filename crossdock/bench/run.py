@@ -30,7 +30,6 @@ from crossdock.bench.metrics import (
 )
 from crossdock.bench.traces import (
     PromptMaker,
-    RandomOptions,
     SyntheticOptions,
     Trace,
     TraceOptions,
@@ -181,20 +180,15 @@ def _workload(config: BenchConfig) -> tuple[Trace, list[float]]:
             count = options.limit or SyntheticOptions.requests
             trace = replay(synthesize(SyntheticOptions(count, seed=config.seed)), options)
         return trace, [row.at_s for row in trace.requests]
-    count = config.num_requests
-    if not count and config.duration_s:
+    count = config.num_requests or 100
+    if config.duration_s and not config.num_requests:
         count = int(config.duration_s * max(config.rate * 1.5, PREPARED_PER_SECOND)) + 1
-    random = RandomOptions(
-        requests=count or 100,
-        input_tokens=config.input_tokens,
-        output_tokens=config.output_tokens,
-        prefix_tokens=config.prefix_tokens,
-        seed=config.seed,
+    trace = random_workload(
+        count, config.input_tokens, config.output_tokens, config.prefix_tokens, config.seed
     )
-    trace = random_workload(random)
     if not config.rate:
-        return trace, [0.0] * random.requests
-    return trace, arrival_times(random.requests, config.rate, not config.constant, config.seed)
+        return trace, [0.0] * count
+    return trace, arrival_times(count, config.rate, not config.constant, config.seed)
 
 
 async def run_bench(

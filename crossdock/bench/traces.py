@@ -210,29 +210,25 @@ def write_mooncake(trace: Trace, path: Path) -> None:
             out.write(json.dumps(line) + "\n")
 
 
-@dataclass(frozen=True)
-class RandomOptions:
-    """Prompts with nothing in common beyond a prefix that all share."""
-
-    requests: int
-    input_tokens: tuple[int, int] = (280, 280)  # inclusive range
-    output_tokens: tuple[int, int] = (32, 32)
-    prefix_tokens: int = 0  # of the input, how many are the same in all
-    seed: int = 0
-
-
-def random_workload(options: RandomOptions) -> Trace:
-    """Block size 1: each token has an id of its own, so that the shared prefix has any length."""
-    rng = np.random.default_rng([options.seed, 3])
-    names = itertools.count(options.prefix_tokens)
-    requests = []
-    for _ in range(options.requests):
-        tokens = int(rng.integers(*options.input_tokens, endpoint=True))
-        output = int(rng.integers(*options.output_tokens, endpoint=True))
-        shared = min(options.prefix_tokens, tokens)
+def random_workload(
+    requests: int,
+    input_tokens: tuple[int, int],
+    output_tokens: tuple[int, int],
+    prefix_tokens: int,
+    seed: int,
+) -> Trace:
+    """Prompts with nothing in common beyond a prefix that all share; lengths are inclusive ranges.
+    Block size 1: each token has an id of its own, so that the shared prefix has any length."""
+    rng = np.random.default_rng([seed, 3])
+    names = itertools.count(prefix_tokens)
+    made = []
+    for _ in range(requests):
+        tokens = int(rng.integers(*input_tokens, endpoint=True))
+        output = int(rng.integers(*output_tokens, endpoint=True))
+        shared = min(prefix_tokens, tokens)
         blocks = (*range(shared), *itertools.islice(names, tokens - shared))
-        requests.append(TraceRequest(0.0, tokens, output, blocks))
-    return Trace(tuple(requests), 1)
+        made.append(TraceRequest(0.0, tokens, output, blocks))
+    return Trace(tuple(made), 1)
 
 
 def arrival_times(count: int, rate: float, poisson: bool, seed: int) -> list[float]:

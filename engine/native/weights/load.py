@@ -25,7 +25,6 @@ class Weights(Protocol):
     def read(self, name: str, out: torch.Tensor) -> None:
         """Fills `out`, a contiguous tensor on the CPU of any float dtype. Raises ModelError naming
         file and tensor when it is missing, unreadable or not of out's shape."""
-        ...
 
 
 def load_weights(files: ModelFiles, config: ModelConfig) -> Weights:
