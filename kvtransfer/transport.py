@@ -19,6 +19,9 @@ from crossdock.proto.memory import Generations as Generations
 from crossdock.proto.memory import MemoryType as MemoryType
 from crossdock.proto.memory import PoolMemory as PoolMemory
 
+# What holds a KV pool: uint8 [bytes], int64 [num_blocks] generations, and what gives both back.
+PoolBuffers = tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]
+
 
 class HandleState(enum.Enum):
     """A handle leaves PENDING once; DONE and FAILED are terminal."""
