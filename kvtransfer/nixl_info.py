@@ -45,7 +45,7 @@ def parse_info(info: bytes, incarnation: bytes) -> PoolInfo:
         raise TransferFailed(f"peer {incarnation.hex()} sent the transport info of {told.hex()}")
     if kind >= len(_MEMORY_TYPES):
         raise TransferFailed(f"the peer's transport info names memory type {kind}")
-    return PoolInfo(*numbers, _MEMORY_TYPES[kind], device_id, info[_INFO.size :])
+    return PoolInfo._make([*numbers, _MEMORY_TYPES[kind], device_id, info[_INFO.size :]])
 
 
 def descriptors(

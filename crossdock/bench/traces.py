@@ -11,10 +11,11 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,11 +74,13 @@ def load_trace(path: Path, options: TraceOptions = TraceOptions()) -> Trace:
     if not path.is_file():
         raise ConfigError("trace", "no such file", str(path))
     azure = path.suffix == ".csv"
-    read = functools.partial(_azure_row, itertools.count()) if azure else _mooncake_row
+    read: Callable[[Any], TraceRequest | None] = _mooncake_row
+    if azure:
+        read = functools.partial(_azure_row, itertools.count())
     requests = []
     with path.open(encoding="utf-8", newline="") as lines:
-        rows = enumerate(csv.DictReader(lines), 2) if azure else enumerate(lines, 1)
-        for number, row in rows:
+        rows: Iterable[Any] = csv.DictReader(lines) if azure else lines
+        for number, row in enumerate(rows, 2 if azure else 1):
             try:
                 request = read(row)
             except (ValueError, TypeError, KeyError) as error:
