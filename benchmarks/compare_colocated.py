@@ -25,7 +25,7 @@ from clusters import DEFAULT_MODEL, DISAGGREGATED, colocated, running, spec
 from crossdock.bench.load import GrpcEndpoint, Job, closed_loop, open_loop, send
 from crossdock.bench.metrics import RequestRecord, count_errors, distribution
 from crossdock.bench.run import describe_machine
-from crossdock.bench.traces import PromptMaker, RandomOptions, random_workload
+from crossdock.bench.traces import PromptMaker, random_workload
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Seen:
 
 
 def made_up(count: int, tokens: int, output: int, seed: int) -> list[Job]:
-    workload = random_workload(RandomOptions(count, (tokens, tokens), (output, output), 0, seed))
+    workload = random_workload(count, (tokens, tokens), (output, output), 0, seed)
     maker = PromptMaker(workload.block_size, seed=seed)
     return [
         Job(index, 0.0, tuple(maker.token_ids(row)), "", row.output_tokens)

@@ -18,8 +18,7 @@ ENGINES = {
 
 def settings_of(kind: str) -> type[EngineSettings]:
     """What the YAML may say of an engine of this kind. Raises ConfigError for an unknown one."""
-    settings: type[EngineSettings] = _module(kind).Settings
-    return settings
+    return _module(kind).Settings
 
 
 def create(config: EngineConfig, allocate: Allocate) -> Engine:
@@ -27,14 +26,12 @@ def create(config: EngineConfig, allocate: Allocate) -> Engine:
 
     Raises ConfigError or ModelError saying what is wrong.
     """
-    engine: Engine = _module(config.engine.kind).create(config, allocate)
-    return engine
+    return _module(config.engine.kind).create(config, allocate)
 
 
 def memory_type(config: EngineConfig) -> MemoryType:
     """Where the pool of this engine will lie, known before it is made."""
-    where: MemoryType = _module(config.engine.kind).memory_type(config)
-    return where
+    return _module(config.engine.kind).memory_type(config)
 
 
 def _module(kind: str) -> Any:

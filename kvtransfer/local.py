@@ -21,15 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdock.kvtransfer.shared_memory import NAME, cleanup_stale, map_pool, segment_at
-from crossdock.kvtransfer.threaded import ThreadedTransport, check_pools
-from crossdock.kvtransfer.transport import (
-    Generations,
-    Handle,
-    PoolMemory,
-    Runs,
-    check_ids,
-    merge_runs,
-)
+from crossdock.kvtransfer.threaded import Peer, ThreadedTransport
+from crossdock.kvtransfer.transport import Generations, Handle, PoolMemory, Runs
 from crossdock.proto.errors import TransferFailed
 
 _SLICE_BYTES = 4 << 20  # copied between two looks at commands and sockets
@@ -37,27 +30,27 @@ _CONNECT_TIMEOUT_S = 2.0
 _MESSAGE_BYTES = 64
 
 
-@dataclass
-class _Peer:
-    incarnation: bytes
-    connection: socket.socket
-    generations: Generations  # int64 [num_blocks], the peer's own
-    blocks: npt.NDArray[np.uint8]  # [num_blocks, block_bytes], the peer's own
-    lost: bool = False
+@dataclass(eq=False)
+class _Peer(Peer):
+    segment: str
+    kv_offset: int
     unsent: deque[bytes] = field(default_factory=deque)  # releases that its socket had no room for
+    # Once it is connected, and its pool mapped:
+    connection: socket.socket = field(init=False)
+    generations: Generations = field(init=False)  # int64 [num_blocks], the peer's own
+    blocks: npt.NDArray[np.uint8] = field(init=False)  # [num_blocks, block_bytes], the peer's own
 
 
-@dataclass
+@dataclass(eq=False)
 class _Copy:
     handle: Handle
     peer: _Peer
     runs: Runs
     run: int = 0
     offset: int = 0  # blocks of that run already copied
-    nblocks: int = field(default=0)
 
 
-class LocalTransport(ThreadedTransport):
+class LocalTransport(ThreadedTransport[_Peer]):
     """See transport.Transport. Its memory has to come from `allocate_segment`."""
 
     def __init__(self, incarnation: bytes, memory: PoolMemory) -> None:
@@ -69,7 +62,6 @@ class LocalTransport(ThreadedTransport):
         self._memory = memory
         self._own_blocks = memory.blocks()
         self._segment = segment
-        self._peers: dict[bytes, _Peer] = {}
         self._copies: deque[_Copy] = deque()
         self._listener: socket.socket | None = None
         self._readers: set[socket.socket] = set()
@@ -85,12 +77,6 @@ class LocalTransport(ThreadedTransport):
         }
         return json.dumps(described).encode()
 
-    def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
-        """Maps the peer's segment. Raises TransferFailed: gone, or its blocks differ in size."""
-        name, kv_offset, told = _parse_info(info)
-        check_pools(incarnation, told, (num_blocks, block_bytes), self._memory.block_bytes)
-        self._call(lambda: self._add(incarnation, name, kv_offset, told))
-
     # On the transport's thread.
 
     def _open(self) -> None:
@@ -100,43 +86,46 @@ class LocalTransport(ThreadedTransport):
         self._listener = listener
         self._selector.register(listener, selectors.EVENT_READ)
 
-    def _add(self, incarnation: bytes, name: str, kv_offset: int, blocks: tuple[int, int]) -> None:
-        known = self._peers.get(incarnation)
-        if known is not None and not known.lost:
-            return
-        connection = _connect(incarnation)
+    def _described(self, incarnation: bytes, info: bytes) -> _Peer:
         try:
-            generations, kv = map_pool(name, kv_offset, *blocks)
-        except (OSError, ValueError) as error:
-            connection.close()
-            raise TransferFailed(
-                f"peer {incarnation.hex()}: its pool cannot be mapped: {error}"
-            ) from error
-        self._peers[incarnation] = _Peer(incarnation, connection, generations, kv)
-        self._selector.register(connection, selectors.EVENT_READ, data=incarnation)
+            found = json.loads(info)
+            name, kv_offset = str(found["segment"]), int(found["kv_offset"])
+            num_blocks, block_bytes = int(found["num_blocks"]), int(found["block_bytes"])
+        except (ValueError, KeyError, TypeError) as error:
+            message = "the peer's transport info is not the local transport's"
+            raise TransferFailed(message) from error
+        if not NAME.fullmatch(name) or kv_offset % mmap.PAGESIZE or kv_offset < num_blocks * 8:
+            raise TransferFailed("the peer's transport info names no pool")
+        return _Peer(incarnation, num_blocks, block_bytes, name, kv_offset)
 
-    def _remove(self, incarnation: bytes) -> None:
-        self._drop(incarnation, "peer was removed")
-
-    def _drop(self, incarnation: bytes, reason: str) -> None:
-        peer = self._peers.pop(incarnation, None)
-        if peer is None:
+    def _add(self, peer: _Peer) -> None:
+        """Maps its segment."""
+        if peer.incarnation in self._peers:
             return
-        peer.lost = True
+        peer.connection = _connect(peer)
+        try:
+            peer.generations, peer.blocks = map_pool(
+                peer.segment, peer.kv_offset, peer.num_blocks, peer.block_bytes
+            )
+        except (OSError, ValueError) as error:
+            peer.connection.close()
+            raise TransferFailed(f"peer {peer.name}: its pool cannot be mapped: {error}") from error
+        self._peers[peer.incarnation] = peer
+        self._selector.register(peer.connection, selectors.EVENT_READ, data=peer)
+
+    def _settle_peer(self, peer: _Peer) -> None:
+        self._drop(peer, "peer was removed")
+
+    def _drop(self, peer: _Peer, reason: str) -> None:
+        if self._peers.pop(peer.incarnation, None) is None:
+            return
         self._selector.unregister(peer.connection)
         peer.connection.close()
         for copy in [copy for copy in self._copies if copy.peer is peer]:
             self._copies.remove(copy)
             self._fail(copy.handle, reason)
 
-    def _peer(self, incarnation: bytes) -> _Peer:
-        peer = self._peers.get(incarnation)
-        if peer is None:
-            raise TransferFailed(f"peer {incarnation.hex()} is unknown")
-        self._check_alive(peer)
-        return peer
-
-    def _check_alive(self, peer: _Peer) -> None:
+    def _check_peer(self, peer: _Peer) -> None:
         """A dead peer's memory stays readable: ask the kernel whether it still has an owner."""
         try:
             gone = not peer.connection.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
@@ -145,38 +134,20 @@ class LocalTransport(ThreadedTransport):
         except OSError:
             gone = True
         if gone:
-            self._drop(peer.incarnation, "peer is gone")
+            self._drop(peer, "peer is gone")
             cleanup_stale()
             raise TransferFailed("peer is gone")
 
-    def _begin_blocks(
-        self,
-        handle: Handle,
-        incarnation: bytes,
-        remote_ids: Sequence[int],
-        local_ids: Sequence[int],
-    ) -> None:
-        peer = self._peer(incarnation)
-        check_ids(remote_ids, len(peer.blocks), "remote")
-        check_ids(local_ids, self._memory.num_blocks, "local")
-        if len(remote_ids) == 0:
-            self._finish(handle)
-            return
-        runs = merge_runs(remote_ids, local_ids)
-        self._copies.append(_Copy(handle, peer, runs, nblocks=len(remote_ids)))
+    def _read(self, handle: Handle, peer: _Peer, runs: Runs) -> None:
+        self._copies.append(_Copy(handle, peer, runs))
 
-    def _begin_fence(
-        self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
-    ) -> None:
-        peer = self._peer(incarnation)
-        check_ids(remote_ids, len(peer.blocks), "remote")
-        handle.generations = peer.generations[np.asarray(remote_ids, dtype=np.int64)]
-        self._check_alive(peer)
+    def _fence(self, handle: Handle, peer: _Peer, remote_ids: Sequence[int], notify: bytes) -> None:
+        generations = peer.generations[np.asarray(remote_ids, dtype=np.int64)]
+        self._check_peer(peer)
         if notify:
             peer.unsent.append(notify)
             self._send(peer)
-        self.stats.fences += 1
-        self._finish(handle)
+        self._end_fence(handle, generations)
 
     def _send(self, peer: _Peer) -> None:
         """A peer that does not read now, since it is busy or stopped, gets the rest later."""
@@ -187,7 +158,7 @@ class LocalTransport(ThreadedTransport):
         except BlockingIOError:
             pass
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
-        self._selector.modify(peer.connection, events, data=peer.incarnation)
+        self._selector.modify(peer.connection, events, data=peer)
 
     def _progress(self) -> float | None:
         if not self._copies:
@@ -216,22 +187,19 @@ class LocalTransport(ThreadedTransport):
 
     def _end_copy(self, copy: _Copy) -> None:
         try:
-            self._check_alive(copy.peer)
+            self._check_peer(copy.peer)
         except TransferFailed as error:
             self._fail(copy.handle, str(error))
             return
-        self._count_blocks(copy.nblocks, len(copy.runs), self._memory.block_bytes)
-        self._finish(copy.handle)
+        self._end_read(copy.handle, copy.runs)
 
     def _readable(self, key: selectors.SelectorKey) -> None:
         if key.fileobj is self._listener:
             self._accept()
-        elif key.data is not None:
-            peer = self._peers.get(key.data)
-            if peer is not None:
-                with contextlib.suppress(TransferFailed, OSError):
-                    self._check_alive(peer)
-                    self._send(peer)
+        elif isinstance(key.data, _Peer):
+            with contextlib.suppress(TransferFailed, OSError):
+                self._check_peer(key.data)
+                self._send(key.data)
         elif isinstance(key.fileobj, socket.socket):
             self._receive(key.fileobj)
 
@@ -264,8 +232,8 @@ class LocalTransport(ThreadedTransport):
         return len(self._copies)
 
     def _shut(self) -> None:
-        for incarnation in list(self._peers):
-            self._drop(incarnation, "transport is closed")
+        for peer in list(self._peers.values()):
+            self._drop(peer, "transport is closed")
         for end in [*self._readers, *([self._listener] if self._listener else [])]:
             end.close()
 
@@ -275,19 +243,18 @@ def _address(incarnation: bytes) -> str:
     return f"\0crossdock-{incarnation.hex()}"
 
 
-def _connect(incarnation: bytes) -> socket.socket:
+def _connect(peer: _Peer) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(_CONNECT_TIMEOUT_S)
-        connection.connect(_address(incarnation))
+        connection.connect(_address(peer.incarnation))
         if _uid(connection) != os.getuid():
-            raise TransferFailed(f"peer {incarnation.hex()} runs as another user")
+            raise TransferFailed(f"peer {peer.name} runs as another user")
         connection.setblocking(False)
     except OSError as error:
         connection.close()
-        raise TransferFailed(
-            f"peer {incarnation.hex()} cannot be reached: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise TransferFailed(f"peer {peer.name} cannot be reached: {reason}") from error
     except TransferFailed:
         connection.close()
         raise
@@ -298,16 +265,3 @@ def _uid(connection: socket.socket) -> int:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     _, uid, _ = struct.unpack("3i", credentials)
     return int(uid)
-
-
-def _parse_info(info: bytes) -> tuple[str, int, tuple[int, int]]:
-    """Segment name, offset of block 0, blocks and bytes of each. Raises TransferFailed."""
-    try:
-        described = json.loads(info)
-        name, kv_offset = str(described["segment"]), int(described["kv_offset"])
-        blocks = (int(described["num_blocks"]), int(described["block_bytes"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise TransferFailed("the peer's transport info is not the local transport's") from error
-    if not NAME.fullmatch(name) or kv_offset % mmap.PAGESIZE or kv_offset < blocks[0] * 8:
-        raise TransferFailed("the peer's transport info names no pool")
-    return name, kv_offset, blocks

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.transport import Generations
+from crossdock.kvtransfer.transport import PoolBuffers
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 _POPULATE_LIMIT = 4 << 30  # touching more than this at start would delay it by seconds
 
 
-def allocate_pages(
-    nbytes: int, num_blocks: int
-) -> tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]:
+def allocate_pages(nbytes: int, num_blocks: int) -> PoolBuffers:
     """See registry.allocate. The pages are touched here, so that the first pull finds them."""
     pool = _map_pages(nbytes)
     counters = _map_pages(num_blocks * 8)

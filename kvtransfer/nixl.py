@@ -27,18 +27,8 @@ import numpy as np
 
 from crossdock.kvtransfer.memory import Scratch, spans_of
 from crossdock.kvtransfer.nixl_info import PoolInfo, descriptors, pack_info, parse_info
-from crossdock.kvtransfer.threaded import (
-    ThreadedTransport,
-    check_pools,
-    polling_pause,
-    reason_of,
-)
-from crossdock.kvtransfer.transport import (
-    Handle,
-    PoolMemory,
-    check_ids,
-    merge_runs,
-)
+from crossdock.kvtransfer.threaded import Peer, ThreadedTransport, polling_pause, reason_of
+from crossdock.kvtransfer.transport import Handle, PoolMemory, Runs
 from crossdock.kvtransfer.ucx import environment
 from crossdock.proto.errors import TransferFailed
 
@@ -55,21 +45,15 @@ _abandoned: list[object] = []  # agents closed with transfers under way: never f
 _making_agent = threading.Lock()  # holds while settings of the whole process are changed
 
 
-@dataclass
-class _Peer:
-    incarnation: bytes
+@dataclass(eq=False)
+class _Peer(Peer):
     memory: PoolInfo
     connected: bool = False
     broken: str | None = None  # why it is lost, until a probe over a new connection came back
-    removed: bool = False
     in_flight: int = 0
     probe: Handle | None = None  # the read over a new connection that tells whether it is back
     retry_at: float = 0.0
     pause_s: float = _RETRY_S[0]
-
-    @property
-    def name(self) -> str:
-        return self.incarnation.hex()
 
 
 @dataclass
@@ -83,7 +67,7 @@ class _Transfer:
     scratch: slice | None = None
 
 
-class NixlTransport(ThreadedTransport):
+class NixlTransport(ThreadedTransport[_Peer]):
     """See transport.Transport. The agent's name is the incarnation in hexadecimal."""
 
     def __init__(
@@ -93,7 +77,6 @@ class NixlTransport(ThreadedTransport):
         self._incarnation = incarnation
         self._memory = memory
         self._ucx = dict(ucx or {})
-        self._peers: dict[bytes, _Peer] = {}
         self._active: list[_Transfer] = []
         self._waiting: deque[tuple[Handle, Callable[[], bool]]] = deque()  # for scratch entries
         self._scratch = Scratch(max(_SCRATCH_ENTRIES, memory.num_blocks))
@@ -107,13 +90,6 @@ class NixlTransport(ThreadedTransport):
     def info(self) -> bytes:
         """The agent's metadata behind incarnation, addresses and sizes of the registered pool."""
         return self._info
-
-    def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
-        """Loads the peer's metadata. Raises TransferFailed where info and pool do not agree."""
-        memory = parse_info(info, incarnation)
-        told = (memory.num_blocks, memory.block_bytes)
-        check_pools(incarnation, told, (num_blocks, block_bytes), self._memory.block_bytes)
-        self._call(lambda: self._add(incarnation, memory))
 
     # On the transport's thread.
 
@@ -134,35 +110,26 @@ class NixlTransport(ThreadedTransport):
             self._agent.register_memory(pool, memory.memory_type),
             self._agent.register_memory(counters, "DRAM"),
         ]
-        own = PoolInfo(
-            kv_ptr=memory.kv_ptr,
-            generations_ptr=memory.generations.ctypes.data,
-            num_blocks=memory.num_blocks,
-            block_bytes=memory.block_bytes,
-            memory_type=memory.memory_type,
-            device_id=memory.device_id,
-            metadata=self._agent.get_agent_metadata(),
-        )
-        self._info = pack_info(own, self._incarnation)
+        self._info = pack_info(memory, self._incarnation, self._agent.get_agent_metadata())
 
-    def _add(self, incarnation: bytes, memory: PoolInfo) -> None:
-        peer = self._peers.get(incarnation)
-        if peer is None or peer.memory != memory:
+    def _described(self, incarnation: bytes, info: bytes) -> _Peer:
+        memory = parse_info(info, incarnation)
+        return _Peer(incarnation, memory.num_blocks, memory.block_bytes, memory)
+
+    def _add(self, described: _Peer) -> None:
+        """Loads its metadata."""
+        peer = self._peers.get(described.incarnation)
+        if peer is None or peer.memory != described.memory:
             if peer is not None and peer.in_flight:
                 raise TransferFailed(f"peer {peer.name} changed while it was being read")
             if peer is not None:
                 self._disconnect(peer)
-            peer = _Peer(incarnation, memory)
+            peer = described
         peer.removed = False
         if not peer.connected:
             self._connect(peer)
             peer.broken = None
-        self._peers[incarnation] = peer
-
-    def _remove(self, incarnation: bytes) -> None:
-        if peer := self._peers.get(incarnation):
-            peer.removed = True
-            self._settle_peer(peer)
+        self._peers[peer.incarnation] = peer
 
     def _connect(self, peer: _Peer) -> None:
         try:
@@ -218,56 +185,25 @@ class NixlTransport(ThreadedTransport):
             if peer.removed:
                 self._peers.pop(peer.incarnation, None)
 
-    def _ready_peer(self, incarnation: bytes) -> _Peer:
-        peer = self._peers.get(incarnation)
-        if peer is None or peer.removed:
-            raise TransferFailed(f"peer {incarnation.hex()} is unknown")
+    def _check_peer(self, peer: _Peer) -> None:
         if peer.broken is not None:
             raise TransferFailed(f"peer {peer.name} is lost: {peer.broken}")
-        return peer
 
-    def _begin_blocks(
-        self,
-        handle: Handle,
-        incarnation: bytes,
-        remote_ids: Sequence[int],
-        local_ids: Sequence[int],
-    ) -> None:
-        peer = self._ready_peer(incarnation)
-        check_ids(remote_ids, peer.memory.num_blocks, "remote")
-        check_ids(local_ids, self._memory.num_blocks, "local")
-        if len(remote_ids) == 0:
-            self._finish(handle)
-            return
-        runs = merge_runs(remote_ids, local_ids)
-        size = self._memory.block_bytes
-        local = descriptors(
-            self._memory.kv_ptr, runs.local, runs.length, size, self._memory.device_id
-        )
-        remote = descriptors(
-            peer.memory.kv_ptr, runs.remote, runs.length, size, peer.memory.device_id
-        )
-
-        def done() -> None:
-            self._count_blocks(len(remote_ids), len(runs), size)
-
+    def _read(self, handle: Handle, peer: _Peer, runs: Runs) -> None:
+        mine, theirs, size = self._memory, peer.memory, self._memory.block_bytes
+        local = descriptors(mine.kv_ptr, runs.local, runs.length, size, mine.device_id)
+        remote = descriptors(theirs.kv_ptr, runs.remote, runs.length, size, theirs.device_id)
         self._post(
-            _Transfer(handle, peer, None, done),
-            self._agent.get_xfer_descs(local, self._memory.memory_type),
-            self._agent.get_xfer_descs(remote, peer.memory.memory_type),
+            _Transfer(handle, peer, None, lambda: self._end_read(handle, runs)),
+            self._agent.get_xfer_descs(local, mine.memory_type),
+            self._agent.get_xfer_descs(remote, theirs.memory_type),
             b"",
         )
 
-    def _begin_fence(
-        self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
-    ) -> None:
-        peer = self._ready_peer(incarnation)
-        check_ids(remote_ids, peer.memory.num_blocks, "remote")
+    def _fence(self, handle: Handle, peer: _Peer, remote_ids: Sequence[int], notify: bytes) -> None:
         if len(remote_ids) == 0:
             self._notify(peer, notify)
-            handle.generations = np.empty(0, dtype=np.int64)
-            self.stats.fences += 1
-            self._finish(handle)
+            self._end_fence(handle, np.empty(0, dtype=np.int64))
             return
         if len(remote_ids) > len(self._scratch.entries):
             raise TransferFailed(f"a fence of {len(remote_ids)} blocks is too long")
@@ -290,8 +226,7 @@ class NixlTransport(ThreadedTransport):
         remote = descriptors(peer.memory.generations_ptr, spans.first, spans.length, 8, 0)
 
         def done() -> None:
-            handle.generations = entries[scratch.start + spans.places]
-            self.stats.fences += 1
+            self._end_fence(handle, entries[scratch.start + spans.places])
 
         self._post(
             _Transfer(handle, peer, None, done, scratch),
@@ -335,7 +270,6 @@ class NixlTransport(ThreadedTransport):
                 peer.broken = None
             peer.pause_s = _RETRY_S[0]
             transfer.done()
-            self._finish(transfer.handle)
         else:
             self._break(peer, error)
             self._fail(transfer.handle, error)

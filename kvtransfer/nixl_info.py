@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.transport import MemoryType
+from crossdock.kvtransfer.transport import MemoryType, PoolMemory
 from crossdock.proto.errors import TransferFailed
 
 # Version, incarnation, address of KV and of generations, blocks, block bytes, type, device.
@@ -17,8 +17,7 @@ _INFO_VERSION = 1
 _MEMORY_TYPES: tuple[MemoryType, ...] = ("DRAM", "VRAM")
 
 
-@dataclass(frozen=True)
-class PoolInfo:
+class PoolInfo(NamedTuple):
     """A registered pool: addresses in its owner's memory, and the metadata of its agent."""
 
     kv_ptr: int
@@ -30,41 +29,23 @@ class PoolInfo:
     metadata: bytes
 
 
-def pack_info(pool: PoolInfo, incarnation: bytes) -> bytes:
+def pack_info(memory: PoolMemory, incarnation: bytes, metadata: bytes) -> bytes:
     """For `parse_info` at the peer."""
-    head = _INFO.pack(
-        _INFO_VERSION,
-        incarnation,
-        pool.kv_ptr,
-        pool.generations_ptr,
-        pool.num_blocks,
-        pool.block_bytes,
-        _MEMORY_TYPES.index(pool.memory_type),
-        pool.device_id,
-    )
-    return head + pool.metadata
+    numbers = (memory.generations.ctypes.data, memory.num_blocks, memory.block_bytes)
+    where = (_MEMORY_TYPES.index(memory.memory_type), memory.device_id)
+    return _INFO.pack(_INFO_VERSION, incarnation, memory.kv_ptr, *numbers, *where) + metadata
 
 
 def parse_info(info: bytes, incarnation: bytes) -> PoolInfo:
     """What `incarnation` packed. Raises TransferFailed for anything else."""
     if len(info) <= _INFO.size or info[0] != _INFO_VERSION:
         raise TransferFailed("the peer's transport info is not NIXL's, or of another version")
-    _, told, kv_ptr, generations_ptr, num_blocks, block_bytes, kind, device_id = _INFO.unpack_from(
-        info
-    )
+    _, told, *numbers, kind, device_id = _INFO.unpack_from(info)
     if told != incarnation:
         raise TransferFailed(f"peer {incarnation.hex()} sent the transport info of {told.hex()}")
     if kind >= len(_MEMORY_TYPES):
         raise TransferFailed(f"the peer's transport info names memory type {kind}")
-    return PoolInfo(
-        kv_ptr=kv_ptr,
-        generations_ptr=generations_ptr,
-        num_blocks=num_blocks,
-        block_bytes=block_bytes,
-        memory_type=_MEMORY_TYPES[kind],
-        device_id=device_id,
-        metadata=info[_INFO.size :],
-    )
+    return PoolInfo._make([*numbers, _MEMORY_TYPES[kind], device_id, info[_INFO.size :]])
 
 
 def descriptors(

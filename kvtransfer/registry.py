@@ -5,21 +5,16 @@ Libraries are imported when their transport is asked for: a worker on `local` ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from crossdock.kvtransfer.transport import Generations, PoolMemory, Transport
+from crossdock.kvtransfer.transport import PoolBuffers, PoolMemory, Transport
 from crossdock.proto.errors import ConfigError
 
 if TYPE_CHECKING:
     from crossdock.kvtransfer.nccl.communicator import Communicators
 
 TRANSPORTS = ("nixl", "nccl", "local")
-
-PoolBuffers = tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]
 
 
 def create_transport(

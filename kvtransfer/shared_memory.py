@@ -13,14 +13,13 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.transport import Generations
+from crossdock.kvtransfer.transport import Generations, PoolBuffers
 from crossdock.proto.errors import TransferFailed
 
 _SHM = Path("/dev/shm")
@@ -46,9 +45,7 @@ class Segment:
 _segments: dict[int, Segment] = {}  # by the address of their first block
 
 
-def allocate_segment(
-    nbytes: int, num_blocks: int
-) -> tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]:
+def allocate_segment(nbytes: int, num_blocks: int) -> PoolBuffers:
     """See registry.allocate. Raises TransferFailed when /dev/shm has no room."""
     cleanup_stale()
     kv_offset = -(-num_blocks * 8 // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -11,29 +11,59 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from crossdock.kvtransfer.transport import Handle, HandleState, TransportStats
+from crossdock.kvtransfer.transport import (
+    Generations,
+    Handle,
+    HandleState,
+    PoolMemory,
+    Runs,
+    TransportStats,
+    check_ids,
+    merge_runs,
+)
 from crossdock.proto.errors import TransferFailed
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _CALL_TIMEOUT_S = 20.0
 _CLOSING_POLL_S = 0.005
 _CLOSE_GRACE_S = 2.0  # for transfers under way, whose memory is given back after close
 
 
-class ThreadedTransport:
+@dataclass(eq=False)
+class Peer:
+    """Whom a transport reads from: one life of a process, and the size of its pool."""
+
+    incarnation: bytes
+    num_blocks: int
+    block_bytes: int
+    removed: bool = field(default=False, kw_only=True)
+
+    @property
+    def name(self) -> str:
+        """The incarnation in hexadecimal."""
+        return self.incarnation.hex()
+
+
+T = TypeVar("T")
+P = TypeVar("P", bound=Peer)
+
+
+class ThreadedTransport(Generic[P]):
     """Runs commands of other threads, then `_progress`, then sleeps as long as that allows.
 
-    A subclass implements `info`, `add_peer` and the hooks at the end, which run on the
-    transport's thread only.
+    A subclass implements `info` and the hooks at the end, which run on the transport's thread
+    only (`_described` excepted), and sets `_memory` before it calls `_start`.
     """
+
+    _memory: PoolMemory
 
     def __init__(self, name: str) -> None:
         self.stats = TransportStats()
+        self._peers: dict[bytes, P] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._notifications: deque[bytes] = deque()
         self._wakeup: Callable[[], None] = lambda: None
@@ -49,6 +79,21 @@ class ThreadedTransport:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     # Called by any thread.
+
+    def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
+        """See Transport.add_peer. Raises TransferFailed, also where info and pool do not agree."""
+        peer = self._described(incarnation, info)
+        if (peer.num_blocks, peer.block_bytes) != (num_blocks, block_bytes):
+            raise TransferFailed(
+                f"peer {peer.name} describes {num_blocks} blocks of {block_bytes} bytes, "
+                f"its transport {peer.num_blocks} of {peer.block_bytes}"
+            )
+        if block_bytes != self._memory.block_bytes:
+            raise TransferFailed(
+                f"peer {peer.name} has blocks of {block_bytes} bytes, "
+                f"here they have {self._memory.block_bytes}"
+            )
+        self._call(lambda: self._add(peer))
 
     def remove_peer(self, incarnation: bytes) -> None:
         """See Transport.remove_peer: done on the transport's thread."""
@@ -243,19 +288,17 @@ class ThreadedTransport:
         self.stats.notifications += 1
         self._news = True
 
-    def _count_blocks(self, blocks: int, runs: int, block_bytes: int) -> None:
-        self.stats.reads += 1
-        self.stats.blocks += blocks
-        self.stats.descriptors += runs
-        self.stats.bytes += blocks * block_bytes
-
-    # What a subclass does.
-
-    def _open(self) -> None:
-        raise NotImplementedError
-
     def _remove(self, incarnation: bytes) -> None:
-        raise NotImplementedError
+        if peer := self._peers.get(incarnation):
+            peer.removed = True
+            self._settle_peer(peer)
+
+    def _peer(self, incarnation: bytes) -> P:
+        peer = self._peers.get(incarnation)
+        if peer is None or peer.removed:
+            raise TransferFailed(f"peer {incarnation.hex()} is unknown")
+        self._check_peer(peer)
+        return peer
 
     def _begin_blocks(
         self,
@@ -264,11 +307,61 @@ class ThreadedTransport:
         remote_ids: Sequence[int],
         local_ids: Sequence[int],
     ) -> None:
-        raise NotImplementedError
+        peer = self._peer(incarnation)
+        check_ids(remote_ids, peer.num_blocks, "remote")
+        check_ids(local_ids, self._memory.num_blocks, "local")
+        if len(remote_ids):
+            self._read(handle, peer, merge_runs(remote_ids, local_ids))
+        else:
+            self._finish(handle)
+
+    def _end_read(self, handle: Handle, runs: Runs) -> None:
+        """The blocks of these runs are here."""
+        blocks = int(runs.length.sum())
+        self.stats.reads += 1
+        self.stats.blocks += blocks
+        self.stats.descriptors += len(runs)
+        self.stats.bytes += blocks * self._memory.block_bytes
+        self._finish(handle)
 
     def _begin_fence(
         self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> None:
+        peer = self._peer(incarnation)
+        check_ids(remote_ids, peer.num_blocks, "remote")
+        self._fence(handle, peer, remote_ids, notify)
+
+    def _end_fence(self, handle: Handle, generations: Generations) -> None:
+        handle.generations = generations
+        self.stats.fences += 1
+        self._finish(handle)
+
+    # What a subclass does.
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _described(self, incarnation: bytes, info: bytes) -> P:
+        """The peer as its `info` describes it, on the caller's thread. Raises TransferFailed."""
+        raise NotImplementedError
+
+    def _add(self, peer: P) -> None:
+        """Makes its pool readable, or raises TransferFailed."""
+        raise NotImplementedError
+
+    def _check_peer(self, peer: P) -> None:
+        """Raises TransferFailed for a known peer that is lost."""
+
+    def _settle_peer(self, peer: P) -> None:
+        """Forgets a peer that is removed as soon as nothing is under way with it."""
+        raise NotImplementedError
+
+    def _read(self, handle: Handle, peer: P, runs: Runs) -> None:
+        """Begins what ends with `_end_read` or `_fail`."""
+        raise NotImplementedError
+
+    def _fence(self, handle: Handle, peer: P, remote_ids: Sequence[int], notify: bytes) -> None:
+        """Begins what ends with `_end_fence` or `_fail`."""
         raise NotImplementedError
 
     def _progress(self) -> float | None:
@@ -283,23 +376,6 @@ class ThreadedTransport:
 
     def _shut(self) -> None:
         raise NotImplementedError
-
-
-def check_pools(
-    incarnation: bytes, told: tuple[int, int], described: tuple[int, int], own_block_bytes: int
-) -> None:
-    """Raises TransferFailed where a peer's transport and its description differ in (blocks, bytes
-    of each), or its blocks from this worker's in bytes."""
-    if told != described:
-        raise TransferFailed(
-            f"peer {incarnation.hex()} describes {described[0]} blocks of {described[1]} bytes, "
-            f"its transport {told[0]} of {told[1]}"
-        )
-    if described[1] != own_block_bytes:
-        raise TransferFailed(
-            f"peer {incarnation.hex()} has blocks of {described[1]} bytes, "
-            f"here they have {own_block_bytes}"
-        )
 
 
 def wait_for(handle: Handle, timeout_s: float, what: str) -> float:

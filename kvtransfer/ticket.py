@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
+from typing import Any
 
 from crossdock.proto.errors import LayoutMismatch, TransferFailed
 from crossdock.proto.v1.worker_pb2 import Ticket
@@ -24,33 +24,11 @@ def new_incarnation() -> bytes:
     return secrets.token_bytes(INCARNATION_BYTES)
 
 
-def make_ticket(
-    *,
-    key: bytes,
-    prefill_worker: str,
-    prefill_address: str,
-    incarnation: bytes,
-    block_ids: Sequence[int],
-    generations: Sequence[int],
-    num_tokens: int,
-    prompt_hash: bytes,
-    layout_hash: bytes,
-    lease_s: float,
-) -> Ticket:
-    """A signed ticket with a fresh random id. `lease_s` in seconds, `prompt_hash` as
-    BlockHasher.prompt makes it of the prompt's `num_tokens` tokens."""
-    ticket = Ticket(
-        ticket_id=secrets.token_bytes(TICKET_ID_BYTES),
-        prefill_worker=prefill_worker,
-        prefill_address=prefill_address,
-        incarnation=incarnation,
-        block_ids=[int(block_id) for block_id in block_ids],
-        generations=[int(generation) for generation in generations],
-        num_tokens=num_tokens,
-        prompt_hash=prompt_hash,
-        layout_hash=layout_hash,
-        lease_ms=round(lease_s * 1000),
-    )
+def make_ticket(key: bytes, *, lease_s: float, **fields: Any) -> Ticket:
+    """A signed ticket of these fields (see worker_pb2.Ticket) with a fresh random id. `lease_s` in
+    seconds, `prompt_hash` as BlockHasher.prompt makes it of the prompt's `num_tokens` tokens."""
+    ticket_id = secrets.token_bytes(TICKET_ID_BYTES)
+    ticket = Ticket(ticket_id=ticket_id, lease_ms=round(lease_s * 1000), **fields)
     sign(ticket, key)
     return ticket
 

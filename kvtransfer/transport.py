@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,9 @@ import numpy.typing as npt
 from crossdock.proto.memory import Generations as Generations
 from crossdock.proto.memory import MemoryType as MemoryType
 from crossdock.proto.memory import PoolMemory as PoolMemory
+
+# What holds a KV pool: uint8 [bytes], int64 [num_blocks] generations, and what gives both back.
+PoolBuffers = tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]
 
 
 class HandleState(enum.Enum):
@@ -150,7 +153,6 @@ class Runs:
     remote: npt.NDArray[np.int64]  # [runs] first block of each
     local: npt.NDArray[np.int64]  # [runs]
     length: npt.NDArray[np.int64]  # [runs] blocks
-    order: npt.NDArray[np.int64] = field(repr=False)  # [blocks] ids[order] is ascending
 
     def __len__(self) -> int:
         return len(self.length)
@@ -165,7 +167,7 @@ def merge_runs(remote_ids: Sequence[int], local_ids: Sequence[int] | Generations
     breaks = np.flatnonzero((np.diff(remote) != 1) | (np.diff(local) != 1)) + 1
     starts = np.concatenate(([0], breaks)).astype(np.int64) if len(remote) else breaks
     length = np.diff(np.append(starts, len(remote)))
-    return Runs(remote[starts], local[starts], length, order)
+    return Runs(remote[starts], local[starts], length)
 
 
 def check_ids(ids: Sequence[int] | Generations, num_blocks: int, what: str) -> None:

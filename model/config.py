@@ -26,19 +26,12 @@ ROPE_TYPES = {  # and what each needs to be told
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """How one architecture differs from plain Llama."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True),
+# How each architecture differs from plain Llama.
+FAMILIES: Mapping[str, Mapping[str, bool]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
 }
 
 
@@ -103,7 +96,7 @@ def load_config(files: ModelFiles) -> ModelConfig:
 
 def _from_hf(folder: Path) -> ModelConfig:
     path = folder / "config.json"
-    raw = _Fields(_read_json(path), path)
+    raw = _Fields(read_json(path), path)
     for field in ("quantization_config", "compression_config"):
         if how := raw.get(field):
             method = how.get("quant_method") or how.get("format") if isinstance(how, dict) else how
@@ -116,7 +109,6 @@ def _from_hf(folder: Path) -> ModelConfig:
         raise ModelError(
             f"{path}: model_type {architecture!r} is not supported; one of {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[architecture]
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{path}: hidden_act must be silu")
     for field in ("mlp_bias", "attention_bias"):
@@ -127,7 +119,7 @@ def _from_hf(folder: Path) -> ModelConfig:
     rope_theta, rope_scaling = _hf_rope(raw)
     window, window_from = _hf_window(raw, architecture, layers)
     generation_path = folder / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.exists() else {}
+    generation = read_json(generation_path) if generation_path.exists() else {}
     return ModelConfig(
         architecture=architecture,
         vocab_size=raw.integer("vocab_size"),
@@ -142,8 +134,7 @@ def _from_hf(folder: Path) -> ModelConfig:
         rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         context_length=raw.integer("max_position_embeddings"),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
+        **FAMILIES[architecture],
         sliding_window=window,
         sliding_window_from=window_from,
         eos_token_ids=_union(raw.get("eos_token_id"), generation.get("eos_token_id")),
@@ -186,7 +177,6 @@ def _from_gguf(gguf: GGUFFile) -> ModelConfig:
             f"{gguf.path}: general.architecture {architecture!r} is not supported; "
             f"one of {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[architecture]
 
     def field(name: str, default: Any = None) -> Any:
         key = f"{architecture}.{name}"
@@ -212,8 +202,7 @@ def _from_gguf(gguf: GGUFFile) -> ModelConfig:
         rms_norm_eps=float(field("attention.layer_norm_rms_epsilon")),
         tie_word_embeddings="output.weight" not in gguf.tensors,
         context_length=int(field("context_length")),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
+        **FAMILIES[architecture],
         sliding_window=int(field("attention.sliding_window", 0)) or None,
         eos_token_ids=_union(*(gguf.metadata.get(f"tokenizer.ggml.{key}") for key in eos_keys)),
         dtype="float16",
@@ -254,7 +243,8 @@ def _union(*values: int | list[int] | None) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ModelError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

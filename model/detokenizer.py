@@ -5,26 +5,10 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-
-class Pieces(Protocol):
-    """The bytes behind token ids."""
-
-    @property
-    def strips_first_space(self) -> bool:
-        """Whether a text's first space belongs to the tokenizer and is not shown."""
-
-    def of(self, token_id: int, skip_special: bool) -> bytes:
-        """UTF-8, maybe part of a character; empty for a special token that is skipped."""
-
-
-class Tokens(Protocol):
-    """What is needed of a text model."""
-
-    @property
-    def pieces(self) -> Pieces:
-        """The bytes of each token of this vocabulary."""
+if TYPE_CHECKING:
+    from crossdock.model.text import TextModel
 
 
 @dataclass(frozen=True)
@@ -47,7 +31,7 @@ class IncrementalDetokenizer:
 
     def __init__(
         self,
-        text_model: Tokens,
+        text_model: TextModel,
         prompt_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,

@@ -151,18 +151,12 @@ def _add_whole_tokens(tokenizer: Tokenizer, gguf: GGUFFile) -> None:
     """Control tokens, and those the file calls user defined, are matched whole in a text."""
     types = gguf.metadata.get("tokenizer.ggml.token_type", ())
     tokens = gguf.require("tokenizer.ggml.tokens")
-    control = [
-        AddedToken(token, special=True, normalized=False)
-        for token, type_ in zip(tokens, types)
-        if type_ == _CONTROL
-    ]
-    user_defined = [
-        AddedToken(token, special=False, normalized=False)
-        for token, type_ in zip(tokens, types)
-        if type_ == _USER_DEFINED
-    ]
-    tokenizer.add_special_tokens(control)
-    tokenizer.add_tokens(user_defined)
+    for kind, add in (
+        (_CONTROL, tokenizer.add_special_tokens),
+        (_USER_DEFINED, tokenizer.add_tokens),
+    ):
+        whole = [token for token, type_ in zip(tokens, types) if type_ == kind]
+        add([AddedToken(token, special=kind == _CONTROL, normalized=False) for token in whole])
 
 
 def _special_tokens(gguf: GGUFFile) -> dict[str, str]:

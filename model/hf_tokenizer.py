@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from crossdock.model.config import read_json
 from crossdock.model.tokenizer_parts import TokenizerParts, surround
 from crossdock.proto.errors import ModelError
 
@@ -28,8 +28,11 @@ def read_hf_tokenizer(folder: Path) -> TokenizerParts:
         raise ModelError(f"{path}: not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = _read_json(folder / "tokenizer_config.json")
-    special = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
+    named, config = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json")
+    )
+    special = _special_tokens(named | config)
     if "add_bos_token" in config or "add_eos_token" in config:
         before = special.get("bos_token") if config.get("add_bos_token") else None
         after = special.get("eos_token") if config.get("add_eos_token") else None
@@ -53,17 +56,15 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Templates by name; a chat_template.jinja file goes before tokenizer_config.json."""
     templates: dict[str, str] = {}
-    given = config.get("chat_template")
+    path, given = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(given, str):
         templates["default"] = given
     elif isinstance(given, list):
         try:
             templates = {str(item["name"]): str(item["template"]) for item in given}
         except (KeyError, TypeError) as error:
-            path = folder / "tokenizer_config.json"
             raise ModelError(f"{path}: chat_template: an item has no {error}") from error
     elif given is not None:
-        path = folder / "tokenizer_config.json"
         raise ModelError(f"{path}: chat_template: neither text nor a list")
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
@@ -72,15 +73,3 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         except (OSError, ValueError) as error:
             raise ModelError(f"{jinja}: {error}") from error
     return templates
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds {type(value).__name__}, not an object")
-    return value

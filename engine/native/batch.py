@@ -31,10 +31,6 @@ class Batch:
         """Tokens of the step, one row each."""
         return len(self.token_ids)
 
-    def last_position(self, chunk: int) -> int:
-        """Position in its sequence of a chunk's last token."""
-        return int(self.positions[self.chunk_start[chunk] + self.chunk_length[chunk] - 1])
-
 
 def make_batch(
     plan: StepPlan, block_size: int, num_blocks: int, every_token: bool = False
@@ -46,18 +42,13 @@ def make_batch(
         raise ValueError("a step needs at least one chunk")
     tables = [chunk.sequence.block_table for chunk in chunks]
     for chunk, table in zip(chunks, tables):
-        end = chunk.start + chunk.length
-        if chunk.length < 1 or chunk.start < 0 or end > chunk.sequence.num_tokens:
-            raise ValueError(
-                f"sequence {chunk.sequence.sequence_id}: tokens {chunk.start} to {end} "
-                f"of {chunk.sequence.num_tokens}"
-            )
+        where, start, end = f"sequence {chunk.sequence.sequence_id}", chunk.start, chunk.end
+        if chunk.length < 1 or start < 0 or end > chunk.sequence.num_tokens:
+            raise ValueError(f"{where}: tokens {start} to {end} of {chunk.sequence.num_tokens}")
         if end > len(table) * block_size:
-            raise ValueError(
-                f"sequence {chunk.sequence.sequence_id}: {len(table)} blocks of {block_size} "
-                f"tokens do not hold {end} tokens"
-            )
-    used = [-(-(chunk.start + chunk.length) // block_size) for chunk in chunks]
+            blocks = f"{len(table)} blocks of {block_size} tokens"
+            raise ValueError(f"{where}: {blocks} do not hold {end} tokens")
+    used = [-(-chunk.end // block_size) for chunk in chunks]
     block_tables = np.zeros((len(chunks), max(used)), dtype=np.int32)
     for row, table, count in zip(block_tables, tables, used):
         row[:count] = table[:count]
@@ -69,14 +60,11 @@ def make_batch(
     chunk_of_row = np.repeat(np.arange(len(chunks)), lengths)
     first = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     positions = np.arange(int(lengths.sum())) - np.repeat(starts - first, lengths)
-    token_ids = np.empty(len(positions), dtype=np.int64)
-    for chunk, start in zip(chunks, starts):
-        ids = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]
-        token_ids[start : start + chunk.length] = ids
+    token_ids = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
     wanted = np.array([chunk.sample for chunk in chunks])
     sampled = np.arange(len(positions)) if every_token else (starts + lengths - 1)[wanted]
     return Batch(
-        token_ids=token_ids,
+        token_ids=np.concatenate(token_ids, dtype=np.int64),
         positions=positions,
         blocks=block_tables[chunk_of_row, positions // block_size].astype(np.int64),
         offsets=positions % block_size,

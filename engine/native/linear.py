@@ -18,7 +18,6 @@ class Linear(Protocol):
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual + self(x); `residual` is given up: the result may lie in its memory."""
-        ...
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:

@@ -22,11 +22,7 @@ from crossdock.proto.types import SamplingParams
 if TYPE_CHECKING:
     from crossdock.model.store import ModelFiles
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 WARMUP_TOKENS = 32
 

@@ -28,19 +28,13 @@ from crossdock.kvtransfer.nccl.channel import Channel, Frame, Kind
 from crossdock.kvtransfer.nccl.communicator import Communicators
 from crossdock.kvtransfer.nccl.link import OWNER, READER, Link, Rank, Request
 from crossdock.kvtransfer.threaded import (
+    Peer,
     ThreadedTransport,
-    check_pools,
     polling_pause,
     reason_of,
     wait_for,
 )
-from crossdock.kvtransfer.transport import (
-    Generations,
-    Handle,
-    PoolMemory,
-    check_ids,
-    merge_runs,
-)
+from crossdock.kvtransfer.transport import Generations, Handle, PoolMemory, Runs, merge_runs
 from crossdock.proto.errors import TransferFailed
 
 log = logging.getLogger(__name__)
@@ -54,19 +48,16 @@ _abandoned: list[object] = []  # what a stream still used when its transport was
 
 
 @dataclass(eq=False)
-class _Peer:
-    """Whom this transport reads from. Its link comes and goes."""
+class _Peer(Peer):
+    """Its link comes and goes."""
 
-    incarnation: bytes
     address: messages.Address
-    num_blocks: int
     link: Link | None = None
-    removed: bool = False
     lost: str = ""
     retry_at: float = 0.0
 
 
-class NcclTransport(ThreadedTransport):
+class NcclTransport(ThreadedTransport[_Peer]):
     """See transport.Transport. Needs GPU memory, and peers on other GPUs.
 
     key: the cluster's; both ends of a connection prove that they know it. host: where peers reach
@@ -89,7 +80,6 @@ class NcclTransport(ThreadedTransport):
         self._key, self._host = key, host
         self._communicators = communicators or communicators_of_nccl()
         self._listener: socket.socket | None = None
-        self._peers: dict[bytes, _Peer] = {}
         self._links: dict[Link, int] = {}  # all, with what the selector watches for
         self._ending: list[tuple[Link, str]] = []  # aborted, not quiet yet
         self._busy_since = 0.0
@@ -103,9 +93,7 @@ class NcclTransport(ThreadedTransport):
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
         """Connects and waits for an answer. Raises TransferFailed: none came, or blocks differ."""
-        address, blocks = messages.parse_info(info, incarnation)
-        check_pools(incarnation, blocks, (num_blocks, block_bytes), self._memory.block_bytes)
-        self._call(lambda: self._add(_Peer(incarnation, address, num_blocks)))
+        super().add_peer(incarnation, info, num_blocks, block_bytes)
         try:
             nothing = self.read_generations(incarnation, [], b"")
             wait_for(nothing, _MEET_S, f"peer {incarnation.hex()} cannot be reached")
@@ -116,7 +104,8 @@ class NcclTransport(ThreadedTransport):
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
         """Makes the pair's communicator, too."""
         handle, start = Handle(), time.perf_counter()
-        self._submit(handle, lambda: self._ask_blocks(handle, self._peer(incarnation), [], []))
+        nothing = merge_runs([], [])
+        self._submit(handle, lambda: self._read(handle, self._peer(incarnation), nothing))
         wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
         return time.perf_counter() - start + super().warm(incarnation, timeout_s)
 
@@ -130,23 +119,18 @@ class NcclTransport(ThreadedTransport):
         self._listener.listen(128)
         self._selector.register(self._listener, selectors.EVENT_READ)
 
+    def _described(self, incarnation: bytes, info: bytes) -> _Peer:
+        address, blocks = messages.parse_info(info, incarnation)
+        return _Peer(incarnation, *blocks, address)
+
     def _add(self, peer: _Peer) -> None:
         known = self._peers.get(peer.incarnation)
-        if known is not None and (known.address, known.num_blocks) == (
-            peer.address,
-            peer.num_blocks,
-        ):
+        if known and (known.address, known.num_blocks) == (peer.address, peer.num_blocks):
             known.removed, known.retry_at = False, 0.0
             return
-        if known is not None and known.link is not None:
+        if known and known.link is not None:
             self._end(known.link, "the peer is described anew")
         self._peers[peer.incarnation] = peer
-
-    def _remove(self, incarnation: bytes) -> None:
-        peer = self._peers.get(incarnation)
-        if peer is not None:
-            peer.removed = True
-            self._settle_peer(peer)
 
     def _settle_peer(self, peer: _Peer) -> None:
         """Forgets a removed peer once nothing is under way with it."""
@@ -155,13 +139,9 @@ class NcclTransport(ThreadedTransport):
             if peer.link is not None:
                 self._end(peer.link, "not needed any more")
 
-    def _peer(self, incarnation: bytes) -> _Peer:
-        peer = self._peers.get(incarnation)
-        if peer is None or peer.removed:
-            raise TransferFailed(f"peer {incarnation.hex()} is unknown")
+    def _check_peer(self, peer: _Peer) -> None:
         if peer.link is None and time.monotonic() < peer.retry_at:
-            raise TransferFailed(f"peer {incarnation.hex()} is lost: {peer.lost}")
-        return peer
+            raise TransferFailed(f"peer {peer.name} is lost: {peer.lost}")
 
     def _link(self, peer: _Peer) -> Link:
         if peer.link is None:
@@ -214,52 +194,28 @@ class NcclTransport(ThreadedTransport):
 
     # On the transport's thread: what this worker asks.
 
-    def _begin_blocks(
-        self,
-        handle: Handle,
-        incarnation: bytes,
-        remote_ids: Sequence[int],
-        local_ids: Sequence[int],
-    ) -> None:
-        """Asks the owner, and posts the receives once it says that it sends."""
-        peer = self._peer(incarnation)
-        if len(remote_ids) == 0:
-            self._finish(handle)
-        else:
-            self._ask_blocks(handle, peer, remote_ids, local_ids)
-
-    def _ask_blocks(
-        self, handle: Handle, peer: _Peer, remote_ids: Sequence[int], local_ids: Sequence[int]
-    ) -> None:
-        """Without ids it is the communicator alone that is made."""
-        check_ids(remote_ids, peer.num_blocks, "remote")
-        check_ids(local_ids, self._memory.num_blocks, "local")
-        runs = merge_runs(remote_ids, local_ids)
-        local = np.column_stack((runs.local, runs.length))
+    def _read(self, handle: Handle, peer: _Peer, runs: Runs) -> None:
+        """Asks the owner, and posts the receives once it says that it sends. Without runs it is
+        the communicator alone that is made."""
 
         def done(_: Generations | None) -> None:
             if len(runs):
-                self._count_blocks(len(remote_ids), len(runs), self._memory.block_bytes)
-            self._finish(handle)
+                self._end_read(handle, runs)
+            else:
+                self._finish(handle)
 
-        request = Request(handle, done, self._spans(local))
+        request = Request(handle, done, self._spans(np.column_stack((runs.local, runs.length))))
         self._link(peer).ask(request, Kind.READ, messages.pack_read(runs), time.monotonic())
 
-    def _begin_fence(
-        self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
-    ) -> None:
+    def _fence(self, handle: Handle, peer: _Peer, remote_ids: Sequence[int], notify: bytes) -> None:
         """Asks over TCP; the owner's thread answers with the counters as they stand then."""
-        peer = self._peer(incarnation)
-        check_ids(remote_ids, peer.num_blocks, "remote")
         body = messages.pack_fence(notify, remote_ids)
 
         def done(generations: Generations | None) -> None:
             if generations is None or len(generations) != len(remote_ids):
                 self._fail(handle, "the peer answered with other generations than asked for")
-                return
-            handle.generations = generations
-            self.stats.fences += 1
-            self._finish(handle)
+            else:
+                self._end_fence(handle, generations)
 
         self._link(peer).ask(Request(handle, done), Kind.FENCE, body, time.monotonic())
 
@@ -274,14 +230,10 @@ class NcclTransport(ThreadedTransport):
         """Raises TransferFailed for what only a broken peer sends."""
         kind, number, body = frame
         if link.rank == OWNER:
-            if kind == Kind.MEET:
-                link.meet(body, time.monotonic())
-            elif kind == Kind.READ:
-                self._give_blocks(link, number, body)
-            elif kind == Kind.FENCE:
-                self._give_generations(link, number, body)
-            else:
-                raise TransferFailed(f"the reader sent a message of kind {kind}")
+            try:
+                self._serve(link, frame)
+            except ValueError as error:
+                link.channel.send(Kind.REFUSED, number, str(error).encode())
         elif kind == Kind.SENDING:
             link.receive(number)
         elif kind == Kind.GENERATIONS:
@@ -293,24 +245,22 @@ class NcclTransport(ThreadedTransport):
         else:
             raise TransferFailed(f"the owner of the blocks sent a message of kind {kind}")
 
-    def _give_blocks(self, link: Link, number: int, body: bytes) -> None:
-        try:
+    def _serve(self, link: Link, frame: Frame) -> None:
+        """Raises ValueError for what the pool does not have."""
+        kind, number, body = frame
+        if kind == Kind.MEET:
+            link.meet(body, time.monotonic())
+        elif kind == Kind.READ:
             runs = messages.parse_read(body, self._memory.num_blocks)
-        except ValueError as error:
-            link.channel.send(Kind.REFUSED, number, str(error).encode())
-            return
-        link.give(number, self._spans(runs), time.monotonic())
-
-    def _give_generations(self, link: Link, number: int, body: bytes) -> None:
-        try:
+            link.give(number, self._spans(runs), time.monotonic())
+        elif kind == Kind.FENCE:
             notify, ids = messages.parse_fence(body, self._memory.num_blocks)
-        except ValueError as error:
-            link.channel.send(Kind.REFUSED, number, str(error).encode())
-            return
-        found = messages.pack_generations(self._memory.generations[ids])
-        if notify:
-            self._notified(notify)
-        link.channel.send(Kind.GENERATIONS, number, found)
+            found = messages.pack_generations(self._memory.generations[ids])
+            if notify:
+                self._notified(notify)
+            link.channel.send(Kind.GENERATIONS, number, found)
+        else:
+            raise TransferFailed(f"the reader sent a message of kind {kind}")
 
     # On the transport's thread: turning.
 

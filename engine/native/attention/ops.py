@@ -5,7 +5,6 @@ Two rooms implement it: torch_ops (any device) and numba_ops (float32 on a CPU).
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Protocol
 
 import torch
@@ -23,7 +22,6 @@ class StepOps(Protocol):
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm over the last dimension."""
-        ...
 
     def store(
         self,
@@ -35,19 +33,15 @@ class StepOps(Protocol):
         """Normalizes (where weights are given) and rotates the queries of qkv
         [T, (heads + 2 kv_heads) * head_dim] in place; writes keys, so treated, and values into
         the pool."""
-        ...
 
     def attend(self, layer: int, qkv: torch.Tensor, only_sampled: bool) -> torch.Tensor:
         """Causal attention over the pool after `store` → [T or N, heads * head_dim]."""
-        ...
 
     def finite(self) -> torch.Tensor:
         """After the last `store`: bool [T], whether all KV written for a row is finite."""
-        ...
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [rows, 2 * intermediate] → [rows, intermediate]."""
-        ...
 
 
 class Ops(Protocol):
@@ -76,6 +70,4 @@ def make_ops(
 
 
 def _numba_fits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    if device.type != "cpu" or dtype != torch.float32 or config.head_dim % 16:
-        return False
-    return importlib.util.find_spec("numba") is not None
+    return device.type == "cpu" and dtype == torch.float32 and config.head_dim % 16 == 0

@@ -1,4 +1,4 @@
-"""The step's small operators in plain torch: for GPUs, and for CPUs without numba."""
+"""The step's small operators in plain torch: for GPUs, and what numba_ops does not take."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ class TorchStep:
         ).squeeze(2)
 
     def _attend_chunk(self, layer: int, queries: torch.Tensor, chunk: int) -> torch.Tensor:
-        length, context = len(queries), self._batch.last_position(chunk) + 1
+        length, start = len(queries), self._batch.chunk_start[chunk]
+        context = int(self._batch.positions[start]) + length
         window = self._config.window(layer)
         blocks = -(-context // self._kv.block_size)
         tables = self._tables[chunk : chunk + 1, :blocks]

@@ -5,9 +5,8 @@ Nothing is read before it is asked for, so that a model never lies in memory twi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,10 +15,8 @@ from safetensors import SafetensorError, safe_open
 from crossdock.engine.native.weights.dequantize import dequantize
 from crossdock.model.config import ModelConfig
 from crossdock.model.gguf_file import GGUFFile, gguf_name, open_gguf
+from crossdock.model.store import ModelFiles, weight_files
 from crossdock.proto.errors import ModelError
-
-if TYPE_CHECKING:
-    from crossdock.model.store import ModelFiles
 
 
 class Weights(Protocol):
@@ -28,7 +25,6 @@ class Weights(Protocol):
     def read(self, name: str, out: torch.Tensor) -> None:
         """Fills `out`, a contiguous tensor on the CPU of any float dtype. Raises ModelError naming
         file and tensor when it is missing, unreadable or not of out's shape."""
-        ...
 
 
 def load_weights(files: ModelFiles, config: ModelConfig) -> Weights:
@@ -39,40 +35,29 @@ def load_weights(files: ModelFiles, config: ModelConfig) -> Weights:
 
 
 class SafetensorsWeights:
-    """The shards that model.safetensors.index.json names, or every .safetensors of the folder."""
+    """Of all shards of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._open: dict[Path, safe_open] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            self._files = _read_index(index)
-        else:
-            self._files = {}
-            for path in sorted(folder.glob("*.safetensors")):
-                self._files |= dict.fromkeys(self._shard(path).keys(), path)
         self._folder = folder
+        self._shards: dict[str, tuple[Path, safe_open]] = {}  # by the tensors that they hold
+        for _, path in sorted(weight_files(folder).items()):
+            try:
+                shard = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: truncated or corrupt: {error}") from error
+            self._shards |= dict.fromkeys(shard.keys(), (path, shard))
 
     def read(self, name: str, out: torch.Tensor) -> None:
         """Copies a tensor into `out`, converting its type. Raises ModelError for another shape."""
-        if name not in self._files:
+        if name not in self._shards:
             raise ModelError(f"{self._folder}: tensor {name} is missing")
-        path = self._files[name]
-        shard = self._shard(path)
+        path, shard = self._shards[name]
         try:
             tensor = shard.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{path}: tensor {name}: {error}") from error
         _check(name, tuple(tensor.shape), out, path)
         out.copy_(tensor)
-
-    def _shard(self, path: Path) -> safe_open:
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                reason = "missing" if not path.exists() else f"truncated or corrupt: {error}"
-                raise ModelError(f"{path}: {reason}") from error
-        return self._open[path]
 
 
 class GGUFWeights:
@@ -105,14 +90,6 @@ class GGUFWeights:
         count = heads[parts[2]]
         pairs = rows.reshape(count, len(rows) // count // 2, 2, *rows.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _read_index(path: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {name: path.parent / Path(file_name).name for name, file_name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: not an index of safetensors shards: {error!r}") from error
 
 
 def _check(name: str, shape: tuple[int, ...], out: torch.Tensor, path: Path) -> None:

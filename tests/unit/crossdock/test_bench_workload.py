@@ -122,7 +122,7 @@ def test_a_synthetic_trace_has_the_shape_it_was_asked_for(tmp_path: Path) -> Non
 
 def test_random_prompts_share_the_prefix_and_nothing_else() -> None:
     trace = traces.random_workload(
-        traces.RandomOptions(50, input_tokens=(20, 40), output_tokens=(3, 5), prefix_tokens=10)
+        50, input_tokens=(20, 40), output_tokens=(3, 5), prefix_tokens=10, seed=0
     )
     maker = traces.PromptMaker(trace.block_size)
     prompts = [maker.token_ids(row) for row in trace.requests]
