@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import grpc
 
 from crossdock.deploy.reconcile import Member, State
-from crossdock.deploy.runtime import Launch, Process, ProcessGone, Started, StartFailed
+from crossdock.deploy.runtime import (
+    CannotStart,
+    Launch,
+    Process,
+    ProcessGone,
+    Started,
+    StartFailed,
+)
 from crossdock.proto.channels import internal
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.worker.config import WorkerConfig
@@ -169,7 +176,7 @@ class Watched:
         except TimeoutError:
             self._lost(f"not ready within {self._settings.start_timeout_s:g} s")
         except (StartFailed, ProcessGone) as error:
-            self.hopeless = error.hopeless
+            self.hopeless = isinstance(error, CannotStart)
             self._lost(str(error))
         except Exception as error:
             log.exception("starting %s", self.name)

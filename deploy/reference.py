@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
-from crossdock.deploy.spec import ClusterSpec, type_hints
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.worker.config import ENGINES, EngineSettings, settings_of
 
 BEGIN = "<!-- reference: made by crossdock.deploy.reference; edit deploy/spec.py instead -->"
@@ -39,7 +39,7 @@ def with_reference(document: str) -> str:
 
 
 def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Field[Any], Any]]:
-    hints = type_hints(kind)
+    hints = get_type_hints(kind)
     for about in sorted(fields(kind), key=_as_written):
         path, hint = prefix + about.name, hints[about.name]
         entry = get_args(hint)[1] if get_origin(hint) is not None else None

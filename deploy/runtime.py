@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from crossdock.deploy.reconcile import GATEWAY_ROLE, Target
-from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
+from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec, plain
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.settings import given
 from crossdock.proto.types import Role, WorkerEndpoint
@@ -36,9 +36,9 @@ class Launch:
     role: str
     revision: str
     placement: Placement
+    telemetry: Mapping[str, str]
     worker: WorkerConfig | None = None
     gateway: Mapping[str, Any] | None = field(default=None, repr=False)
-    telemetry: Mapping[str, str] | None = None
     host: str = ""  # that a worker listens on; its node's address where empty
 
     @property
@@ -130,19 +130,13 @@ def fixed_addresses(*addresses: str) -> frozenset[str]:
 class ProcessGone(Exception):
     """The process ended; the text says how."""
 
-    hopeless = False
-
 
 class StartFailed(Exception):
     """The process came up but could not serve; the text says why."""
 
-    hopeless = False
-
 
 class CannotStart(StartFailed):
     """A setting, the model or Ray's refusal is why: trying again does not help."""
-
-    hopeless = True
 
 
 def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: bytes) -> Launch:
@@ -158,36 +152,21 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
         gpus=pool.resources.gpus,
         threads=pool.engine_threads,
         revision=revision,
-        telemetry=_telemetry(spec),
         **given(spec.model),
         **given(spec.kv),
         **given(pool),
     )
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
     env |= {f"UCX_{name}": value for name, value in spec.kv.ucx.items()}
-    placement = Placement(
-        cpus=pool.resources.cpus,
-        gpus=pool.resources.gpus,
-        memory_mb=pool.resources.memory_mb,
-        custom=dict(pool.resources.custom),
-        labels=dict(pool.nodes.labels),
-        env=env,
-    )
-    return Launch(
-        name, pool_name, pool.role, revision, placement, worker=config, telemetry=_telemetry(spec)
-    )
-
-
-def _telemetry(spec: ClusterSpec) -> dict[str, str] | None:
-    if spec.telemetry.exporter == "none":
-        return None
-    return {"exporter": spec.telemetry.exporter, "endpoint": spec.telemetry.endpoint}
+    placement = Placement(**plain(pool.resources), labels=dict(pool.nodes.labels), env=env)
+    traces = plain(spec.telemetry)
+    return Launch(name, pool_name, pool.role, revision, placement, traces, worker=config)
 
 
 def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes) -> Launch:
     """How gateway `index` is started. It gets no more of the key than block hashes need."""
     grpc, http = spec.gateway_addresses(index)
-    limits = spec.gateway.limits
+    limits = plain(spec.gateway.limits)
     settings = {
         "name": name,
         "model": spec.model.id,
@@ -196,21 +175,11 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         "http": http,
         "policy": spec.gateway.policy,
         "block_size": spec.kv.block_size,
-        "max_body_bytes": int(limits.max_body_mb * 1_000_000),
-        "max_active": limits.max_active,
-        "max_active_per_tenant": limits.max_active_per_tenant,
-        "request_timeout_s": limits.request_timeout_s,
-        "worker_wait_s": limits.worker_wait_s,
-        "slo": {"ttft_ms": spec.slo.ttft_ms, "tpot_ms": spec.slo.tpot_ms},
+        "max_body_bytes": int(limits.pop("max_body_mb") * 1_000_000),
+        **limits,
+        "slo": plain(spec.slo),
     }
     labels = dict(spec.gateway.nodes.labels)
     placement = Placement(labels=labels, on_head=not labels, env={"OMP_NUM_THREADS": "1"})
-    return Launch(
-        name,
-        GATEWAY_POOL,
-        GATEWAY_POOL,
-        spec.gateway_revision(),
-        placement,
-        gateway=settings,
-        telemetry=_telemetry(spec),
-    )
+    revision, traces = spec.gateway_revision(), plain(spec.telemetry)
+    return Launch(name, GATEWAY_POOL, GATEWAY_ROLE, revision, placement, traces, gateway=settings)

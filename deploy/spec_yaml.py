@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from crossdock.deploy.spec import ClusterSpec, type_hints
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.proto.errors import ConfigError
 from crossdock.worker.config import EngineSettings, settings_of
 
@@ -92,7 +92,7 @@ class _Reader:
 
     def _record(self, node: yaml.Node, kind: type, path: str) -> Any:
         known = {about.name: about for about in fields(kind)}
-        hints = type_hints(kind)
+        hints = get_type_hints(kind)
         given: dict[str, Any] = {}
         for key, value in self._entries(node, path):
             if key not in known:

@@ -69,7 +69,6 @@ class WorkerConfig(EngineConfig):
     port: int = 0
     revision: str = ""
     node_id: str = ""
-    telemetry: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)

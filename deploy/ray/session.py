@@ -17,7 +17,7 @@ LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one fo
 VITAL = ("gcs_server", "raylet")  # of Ray's own processes: no cluster without them
 
 
-def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool = False) -> None:
+def start_ray(address: str, object_store_mb: int, temp_dir: str) -> None:
     """Joins the Ray cluster at `address`, or starts one on this machine under `temp_dir`.
 
     Raises Unavailable when it can't be joined, or can't write to the home folder.
@@ -33,7 +33,7 @@ def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool =
     try:
         with _own_sigterm():
             ray.init(
-                address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **options
+                address or "local", log_to_driver=False, logging_level=logging.ERROR, **options
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         doing = f"join {address!r}" if address else "start a local Ray"
