@@ -13,6 +13,7 @@ import typer
 
 from crossdock.bench.metrics import explain
 from crossdock.proto.errors import InvalidRequest
+from crossdock.tables import table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -204,11 +205,9 @@ def show_report(report: BenchReport, console: Console) -> None:
     )
     for total in totals:
         summary.add_row(*total)
-    spread = Table("latency", title="of requests that succeeded", title_justify="left")
-    for name in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max"):
-        spread.add_column(name, justify="right")
-    for latency in latencies:
-        spread.add_row(*latency)
+    columns = ("mean", *(f"p{percent}" for percent in PERCENTILES), "max")
+    title = "of requests that succeeded"
+    spread = table(title, ("latency", *columns), latencies, figures=columns)
     console.print(summary)
     console.print(spread)
     for kind, seen in count_errors(report.run.records).items():

@@ -129,24 +129,24 @@ class ModelInfo:
 
 def read_chunk(message: pb.GenerateResponse) -> Chunk:
     """A piece of a stream from its message."""
-    usage = _read(Usage, message.usage) if message.HasField("usage") else None
-    return _read(Chunk, message, usage=usage, **_continuation(message))
+    usage = read_as(Usage, message.usage) if message.HasField("usage") else None
+    return read_as(Chunk, message, usage=usage, **_continuation(message))
 
 
 def read_result(message: pb.GenerateUnaryResponse) -> Result:
     """A whole answer from its message."""
     messages = sorted(message.completions, key=lambda each: each.index)
-    completions = tuple(_read(Completion, each, **_continuation(each)) for each in messages)
-    return _read(Result, message, completions=completions, usage=_read(Usage, message.usage))
+    completions = tuple(read_as(Completion, each, **_continuation(each)) for each in messages)
+    return read_as(Result, message, completions=completions, usage=read_as(Usage, message.usage))
 
 
 def read_models(message: pb.ListModelsResponse) -> list[ModelInfo]:
     """The models from their message."""
-    return [_read(ModelInfo, model) for model in message.models]
+    return [read_as(ModelInfo, model) for model in message.models]
 
 
-def _read(kind: type[T], message: Any, **known: Any) -> T:
-    """A `kind` of which `message` has every field by its name, but for those that are known."""
+def read_as(kind: type[T], message: Any, **known: Any) -> T:
+    """A `kind`, a dataclass, whose fields `message` has by their names, but for the known ones."""
     names = (about.name for about in fields(kind))  # type: ignore[arg-type]
     return kind(**{name: getattr(message, name) for name in names if name not in known}, **known)
 
@@ -163,9 +163,9 @@ def _continuation(message: pb.GenerateResponse | pb.Completion) -> dict[str, Any
 
 def _timings(message: pb.Timings) -> Timings:
     events = {name: getattr(message, name) for name in LIFE_CYCLE if message.HasField(name)}
-    return _read(Timings, message, events=events)
+    return read_as(Timings, message, events=events)
 
 
 def _logprobs(message: pb.TokenLogprobs) -> TokenLogprobs:
     top = tuple((other.token_id, other.logprob) for other in message.top)
-    return _read(TokenLogprobs, message.chosen, top=top)
+    return read_as(TokenLogprobs, message.chosen, top=top)
