@@ -149,8 +149,13 @@ class Watched:
         self, check_integrity: bool = False, timeout_s: float = 3.0
     ) -> worker_pb2.WorkerStatus | None:
         """What the worker says of itself; None when it does not answer in time."""
+        assert self.started is not None
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self.started.address, internal())
+        stub = worker_pb2_grpc.WorkerStub(self._channel)
+        request = worker_pb2.GetStatusRequest(check_integrity=check_integrity)
         try:
-            return await self._get_status(check_integrity, timeout_s)
+            answer: worker_pb2.WorkerStatus = await stub.GetStatus(request, timeout=timeout_s)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, OSError):
             return None
         except asyncio.CancelledError:
@@ -158,15 +163,6 @@ class Watched:
             if task is not None and task.cancelling():
                 raise
             return None  # gRPC's word for a channel that was closed meanwhile: the worker is lost
-
-    async def _get_status(self, check_integrity: bool, timeout_s: float) -> worker_pb2.WorkerStatus:
-        assert self.started is not None
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.started.address, internal())
-        stub = worker_pb2_grpc.WorkerStub(self._channel)
-        request = worker_pb2.GetStatusRequest(check_integrity=check_integrity)
-        answer = await stub.GetStatus(request, timeout=timeout_s)
-        assert isinstance(answer, worker_pb2.WorkerStatus)
         return answer
 
     async def _start(self) -> None:

@@ -19,9 +19,10 @@ Rules, in the order they are applied:
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_BACKOFF_S = 30.0
@@ -269,7 +270,8 @@ class _Plan:
         if slot is None:
             return
         lost = self.losses.get(target.pool, Losses()).places
-        name = next((n for n in lost if n not in self.used), _free_name(target.pool, self.used))
+        fresh = (f"{target.pool}-{index}" for index in itertools.count())
+        name = next(n for n in itertools.chain(lost, fresh) if n not in self.used)
         self.used.add(name)
         self.held[name] = target.slots[slot] if target.slots else frozenset()
         self.live[target.pool].append(
@@ -289,11 +291,3 @@ class _Plan:
     def _stop(self, member: Member, reason: str) -> None:
         del self.held[member.name]
         self.actions.append(Action(Do.STOP, member.name, member.pool, reason))
-
-
-def _free_name(pool: str, used: Iterable[str]) -> str:
-    taken = set(used)
-    index = 0
-    while f"{pool}-{index}" in taken:
-        index += 1
-    return f"{pool}-{index}"
