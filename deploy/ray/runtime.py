@@ -120,8 +120,7 @@ class RayRuntime:
 
     def why_waiting(self, launch: Launch) -> str:
         """Why Ray cannot place it now, empty where it can."""
-        nodes = ray.nodes()
-        return placement_problem(launch.placement, nodes)
+        return placement_problem(launch.placement, ray.nodes())
 
 
 def placement_problem(placement: Placement, nodes: Sequence[Mapping[str, Any]]) -> str:
