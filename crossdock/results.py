@@ -49,34 +49,27 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What one message of a stream adds to continuation `index`.
-
-    finish_reason, usage and timings are set in the last chunk of an index.
-    """
-
-    request_id: str
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_reason: str = ""
-    usage: Usage | None = None
-    timings: Timings | None = None
-
-
-@dataclass(frozen=True)
 class Completion:
     """One continuation of the prompt."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | None = None
     stop_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Chunk(Completion):
+    """What one message of a stream adds to continuation `index`.
+
+    finish_reason, usage and timings are set in the last chunk of an index.
+    """
+
+    request_id: str = ""
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)

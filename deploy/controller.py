@@ -21,7 +21,6 @@ from crossdock.deploy.reconcile import (
     Action,
     Do,
     Losses,
-    Member,
     State,
     converged,
     reconcile,
@@ -147,16 +146,13 @@ class Controller:
             self._turned.notify_all()
 
     def _decide(self, spec: ClusterSpec) -> list[Action]:
-        return reconcile(targets(spec), self.observed(), self._losses, time.monotonic())
-
-    def observed(self) -> list[Member]:
-        """The members as `reconcile` sees them."""
-        return [watched.seen() for watched in self.members]
+        seen = [watched.seen() for watched in self.members]
+        return reconcile(targets(spec), seen, self._losses, time.monotonic())
 
     @property
     def converged(self) -> bool:
         """Everything runs as specified, and everyone knows of everyone."""
-        as_specified = converged(targets(self.spec), self.observed())
+        as_specified = converged(targets(self.spec), [m.seen() for m in self.members])
         told = all(m.told == self._membership_for(m) for m in self.members)
         return as_specified and told and not (self._closing or self.failure)
 
