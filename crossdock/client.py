@@ -285,7 +285,7 @@ def _translated() -> Iterator[None]:
         raise translate(error) from None
 
 
-_BY_STATUS = {
+_BY_STATUS: dict[str, type[errors.CrossdockError]] = {
     kind.grpc_status: kind
     for kind in (
         *(errors.NotFound, errors.DeadlineExceeded, errors.Cancelled, errors.Unavailable),

@@ -115,7 +115,7 @@ async def cluster_status(
     workers = [each for each in everyone if isinstance(each, admin_pb2.MemberStatus)]
     gateways = [each for each in everyone if isinstance(each, admin_pb2.GatewayStatus)]
     return admin_pb2.ClusterStatus(
-        name=controller.spec.name,
+        name=controller.spec.metadata.name,
         model=controller.spec.model.id,
         workers=sorted(workers, key=lambda w: (w.role, w.pool, len(w.name), w.name)),
         gateways=sorted(gateways, key=lambda g: (len(g.name), g.name)),

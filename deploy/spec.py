@@ -263,11 +263,6 @@ class ClusterSpec:
         _check_ports(self)
         return self
 
-    @property
-    def name(self) -> str:
-        """The cluster's."""
-        return self.metadata.name
-
     def with_replicas(self, pool: str, replicas: int) -> ClusterSpec:
         """The same with `replicas` workers in `pool`. Raises ConfigError."""
         if pool not in self.pools:

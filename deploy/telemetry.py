@@ -48,14 +48,14 @@ def configure(telemetry: Mapping[str, str] | None, service_name: str, instance: 
     attributes = {"service.name": service_name, "service.instance.id": instance or service_name}
     provider = TracerProvider(resource=Resource.create(attributes))
     if telemetry["exporter"] == "console":
-        processor = export.SimpleSpanProcessor(export.ConsoleSpanExporter())
+        provider.add_span_processor(export.SimpleSpanProcessor(export.ConsoleSpanExporter()))
     else:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         endpoint = telemetry["endpoint"]
         insecure = not endpoint.startswith("https://")
-        processor = export.BatchSpanProcessor(OTLPSpanExporter(endpoint, insecure=insecure))
-    provider.add_span_processor(processor)
+        exporter = OTLPSpanExporter(endpoint, insecure=insecure)
+        provider.add_span_processor(export.BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
 
 

@@ -89,6 +89,7 @@ class Cluster:
         self._interrupted = interrupted
         self._began = time.monotonic()
         self._start_timeout_s = 0.0
+        self._store = ClusterStore(self.spec.metadata.name)
         self._cleanup = contextlib.ExitStack()
         self._controller: control_plane.ControllerHandle | None = None
         self._model_name = Path(self.spec.model.id).stem.lower()
@@ -117,7 +118,7 @@ class Cluster:
         event_listener()
         if self.ray_address:
             return
-        self._cleanup.enter_context(ClusterStore(self.spec.name).locked())
+        self._cleanup.enter_context(self._store.locked())
         for field, address in self.spec.claims():
             try:
                 _try_bind(*split_address(address))
@@ -154,9 +155,9 @@ class Cluster:
         self._say("starting the controller")
         spec, local = self.spec, not self.ray_address
         self._controller = control_plane.start_controller(
-            spec.name, spec.to_yaml(), plain(spec.telemetry), local=local
+            spec.metadata.name, spec.to_yaml(), plain(spec.telemetry), local=local
         )
-        self._cleanup.callback(ClusterStore(spec.name).end)
+        self._cleanup.callback(self._store.end)
         self._cleanup.callback(self._down, 0.0)
         for _ in self._turns():
             try:

@@ -38,13 +38,13 @@ class ControllerActor:
         local: bool,
     ) -> None:
         set_up_process(CONTROLLER, telemetry)
-        os.environ[CRASHES] = str(ClusterStore(cluster).folder)
-        self._cluster, self._yaml, self._life = cluster, yaml, life
-        self._local = local
+        store = ClusterStore(cluster)
+        os.environ[CRASHES] = str(store.folder)
         self._failed = ""
         self._controller: Any = None
         self._started = asyncio.Event()
-        self._loop_task = asyncio.get_running_loop().create_task(self._run())
+        serving = self._serve(store, yaml, life, RayRuntime(cluster, local))
+        self._loop_task = asyncio.get_running_loop().create_task(serving)
 
     async def started(self) -> str:
         """The address it answers operators at. Raises StartFailed."""
@@ -58,8 +58,7 @@ class ControllerActor:
         from crossdock.deploy.admin_service import cluster_status
 
         await self.started()
-        status = await cluster_status(self._controller)
-        return status.SerializeToString()
+        return (await cluster_status(self._controller)).SerializeToString()
 
     async def ping(self) -> None:
         """Answers while its loop turns."""
@@ -76,14 +75,13 @@ class ControllerActor:
         else:
             ray.actor.exit_actor()
 
-    async def _run(self) -> None:
+    async def _serve(self, store: ClusterStore, yaml: str, life: str, runtime: RayRuntime) -> None:
         from crossdock.deploy.admin_service import serve_admin
         from crossdock.deploy.controller import Controller
 
         try:
-            store = ClusterStore(self._cluster)
-            store.begin(self._yaml, self._life)  # a restarted controller goes on with what is there
-            controller = Controller(RayRuntime(self._cluster, self._local), store)
+            store.begin(yaml, life)  # a restarted controller goes on with what is there
+            controller = Controller(runtime, store)
             server, self._address = await serve_admin(controller, controller.spec.controller.grpc)
         except Exception as error:
             log.exception("the controller cannot start")
