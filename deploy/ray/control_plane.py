@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 
 from crossdock.deploy.ray.calls import CRASHES, get, kill_process
 from crossdock.deploy.ray.member import set_up_process
-from crossdock.deploy.ray.runtime import MANY_CALLS, RayRuntime, actor_options, namespace
+from crossdock.deploy.ray.runtime import RayRuntime, actor_options, namespace
 from crossdock.deploy.runtime import Placement, StartFailed
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
@@ -164,16 +164,8 @@ def start_controller(
         ray.get_actor(CONTROLLER, namespace=space)
         message = f"{cluster!r} runs already in this Ray cluster; use `crossdock apply`"
         raise ConfigError("metadata.name", message)
-    actor = (
-        ray.remote(ControllerActor)
-        .options(
-            name=CONTROLLER,
-            namespace=space,
-            lifetime="detached",
-            max_restarts=-1,
-            max_concurrency=MANY_CALLS,
-            **actor_options(Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})),
-        )
-        .remote(cluster, yaml, secrets.token_hex(8), telemetry, local)
-    )
+    placement = Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})
+    options = actor_options(CONTROLLER, space, placement)
+    controller = ray.remote(ControllerActor).options(**options, max_restarts=-1)
+    actor = controller.remote(cluster, yaml, secrets.token_hex(8), telemetry, local)
     return ControllerHandle(actor)

@@ -29,12 +29,10 @@ def start_ray(address: str, object_store_mb: int, temp_dir: str) -> None:
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": temp_dir,
     }
-    options = {} if address else local
+    where = {"address": address} if address else {"address": "local", **local}
     try:
         with _own_sigterm():
-            ray.init(
-                address or "local", log_to_driver=False, logging_level=logging.ERROR, **options
-            )
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
     except (ConnectionError, RuntimeError, ValueError) as error:
         doing = f"join {address!r}" if address else "start a local Ray"
         raise Unavailable(f"ray.address: cannot {doing}: {error}") from None
