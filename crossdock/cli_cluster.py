@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -295,16 +295,12 @@ def _show_leases(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
 def what_is_wrong(cluster: admin_pb2.ClusterStatus) -> list[str]:
     """One line for each thing that keeps the cluster from being well and as specified."""
     wrong = [] if cluster.converged else ["the cluster is not what its spec says"]
-    members: list[Any] = [*cluster.workers, *cluster.gateways]
-    for each in members:
-        if each.state != "ready":
-            wrong.append(f"{each.name} is {each.state}" + (f": {each.error}" if each.error else ""))
     for member in cluster.workers:
         if not member.HasField("worker"):
             wrong.append(f"{member.name} does not answer")
         elif member.worker.integrity_error:
             wrong.append(f"{member.name}: {member.worker.integrity_error}")
-    return list(dict.fromkeys([*wrong, *cluster.waiting_for]))
+    return [*wrong, *cluster.waiting_for]
 
 
 def _console() -> Console:
