@@ -114,11 +114,13 @@ async def cluster_status(
     everyone = [*there, *_missing(controller, {each.name for each in there})]
     workers = [each for each in everyone if isinstance(each, admin_pb2.MemberStatus)]
     gateways = [each for each in everyone if isinstance(each, admin_pb2.GatewayStatus)]
+    workers.sort(key=lambda w: (w.role, w.pool, len(w.name), w.name))
+    gateways.sort(key=lambda g: (len(g.name), g.name))
     return admin_pb2.ClusterStatus(
         name=controller.spec.metadata.name,
         model=controller.spec.model.id,
-        workers=sorted(workers, key=lambda w: (w.role, w.pool, len(w.name), w.name)),
-        gateways=sorted(gateways, key=lambda g: (len(g.name), g.name)),
+        workers=workers,
+        gateways=gateways,
         decisions=controller.decisions,
         converged=controller.converged,
         generation=controller.applied.generation,
