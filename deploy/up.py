@@ -57,7 +57,7 @@ def up(
         cluster = Cluster(spec_path, address, echo=echo, interrupted=lambda: bool(came))
         try:
             cluster.start(start_timeout_s)
-            cluster.watch()
+            cluster.watch(lambda: bool(came))
             return 0
         except Interrupted:
             return 130
@@ -239,11 +239,11 @@ class Cluster:
         except (ProcessGone, StartFailed, TimeoutError) as error:
             raise Unavailable(f"the controller does not answer: {error}") from None
 
-    def watch(self) -> None:
+    def watch(self, interrupted: Callable[[], bool]) -> None:
         """Shows decisions as they are made, until interrupted or brought down by another."""
         assert self._controller is not None, "not started"
         seen = time.time()
-        while not self._interrupted() and not self._controller.ended(WATCH_S):
+        while not interrupted() and not self._controller.ended(WATCH_S):
             self._check_ray()
             if self._controller.hangs(HANG_S):
                 self._say("the controller hangs: its process is ended, and Ray starts it again")
