@@ -53,6 +53,7 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share o
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
 Timeout = Annotated[float | None, typer.Option(help="Deadline of the request in seconds.")]
+SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
 @app.callback(invoke_without_command=True)
@@ -71,6 +72,7 @@ def _root(
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
     target: Target = "127.0.0.1:50051",
     model: Model = "",
@@ -98,15 +100,7 @@ def generate(
     """Ask the cluster once and print the answer."""
     text = sys.stdin.read() if prompt == "-" else prompt
     fields: RequestFields = {"model": model, "n": n, "ignore_eos": ignore_eos}
-    fields |= _chosen(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
-        stop=stop,
-    )
+    fields |= _sampling(context)
     if system and not as_chat:
         raise typer.BadParameter("--system needs the chat template: not with --raw")
     said = [*_system(system), {"role": "user", "content": text}]
@@ -122,6 +116,7 @@ def generate(
 
 @app.command()
 def chat(
+    context: typer.Context,
     target: Target = "127.0.0.1:50051",
     model: Model = "",
     system: System = "",
@@ -135,14 +130,7 @@ def chat(
 ) -> None:
     """Talk with the model. /reset forgets what was said, /exit ends, Ctrl-C stops an answer."""
     fields: RequestFields = {"model": model}
-    fields |= _chosen(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
-    )
+    fields |= _sampling(context)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  input() edits lines with it
@@ -205,8 +193,10 @@ def _system(words: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": words}] if words else []
 
 
-def _chosen(**options: Any) -> RequestFields:
-    return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
+def _sampling(context: typer.Context) -> RequestFields:
+    """The options of the command line that say how tokens are drawn, where they were given."""
+    given = {name: context.params.get(name) for name in SAMPLING_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
 
 
 def _client(target: str) -> Client:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 
 from crossdock.bench.metrics import explain
 from crossdock.proto.errors import InvalidRequest
+from crossdock.tables import table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
+    context: typer.Context,
     endpoint: Annotated[
         str, typer.Option(help="grpc://host:port, or http://host:port of any OpenAI server.")
     ] = "grpc://127.0.0.1:50051",
@@ -112,28 +115,19 @@ def bench(
     from crossdock.bench.traces import TraceOptions
 
     seed = secrets.randbelow(1 << 31) if seed is None else seed
+    own = {
+        "duration_s": duration,
+        "input_tokens": _span("--input-len", input_len),
+        "output_tokens": _span("--output-len", output_len),
+        "prefix_tokens": prefix_len,
+        "trace": str(trace or ""),
+        "replay": TraceOptions(limit, time_scale, jitter, max_input, max_output, seed),
+        "token_range": _span("--token-range", token_range),
+        "timeout_s": timeout,
+        "seed": seed,
+    }
     try:
-        config = BenchConfig(
-            endpoint=endpoint,
-            model=model,
-            style=style,
-            concurrency=concurrency,
-            rate=rate,
-            constant=constant,
-            num_requests=num_requests,
-            duration_s=duration,
-            input_tokens=_span("--input-len", input_len),
-            output_tokens=_span("--output-len", output_len),
-            prefix_tokens=prefix_len,
-            trace=str(trace or ""),
-            synthetic=synthetic,
-            replay=TraceOptions(limit, time_scale, jitter, max_input, max_output, seed),
-            token_range=_span("--token-range", token_range),
-            warmup=warmup,
-            timeout_s=timeout,
-            slo=slo,
-            seed=seed,
-        )
+        config = BenchConfig(**_fields(BenchConfig, context) | own)
     except InvalidRequest as error:
         raise typer.BadParameter(str(error)) from None
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -148,6 +142,12 @@ def bench(
             json_file.write_text(text, encoding="utf-8")
     if report.failed and not allow_errors:
         raise typer.Exit(1)
+
+
+def _fields(kind: type, context: typer.Context) -> dict[str, Any]:
+    """The options that are called as fields of `kind`, a dataclass."""
+    names = {about.name for about in fields(kind)}
+    return {name: value for name, value in context.params.items() if name in names}
 
 
 def _span(option: str, text: str) -> tuple[int, int]:
@@ -204,11 +204,9 @@ def show_report(report: BenchReport, console: Console) -> None:
     )
     for total in totals:
         summary.add_row(*total)
-    spread = Table("latency", title="of requests that succeeded", title_justify="left")
-    for name in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max"):
-        spread.add_column(name, justify="right")
-    for latency in latencies:
-        spread.add_row(*latency)
+    columns = ("mean", *(f"p{percent}" for percent in PERCENTILES), "max")
+    title = "of requests that succeeded"
+    spread = table(title, ("latency", *columns), latencies, figures=columns)
     console.print(summary)
     console.print(spread)
     for kind, seen in count_errors(report.run.records).items():
@@ -216,6 +214,7 @@ def show_report(report: BenchReport, console: Console) -> None:
 
 
 def bench_trace(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(help="The .jsonl file to write, in Mooncake's columns.")],
     requests: Annotated[int, typer.Option(min=1, help="Rows.")] = 1000,
     rate: Annotated[float, typer.Option(help="Requests a second on average.")] = 3.0,
@@ -235,32 +234,18 @@ def bench_trace(
     """Write a synthetic trace: bursts, long-tailed lengths, a block all share, growing chats."""
     from crossdock.bench.traces import SyntheticOptions, synthesize, write_mooncake
 
-    for name, value in (
-        ("--rate", rate),
-        ("--mean-input", mean_input),
-        ("--mean-output", mean_output),
-    ):
-        if not value > 0:
-            raise typer.BadParameter(f"{name}: {value} must be above 0")
-    options = SyntheticOptions(
-        requests,
-        rate,
-        burst,
-        mean_input,
-        mean_output,
-        sigma,
-        continued,
-        max_input,
-        block_size,
-        seed,
-    )
-    trace = synthesize(options)
+    for name in ("rate", "mean_input", "mean_output"):
+        if not (value := context.params[name]) > 0:
+            option = name.replace("_", "-")
+            raise typer.BadParameter(f"--{option}: {value} must be above 0")
+    trace = synthesize(SyntheticOptions(burst_s=burst, **_fields(SyntheticOptions, context)))
     write_mooncake(trace, out)
+    made = trace.requests
     total: dict[str, Any] = {
-        "requests": len(trace.requests),
-        "mean input tokens": sum(r.input_tokens for r in trace.requests) / len(trace.requests),
-        "mean output tokens": sum(r.output_tokens for r in trace.requests) / len(trace.requests),
-        "seconds": trace.requests[-1].at_s,
+        "requests": len(made),
+        "mean input tokens": sum(each.input_tokens for each in made) / len(made),
+        "mean output tokens": sum(each.output_tokens for each in made) / len(made),
+        "seconds": made[-1].at_s,
         "best hit rate": trace.hit_rate,
     }
     print(", ".join(f"{name} {value:,.3g}" for name, value in total.items()))

@@ -6,18 +6,20 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crossdock.tables import table
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from crossdock.proto.v1 import admin_pb2
+    from crossdock.proto.v1 import admin_pb2, worker_pb2
 
 # Wide enough for the widest table where the output is no terminal.
 FILE_WIDTH = 160
+FIGURES = ("queue", "running", "KV used", "cached", "total", "hit rate", "leases")
 SHOWN_DECISIONS = 5
 SHOWN_LEASES = 20
 
@@ -201,20 +203,18 @@ def model_fetch(
 @models.command("list")
 def model_list() -> None:
     """Models that are known by name, and whether they are here."""
-    from rich.table import Table
-
     from crossdock.deploy.home import crossdock_home
     from crossdock.model import store
     from crossdock.proto.errors import ModelError
 
-    table = Table("model", "size", "here")
+    rows = []
     for name, model in store.KNOWN_MODELS.items():
         try:
             here = str(store.resolve(name, crossdock_home()).path)
         except ModelError:
             here = f"no: crossdock model fetch {name}"
-        table.add_row(name, f"{model.size / 1e6:.0f} MB", here)
-    _console().print(table)
+        rows.append((name, f"{model.size / 1e6:.0f} MB", here))
+    _console().print(table("", ("model", "size", "here"), rows))
 
 
 @models.command("show")
@@ -245,8 +245,12 @@ def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
     as_specified = "as specified" if cluster.converged else "changing"
     generation = f"generation {cluster.generation}  {as_specified}"
     console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {generation}")
-    console.print(_workers(cluster))
-    console.print(_gateways(cluster))
+    left = ("worker", "pool", "role", "state", "node")
+    figures = (*FIGURES, "restarts")
+    console.print(table("workers", left + figures, map(_worker_row, cluster.workers), figures))
+    gateways = [(g.name, g.state, g.grpc, g.http, g.active_requests) for g in cluster.gateways]
+    columns = ("gateway", "state", "gRPC", "HTTP", "active")
+    console.print(table("gateways", columns, gateways, figures={"active"}))
     _show_leases(cluster, console)
     for line in cluster.waiting_for:
         console.print(line, markup=False, style="red")
@@ -255,77 +259,35 @@ def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
         console.print(f"{at}  {decision.action}: {decision.reason}", markup=False)
 
 
-def _workers(cluster: admin_pb2.ClusterStatus) -> Table:
-    from rich.table import Table
-
+def _worker_row(member: admin_pb2.MemberStatus) -> tuple[object, ...]:
     from crossdock.proto.convert import ROLE_FROM_PB
 
-    table = Table(title="workers", title_justify="left")
-    for name in ("worker", "pool", "role", "state", "node"):
-        table.add_column(name)
-    for name in (
-        "queue",
-        "running",
-        "KV used",
-        "cached",
-        "total",
-        "hit rate",
-        "leases",
-        "restarts",
-    ):
-        table.add_column(name, justify="right")
-    for member in cluster.workers:
-        role = str(ROLE_FROM_PB.get(member.role, ""))
-        figures = _figures(member) if member.HasField("worker") else [""] * 7
-        node = member.node_id[:8]
-        table.add_row(
-            member.name, member.pool, role, member.state, node, *figures, str(member.restarts)
-        )
-    return table
+    role = ROLE_FROM_PB.get(member.role, "")
+    known = (member.name, member.pool, role, member.state, member.node_id[:8])
+    figures = _figures(member.worker) if member.HasField("worker") else [""] * len(FIGURES)
+    return (*known, *figures, member.restarts)
 
 
-def _figures(member: admin_pb2.MemberStatus) -> list[str]:
-    worker, load = member.worker, member.worker.load
+def _figures(worker: worker_pb2.WorkerStatus) -> list[object]:
+    """Those of FIGURES."""
+    load = worker.load
     hits = worker.cached_tokens / worker.prompt_tokens if worker.prompt_tokens else 0.0
-    return [
-        str(load.waiting),
-        str(load.running),
-        str(worker.used_blocks),
-        str(load.cached_blocks),
-        str(load.total_blocks),
-        f"{hits:.1%}",
-        str(len(worker.leases)),
-    ]
-
-
-def _gateways(cluster: admin_pb2.ClusterStatus) -> Table:
-    from rich.table import Table
-
-    table = Table(title="gateways", title_justify="left")
-    for name in ("gateway", "state", "gRPC", "HTTP"):
-        table.add_column(name)
-    table.add_column("active", justify="right")
-    for gateway in cluster.gateways:
-        active = str(gateway.active_requests)
-        table.add_row(gateway.name, gateway.state, gateway.grpc, gateway.http, active)
-    return table
+    blocks = [worker.used_blocks, load.cached_blocks, load.total_blocks]
+    return [load.waiting, load.running, *blocks, f"{hits:.1%}", len(worker.leases)]
 
 
 def _show_leases(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
     """Who has pinned KV blocks, and for how long: the oldest first."""
-    from rich.table import Table
-
     leases = [(member.name, lease) for member in cluster.workers for lease in member.worker.leases]
     if not leases:
         return
     leases.sort(key=lambda each: each[1].age_s, reverse=True)
-    table = Table("worker", "sequence", "owner", title="open leases", title_justify="left")
-    for name in ("blocks", "age", "left"):
-        table.add_column(name, justify="right")
-    for worker, lease in leases[:SHOWN_LEASES]:
-        seconds = (f"{lease.age_s:.1f} s", f"{lease.remaining_s:.1f} s")
-        table.add_row(worker, lease.sequence_id, lease.owner, str(lease.blocks), *seconds)
-    console.print(table)
+    rows = [
+        (name, of.sequence_id, of.owner, of.blocks, f"{of.age_s:.1f} s", f"{of.remaining_s:.1f} s")
+        for name, of in leases[:SHOWN_LEASES]
+    ]
+    figures = ("blocks", "age", "left")
+    console.print(table("open leases", ("worker", "sequence", "owner", *figures), rows, figures))
     if len(leases) > SHOWN_LEASES:
         console.print(f"… and {len(leases) - SHOWN_LEASES} more")
 
@@ -333,16 +295,12 @@ def _show_leases(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
 def what_is_wrong(cluster: admin_pb2.ClusterStatus) -> list[str]:
     """One line for each thing that keeps the cluster from being well and as specified."""
     wrong = [] if cluster.converged else ["the cluster is not what its spec says"]
-    members: list[Any] = [*cluster.workers, *cluster.gateways]
-    for each in members:
-        if each.state != "ready":
-            wrong.append(f"{each.name} is {each.state}" + (f": {each.error}" if each.error else ""))
     for member in cluster.workers:
         if not member.HasField("worker"):
             wrong.append(f"{member.name} does not answer")
         elif member.worker.integrity_error:
             wrong.append(f"{member.name}: {member.worker.integrity_error}")
-    return list(dict.fromkeys([*wrong, *cluster.waiting_for]))
+    return [*wrong, *cluster.waiting_for]
 
 
 def _console() -> Console:

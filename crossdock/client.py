@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, TypedDict, Unpack
 
 import grpc
@@ -67,8 +68,6 @@ class RequestFields(TypedDict, total=False):
 
 
 _PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_salt"})
-_INPUTS = frozenset({"token_ids", "messages", "sampling"})
-_SAMPLING = frozenset(RequestFields.__annotations__) - _PLAIN - _INPUTS
 
 
 class Client:
@@ -142,15 +141,10 @@ class AsyncClient:
 
     def __init__(self, target: str = DEFAULT_TARGET) -> None:
         self.target = _address(target)
-        self._open_channel: grpc.aio.Channel | None = None
 
-    @property
+    @cached_property
     def _channel(self) -> grpc.aio.Channel:
-        if self._open_channel is None:
-            self._open_channel = grpc.aio.insecure_channel(
-                self.target, options=_options(self.target)
-            )
-        return self._open_channel
+        return grpc.aio.insecure_channel(self.target, options=_options(self.target))
 
     async def generate(
         self,
@@ -161,7 +155,7 @@ class AsyncClient:
     ) -> Result:
         """As Client.generate. Cancelling the awaiting task cancels the request."""
         request = build_request(prompt, **fields)
-        async with _translated_async():
+        with _translated():
             stub = InferenceStub(self._channel)
             return read_result(await stub.GenerateUnary(request, timeout=timeout))
 
@@ -181,7 +175,7 @@ class AsyncClient:
     ) -> AsyncIterator[Chunk]:
         call = InferenceStub(self._channel).Generate(request, timeout=timeout)
         try:
-            async with _translated_async():
+            with _translated():
                 async for message in call:
                     yield read_chunk(message)
         finally:
@@ -189,21 +183,21 @@ class AsyncClient:
 
     async def models(self, timeout: float | None = 10.0) -> list[ModelInfo]:
         """What the cluster serves. Raises as `generate`."""
-        async with _translated_async():
+        with _translated():
             stub = InferenceStub(self._channel)
             return read_models(await stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
 
     async def health(self, timeout: float | None = 10.0) -> bool:
         """As Client.health."""
         stub = health_pb2_grpc.HealthStub(self._channel)
-        async with _translated_async():
+        with _translated():
             reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
         """Ends the connection; requests under way fail."""
-        if self._open_channel is not None:
-            await self._open_channel.close(grace=None)
+        if "_channel" in vars(self):  # it was used
+            await self._channel.close(grace=None)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -217,7 +211,7 @@ def build_request(prompt: Prompt | None = None, **fields: Unpack[RequestFields])
 
     Raises TypeError for an unknown keyword, InvalidRequest for a value that no request can carry.
     """
-    unknown = sorted(set(fields) - _PLAIN - _INPUTS - _SAMPLING)
+    unknown = sorted(fields.keys() - RequestFields.__annotations__.keys())
     if unknown:
         raise TypeError(f"no request field is called {', '.join(unknown)}")
     given: dict[str, Any] = dict(fields)
@@ -264,17 +258,12 @@ def _set_field(message: Any, name: str, value: Any) -> None:
             value = [value]
         if name == "seed":
             value = wire_seed(value)
-        if name == "logit_bias":
-            message.logit_bias.clear()
-            message.logit_bias.update(value)
-        elif name in ("stop", "stop_token_ids", "ids"):
-            message.ClearField(name)
-            getattr(message, name).extend(value)
-        else:
-            setattr(message, name, value)
+        given = type(message)(**{name: value})
     except (TypeError, ValueError, UnicodeError) as error:
         field = "token_ids" if name == "ids" else name
         raise errors.InvalidRequest(field, value, str(error)) from None
+    message.ClearField(name)  # a list replaces that of the sampling parameters
+    message.MergeFrom(given)
 
 
 def _address(target: str) -> str:
@@ -296,22 +285,12 @@ def _translated() -> Iterator[None]:
         raise translate(error) from None
 
 
-@asynccontextmanager
-async def _translated_async() -> AsyncIterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise translate(error) from None
-
-
-_BY_STATUS: dict[grpc.StatusCode, type[errors.CrossdockError]] = {
-    grpc.StatusCode.NOT_FOUND: errors.NotFound,
-    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: errors.Cancelled,
-    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
-    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
-    grpc.StatusCode.FAILED_PRECONDITION: errors.ModelError,
+_BY_STATUS: dict[str, type[errors.CrossdockError]] = {
+    kind.grpc_status: kind
+    for kind in (
+        *(errors.NotFound, errors.DeadlineExceeded, errors.Cancelled, errors.Unavailable),
+        *(errors.Overloaded, errors.InvalidRequest, errors.ModelError),
+    )
 }
 _BY_NAME = {
     name: kind
@@ -329,7 +308,7 @@ def translate(error: Any) -> errors.CrossdockError:
     """
     code, message = error.code(), error.details() or ""
     trailers = dict(error.trailing_metadata() or ())
-    kind = _BY_STATUS.get(code, errors.CrossdockError)
+    kind = _BY_STATUS.get(code.name, errors.CrossdockError)
     named = _BY_NAME.get(str(trailers.get("error-type")), kind)
     if named.grpc_status == code.name:
         kind = named

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from crossdock.proto.channels import internal
 from crossdock.proto.convert import ROLE_FROM_PB
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import admin_pb2, worker_pb2, worker_pb2_grpc
+from crossdock.results import read_as
+from crossdock.tables import table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +36,7 @@ MOST = 0.5  # of the bytes read: the path on which they came
 RDMA_TRANSPORTS = ("rc", "ud", "dc", "ib", "srd", "gga")
 RDMA_DEVICES = ("mlx", "bnxt_re", "irdma", "efa", "roce", "rdmap")
 UNKNOWN = "unknown"
+LAYOUT_FIELDS = tuple(worker_pb2.KVLayout.DESCRIPTOR.fields_by_name)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def judge(workers: Sequence[WorkerFacts], pairs: Sequence[PairFacts]) -> list[Fi
 def path_taken(pair: PairFacts, decode: WorkerFacts, prefill: WorkerFacts) -> str:
     """tcp, rdma, shared memory, "not tcp, not rdma", or unknown; by what the kernel counted."""
     if decode.transport == "local":
-        return "shared memory" if decode.transport == "local" else "memory"
+        return "shared memory"
     if pair.bytes == 0:
         return UNKNOWN
     tcp = _moved(pair.tcp_bytes, pair.bytes)
@@ -145,17 +148,12 @@ def path_taken(pair: PairFacts, decode: WorkerFacts, prefill: WorkerFacts) -> st
 
 def asks_for_rdma(worker: WorkerFacts) -> str:
     """The UCX setting by which it does, empty where none."""
-    transports = worker.ucx.get("TLS", "").strip()
-    if not transports.startswith("^"):
-        for each in transports.split(","):
-            if each.strip().startswith(RDMA_TRANSPORTS):
-                return f"UCX_TLS={transports}"
-    devices = worker.ucx.get("NET_DEVICES", "").strip()
-    if not devices.startswith("^"):
-        for each in devices.split(","):
-            name = each.strip().partition(":")[0]
-            if name and (name.startswith(RDMA_DEVICES) or name in worker.rdma_devices):
-                return f"UCX_NET_DEVICES={devices}"
+    for setting, prefixes in (("TLS", RDMA_TRANSPORTS), ("NET_DEVICES", RDMA_DEVICES)):
+        value = worker.ucx.get(setting, "").strip()
+        names = [each.strip().partition(":")[0] for each in value.split(",")]
+        known = [n for n in names if n.startswith(prefixes) or n in worker.rdma_devices]
+        if known and not value.startswith("^"):
+            return f"UCX_{setting}={value}"
     return ""
 
 
@@ -311,7 +309,7 @@ def _examine_worker(member: admin_pb2.MemberStatus) -> WorkerFacts:
     return known(
         transport=description.transport,
         layout_hash=description.layout_hash.hex(),
-        layout={f.name: getattr(description.layout, f.name) for f in _layout_fields()},
+        layout={name: getattr(description.layout, name) for name in LAYOUT_FIELDS},
         skew_s=skew_s,
         skew_error_s=skew_error_s,
         versions=dict(sorted(probe.versions.items())),
@@ -324,17 +322,15 @@ def _examine_worker(member: admin_pb2.MemberStatus) -> WorkerFacts:
 
 def _ask_clock(address: str) -> tuple[worker_pb2.ProbeResponse, float, float]:
     """(answer, skew, its possible error): of the quickest of some round trips, at its midpoint."""
-    best: tuple[float, float, worker_pb2.ProbeResponse] | None = None
+    samples: list[tuple[float, float, worker_pb2.ProbeResponse]] = []
     with grpc.insecure_channel(address, internal()) as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)
         for _ in range(CLOCK_SAMPLES):
             sent, start = time.time(), time.perf_counter()
             answer = stub.Probe(worker_pb2.ProbeRequest(), timeout=CALL_TIMEOUT_S)
             took = time.perf_counter() - start
-            if best is None or took < best[0]:
-                best = took, answer.unix_s - (sent + took / 2), answer
-    assert best is not None
-    took, skew_s, answer = best
+            samples.append((took, answer.unix_s - (sent + took / 2), answer))
+    took, skew_s, answer = min(samples, key=lambda sample: sample[0])
     return answer, skew_s, took / 2
 
 
@@ -348,25 +344,17 @@ def _examine_pair(decode: WorkerFacts, prefill: WorkerFacts, incarnation: bytes)
         message = f"{decode.name} did not answer ({_words(error)})"
         return PairFacts(decode.name, prefill.name, "unreachable", message)
     outcome = worker_pb2.LinkOutcome.Name(link.outcome).removeprefix("LINK_OUTCOME_").lower()
-    pair = partial(
+    pair = read_as(
         PairFacts,
+        link,
         decode=decode.name,
         prefill=prefill.name,
         outcome=outcome,
-        message=link.message,
-        handshake_s=link.handshake_s,
-        latency_s=link.latency_s,
-        bytes_per_s=link.bytes_per_s,
-        blocks=link.blocks,
-        bytes=link.bytes,
         tcp_bytes=link.tcp_bytes if link.HasField("tcp_bytes") else None,
         rdma_bytes=link.rdma_bytes if link.HasField("rdma_bytes") else None,
+        path="",
     )
-    return pair(path=path_taken(pair(), decode, prefill) if outcome == "ok" else "")
-
-
-def _layout_fields() -> Sequence[Any]:
-    return worker_pb2.KVLayout.DESCRIPTOR.fields
+    return replace(pair, path=path_taken(pair, decode, prefill)) if outcome == "ok" else pair
 
 
 def _words(error: grpc.RpcError) -> str:
@@ -378,8 +366,6 @@ def _words(error: grpc.RpcError) -> str:
 
 def as_json(report: Report) -> dict[str, Any]:
     """The report as a JSON document."""
-    from dataclasses import asdict
-
     findings = report.findings
     return {
         "cluster": report.cluster,
@@ -398,42 +384,24 @@ def show(report: Report, console: Console) -> None:
 
 
 def _workers_table(workers: Sequence[WorkerFacts]) -> Table:
-    from rich.table import Table
-
     packages = list(dict.fromkeys(name for worker in workers for name in worker.versions))
-    table = Table("worker", "role", "node", title="workers", title_justify="left")
-    table.add_column("clock ms", justify="right")
-    for name in (*packages, "layout"):
-        table.add_column(name)
+    columns = ("worker", "role", "node", "clock ms", *packages, "layout")
+    rows = []
     for each in workers:
-        if each.error:
-            facts = ["", *[""] * len(packages), ""]
-        else:
-            clock = f"{1000 * each.skew_s:+.1f} ± {1000 * each.skew_error_s:.1f}"
-            facts = [clock, *(each.versions.get(n, "") for n in packages), each.layout_hash[:8]]
-        table.add_row(each.name, each.role, each.node[:8], *facts)
-    return table
+        clock = f"{1000 * each.skew_s:+.1f} ± {1000 * each.skew_error_s:.1f}"
+        facts = ["" if each.error else clock, *(each.versions.get(n, "") for n in packages)]
+        rows.append([each.name, each.role, each.node[:8], *facts, each.layout_hash[:8]])
+    return table("workers", columns, rows, figures={"clock ms"})
 
 
 def _pairs_table(pairs: Sequence[PairFacts]) -> Table:
-    from rich.table import Table
-
-    table = Table("decode", "prefill", "outcome", title="pairs", title_justify="left")
-    for name in ("handshake", "latency", "bandwidth", "blocks"):
-        table.add_column(name, justify="right")
-    table.add_column("path")
-    for pair in pairs:
-        table.add_row(
-            pair.decode,
-            pair.prefill,
-            pair.outcome,
-            _milliseconds(pair.handshake_s),
-            _milliseconds(pair.latency_s),
-            _rate(pair.bytes_per_s) if pair.bytes_per_s else "",
-            str(pair.blocks or ""),
-            pair.path,
-        )
-    return table
+    figures = ("handshake", "latency", "bandwidth", "blocks")
+    rows = []
+    for each in pairs:
+        times = [_milliseconds(each.handshake_s), _milliseconds(each.latency_s)]
+        moved = [_rate(each.bytes_per_s) if each.bytes_per_s else "", each.blocks or ""]
+        rows.append([each.decode, each.prefill, each.outcome, *times, *moved, each.path])
+    return table("pairs", ("decode", "prefill", "outcome", *figures, "path"), rows, figures)
 
 
 def _milliseconds(seconds: float) -> str:

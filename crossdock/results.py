@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from crossdock.proto.convert import FINISH_FROM_PB
 from crossdock.proto.types import LIFE_CYCLE, FinishReason
 from crossdock.proto.v1 import inference_pb2 as pb
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,34 +49,27 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What one message of a stream adds to continuation `index`.
-
-    finish_reason, usage and timings are set in the last chunk of an index.
-    """
-
-    request_id: str
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_reason: str = ""
-    usage: Usage | None = None
-    timings: Timings | None = None
-
-
-@dataclass(frozen=True)
 class Completion:
     """One continuation of the prompt."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | None = None
     stop_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Chunk(Completion):
+    """What one message of a stream adds to continuation `index`.
+
+    finish_reason, usage and timings are set in the last chunk of an index.
+    """
+
+    request_id: str = ""
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -127,69 +122,43 @@ class ModelInfo:
 
 def read_chunk(message: pb.GenerateResponse) -> Chunk:
     """A piece of a stream from its message."""
-    return Chunk(
-        request_id=message.request_id,
-        index=message.index,
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        logprobs=_logprobs(message.logprobs),
-        finish_reason=FINISH_FROM_PB.get(message.finish_reason),
-        stop_reason=message.stop_reason,
-        usage=_usage(message.usage) if message.HasField("usage") else None,
-        timings=_timings(message.timings) if message.HasField("timings") else None,
-    )
+    usage = read_as(Usage, message.usage) if message.HasField("usage") else None
+    return read_as(Chunk, message, usage=usage, **_continuation(message))
 
 
 def read_result(message: pb.GenerateUnaryResponse) -> Result:
     """A whole answer from its message."""
-    completions = sorted(message.completions, key=lambda each: each.index)
-    return Result(
-        request_id=message.request_id,
-        model=message.model,
-        completions=tuple(_completion(each) for each in completions),
-        usage=_usage(message.usage),
-    )
+    messages = sorted(message.completions, key=lambda each: each.index)
+    completions = tuple(read_as(Completion, each, **_continuation(each)) for each in messages)
+    return read_as(Result, message, completions=completions, usage=read_as(Usage, message.usage))
 
 
 def read_models(message: pb.ListModelsResponse) -> list[ModelInfo]:
     """The models from their message."""
-    return [ModelInfo(model.id, model.context_length) for model in message.models]
+    return [read_as(ModelInfo, model) for model in message.models]
 
 
-def _completion(message: pb.Completion) -> Completion:
-    return Completion(
-        index=message.index,
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        finish_reason=FINISH_FROM_PB.get(message.finish_reason),
-        stop_reason=message.stop_reason,
-        logprobs=_logprobs(message.logprobs),
-        timings=_timings(message.timings) if message.HasField("timings") else None,
-    )
+def read_as(kind: type[T], message: Any, **known: Any) -> T:
+    """A `kind`, a dataclass, whose fields `message` has by their names, but for the known ones."""
+    names = (about.name for about in fields(kind))  # type: ignore[arg-type]
+    return kind(**{name: getattr(message, name) for name in names if name not in known}, **known)
 
 
-def _usage(message: pb.Usage) -> Usage:
-    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+def _continuation(message: pb.GenerateResponse | pb.Completion) -> dict[str, Any]:
+    """What a chunk and a completion have in common and the message has in another form."""
+    return {
+        "token_ids": tuple(message.token_ids),
+        "logprobs": tuple(map(_logprobs, message.logprobs)),
+        "finish_reason": FINISH_FROM_PB.get(message.finish_reason),
+        "timings": _timings(message.timings) if message.HasField("timings") else None,
+    }
 
 
 def _timings(message: pb.Timings) -> Timings:
-    return Timings(
-        events={name: getattr(message, name) for name in LIFE_CYCLE if message.HasField(name)},
-        prefill_worker=message.prefill_worker,
-        decode_worker=message.decode_worker,
-        transferred_bytes=message.transferred_bytes,
-        transferred_blocks=message.transferred_blocks,
-        recomputed_tokens=message.recomputed_tokens,
-        late_bytes=message.late_bytes,
-    )
+    events = {name: getattr(message, name) for name in LIFE_CYCLE if message.HasField(name)}
+    return read_as(Timings, message, events=events)
 
 
-def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
-    return tuple(
-        TokenLogprobs(
-            each.chosen.token_id,
-            each.chosen.logprob,
-            tuple((other.token_id, other.logprob) for other in each.top),
-        )
-        for each in messages
-    )
+def _logprobs(message: pb.TokenLogprobs) -> TokenLogprobs:
+    top = tuple((other.token_id, other.logprob) for other in message.top)
+    return read_as(TokenLogprobs, message.chosen, top=top)

@@ -125,6 +125,8 @@ def _translated(address: str, error: grpc.RpcError) -> CrossdockError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, message = details.partition(": ")
         return ConfigError(field, message)
-    if code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ABORTED):
-        return (NotFound if code is grpc.StatusCode.NOT_FOUND else Overtaken)(details)
+    if code is grpc.StatusCode.NOT_FOUND:
+        return NotFound(details)
+    if code is grpc.StatusCode.ABORTED:
+        return Overtaken(details)
     return CrossdockError(f"{code.name}: {details}")

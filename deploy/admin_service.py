@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence, Set
 from typing import Any, TypeAlias
 
 import grpc
@@ -13,7 +13,7 @@ from crossdock.deploy.applied import Change
 from crossdock.deploy.controller import Controller
 from crossdock.deploy.members import Watched
 from crossdock.deploy.reconcile import State
-from crossdock.deploy.runtime import ProcessGone
+from crossdock.deploy.runtime import ProcessGone, targets
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
@@ -22,6 +22,7 @@ from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
 DEFAULT_WAIT_S = 600.0
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Status: TypeAlias = admin_pb2.MemberStatus | admin_pb2.GatewayStatus
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -107,91 +108,64 @@ async def cluster_status(
     controller: Controller, check_integrity: bool = False
 ) -> admin_pb2.ClusterStatus:
     """The controller's state as operators see it, with each member's own counts."""
-    workers = [m for m in controller.members if not m.is_gateway]
-    gateways = [m for m in controller.members if m.is_gateway]
-    statuses: list[admin_pb2.MemberStatus] = list(
-        await asyncio.gather(*(_member_status(controller, m, check_integrity) for m in workers))
+    there = await asyncio.gather(
+        *(_status_of(controller, watched, check_integrity) for watched in controller.members)
     )
-    fronts: list[admin_pb2.GatewayStatus] = list(
-        await asyncio.gather(*(_gateway_status(controller, m) for m in gateways))
-    )
-    there = {m.name for m in (*workers, *gateways)}
-    missing = set() if controller.converged else controller.errors.keys() - there
-    for name in sorted(missing):
-        _add_missing(controller, name, statuses, fronts)
-    statuses.sort(key=lambda w: (w.role, w.pool, len(w.name), w.name))
-    fronts.sort(key=lambda g: (len(g.name), g.name))
+    everyone = [*there, *_missing(controller, {each.name for each in there})]
+    workers = [each for each in everyone if isinstance(each, admin_pb2.MemberStatus)]
+    gateways = [each for each in everyone if isinstance(each, admin_pb2.GatewayStatus)]
+    workers.sort(key=lambda w: (w.role, w.pool, len(w.name), w.name))
+    gateways.sort(key=lambda g: (len(g.name), g.name))
     return admin_pb2.ClusterStatus(
-        name=controller.spec.name,
+        name=controller.spec.metadata.name,
         model=controller.spec.model.id,
-        workers=statuses,
-        gateways=fronts,
-        decisions=[
-            admin_pb2.Decision(unix_s=d.unix_s, action=d.action, reason=d.reason)
-            for d in controller.decisions
-        ],
+        workers=workers,
+        gateways=gateways,
+        decisions=controller.decisions,
         converged=controller.converged,
         generation=controller.applied.generation,
         waiting_for=controller.waiting_for(),
     )
 
 
-def _add_missing(
-    controller: Controller,
-    name: str,
-    workers: list[admin_pb2.MemberStatus],
-    gateways: list[admin_pb2.GatewayStatus],
-) -> None:
-    """Nothing runs in this place: it waits for the pause of a crash loop to end."""
-    error, restarts = controller.errors[name], controller.restarts[name]
-    pool, lost = name.rpartition("-")[0], State.LOST.value
-    if pool == GATEWAY_POOL:
-        gateways.append(
-            admin_pb2.GatewayStatus(name=name, state=lost, error=error, restarts=restarts)
-        )
-    elif pool in controller.spec.pools:
-        status = admin_pb2.MemberStatus(name=name, pool=pool, state=lost, error=error)
-        status.role = ROLE_TO_PB[Role(controller.spec.pools[pool].role)]
-        status.restarts = restarts
-        workers.append(status)
+def _missing(controller: Controller, there: Set[str]) -> Iterator[Status]:
+    """Nothing runs in these places: they wait for the pause of a crash loop to end."""
+    roles = {target.pool: target.role for target in targets(controller.spec)}
+    for name, error in sorted(controller.errors.items()):
+        pool = name.rpartition("-")[0]
+        if name not in there and pool in roles and not controller.converged:
+            yield _status(controller, pool, roles[pool], name, State.LOST, error=error)
 
 
-async def _member_status(
-    controller: Controller, watched: Watched, check_integrity: bool
-) -> admin_pb2.MemberStatus:
+async def _status_of(controller: Controller, watched: Watched, check_integrity: bool) -> Status:
     launch, started = watched.launch, watched.started
-    status = admin_pb2.MemberStatus(
-        pool=launch.pool, role=ROLE_TO_PB[Role(launch.role)], **_in_common(controller, watched)
-    )
-    if started is not None:
-        status.address, status.pid = started.address, started.pid
-        status.node_id = started.node_id
-        if watched.state is not State.LOST:
-            answer = await watched.status(check_integrity)
-            if answer is not None:
-                status.worker.CopyFrom(answer)
-    return status
-
-
-def _in_common(controller: Controller, watched: Watched) -> dict[str, Any]:
-    return {
-        "name": watched.name,
-        "state": watched.state.value,
-        "revision": watched.launch.revision,
-        "restarts": controller.restarts[watched.name],
-        "error": controller.why_not_ready(watched),
-    }
-
-
-async def _gateway_status(controller: Controller, watched: Watched) -> admin_pb2.GatewayStatus:
-    started = watched.started
-    status = admin_pb2.GatewayStatus(**_in_common(controller, watched))
-    if started is not None:
-        status.grpc, status.http, status.pid = started.grpc, started.http, started.pid
+    why, revision = controller.why_not_ready(watched), launch.revision
+    known = (launch.pool, launch.role, launch.name, watched.state)
+    status = _status(controller, *known, revision=revision, error=why)
+    if started is None:
+        return status
+    status.pid = started.pid
+    if isinstance(status, admin_pb2.GatewayStatus):
+        status.grpc, status.http = started.grpc, started.http
         with contextlib.suppress(TimeoutError, ProcessGone):
             async with asyncio.timeout(2.0):
                 status.active_requests = await watched.process.active_requests()
+        return status
+    status.address, status.node_id = started.address, started.node_id
+    answer = await watched.status(check_integrity) if watched.state is not State.LOST else None
+    if answer is not None:
+        status.worker.CopyFrom(answer)
     return status
+
+
+def _status(
+    controller: Controller, pool: str, role: str, name: str, state: State, **more: str
+) -> Status:
+    restarts = controller.restarts[name]
+    common: dict[str, Any] = {"name": name, "state": state.value, "restarts": restarts, **more}
+    if pool == GATEWAY_POOL:
+        return admin_pb2.GatewayStatus(**common)
+    return admin_pb2.MemberStatus(pool=pool, role=ROLE_TO_PB[Role(role)], **common)
 
 
 @contextlib.asynccontextmanager

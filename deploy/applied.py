@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TypeAlias
 
 from crossdock.deploy.spec import ClusterSpec
@@ -15,15 +16,9 @@ log = logging.getLogger(__name__)
 
 Change: TypeAlias = Callable[[ClusterSpec], ClusterSpec]
 
-FIXED_FIELDS: tuple[tuple[str, Callable[[ClusterSpec], object]], ...] = (
-    ("metadata.name", lambda spec: spec.metadata.name),
-    ("model.id", lambda spec: spec.model.id),
-    ("model.dtype", lambda spec: spec.model.dtype),
-    ("kv.block_size", lambda spec: spec.kv.block_size),
-    ("kv.transport", lambda spec: spec.kv.transport),
-    ("controller.grpc", lambda spec: spec.controller.grpc),
-    ("ray.address", lambda spec: spec.ray.address),
-    ("ray.object_store_mb", lambda spec: spec.ray.object_store_mb),
+FIXED_FIELDS = (
+    *("metadata.name", "model.id", "model.dtype", "kv.block_size", "kv.transport"),
+    *("controller.grpc", "ray.address", "ray.object_store_mb"),
 )
 
 
@@ -70,8 +65,8 @@ class AppliedSpec:
 
     def check_change(self, spec: ClusterSpec) -> None:
         """Raises ConfigError for what can't be changed while the cluster runs."""
-        for path, read in FIXED_FIELDS:
-            before, after = read(self.spec), read(spec)
+        for path in FIXED_FIELDS:
+            before, after = map(attrgetter(path), (self.spec, spec))
             if before != after:
                 message = f"cannot change from {before!r} to {after!r} while the cluster runs"
                 raise ConfigError(path, f"{message}; use `crossdock down` and `up`")

@@ -21,7 +21,6 @@ from crossdock.deploy.reconcile import (
     Action,
     Do,
     Losses,
-    Member,
     State,
     converged,
     reconcile,
@@ -42,6 +41,7 @@ from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError, Overtaken
 from crossdock.proto.types import WorkerEndpoint
+from crossdock.proto.v1 import admin_pb2
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +59,6 @@ class ControllerSettings:
     watch: WatchSettings = field(default_factory=WatchSettings)
 
 
-@dataclass(frozen=True)
-class DecisionRecord:
-    """One decision for operators: when (Unix seconds), what, and why."""
-
-    unix_s: float
-    action: str
-    reason: str
-
-
 class Controller:
     """Owns the applied spec and every process of the cluster from `run` to `down`."""
 
@@ -83,7 +74,7 @@ class Controller:
         self.applied = AppliedSpec(store)
         self._key = store.key()
         self.members: list[Watched] = []
-        self.decisions: deque[DecisionRecord] = deque(maxlen=self._settings.decisions_kept)
+        self.decisions: deque[admin_pb2.Decision] = deque(maxlen=self._settings.decisions_kept)
         self.failure = ""  # of the last turn
         self._adopted = False
         self.errors: dict[str, str] = {}  # by name, until one by that name is ready again
@@ -155,16 +146,13 @@ class Controller:
             self._turned.notify_all()
 
     def _decide(self, spec: ClusterSpec) -> list[Action]:
-        return reconcile(targets(spec), self.observed(), self._losses, time.monotonic())
-
-    def observed(self) -> list[Member]:
-        """The members as `reconcile` sees them."""
-        return [watched.seen() for watched in self.members]
+        seen = [watched.seen() for watched in self.members]
+        return reconcile(targets(spec), seen, self._losses, time.monotonic())
 
     @property
     def converged(self) -> bool:
         """Everything runs as specified, and everyone knows of everyone."""
-        as_specified = converged(targets(self.spec), self.observed())
+        as_specified = converged(targets(self.spec), [m.seen() for m in self.members])
         told = all(m.told == self._membership_for(m) for m in self.members)
         return as_specified and told and not (self._closing or self.failure)
 
@@ -254,16 +242,9 @@ class Controller:
 
     def _membership_for(self, watched: Watched) -> list[WorkerEndpoint]:
         """Gateways send to ready workers; workers pull from draining ones too."""
-        if watched.is_gateway:
-            return self._endpoints(State.READY)
-        return self._endpoints(State.READY, State.DRAINING)
-
-    def _endpoints(self, *states: State) -> list[WorkerEndpoint]:
-        return [
-            m.started.endpoint
-            for m in self.members
-            if m.state in states and m.started is not None and m.started.endpoint is not None
-        ]
+        states = (State.READY,) if watched.is_gateway else (State.READY, State.DRAINING)
+        started = [m.started for m in self.members if m.state in states and m.started]
+        return [each.endpoint for each in started if each.endpoint is not None]
 
     async def _push(self, watched: Watched, endpoints: Sequence[WorkerEndpoint]) -> None:
         try:
@@ -417,12 +398,11 @@ class Controller:
     async def _drain_gateways(self) -> None:
         gateways = [m for m in self.members if m.is_gateway and m.state is State.READY]
         remaining = max(0.0, self._drain_until - time.monotonic())
-        if not gateways or not remaining:
-            return
-        drains = asyncio.gather(*(self._drain_gateway(m, remaining) for m in gateways))
-        while not drains.done() and time.monotonic() < self._drain_until:
-            await asyncio.wait([drains], timeout=0.1)
-        drains.cancel()
+        drains = {self._spawn(self._drain_gateway(m, remaining)) for m in gateways}
+        while drains and time.monotonic() < self._drain_until:
+            _, drains = await asyncio.wait(drains, timeout=0.1)
+        for drain in drains:
+            drain.cancel()
 
     async def _drain_gateway(self, watched: Watched, drain_s: float) -> None:
         with contextlib.suppress(ProcessGone):
@@ -439,7 +419,8 @@ class Controller:
 
     def _record(self, action: str, reason: str) -> None:
         log.info("%s: %s", action, reason)
-        self.decisions.append(DecisionRecord(time.time(), action, reason))
+        decision = admin_pb2.Decision(unix_s=time.time(), action=action, reason=reason)
+        self.decisions.append(decision)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import grpc
 
 from crossdock.deploy.reconcile import Member, State
-from crossdock.deploy.runtime import Launch, Process, ProcessGone, Started, StartFailed
+from crossdock.deploy.runtime import (
+    CannotStart,
+    Launch,
+    Process,
+    ProcessGone,
+    Started,
+    StartFailed,
+)
 from crossdock.proto.channels import internal
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.worker.config import WorkerConfig
@@ -142,8 +149,13 @@ class Watched:
         self, check_integrity: bool = False, timeout_s: float = 3.0
     ) -> worker_pb2.WorkerStatus | None:
         """What the worker says of itself; None when it does not answer in time."""
+        assert self.started is not None
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self.started.address, internal())
+        stub = worker_pb2_grpc.WorkerStub(self._channel)
+        request = worker_pb2.GetStatusRequest(check_integrity=check_integrity)
         try:
-            return await self._get_status(check_integrity, timeout_s)
+            answer: worker_pb2.WorkerStatus = await stub.GetStatus(request, timeout=timeout_s)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, OSError):
             return None
         except asyncio.CancelledError:
@@ -151,15 +163,6 @@ class Watched:
             if task is not None and task.cancelling():
                 raise
             return None  # gRPC's word for a channel that was closed meanwhile: the worker is lost
-
-    async def _get_status(self, check_integrity: bool, timeout_s: float) -> worker_pb2.WorkerStatus:
-        assert self.started is not None
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.started.address, internal())
-        stub = worker_pb2_grpc.WorkerStub(self._channel)
-        request = worker_pb2.GetStatusRequest(check_integrity=check_integrity)
-        answer = await stub.GetStatus(request, timeout=timeout_s)
-        assert isinstance(answer, worker_pb2.WorkerStatus)
         return answer
 
     async def _start(self) -> None:
@@ -169,7 +172,7 @@ class Watched:
         except TimeoutError:
             self._lost(f"not ready within {self._settings.start_timeout_s:g} s")
         except (StartFailed, ProcessGone) as error:
-            self.hopeless = error.hopeless
+            self.hopeless = isinstance(error, CannotStart)
             self._lost(str(error))
         except Exception as error:
             log.exception("starting %s", self.name)

@@ -19,9 +19,9 @@ Rules, in the order they are applied:
 from __future__ import annotations
 
 import enum
-import re
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_BACKOFF_S = 30.0
@@ -136,12 +136,6 @@ def converged(targets: Sequence[Target], members: Sequence[Member]) -> bool:
     return all(m.state is State.READY for m in members) and wanted == ready
 
 
-def member_index(name: str) -> int:
-    """7 of "prefill-7"."""
-    found = re.search(r"-(\d+)$", name)
-    return int(found.group(1)) if found else -1
-
-
 @dataclass
 class _Plan:
     targets: Sequence[Target]
@@ -159,7 +153,7 @@ class _Plan:
             target.pool: [m for m in self.members if m.pool == target.pool and m.live]
             for target in self.targets
         }
-        self.draining = Counter(m.pool for m in self.members if m.state is State.DRAINING)
+        self.draining = {m.name: m.pool for m in self.members if m.state is State.DRAINING}
         self.held = {m.name: m.holds for m in self.members}
         self.ready = Counter(m.role for m in self.members if m.state is State.READY)
         self.wanted: Counter[str] = Counter()
@@ -172,13 +166,9 @@ class _Plan:
             if member.state is State.LOST:
                 self._stop(member, f"lost ({member.why})" if member.why else "lost")
             elif member.state is State.DRAINING and member.drained:
-                self._depart(member, "drained")
+                self._stop(member, "drained")
             elif member.state is State.DRAINING and self.now >= member.drain_deadline:
-                self._depart(member, "drain deadline passed with work left")
-
-    def _depart(self, member: Member, reason: str) -> None:
-        self.draining[member.pool] -= 1
-        self._stop(member, reason)
+                self._stop(member, "drain deadline passed with work left")
 
     def remove_excess(self, target: Target) -> None:
         old, current = self._split(target)
@@ -191,9 +181,7 @@ class _Plan:
                 why = "replaced by a new revision" if current else "more than wanted"
                 self._retire(member, f"{why} ({target.replicas})")
         excess = len(current) - target.replicas
-        newest_first = sorted(
-            current, key=lambda m: (m.state is State.READY, -member_index(m.name))
-        )
+        newest_first = sorted(current, key=lambda m: (m.state is State.READY, -_index(m)))
         for member in newest_first[: max(0, excess)]:
             if member.state is State.STARTING or self._spare(member):
                 self._retire(member, f"more than wanted ({target.replicas})")
@@ -226,7 +214,7 @@ class _Plan:
             and self._start_allowed(t)
         ]
         if ready_to_roll and not surging:
-            target = min(ready_to_roll, key=lambda t: (self._updated_share(t), t.pool))
+            target = min(ready_to_roll, key=lambda t: (len(self._split(t)[1]) / t.replicas, t.pool))
             self._start(target, "new revision, before an old one goes")
 
     def _free_slot(self, target: Target) -> int | None:
@@ -239,7 +227,10 @@ class _Plan:
         old, current = self._split(target)
         holders = [[m for m in old if m.holds & slot] for slot in target.slots]
         fewest = min(filter(None, holders), key=len, default=[])
-        settled = all(m.state is State.READY for m in current) and not self.draining[target.pool]
+        settled = (
+            all(m.state is State.READY for m in current)
+            and target.pool not in self.draining.values()
+        )
         if fewest and settled:
             self._retire(fewest[0], "of an old revision; its replacement takes its ports")
 
@@ -248,9 +239,6 @@ class _Plan:
         live = self.live[target.pool]
         old = [m for m in live if m.revision != target.revision]
         return old, [m for m in live if m.revision == target.revision]
-
-    def _updated_share(self, target: Target) -> float:
-        return len(self._split(target)[1]) / target.replicas
 
     def _start_allowed(self, target: Target) -> bool:
         return self.now >= self.losses.get(target.pool, Losses()).start_allowed_at
@@ -269,7 +257,8 @@ class _Plan:
         if slot is None:
             return
         lost = self.losses.get(target.pool, Losses()).places
-        name = next((n for n in lost if n not in self.used), _free_name(target.pool, self.used))
+        fresh = (f"{target.pool}-{index}" for index in itertools.count())
+        name = next(n for n in itertools.chain(lost, fresh) if n not in self.used)
         self.used.add(name)
         self.held[name] = target.slots[slot] if target.slots else frozenset()
         self.live[target.pool].append(
@@ -288,12 +277,10 @@ class _Plan:
 
     def _stop(self, member: Member, reason: str) -> None:
         del self.held[member.name]
+        self.draining.pop(member.name, None)
         self.actions.append(Action(Do.STOP, member.name, member.pool, reason))
 
 
-def _free_name(pool: str, used: Iterable[str]) -> str:
-    taken = set(used)
-    index = 0
-    while f"{pool}-{index}" in taken:
-        index += 1
-    return f"{pool}-{index}"
+def _index(member: Member) -> int:
+    """7 of "prefill-7"."""
+    return int(member.name.rpartition("-")[2])

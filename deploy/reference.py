@@ -6,12 +6,12 @@ python -m crossdock.deploy.reference docs/operations.md    # writes it between t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
-from crossdock.deploy.spec import ClusterSpec, type_hints
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.worker.config import ENGINES, EngineSettings, settings_of
 
 BEGIN = "<!-- reference: made by crossdock.deploy.reference; edit deploy/spec.py instead -->"
@@ -39,21 +39,18 @@ def with_reference(document: str) -> str:
 
 
 def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Field[Any], Any]]:
-    hints = type_hints(kind)
+    hints = get_type_hints(kind)
     for about in sorted(fields(kind), key=_as_written):
         path, hint = prefix + about.name, hints[about.name]
         entry = get_args(hint)[1] if get_origin(hint) is not None else None
         yield path, about, hint
-        if hint is EngineSettings:
+        inner, at = (hint, path) if entry is None else (entry, f"{path}.NAME")
+        if inner is EngineSettings:
             for name in ENGINES:
-                inside = list(_walk(settings_of(name), path + "."))
+                inside = list(_walk(settings_of(name), f"{at}."))
                 yield from inside if name == next(iter(ENGINES)) else inside[1:]
-        elif is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield from _walk(hint, path + ".")
-        elif is_dataclass(entry):
-            assert isinstance(entry, type)
-            yield from _walk(entry, f"{path}.NAME.")
+        elif is_dataclass(inner) and isinstance(inner, type):
+            yield from _walk(inner, f"{at}.")
 
 
 def _as_written(about: Field[Any]) -> int:
@@ -82,15 +79,12 @@ def _default(about: Field[Any], hint: Any) -> str:
     if is_dataclass(hint):
         return "required" if about.default_factory is MISSING else ""
     if about.default_factory is not MISSING:
-        empty = about.default_factory()
-        assert isinstance(empty, Mapping)
         return "`{}`"
     if about.default is MISSING:
         return "required"
-    value = about.default
-    if isinstance(value, float):
-        return f"`{value:g}`"
-    return '`""`' if value == "" else f"`{value}`"
+    if about.default == "":
+        return '`""`'
+    return f"`{about.default:g}`" if isinstance(about.default, float) else f"`{about.default}`"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from crossdock.deploy.reconcile import GATEWAY_ROLE, Target
-from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
+from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec, plain
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.settings import given
 from crossdock.proto.types import Role, WorkerEndpoint
@@ -37,9 +37,9 @@ class Launch:
     role: str
     revision: str
     placement: Placement
+    telemetry: Mapping[str, str]
     worker: WorkerConfig | None = None
     gateway: GatewayConfig | None = None
-    telemetry: Mapping[str, str] | None = None
     host: str = ""  # that a worker listens on; its node's address where empty
 
     @property
@@ -133,19 +133,13 @@ def fixed_addresses(*addresses: str) -> frozenset[str]:
 class ProcessGone(Exception):
     """The process ended; the text says how."""
 
-    hopeless = False
-
 
 class StartFailed(Exception):
     """The process came up but could not serve; the text says why."""
 
-    hopeless = False
-
 
 class CannotStart(StartFailed):
     """A setting, the model or Ray's refusal is why: trying again does not help."""
-
-    hopeless = True
 
 
 def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: bytes) -> Launch:
@@ -167,23 +161,9 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
     )
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
     env |= {f"UCX_{name}": value for name, value in spec.kv.ucx.items()}
-    placement = Placement(
-        cpus=pool.resources.cpus,
-        gpus=pool.resources.gpus,
-        memory_mb=pool.resources.memory_mb,
-        custom=dict(pool.resources.custom),
-        labels=dict(pool.nodes.labels),
-        env=env,
-    )
-    return Launch(
-        name, pool_name, pool.role, revision, placement, worker=config, telemetry=_telemetry(spec)
-    )
-
-
-def _telemetry(spec: ClusterSpec) -> dict[str, str] | None:
-    if spec.telemetry.exporter == "none":
-        return None
-    return {"exporter": spec.telemetry.exporter, "endpoint": spec.telemetry.endpoint}
+    placement = Placement(**plain(pool.resources), labels=dict(pool.nodes.labels), env=env)
+    traces = plain(spec.telemetry)
+    return Launch(name, pool_name, pool.role, revision, placement, traces, worker=config)
 
 
 def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes) -> Launch:
@@ -200,12 +180,5 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
     )
     labels = dict(spec.gateway.nodes.labels)
     placement = Placement(labels=labels, on_head=not labels, env={"OMP_NUM_THREADS": "1"})
-    return Launch(
-        name,
-        GATEWAY_POOL,
-        GATEWAY_POOL,
-        spec.gateway_revision(),
-        placement,
-        gateway=config,
-        telemetry=_telemetry(spec),
-    )
+    revision, traces = spec.gateway_revision(), plain(spec.telemetry)
+    return Launch(name, GATEWAY_POOL, GATEWAY_ROLE, revision, placement, traces, gateway=config)

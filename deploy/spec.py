@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -246,11 +246,6 @@ class ClusterSpec:
         _check_ports(self)
         return self
 
-    @property
-    def name(self) -> str:
-        """The cluster's."""
-        return self.metadata.name
-
     def with_replicas(self, pool: str, replicas: int) -> ClusterSpec:
         """The same with `replicas` workers in `pool`. Raises ConfigError."""
         if pool not in self.pools:
@@ -263,23 +258,24 @@ class ClusterSpec:
     def pool_revision(self, pool: str) -> str:
         """Digest of all that a running worker of `pool` was started with, but not their number:
         where it changes, workers are replaced."""
-        spec = plain(self.pools[pool])
-        for not_the_workers in ("replicas", "drain_s"):
-            del spec[not_the_workers]
-        return _digest([spec, plain(self.model), plain(self.kv), plain(self.telemetry)])
+        return _revision(self.pools[pool], self.model, self.kv, self.telemetry)
 
     def gateway_revision(self) -> str:
         """Differs where a gateway has to be replaced."""
-        spec = plain(self.gateway)
-        for not_the_gateways in ("replicas", "drain_s"):
-            del spec[not_the_gateways]
-        return _digest(
-            [spec, plain(self.model), plain(self.slo), plain(self.telemetry), self.kv.block_size]
-        )
+        others = (self.model, self.slo, self.telemetry, self.kv.block_size)
+        return _revision(self.gateway, *others)
 
     def gateway_addresses(self, index: int) -> tuple[str, str]:
         """gRPC and HTTP address of gateway `index`: the ports count up, 0 stays 0."""
         return _offset(self.gateway.grpc, index), _offset(self.gateway.http, index)
+
+    def claims(self) -> list[tuple[str, str]]:
+        """Every address that is listened on, with its field. Raises ConfigError."""
+        claimed = [("controller.grpc", self.controller.grpc)]
+        for index in range(self.gateway.replicas):
+            grpc, http = self.gateway_addresses(index)
+            claimed += [("gateway.grpc", grpc), ("gateway.http", http)]
+        return claimed
 
 
 def plain(value: Any) -> Any:
@@ -293,6 +289,8 @@ def plain(value: Any) -> Any:
 
 def _offset(address: str, index: int) -> str:
     host, port = address.rpartition(":")[0], split_address(address)[1]
+    if port and port + index > 65535:
+        raise ConfigError("gateway.replicas", f"port + {index} of gateway {index} is above 65535")
     return f"{host}:{port + index if port else 0}"
 
 
@@ -339,16 +337,7 @@ def _check_gpus(spec: ClusterSpec) -> None:
 
 def _check_ports(spec: ClusterSpec) -> None:
     taken: list[tuple[str, int, str]] = []
-    claims = [("controller.grpc", spec.controller.grpc)]
-    for index in range(spec.gateway.replicas):
-        try:
-            grpc, http = spec.gateway_addresses(index)
-            split_address(grpc), split_address(http)
-        except ValueError:
-            message = f"port + {index} of gateway {index} is above 65535"
-            raise ConfigError("gateway.replicas", message) from None
-        claims += [("gateway.grpc", grpc), ("gateway.http", http)]
-    for path, address in claims:
+    for path, address in spec.claims():
         host, port = split_address(address)
         for other_host, other_port, other in taken:
             overlap = host == other_host or EVERY_HOST & {host, other_host}
@@ -357,10 +346,9 @@ def _check_ports(spec: ClusterSpec) -> None:
         taken.append((host, port, path))
 
 
-def type_hints(kind: type) -> dict[str, Any]:
-    """Resolved types of a dataclass's fields."""
-    return get_type_hints(kind)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+def _revision(group: GatewaySpec | PoolSpec, *others: Any) -> str:
+    own = plain(group)
+    for not_the_members in ("replicas", "drain_s"):
+        del own[not_the_members]
+    text = json.dumps([own, *map(plain, others)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from crossdock.deploy.spec import ClusterSpec, type_hints
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.proto.errors import ConfigError
 from crossdock.worker.config import EngineSettings, settings_of
 
 _TAG = "tag:yaml.org,2002:"
+_TAGS = {str: ["str"], int: ["int"], float: ["int", "float"], bool: ["bool"]}
 _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -86,23 +88,27 @@ class _Reader:
         if is_dataclass(kind):
             assert isinstance(kind, type)
             return self._record(node, kind, path)
-        if get_origin(kind) is Mapping or getattr(kind, "__origin__", None) is Mapping:
-            return self._mapping(node, get_args(kind)[1], path)
+        if get_origin(kind) is Mapping:
+            entry = get_args(kind)[1]
+            return MappingProxyType(
+                {key: self.read(v, entry, _join(path, key)) for key, v in self._entries(node, path)}
+            )
         return self._scalar(node, kind, path)
 
     def _record(self, node: yaml.Node, kind: type, path: str) -> Any:
         known = {about.name: about for about in fields(kind)}
-        hints = type_hints(kind)
+        hints = get_type_hints(kind)
         given: dict[str, Any] = {}
         for key, value in self._entries(node, path):
+            inner = _join(path, key)
             if key not in known:
                 inside = f" of {path}" if path else ""
-                hint = _suggest(key, known)
-                message = f"unknown field{inside}; {hint}"
-                raise ConfigError(_join(path, key), message, self.where(_join(path, key)))
-            given[key] = self.read(value, hints[key], _join(path, key))
+                message = f"unknown field{inside}; {_suggest(key, known)}"
+                raise ConfigError(inner, message, self.where(inner))
+            given[key] = self.read(value, hints[key], inner)
         for name, about in known.items():
-            if name not in given and _required(about):
+            required = about.default is MISSING and about.default_factory is MISSING
+            if name not in given and required:
                 raise ConfigError(_join(path, name), "is missing", self.where(path))
         return kind(**given)
 
@@ -115,54 +121,32 @@ class _Reader:
         except ConfigError as error:
             raise ConfigError(_join(path, "kind"), error.message, self._at(named[0])) from None
 
-    def _mapping(self, node: yaml.Node, kind: Any, path: str) -> Mapping[str, Any]:
-        entries = self._entries(node, path)
-        return MappingProxyType(
-            {key: self.read(value, kind, _join(path, key)) for key, value in entries}
-        )
-
     def _entries(self, node: yaml.Node, path: str) -> Iterable[tuple[str, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):
-            found = _describe(node)
-            field = path or "file"
-            raise ConfigError(field, f"must be a mapping, not {found}", self._at(node))
+            message = f"must be a mapping, not {_describe(node)}"
+            raise ConfigError(path or "file", message, self._at(node))
         entries: dict[str, yaml.Node] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(path or "file", "a field's name must be a word", self._at(key))
             inner = _join(path, key.value)
             if key.value in entries:
-                first = self.lines[inner]
-                message = f"is given twice, first on line {first}"
+                message = f"is given twice, first on line {self.lines[inner]}"
                 raise ConfigError(inner, message, self._at(key))
             self.lines[inner] = key.start_mark.line + 1
             entries[key.value] = value
         return entries.items()
 
     def _scalar(self, node: yaml.Node, kind: type, path: str) -> Any:
-        if isinstance(node, yaml.ScalarNode):
-            tag = node.tag.removeprefix(_TAG)
-            try:
-                if kind is str and tag == "str":
-                    return node.value
-                if kind is bool and tag == "bool":
-                    return yaml.SafeLoader("").construct_yaml_bool(node)
-                if kind is int and tag == "int":
-                    return yaml.SafeLoader("").construct_yaml_int(node)
-                if kind is float and tag in ("int", "float"):
-                    return float(yaml.safe_load(node.value))
-            except (ValueError, OverflowError):
-                pass
+        if isinstance(node, yaml.ScalarNode) and node.tag.removeprefix(_TAG) in _TAGS[kind]:
+            with contextlib.suppress(ValueError, OverflowError, KeyError):
+                return kind(yaml.SafeLoader("").construct_object(node))
         quote = "; quote it" if kind is str and isinstance(node, yaml.ScalarNode) else ""
         message = f"must be {_NAMES[kind]}, not {_describe(node)}{quote}"
         raise ConfigError(path, message, self._at(node))
 
     def _at(self, node: yaml.Node) -> str:
         return f"{self.file}:{node.start_mark.line + 1}"
-
-
-def _required(about: Field[Any]) -> bool:
-    return about.default is MISSING and about.default_factory is MISSING
 
 
 def _join(path: str, name: str) -> str:

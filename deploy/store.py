@@ -24,36 +24,34 @@ class ClusterStore:
         self.name = name
         self.folder = (home or crossdock_home()) / "clusters" / name
         self.spec_path = self.folder / "spec.yaml"
-        self._good_path = self.folder / "good.yaml"
-        self._generation_path = self.folder / "generation"
-        self._key_path = self.folder / "key"
-        self._life_path = self.folder / "life"
 
     def begin(self, yaml: str, life: str) -> None:
         """A new life of the cluster: its spec and a new key; nothing when `life` has begun."""
-        if self._life_path.exists() and self._life_path.read_text() == life:
+        began = self.folder / "life"
+        if began.exists() and began.read_text() == life:
             return
-        self._write(self._key_path, secrets.token_bytes(KEY_BYTES))
-        self._good_path.unlink(missing_ok=True)
+        self._write("key", secrets.token_bytes(KEY_BYTES))
+        (self.folder / "good.yaml").unlink(missing_ok=True)
         self.save_spec(yaml, 1)
-        self._write(self._life_path, life.encode())
+        self._write("life", life.encode())
 
     def save_spec(self, yaml: str, generation: int) -> None:
         """`generation` counts the specs of this life."""
-        self._write(self._generation_path, str(generation).encode())
-        self._write(self.spec_path, yaml.encode())
+        self._write("generation", str(generation).encode())
+        self._write(self.spec_path.name, yaml.encode())
 
     def generation(self) -> int:
         """Of the spec that is saved."""
-        return int(self._generation_path.read_text())
+        return int((self.folder / "generation").read_text())
 
     def save_good(self, yaml: str) -> None:
         """Keeps a spec that was carried out in full, to go back to."""
-        self._write(self._good_path, yaml.encode())
+        self._write("good.yaml", yaml.encode())
 
     def good_spec(self) -> str:
         """Empty where none was carried out yet."""
-        return self._good_path.read_text(encoding="utf-8") if self._good_path.exists() else ""
+        good = self.folder / "good.yaml"
+        return good.read_text(encoding="utf-8") if good.exists() else ""
 
     def spec(self) -> str:
         """The applied spec, as YAML."""
@@ -61,7 +59,7 @@ class ClusterStore:
 
     def key(self) -> bytes:
         """The cluster's key, KEY_BYTES long."""
-        return self._key_path.read_bytes()
+        return (self.folder / "key").read_bytes()
 
     def end(self) -> None:
         """Forgets the cluster, so that nothing brings it back."""
@@ -101,8 +99,9 @@ class ClusterStore:
             message = f"{folder} cannot be made: {error.strerror}"
             raise Unavailable(f"{message}; set CROSSDOCK_HOME to a folder that can") from None
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, name: str, data: bytes) -> None:
         self._make(self.folder)
+        path = self.folder / name
         fresh = path.with_suffix(".new")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:

@@ -38,31 +38,24 @@ def configure(telemetry: Mapping[str, str] | None, service_name: str, instance: 
 
     `telemetry` holds exporter ("none", "otlp", "console") and endpoint (an OTLP gRPC collector).
     """
-    exporter = (telemetry or {}).get("exporter", "none")
-    if telemetry is None or exporter == "none":
+    if telemetry is None or telemetry["exporter"] == "none":
         return
     # Imported here: processes without telemetry don't pay for the SDK.
     from opentelemetry import trace
     from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import (
-        BatchSpanProcessor,
-        ConsoleSpanExporter,
-        SimpleSpanProcessor,
-    )
+    from opentelemetry.sdk.trace import TracerProvider, export
 
     attributes = {"service.name": service_name, "service.instance.id": instance or service_name}
     provider = TracerProvider(resource=Resource.create(attributes))
-    if exporter == "console":
-        provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter()))
+    if telemetry["exporter"] == "console":
+        provider.add_span_processor(export.SimpleSpanProcessor(export.ConsoleSpanExporter()))
     else:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         endpoint = telemetry["endpoint"]
-        secure = endpoint.startswith("https://")
-        provider.add_span_processor(
-            BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, insecure=not secure))
-        )
+        insecure = not endpoint.startswith("https://")
+        exporter = OTLPSpanExporter(endpoint, insecure=insecure)
+        provider.add_span_processor(export.BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
 
 
@@ -71,6 +64,5 @@ def flush() -> None:
     from opentelemetry import trace
 
     provider = trace.get_tracer_provider()
-    force_flush = getattr(provider, "force_flush", None)
-    if force_flush is not None:
-        force_flush(2000)
+    if hasattr(provider, "force_flush"):  # the SDK's
+        provider.force_flush(2000)

@@ -7,12 +7,10 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 import grpc
 
@@ -20,7 +18,7 @@ from crossdock.deploy import processes
 from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.ray import control_plane, session
 from crossdock.deploy.runtime import ProcessGone, StartFailed
-from crossdock.deploy.spec import ClusterSpec
+from crossdock.deploy.spec import ClusterSpec, plain
 from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
 from crossdock.deploy.telemetry import event_listener, log_level
@@ -46,34 +44,25 @@ def up(
     spec_path: str | Path,
     address: str | None = None,
     *,
-    wait: bool = True,
-    verbose: bool = False,
     start_timeout_s: float = 600.0,
-    echo: Echo | None = None,
+    echo: Echo = lambda line: print(line, flush=True),
 ) -> int:
     """Serves the cluster of a YAML file until SIGINT or SIGTERM; a second one hurries.
 
-    `address` joins that Ray cluster (before ray.address of the file). `wait=False` returns once
-    it is ready and leaves it running, which takes a Ray cluster that was joined. Returns 0 after
-    an orderly end, 130 when interrupted before it was ready. Raises ConfigError, ModelError or
-    Unavailable when it can't start; whatever had been started is stopped by then.
+    `address` joins that Ray cluster (before ray.address of the file). Returns 0 after an orderly
+    end, 130 when interrupted before it was ready. Raises ConfigError, ModelError or Unavailable
+    when it can't start; whatever had been started is stopped by then.
     """
-    say = echo or _say
-    cluster = Cluster(spec_path, address, verbose=verbose, echo=say)
-    if not wait and not cluster.ray_address:
-        raise ConfigError("wait", "a Ray that is started here ends with this command")
-    with _Signals() as signals:
+    with _signals() as came:
+        cluster = Cluster(spec_path, address, echo=echo, interrupted=lambda: bool(came))
         try:
-            cluster.start(start_timeout_s, interrupted=lambda: signals.count > 0)
-            if not wait:
-                cluster.leave()
-                return 0
-            cluster.watch(lambda: signals.count > 0)
+            cluster.start(start_timeout_s)
+            cluster.watch(lambda: bool(came))
             return 0
         except Interrupted:
             return 130
         finally:
-            cluster.stop(hurry=lambda: signals.count > 1)
+            cluster.stop(hurry=lambda: len(came) > 1)
 
 
 class Interrupted(Exception):
@@ -88,59 +77,51 @@ class Cluster:
         spec_path: str | Path,
         address: str | None = None,
         *,
-        verbose: bool = False,
         echo: Echo = lambda line: None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.path = str(spec_path)
         self.spec = ClusterSpec.load(spec_path)
         self.ray_address = address or self.spec.ray.address
-        self.grpc = ""  # set by start: where the first gateway is
-        self.http = ""
+        self.grpc = self.http = ""  # set by start: where the first gateway is
         self.admin = ""  # and the controller
         self._echo = echo
-        self._verbose = verbose
+        self._interrupted = interrupted
         self._began = time.monotonic()
+        self._start_timeout_s = 0.0
+        self._store = ClusterStore(self.spec.metadata.name)
         self._cleanup = contextlib.ExitStack()
         self._controller: control_plane.ControllerHandle | None = None
         self._model_name = Path(self.spec.model.id).stem.lower()
-        self._decisions_seen = 0.0
 
     # -- start ---------------------------------------------------------------------------------
 
-    def start(
-        self, timeout_s: float = 600.0, interrupted: Callable[[], bool] = lambda: False
-    ) -> None:
+    def start(self, timeout_s: float = 600.0) -> None:
         """Returns when the cluster serves. Raises CrossdockError saying what failed and why."""
-        self._began = time.monotonic()
-        try:
-            log_level()
-            event_listener()
-            if not self.ray_address:
-                self._cleanup.enter_context(ClusterStore(self.spec.name).locked())
-                self._check_ports()
-        except ConfigError as error:
-            raise error.at(self._where(error.field)) from None
-        self._have_model()
-        self._unless(interrupted)
-        self._start_ray()
-        self._unless(interrupted)
-        self._start_controller(timeout_s, interrupted)
-        status = self._await_ready(timeout_s, interrupted)
+        self._began, self._start_timeout_s = time.monotonic(), timeout_s
+        steps = (self._check_host, self._have_model, self._start_ray, self._start_controller)
+        for step in steps:
+            self._unless_interrupted()
+            try:
+                step()
+            except ConfigError as error:
+                raise error.at(self._where(error.field)) from None
+        status = self._await_ready()
         for gateway in status.gateways:
-            self._prove(gateway, interrupted)
+            self._prove(gateway)
         self.grpc, self.http = status.gateways[0].grpc, status.gateways[0].http
         self._announce()
 
-    def _check_ports(self) -> None:
-        """Before anything is started: are the ports ours to take?"""
-        claims = [("controller.grpc", self.spec.controller.grpc)]
-        for index in range(self.spec.gateway.replicas):
-            grpc, http = self.spec.gateway_addresses(index)
-            claims += [("gateway.grpc", grpc), ("gateway.http", http)]
-        for field, address in claims:
-            host, port = split_address(address)
+    def _check_host(self) -> None:
+        """Before anything is started: is the environment sound, are the ports ours to take?"""
+        log_level()
+        event_listener()
+        if self.ray_address:
+            return
+        self._cleanup.enter_context(self._store.locked())
+        for field, address in self.spec.claims():
             try:
-                _try_bind(host, port)
+                _try_bind(*split_address(address))
             except OSError as error:
                 message = f"cannot listen on {address}: {error.strerror}"
                 raise ConfigError(field, message) from None
@@ -159,61 +140,59 @@ class Cluster:
             raise ModelError(f"{self._where('model.id')}: model.id: {error}") from None
 
     def _start_ray(self) -> None:
+        folder = ""
         if self.ray_address:
             self._say(f"joining Ray at {self.ray_address}")
-            session.start_ray(self.ray_address, self.spec.ray.object_store_mb, "", self._verbose)
-            self._cleanup.callback(session.stop_ray)
-            return
-        self._say("starting Ray")
-        processes.keep_orphans()
-        folder = _temp_folder()
-        self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-        self._cleanup.callback(self._stop_local_ray)
-        session.start_ray("", self.spec.ray.object_store_mb, folder, self._verbose)
+        else:
+            self._say("starting Ray")
+            processes.keep_orphans()
+            folder = _temp_folder()
+            self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        self._cleanup.callback(session.stop_ray if self.ray_address else self._stop_local_ray)
+        session.start_ray(self.ray_address, self.spec.ray.object_store_mb, folder)
 
-    def _start_controller(self, timeout_s: float, interrupted: Callable[[], bool]) -> None:
+    def _start_controller(self) -> None:
         self._say("starting the controller")
-        telemetry = {
-            "exporter": self.spec.telemetry.exporter,
-            "endpoint": self.spec.telemetry.endpoint,
-        }
-        try:
-            self._controller = control_plane.start_controller(
-                self.spec.name, self.spec.to_yaml(), telemetry, local=not self.ray_address
-            )
-        except ConfigError as error:
-            raise error.at(self._where(error.field)) from None
-        self._cleanup.callback(ClusterStore(self.spec.name).end)
+        spec, local = self.spec, not self.ray_address
+        self._controller = control_plane.start_controller(
+            spec.metadata.name, spec.to_yaml(), plain(spec.telemetry), local=local
+        )
+        self._cleanup.callback(self._store.end)
         self._cleanup.callback(self._down, 0.0)
-        while not self.admin:
-            self._unless(interrupted)
-            self._check_ray()
+        for _ in self._turns():
             try:
                 self.admin = self._controller.started(POLL_S)
+                return
             except TimeoutError:
-                self._in_time(timeout_s, "the controller")
+                self._in_time("the controller")
             except (StartFailed, ProcessGone) as error:
                 raise Unavailable(f"the controller did not start: {error}") from None
 
-    def _await_ready(
-        self, timeout_s: float, interrupted: Callable[[], bool]
-    ) -> admin_pb2.ClusterStatus:
+    def _await_ready(self) -> admin_pb2.ClusterStatus:
         shown: dict[str, str] = {}
-        while True:
-            self._unless(interrupted)
-            self._check_ray()
+        for _ in self._turns():
             status = self.status()
             self._show_progress(status, shown)
             if status.converged:
-                return status
-            self._in_time(timeout_s, *(name for name, state in shown.items() if state != "ready"))
+                break
+            self._in_time(*(name for name, state in shown.items() if state != "ready"))
             time.sleep(POLL_S)
+        return status
 
-    def _in_time(self, timeout_s: float, *waiting: str) -> None:
-        if time.monotonic() - self._began > timeout_s:
-            raise Unavailable(f"not ready after {timeout_s:g} s; waited for {', '.join(waiting)}")
+    def _turns(self) -> Iterator[None]:
+        """Turns of a wait for the cluster, each after a look at what ends the wait: a signal, or
+        the loss of Ray."""
+        while True:
+            self._unless_interrupted()
+            self._check_ray()
+            yield
 
-    def _prove(self, gateway: admin_pb2.GatewayStatus, interrupted: Callable[[], bool]) -> None:
+    def _in_time(self, *waiting: str) -> None:
+        if time.monotonic() - self._began > self._start_timeout_s:
+            after = f"not ready after {self._start_timeout_s:g} s"
+            raise Unavailable(f"{after}; waited for {', '.join(waiting)}")
+
+    def _prove(self, gateway: admin_pb2.GatewayStatus) -> None:
         """Two tokens of a first request came out of this gateway: the second is a decode worker's,
         from the KV that it pulled."""
         request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[0]))
@@ -222,7 +201,7 @@ class Cluster:
             stub = inference_pb2_grpc.InferenceStub(channel)
             answer = stub.GenerateUnary.future(request, timeout=FIRST_TOKENS_S)
             while not answer.done():
-                self._unless(interrupted)
+                self._unless_interrupted()
                 time.sleep(POLL_S)
             if answer.code() is not grpc.StatusCode.OK:
                 why = f"{answer.code().name}: {answer.details()}"
@@ -263,7 +242,7 @@ class Cluster:
     def watch(self, interrupted: Callable[[], bool]) -> None:
         """Shows decisions as they are made, until interrupted or brought down by another."""
         assert self._controller is not None, "not started"
-        self._decisions_seen = time.time()
+        seen = time.time()
         while not interrupted() and not self._controller.ended(WATCH_S):
             self._check_ray()
             if self._controller.hangs(HANG_S):
@@ -271,8 +250,8 @@ class Cluster:
                 self._controller.kill(restart=True)
             with contextlib.suppress(Unavailable):  # Ray restarts it
                 for decision in self.status().decisions:
-                    if decision.unix_s > self._decisions_seen:
-                        self._decisions_seen = decision.unix_s
+                    if decision.unix_s > seen:
+                        seen = decision.unix_s
                         self._say(f"{decision.action}: {decision.reason}")
         self._check_ray()  # without it the controller ends as well
 
@@ -321,8 +300,8 @@ class Cluster:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _unless(self, interrupted: Callable[[], bool]) -> None:
-        if interrupted():
+    def _unless_interrupted(self) -> None:
+        if self._interrupted():
             raise Interrupted
 
     def _where(self, field: str) -> str:
@@ -343,22 +322,17 @@ def serving(spec_path: str | Path, timeout_s: float = 300.0) -> Iterator[Cluster
         cluster.stop()
 
 
-class _Signals:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __enter__(self) -> _Signals:
-        self._before = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as they come, instead of dying of them."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def _on(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
 
 
 def _try_bind(host: str, port: int) -> None:
@@ -379,7 +353,3 @@ def _temp_folder() -> str:
     if len(base) > LONGEST_SOCKET_FOLDER:
         base = "/tmp"
     return tempfile.mkdtemp(prefix="crossdock-", dir=base)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True, file=sys.stdout)

@@ -44,16 +44,12 @@ def _translated() -> Iterator[None]:
     except RayActorError as error:
         raise ProcessGone(_end_of(error)) from None
     except RayTaskError as error:
-        raise _cause(error) from None
+        cause = error.cause
+        if isinstance(cause, StartFailed):
+            raise type(cause)(str(cause)) from None
+        raise StartFailed(f"{type(cause).__name__}: {cause}") from None
     except RayError as error:  # out of memory, unschedulable, broken environment
         raise ProcessGone(str(error)) from None
-
-
-def _cause(error: RayTaskError) -> Exception:
-    cause = error.cause
-    if isinstance(cause, StartFailed):
-        return type(cause)(str(cause))
-    return StartFailed(f"{type(cause).__name__}: {cause}")
 
 
 def _end_of(error: RayActorError) -> str:

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 
 from crossdock.deploy.ray.calls import CRASHES, get, kill_process
 from crossdock.deploy.ray.member import set_up_process
-from crossdock.deploy.ray.runtime import MANY_CALLS, RayRuntime, actor_options, namespace
+from crossdock.deploy.ray.runtime import RayRuntime, actor_options, namespace
 from crossdock.deploy.runtime import Placement, StartFailed
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
@@ -38,13 +38,13 @@ class ControllerActor:
         local: bool,
     ) -> None:
         set_up_process(CONTROLLER, telemetry)
-        os.environ[CRASHES] = str(ClusterStore(cluster).folder)
-        self._cluster, self._yaml, self._life = cluster, yaml, life
-        self._local = local
+        store = ClusterStore(cluster)
+        os.environ[CRASHES] = str(store.folder)
         self._failed = ""
         self._controller: Any = None
         self._started = asyncio.Event()
-        self._loop_task = asyncio.get_running_loop().create_task(self._run())
+        serving = self._serve(store, yaml, life, RayRuntime(cluster, local))
+        self._loop_task = asyncio.get_running_loop().create_task(serving)
 
     async def started(self) -> str:
         """The address it answers operators at. Raises StartFailed."""
@@ -58,8 +58,7 @@ class ControllerActor:
         from crossdock.deploy.admin_service import cluster_status
 
         await self.started()
-        status = await cluster_status(self._controller)
-        return status.SerializeToString()
+        return (await cluster_status(self._controller)).SerializeToString()
 
     async def ping(self) -> None:
         """Answers while its loop turns."""
@@ -76,14 +75,13 @@ class ControllerActor:
         else:
             ray.actor.exit_actor()
 
-    async def _run(self) -> None:
+    async def _serve(self, store: ClusterStore, yaml: str, life: str, runtime: RayRuntime) -> None:
         from crossdock.deploy.admin_service import serve_admin
         from crossdock.deploy.controller import Controller
 
         try:
-            store = ClusterStore(self._cluster)
-            store.begin(self._yaml, self._life)  # a restarted controller goes on with what is there
-            controller = Controller(RayRuntime(self._cluster, self._local), store)
+            store.begin(yaml, life)  # a restarted controller goes on with what is there
+            controller = Controller(runtime, store)
             server, self._address = await serve_admin(controller, controller.spec.controller.grpc)
         except Exception as error:
             log.exception("the controller cannot start")
@@ -166,16 +164,8 @@ def start_controller(
         ray.get_actor(CONTROLLER, namespace=space)
         message = f"{cluster!r} runs already in this Ray cluster; use `crossdock apply`"
         raise ConfigError("metadata.name", message)
-    actor = (
-        ray.remote(ControllerActor)
-        .options(
-            name=CONTROLLER,
-            namespace=space,
-            lifetime="detached",
-            max_restarts=-1,
-            max_concurrency=MANY_CALLS,
-            **actor_options(Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})),
-        )
-        .remote(cluster, yaml, secrets.token_hex(8), telemetry, local)
-    )
+    placement = Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})
+    options = actor_options(CONTROLLER, space, placement)
+    controller = ray.remote(ControllerActor).options(**options, max_restarts=-1)
+    actor = controller.remote(cluster, yaml, secrets.token_hex(8), telemetry, local)
     return ControllerHandle(actor)

@@ -86,14 +86,13 @@ class MemberActor:
         self._stopped.set()
 
     async def _start(self) -> Started:
-        context = ray.get_runtime_context()
-        launch, node_id = self._launch, context.get_node_id()
+        launch, node_id = self._launch, ray.get_runtime_context().get_node_id()
         os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))
         # Imported here, in the actor: the controller and the driver need no torch.
         if launch.worker is not None:
             config = dataclasses.replace(
                 launch.worker,
-                host=launch.host or _host(),
+                host=launch.host or ray.util.get_node_ip_address(),
                 node_id=node_id,
                 home=crossdock_home(),
             )
@@ -116,11 +115,6 @@ class MemberActor:
 def _can_serve(endpoints: Sequence[WorkerEndpoint]) -> bool:
     roles = {endpoint.role for endpoint in endpoints}
     return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
-
-
-def _host() -> str:
-    """The address at which other nodes reach this one."""
-    return str(ray.util.get_node_ip_address())
 
 
 def set_up_process(name: str, telemetry: Mapping[str, str] | None) -> None:

@@ -34,13 +34,12 @@ PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG", EVENT_LISTENER, CRASHES)
 
 
 class RayProcess:
-    """A MemberActor as the controller handles it."""
+    """A MemberActor as the controller handles it; see Process."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
     async def start(self) -> Started:
-        """See Process.start."""
         return await call(self._actor.start.remote())
 
     async def gone(self) -> str:
@@ -51,15 +50,12 @@ class RayProcess:
             return str(error)
 
     async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
-        """See MemberActor.update."""
         await call(self._actor.update.remote(list(endpoints)))
 
     async def drain(self, timeout_s: float) -> bool:
-        """See MemberActor.drain."""
         return await call(self._actor.drain.remote(timeout_s))
 
     async def active_requests(self) -> int:
-        """See MemberActor.active_requests."""
         return await call(self._actor.active_requests.remote())
 
     async def stop(self, grace_s: float = 5.0) -> None:
@@ -88,16 +84,9 @@ class RayRuntime:
         launch = dataclasses.replace(launch, host=self._host)
         # A name of its own for each launch: Ray frees a name only some time after its actor.
         name = f"member/{launch.name}/{secrets.token_hex(4)}"
-        member = ray.remote(MemberActor)
+        options = actor_options(name, self._namespace, launch.placement)
         try:
-            actor = member.options(
-                name=name,
-                namespace=self._namespace,
-                lifetime="detached",  # it outlives this controller; the next one adopts it
-                max_restarts=0,
-                max_concurrency=MANY_CALLS,
-                **actor_options(launch.placement),
-            ).remote(launch)
+            actor = ray.remote(MemberActor).options(**options, max_restarts=0).remote(launch)
         except (ValueError, TypeError) as error:
             raise CannotStart(f"Ray refuses it: {error}") from None
         return RayProcess(actor)
@@ -120,8 +109,7 @@ class RayRuntime:
 
     def why_waiting(self, launch: Launch) -> str:
         """Why Ray cannot place it now, empty where it can."""
-        nodes = ray.nodes()
-        return placement_problem(launch.placement, nodes)
+        return placement_problem(launch.placement, ray.nodes())
 
 
 def placement_problem(placement: Placement, nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -153,13 +141,17 @@ def _resources(placement: Placement) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount}
 
 
-def actor_options(placement: Placement) -> dict[str, Any]:
-    """A placement as actor options."""
+def actor_options(name: str, namespace: str, placement: Placement) -> dict[str, Any]:
+    """Options of an actor that outlives whoever starts it, for the next controller to find."""
     custom = dict(placement.custom)
     if placement.on_head:
         custom[HEAD_RESOURCE] = 0.001
     env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     options: dict[str, Any] = {
+        "name": name,
+        "namespace": namespace,
+        "lifetime": "detached",
+        "max_concurrency": MANY_CALLS,
         "num_cpus": placement.cpus,
         "num_gpus": placement.gpus,
         "resources": custom,

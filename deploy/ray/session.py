@@ -17,7 +17,7 @@ LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one fo
 VITAL = ("gcs_server", "raylet")  # of Ray's own processes: no cluster without them
 
 
-def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool = False) -> None:
+def start_ray(address: str, object_store_mb: int, temp_dir: str) -> None:
     """Joins the Ray cluster at `address`, or starts one on this machine under `temp_dir`.
 
     Raises Unavailable when it can't be joined, or can't write to the home folder.
@@ -29,12 +29,10 @@ def start_ray(address: str, object_store_mb: int, temp_dir: str, verbose: bool =
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": temp_dir,
     }
-    options = {} if address else local
+    where = {"address": address} if address else {"address": "local", **local}
     try:
         with _own_sigterm():
-            ray.init(
-                address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **options
-            )
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
     except (ConnectionError, RuntimeError, ValueError) as error:
         doing = f"join {address!r}" if address else "start a local Ray"
         raise Unavailable(f"ray.address: cannot {doing}: {error}") from None
