@@ -26,7 +26,6 @@ from crossdock.router.placement.view import ClusterView
 from crossdock.worker.streams import GatewayStream
 
 LONGEST = 69  # tokens of a sequence: with what a step may draw, 9 blocks
-MAX_REQUESTS = 7
 SOME = [1, 1, 2, 3]  # messages that arrive together
 LINKS = LinkSettings(silence_s=1.0, tick_s=0.5)
 HELLO = pb.GatewayFrame()  # to open a stream with; what it says is the link's
@@ -239,15 +238,15 @@ class Front:
         clock: Clock,
         see: Callable[[str], None],
         resident: Callable[[str], Worker | None],
-        long: float,
+        tight: bool,
     ) -> None:
-        """`long`: the part of the requests that are as long as a request can be."""
+        """`tight`: few requests, and many of them as long as a request can be."""
         self.rng, self.clock, self.see, self.resident = rng, clock, see, resident
         self.lives = count()
         self.members: list[WorkerEndpoint] = []
         self.version = 0  # of the membership
         self.calm = False
-        self.long = long
+        self.tight = tight
         self.touched: dict[Gateway, None] = {}  # since the last check
         self.broken = ""  # what was found where an exception would be caught
         self.streams: list[Stream] = []
@@ -295,15 +294,14 @@ class Front:
         self.gateways[index] = Gateway(dead.name, self)
         self.see("gateway lost")
 
-    def new_request(self) -> None:
-        if len(self.clients) >= MAX_REQUESTS:
-            return
+    def new_request(self, anyway: bool = False) -> None:
         rng, now = self.rng, self.clock.now
+        most, long, longest = (5, 0.5, 40) if self.tight else (7, 0.05, 24)
+        if not anyway and len(self.clients) >= most:
+            return
         shared = [11] * rng.choice([0, 8, 16])  # prefixes that caches can share
-        prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, 40))]
-        tokens = (
-            LONGEST - len(prompt) if rng.random() < self.long else rng.choice([1, 2, 4, 6, 8, 16])
-        )
+        prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, longest))]
+        tokens = LONGEST - len(prompt) if rng.random() < long else rng.choice([1, 2, 4, 6, 8, 16])
         stop = ("1.",) if rng.random() < 0.1 else ()
         sampling = SamplingParams(1.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100))
         request = Request(

@@ -40,7 +40,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.loop import Turn
 
-STEPS = 60  # of a history, faults on
+STEPS = 50  # of a history, faults on
 
 
 class Seat:
@@ -67,7 +67,7 @@ class Simulation:
             self.network,
             pool_type=RememberingPool,
             transport_type=MoodyTransport,
-            tokens_per_step=self.rng.choice([1, 1, 2, 4]),
+            tokens_per_step=self.rng.choice([1, 2, 4]),
         )
         self.site.wall_clock = self.clock = self.site.clock
         self.calls = Calls(self.rng, self._resident, self._computing)
@@ -83,27 +83,28 @@ class Simulation:
         self.seats = [Seat(f"{role}{i}", role) for i, role in enumerate(roles)]
         for seat in self.seats:
             seat.worker = self._worker(seat.role, seat.name)
-        self.front = Front(
-            self.rng, self.clock, self._see, self._resident, 0.4 if self.tight else 0.05
-        )
+        self.front = Front(self.rng, self.clock, self._see, self._resident, self.tight)
         self._members()
         self.actions = {
-            self._turn: 40,
-            self._to_worker: 24,
-            self.front.hear_any: 20,
+            self._sweep: 80,
+            self._turn: 20,
+            self._to_worker: 12,
+            self.front.hear_any: 10,
             self._network: self.rng.choice([6, 12, 24]),
             self.calls.any: 5,
             self._advance: self.rng.choice([4, 8, 16]),
-            self.front.new_request: 14,
+            self.front.new_request: 25,
             self.front.dial_any: 5,
             self.front.membership: 3,
             self.calls.meet_any: 3,
             self._renew: 4,
             self._beat: 2,
             self.front.client_leaves: 1,
+            self._decode_alone: 8 if self.tight else 1,
+            self._successor_first: 2,
             self._kill: self.rng.choice([0.5, 1, 4]),
-            self._pause: 1,
-            self._resume: 3,
+            self._pause: self.rng.choice([1, 6]),
+            self._resume: self.rng.choice([2, 8]),
             self._replace: 1,
             self._drain: 0.5,
             self.front.stream_breaks: 1,
@@ -168,9 +169,9 @@ class Simulation:
             blocks,
             address or f"{name}:{self.counter}",
             name=name,
-            max_batch=4,
+            max_batch=self.rng.choice([1, 2, 4, 4]),
             max_waiting=self.rng.choice([1, 16]),
-            chunk_tokens=self.rng.choice([8, 8, 16, 32]),
+            chunk_tokens=8 if self.tight else self.rng.choice([8, 16, 32]),
             reserve=self.rng.choice(["early", "early", "early", "late"]),
             verify=self.rng.choice(["fence", "fence", "checksum"]),
             lease_s=LEASE_S,
@@ -247,6 +248,23 @@ class Simulation:
         self.front.members = [seat.worker.host.endpoint for seat in self.seats]
         self.front.version += 1
 
+    def _sweep(self) -> None:
+        """Much of what can happen does, for some; a history would else be over before it began."""
+        part, turns = self.rng.choice([0.4, 0.7, 0.9]), self.rng.choice([1, 2, 8])
+        for stream in list(self.front.streams):
+            if stream.inbox and stream.worker not in self.paused and self.rng.random() < part:
+                while stream.inbox:
+                    self.receive(stream)
+        for worker in list(self.workers):
+            if worker not in self.paused and self.rng.random() < part and worker.host.awake:
+                for _ in range(turns):
+                    if not self.turn_of(worker):
+                        break
+        for stream in self.front.audible():
+            if self.rng.random() < part:
+                while stream.audible:
+                    self.front.hear(stream)
+
     def _turn(self) -> None:
         """Mostly one; now and then a worker gets many done while the others get none."""
         able = [worker for worker in self.workers if worker not in self.paused]
@@ -274,15 +292,54 @@ class Simulation:
             assert not waited, "a wait for KV outlived its lease"
         return moved
 
-    def _kill(self) -> None:
+    def _work(self, worker: Worker, turns: int) -> None:
+        """It takes all that was sent to it and turns over, and what it says is heard."""
+        streams = [stream for stream in self.front.streams if stream.worker is worker]
+        for stream in streams:
+            while stream.inbox:
+                self.receive(stream)
+        for _ in range(turns):
+            if not self.turn_of(worker):
+                break
+        for stream in streams:
+            while stream.audible:
+                self.front.hear(stream)
+
+    def _decode_alone(self) -> None:
+        """A prompt comes in and gets one chunk; then decode workers go on, and nothing is read."""
+        able = [worker for worker in self.workers if worker not in self.paused]
+        decodes = [worker for worker in able if worker.host.config.role is Role.DECODE]
+        if not any(worker.role.load().running for worker in decodes):
+            return
+        self.network.hold()
+        self.front.new_request(anyway=True)
+        for worker in able:
+            if worker not in decodes:
+                self._work(worker, turns=1)
+        for worker in decodes:
+            self._work(worker, turns=40)
+
+    def _successor_first(self) -> None:
+        """A prefill worker dies, and before its readers come to read, its successor has computed
+        other prompts in the same blocks."""
+        prefills = [seat for seat in self.seats if seat.role is Role.PREFILL]
+        offering = [seat for seat in prefills if seat.worker.role.leases()]
+        if not offering:
+            return
+        seat = self.rng.choice(offering)
+        self._kill(seat, same=True)
+        self.front.new_request(anyway=True)
+        self._work(seat.worker, turns=16)
+
+    def _kill(self, seat: Seat | None = None, same: bool | None = None) -> None:
         """SIGKILL, and a fresh process under the same name, mostly at the same address."""
-        seat = self.rng.choice(self.seats)
+        seat = seat or self.rng.choice(self.seats)
         address = seat.worker.role.state.address
         self._die(seat.worker)
-        same = self.rng.random() < 0.7
+        same = self.rng.random() < 0.7 if same is None else same
         seat.worker = self._worker(seat.role, seat.name, address if same else "")
         self._members()
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.7:
             self._welcome(seat.worker)
         self._see("killed, back at the same address" if same else "killed")
 
@@ -355,12 +412,12 @@ class Simulation:
 
     def _network(self) -> None:
         network, what = self.network, self.rng.random()
-        if what < 0.4:
+        if what < 0.25:
             network.hold()
-        elif what < 0.55:
+        elif what < 0.45:
             network.deliver_any()
         elif what < 0.75:
-            network.deliver(self.rng.choice([1, 2, None]))
+            network.deliver(self.rng.choice([1, 2, None, None]))
         elif what < 0.85:
             network.deliver_late()
         elif what < 0.92:
