@@ -264,12 +264,6 @@ class Cluster:
             processes.end_all(processes.descendants(os.getpid()), grace_s=0.0)
             raise Unavailable(f"{problem}, and the cluster with it; start it again")
 
-    def leave(self) -> None:
-        """The cluster stays; this process leaves it."""
-        self._cleanup.pop_all()
-        self._controller = None
-        session.stop_ray()
-
     # -- end -----------------------------------------------------------------------------------
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
@@ -309,17 +303,6 @@ class Cluster:
 
     def _say(self, line: str) -> None:
         self._echo(f"[{time.monotonic() - self._began:5.1f} s] {line}")
-
-
-@contextlib.contextmanager
-def serving(spec_path: str | Path, timeout_s: float = 300.0) -> Iterator[Cluster]:
-    """A cluster for the length of a `with` block, for tests and scripts."""
-    cluster = Cluster(spec_path)
-    try:
-        cluster.start(timeout_s)
-        yield cluster
-    finally:
-        cluster.stop()
 
 
 @contextlib.contextmanager
