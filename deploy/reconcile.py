@@ -49,9 +49,9 @@ class Target:
     slots: tuple[frozenset[str], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Member:
-    """One worker or gateway as it was last seen."""
+    """One worker or gateway."""
 
     name: str
     pool: str
