@@ -411,8 +411,6 @@ class Controller:
             return self._runtime.why_waiting(watched.launch)
         return why
 
-    # -- inside --------------------------------------------------------------------------------
-
     def _record(self, action: str, reason: str) -> None:
         log.info("%s: %s", action, reason)
         decision = admin_pb2.Decision(unix_s=time.time(), action=action, reason=reason)

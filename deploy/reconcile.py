@@ -113,10 +113,7 @@ class Action:
 
 
 def reconcile(
-    targets: Sequence[Target],
-    members: Sequence[Member],
-    losses: Mapping[str, Losses],
-    now: float,
+    targets: Sequence[Target], members: Sequence[Member], losses: Mapping[str, Losses], now: float
 ) -> list[Action]:
     """The actions due now. `losses` is by pool. Called again whenever something changed."""
     plan = _Plan(targets, members, losses, now)

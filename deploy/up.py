@@ -18,7 +18,7 @@ from crossdock.deploy import processes
 from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.ray import control_plane, session
 from crossdock.deploy.runtime import ProcessGone, StartFailed
-from crossdock.deploy.spec import ClusterSpec, plain
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
 from crossdock.deploy.telemetry import event_listener, log_level
@@ -94,8 +94,6 @@ class Cluster:
         self._controller: control_plane.ControllerHandle | None = None
         self._model_name = Path(self.spec.model.id).stem.lower()
 
-    # -- start ---------------------------------------------------------------------------------
-
     def start(self, timeout_s: float = 600.0) -> None:
         """Returns when the cluster serves. Raises CrossdockError saying what failed and why."""
         self._began, self._start_timeout_s = time.monotonic(), timeout_s
@@ -153,10 +151,8 @@ class Cluster:
 
     def _start_controller(self) -> None:
         self._say("starting the controller")
-        spec, local = self.spec, not self.ray_address
-        self._controller = control_plane.start_controller(
-            spec.metadata.name, spec.to_yaml(), plain(spec.telemetry), local=local
-        )
+        local = not self.ray_address
+        self._controller = control_plane.start_controller(self.spec, local)
         self._cleanup.callback(self._store.end)
         self._cleanup.callback(self._down, 0.0)
         for _ in self._turns():
@@ -229,8 +225,6 @@ class Cluster:
             '"What is the capital of France?"'
         )
 
-    # -- life ----------------------------------------------------------------------------------
-
     def status(self) -> admin_pb2.ClusterStatus:
         """Raises Unavailable when the controller is gone."""
         assert self._controller is not None, "not started"
@@ -264,8 +258,6 @@ class Cluster:
             processes.end_all(processes.descendants(os.getpid()), grace_s=0.0)
             raise Unavailable(f"{problem}, and the cluster with it; start it again")
 
-    # -- end -----------------------------------------------------------------------------------
-
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Ends every process of the cluster; requests may finish for gateway.drain_s."""
         if self._controller is not None and self.grpc:
@@ -291,8 +283,6 @@ class Cluster:
         session.stop_ray()
         processes.end_all(ours, grace_s=5.0)
         cleanup_stale()  # shared memory of workers that were killed
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _unless_interrupted(self) -> None:
         if self._interrupted():
