@@ -84,7 +84,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda how: datetime.datetime.now().strftime(how)
     return environment
 
 
@@ -106,7 +106,3 @@ def _tojson(value: object, indent: int | None = None, **options: Any) -> str:
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format_: str) -> str:
-    return datetime.datetime.now().strftime(format_)
