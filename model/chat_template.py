@@ -19,7 +19,7 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """Templates by name: "default", and "tool_use" where a model has one for tools.
+    """Templates by name, of which "default" is rendered.
 
     What templates may call follows the Hugging Face convention: raise_exception, strftime_now,
     the tojson filter, loop controls, and the special tokens as variables.
@@ -38,22 +38,16 @@ class ChatTemplate:
             except jinja2.TemplateError as error:
                 raise ModelError(f"{where}: chat template {name!r}: {error}") from error
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """Raises InvalidRequest where the template does not accept the messages."""
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
         shown = f"{len(messages)} messages"
-        if name not in self._templates:
+        if "default" not in self._templates:
             raise InvalidRequest("messages", shown, "this model has no default chat template")
         plain = [_plain(i, message) for i, message in enumerate(messages)]
         try:
-            return self._templates[name].render(
+            return self._templates["default"].render(
                 messages=plain,
-                tools=list(tools) if tools else None,
+                tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special,
