@@ -293,8 +293,7 @@ class Controller:
         return actions
 
     async def _try_gateway(self, spec: ClusterSpec) -> None:
-        """Starts the first gateway of `spec` and ends it again; the ports that ours hold are left
-        out. Raises ConfigError where it does not start."""
+        """Starts and ends the first gateway of `spec`, without the ports that ours hold."""
         taken = frozenset[str]().union(*(m.holds for m in self.members))
         launch = trial_launch(spec, taken, self._key)
         try:
@@ -319,8 +318,7 @@ class Controller:
             self.apply(good, f"going back, as {why}")
 
     async def wait_converged(self, timeout_s: float, to: Change = lambda spec: spec) -> bool:
-        """Whether the cluster became what the spec says within `timeout_s`. Returns early when it
-        can't, as some pool is hopeless.
+        """Whether the cluster became as specified within `timeout_s`; at once where it can't.
 
         Raises Overtaken as soon as the spec has not what `to` made of it any more.
         """

@@ -71,15 +71,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one pool in a row, each sooner after a start than the start took; `last` is the
-    time of the newest.
-    `places` are the names that were lost and not started again; `hopeless` says why no member of
-    the pool's revision can start."""
+    """Losses of one pool in a row, each sooner after a start than the start took."""
 
     count: int = 0
-    last: float = float("-inf")
-    places: tuple[str, ...] = ()
-    hopeless: str = ""
+    last: float = float("-inf")  # the time of the newest
+    places: tuple[str, ...] = ()  # names that were lost and not started again
+    hopeless: str = ""  # why no member of the pool's revision can start
 
     @property
     def start_allowed_at(self) -> float:

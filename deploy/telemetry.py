@@ -34,10 +34,7 @@ def event_listener() -> Listener | None:
 
 
 def configure(telemetry: Mapping[str, str] | None, service_name: str, instance: str = "") -> None:
-    """Sends this process's spans where `telemetry` says; does nothing for None or "none".
-
-    `telemetry` holds exporter ("none", "otlp", "console") and endpoint (an OTLP gRPC collector).
-    """
+    """Sends this process's spans where `telemetry` says, a TelemetrySpec as a dict (or None)."""
     if telemetry is None or telemetry["exporter"] == "none":
         return
     # Imported here: processes without telemetry don't pay for the SDK.

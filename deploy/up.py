@@ -176,8 +176,7 @@ class Cluster:
         return status
 
     def _turns(self) -> Iterator[None]:
-        """Turns of a wait for the cluster, each after a look at what ends the wait: a signal, or
-        the loss of Ray."""
+        """Turns of a wait for the cluster, which a signal or the loss of Ray ends."""
         while True:
             self._unless_interrupted()
             self._check_ray()

@@ -141,8 +141,7 @@ def _records(home: Path) -> Path:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The shards that model.safetensors.index.json names, or every .safetensors of the folder, by
-    name. Raises ModelError where one is missing."""
+    """Those that the index names, else every .safetensors. Raises ModelError for a missing one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -160,8 +159,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a safetensors file, whose header is 8 bytes of length and
-    that many of JSON; the last tensor ends the file."""
+    """Dtype and shape of each tensor: 8 bytes of length, then so many of JSON."""
     with _reading(path), path.open("rb") as file:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")

@@ -34,8 +34,7 @@ class TextModel:
     context_length: int  # tokens
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a raw prompt: special tokens in it are recognised, and BOS or whatever else the
-        tokenizer puts around a text is added."""
+        """Ids of a raw prompt, with BOS or whatever else the tokenizer puts around a text."""
         return self.tokenizer.encode(text).ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:

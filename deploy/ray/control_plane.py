@@ -101,8 +101,7 @@ class ControllerHandle:
         self._started = actor.started.remote()
 
     def started(self, timeout_s: float) -> str:
-        """Its address. Raises StartFailed, ProcessGone, or TimeoutError: then it may be asked
-        again."""
+        """Its address. Raises StartFailed, ProcessGone, or TimeoutError: then ask again."""
         return str(get(self._started, timeout_s))
 
     def hangs(self, timeout_s: float) -> bool:
