@@ -35,10 +35,10 @@ lint: $(VENV)/.dev
 	rm -rf .lint build
 
 proto: $(VENV)/.dev
-	$(BIN)/python proto/generate.py
+	$(BIN)/python tools/generate_proto.py
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m crossdock.deploy.reference docs/operations.md
+	$(BIN)/python tools/reference.py docs/operations.md
 
 # torch comes first and alone: a pin without extras lets pip take a CPU build where one is configured.
 $(VENV)/.torch: constraints.txt

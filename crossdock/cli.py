@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from crossdock import cli_bench, cli_cluster
 from crossdock.proto.errors import CrossdockError, Overloaded
@@ -33,33 +34,33 @@ cli_bench.register(app)
 
 Target = Annotated[
     str,
-    typer.Option(
+    Option(
         "--target",
         "--address",
         envvar="CROSSDOCK_TARGET",
         help="The gateway's gRPC address, host:port.",
     ),
 ]
-Model = Annotated[str, typer.Option(help="Model name; the cluster's own when empty.")]
-System = Annotated[str, typer.Option(help="A system message before the conversation.")]
+Model = Annotated[str, Option(help="Model name; the cluster's own when empty.")]
+System = Annotated[str, Option(help="A system message before the conversation.")]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Most tokens to generate; the rest of the context if unset."),
+    Option(min=1, help="Most tokens to generate; the rest of the context if unset."),
 ]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; 1 if unset.")]
-TopP = Annotated[float | None, typer.Option(help="Nucleus: in (0, 1].")]
-TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 is off.")]
-MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
-Timeout = Annotated[float | None, typer.Option(help="Deadline of the request in seconds.")]
+Temperature = Annotated[float | None, Option(help="0 is greedy; 1 if unset.")]
+TopP = Annotated[float | None, Option(help="Nucleus: in (0, 1].")]
+TopK = Annotated[int | None, Option(help="Only the k likeliest tokens; 0 is off.")]
+MinP = Annotated[float | None, Option(help="Drop tokens below this share of the likeliest.")]
+Seed = Annotated[int | None, Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, Option(help="End before this text; may be repeated.")]
+Timeout = Annotated[float | None, Option(help="Deadline of the request in seconds.")]
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[bool, Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
         from crossdock import __version__
@@ -73,11 +74,11 @@ def _root(
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
+    prompt: Annotated[str, Argument(help="What to say; - reads it from standard input.")],
     target: Target = "127.0.0.1:50051",
     model: Model = "",
     as_chat: Annotated[
-        bool, typer.Option("--chat/--raw", help="Through the chat template, or the text as it is.")
+        bool, Option("--chat/--raw", help="Through the chat template, or the text as it is.")
     ] = True,
     system: System = "",
     max_tokens: MaxTokens = None,
@@ -87,13 +88,11 @@ def generate(
     min_p: MinP = None,
     seed: Seed = None,
     stop: Stop = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="How many continuations.")] = 1,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")
-    ] = False,
-    stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    n: Annotated[int, Option("-n", "--n", help="How many continuations.")] = 1,
+    ignore_eos: Annotated[bool, Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
+    stream: Annotated[bool, Option(help="Print tokens as they come.")] = True,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print text, tokens, usage and timings as JSON.")
+        bool, Option("--json", help="Print text, tokens, usage and timings as JSON.")
     ] = False,
     timeout: Timeout = None,
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from crossdock.bench.metrics import explain
 from crossdock.proto.errors import InvalidRequest
@@ -37,73 +38,71 @@ def register(app: typer.Typer) -> None:
 def bench(
     context: typer.Context,
     endpoint: Annotated[
-        str, typer.Option(help="grpc://host:port, or http://host:port of any OpenAI server.")
+        str, Option(help="grpc://host:port, or http://host:port of any OpenAI server.")
     ] = "grpc://127.0.0.1:50051",
-    model: Annotated[str, typer.Option(help="Model name; the server's first when empty.")] = "",
+    model: Annotated[str, Option(help="Model name; the server's first when empty.")] = "",
     style: Annotated[
-        str, typer.Option(help="Prompts of an OpenAI endpoint: text, ids (token ids) or chat.")
+        str, Option(help="Prompts of an OpenAI endpoint: text, ids (token ids) or chat.")
     ] = "text",
     concurrency: Annotated[
-        int, typer.Option(min=0, help="Closed loop: so many requests at any time; 8 if unset.")
+        int, Option(min=0, help="Closed loop: so many requests at any time; 8 if unset.")
     ] = 0,
-    rate: Annotated[float, typer.Option(min=0, help="Open loop: requests a second.")] = 0.0,
+    rate: Annotated[float, Option(min=0, help="Open loop: requests a second.")] = 0.0,
     constant: Annotated[
-        bool, typer.Option("--constant", help="With --rate: equal gaps, not a Poisson process.")
+        bool, Option("--constant", help="With --rate: equal gaps, not a Poisson process.")
     ] = False,
     num_requests: Annotated[
-        int, typer.Option(min=0, help="Requests to send; 100 if unset, or all of a trace.")
+        int, Option(min=0, help="Requests to send; 100 if unset, or all of a trace.")
     ] = 0,
-    duration: Annotated[float, typer.Option(min=0, help="Send nothing new after s seconds.")] = 0.0,
-    input_len: Annotated[str, typer.Option(help="Prompt tokens: N, or LOW:HIGH uniform.")] = "280",
-    output_len: Annotated[str, typer.Option(help="Output tokens: N, or LOW:HIGH uniform.")] = "32",
+    duration: Annotated[float, Option(min=0, help="Send nothing new after s seconds.")] = 0.0,
+    input_len: Annotated[str, Option(help="Prompt tokens: N, or LOW:HIGH uniform.")] = "280",
+    output_len: Annotated[str, Option(help="Output tokens: N, or LOW:HIGH uniform.")] = "32",
     prefix_len: Annotated[
-        int, typer.Option(min=0, help="Of the prompt, how many leading tokens all share.")
+        int, Option(min=0, help="Of the prompt, how many leading tokens all share.")
     ] = 0,
     trace: Annotated[
-        Path | None, typer.Option(help="Replay a Mooncake .jsonl or an Azure .csv trace.")
+        Path | None, Option(help="Replay a Mooncake .jsonl or an Azure .csv trace.")
     ] = None,
     synthetic: Annotated[
         bool,
-        typer.Option("--synthetic", help="A made-up trace of the same shape; see bench-trace."),
+        Option("--synthetic", help="A made-up trace of the same shape; see bench-trace."),
     ] = False,
     time_scale: Annotated[
-        float, typer.Option(help="Multiplies a trace's times: 0.5 is twice as fast.")
+        float, Option(help="Multiplies a trace's times: 0.5 is twice as fast.")
     ] = 1.0,
     jitter: Annotated[
-        float, typer.Option(min=0, help="Send each request of a trace up to s seconds late.")
+        float, Option(min=0, help="Send each request of a trace up to s seconds late.")
     ] = 0.0,
-    limit: Annotated[
-        int, typer.Option(min=0, help="Only the first rows of a trace; 0 is all.")
-    ] = 0,
-    max_input: Annotated[int, typer.Option(min=0, help="Cut a trace's prompts; 0 is off.")] = 0,
-    max_output: Annotated[int, typer.Option(min=0, help="Cut a trace's outputs; 0 is off.")] = 0,
+    limit: Annotated[int, Option(min=0, help="Only the first rows of a trace; 0 is all.")] = 0,
+    max_input: Annotated[int, Option(min=0, help="Cut a trace's prompts; 0 is off.")] = 0,
+    max_output: Annotated[int, Option(min=0, help="Cut a trace's outputs; 0 is off.")] = 0,
     token_range: Annotated[
-        str, typer.Option(help="Ids of made-up prompts, LOW:HIGH; must be in the vocabulary.")
+        str, Option(help="Ids of made-up prompts, LOW:HIGH; must be in the vocabulary.")
     ] = "1000:30000",
-    warmup: Annotated[int, typer.Option(min=0, help="Requests sent before, not measured.")] = 2,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for each request.")] = 600.0,
+    warmup: Annotated[int, Option(min=0, help="Requests sent before, not measured.")] = 2,
+    timeout: Annotated[float, Option(min=0.001, help="Seconds for each request.")] = 600.0,
     slo: Annotated[
-        str, typer.Option(help="Bounds for goodput, as ttft=2s,tpot=100ms; also itl and e2e.")
+        str, Option(help="Bounds for goodput, as ttft=2s,tpot=100ms; also itl and e2e.")
     ] = "",
     seed: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=0,
             help="Of all that is random here; drawn when unset, so that no prompt of an earlier "
             "run is found in a cache.",
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report to this file; - is stdout.")
+        Path | None, Option("--json", help="Write the report to this file; - is stdout.")
     ] = None,
     requests_too: Annotated[
-        bool, typer.Option("--json-requests", help="With --json: every request's record too.")
+        bool, Option("--json-requests", help="With --json: every request's record too.")
     ] = False,
     allow_errors: Annotated[
-        bool, typer.Option("--allow-errors", help="Exit 0 although requests failed.")
+        bool, Option("--allow-errors", help="Exit 0 although requests failed.")
     ] = False,
     explain_metrics: Annotated[
-        bool, typer.Option("--explain-metrics", help="Show each metric's formula and exit.")
+        bool, Option("--explain-metrics", help="Show each metric's formula and exit.")
     ] = False,
 ) -> None:
     """Load a gRPC or OpenAI endpoint and measure it. Greedy, streamed, exact output lengths."""
@@ -215,21 +214,21 @@ def show_report(report: BenchReport, console: Console) -> None:
 
 def bench_trace(
     context: typer.Context,
-    out: Annotated[Path, typer.Argument(help="The .jsonl file to write, in Mooncake's columns.")],
-    requests: Annotated[int, typer.Option(min=1, help="Rows.")] = 1000,
-    rate: Annotated[float, typer.Option(help="Requests a second on average.")] = 3.0,
+    out: Annotated[Path, Argument(help="The .jsonl file to write, in Mooncake's columns.")],
+    requests: Annotated[int, Option(min=1, help="Rows.")] = 1000,
+    rate: Annotated[float, Option(help="Requests a second on average.")] = 3.0,
     burst: Annotated[
-        float, typer.Option(min=0, help="Arrivals come in steps of s seconds; 0 is Poisson.")
+        float, Option(min=0, help="Arrivals come in steps of s seconds; 0 is Poisson.")
     ] = 3.0,
-    mean_input: Annotated[float, typer.Option(help="Mean new prompt tokens of a turn.")] = 420.0,
-    mean_output: Annotated[float, typer.Option(help="Mean output tokens.")] = 11.0,
-    sigma: Annotated[float, typer.Option(min=0, help="Spread of both, of the logarithm.")] = 0.9,
+    mean_input: Annotated[float, Option(help="Mean new prompt tokens of a turn.")] = 420.0,
+    mean_output: Annotated[float, Option(help="Mean output tokens.")] = 11.0,
+    sigma: Annotated[float, Option(min=0, help="Spread of both, of the logarithm.")] = 0.9,
     continued: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of requests that continue a conversation.")
+        float, Option(min=0, max=1, help="Share of requests that continue a conversation.")
     ] = 0.3,
-    max_input: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 4000,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens for each hash id.")] = 16,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_input: Annotated[int, Option(min=1, help="Longest prompt.")] = 4000,
+    block_size: Annotated[int, Option(min=1, help="Tokens for each hash id.")] = 16,
+    seed: Annotated[int, Option(min=0)] = 0,
 ) -> None:
     """Write a synthetic trace: bursts, long-tailed lengths, a block all share, growing chats."""
     from crossdock.bench.traces import SyntheticOptions, synthesize, write_mooncake

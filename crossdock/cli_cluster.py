@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from crossdock.tables import table
 
@@ -24,10 +25,10 @@ SHOWN_DECISIONS = 5
 SHOWN_LEASES = 20
 
 Address = Annotated[
-    str, typer.Option(envvar="CROSSDOCK_ADMIN", help="The controller's address, host:port.")
+    str, Option(envvar="CROSSDOCK_ADMIN", help="The controller's address, host:port.")
 ]
-Wait = Annotated[bool, typer.Option(help="Return once the cluster is as asked.")]
-WaitTimeout = Annotated[float, typer.Option(min=0, help="Longest wait in seconds.")]
+Wait = Annotated[bool, Option(help="Return once the cluster is as asked.")]
+WaitTimeout = Annotated[float, Option(min=0, help="Longest wait in seconds.")]
 DEFAULT_ADMIN = "127.0.0.1:50050"
 
 models = typer.Typer(help="Fetch and inspect models.", no_args_is_help=True)
@@ -43,12 +44,10 @@ def register(app: typer.Typer) -> None:
 def up(
     file: Annotated[
         Path | None,
-        typer.Argument(
-            help="The cluster's YAML; one prefill and one decode worker on CPU if unset."
-        ),
+        Argument(help="The cluster's YAML; one prefill and one decode worker on CPU if unset."),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster to join; starts a local one if unset.")
+        str | None, Option(help="A running Ray cluster to join; starts a local one if unset.")
     ] = None,
 ) -> None:
     """Start a cluster and keep it up until Ctrl-C or SIGTERM, which stop all of it."""
@@ -64,12 +63,10 @@ def up(
 
 def status(
     address: Address = DEFAULT_ADMIN,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print all that is known as JSON.")
-    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print all that is known as JSON.")] = False,
     check: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--check",
             help="Account for every KV block; exit 1 unless all is well and as specified.",
         ),
@@ -96,10 +93,10 @@ def status(
 
 def doctor(
     address: Address = DEFAULT_ADMIN,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print what was found as JSON.")] = False,
     at_once: Annotated[
         int,
-        typer.Option(min=1, help="Pairs measured at the same time, no worker in two of them."),
+        Option(min=1, help="Pairs measured at the same time, no worker in two of them."),
     ] = 1,
 ) -> None:
     """Check clocks, versions and layouts of all workers, and how KV moves in every pair.
@@ -124,18 +121,16 @@ def doctor(
 
 
 def apply(
-    file: Annotated[Path, typer.Argument(help="The cluster's YAML.")],
+    file: Annotated[Path, Argument(help="The cluster's YAML.")],
     address: Annotated[
-        str, typer.Option(envvar="CROSSDOCK_ADMIN", help="The controller; the file's own if unset.")
+        str, Option(envvar="CROSSDOCK_ADMIN", help="The controller; the file's own if unset.")
     ] = "",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be done.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be done.")] = False,
     wait: Wait = True,
     timeout: WaitTimeout = 300.0,
     generation: Annotated[
         int,
-        typer.Option(min=0, help="Refuse unless the spec is of this generation; see status."),
+        Option(min=0, help="Refuse unless the spec is of this generation; see status."),
     ] = 0,
 ) -> None:
     """Make the running cluster what the file says; workers that go are drained first."""
@@ -146,8 +141,8 @@ def apply(
 
 
 def scale(
-    pool: Annotated[str, typer.Argument(help="A pool of the cluster, as prefill or decode.")],
-    replicas: Annotated[int, typer.Argument(min=0, help="How many workers it is to have.")],
+    pool: Annotated[str, Argument(help="A pool of the cluster, as prefill or decode.")],
+    replicas: Annotated[int, Argument(min=0, help="How many workers it is to have.")],
     address: Address = DEFAULT_ADMIN,
     wait: Wait = True,
     timeout: WaitTimeout = 300.0,
@@ -162,7 +157,7 @@ def scale(
 def down(
     address: Address = DEFAULT_ADMIN,
     drain: Annotated[
-        float, typer.Option(min=0, help="Seconds that running requests get to finish.")
+        float, Option(min=0, help="Seconds that running requests get to finish.")
     ] = 30.0,
 ) -> None:
     """Stop the cluster: no new requests, running ones finish, then every process goes."""
@@ -189,7 +184,7 @@ def _waiting(line: str) -> None:
 
 @models.command("fetch")
 def model_fetch(
-    model_id: Annotated[str, typer.Argument(help="A known model; see crossdock model list.")],
+    model_id: Annotated[str, Argument(help="A known model; see crossdock model list.")],
 ) -> None:
     """Download a known model, check its digest and keep it under CROSSDOCK_HOME."""
     from crossdock.deploy.home import crossdock_home
@@ -219,7 +214,7 @@ def model_list() -> None:
 
 @models.command("show")
 def model_show(
-    model: Annotated[str, typer.Argument(help="A known model, a folder or a .gguf file.")],
+    model: Annotated[str, Argument(help="A known model, a folder or a .gguf file.")],
 ) -> None:
     """What a model is: its shape, context and digest."""
     from dataclasses import asdict

@@ -138,9 +138,9 @@ def _missing(controller: Controller, there: Set[str]) -> Iterator[Status]:
 
 
 async def _status_of(controller: Controller, watched: Watched, check_integrity: bool) -> Status:
-    launch, started = watched.launch, watched.started
-    why, revision = controller.why_not_ready(watched), launch.revision
-    known = (launch.pool, launch.role, launch.name, watched.state)
+    started = watched.started
+    why, revision = controller.why_not_ready(watched), watched.revision
+    known = (watched.pool, watched.role, watched.name, watched.state)
     status = _status(controller, *known, revision=revision, error=why)
     if started is None:
         return status

@@ -63,10 +63,7 @@ class Controller:
     """Owns the applied spec and every process of the cluster from `run` to `down`."""
 
     def __init__(
-        self,
-        runtime: Runtime,
-        store: ClusterStore,
-        settings: ControllerSettings | None = None,
+        self, runtime: Runtime, store: ClusterStore, settings: ControllerSettings | None = None
     ) -> None:
         self._runtime = runtime
         self._store = store
@@ -146,13 +143,12 @@ class Controller:
             self._turned.notify_all()
 
     def _decide(self, spec: ClusterSpec) -> list[Action]:
-        seen = [watched.seen() for watched in self.members]
-        return reconcile(targets(spec), seen, self._losses, time.monotonic())
+        return reconcile(targets(spec), self.members, self._losses, time.monotonic())
 
     @property
     def converged(self) -> bool:
         """Everything runs as specified, and everyone knows of everyone."""
-        as_specified = converged(targets(self.spec), [m.seen() for m in self.members])
+        as_specified = converged(targets(self.spec), self.members)
         told = all(m.told == self._membership_for(m) for m in self.members)
         return as_specified and told and not (self._closing or self.failure)
 
@@ -199,7 +195,7 @@ class Controller:
     def _drain_s(self, watched: Watched) -> float:
         if watched.is_gateway:
             return self.spec.gateway.drain_s
-        pool = self.spec.pools.get(watched.launch.pool)
+        pool = self.spec.pools.get(watched.pool)
         return pool.drain_s if pool else 60.0
 
     def _watch(self, launch: Launch, process: Process) -> None:
@@ -209,8 +205,8 @@ class Controller:
         """A loss of a revision that is wanted no more says nothing about the next start."""
         revisions = {target.pool: target.revision for target in targets(self.spec)}
         for watched in self.members:
-            name, pool = watched.name, watched.launch.pool
-            wanted = watched.launch.revision == revisions.get(pool)
+            name, pool = watched.name, watched.pool
+            wanted = watched.revision == revisions.get(pool)
             if watched.state is State.READY:
                 self.errors.pop(name, None)
             elif watched.state is State.LOST:
@@ -297,9 +293,8 @@ class Controller:
         return actions
 
     async def _try_gateway(self, spec: ClusterSpec) -> None:
-        """Starts the first gateway of `spec` and ends it again; the ports that ours hold are left
-        out. Raises ConfigError where it does not start."""
-        taken = frozenset[str]().union(*(m.launch.holds for m in self.members))
+        """Starts and ends the first gateway of `spec`, without the ports that ours hold."""
+        taken = frozenset[str]().union(*(m.holds for m in self.members))
         launch = trial_launch(spec, taken, self._key)
         try:
             async with asyncio.timeout(self._settings.trial_s):
@@ -323,8 +318,7 @@ class Controller:
             self.apply(good, f"going back, as {why}")
 
     async def wait_converged(self, timeout_s: float, to: Change = lambda spec: spec) -> bool:
-        """Whether the cluster became what the spec says within `timeout_s`. Returns early when it
-        can't, as some pool is hopeless.
+        """Whether the cluster became as specified within `timeout_s`; at once where it can't.
 
         Raises Overtaken as soon as the spec has not what `to` made of it any more.
         """
@@ -414,8 +408,6 @@ class Controller:
         if not why and watched.state is State.STARTING:
             return self._runtime.why_waiting(watched.launch)
         return why
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _record(self, action: str, reason: str) -> None:
         log.info("%s: %s", action, reason)

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 import grpc
 
 from crossdock.deploy.reconcile import Member, State
-from crossdock.deploy.runtime import (
-    CannotStart,
-    Launch,
-    Process,
-    ProcessGone,
-    Started,
-    StartFailed,
-)
+from crossdock.deploy.runtime import CannotStart, Launch, Process, ProcessGone, Started, StartFailed
 from crossdock.proto.channels import internal
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.worker.config import WorkerConfig
@@ -55,27 +48,21 @@ def patience_s(
     return min(settings.unresponsive_s, longest)
 
 
-class Watched:
-    """One process under watch. `changed` is called whenever its state is another."""
+class Watched(Member):
+    """A member under watch. `changed` is called whenever its state is another."""
 
     def __init__(
-        self,
-        launch: Launch,
-        process: Process,
-        changed: Callable[[], None],
-        settings: WatchSettings,
+        self, launch: Launch, process: Process, changed: Callable[[], None], settings: WatchSettings
     ) -> None:
+        identity = (launch.name, launch.pool, launch.role, launch.revision)
+        super().__init__(*identity, State.STARTING, holds=launch.holds)
         self.launch = launch
         self.process = process
-        self.state = State.STARTING
         self.started: Started | None = None
         self.launched_at = time.monotonic()
         self.ready_at: float | None = None
         self.lost_at: float | None = None
-        self.why = ""
         self.hopeless = False  # lost, and so would be the next of its revision
-        self.drained = False
-        self.drain_deadline = float("inf")
         self.told: object = None  # the membership it has taken
         self.push: asyncio.Task[None] | None = None  # that tells it another
         self._changed = changed
@@ -83,11 +70,6 @@ class Watched:
         self._channel: grpc.aio.Channel | None = None
         self._load: worker_pb2.Load | None = None  # of its last answer
         self._tasks = [asyncio.create_task(self._watch_end()), asyncio.create_task(self._start())]
-
-    @property
-    def name(self) -> str:
-        """The member's, as in its launch."""
-        return self.launch.name
 
     @property
     def is_gateway(self) -> bool:
@@ -102,20 +84,6 @@ class Watched:
         if self.ready_at is None:
             return True
         return self.lost_at - self.ready_at < self.ready_at - self.launched_at
-
-    def seen(self) -> Member:
-        """As reconcile() wants it."""
-        return Member(
-            name=self.name,
-            pool=self.launch.pool,
-            role=self.launch.role,
-            revision=self.launch.revision,
-            state=self.state,
-            drained=self.drained,
-            drain_deadline=self.drain_deadline,
-            why=self.why,
-            holds=self.launch.holds,
-        )
 
     def leave(self, timeout_s: float) -> None:
         """No new work from now on; `drain` carries it out."""

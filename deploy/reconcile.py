@@ -49,9 +49,9 @@ class Target:
     slots: tuple[frozenset[str], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Member:
-    """One worker or gateway as it was last seen."""
+    """One worker or gateway."""
 
     name: str
     pool: str
@@ -71,15 +71,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one pool in a row, each sooner after a start than the start took; `last` is the
-    time of the newest.
-    `places` are the names that were lost and not started again; `hopeless` says why no member of
-    the pool's revision can start."""
+    """Losses of one pool in a row, each sooner after a start than the start took."""
 
     count: int = 0
-    last: float = float("-inf")
-    places: tuple[str, ...] = ()
-    hopeless: str = ""
+    last: float = float("-inf")  # the time of the newest
+    places: tuple[str, ...] = ()  # names that were lost and not started again
+    hopeless: str = ""  # why no member of the pool's revision can start
 
     @property
     def start_allowed_at(self) -> float:
@@ -113,10 +110,7 @@ class Action:
 
 
 def reconcile(
-    targets: Sequence[Target],
-    members: Sequence[Member],
-    losses: Mapping[str, Losses],
-    now: float,
+    targets: Sequence[Target], members: Sequence[Member], losses: Mapping[str, Losses], now: float
 ) -> list[Action]:
     """The actions due now. `losses` is by pool. Called again whenever something changed."""
     plan = _Plan(targets, members, losses, now)

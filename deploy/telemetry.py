@@ -33,12 +33,9 @@ def event_listener() -> Listener | None:
         raise ConfigError(EVENT_LISTENER, f"{named!r} is not module:function: {error}") from None
 
 
-def configure(telemetry: Mapping[str, str] | None, service_name: str, instance: str = "") -> None:
-    """Sends this process's spans where `telemetry` says; does nothing for None or "none".
-
-    `telemetry` holds exporter ("none", "otlp", "console") and endpoint (an OTLP gRPC collector).
-    """
-    if telemetry is None or telemetry["exporter"] == "none":
+def configure(telemetry: Mapping[str, str], service_name: str, instance: str = "") -> None:
+    """Sends this process's spans where `telemetry`, a TelemetrySpec as a dict, says."""
+    if telemetry["exporter"] == "none":
         return
     # Imported here: processes without telemetry don't pay for the SDK.
     from opentelemetry import trace

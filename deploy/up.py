@@ -18,7 +18,7 @@ from crossdock.deploy import processes
 from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.ray import control_plane, session
 from crossdock.deploy.runtime import ProcessGone, StartFailed
-from crossdock.deploy.spec import ClusterSpec, plain
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
 from crossdock.deploy.store import ClusterStore
 from crossdock.deploy.telemetry import event_listener, log_level
@@ -94,8 +94,6 @@ class Cluster:
         self._controller: control_plane.ControllerHandle | None = None
         self._model_name = Path(self.spec.model.id).stem.lower()
 
-    # -- start ---------------------------------------------------------------------------------
-
     def start(self, timeout_s: float = 600.0) -> None:
         """Returns when the cluster serves. Raises CrossdockError saying what failed and why."""
         self._began, self._start_timeout_s = time.monotonic(), timeout_s
@@ -153,10 +151,8 @@ class Cluster:
 
     def _start_controller(self) -> None:
         self._say("starting the controller")
-        spec, local = self.spec, not self.ray_address
-        self._controller = control_plane.start_controller(
-            spec.metadata.name, spec.to_yaml(), plain(spec.telemetry), local=local
-        )
+        local = not self.ray_address
+        self._controller = control_plane.start_controller(self.spec, local)
         self._cleanup.callback(self._store.end)
         self._cleanup.callback(self._down, 0.0)
         for _ in self._turns():
@@ -180,8 +176,7 @@ class Cluster:
         return status
 
     def _turns(self) -> Iterator[None]:
-        """Turns of a wait for the cluster, each after a look at what ends the wait: a signal, or
-        the loss of Ray."""
+        """Turns of a wait for the cluster, which a signal or the loss of Ray ends."""
         while True:
             self._unless_interrupted()
             self._check_ray()
@@ -229,8 +224,6 @@ class Cluster:
             '"What is the capital of France?"'
         )
 
-    # -- life ----------------------------------------------------------------------------------
-
     def status(self) -> admin_pb2.ClusterStatus:
         """Raises Unavailable when the controller is gone."""
         assert self._controller is not None, "not started"
@@ -264,14 +257,6 @@ class Cluster:
             processes.end_all(processes.descendants(os.getpid()), grace_s=0.0)
             raise Unavailable(f"{problem}, and the cluster with it; start it again")
 
-    def leave(self) -> None:
-        """The cluster stays; this process leaves it."""
-        self._cleanup.pop_all()
-        self._controller = None
-        session.stop_ray()
-
-    # -- end -----------------------------------------------------------------------------------
-
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Ends every process of the cluster; requests may finish for gateway.drain_s."""
         if self._controller is not None and self.grpc:
@@ -298,8 +283,6 @@ class Cluster:
         processes.end_all(ours, grace_s=5.0)
         cleanup_stale()  # shared memory of workers that were killed
 
-    # -- inside --------------------------------------------------------------------------------
-
     def _unless_interrupted(self) -> None:
         if self._interrupted():
             raise Interrupted
@@ -309,17 +292,6 @@ class Cluster:
 
     def _say(self, line: str) -> None:
         self._echo(f"[{time.monotonic() - self._began:5.1f} s] {line}")
-
-
-@contextlib.contextmanager
-def serving(spec_path: str | Path, timeout_s: float = 300.0) -> Iterator[Cluster]:
-    """A cluster for the length of a `with` block, for tests and scripts."""
-    cluster = Cluster(spec_path)
-    try:
-        cluster.start(timeout_s)
-        yield cluster
-    finally:
-        cluster.stop()
 
 
 @contextlib.contextmanager

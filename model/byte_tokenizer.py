@@ -1,5 +1,4 @@
-"""The tokenizer of the model `simulated`: a token is a byte, the first ones are what text is mostly
-made of. Imports no torch."""
+"""The tokenizer of the model `simulated`: a token is a byte, the most frequent first."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """Templates by name: "default", and "tool_use" where a model has one for tools.
+    """Templates by name, of which "default" is rendered.
 
     What templates may call follows the Hugging Face convention: raise_exception, strftime_now,
     the tojson filter, loop controls, and the special tokens as variables.
@@ -38,22 +38,16 @@ class ChatTemplate:
             except jinja2.TemplateError as error:
                 raise ModelError(f"{where}: chat template {name!r}: {error}") from error
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """Raises InvalidRequest where the template does not accept the messages."""
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
         shown = f"{len(messages)} messages"
-        if name not in self._templates:
+        if "default" not in self._templates:
             raise InvalidRequest("messages", shown, "this model has no default chat template")
         plain = [_plain(i, message) for i, message in enumerate(messages)]
         try:
-            return self._templates[name].render(
+            return self._templates["default"].render(
                 messages=plain,
-                tools=list(tools) if tools else None,
+                tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special,
@@ -84,7 +78,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda how: datetime.datetime.now().strftime(how)
     return environment
 
 
@@ -106,7 +100,3 @@ def _tojson(value: object, indent: int | None = None, **options: Any) -> str:
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format_: str) -> str:
-    return datetime.datetime.now().strftime(format_)

@@ -17,14 +17,8 @@ if TYPE_CHECKING:
 ROPE_TYPES = {  # and what each needs to be told
     "linear": ("factor",),
     "factors": ("factors",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-
 
 # How each architecture differs from plain Llama.
 FAMILIES: Mapping[str, Mapping[str, bool]] = {

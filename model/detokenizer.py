@@ -45,7 +45,9 @@ class IncrementalDetokenizer:
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""  # text that is the beginning of a stop string
         self._stopped: str | None = None
-        self._finish_character_of(prompt_ids)
+        # A prompt may end inside a character, whose rest is then generated.
+        tail = b"".join(self._pieces.of(id_, self._skip_special) for id_ in prompt_ids[-4:])
+        self._utf8.decode(tail)
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """The text that these tokens settle. After a stop string everything is dropped."""
@@ -67,11 +69,6 @@ class IncrementalDetokenizer:
             text += self._held
             self._held = ""
         return text
-
-    def _finish_character_of(self, prompt_ids: Sequence[int]) -> None:
-        """A prompt may end inside a character, whose rest is then generated."""
-        tail = b"".join(self._pieces.of(id_, self._skip_special) for id_ in prompt_ids[-4:])
-        self._utf8.decode(tail)
 
     def _take(self, raw: bytes, final: bool) -> str:
         new = self._utf8.decode(raw, final)

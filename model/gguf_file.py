@@ -40,31 +40,18 @@ class GGUFFile:
         return self.tensors[name]
 
 
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+# Of one layer of the family that has every tensor there is.
+_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 1)
 
 
 def gguf_name(name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight` in a GGUF file."""
     stem, _, kind = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        _, _, layer, inner = stem.split(".", 3)
-        return f"blk.{layer}.{_GGUF_NAMES[inner]}.{kind}"
-    return f"{_GGUF_NAMES[stem]}.{kind}"
+    if not stem.startswith("model.layers."):
+        return f"{_NAMES[stem]}.{kind}"
+    _, _, layer, inner = stem.split(".", 3)
+    first = _NAMES[f"model.layers.0.{inner}"]
+    return f"{first.replace('blk.0.', f'blk.{layer}.')}.{kind}"
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -84,12 +71,11 @@ def _open(path: Path, size: int, _mtime_ns: int) -> GGUFFile:
         reader = _Reader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
         raise ModelError(f"{path}: truncated or not a GGUF file: {error}") from error
-    metadata = {key: _contents(field, reader) for key, field in reader.fields.items()}
+    metadata = {
+        key: reader.arrays[key] if key in reader.arrays else field.contents()
+        for key, field in reader.fields.items()
+    }
     return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
-
-
-def _contents(field: gguf.ReaderField, reader: _Reader) -> Any:
-    return reader.arrays[field.name] if field.name in reader.arrays else field.contents()
 
 
 class _Reader(GGUFReader):

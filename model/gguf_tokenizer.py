@@ -10,15 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from crossdock.model.gguf_file import GGUFFile, open_gguf
 from crossdock.model.tokenizer_parts import TokenizerParts, surround
@@ -136,8 +128,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _merges_of(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges a SentencePiece vocabulary implies: every split of a token into two tokens, the
-    best-scored result first."""
+    """Those of a SentencePiece vocabulary: all splits into two tokens, best-scored first."""
     merges = []
     for token, id_ in vocab.items():
         for cut in range(1, len(token)):

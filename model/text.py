@@ -34,8 +34,7 @@ class TextModel:
     context_length: int  # tokens
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a raw prompt: special tokens in it are recognised, and BOS or whatever else the
-        tokenizer puts around a text is added."""
+        """Ids of a raw prompt, with BOS or whatever else the tokenizer puts around a text."""
         return self.tokenizer.encode(text).ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -52,21 +51,15 @@ class TextModel:
         """Bytes of one id; a character may be spread over several ids."""
         return self.pieces.of(token_id, skip_special=False)
 
-    def render_chat(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
-        """The prompt's text. Raises InvalidRequest where the template does not accept `messages`,
-        or the model has none."""
-        if self.template is None:
-            limit = "this model has no chat template: send a prompt instead"
-            raise InvalidRequest("messages", f"{len(messages)} messages", limit)
-        return self.template.render(messages, add_generation_prompt)
-
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
-        """Ids of `render_chat`; the template writes BOS itself where the model wants it."""
-        text = self.render_chat(messages, add_generation_prompt)
+        """Ids of the prompt; the template writes BOS itself where the model wants it. Raises
+        InvalidRequest where the template does not accept `messages`, or the model has none."""
+        if self.template is None:
+            limit = "this model has no chat template: send a prompt instead"
+            raise InvalidRequest("messages", f"{len(messages)} messages", limit)
+        text = self.template.render(messages, add_generation_prompt)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 

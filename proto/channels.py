@@ -4,8 +4,7 @@ from __future__ import annotations
 
 
 def internal(*options: tuple[str, int]) -> list[tuple[str, int]]:
-    """`options` of a channel inside the cluster: it never goes through http_proxy or https_proxy,
-    which are about the world outside."""
+    """`options` of a channel inside the cluster: it never goes through http(s)_proxy."""
     return [("grpc.enable_http_proxy", 0), *options]
 
 

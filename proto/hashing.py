@@ -26,8 +26,7 @@ def hash_key(cluster_key: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class BlockHasher:
-    """Hashes blocks of `block_size` tokens under `key`. Raises ValueError unless that has 16 to 64
-    bytes."""
+    """Hashes blocks of `block_size` tokens. Raises ValueError unless `key` has 16 to 64 bytes."""
 
     key: bytes = field(repr=False)
     block_size: int

@@ -33,11 +33,7 @@ def setting(
     """A field with its documentation and limits. `kind`: "address", "name", "text" or "". `check`
     is called with the field's path and value, and raises ConfigError."""
     about = {"doc": doc, "low": low, "high": high, "choices": choices, "kind": kind, "check": check}
-    if factory is not MISSING:
-        return field(default_factory=factory, metadata=about)
-    if default is MISSING:
-        return field(metadata=about)
-    return field(default=default, metadata=about)
+    return field(default=default, default_factory=factory, metadata=about)
 
 
 def of(owner: type, name: str) -> Any:
@@ -75,8 +71,7 @@ def walk(spec: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
 
 
 def check_settings(record: Any, prefix: str = "") -> None:
-    """Raises ConfigError at the first setting of a record that is outside its limits; `prefix` is
-    what its path begins with."""
+    """Raises ConfigError at the first setting outside its limits; its path begins with `prefix`."""
     for path, about, value in walk(record, prefix):
         if "doc" in about.metadata:
             _check_value(path, about, value)

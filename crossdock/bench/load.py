@@ -70,7 +70,6 @@ class GrpcEndpoint:
         self._model, self._timeout_s = model, timeout_s
 
     async def stream(self, job: Job) -> AsyncIterator[Arrival]:
-        """See Endpoint.stream."""
         chunks = self._client.stream(
             token_ids=job.token_ids,
             model=self._model,
@@ -91,7 +90,6 @@ class GrpcEndpoint:
             )
 
     async def close(self) -> None:
-        """See Endpoint.close."""
         await self._client.close()
 
 
@@ -114,7 +112,6 @@ class OpenAIEndpoint:
         )
 
     async def stream(self, job: Job) -> AsyncIterator[Arrival]:
-        """See Endpoint.stream."""
         if not self._model:
             self._model = await self._first_model()
         path = "chat/completions" if self._style == "chat" else "completions"
@@ -152,7 +149,6 @@ class OpenAIEndpoint:
             return str((await response.json())["data"][0]["id"])
 
     async def close(self) -> None:
-        """See Endpoint.close."""
         await self._session.close()
 
 
@@ -249,16 +245,12 @@ def _kind(raised: Exception) -> str:
 Progress = Callable[[RequestRecord], None]
 
 
-def _ignore(_: RequestRecord) -> None:
-    return None
-
-
 async def closed_loop(
     endpoint: Endpoint,
     jobs: Sequence[Job],
     concurrency: int,
     duration_s: float = 0.0,
-    progress: Progress = _ignore,
+    progress: Progress = lambda record: None,
 ) -> list[RequestRecord]:
     """At most `concurrency` at once. With a duration, nothing new is sent after it."""
     started = time.perf_counter()
@@ -283,7 +275,7 @@ async def open_loop(
     endpoint: Endpoint,
     jobs: Sequence[Job],
     duration_s: float = 0.0,
-    progress: Progress = _ignore,
+    progress: Progress = lambda record: None,
 ) -> list[RequestRecord]:
     """Each job at its `due_s`, however many are in flight."""
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a load test measures: each metric's formula stands once, beside the function that is it.
+"""What a load test measures: each metric by its name, with its formula.
 
 Plain numbers in, plain numbers out: no clock, no network. All times are seconds on one clock.
 """
@@ -59,45 +59,24 @@ class RequestRecord:
         """Seconds from sending to the last token."""
         return self.finished_s - self.sent_s
 
-
-@dataclass(frozen=True)
-class LatencyMetric:
-    """A distribution over requests (or over gaps): reported as mean, p50, p90, p99 and max."""
-
-    name: str
-    formula: str
-    samples: Callable[[RequestRecord], list[float]]
+    def samples(self, latency: str) -> list[float]:
+        """Its values of one of LATENCIES, seconds; none where it is too short to have any."""
+        value = getattr(self, latency)
+        if value is None:
+            return []
+        return value if isinstance(value, list) else [value]
 
 
-def _present(value: float | None) -> list[float]:
-    return [] if value is None else [value]
-
-
-LATENCIES = (
-    LatencyMetric(
-        "ttft",
-        "time to first token = arrival of the first chunk with a token - request sent",
-        lambda record: _present(record.ttft),
-    ),
-    LatencyMetric(
-        "itl",
-        "inter-token latency = arrival of a chunk with tokens - arrival of the one before it, "
-        "all gaps of all requests pooled; a chunk of several tokens is one arrival "
-        "(see tokens_per_chunk)",
-        lambda record: record.itl,
-    ),
-    LatencyMetric(
-        "tpot",
-        "time per output token = (arrival of the last token - arrival of the first) / "
-        "(output tokens - 1), for each request of two tokens or more",
-        lambda record: _present(record.tpot),
-    ),
-    LatencyMetric(
-        "e2e",
-        "end-to-end latency = end of the stream - request sent",
-        lambda record: [record.e2e],
-    ),
-)
+# Properties of a request, pooled over all that succeeded: mean, p50, p90, p99 and max of each.
+LATENCIES = {
+    "ttft": "time to first token = arrival of the first chunk with a token - request sent",
+    "itl": "inter-token latency = arrival of a chunk with tokens - arrival of the one before it, "
+    "all gaps of all requests pooled; a chunk of several tokens is one arrival "
+    "(see tokens_per_chunk)",
+    "tpot": "time per output token = (arrival of the last token - arrival of the first) / "
+    "(output tokens - 1), for each request of two tokens or more",
+    "e2e": "end-to-end latency = end of the stream - request sent",
+}
 
 
 @dataclass(frozen=True)
@@ -130,89 +109,70 @@ class Run:
         return [record for record in self.succeeded if meets(record, self.slo)]
 
 
-@dataclass(frozen=True)
-class RunMetric:
-    """One number for a whole run."""
-
-    name: str
-    formula: str
-    of: Callable[[Run], float]
+RunMetrics = dict[str, tuple[str, Callable[[Run], float]]]
 
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-TOTALS = (
-    RunMetric(
-        "duration_s",
+# Formulas, and what computes them.
+TOTALS: RunMetrics = {
+    "duration_s": (
         "last request's end - first request sent (warm-up excluded)",
         lambda run: run.duration_s,
     ),
-    RunMetric("requests", "requests sent", lambda run: len(run.records)),
-    RunMetric(
-        "failed", "requests that ended in an error", lambda r: len(r.records) - len(r.succeeded)
-    ),
-    RunMetric(
-        "request_throughput",
+    "requests": ("requests sent", lambda run: len(run.records)),
+    "failed": ("requests that ended in an error", lambda r: len(r.records) - len(r.succeeded)),
+    "request_throughput": (
         "requests that succeeded / duration",
         lambda run: _share(len(run.succeeded), run.duration_s),
     ),
-    RunMetric(
-        "output_throughput",
+    "output_throughput": (
         "output tokens of requests that succeeded / duration",
         lambda run: _share(run.tokens("output"), run.duration_s),
     ),
-    RunMetric(
-        "total_throughput",
+    "total_throughput": (
         "prompt and output tokens of requests that succeeded / duration",
         lambda run: _share(run.tokens("output") + run.tokens("prompt"), run.duration_s),
     ),
-    RunMetric(
-        "prompt_tokens",
+    "prompt_tokens": (
         "prompt tokens of requests that succeeded, as the server counts them",
         lambda run: run.tokens("prompt"),
     ),
-    RunMetric(
-        "output_tokens",
+    "output_tokens": (
         "output tokens of requests that succeeded, as the server counts them",
         lambda run: run.tokens("output"),
     ),
-    RunMetric(
-        "cached_tokens",
+    "cached_tokens": (
         "prompt tokens whose KV the server found in a cache",
         lambda run: run.tokens("cached"),
     ),
-    RunMetric(
-        "hit_rate",
+    "hit_rate": (
         "cached tokens / prompt tokens, of requests that succeeded",
         lambda run: _share(run.tokens("cached"), run.tokens("prompt")),
     ),
-    RunMetric(
-        "tokens_per_chunk",
+    "tokens_per_chunk": (
         "output tokens / chunks that carried tokens, of requests that succeeded",
         lambda run: _share(run.tokens("output"), sum(len(r.arrivals_s) for r in run.succeeded)),
     ),
-    RunMetric(
-        "max_send_lag_s",
+    "max_send_lag_s": (
         "largest (request sent - when its schedule wanted it sent): the load generator's own delay",
         lambda run: max((record.sent_s - record.due_s for record in run.records), default=0.0),
     ),
-)
+}
 
-GOODPUT = (
-    RunMetric(
-        "goodput",
+GOODPUT: RunMetrics = {
+    "goodput": (
         "requests that succeeded and met every SLO / duration; of a request, the SLO bounds its "
         "ttft, its tpot, its largest itl, its e2e",
         lambda run: _share(len(run.good), run.duration_s),
     ),
-    RunMetric(
-        "slo_attainment",
+    "slo_attainment": (
         "requests that succeeded and met every SLO / requests sent",
         lambda run: _share(len(run.good), len(run.records)),
     ),
-)
+}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -227,19 +187,18 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def meets(record: RequestRecord, slo: Sequence[tuple[str, float]]) -> bool:
     """A request too short to have a metric meets its bound."""
-    by_name = {metric.name: metric for metric in LATENCIES}
-    return all(max(by_name[name].samples(record), default=0.0) <= limit for name, limit in slo)
+    return all(max(record.samples(name), default=0.0) <= limit for name, limit in slo)
 
 
 def summarize(run: Run) -> dict[str, object]:
     """Every metric by its name; latencies in seconds. A latency without samples is absent."""
-    report: dict[str, object] = {metric.name: metric.of(run) for metric in TOTALS}
+    report: dict[str, object] = {name: of(run) for name, (_, of) in TOTALS.items()}
     if run.slo:
-        report |= {metric.name: metric.of(run) for metric in GOODPUT}
-    for metric in LATENCIES:
-        samples = [each for record in run.succeeded for each in metric.samples(record)]
+        report |= {name: of(run) for name, (_, of) in GOODPUT.items()}
+    for name in LATENCIES:
+        samples = [each for record in run.succeeded for each in record.samples(name)]
         if samples:
-            report[f"{metric.name}_s"] = distribution(samples)
+            report[f"{name}_s"] = distribution(samples)
     return report
 
 
@@ -259,12 +218,11 @@ def count_errors(records: Iterable[RequestRecord]) -> dict[str, dict[str, object
 
 def parse_slo(text: str) -> tuple[tuple[str, float], ...]:
     """`ttft=2s,tpot=100ms` to bounds in seconds; a bare number is in seconds."""
-    names = [metric.name for metric in LATENCIES]
     bounds = []
     for part in filter(None, (each.strip() for each in text.split(","))):
         match = re.fullmatch(r"(\w+)\s*=\s*(\d+\.?\d*|\.\d+)\s*(ms|s|)", part)
-        if match is None or match[1] not in names:
-            limit = f"give {', '.join(names)} as in ttft=2s,tpot=100ms"
+        if match is None or match[1] not in LATENCIES:
+            limit = f"give {', '.join(LATENCIES)} as in ttft=2s,tpot=100ms"
             raise InvalidRequest("slo", part, limit)
         bounds.append((match[1], float(match[2]) * (0.001 if match[3] == "ms" else 1.0)))
     return tuple(bounds)
@@ -272,5 +230,5 @@ def parse_slo(text: str) -> tuple[tuple[str, float], ...]:
 
 def explain() -> list[tuple[str, str]]:
     """(name, formula) of every metric."""
-    latencies = [(metric.name, metric.formula) for metric in LATENCIES]
-    return latencies + [(metric.name, metric.formula) for metric in (*TOTALS, *GOODPUT)]
+    totals = [(name, formula) for name, (formula, _) in (TOTALS | GOODPUT).items()]
+    return [*LATENCIES.items(), *totals]

@@ -244,9 +244,9 @@ def rows(report: BenchReport) -> tuple[list[list[str]], list[list[str]]]:
         [name, _number(value)] for name, value in results.items() if not isinstance(value, dict)
     ]
     latencies = [
-        [metric.name, *(_seconds(value) for value in results[f"{metric.name}_s"].values())]
-        for metric in LATENCIES
-        if f"{metric.name}_s" in results
+        [name, *(_seconds(value) for value in results[f"{name}_s"].values())]
+        for name in LATENCIES
+        if f"{name}_s" in results
     ]
     return totals, latencies
 

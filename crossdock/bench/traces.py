@@ -256,7 +256,8 @@ class PromptMaker:
         if self.block_size == 1:
             made = self._tokens_by_name(request.block_ids)
         else:
-            made = [each for name in request.block_ids for each in self._block(name)]
+            about = (self.block_size, self.low, self.high)
+            made = [t for name in request.block_ids for t in _block_tokens(self.seed, name, *about)]
         return made[: request.input_tokens]
 
     def text(self, request: TraceRequest) -> str:
@@ -266,9 +267,6 @@ class PromptMaker:
     def _tokens_by_name(self, names: Iterable[int]) -> list[int]:
         keys = np.fromiter(names, dtype=np.uint64) + np.uint64((self.seed << 32) % (1 << 64))
         return [int(each) for each in self.low + _mix(keys) % np.uint64(self.high - self.low)]
-
-    def _block(self, name: int) -> tuple[int, ...]:
-        return _block_tokens(self.seed, name, self.block_size, self.low, self.high)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -18,6 +18,7 @@ from crossdock.deploy.ray.calls import CRASHES, get, kill_process
 from crossdock.deploy.ray.member import set_up_process
 from crossdock.deploy.ray.runtime import RayRuntime, actor_options, namespace
 from crossdock.deploy.runtime import Placement, StartFailed
+from crossdock.deploy.spec import ClusterSpec, plain
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
 
@@ -30,12 +31,7 @@ class ControllerActor:
     """The control plane's process. Ray restarts it; the spec on disk and the actors outlive it."""
 
     def __init__(
-        self,
-        cluster: str,
-        yaml: str,
-        life: str,
-        telemetry: Mapping[str, str] | None,
-        local: bool,
+        self, cluster: str, yaml: str, life: str, telemetry: Mapping[str, str], local: bool
     ) -> None:
         set_up_process(CONTROLLER, telemetry)
         store = ClusterStore(cluster)
@@ -105,8 +101,7 @@ class ControllerHandle:
         self._started = actor.started.remote()
 
     def started(self, timeout_s: float) -> str:
-        """Its address. Raises StartFailed, ProcessGone, or TimeoutError: then it may be asked
-        again."""
+        """Its address. Raises StartFailed, ProcessGone, or TimeoutError: then ask again."""
         return str(get(self._started, timeout_s))
 
     def hangs(self, timeout_s: float) -> bool:
@@ -151,15 +146,12 @@ class ControllerHandle:
                 downs.append(self._actor.down.remote(0.0))
 
 
-def start_controller(
-    cluster: str, yaml: str, telemetry: Mapping[str, str] | None, local: bool
-) -> ControllerHandle:
-    """Starts the control plane for the spec in `yaml`.
+def start_controller(spec: ClusterSpec, local: bool) -> ControllerHandle:
+    """Starts the control plane. `local`: all runs on this machine, reached over its loopback.
 
-    `local`: all runs on this machine and is reached over its loopback.
     Raises ConfigError when a cluster of this name runs already.
     """
-    space = namespace(cluster)
+    cluster, space = spec.metadata.name, namespace(spec.metadata.name)
     with contextlib.suppress(ValueError):
         ray.get_actor(CONTROLLER, namespace=space)
         message = f"{cluster!r} runs already in this Ray cluster; use `crossdock apply`"
@@ -167,5 +159,5 @@ def start_controller(
     placement = Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})
     options = actor_options(CONTROLLER, space, placement)
     controller = ray.remote(ControllerActor).options(**options, max_restarts=-1)
-    actor = controller.remote(cluster, yaml, secrets.token_hex(8), telemetry, local)
-    return ControllerHandle(actor)
+    life, telemetry = secrets.token_hex(8), plain(spec.telemetry)
+    return ControllerHandle(controller.remote(cluster, spec.to_yaml(), life, telemetry, local))

@@ -117,7 +117,7 @@ def _can_serve(endpoints: Sequence[WorkerEndpoint]) -> bool:
     return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
 
 
-def set_up_process(name: str, telemetry: Mapping[str, str] | None) -> None:
+def set_up_process(name: str, telemetry: Mapping[str, str]) -> None:
     """Logging and traces of a process of the cluster; `name` is the member's, or controller."""
     logging.basicConfig(
         level=traces.log_level(), format=f"%(asctime)s {name} %(levelname)s %(message)s"

@@ -56,8 +56,7 @@ def stop_ray() -> None:
 
 
 def lost_ray_process() -> str:
-    """Which vital process of the Ray that `start_ray` started has ended and how; empty while all
-    run, and for a Ray that was joined."""
+    """Which vital process of our own Ray has ended, and how; empty while none has."""
     node = ray._private.worker._global_node
     dead: list[tuple[str, Any]] = node.dead_processes() if node is not None else []
     for kind, process in dead:

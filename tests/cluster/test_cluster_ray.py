@@ -24,6 +24,7 @@ from ray_kit import (
     answers_after,
     ask,
     is_controller,
+    serving,
     temp_folders,
     until,
     worker_of,
@@ -33,7 +34,7 @@ from ray_kit import (
 from crossdock.client import Client
 from crossdock.deploy import admin, processes
 from crossdock.deploy.spec import ClusterSpec
-from crossdock.deploy.up import Cluster, serving, up
+from crossdock.deploy.up import Cluster, up
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from engines_kit import expected
+from ray_kit import serving
 
 from crossdock.client import Client
 from crossdock.deploy import admin
-from crossdock.deploy.up import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 MANIFEST = Path(__file__).resolve().parents[2] / "deploy" / "manifests" / "simulated.yaml"

@@ -18,6 +18,8 @@ from ray_kit import (
     UP,
     answers_after,
     is_controller,
+    leave,
+    serving,
     temp_folders,
     until,
     worker_of,
@@ -27,7 +29,7 @@ from ray_kit import (
 from crossdock.client import Client
 from crossdock.deploy import admin, processes
 from crossdock.deploy.store import ClusterStore
-from crossdock.deploy.up import Cluster, serving, up
+from crossdock.deploy.up import Cluster, up
 from crossdock.proto.errors import ConfigError, Unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -175,7 +177,7 @@ def test_a_name_is_free_again_after_down_on_a_joined_ray(own_spec, other_ray):
         left.stop()
         raise
     address = left.admin
-    left.leave()
+    leave(left)
     admin.down(address, drain_s=0)
     again = Cluster(own_spec, other_ray)
     try:

@@ -8,10 +8,12 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from crossdock.client import AsyncClient, Client
 from crossdock.deploy import admin
+from crossdock.deploy.ray import session
 from crossdock.deploy.up import Cluster
 from crossdock.proto.errors import Unavailable
 
@@ -37,6 +39,24 @@ pools:
 """
 PROMPT = list(range(5, 105))
 ADMIN_PORTS: dict[str, int] = {}
+
+
+@contextlib.contextmanager
+def serving(spec_path: str | Path, timeout_s: float = 300.0) -> Iterator[Cluster]:
+    """A cluster for the length of a `with` block."""
+    cluster = Cluster(spec_path)
+    try:
+        cluster.start(timeout_s)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def leave(cluster: Cluster) -> None:
+    """The cluster stays; this process leaves it."""
+    cluster._cleanup.pop_all()
+    cluster._controller = None
+    session.stop_ray()
 
 
 def write_spec(path: Path, model: Path, prefill=1, decode=1, on_p="", on_d="", name="") -> Path:

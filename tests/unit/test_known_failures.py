@@ -35,6 +35,7 @@ from worker_kit import Gateway, Pair, config, settled
 from crossdock.decode import role as decode_worker
 from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
+from crossdock.deploy.runtime import Launch, Placement
 from crossdock.engine.simulated import kv_of_tokens
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.types import Role
@@ -159,9 +160,8 @@ async def test_a_worker_whose_engine_stands_still_does_not_pass_for_well(
         async def stop(self, grace_s: float) -> None:
             assert grace_s == 0
 
-    launch = SimpleNamespace(
-        name="d", pool="decode", role="decode", revision="", gateway=None, worker=real.decode.config
-    )
+    worker = real.decode.config
+    launch = Launch("d", "decode", "decode", "", Placement(), {}, worker=worker)
     often = WatchSettings(probe_every_s=0.02, unresponsive_s=1.0)
     watched = Watched(launch, Process(), lambda: None, often)  # type: ignore[arg-type]
     try:

@@ -10,7 +10,7 @@ import pytest
 from crossdock.deploy import members
 from crossdock.deploy.members import Watched, WatchSettings, patience_s
 from crossdock.deploy.reconcile import State
-from crossdock.deploy.runtime import Started, worker_launch
+from crossdock.deploy.runtime import Started, gateway_launch, worker_launch
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.proto.v1.worker_pb2 import Load
 
@@ -81,7 +81,7 @@ async def watched_gateway(clock: Clock, answers) -> tuple[Watched, list[object]]
             done.append((grace_s, watched.state, clock.now))
             gone.set_result("its process died (SIGKILL)")
 
-    launch = SimpleNamespace(name="g", pool="gateway", role="gateway", gateway={}, worker=None)
+    launch = gateway_launch(SPEC, "gateway-0", 0, bytes(32))
     watched = Watched(launch, Process(), lambda: None, WatchSettings())
     async with asyncio.timeout(10):
         while watched.state is not State.LOST:

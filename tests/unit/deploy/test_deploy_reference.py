@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from reference import reference, with_reference
 
-from crossdock.deploy.reference import reference, with_reference
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine.registry import ENGINES
 from crossdock.proto.settings import walk
@@ -18,9 +18,7 @@ SMALL = "metadata: {name: x}\nmodel: {id: x}\npools: {NAME: {role: colocated}}"
 def test_the_document_is_current(monkeypatch):
     monkeypatch.delitem(ENGINES, "uneven", raising=False)  # of the tests' own
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert with_reference(text) == text, (
-        "run: python -m crossdock.deploy.reference docs/operations.md"
-    )
+    assert with_reference(text) == text, "run: python tools/reference.py docs/operations.md"
 
 
 def test_every_field_is_in_it():

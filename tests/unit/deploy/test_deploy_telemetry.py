@@ -7,7 +7,6 @@ import sys
 from concurrent import futures
 
 import grpc
-import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 SPAN = """
@@ -29,9 +28,8 @@ def run(telemetry) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("telemetry", [None, {"exporter": "none", "endpoint": ""}])
-def test_off_costs_nothing(telemetry):
-    assert run(telemetry).strip() == "no sdk"
+def test_off_costs_nothing():
+    assert run({"exporter": "none", "endpoint": ""}).strip() == "no sdk"
 
 
 def test_console_prints_spans():

@@ -101,7 +101,7 @@ def test_gguf_chat_template_equals_transformers(smol, smol_reference):
             expected = smol_reference.apply_chat_template(
                 messages, add_generation_prompt=prompt, tokenize=False
             )
-            assert smol.render_chat(messages, prompt) == expected
+            assert smol.template.render(messages, prompt) == expected
             assert smol.decode(smol.apply_chat_template(messages, prompt), False) == expected
 
 
@@ -187,7 +187,6 @@ def test_templates_as_text_list_and_file(folder):
     change(config, chat_template=named)
     template = ChatTemplate(read_hf_tokenizer(folder).template, {}, "here")
     assert template.render([], True) == "D"
-    assert template.render([], True, tools=[{"name": "f"}]) == "T"
     (folder / "chat_template.jinja").write_text("J")
     assert read_hf_tokenizer(folder).template["default"] == "J"
     change(config, chat_template=7)
@@ -340,8 +339,8 @@ def test_named_splits(tmp_path, name):
 # -- chat templates --------------------------------------------------------------------------
 
 
-def render(source: str, messages=(), prompt=True, tools=None, **special) -> str:
-    return ChatTemplate({"default": source}, special, "here").render(messages, prompt, tools)
+def render(source: str, messages=(), prompt=True, **special) -> str:
+    return ChatTemplate({"default": source}, special, "here").render(messages, prompt)
 
 
 def test_what_templates_may_use():

@@ -1,5 +1,5 @@
-"""Makes the generated protobuf code: `python proto/generate.py [FOLDER]`, by default beside the
-.proto files."""
+"""Makes the generated protobuf code: `python tools/generate_proto.py [FOLDER]`, by default
+beside the .proto files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+PROTO = Path(__file__).resolve().parents[1] / "proto"
 # The name that generated modules are imported by, and that .proto files import each other by.
 IMPORT_ROOT = "crossdock/proto"
 
@@ -17,9 +17,9 @@ def generate(into: Path) -> list[Path]:
     """Writes *_pb2.py, *_pb2.pyi and *_pb2_grpc.py for every proto/v1/*.proto under `into`."""
     from grpc_tools import protoc
 
-    sources = sorted((HERE / "v1").glob("*.proto"))
+    sources = sorted((PROTO / "v1").glob("*.proto"))
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = ["protoc", f"-I{IMPORT_ROOT}={HERE}"]
+        arguments = ["protoc", f"-I{IMPORT_ROOT}={PROTO}"]
         arguments += [f"--{kind}_out={scratch}" for kind in ("python", "pyi", "grpc_python")]
         arguments += [f"{IMPORT_ROOT}/v1/{source.name}" for source in sources]
         if protoc.main(arguments) != 0:
@@ -29,5 +29,5 @@ def generate(into: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for path in generate(Path(sys.argv[1]) if sys.argv[1:] else HERE / "v1"):
+    for path in generate(Path(sys.argv[1]) if sys.argv[1:] else PROTO / "v1"):
         print(path, file=sys.stderr)

@@ -1,6 +1,6 @@
 """The YAML reference of docs/operations.md, made from the definitions of the spec.
 
-python -m crossdock.deploy.reference docs/operations.md    # writes it between the markers
+python tools/reference.py docs/operations.md    # writes it between the markers
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.worker.config import ENGINES, EngineSettings, settings_of
 
-BEGIN = "<!-- reference: made by crossdock.deploy.reference; edit deploy/spec.py instead -->"
+BEGIN = "<!-- reference: made by tools/reference.py; edit deploy/spec.py instead -->"
 END = "<!-- end of reference -->"
 _NAMES = {str: "string", int: "whole number", float: "number", bool: "true or false"}
 
