@@ -144,30 +144,34 @@ class SimulatedEngine(Engine):
 
     def _compute(self, chunk: Chunk) -> list[SampledToken]:
         sequence, end = chunk.sequence, chunk.end
-        self._write(sequence.block_table, chunk.start, sequence.token_ids[chunk.start : end])
+        table, sampling = sequence.block_table, sequence.sampling
+        self._write(table, chunk.start, sequence.token_ids[chunk.start : end])
         if not chunk.sample:
             return []
-        room = len(sequence.block_table) * self._block_size
-        drawn: list[SampledToken] = []
-        for position in range(end, min(end + self.tokens_of(chunk), room + 1)):
-            if drawn:
-                self._write(sequence.block_table, position - 1, [drawn[-1].token_id])
-            kv = self.kv_of(sequence.block_table)[:position]
-            drawn.append(draw(kv, sequence.sampling, self._drawn_ids))
-        return drawn
+        seen = int((self.kv_of(table)[:end] * weights(0, end)).sum(dtype=np.uint64))
+        tokens = [draw(seen, end, sampling, self._drawn_ids)]
+        room = len(table) * self._block_size
+        for position in range(end, min(end + self.tokens_of(chunk) - 1, room)):
+            kv = self._write(table, position, [tokens[-1].token_id])
+            seen = (seen + kv * int(weights(position, 1)[0])) & _MASK
+            tokens.append(draw(seen, position + 1, sampling, self._drawn_ids))
+        return tokens
 
-    def _write(self, block_table: list[int], start: int, token_ids: list[int]) -> None:
+    def _write(self, block_table: list[int], start: int, token_ids: list[int]) -> int:
+        """Computes the KV of these tokens; returns that of the last."""
         size = self._block_size
         before = 0
         if start:
             before = int(self._flat[block_table[(start - 1) // size] * size + (start - 1) % size])
         if len(token_ids) == 1:  # most steps: without arrays of one element
-            term = (token_ids[0] + 1) * int(weights(start, 1)[0])
-            self._flat[block_table[start // size] * size + start % size] = (before + term) & _MASK
-            return
+            kv = (before + (token_ids[0] + 1) * int(weights(start, 1)[0])) & _MASK
+            self._flat[block_table[start // size] * size + start % size] = kv
+            return kv
         positions = np.arange(start, start + len(token_ids))
         slots = np.asarray(block_table)[positions // size] * size + positions % size
-        self._flat[slots] = np.uint64(before) + _terms(token_ids, start).cumsum(dtype=np.uint64)
+        written = np.uint64(before) + _terms(token_ids, start).cumsum(dtype=np.uint64)
+        self._flat[slots] = written
+        return int(written[-1])
 
 
 def kv_of_tokens(token_ids: Sequence[int]) -> KV:
@@ -175,11 +179,10 @@ def kv_of_tokens(token_ids: Sequence[int]) -> KV:
     return _terms(token_ids, 0).cumsum(dtype=np.uint64)
 
 
-def draw(kv: KV, sampling: SamplingParams, drawn_ids: int) -> SampledToken:
-    """The token that follows the sequence of this KV: a function of the KV, and of the seed unless
-    sampling is greedy. Other parameters change nothing."""
-    seen = int((kv * weights(0, len(kv))).sum(dtype=np.uint64))
-    token_id = drawn(seen, len(kv), sampling, drawn_ids)
+def draw(seen: int, position: int, sampling: SamplingParams, drawn_ids: int) -> SampledToken:
+    """The token of a position after KV whose weighted sum is `seen`; with the seed unless sampling
+    is greedy. Other parameters change nothing."""
+    token_id = drawn(seen, position, sampling, drawn_ids)
     if sampling.logprobs is None:
         return SampledToken(token_id)
     others = [((token_id + i) % drawn_ids, -1.0 - i) for i in range(sampling.logprobs)]

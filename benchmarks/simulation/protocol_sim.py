@@ -40,7 +40,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.loop import Turn
 
-STEPS = 50  # of a history, faults on
+STEPS = 40  # of a history, faults on
 
 
 class Seat:

@@ -19,7 +19,7 @@ from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine import registry
 from crossdock.engine.contract import Engine, EngineConfig
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
-from crossdock.engine.simulated import Profile, draw, kv_of_tokens
+from crossdock.engine.simulated import Profile, draw, kv_of_tokens, weights
 from crossdock.kvtransfer.layout import check_layouts, layout_hash
 from crossdock.proto.errors import ConfigError, LayoutMismatch
 from crossdock.proto.types import Role, SamplingParams
@@ -308,7 +308,9 @@ async def test_kv_of_half_the_size_is_handed_off(tiny_model: Path) -> None:
 def test_what_is_expected_is_what_the_engine_draws() -> None:
     """The oracle of the tests is the function that the engine's tokens are defined by."""
     params = SamplingParams(temperature=0.0)
-    assert expected(PROMPT, 1) == [draw(kv_of_tokens(PROMPT), params, 32).token_id]
+    kv = kv_of_tokens(PROMPT)
+    seen, position = int((kv * weights(0, len(kv))).sum(dtype=np.uint64)), len(kv)
+    assert expected(PROMPT, 1) == [draw(seen, position, params, 32).token_id]
     seeded = replace(params, temperature=1.0, seed=3)
-    drawn = {draw(kv_of_tokens(PROMPT), replace(seeded, seed=s), 997).token_id for s in range(50)}
+    drawn = {draw(seen, position, replace(seeded, seed=s), 997).token_id for s in range(50)}
     assert len(drawn) > 40
