@@ -25,13 +25,7 @@ from itertools import pairwise
 import numpy as np
 
 from crossdock.kvtransfer.checksum import checksums as checksums_of
-from crossdock.kvtransfer.transport import (
-    Generations,
-    Handle,
-    HandleState,
-    PoolMemory,
-    Transport,
-)
+from crossdock.kvtransfer.transport import Generations, Handle, HandleState, PoolMemory, Transport
 from crossdock.proto import events
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket, TransferStats
