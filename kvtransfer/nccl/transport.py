@@ -103,9 +103,8 @@ class NcclTransport(ThreadedTransport[_Peer]):
 
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
         """Makes the pair's communicator, too."""
-        handle, start = Handle(), time.perf_counter()
-        nothing = merge_runs([], [])
-        self._submit(handle, lambda: self._read(handle, self._peer(incarnation), nothing))
+        start, nothing = time.perf_counter(), merge_runs([], [])
+        handle = self._submit(lambda made: self._read(made, self._peer(incarnation), nothing))
         wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
         return time.perf_counter() - start + super().warm(incarnation, timeout_s)
 
