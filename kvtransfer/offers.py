@@ -69,9 +69,7 @@ class Offers:
         self._settings = settings
         self._on_free = on_free
         self._leases: dict[bytes, Lease] = {}
-        self.offered = 0  # since start
-        self.unknown_releases = 0  # releases that found no open lease
-        self.exits: dict[Exit, int] = dict.fromkeys(Exit, 0)
+        self.exits: dict[Exit, int] = dict.fromkeys(Exit, 0)  # leases since start, by their end
 
     def announce(
         self,
@@ -113,7 +111,6 @@ class Offers:
             offered_at=now,
             deadline=now + self._settings.lease_s,
         )
-        self.offered += 1
 
     def renew(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
         """Extends leases to `lease_s` from now, never shortens one; returns the ids not open."""
@@ -129,14 +126,11 @@ class Offers:
 
     def release(self, ticket_ids: Iterable[bytes]) -> int:
         """The reader is done with these. Returns how many were open."""
-        released = 0
+        before = self.exits[Exit.RELEASED]
         for ticket_id in ticket_ids:
             if ticket_id in self._leases:
                 self._leave(ticket_id, Exit.RELEASED)
-                released += 1
-            else:
-                self.unknown_releases += 1
-        return released
+        return self.exits[Exit.RELEASED] - before
 
     def revoke_owner(self, owner: str) -> int:
         """The gateway is gone, and with it whoever would have asked for these blocks."""

@@ -229,15 +229,6 @@ class Puller:
             (pull.due for pull in self._pulls.values() if not pull.reported_overdue), default=None
         )
 
-    @property
-    def active(self) -> int:
-        """Pulls under way, those given up included until their transfer is terminal."""
-        return len(self._pulls)
-
-    def held(self) -> list[list[int]]:
-        """The local blocks of each pull: what the pool's integrity check counts for them."""
-        return [pull.local_ids for pull in self._pulls.values()]
-
     def _check_local(self, local_ids: Sequence[int], count: int) -> None:
         if len(local_ids) != count:
             raise TransferFailed(f"pull refused: {count} remote blocks, {len(local_ids)} local")

@@ -205,8 +205,7 @@ def _bandwidth(
     nbytes = link.blocks * peer.block_bytes
     link.bytes_per_s = nbytes / statistics.median(_bulk_reads(transport, peer, hold))
     link.bytes = BULK_READS * nbytes
-    grown = traffic.growth(before, traffic.received())
-    link.MergeFrom(pb.LinkProbe(tcp_bytes=grown.tcp, rdma_bytes=grown.rdma))
+    link.MergeFrom(pb.LinkProbe(**traffic.growth(before, traffic.received())))
 
 
 def _bulk_reads(transport: Transport, peer: pb.WorkerDescription, hold: _Hold) -> Iterator[float]:

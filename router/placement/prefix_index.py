@@ -16,12 +16,6 @@ class PrefixIndex:
         self._holders: dict[bytes, int] = {}
         self._held: dict[int, set[bytes]] = {}  # slot -> its blocks, for dropping a slot at once
 
-    def __len__(self) -> int:
-        return len(self._holders)
-
-    def blocks_of(self, slot: int) -> int:
-        return len(self._held.get(slot, ()))
-
     def add(self, slot: int, block_hash: bytes) -> None:
         self._holders[block_hash] = self._holders.get(block_hash, 0) | (1 << slot)
         self._held.setdefault(slot, set()).add(block_hash)

@@ -69,7 +69,7 @@ def test_the_prompt_that_overflows_is_the_one_that_is_named(make) -> None:
     with pytest.raises(NotFinite) as caught:
         runner.run(StepPlan((good, bad)))
     assert caught.value.sequence_ids == {"bad"}
-    assert runner.run(StepPlan((good,))) == []
+    assert runner.run(StepPlan((good,))) == [[]]
 
 
 def test_a_sequence_never_goes_on_from_blocks_that_are_not_finite(make) -> None:
