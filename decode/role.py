@@ -207,10 +207,8 @@ class DecodeRole(WorkerRole):
         return None
 
     def _give_back(self, job: Job) -> None:
-        """Releases a ticket that no fence released, by a call, once its blocks are read no more.
-
-        Before token 0 there is no lease yet, and the ticket may still go to another decode worker.
-        """
+        """Releases a ticket that no fence released, once its blocks are read no more. Before token
+        0 there is no lease yet, and the ticket may still go to another decode worker."""
         if job.lease is not None:
             self.state.ticket_releases.append(job.lease)
 

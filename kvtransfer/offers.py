@@ -78,11 +78,8 @@ class Offers:
         num_tokens: int,
         prompt_hash: bytes,
     ) -> Ticket:
-        """The signed ticket for blocks that the caller holds, and goes on to hold.
-
-        generations: of the blocks, as they are now. prompt_hash: see make_ticket. Nothing is
-        pinned and no lease begins.
-        """
+        """The signed ticket for blocks that the caller holds, and goes on to hold: no lease begins.
+        generations: of the blocks, as they are now. prompt_hash: see make_ticket."""
         settings = self._settings
         return make_ticket(
             key=settings.cluster_key,
@@ -98,10 +95,8 @@ class Offers:
         )
 
     def offer(self, ticket: Ticket, sequence_id: str, owner: str) -> None:
-        """Takes over one reference on each block of an announced ticket; its lease begins.
-
-        owner: the gateway whose request this is; losing it revokes the offer.
-        """
+        """Takes over one reference on each block of an announced ticket; its lease begins. owner:
+        the gateway whose request this is; losing it revokes the offer."""
         now = self._clock()
         self._leases[ticket.ticket_id] = Lease(
             ticket_id=ticket.ticket_id,

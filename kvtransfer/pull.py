@@ -136,13 +136,10 @@ class Puller:
         deadline: float,
         lease_until: float | None = None,
     ) -> None:
-        """Begins to read the ticket's block remote_block_ids[i] into local_block_ids[i].
-
-        progress: with the ticket, validated (see ticket.validate). remote_block_ids: those of its
-        blocks that are not in this pool already, in its order, maybe none. deadline, lease_until:
-        on the clock; without lease_until the lease runs from now. Raises TransferFailed, and then
-        owns nothing.
-        """
+        """Begins to read the block remote_block_ids[i] of a validated ticket, which `progress`
+        brings, into local_block_ids[i]: those of its blocks that are not in this pool already, in
+        its order. deadline, lease_until: on the clock; without lease_until the lease runs from
+        now. Raises TransferFailed, and then owns nothing."""
         if pull_id in self._pulls:
             raise TransferFailed(f"pull {pull_id} refused: one is under way")
         ticket = progress.ticket
@@ -208,10 +205,8 @@ class Puller:
         return done
 
     def overdue(self) -> list[str]:
-        """Pulls past their deadline or lease with a transfer not terminal yet, each named once.
-
-        Their sequences have failed and can be answered; their blocks stay quarantined.
-        """
+        """Pulls past their deadline or lease with a transfer not terminal yet, each named once:
+        their sequences have failed, their blocks stay quarantined."""
         now = self._clock()
         late = [
             pull

@@ -45,11 +45,8 @@ def create_transport(
 
 
 def allocate(name: str, nbytes: int, num_blocks: int) -> PoolBuffers:
-    """Host memory for a KV pool that the transport of that name can read: zeroed.
-
-    Returns (uint8 [nbytes], int64 [num_blocks] generations, a function that gives both back;
-    call it when neither is used any more).
-    """
+    """Zeroed host memory for a KV pool that the transport of that name can read. It is given back
+    when neither array is used any more."""
     if name == "local":
         from crossdock.kvtransfer.shared_memory import allocate_segment
 

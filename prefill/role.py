@@ -129,11 +129,9 @@ class PrefillRole(WorkerRole):
         self._offers.revoke_owner(owner)
 
     def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:
-        """Ends the leases and gives their blocks back; ids that are not open are ignored."""
         self._offers.release(ticket_ids)
 
     def renew_tickets(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
-        """Extends open leases to `lease_s` seconds from now; returns the ids that are not open."""
         return self._offers.renew(ticket_ids, lease_s)
 
     def poll(self) -> None:
@@ -147,7 +145,6 @@ class PrefillRole(WorkerRole):
         return self._offers.next_deadline()
 
     def leases(self) -> list[pb.Lease]:
-        """The offered tickets not read yet, oldest first, for the status."""
         now = self.state.clock()
         return [
             pb.Lease(

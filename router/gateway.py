@@ -48,10 +48,8 @@ class GatewayServer:
         self._closing = AsyncExitStack()  # undoes what `start` did, last things first
 
     async def start(self) -> None:
-        """Loads the tokenizer and opens both ports.
-
-        Raises ModelError for a model that cannot be read, ConfigError for a port that is in use.
-        """
+        """Loads the tokenizer and opens both ports. Raises ModelError for a model that cannot be
+        read, ConfigError for a port that is in use."""
         config = self.config
         model_id, text, longest = await asyncio.to_thread(_load, config.model, config.home)
         self._links = links = self._make_links()

@@ -9,47 +9,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import CrossdockError, TransferFailed
-from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
 from crossdock.worker.loop import Turn
 from crossdock.worker.outbox import error_output
-from crossdock.worker.peers import Met, Peers
-from crossdock.worker.role import WorkerRole
+from crossdock.worker.peers import Met
 from crossdock.worker.streams import GatewayStream, block_events
 
+if TYPE_CHECKING:
+    from crossdock.worker.server import WorkerServer
+
 log = logging.getLogger(__name__)
-
-
-class Host(Protocol):
-    """The worker that gateways talk to. Commands reach its engine in the order they are posted."""
-
-    config: WorkerConfig
-    description: pb.WorkerDescription
-    vocab_size: int
-    hasher: BlockHasher
-    peers: Peers
-
-    def post(self, command: Callable[[WorkerRole], None]) -> None: ...
-
-    def post_snapshot(
-        self,
-        deliver: Callable[[pb.WorkerFrame], None],
-        hello: pb.WorkerDescription | None = None,
-    ) -> None:
-        """Has `deliver` called with the whole prefix cache and load, in order with `publish`."""
 
 
 @dataclass(eq=False)
 class Gateways:
     """Owns the streams of all gateways. What a gateway has here ends with its stream."""
 
-    host: Host
+    host: WorkerServer
     clock: Callable[[], float] = time.time
     _streams: dict[str, GatewayStream] = field(default_factory=dict)
     _ids: Iterator[int] = field(default_factory=count)

@@ -79,9 +79,7 @@ class Peers:
     ) -> None:
         """Extends leases, one call a peer. `answered` gets the ids renewed, the ids lost, and until
         when the former are good, on the clock: from now, which is never later than was granted.
-
-        A peer that does not answer leaves its tickets as they were: their leases run on.
-        """
+        It is not called for a peer that does not answer: those leases run on."""
         until = self.clock() + lease_s
 
         def done(ids: list[bytes], answer: Renewed) -> None:

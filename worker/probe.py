@@ -49,10 +49,7 @@ _OUTCOMES = {
 
 @dataclass(eq=False)
 class _Hold:
-    """Blocks set aside for one probe, and the reads into them.
-
-    `blocks` is the engine thread's. They are given back when every read is terminal.
-    """
+    """Blocks set aside for one probe, given back when every read into them is terminal."""
 
     blocks: list[int] = field(default_factory=list)
     reads: list[Handle] = field(default_factory=list)

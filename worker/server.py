@@ -125,10 +125,8 @@ class WorkerServer:
         await self.peer_calls.keep(endpoint.address for endpoint in others)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Takes no new work and waits for what is here; moves the rest away when time is up.
-
-        Returns whether the worker is empty: False leaves offered tickets to their leases.
-        """
+        """Takes no new work and waits for what is here; moves the rest away when time is up. False:
+        offered tickets are left to their leases."""
         await self.call(lambda role: setattr(role, "draining", True))
         deadline = time.monotonic() + timeout_s
         while not await self.call(lambda role: role.idle):
@@ -168,7 +166,7 @@ class WorkerServer:
     # -- to the engine thread ------------------------------------------------------------------
 
     def post(self, command: Callable[[WorkerRole], None]) -> None:
-        """Runs a command on the engine thread between two steps, without an answer."""
+        """Runs a command on the engine thread between two steps, in the order of posting."""
         self._loop.post(lambda: command(self._role))
 
     async def call(self, command: Callable[[WorkerRole], T]) -> T:
@@ -180,7 +178,8 @@ class WorkerServer:
         deliver: Callable[[pb.WorkerFrame], None],
         hello: pb.WorkerDescription | None = None,
     ) -> None:
-        """Has `deliver` called on the asyncio loop with the whole prefix cache and the load."""
+        """Has `deliver` called on the asyncio loop with the whole prefix cache and the load, in
+        order with `Gateways.publish`."""
 
         def take() -> None:
             self._asyncio.call_soon_threadsafe(deliver, self._loop.snapshot(hello))
@@ -287,10 +286,11 @@ class WorkerServer:
 
     async def _renew_leases(self) -> None:
         tickets = await self.call(lambda role: role.waiting_tickets())
-        self.peers.renew(tickets, self.config.lease_s, self._renewed)
 
-    def _renewed(self, renewed: set[bytes], lost: set[bytes], until: float) -> None:
-        self.post(lambda role: role.leases_renewed((renewed, lost), until))
+        def answered(renewed: set[bytes], lost: set[bytes], until: float) -> None:
+            self.post(lambda role: role.leases_renewed((renewed, lost), until))
+
+        self.peers.renew(tickets, self.config.lease_s, answered)
 
     def _status(self, role: WorkerRole, check_integrity: bool) -> pb.WorkerStatus:
         state, counters = role.state, role.state.counters

@@ -13,7 +13,7 @@ from crossdock.engine.native.attention.ops import make_ops
 from crossdock.engine.native.batch import make_batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.models.llama import LlamaModel
-from crossdock.engine.native.sampler import SampleRow, sample
+from crossdock.engine.native.sampler import sample
 from crossdock.engine.native.weights.load import load_weights
 from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan
 from crossdock.model.config import ModelConfig, load_config
@@ -32,9 +32,8 @@ WARMUP_TOKENS = 32
 class ModelRunner(Engine):
     """See contract.Engine: one model and its KV pool on one device. Draws one token a step.
 
-    `dtype` "auto" is float32 on a CPU and the model's own on a GPU, `kv_dtype` "auto" is `dtype`;
-    `device` "auto" is a GPU where there is one. `threads` sets how many CPU threads this process
-    computes with.
+    What "auto" means is with resolve_dtype, resolve_kv_dtype and resolve_device. `threads`: CPU
+    threads that this process computes with.
     """
 
     def __init__(
@@ -93,8 +92,8 @@ class ModelRunner(Engine):
         return KVCache.bytes_per_block(config, block_size, resolve_kv_dtype(kv_dtype, resolved))
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
-        rows = [_sample_row(chunk.sequence) for chunk in plan.chunks if chunk.sample]
-        drawn = iter(sample(self.logits(plan), rows))
+        sampled = [chunk.sequence for chunk in plan.chunks if chunk.sample]
+        drawn = iter(sample(self.logits(plan), sampled))
         return [[next(drawn)] if chunk.sample else [] for chunk in plan.chunks]
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
@@ -163,16 +162,6 @@ def resolve_kv_dtype(kv_dtype: str, compute: torch.dtype) -> torch.dtype:
         message = f"{kv_dtype!r} is no type of KV of the native engine: auto, {', '.join(DTYPES)}"
         raise ConfigError("kv.dtype", message)
     return DTYPES[kv_dtype]
-
-
-def _sample_row(sequence: Sequence) -> SampleRow:
-    return SampleRow(
-        params=sequence.sampling,
-        prompt_ids=sequence.token_ids[: sequence.prompt_tokens],
-        generated_ids=sequence.token_ids[sequence.prompt_tokens :],
-        position=sequence.num_tokens,
-        eos_token_ids=sequence.eos_token_ids,
-    )
 
 
 def _warmup_plans(blocks: int) -> list[StepPlan]:

@@ -1,9 +1,8 @@
 """KV transfer over NCCL, for clusters without RDMA: one communicator of two for each pair.
 
 NCCL is two-sided, so a reader asks: for blocks, and once they are here for their generations, with
-its release in the same message. The owner of the blocks answers on its transport's thread with what
-stands in memory at that moment. The messages go over TCP (nccl_channel.py), the blocks over the
-pair's communicator, which is made at the first read (nccl_link.py).
+its release in the same message. The messages go over TCP (channel.py), the blocks over the pair's
+communicator, which is made at the first read (link.py).
 
 Unlike NIXL's, these transfers can be ended. A lost connection, an error of NCCL, or a request that
 is a minute old, aborts the pair's communicator; once its stream is empty, the blocks are touched no

@@ -6,11 +6,8 @@ from collections.abc import Iterable, Sequence
 
 
 class PrefixIndex:
-    """Block hash -> bitmask of worker slots.
-
-    A worker that holds block i of a chain holds all before it (workers evict leaves first), so the
-    depth of a prefix on a worker is found by binary search, for all workers at once.
-    """
+    """Block hash -> bitmask of worker slots. Who holds block i of a chain holds all before it, for
+    workers evict leaves first: so the depth of a prefix on each is found by binary search."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}

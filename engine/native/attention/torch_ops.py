@@ -157,15 +157,14 @@ class _Rows:
 
     def mask(self, window: int) -> torch.Tensor:
         """bool [rows, 1, 1, context]"""
-        seen = self._ages >= 0
-        if window:
-            seen &= self._ages < window
-        return seen[:, None, None, :]
+        return _seen(self._ages, window)[:, None, None, :]
 
 
 def _causal_mask(length: int, context: int, window: int, device: torch.device) -> torch.Tensor:
     """bool [length, context]: the last `length` positions of a context, each seeing its past."""
     positions = torch.arange(context - length, context, device=device)[:, None]
-    ages = positions - torch.arange(context, device=device)
-    seen = ages >= 0
-    return seen & (ages < window) if window else seen
+    return _seen(positions - torch.arange(context, device=device), window)
+
+
+def _seen(ages: torch.Tensor, window: int) -> torch.Tensor:
+    return (ages >= 0) & (ages < window) if window else ages >= 0
