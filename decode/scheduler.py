@@ -40,7 +40,7 @@ class DecodeScheduler(Scheduler):
         """`remote_tokens`: of token_ids, how many have KV to pull; 0 computes them here."""
         if remote_tokens:
             self._remote[sequence] = remote_tokens
-        self._queue(sequence)
+        super().add(sequence)
 
     def reserve(self) -> list[Sequence]:
         """Gives blocks to waiting sequences, in order, as far as they go. Returns those that now

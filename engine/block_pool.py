@@ -275,7 +275,6 @@ class BlockPool:
         )
 
     def _evict(self, n: int) -> None:
-        """Frees n cached blocks."""
         evicted: list[int] = []
         while len(evicted) < n:
             if not self._leaves:

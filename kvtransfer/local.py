@@ -96,7 +96,6 @@ class LocalTransport(ThreadedTransport[_Peer]):
         return _Peer(incarnation, num_blocks, block_bytes, name, kv_offset)
 
     def _add(self, peer: _Peer) -> None:
-        """Maps its segment."""
         if peer.incarnation in self._peers:
             return
         peer.connection = _connect(peer)

@@ -54,10 +54,8 @@ class Lease:
 
 
 class Offers:
-    """All open offers of one prefill worker. Called by the engine thread alone.
-
-    `on_free(block_ids)` gives an offer's references back to the block pool.
-    """
+    """All open offers of one prefill worker. Called by the engine thread alone. `on_free` gives an
+    offer's references on these blocks back to the block pool."""
 
     def __init__(
         self,

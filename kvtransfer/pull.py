@@ -108,10 +108,7 @@ class _Pull:
 
 
 class Puller:
-    """All pulls of one decode worker. Called by the engine thread alone; never blocks.
-
-    Owner of a pull's local blocks from `start` until `poll` reports it.
-    """
+    """All pulls of one decode worker. Called by the engine thread alone; never blocks."""
 
     def __init__(
         self,

@@ -31,10 +31,8 @@ log = logging.getLogger(__name__)
 
 
 class GatewayServer:
-    """Serves a model's requests over the workers of the membership that it is told.
-
-    `grpc_address` and `http_address` are host:port, once started with the ports that were bound.
-    """
+    """Serves a model's requests over the workers of the membership that it is told. `grpc_address`
+    and `http_address` are host:port, once started with the ports that were bound."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config

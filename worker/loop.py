@@ -55,10 +55,8 @@ class Turn:
 
 
 class EngineLoop:
-    """Owns the thread on which the role, its pool and the engine live.
-
-    `publish` is called on that thread after every turn that made something.
-    """
+    """Owns the thread on which the role, its pool and the engine live. `publish` is called there
+    after every turn that made something."""
 
     def __init__(self, role: WorkerRole, runner: Engine, publish: Callable[[Turn], None]) -> None:
         self._role = role

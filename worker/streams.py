@@ -9,10 +9,8 @@ from crossdock.proto.v1 import worker_pb2 as pb
 
 
 class GatewayStream:
-    """Frames for one gateway. Those that wait for the network are merged into one.
-
-    `wake` is called when there is a frame to `take`, or the stream is closed.
-    """
+    """Frames for one gateway. Those that wait for the network are merged into one. `wake` is called
+    when there is a frame to `take`, or the stream is closed."""
 
     def __init__(self, owner: str, wake: Callable[[], None]) -> None:
         self.owner = owner

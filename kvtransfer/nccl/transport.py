@@ -131,7 +131,6 @@ class NcclTransport(ThreadedTransport[_Peer]):
         self._peers[peer.incarnation] = peer
 
     def _settle_peer(self, peer: _Peer) -> None:
-        """Forgets a removed peer once nothing is under way with it."""
         if peer.removed and (peer.link is None or peer.link.idle):
             self._peers.pop(peer.incarnation, None)
             if peer.link is not None:

@@ -116,7 +116,6 @@ class NumbaStep:
     def _attend_chunk(
         self, layer: int, qkv: torch.Tensor, chunk: _LongChunk, out: torch.Tensor
     ) -> None:
-        """Gathers the context once, then all rows of the chunk pass over it."""
         config, window = self._config, self._config.window(layer)
         first = max(0, chunk.start + 1 - window) // kernels.TILE if window else 0
         layout = (config.num_layers, layer, config.num_kv_heads)
