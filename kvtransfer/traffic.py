@@ -33,10 +33,9 @@ def received() -> Received:
     return Received(_tcp(), _rdma())
 
 
-def growth(before: Received, after: Received) -> dict[str, int | None]:
-    """By how many bytes each kind of counter rose, tcp_bytes and rdma_bytes."""
-    tcp, rdma = _grown(before.tcp, after.tcp), _grown(before.rdma, after.rdma)
-    return {"tcp_bytes": tcp, "rdma_bytes": rdma}
+def growth(before: Received, after: Received) -> tuple[int | None, int | None]:
+    """By how many bytes the counters of TCP, and those of RDMA, rose from `before` to `after`."""
+    return _grown(before.tcp, after.tcp), _grown(before.rdma, after.rdma)
 
 
 def rdma_devices() -> list[str]:

@@ -202,7 +202,8 @@ def _bandwidth(
     nbytes = link.blocks * peer.block_bytes
     link.bytes_per_s = nbytes / statistics.median(_bulk_reads(transport, peer, hold))
     link.bytes = BULK_READS * nbytes
-    link.MergeFrom(pb.LinkProbe(**traffic.growth(before, traffic.received())))
+    tcp, rdma = traffic.growth(before, traffic.received())
+    link.MergeFrom(pb.LinkProbe(tcp_bytes=tcp, rdma_bytes=rdma))
 
 
 def _bulk_reads(transport: Transport, peer: pb.WorkerDescription, hold: _Hold) -> Iterator[float]:
