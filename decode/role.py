@@ -12,7 +12,7 @@ from crossdock.decode.scheduler import DecodeScheduler
 from crossdock.engine.sequence import Chunk, Finish, SampledToken, Sequence, StepPlan, take_tokens
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.proto.errors import TransferFailed
-from crossdock.proto.v1 import worker_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
@@ -62,7 +62,7 @@ class DecodeRole(WorkerRole):
                 job.mark("prefill_started")
         return plan
 
-    def hand_off(self, hand_off: worker_pb2.HandOff, owner: str) -> None:
+    def hand_off(self, hand_off: pb.HandOff, owner: str) -> None:
         """Takes how far a ticket's prompt is; older progress than what is known changes nothing."""
         job, progress = self.job_of(hand_off.sequence_id, owner), hand_off.progress
         if job is None or job.ticket is None or progress.ready_blocks <= job.progress.ready_blocks:
@@ -75,7 +75,7 @@ class DecodeRole(WorkerRole):
         if pull_id is not None:
             self._puller.more(pull_id, job.progress, self._read_by(), job.lease_end)
 
-    def _lease_end(self, ticket: worker_pb2.Ticket) -> float:
+    def _lease_end(self, ticket: pb.Ticket) -> float:
         """Until when a ticket is good if nothing more is heard of it. While the prompt is computed,
         each progress extends it; then the lease begins."""
         return self.state.clock() + ticket.lease_ms / 1000
@@ -117,7 +117,7 @@ class DecodeRole(WorkerRole):
                 self._pull_failed(job, why)
 
     def _pull_failed(self, job: Job, why: str) -> None:
-        self.fail(job, worker_pb2.ERROR_CODE_PULL_FAILED, why)
+        self.fail(job, pb.ERROR_CODE_PULL_FAILED, why)
 
     def _pull_ended(self, done: PullDone) -> None:
         job = self._pulls.pop(done.pull_id)
@@ -186,7 +186,7 @@ class DecodeRole(WorkerRole):
         self._stop_pull(job)
         self.state.counters.preemptions += 1
         message = f"{self.state.config.name} ran out of KV blocks"
-        self._refuse(job, worker_pb2.ERROR_CODE_PREEMPTED, message)
+        self._refuse(job, pb.ERROR_CODE_PREEMPTED, message)
         tracing.record(job, self.state.config, error=message)
 
     def _forget(self, job: Job) -> None:
@@ -207,10 +207,8 @@ class DecodeRole(WorkerRole):
         return None
 
     def _give_back(self, job: Job) -> None:
-        """Releases a ticket that no fence released, by a call, once its blocks are read no more.
-
-        Before token 0 there is no lease yet, and the ticket may still go to another decode worker.
-        """
+        """Releases a ticket that no fence released, once its blocks are read no more. Before token
+        0 there is no lease yet, and the ticket may still go to another decode worker."""
         if job.lease is not None:
             self.state.ticket_releases.append(job.lease)
 

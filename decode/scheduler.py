@@ -40,14 +40,11 @@ class DecodeScheduler(Scheduler):
         """`remote_tokens`: of token_ids, how many have KV to pull; 0 computes them here."""
         if remote_tokens:
             self._remote[sequence] = remote_tokens
-        self._queue(sequence)
+        super().add(sequence)
 
     def reserve(self) -> list[Sequence]:
-        """Gives blocks to waiting sequences, in order, as far as they go.
-
-        Returns those that now wait for a pull of block_table[num_sealed:]; those that compute
-        their prompt here have gone on to run.
-        """
+        """Gives blocks to waiting sequences, in order, as far as they go. Returns those that now
+        wait for a pull of block_table[num_sealed:]; the others have gone on to run."""
         reserved = []
         crowded = False  # there was no room for an early reservation
         for sequence in self._waiting.copy():
@@ -85,9 +82,7 @@ class DecodeScheduler(Scheduler):
         self, preemptible: Iterable[Sequence] = ()
     ) -> tuple[StepPlan | None, list[Sequence]]:
         """The next step and the sequences preempted for it, whose blocks are already free.
-
-        preemptible: of those reserved early, the ones whose blocks no transfer touches just now.
-        """
+        preemptible: of those reserved early, the ones whose blocks no transfer touches just now."""
         spare = sorted(preemptible, key=order)
         preempted: list[Sequence] = []
         chunks = []

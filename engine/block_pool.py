@@ -129,11 +129,9 @@ class BlockPool:
         return blocks
 
     def seal(self, block_id: int, block_hash: bytes, parent_hash: bytes | None) -> None:
-        """Names a full block of the caller's. `parent_hash` is None for the first of a chain.
-
-        The block stays unnamed when a block in use holds the name already (until that one is
-        released), and for good when its parent is not in the pool.
-        """
+        """Names a full block of the caller's. `parent_hash` is None for the first of a chain. The
+        block stays unnamed while a block in use holds the name already, and for good when its
+        parent is not in the pool."""
         if self._references[block_id] == 0:
             raise IntegrityError(f"block {block_id} is sealed but not in use")
         if not self.prefix_cache or self._name[block_id] == block_hash:
@@ -199,11 +197,8 @@ class BlockPool:
         return self._next_event - len(events), events
 
     def snapshot(self) -> tuple[int, list[BlockEvent]]:
-        """All names as stored events, parents first.
-
-        Numbered so that first + len(events) is the number of the next event. Events not yet
-        drained are part of it: drain before, or skip what is numbered lower.
-        """
+        """All names as stored events, parents first, numbered so that first + len(events) is the
+        next event's number. Those not yet drained are part of it: drain before."""
         events: list[BlockEvent] = [(True, name) for name in self._holder]
         return self._next_event - len(events), events
 
@@ -280,7 +275,6 @@ class BlockPool:
         )
 
     def _evict(self, n: int) -> None:
-        """Frees n cached blocks."""
         evicted: list[int] = []
         while len(evicted) < n:
             if not self._leaves:
@@ -295,11 +289,8 @@ class BlockPool:
         self._free.put(evicted)
 
     def _unname_below_a_cached_block(self) -> None:
-        """Makes a leaf where every cached block has a descendant in use.
-
-        Happens only to callers that keep the tail of a chain and release its head; so this one
-        may walk the names.
-        """
+        """Makes a leaf where every cached block has a descendant in use: only for callers that keep
+        the tail of a chain and release its head, so it may walk the names."""
         head = next(name for name, b in self._holder.items() if self._references[b] == 0)
         below = [head]
         for name in below:
@@ -313,10 +304,8 @@ class BlockPool:
     # -- checks --------------------------------------------------------------------------------
 
     def check_integrity(self, held: Iterable[Sequence[int]] = ()) -> None:
-        """Raises IntegrityError unless every block is free, cached, or referenced as `held` says.
-
-        held: the block tables of all owners, one reference a mention; empty when idle.
-        """
+        """Raises IntegrityError unless every block is free, cached, or referenced as `held` says:
+        the block tables of all owners, one reference a mention."""
         expected = [0] * self.num_blocks
         for table in held:
             for block in table:

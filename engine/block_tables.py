@@ -25,10 +25,7 @@ def take(
     pool: BlockPool, sequence: Sequence, max_cached: int, *, spare: int = 0, lookahead: int = 0
 ) -> bool:
     """Gives a sequence blocks for all its tokens and `lookahead` more, up to `max_cached` tokens
-    from the prefix cache.
-
-    False, and the pool as it was, unless `spare` blocks stay available beside them.
-    """
+    from the prefix cache. False, and takes nothing, unless `spare` blocks stay available."""
     num_tokens = sequence.num_tokens + lookahead
     needed = min(blocks_for(num_tokens, pool.block_size), pool.num_blocks)
     if not pool.fits(sequence.block_hashes[: max_cached // pool.block_size], needed + spare):

@@ -8,11 +8,8 @@ _PROBES = 8
 
 
 class FreeRuns:
-    """Gives out ids in as few runs as it can: each run is one descriptor when KV is moved.
-
-    Runs are binned by bit length, so that taking and giving back cost a constant number of
-    dictionary operations per run, whatever the number of ids.
-    """
+    """Gives out ids in as few runs as it can: each run is one descriptor when KV is moved. Runs are
+    binned by bit length: a run is taken or given back in a few dictionary operations."""
 
     def __init__(self, num_ids: int) -> None:
         self._length: dict[int, int] = {}  # first id -> length

@@ -22,10 +22,8 @@ def settings_of(kind: str) -> type[EngineSettings]:
 
 
 def create(config: EngineConfig, allocate: Allocate) -> Engine:
-    """An engine of the kind that `config.engine` names, with its pool, before its warm-up.
-
-    Raises ConfigError or ModelError saying what is wrong.
-    """
+    """An engine of the kind that `config.engine` names, with its pool, before its warm-up. Raises
+    ConfigError or ModelError saying what is wrong."""
     return _module(config.engine.kind).create(config, allocate)
 
 

@@ -29,12 +29,9 @@ def check_available(memory_type: str) -> None:
 
 
 def checksums(memory: PoolMemory, block_ids: Sequence[int]) -> list[int]:
-    """The unsigned 64-bit XXH3 of each block's bytes, in the order of the ids.
-
-    Host memory is read where it lies. VRAM is copied to the host on a stream of its own, a run of
-    consecutive blocks at a time: like a transport, this reads what is in memory, so whoever owns
-    the blocks has waited for its kernels. Raises ValueError for ids that the pool does not have.
-    """
+    """The unsigned 64-bit XXH3 of each block's bytes, in the order of the ids. Like a transport it
+    reads what is in memory, so whoever owns the blocks has waited for its kernels. Raises
+    ValueError for ids that the pool does not have."""
     check_ids(block_ids, memory.num_blocks, "checksummed")
     if memory.memory_type == "DRAM":
         blocks = memory.blocks()
@@ -48,7 +45,8 @@ def checksums(memory: PoolMemory, block_ids: Sequence[int]) -> list[int]:
 def _copied(
     memory: PoolMemory, block_ids: Sequence[int]
 ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-    """(first block id, uint8 [blocks, block_bytes]) of each piece; valid until the next one."""
+    """(first block id, uint8 [blocks, block_bytes]) of each piece of VRAM, copied to the host on a
+    stream of its own; valid until the next one."""
     import cupy
 
     size = memory.block_bytes

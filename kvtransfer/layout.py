@@ -1,8 +1,4 @@
-"""What a KV pool looks like in memory, and whether two pools agree on it.
-
-A worker compares the 16-byte hash before it decodes anything else of a peer; only when the
-hashes differ are the layouts themselves looked at, to name what is different.
-"""
+"""What a KV pool looks like in memory, and whether two pools agree on it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""KV transfer on one host: pools lie in shared memory, a reader copies from its peer's.
-
-The pools are shared_memory.py's. Releases travel over a Unix socket in the
-abstract namespace; when the kernel closes it, the peer is gone.
-"""
+"""KV transfer on one host: a reader copies from its peer's pool, which lies in shared memory.
+Releases travel over a Unix socket; when the kernel closes it, the peer is gone."""
 
 from __future__ import annotations
 
@@ -99,7 +96,6 @@ class LocalTransport(ThreadedTransport[_Peer]):
         return _Peer(incarnation, num_blocks, block_bytes, name, kv_offset)
 
     def _add(self, peer: _Peer) -> None:
-        """Maps its segment."""
         if peer.incarnation in self._peers:
             return
         peer.connection = _connect(peer)

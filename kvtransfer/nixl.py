@@ -117,7 +117,6 @@ class NixlTransport(ThreadedTransport[_Peer]):
         return _Peer(incarnation, memory.num_blocks, memory.block_bytes, memory)
 
     def _add(self, described: _Peer) -> None:
-        """Loads its metadata."""
         peer = self._peers.get(described.incarnation)
         if peer is None or peer.memory != described.memory:
             if peer is not None and peer.in_flight:

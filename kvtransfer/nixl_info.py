@@ -55,11 +55,7 @@ def descriptors(
     size: int,
     device_id: int,
 ) -> npt.NDArray[np.uint64]:
-    """uint64 [runs, 3]: address, bytes, device.
-
-    Lists prepared ahead, one descriptor a block, read as fast (benchmarks/kv_pull.py measures
-    both) and would have to be made for every peer.
-    """
+    """uint64 [runs, 3]: address, bytes, device."""
     rows = np.empty((len(first), 3), dtype=np.uint64)
     rows[:, 0] = base + first * size
     rows[:, 1] = length * size

@@ -54,10 +54,8 @@ class Lease:
 
 
 class Offers:
-    """All open offers of one prefill worker. Called by the engine thread alone.
-
-    `on_free(block_ids)` gives an offer's references back to the block pool.
-    """
+    """All open offers of one prefill worker. Called by the engine thread alone. `on_free` gives an
+    offer's references on these blocks back to the block pool."""
 
     def __init__(
         self,
@@ -69,9 +67,7 @@ class Offers:
         self._settings = settings
         self._on_free = on_free
         self._leases: dict[bytes, Lease] = {}
-        self.offered = 0  # since start
-        self.unknown_releases = 0  # releases that found no open lease
-        self.exits: dict[Exit, int] = dict.fromkeys(Exit, 0)
+        self.exits: dict[Exit, int] = dict.fromkeys(Exit, 0)  # leases since start, by their end
 
     def announce(
         self,
@@ -80,11 +76,8 @@ class Offers:
         num_tokens: int,
         prompt_hash: bytes,
     ) -> Ticket:
-        """The signed ticket for blocks that the caller holds, and goes on to hold.
-
-        generations: of the blocks, as they are now. prompt_hash: see make_ticket. Nothing is
-        pinned and no lease begins.
-        """
+        """The signed ticket for blocks that the caller holds, and goes on to hold: no lease begins.
+        generations: of the blocks, as they are now. prompt_hash: see make_ticket."""
         settings = self._settings
         return make_ticket(
             key=settings.cluster_key,
@@ -100,10 +93,8 @@ class Offers:
         )
 
     def offer(self, ticket: Ticket, sequence_id: str, owner: str) -> None:
-        """Takes over one reference on each block of an announced ticket; its lease begins.
-
-        owner: the gateway whose request this is; losing it revokes the offer.
-        """
+        """Takes over one reference on each block of an announced ticket; its lease begins. owner:
+        the gateway whose request this is; losing it revokes the offer."""
         now = self._clock()
         self._leases[ticket.ticket_id] = Lease(
             ticket_id=ticket.ticket_id,
@@ -113,7 +104,6 @@ class Offers:
             offered_at=now,
             deadline=now + self._settings.lease_s,
         )
-        self.offered += 1
 
     def renew(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
         """Extends leases to `lease_s` from now, never shortens one; returns the ids not open."""
@@ -129,14 +119,11 @@ class Offers:
 
     def release(self, ticket_ids: Iterable[bytes]) -> int:
         """The reader is done with these. Returns how many were open."""
-        released = 0
+        before = self.exits[Exit.RELEASED]
         for ticket_id in ticket_ids:
             if ticket_id in self._leases:
                 self._leave(ticket_id, Exit.RELEASED)
-                released += 1
-            else:
-                self.unknown_releases += 1
-        return released
+        return self.exits[Exit.RELEASED] - before
 
     def revoke_owner(self, owner: str) -> int:
         """The gateway is gone, and with it whoever would have asked for these blocks."""

@@ -25,13 +25,7 @@ from itertools import pairwise
 import numpy as np
 
 from crossdock.kvtransfer.checksum import checksums as checksums_of
-from crossdock.kvtransfer.transport import (
-    Generations,
-    Handle,
-    HandleState,
-    PoolMemory,
-    Transport,
-)
+from crossdock.kvtransfer.transport import Generations, Handle, HandleState, PoolMemory, Transport
 from crossdock.proto import events
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket, TransferStats
@@ -114,10 +108,7 @@ class _Pull:
 
 
 class Puller:
-    """All pulls of one decode worker. Called by the engine thread alone; never blocks.
-
-    Owner of a pull's local blocks from `start` until `poll` reports it.
-    """
+    """All pulls of one decode worker. Called by the engine thread alone; never blocks."""
 
     def __init__(
         self,
@@ -142,13 +133,10 @@ class Puller:
         deadline: float,
         lease_until: float | None = None,
     ) -> None:
-        """Begins to read the ticket's block remote_block_ids[i] into local_block_ids[i].
-
-        progress: with the ticket, validated (see ticket.validate). remote_block_ids: those of its
-        blocks that are not in this pool already, in its order, maybe none. deadline, lease_until:
-        on the clock; without lease_until the lease runs from now. Raises TransferFailed, and then
-        owns nothing.
-        """
+        """Begins to read the block remote_block_ids[i] of a validated ticket, which `progress`
+        brings, into local_block_ids[i]: those of its blocks that are not in this pool already, in
+        its order. deadline, lease_until: on the clock; without lease_until the lease runs from
+        now. Raises TransferFailed, and then owns nothing."""
         if pull_id in self._pulls:
             raise TransferFailed(f"pull {pull_id} refused: one is under way")
         ticket = progress.ticket
@@ -214,10 +202,8 @@ class Puller:
         return done
 
     def overdue(self) -> list[str]:
-        """Pulls past their deadline or lease with a transfer not terminal yet, each named once.
-
-        Their sequences have failed and can be answered; their blocks stay quarantined.
-        """
+        """Pulls past their deadline or lease with a transfer not terminal yet, each named once:
+        their sequences have failed, their blocks stay quarantined."""
         now = self._clock()
         late = [
             pull
@@ -234,15 +220,6 @@ class Puller:
         return min(
             (pull.due for pull in self._pulls.values() if not pull.reported_overdue), default=None
         )
-
-    @property
-    def active(self) -> int:
-        """Pulls under way, those given up included until their transfer is terminal."""
-        return len(self._pulls)
-
-    def held(self) -> list[list[int]]:
-        """The local blocks of each pull: what the pool's integrity check counts for them."""
-        return [pull.local_ids for pull in self._pulls.values()]
 
     def _check_local(self, local_ids: Sequence[int], count: int) -> None:
         if len(local_ids) != count:

@@ -6,13 +6,9 @@ Libraries are imported when their transport is asked for: a worker on `local` ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from crossdock.kvtransfer.transport import PoolBuffers, PoolMemory, Transport
 from crossdock.proto.errors import ConfigError
-
-if TYPE_CHECKING:
-    from crossdock.kvtransfer.nccl.communicator import Communicators
 
 TRANSPORTS = ("nixl", "nccl", "local")
 
@@ -25,14 +21,13 @@ def create_transport(
     ucx: Mapping[str, str] | None = None,
     cluster_key: bytes = b"",
     host: str = "127.0.0.1",
-    communicators: Communicators | None = None,
 ) -> Transport:
     """A running transport over `memory`, which outlives it.
 
     ucx: for nixl, e.g. {"TLS": "rc,cuda", "NET_DEVICES": "mlx5_0:1"}: UCX's own names without
     their prefix. cluster_key, host: for nccl, whose peers reach this one at that host and prove
-    that they know the key; communicators: in NCCL's place. Raises ConfigError for an unknown name,
-    TransferFailed when the library does not start.
+    that they know the key. Raises ConfigError for an unknown name, TransferFailed when the library
+    does not start.
     """
     if name == "nixl":
         from crossdock.kvtransfer.nixl import NixlTransport
@@ -41,9 +36,7 @@ def create_transport(
     if name == "nccl":
         from crossdock.kvtransfer.nccl.transport import NcclTransport
 
-        return NcclTransport(
-            incarnation, memory, key=cluster_key, host=host, communicators=communicators
-        )
+        return NcclTransport(incarnation, memory, key=cluster_key, host=host)
     if name == "local":
         from crossdock.kvtransfer.local import LocalTransport
 
@@ -52,11 +45,8 @@ def create_transport(
 
 
 def allocate(name: str, nbytes: int, num_blocks: int) -> PoolBuffers:
-    """Host memory for a KV pool that the transport of that name can read: zeroed.
-
-    Returns (uint8 [nbytes], int64 [num_blocks] generations, a function that gives both back;
-    call it when neither is used any more).
-    """
+    """Zeroed host memory for a KV pool that the transport of that name can read. It is given back
+    when neither array is used any more."""
     if name == "local":
         from crossdock.kvtransfer.shared_memory import allocate_segment
 

@@ -104,19 +104,29 @@ class ThreadedTransport(Generic[P]):
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
     ) -> Handle:
         """See Transport.read_blocks: begun on the transport's thread."""
-        handle = Handle()
-        return self._submit(
-            handle, lambda: self._begin_blocks(handle, incarnation, remote_ids, local_ids)
-        )
+
+        def begin(handle: Handle) -> None:
+            peer = self._peer(incarnation)
+            check_ids(remote_ids, peer.num_blocks, "remote")
+            check_ids(local_ids, self._memory.num_blocks, "local")
+            if len(remote_ids):
+                self._read(handle, peer, merge_runs(remote_ids, local_ids))
+            else:
+                self._finish(handle)
+
+        return self._submit(begin)
 
     def read_generations(
         self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> Handle:
         """See Transport.read_generations: begun on the transport's thread."""
-        handle = Handle()
-        return self._submit(
-            handle, lambda: self._begin_fence(handle, incarnation, remote_ids, notify)
-        )
+
+        def begin(handle: Handle) -> None:
+            peer = self._peer(incarnation)
+            check_ids(remote_ids, peer.num_blocks, "remote")
+            self._fence(handle, peer, remote_ids, notify)
+
+        return self._submit(begin)
 
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
         """Reads entry 0 and waits; seconds taken. Raises TransferFailed, also after `timeout_s`."""
@@ -177,12 +187,13 @@ class ThreadedTransport(Generic[P]):
             answer.cancel()
             raise TransferFailed(f"transport did not answer in {_CALL_TIMEOUT_S:g} s") from None
 
-    def _submit(self, handle: Handle, function: Callable[[], None]) -> Handle:
-        """Runs `function` on the transport's thread; what it raises fails the handle."""
+    def _submit(self, begin: Callable[[Handle], None]) -> Handle:
+        """Runs `begin` on the transport's thread; what it raises fails the handle."""
+        handle = Handle()
 
         def command() -> None:
             try:
-                function()
+                begin(handle)
             except Exception as error:
                 self._fail(handle, reason_of(error))
 
@@ -300,21 +311,6 @@ class ThreadedTransport(Generic[P]):
         self._check_peer(peer)
         return peer
 
-    def _begin_blocks(
-        self,
-        handle: Handle,
-        incarnation: bytes,
-        remote_ids: Sequence[int],
-        local_ids: Sequence[int],
-    ) -> None:
-        peer = self._peer(incarnation)
-        check_ids(remote_ids, peer.num_blocks, "remote")
-        check_ids(local_ids, self._memory.num_blocks, "local")
-        if len(remote_ids):
-            self._read(handle, peer, merge_runs(remote_ids, local_ids))
-        else:
-            self._finish(handle)
-
     def _end_read(self, handle: Handle, runs: Runs) -> None:
         """The blocks of these runs are here."""
         blocks = int(runs.length.sum())
@@ -323,13 +319,6 @@ class ThreadedTransport(Generic[P]):
         self.stats.descriptors += len(runs)
         self.stats.bytes += blocks * self._memory.block_bytes
         self._finish(handle)
-
-    def _begin_fence(
-        self, handle: Handle, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
-    ) -> None:
-        peer = self._peer(incarnation)
-        check_ids(remote_ids, peer.num_blocks, "remote")
-        self._fence(handle, peer, remote_ids, notify)
 
     def _end_fence(self, handle: Handle, generations: Generations) -> None:
         handle.generations = generations

@@ -1,9 +1,5 @@
-"""Tickets: the signed offer of one sequence's KV blocks by a prefill worker.
-
-A ticket is checked in full before one byte is read on its word: who made it (MAC), which process
-it speaks of (incarnation), what its blocks look like (layout hash), which prompt they hold (prompt
-hash), and that its ids can exist.
-"""
+"""Tickets: the signed offer of one sequence's KV blocks by a prefill worker. One is checked in full
+before a byte is read on its word."""
 
 from __future__ import annotations
 
@@ -54,12 +50,9 @@ def validate(
     num_blocks: int,
     block_size: int,
 ) -> None:
-    """Checks a ticket against the peer it speaks of, as this worker knows that peer.
-
-    incarnation, num_blocks: of the prefill worker. layout_hash: this worker's own. prompt_hash: of
-    the request that the ticket came with.
-    Raises LayoutMismatch for another layout, else TransferFailed saying what is wrong.
-    """
+    """Checks a ticket against its peer (incarnation, num_blocks), this worker's own layout, and the
+    request that it came with (prompt_hash). Raises LayoutMismatch for another layout, else
+    TransferFailed saying what is wrong."""
     verify(ticket, key)
     if ticket.layout_hash != layout_hash:
         raise LayoutMismatch(

@@ -28,20 +28,14 @@ class Received:
     rdma: dict[str, int] | None  # by device and port
 
 
-@dataclass(frozen=True)
-class Growth:
-    tcp: int | None
-    rdma: int | None
-
-
 def received() -> Received:
     """The counters as they stand now, to be compared by `growth`."""
     return Received(_tcp(), _rdma())
 
 
-def growth(before: Received, after: Received) -> Growth:
-    """By how many bytes each counter rose from `before` to `after`."""
-    return Growth(_grown(before.tcp, after.tcp), _grown(before.rdma, after.rdma))
+def growth(before: Received, after: Received) -> tuple[int | None, int | None]:
+    """By how many bytes the counters of TCP, and those of RDMA, rose from `before` to `after`."""
+    return _grown(before.tcp, after.tcp), _grown(before.rdma, after.rdma)
 
 
 def rdma_devices() -> list[str]:

@@ -104,10 +104,8 @@ class Transport(Protocol):
         """What a peer's `add_peer` needs of this worker."""
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
-        """Makes the peer's pool readable. Blocks for milliseconds; raises TransferFailed.
-
-        Adding a known incarnation again replaces what is known of it.
-        """
+        """Makes the peer's pool readable, or replaces what is known of it. Blocks for milliseconds;
+        raises TransferFailed."""
 
     def remove_peer(self, incarnation: bytes) -> None:
         """Refuses new reads of the peer at once. Those under way end by themselves, and only then
@@ -115,10 +113,8 @@ class Transport(Protocol):
         """
 
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
-        """Reads one generation entry, so that no request pays for connecting.
-
-        Blocks, on any thread but the transport's. Returns seconds; raises TransferFailed.
-        """
+        """Reads one generation entry, so that no request pays for connecting. Blocks, on any thread
+        but the transport's. Returns seconds; raises TransferFailed."""
 
     def read_blocks(
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
@@ -128,10 +124,8 @@ class Transport(Protocol):
     def read_generations(
         self, incarnation: bytes, remote_ids: Sequence[int], notify: bytes
     ) -> Handle:
-        """Reads the generations of the peer's blocks, then notifies the peer if `notify`.
-
-        Without ids the notification alone is sent. DONE: it was handed over, not yet seen.
-        """
+        """Reads the generations of the peer's blocks, if there are ids, then notifies the peer if
+        `notify`. DONE: it was handed over, not yet seen."""
 
     def notifications(self) -> list[bytes]:
         """The ticket ids that peers have released since the last call."""

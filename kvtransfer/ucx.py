@@ -22,10 +22,8 @@ DEFAULTS: Mapping[str, str] = {
 
 @contextmanager
 def environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """UCX takes its settings from the environment, when an agent is made.
-
-    `settings`, without the prefix, go before what the environment says, that before DEFAULTS.
-    """
+    """UCX takes its settings from the environment, when an agent is made. `settings`, without the
+    prefix, go before what the environment says, that before DEFAULTS."""
     wanted = {f"UCX_{name}": str(value) for name, value in settings.items()}
     for name, value in DEFAULTS.items():
         wanted.setdefault(f"UCX_{name}", os.environ.get(f"UCX_{name}", value))

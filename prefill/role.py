@@ -10,7 +10,7 @@ from crossdock.engine.sequence import SampledToken, StepPlan, take_tokens
 from crossdock.kvtransfer.checksum import checksums
 from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.prefill.scheduler import PrefillScheduler
-from crossdock.proto.v1 import worker_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
@@ -71,15 +71,15 @@ class PrefillRole(WorkerRole):
             return
         self.state.outbox.progress(job, self._progress(job, sequence.num_tokens))
 
-    def _progress(self, job: Job, num_tokens: int) -> worker_pb2.PromptProgress:
+    def _progress(self, job: Job, num_tokens: int) -> pb.PromptProgress:
         """How far the prompt of `num_tokens` is; its ticket is made, and told, once."""
-        progress = worker_pb2.PromptProgress(ready_blocks=job.sequence.num_sealed)
+        progress = pb.PromptProgress(ready_blocks=job.sequence.num_sealed)
         if job.ticket is None:
             progress.ticket.CopyFrom(self._ticket(job, num_tokens))
             job.progress.CopyFrom(progress)
         return progress
 
-    def _ticket(self, job: Job, num_tokens: int) -> worker_pb2.Ticket:
+    def _ticket(self, job: Job, num_tokens: int) -> pb.Ticket:
         sequence = job.sequence
         blocks = sequence.block_table[: blocks_for(num_tokens, self.state.pool.block_size)]
         generations = self.state.pool.generations[blocks].tolist()
@@ -129,11 +129,9 @@ class PrefillRole(WorkerRole):
         self._offers.revoke_owner(owner)
 
     def release_tickets(self, ticket_ids: Iterable[bytes]) -> None:
-        """Ends the leases and gives their blocks back; ids that are not open are ignored."""
         self._offers.release(ticket_ids)
 
     def renew_tickets(self, ticket_ids: Iterable[bytes], lease_s: float) -> list[bytes]:
-        """Extends open leases to `lease_s` seconds from now; returns the ids that are not open."""
         return self._offers.renew(ticket_ids, lease_s)
 
     def poll(self) -> None:
@@ -146,11 +144,10 @@ class PrefillRole(WorkerRole):
         """When the first open lease ends, monotonic seconds; None: no lease is open."""
         return self._offers.next_deadline()
 
-    def leases(self) -> list[worker_pb2.Lease]:
-        """The offered tickets not read yet, oldest first, for the status."""
+    def leases(self) -> list[pb.Lease]:
         now = self.state.clock()
         return [
-            worker_pb2.Lease(
+            pb.Lease(
                 ticket_id=lease.ticket_id,
                 sequence_id=lease.sequence_id,
                 owner=lease.owner,

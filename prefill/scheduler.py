@@ -23,10 +23,6 @@ class PrefillScheduler(Scheduler):
         self._computing: list[Sequence] = []
         super().__init__(pool, chunk_tokens, lookahead, self._computing)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a prompt behind those of its priority that arrived earlier; takes no blocks."""
-        self._queue(sequence)
-
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run. Admits as far as the budget reaches."""
         budget, chunks = self._chunk_tokens, []

@@ -31,10 +31,8 @@ log = logging.getLogger(__name__)
 
 
 class GatewayServer:
-    """Serves a model's requests over the workers of the membership that it is told.
-
-    `grpc_address` and `http_address` are host:port, once started with the ports that were bound.
-    """
+    """Serves a model's requests over the workers of the membership that it is told. `grpc_address`
+    and `http_address` are host:port, once started with the ports that were bound."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
@@ -48,10 +46,8 @@ class GatewayServer:
         self._closing = AsyncExitStack()  # undoes what `start` did, last things first
 
     async def start(self) -> None:
-        """Loads the tokenizer and opens both ports.
-
-        Raises ModelError for a model that cannot be read, ConfigError for a port that is in use.
-        """
+        """Loads the tokenizer and opens both ports. Raises ModelError for a model that cannot be
+        read, ConfigError for a port that is in use."""
         config = self.config
         model_id, text, longest = await asyncio.to_thread(_load, config.model, config.home)
         self._links = links = self._make_links()

@@ -9,47 +9,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import CrossdockError, TransferFailed
-from crossdock.proto.hashing import BlockHasher
-from crossdock.proto.v1 import worker_pb2
-from crossdock.worker.config import WorkerConfig
+from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.job import Job
 from crossdock.worker.loop import Turn
 from crossdock.worker.outbox import error_output
-from crossdock.worker.peers import Met, Peers
-from crossdock.worker.role import WorkerRole
+from crossdock.worker.peers import Met
 from crossdock.worker.streams import GatewayStream, block_events
 
+if TYPE_CHECKING:
+    from crossdock.worker.server import WorkerServer
+
 log = logging.getLogger(__name__)
-
-
-class Host(Protocol):
-    """The worker that gateways talk to. Commands reach its engine in the order they are posted."""
-
-    config: WorkerConfig
-    description: worker_pb2.WorkerDescription
-    vocab_size: int
-    hasher: BlockHasher
-    peers: Peers
-
-    def post(self, command: Callable[[WorkerRole], None]) -> None: ...
-
-    def post_snapshot(
-        self,
-        deliver: Callable[[worker_pb2.WorkerFrame], None],
-        hello: worker_pb2.WorkerDescription | None = None,
-    ) -> None:
-        """Has `deliver` called with the whole prefix cache and load, in order with `publish`."""
 
 
 @dataclass(eq=False)
 class Gateways:
     """Owns the streams of all gateways. What a gateway has here ends with its stream."""
 
-    host: Host
+    host: WorkerServer
     clock: Callable[[], float] = time.time
     _streams: dict[str, GatewayStream] = field(default_factory=dict)
     _ids: Iterator[int] = field(default_factory=count)
@@ -59,14 +40,14 @@ class Gateways:
         stream = GatewayStream(f"{gateway}/{next(self._ids)}", wake)
         self._streams[stream.owner] = stream
 
-        def begin(frame: worker_pb2.WorkerFrame) -> None:
+        def begin(frame: pb.WorkerFrame) -> None:
             stream.has_snapshot = True
             stream.send(frame)
 
         self.host.post_snapshot(begin, hello=self.host.description)
         return stream
 
-    def receive(self, stream: GatewayStream, frame: worker_pb2.GatewayFrame) -> None:
+    def receive(self, stream: GatewayStream, frame: pb.GatewayFrame) -> None:
         """Takes a frame of a gateway; whatever it asks for is answered over the stream."""
         kind = frame.WhichOneof("frame")
         if kind == "prefill":
@@ -95,7 +76,7 @@ class Gateways:
         for owner, stream in self._streams.items():
             outputs = turn.outputs.get(owner, [])
             if stream.has_snapshot and (outputs or turn.events or turn.load):
-                frame = worker_pb2.WorkerFrame(outputs=outputs, load=turn.load)
+                frame = pb.WorkerFrame(outputs=outputs, load=turn.load)
                 if turn.events:
                     frame.block_events.CopyFrom(block_events(turn.first_event, turn.events))
                 stream.send(frame)
@@ -104,7 +85,7 @@ class Gateways:
         for stream in self._streams.values():
             stream.close()
 
-    def _hand_off(self, hand_off: worker_pb2.HandOff, stream: GatewayStream) -> None:
+    def _hand_off(self, hand_off: pb.HandOff, stream: GatewayStream) -> None:
         if not all(0 <= token < self.host.vocab_size for token in hand_off.first_tokens):
             log.error("%s: no such tokens: %s", hand_off.sequence_id, hand_off.first_tokens)
             return  # without it the request fails by itself
@@ -114,7 +95,7 @@ class Gateways:
         else:
             waiting.append(hand_off)  # its request comes first
 
-    def _decode(self, request: worker_pb2.DecodeRequest, stream: GatewayStream) -> None:
+    def _decode(self, request: pb.DecodeRequest, stream: GatewayStream) -> None:
         ticket, sequence = request.progress.ticket, request.sequence
         if not request.HasField("progress"):
             self._submit(sequence, None, stream)
@@ -122,18 +103,18 @@ class Gateways:
         try:
             tickets.verify(ticket, self.host.config.cluster_key)
         except CrossdockError as error:
-            _refuse(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, error)
+            _refuse(stream, sequence, pb.ERROR_CODE_PULL_FAILED, error)
             return
-        waiting: list[worker_pb2.HandOff] = []
+        waiting: list[pb.HandOff] = []
         stream.meetings[sequence.sequence_id] = waiting
         then = partial(self._met, request, stream, waiting)
         self.host.peers.ensure(ticket.incarnation, ticket.prefill_address, then)
 
     def _met(
         self,
-        request: worker_pb2.DecodeRequest,
+        request: pb.DecodeRequest,
         stream: GatewayStream,
-        waiting: list[worker_pb2.HandOff],
+        waiting: list[pb.HandOff],
         met: Met,
     ) -> None:
         sequence = request.sequence
@@ -143,13 +124,13 @@ class Gateways:
         try:
             self._check_ticket(request, met)
         except CrossdockError as error:
-            _refuse(stream, sequence, worker_pb2.ERROR_CODE_PULL_FAILED, error)
+            _refuse(stream, sequence, pb.ERROR_CODE_PULL_FAILED, error)
             return
         self._submit(sequence, request.progress, stream)
         for hand_off in waiting:
             self._hand_off(hand_off, stream)
 
-    def _check_ticket(self, request: worker_pb2.DecodeRequest, met: Met) -> None:
+    def _check_ticket(self, request: pb.DecodeRequest, met: Met) -> None:
         """Raises CrossdockError unless the ticket is this cluster's and its blocks can be read."""
         if isinstance(met, TransferFailed):
             raise met
@@ -180,8 +161,8 @@ class Gateways:
 
     def _submit(
         self,
-        request: worker_pb2.SequenceRequest,
-        progress: worker_pb2.PromptProgress | None,
+        request: pb.SequenceRequest,
+        progress: pb.PromptProgress | None,
         stream: GatewayStream,
     ) -> None:
         """`progress`: of the request's ticket; None: the prompt is computed here."""
@@ -196,7 +177,7 @@ class Gateways:
                 hasher=host.hasher,
             )
         except CrossdockError as error:
-            _refuse(stream, request, worker_pb2.ERROR_CODE_INVALID, error)
+            _refuse(stream, request, pb.ERROR_CODE_INVALID, error)
             return
         if progress is not None:
             job.progress = progress
@@ -205,9 +186,9 @@ class Gateways:
 
 def _refuse(
     stream: GatewayStream,
-    request: worker_pb2.SequenceRequest,
-    code: worker_pb2.ErrorCode,
+    request: pb.SequenceRequest,
+    code: pb.ErrorCode,
     error: CrossdockError,
 ) -> None:
     output = error_output(request.sequence_id, code, str(error))
-    stream.send(worker_pb2.WorkerFrame(outputs=[output]))
+    stream.send(pb.WorkerFrame(outputs=[output]))

@@ -10,7 +10,7 @@ from crossdock.proto import events
 from crossdock.proto.convert import sampling_from_pb
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.hashing import HASH_BYTES, BlockHasher
-from crossdock.proto.v1 import worker_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 
 
 @dataclass(eq=False)
@@ -21,10 +21,10 @@ class Job:
     owner: str
     traceparent: str = ""
     deadline_unix_s: float | None = None
-    progress: worker_pb2.PromptProgress = field(default_factory=worker_pb2.PromptProgress)
+    progress: pb.PromptProgress = field(default_factory=pb.PromptProgress)
     lease_end: float | None = None  # monotonic seconds; until then a ticket not released is good
     times: dict[str, float] = field(default_factory=dict)  # life-cycle event -> wall-clock ms
-    transfer: worker_pb2.TransferStats = field(default_factory=worker_pb2.TransferStats)
+    transfer: pb.TransferStats = field(default_factory=pb.TransferStats)
     first_output_sent: bool = False
 
     @property
@@ -33,7 +33,7 @@ class Job:
         return self.sequence.sequence_id
 
     @property
-    def ticket(self) -> worker_pb2.Ticket | None:
+    def ticket(self) -> pb.Ticket | None:
         """Of the KV that it offers or reads; None: neither, or not yet."""
         return self.progress.ticket if self.progress.HasField("ticket") else None
 
@@ -61,7 +61,7 @@ class Job:
     @classmethod
     def from_pb(
         cls,
-        request: worker_pb2.SequenceRequest,
+        request: pb.SequenceRequest,
         owner: str,
         *,
         arrival: float,

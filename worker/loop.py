@@ -17,7 +17,7 @@ from typing import TypeVar
 from crossdock.engine.contract import Engine
 from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.proto.errors import CrossdockError, NotFinite
-from crossdock.proto.v1 import worker_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.role import WorkerRole
 from crossdock.worker.streams import block_events
 
@@ -44,8 +44,8 @@ class Failure:
 class Turn:
     """What one turn of the loop has for the other side."""
 
-    outputs: dict[str, list[worker_pb2.SequenceOutput]] = field(default_factory=dict)
-    load: worker_pb2.Load | None = None
+    outputs: dict[str, list[pb.SequenceOutput]] = field(default_factory=dict)
+    load: pb.Load | None = None
     first_event: int = 0
     events: list[tuple[bool, bytes]] = field(default_factory=list)
     ticket_releases: list[tuple[str, bytes]] = field(default_factory=list)
@@ -55,10 +55,8 @@ class Turn:
 
 
 class EngineLoop:
-    """Owns the thread on which the role, its pool and the engine live.
-
-    `publish` is called on that thread after every turn that made something.
-    """
+    """Owns the thread on which the role, its pool and the engine live. `publish` is called there
+    after every turn that made something."""
 
     def __init__(self, role: WorkerRole, runner: Engine, publish: Callable[[Turn], None]) -> None:
         self._role = role
@@ -155,11 +153,11 @@ class EngineLoop:
             self._publish(turn)
         return bool(turn)
 
-    def snapshot(self, hello: worker_pb2.WorkerDescription | None = None) -> worker_pb2.WorkerFrame:
+    def snapshot(self, hello: pb.WorkerDescription | None = None) -> pb.WorkerFrame:
         """The whole prefix cache and the load. On the engine thread."""
         self.flush()  # it begins after the events that were handed over
         first, events = self._role.state.pool.snapshot()
-        return worker_pb2.WorkerFrame(
+        return pb.WorkerFrame(
             hello=hello,
             load=self._role.load(),
             block_events=block_events(first, events, snapshot=True),

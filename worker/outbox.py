@@ -7,7 +7,8 @@ from collections import defaultdict
 from crossdock.engine.sequence import SampledToken
 from crossdock.proto.convert import FINISH_TO_PB
 from crossdock.proto.types import FinishReason
-from crossdock.proto.v1 import inference_pb2, worker_pb2
+from crossdock.proto.v1 import inference_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.job import Job
 
 
@@ -15,12 +16,12 @@ class Outbox:
     """Filled by the engine thread; emptied once a step."""
 
     def __init__(self) -> None:
-        self._outputs: dict[str, list[worker_pb2.SequenceOutput]] = defaultdict(list)
+        self._outputs: dict[str, list[pb.SequenceOutput]] = defaultdict(list)
 
     def __bool__(self) -> bool:
         return bool(self._outputs)
 
-    def take(self) -> dict[str, list[worker_pb2.SequenceOutput]]:
+    def take(self) -> dict[str, list[pb.SequenceOutput]]:
         """Everything since the last take, by gateway."""
         taken, self._outputs = self._outputs, defaultdict(list)
         return taken
@@ -30,10 +31,10 @@ class Outbox:
         job: Job,
         tokens: list[SampledToken],
         finish: tuple[FinishReason, str] | None,
-        progress: worker_pb2.PromptProgress | None = None,
+        progress: pb.PromptProgress | None = None,
     ) -> None:
         """New tokens; the first ones carry the sequence's times and counts as well."""
-        output = worker_pb2.SequenceOutput(
+        output = pb.SequenceOutput(
             sequence_id=job.id,
             token_ids=[token.token_id for token in tokens],
             logprobs=[_logprobs(token) for token in tokens if token.logprob is not None],
@@ -47,28 +48,24 @@ class Outbox:
             output.cached_tokens = job.sequence.num_cached
             if job.ticket is not None:
                 output.transfer.CopyFrom(job.transfer)
-            output.times.CopyFrom(worker_pb2.SequenceTimes(**job.times))
+            output.times.CopyFrom(pb.SequenceTimes(**job.times))
         self._outputs[job.owner].append(output)
 
-    def progress(self, job: Job, progress: worker_pb2.PromptProgress) -> None:
+    def progress(self, job: Job, progress: pb.PromptProgress) -> None:
         """More of its ticket's blocks can be read; the first time with the ticket."""
-        self._outputs[job.owner].append(
-            worker_pb2.SequenceOutput(sequence_id=job.id, progress=progress)
-        )
+        self._outputs[job.owner].append(pb.SequenceOutput(sequence_id=job.id, progress=progress))
 
-    def error(self, owner: str, sequence_id: str, code: worker_pb2.ErrorCode, message: str) -> None:
+    def error(self, owner: str, sequence_id: str, code: pb.ErrorCode, message: str) -> None:
         """Ends the sequence on this worker."""
         self._outputs[owner].append(error_output(sequence_id, code, message))
 
 
-def error_output(
-    sequence_id: str, code: worker_pb2.ErrorCode, message: str
-) -> worker_pb2.SequenceOutput:
+def error_output(sequence_id: str, code: pb.ErrorCode, message: str) -> pb.SequenceOutput:
     """What ends a sequence on a worker that cannot go on with it."""
-    return worker_pb2.SequenceOutput(
+    return pb.SequenceOutput(
         sequence_id=sequence_id,
         finish_reason=inference_pb2.FINISH_REASON_ERROR,
-        error=worker_pb2.SequenceError(code=code, message=message),
+        error=pb.SequenceError(code=code, message=message),
     )
 
 

@@ -13,7 +13,8 @@ from crossdock.kvtransfer.layout import check_layouts
 from crossdock.kvtransfer.transport import Transport
 from crossdock.proto.channels import internal
 from crossdock.proto.errors import TransferFailed
-from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.worker.peers import Met, Peers, Renewed
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ CHANNEL_OPTIONS = internal(
 class GrpcPeerCalls:
     """See peers.PeerCalls. On the event loop; a task for each call."""
 
-    def __init__(self, layout: worker_pb2.KVLayout, transport: Transport) -> None:
+    def __init__(self, layout: pb.KVLayout, transport: Transport) -> None:
         self._layout = layout
         self._transport = transport
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -52,7 +53,7 @@ class GrpcPeerCalls:
     def renew(
         self, address: str, ids: list[bytes], lease_s: float, done: Callable[[Renewed], None]
     ) -> None:
-        request = worker_pb2.RenewLeasesRequest(ticket_ids=ids, lease_ms=int(1000 * lease_s))
+        request = pb.RenewLeasesRequest(ticket_ids=ids, lease_ms=int(1000 * lease_s))
         call = self._stub(address).RenewLeases(request, timeout=CALL_TIMEOUT_S)
         self._run(_answer(call, address), done)
 
@@ -61,13 +62,13 @@ class GrpcPeerCalls:
             if isinstance(answer, TransferFailed):
                 log.info("tickets end with their leases: %s", answer)
 
-        request = worker_pb2.ReleaseTicketsRequest(ticket_ids=ids)
+        request = pb.ReleaseTicketsRequest(ticket_ids=ids)
         call = self._stub(address).ReleaseTickets(request, timeout=CALL_TIMEOUT_S)
         self._run(_answer(call, address), done)
 
-    async def describe(self, address: str) -> worker_pb2.WorkerDescription:
+    async def describe(self, address: str) -> pb.WorkerDescription:
         """Who answers there now. Raises TransferFailed where nobody does."""
-        request = worker_pb2.DescribeRequest()
+        request = pb.DescribeRequest()
         call = self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
         return await _answer(call, address)
 
@@ -76,7 +77,7 @@ class GrpcPeerCalls:
         for address in self._channels.keys() - set(addresses):
             await self._channels.pop(address).close()
 
-    async def _introduce(self, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
+    async def _introduce(self, incarnation: bytes, address: str) -> pb.WorkerDescription:
         peer = await self.describe(address)
         if peer.incarnation != incarnation:
             found = peer.incarnation.hex()
@@ -118,7 +119,7 @@ class GrpcPeerCalls:
         return worker_pb2_grpc.WorkerStub(self._channels[address])
 
 
-async def met(peers: Peers, incarnation: bytes, address: str) -> worker_pb2.WorkerDescription:
+async def met(peers: Peers, incarnation: bytes, address: str) -> pb.WorkerDescription:
     """Waits until blocks can be read from this peer. Raises TransferFailed saying why not."""
     answered: asyncio.Future[Met] = asyncio.get_running_loop().create_future()
 

@@ -17,12 +17,12 @@ from typing import Protocol
 
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.types import Role, WorkerEndpoint
-from crossdock.proto.v1 import worker_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-Met = worker_pb2.WorkerDescription | TransferFailed
-Renewed = worker_pb2.RenewLeasesResponse | TransferFailed
+Met = pb.WorkerDescription | TransferFailed
+Renewed = pb.RenewLeasesResponse | TransferFailed
 
 
 class PeerCalls(Protocol):
@@ -48,7 +48,7 @@ class Peers:
 
     calls: PeerCalls
     clock: Callable[[], float]
-    _known: dict[bytes, worker_pb2.WorkerDescription] = field(default_factory=dict)
+    _known: dict[bytes, pb.WorkerDescription] = field(default_factory=dict)
     # Who waits for each that is being met.
     _meetings: dict[bytes, list[Callable[[Met], None]]] = field(default_factory=dict)
 
@@ -79,9 +79,7 @@ class Peers:
     ) -> None:
         """Extends leases, one call a peer. `answered` gets the ids renewed, the ids lost, and until
         when the former are good, on the clock: from now, which is never later than was granted.
-
-        A peer that does not answer leaves its tickets as they were: their leases run on.
-        """
+        It is not called for a peer that does not answer: those leases run on."""
         until = self.clock() + lease_s
 
         def done(ids: list[bytes], answer: Renewed) -> None:

@@ -21,7 +21,7 @@ from crossdock.kvtransfer import traffic
 from crossdock.kvtransfer.layout import check_layouts
 from crossdock.kvtransfer.transport import Handle, HandleState, Transport
 from crossdock.proto.errors import LayoutMismatch, Overloaded, TransferFailed
-from crossdock.proto.v1 import worker_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.peer_calls import met
 
 if TYPE_CHECKING:
@@ -42,17 +42,14 @@ TRANSPORT_PACKAGES = {"nccl": ("cupy-cuda13x", "nvidia-nccl-cu13")}
 
 
 _OUTCOMES = {
-    Overloaded: worker_pb2.LINK_OUTCOME_BUSY,
-    LayoutMismatch: worker_pb2.LINK_OUTCOME_LAYOUT,
+    Overloaded: pb.LINK_OUTCOME_BUSY,
+    LayoutMismatch: pb.LINK_OUTCOME_LAYOUT,
 }
 
 
 @dataclass(eq=False)
 class _Hold:
-    """Blocks set aside for one probe, and the reads into them.
-
-    `blocks` is the engine thread's. They are given back when every read is terminal.
-    """
+    """Blocks set aside for one probe, given back when every read into them is terminal."""
 
     blocks: list[int] = field(default_factory=list)
     reads: list[Handle] = field(default_factory=list)
@@ -74,9 +71,9 @@ class Prober:
         """On the engine thread: block references that belong to probes."""
         return [hold.blocks for hold in self._holds]
 
-    async def probe(self, request: worker_pb2.ProbeRequest) -> worker_pb2.ProbeResponse:
+    async def probe(self, request: pb.ProbeRequest) -> pb.ProbeResponse:
         """Versions, devices and, where asked for, a timed read. A failure is in the response."""
-        response = worker_pb2.ProbeResponse(
+        response = pb.ProbeResponse(
             unix_s=time.time(),
             versions=_versions(self._server.config.transport),
             rdma_devices=traffic.rdma_devices(),
@@ -96,8 +93,8 @@ class Prober:
         for task in self._tasks:
             task.cancel()
 
-    async def _link(self, request: worker_pb2.ProbeRequest) -> worker_pb2.LinkProbe:
-        link = worker_pb2.LinkProbe()
+    async def _link(self, request: pb.ProbeRequest) -> pb.LinkProbe:
+        link = pb.LinkProbe()
         try:
             await asyncio.wait_for(self._turn.acquire(), TURN_S)
         except TimeoutError:
@@ -109,25 +106,25 @@ class Prober:
             self._turn.release()
         return link
 
-    async def _measure(self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe) -> None:
+    async def _measure(self, request: pb.ProbeRequest, link: pb.LinkProbe) -> None:
         """`outcome` is what it means to fail where the probe has got to."""
         hold, peer_id = _Hold(), request.peer_incarnation
         try:
-            link.outcome = worker_pb2.LINK_OUTCOME_UNREACHABLE
+            link.outcome = pb.LINK_OUTCOME_UNREACHABLE
             peer = await self._handshake(request, link)
-            link.outcome = worker_pb2.LINK_OUTCOME_READ_FAILED
+            link.outcome = pb.LINK_OUTCOME_READ_FAILED
             link.latency_s = await asyncio.to_thread(_latency, self._transport, peer_id)
             await self._set_aside(hold, peer)
             await asyncio.to_thread(_bandwidth, self._transport, peer, hold, link)
-            link.outcome = worker_pb2.LINK_OUTCOME_OK
+            link.outcome = pb.LINK_OUTCOME_OK
         except Exception as error:
             _fail(link, error)
         # Not where it was cancelled: the worker stops, and the thread above may still post reads.
         self._give_back(hold)
 
     async def _handshake(
-        self, request: worker_pb2.ProbeRequest, link: worker_pb2.LinkProbe
-    ) -> worker_pb2.WorkerDescription:
+        self, request: pb.ProbeRequest, link: pb.LinkProbe
+    ) -> pb.WorkerDescription:
         start, wanted = time.perf_counter(), request.peer_incarnation
         try:
             async with asyncio.timeout(HANDSHAKE_S):
@@ -144,7 +141,7 @@ class Prober:
 
     # -- blocks --------------------------------------------------------------------------------
 
-    async def _set_aside(self, hold: _Hold, peer: worker_pb2.WorkerDescription) -> None:
+    async def _set_aside(self, hold: _Hold, peer: pb.WorkerDescription) -> None:
         most = min(MAX_BLOCKS, max(1, MAX_READ_BYTES // peer.block_bytes), peer.num_blocks)
         try:
             async with asyncio.timeout(TURN_S):
@@ -196,22 +193,20 @@ def _latency(transport: Transport, incarnation: bytes) -> float:
 
 def _bandwidth(
     transport: Transport,
-    peer: worker_pb2.WorkerDescription,
+    peer: pb.WorkerDescription,
     hold: _Hold,
-    link: worker_pb2.LinkProbe,
+    link: pb.LinkProbe,
 ) -> None:
     link.blocks = len(hold.blocks)
     before = traffic.received()
     nbytes = link.blocks * peer.block_bytes
     link.bytes_per_s = nbytes / statistics.median(_bulk_reads(transport, peer, hold))
     link.bytes = BULK_READS * nbytes
-    grown = traffic.growth(before, traffic.received())
-    link.MergeFrom(worker_pb2.LinkProbe(tcp_bytes=grown.tcp, rdma_bytes=grown.rdma))
+    tcp, rdma = traffic.growth(before, traffic.received())
+    link.MergeFrom(pb.LinkProbe(tcp_bytes=tcp, rdma_bytes=rdma))
 
 
-def _bulk_reads(
-    transport: Transport, peer: worker_pb2.WorkerDescription, hold: _Hold
-) -> Iterator[float]:
+def _bulk_reads(transport: Transport, peer: pb.WorkerDescription, hold: _Hold) -> Iterator[float]:
     """Seconds of each. Others of the peer's blocks every time: caches would make it look faster."""
     deadline = time.monotonic() + READS_S
     count = len(hold.blocks)
@@ -239,7 +234,7 @@ def _seconds(post: Callable[[], Handle], deadline: float) -> float:
     return time.perf_counter() - start
 
 
-def _fail(link: worker_pb2.LinkProbe, error: Exception) -> None:
+def _fail(link: pb.LinkProbe, error: Exception) -> None:
     link.outcome = _OUTCOMES.get(type(error), link.outcome)
     link.message = str(error) or repr(error)
 

@@ -14,7 +14,7 @@ from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.kvtransfer.transport import Transport
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.memory import PoolMemory
-from crossdock.proto.v1 import worker_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
@@ -124,7 +124,7 @@ class WorkerRole(ABC):
 
     # Tickets. By default none is offered or read here.
 
-    def leases(self) -> list[worker_pb2.Lease]:
+    def leases(self) -> list[pb.Lease]:
         """The tickets offered here and not read yet, oldest first."""
         return []
 
@@ -136,7 +136,7 @@ class WorkerRole(ABC):
         """Ends the leases and gives their blocks back; ids that are not open are ignored."""
         return
 
-    def hand_off(self, hand_off: worker_pb2.HandOff, owner: str) -> None:
+    def hand_off(self, hand_off: pb.HandOff, owner: str) -> None:
         """Takes how far a ticket's prompt is; news that is old, or of no job here, is ignored."""
         return
 
@@ -154,12 +154,12 @@ class WorkerRole(ABC):
         """Takes a job or answers at once with why not."""
         state = self.state
         if self.draining:
-            self._refuse(job, worker_pb2.ERROR_CODE_DRAINING, f"{state.config.name} is draining")
+            self._refuse(job, pb.ERROR_CODE_DRAINING, f"{state.config.name} is draining")
         elif len(self.jobs) >= state.config.max_waiting + state.config.max_batch:
             message = f"{state.config.name} holds {len(self.jobs)} sequences, its limit"
-            self._refuse(job, worker_pb2.ERROR_CODE_OVERLOADED, message)
+            self._refuse(job, pb.ERROR_CODE_OVERLOADED, message)
         elif job.id in self.jobs:
-            self._refuse(job, worker_pb2.ERROR_CODE_INVALID, f"sequence_id {job.id!r} is in use")
+            self._refuse(job, pb.ERROR_CODE_INVALID, f"sequence_id {job.id!r} is in use")
         else:
             self.jobs[job.id] = job
             self._admit(job)
@@ -175,12 +175,12 @@ class WorkerRole(ABC):
         if job is not None:
             self._end(job, reason or "cancelled")
 
-    def fail(self, job: Job, code: worker_pb2.ErrorCode, message: str) -> None:
+    def fail(self, job: Job, code: pb.ErrorCode, message: str) -> None:
         """Ends a job with an error that its gateway sees."""
         self._end(job, message)
         self._refuse(job, code, message)
 
-    def eject_all(self, code: worker_pb2.ErrorCode, message: str) -> None:
+    def eject_all(self, code: pb.ErrorCode, message: str) -> None:
         """Ends every job with an error that its gateway sees."""
         for job in list(self.jobs.values()):
             self.fail(job, code, message)
@@ -190,11 +190,11 @@ class WorkerRole(ABC):
         now = self.state.wall_clock()
         for job in list(self.jobs.values()):
             if job.deadline_unix_s is not None and now >= job.deadline_unix_s:
-                self.fail(job, worker_pb2.ERROR_CODE_DEADLINE, "the request's deadline passed")
+                self.fail(job, pb.ERROR_CODE_DEADLINE, "the request's deadline passed")
 
     def step_failed(self, plan: StepPlan, message: str, own: bool) -> None:
         """The model raised: its sequences end, with `own` for good; else they go on elsewhere."""
-        code = worker_pb2.ERROR_CODE_INTERNAL if own else worker_pb2.ERROR_CODE_DEVICE
+        code = pb.ERROR_CODE_INTERNAL if own else pb.ERROR_CODE_DEVICE
         for chunk in plan.chunks:
             self.fail(self.jobs[chunk.sequence.sequence_id], code, message)
 
@@ -220,17 +220,17 @@ class WorkerRole(ABC):
         self._forget(job)
         tracing.record(job, self.state.config, error=reason or None)
 
-    def _refuse(self, job: Job, code: worker_pb2.ErrorCode, message: str) -> None:
-        name = worker_pb2.ErrorCode.Name(code).removeprefix("ERROR_CODE_").lower()
+    def _refuse(self, job: Job, code: pb.ErrorCode, message: str) -> None:
+        name = pb.ErrorCode.Name(code).removeprefix("ERROR_CODE_").lower()
         self.state.counters.errors[name] += 1
         self.state.outbox.error(job.owner, job.id, code, message)
 
-    def load(self) -> worker_pb2.Load:
+    def load(self) -> pb.Load:
         """What gateways choose workers by, as of this turn."""
         pool, scheduler = self.state.pool, self._scheduler
         prefill_base, per_token = self.prefill_time.base_and_slope
         step_base, per_sequence = self.decode_time.base_and_slope
-        return worker_pb2.Load(
+        return pb.Load(
             waiting=scheduler.waiting,
             running=scheduler.running,
             queued_tokens=scheduler.queued_tokens,

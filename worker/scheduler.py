@@ -24,6 +24,10 @@ class Scheduler(ABC):
         self._waiting: list[Sequence] = []
         self._held = held
 
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence behind those of its priority that arrived earlier; takes no blocks."""
+        insort(self._waiting, sequence, key=order)
+
     def remove(self, sequence: Sequence) -> None:
         """Forgets a sequence in any state and frees its blocks."""
         for group in (self._waiting, *self._held):
@@ -52,9 +56,6 @@ class Scheduler(ABC):
     def held(self) -> list[list[int]]:
         """The block tables that sequences here own, for check_integrity."""
         return [sequence.block_table for group in self._held for sequence in group]
-
-    def _queue(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=order)
 
     @staticmethod
     def _chunk(sequence: Sequence, budget: int) -> Chunk:

@@ -27,7 +27,8 @@ from crossdock.proto.errors import ConfigError
 from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.memory import Generations
 from crossdock.proto.types import Role, WorkerEndpoint
-from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.worker import metrics
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.gateways import Gateways
@@ -124,10 +125,8 @@ class WorkerServer:
         await self.peer_calls.keep(endpoint.address for endpoint in others)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Takes no new work and waits for what is here; moves the rest away when time is up.
-
-        Returns whether the worker is empty: False leaves offered tickets to their leases.
-        """
+        """Takes no new work and waits for what is here; moves the rest away when time is up. False:
+        offered tickets are left to their leases."""
         await self.call(lambda role: setattr(role, "draining", True))
         deadline = time.monotonic() + timeout_s
         while not await self.call(lambda role: role.idle):
@@ -137,7 +136,7 @@ class WorkerServer:
         return True
 
     def _move_away(self, role: WorkerRole) -> bool:
-        role.eject_all(worker_pb2.ERROR_CODE_DRAINING, f"{self.config.name} is draining")
+        role.eject_all(pb.ERROR_CODE_DRAINING, f"{self.config.name} is draining")
         return role.idle
 
     async def stop(self) -> None:
@@ -155,7 +154,7 @@ class WorkerServer:
             await asyncio.to_thread(self._loop.stop, 10.0)
         self._closing.close()
 
-    async def status(self, check_integrity: bool = False) -> worker_pb2.WorkerStatus:
+    async def status(self, check_integrity: bool = False) -> pb.WorkerStatus:
         """As of between two steps; `check_integrity` accounts for every block of the pool."""
         return await self.call(lambda role: self._status(role, check_integrity))
 
@@ -167,7 +166,7 @@ class WorkerServer:
     # -- to the engine thread ------------------------------------------------------------------
 
     def post(self, command: Callable[[WorkerRole], None]) -> None:
-        """Runs a command on the engine thread between two steps, without an answer."""
+        """Runs a command on the engine thread between two steps, in the order of posting."""
         self._loop.post(lambda: command(self._role))
 
     async def call(self, command: Callable[[WorkerRole], T]) -> T:
@@ -176,10 +175,11 @@ class WorkerServer:
 
     def post_snapshot(
         self,
-        deliver: Callable[[worker_pb2.WorkerFrame], None],
-        hello: worker_pb2.WorkerDescription | None = None,
+        deliver: Callable[[pb.WorkerFrame], None],
+        hello: pb.WorkerDescription | None = None,
     ) -> None:
-        """Has `deliver` called on the asyncio loop with the whole prefix cache and the load."""
+        """Has `deliver` called on the asyncio loop with the whole prefix cache and the load, in
+        order with `Gateways.publish`."""
 
         def take() -> None:
             self._asyncio.call_soon_threadsafe(deliver, self._loop.snapshot(hello))
@@ -206,7 +206,7 @@ class WorkerServer:
             host=config.host,
         )
         self._closing.callback(self._transport.close)
-        self.description = worker_pb2.WorkerDescription(
+        self.description = pb.WorkerDescription(
             name=config.name,
             pool=config.pool,
             role=ROLE_TO_PB[config.role],
@@ -279,27 +279,28 @@ class WorkerServer:
 
     def _tell_load(self) -> None:
         last, at = self._load
-        load = worker_pb2.Load(age_s=time.monotonic() - at, late=self._loop.late)
+        load = pb.Load(age_s=time.monotonic() - at, late=self._loop.late)
         load.MergeFrom(last)
         if self.last_turn_age_s < STALLED_S:
             self._gateways.publish(Turn(load=load))
 
     async def _renew_leases(self) -> None:
         tickets = await self.call(lambda role: role.waiting_tickets())
-        self.peers.renew(tickets, self.config.lease_s, self._renewed)
 
-    def _renewed(self, renewed: set[bytes], lost: set[bytes], until: float) -> None:
-        self.post(lambda role: role.leases_renewed((renewed, lost), until))
+        def answered(renewed: set[bytes], lost: set[bytes], until: float) -> None:
+            self.post(lambda role: role.leases_renewed((renewed, lost), until))
 
-    def _status(self, role: WorkerRole, check_integrity: bool) -> worker_pb2.WorkerStatus:
+        self.peers.renew(tickets, self.config.lease_s, answered)
+
+    def _status(self, role: WorkerRole, check_integrity: bool) -> pb.WorkerStatus:
         state, counters = role.state, role.state.counters
-        told, integrity_error = worker_pb2.WorkerStatus.DESCRIPTOR.fields_by_name, ""
+        told, integrity_error = pb.WorkerStatus.DESCRIPTOR.fields_by_name, ""
         if check_integrity:
             try:
                 state.pool.check_integrity([*role.held(), *self.prober.held])
             except IntegrityError as error:
                 integrity_error = str(error) or "integrity check failed"
-        return worker_pb2.WorkerStatus(
+        return pb.WorkerStatus(
             description=self.description,
             load=role.load(),
             leases=role.leases(),

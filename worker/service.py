@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.worker.gateways import Gateways
 from crossdock.worker.streams import GatewayStream
 
@@ -25,9 +26,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def Connect(
         self,
-        frames: AsyncIterator[worker_pb2.GatewayFrame],
+        frames: AsyncIterator[pb.GatewayFrame],
         context: grpc.aio.ServicerContext,
-    ) -> AsyncIterator[worker_pb2.WorkerFrame]:
+    ) -> AsyncIterator[pb.WorkerFrame]:
         """One gateway's stream: hello, then frames both ways. Its end frees all it had here."""
         first = await anext(aiter(frames), None)
         if first is None or not first.HasField("hello"):
@@ -46,9 +47,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             reader.cancel()
             self._gateways.ended(stream)
 
-    async def _read(
-        self, frames: AsyncIterator[worker_pb2.GatewayFrame], stream: GatewayStream
-    ) -> None:
+    async def _read(self, frames: AsyncIterator[pb.GatewayFrame], stream: GatewayStream) -> None:
         try:
             async for frame in frames:
                 self._gateways.receive(stream, frame)
@@ -56,33 +55,33 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             stream.close()
 
     async def Describe(
-        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.WorkerDescription:
+        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.WorkerDescription:
         """Layout, incarnation and transport info: what a peer needs to read this pool."""
         return self._server.description
 
     async def RenewLeases(
-        self, request: worker_pb2.RenewLeasesRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.RenewLeasesResponse:
+        self, request: pb.RenewLeasesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RenewLeasesResponse:
         """Extends leases by `lease_ms`; answers with the ids that are not open here."""
         ids, lease_s = list(request.ticket_ids), request.lease_ms / 1000
         unknown = await self._server.call(lambda role: role.renew_tickets(ids, lease_s))
-        return worker_pb2.RenewLeasesResponse(unknown_ticket_ids=unknown)
+        return pb.RenewLeasesResponse(unknown_ticket_ids=unknown)
 
     async def ReleaseTickets(
-        self, request: worker_pb2.ReleaseTicketsRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.ReleaseTicketsResponse:
+        self, request: pb.ReleaseTicketsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReleaseTicketsResponse:
         """For tickets that no fence has released; ids that are not open are ignored."""
         ids = list(request.ticket_ids)
         await self._server.call(lambda role: role.release_tickets(ids))
-        return worker_pb2.ReleaseTicketsResponse()
+        return pb.ReleaseTicketsResponse()
 
     async def GetStatus(
-        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.WorkerStatus:
+        self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> pb.WorkerStatus:
         return await self._server.status(request.check_integrity)
 
     async def Probe(
-        self, request: worker_pb2.ProbeRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.ProbeResponse:
+        self, request: pb.ProbeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ProbeResponse:
         return await self._server.prober.probe(request)

@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from crossdock.proto.v1 import worker_pb2
+from crossdock.proto.v1 import worker_pb2 as pb
 
 
 class GatewayStream:
-    """Frames for one gateway. Those that wait for the network are merged into one.
-
-    `wake` is called when there is a frame to `take`, or the stream is closed.
-    """
+    """Frames for one gateway. Those that wait for the network are merged into one. `wake` is called
+    when there is a frame to `take`, or the stream is closed."""
 
     def __init__(self, owner: str, wake: Callable[[], None]) -> None:
         self.owner = owner
         self.closed = False
         self.has_snapshot = False  # before it, nothing is published here
         # Decode requests whose peer is being met, and the hand-offs that came for them meanwhile.
-        self.meetings: dict[str, list[worker_pb2.HandOff]] = {}
-        self._frames: deque[worker_pb2.WorkerFrame] = deque()
+        self.meetings: dict[str, list[pb.HandOff]] = {}
+        self._frames: deque[pb.WorkerFrame] = deque()
         self._wake = wake
 
-    def send(self, frame: worker_pb2.WorkerFrame) -> None:
+    def send(self, frame: pb.WorkerFrame) -> None:
         """Never blocks: frames that the network has not taken yet are merged."""
         # Event numbers run on from frame to frame, so only a snapshot must keep to itself.
         last = self._frames[-1] if self._frames else None
@@ -37,12 +35,12 @@ class GatewayStream:
         self.closed = True
         self._wake()
 
-    def take(self) -> worker_pb2.WorkerFrame | None:
+    def take(self) -> pb.WorkerFrame | None:
         """The next frame to write; None: there is none now."""
         return self._frames.popleft() if self._frames else None
 
 
-def _merge(into: worker_pb2.WorkerFrame, frame: worker_pb2.WorkerFrame) -> None:
+def _merge(into: pb.WorkerFrame, frame: pb.WorkerFrame) -> None:
     into.outputs.extend(frame.outputs)
     if frame.HasField("load"):
         into.load.CopyFrom(frame.load)
@@ -54,10 +52,10 @@ def _merge(into: worker_pb2.WorkerFrame, frame: worker_pb2.WorkerFrame) -> None:
 
 def block_events(
     first_sequence: int, events: list[tuple[bool, bytes]], snapshot: bool = False
-) -> worker_pb2.BlockEvents:
+) -> pb.BlockEvents:
     """(stored, block hash) pairs as a message; the first has the number `first_sequence`."""
-    return worker_pb2.BlockEvents(
+    return pb.BlockEvents(
         first_sequence=first_sequence,
-        events=[worker_pb2.BlockEvent(stored=stored, block_hash=name) for stored, name in events],
+        events=[pb.BlockEvent(stored=stored, block_hash=name) for stored, name in events],
         snapshot=snapshot,
     )

@@ -151,7 +151,7 @@ class Phone:
 
 
 class Host:
-    """See worker.gateways.Host."""
+    """What Gateways asks of a WorkerServer."""
 
     vocab_size = VOCAB
     hasher = HASHER

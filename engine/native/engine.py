@@ -1,21 +1,13 @@
-"""This project's own engine behind the contract: model and KV pool on a CPU or a GPU."""
+"""This project's own engine: what the YAML says of it, and how it is made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crossdock.engine.contract import (
-    KIND,
-    Allocate,
-    Engine,
-    EngineConfig,
-    EngineFacts,
-    EngineSettings,
-)
-from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.engine.contract import KIND, Allocate, EngineConfig, EngineSettings
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.memory import MemoryType, PoolMemory
+from crossdock.proto.memory import MemoryType
 from crossdock.proto.settings import setting
 
 if TYPE_CHECKING:
@@ -32,36 +24,6 @@ class Settings(EngineSettings):
     )
 
 
-class NativeEngine(Engine):
-    """See contract.Engine. Draws one token a step."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        files, kv, device = runner.files, runner.kv, runner.device
-        self.facts = EngineFacts(
-            files.model_id, files.digest, runner.config.vocab_size, runner.config.context_length
-        )
-        self.layout = kv.layout(files.model_id, files.digest)
-        self.memory = PoolMemory(
-            kv_ptr=kv.data_ptr,
-            num_blocks=kv.num_blocks,
-            block_bytes=kv.block_bytes,
-            generations=kv.generations,
-            memory_type="DRAM" if device.type == "cpu" else "VRAM",
-            device_id=device.index or 0,
-        )
-
-    def run(self, plan: StepPlan) -> list[list[SampledToken]]:
-        drawn = iter(self._runner.run(plan))
-        return [[next(drawn)] if chunk.sample else [] for chunk in plan.chunks]
-
-    def recover(self) -> None:
-        self._runner.recover()
-
-    def warmup(self) -> None:
-        self._runner.warmup()
-
-
 def _device(config: EngineConfig) -> str:
     assert isinstance(config.engine, Settings)
     if config.engine.device == "auto" and config.gpus is not None:
@@ -76,7 +38,7 @@ def memory_type(config: EngineConfig) -> MemoryType:
     return "DRAM" if resolve_device(_device(config)).type == "cpu" else "VRAM"
 
 
-def create(config: EngineConfig, allocate: Allocate) -> NativeEngine:
+def create(config: EngineConfig, allocate: Allocate) -> ModelRunner:
     """See registry.create."""
     # Here: torch takes seconds, and only a process that runs a model needs it.
     from crossdock.engine.native.runner import ModelRunner, resolve_device
@@ -94,16 +56,14 @@ def create(config: EngineConfig, allocate: Allocate) -> NativeEngine:
     on_host = resolve_device(device).type == "cpu"
     nbytes = num_blocks * block_bytes if on_host else 1  # a GPU's pool is the runner's own
     buffer, generations = allocate(nbytes, num_blocks)
-    return NativeEngine(
-        ModelRunner(
-            files,
-            dtype=config.dtype,
-            kv_dtype=config.kv_dtype,
-            device=device,
-            threads=config.threads,
-            block_size=config.block_size,
-            num_blocks=num_blocks,
-            buffer=buffer if on_host else None,
-            generations=generations,
-        )
+    return ModelRunner(
+        files,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        device=device,
+        threads=config.threads,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        buffer=buffer if on_host else None,
+        generations=generations,
     )

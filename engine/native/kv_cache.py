@@ -12,10 +12,8 @@ from crossdock.proto.v1 import worker_pb2
 
 class KVCache:
     """`data [blocks, layers, 2, kv_heads, block_size, head_dim]` and `generations [blocks]`.
-
-    `buffer` (uint8, at least num_blocks * block_bytes) and `generations` (int64, num_blocks) let
-    a transport own the memory; without them it is allocated here, on `device`.
-    """
+    `buffer` (uint8, num_blocks * block_bytes or more) and `generations` (int64) let a transport own
+    the memory; without them it is allocated here, on `device`."""
 
     def __init__(
         self,

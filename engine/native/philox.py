@@ -30,10 +30,8 @@ def philox4x32(counter: Words4, key: tuple[int, int]) -> Words4:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1), of 53 bits, that decides the token at `position`.
-
-    seed: 64 bits, the key. position: 64 bits, the counter.
-    """
+    """The number in [0, 1), of 53 bits, that decides the token at `position` (64 bits, the counter)
+    under `seed` (64 bits, the key)."""
     counter = (position & _MASK, (position >> 32) & _MASK, 0, 0)
     low, high, _, _ = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
     return ((high << 32 | low) >> 11) * 2.0**-53

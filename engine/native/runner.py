@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from crossdock.engine.contract import Engine, EngineFacts
 from crossdock.engine.native.attention.ops import make_ops
 from crossdock.engine.native.batch import make_batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.models.llama import LlamaModel
-from crossdock.engine.native.sampler import SampleRow, sample
+from crossdock.engine.native.sampler import sample
 from crossdock.engine.native.weights.load import load_weights
 from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan
 from crossdock.model.config import ModelConfig, load_config
 from crossdock.proto.errors import ConfigError, NotFinite
+from crossdock.proto.memory import PoolMemory
 from crossdock.proto.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -27,12 +29,11 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 WARMUP_TOKENS = 32
 
 
-class ModelRunner:
-    """One model and its KV pool on one device. Not thread-safe: one engine thread calls it.
+class ModelRunner(Engine):
+    """See contract.Engine: one model and its KV pool on one device. Draws one token a step.
 
-    `dtype` "auto" is float32 on a CPU and the model's own on a GPU, `kv_dtype` "auto" is `dtype`;
-    `device` "auto" is a GPU where there is one. `threads` sets how many CPU threads this process
-    computes with.
+    What "auto" means is with resolve_dtype, resolve_kv_dtype and resolve_device. `threads`: CPU
+    threads that this process computes with.
     """
 
     def __init__(
@@ -65,6 +66,18 @@ class ModelRunner:
             weights = load_weights(files, self.config)
             ops = make_ops(self.config, self.dtype, self.device, kv_type)
             self._model = LlamaModel(self.config, weights, ops, self.dtype, self.device)
+        self.facts = EngineFacts(
+            files.model_id, files.digest, self.config.vocab_size, self.config.context_length
+        )
+        self.layout = self.kv.layout(files.model_id, files.digest)
+        self.memory = PoolMemory(
+            kv_ptr=self.kv.data_ptr,
+            num_blocks=num_blocks,
+            block_bytes=self.kv.block_bytes,
+            generations=self.kv.generations,
+            memory_type="DRAM" if self.device.type == "cpu" else "VRAM",
+            device_id=self.device.index or 0,
+        )
 
     @staticmethod
     def kv_bytes_per_block(
@@ -78,12 +91,10 @@ class ModelRunner:
         resolved = resolve_dtype(dtype, config, resolve_device(device))
         return KVCache.bytes_per_block(config, block_size, resolve_kv_dtype(kv_dtype, resolved))
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
-        """Computes the chunks, writes their KV into their block tables and draws one token for
-        each chunk with `sample`, in plan order. What comes before a chunk must be in its blocks.
-        When this returns the KV is in memory, for transports read it past the device's streams."""
-        rows = [_sample_row(chunk.sequence) for chunk in plan.chunks if chunk.sample]
-        return sample(self.logits(plan), rows)
+    def run(self, plan: StepPlan) -> list[list[SampledToken]]:
+        sampled = [chunk.sequence for chunk in plan.chunks if chunk.sample]
+        drawn = iter(sample(self.logits(plan), sampled))
+        return [[next(drawn)] if chunk.sample else [] for chunk in plan.chunks]
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
         """As `run`, but returns the logits: float32 [sampled chunks, or all tokens; vocab].
@@ -100,16 +111,14 @@ class ModelRunner:
         return logits
 
     def recover(self) -> None:
-        """After a step that raised, and once nothing holds its exception: gives back the memory
-        that it left, then runs small steps. Raises where the device cannot do even those."""
+        """See contract.Engine.recover: the small steps are those of the warm-up."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.warmup()
 
     def warmup(self) -> None:
-        """Compiles and touches everything that a first request would otherwise wait for. The pool
-        is left as it is."""
+        """Small steps over a pool of their own: they compile and touch what a request needs."""
         blocks = -(-WARMUP_TOKENS // self.kv.block_size)
         scratch = KVCache(2 * blocks, self.config, self.kv.block_size, self.kv.dtype, self.device)
         pool, self.kv = self.kv, scratch
@@ -153,16 +162,6 @@ def resolve_kv_dtype(kv_dtype: str, compute: torch.dtype) -> torch.dtype:
         message = f"{kv_dtype!r} is no type of KV of the native engine: auto, {', '.join(DTYPES)}"
         raise ConfigError("kv.dtype", message)
     return DTYPES[kv_dtype]
-
-
-def _sample_row(sequence: Sequence) -> SampleRow:
-    return SampleRow(
-        params=sequence.sampling,
-        prompt_ids=sequence.token_ids[: sequence.prompt_tokens],
-        generated_ids=sequence.token_ids[sequence.prompt_tokens :],
-        position=sequence.num_tokens,
-        eos_token_ids=sequence.eos_token_ids,
-    )
 
 
 def _warmup_plans(blocks: int) -> list[StepPlan]:

@@ -8,15 +8,13 @@ of token ids, which a last-bit difference between two machines' logits does not 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from crossdock.engine.native.philox import uniform
-from crossdock.engine.sequence import SampledToken
+from crossdock.engine.sequence import SampledToken, Sequence
 from crossdock.proto.types import SamplingParams
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -25,42 +23,9 @@ _LOWEST = torch.finfo(torch.float32).min
 LEAST_TEMPERATURE = 1e-5
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """Whose token a row of logits decides. `position` is the index that it will have."""
-
-    params: SamplingParams
-    prompt_ids: Sequence[int]
-    generated_ids: Sequence[int]
-    position: int
-    eos_token_ids: frozenset[int] = frozenset()
-
-    @property
-    def greedy(self) -> bool:
-        """Takes the most probable token; temperatures too small to divide by count as 0."""
-        return self.params.temperature < LEAST_TEMPERATURE
-
-    @property
-    def suppressed(self) -> list[int]:
-        """Ids that may not be drawn because they would end the sequence before min_tokens."""
-        if len(self.generated_ids) >= self.params.min_tokens:
-            return []
-        eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
-        return sorted(eos.union(self.params.stop_token_ids))
-
-    @property
-    def adjusted(self) -> bool:
-        """Whether logits are changed before the temperature."""
-        params = self.params
-        return params.penalized or bool(params.logit_bias) or bool(self.suppressed)
-
-
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
-    """One token for each row of logits (float32 [rows, vocab], left unchanged).
-
-    Logprobs are of the model's own distribution: before penalties, temperature and filters.
-    Logits must be finite.
-    """
+def sample(logits: Tensor, rows: list[Sequence]) -> list[SampledToken]:
+    """The next token of each sequence, from its row of finite logits (float32 [rows, vocab], left
+    unchanged). Logprobs are of the model's own distribution, before penalties and filters."""
     if not rows:
         return []
     with torch.inference_mode():
@@ -69,15 +34,35 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
         return _with_logprobs(logits, rows, token_ids)
 
 
-def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    greedy = [i for i, row in enumerate(rows) if row.greedy]
+def _greedy(sequence: Sequence) -> bool:
+    """Takes the most probable token; temperatures too small to divide by count as 0."""
+    return sequence.sampling.temperature < LEAST_TEMPERATURE
+
+
+def _suppressed(sequence: Sequence) -> list[int]:
+    """Ids that may not be drawn because they would end the sequence before min_tokens."""
+    params = sequence.sampling
+    if sequence.num_generated >= params.min_tokens:
+        return []
+    eos = frozenset() if params.ignore_eos else sequence.eos_token_ids
+    return sorted(eos.union(params.stop_token_ids))
+
+
+def _adjusted(sequence: Sequence) -> bool:
+    """Whether its logits are changed before the temperature."""
+    params = sequence.sampling
+    return params.penalized or bool(params.logit_bias) or bool(_suppressed(sequence))
+
+
+def _draw(logits: Tensor, rows: list[Sequence]) -> list[int]:
+    greedy = [i for i, row in enumerate(rows) if _greedy(row)]
     if len(greedy) == len(rows):
         return _draw_greedy(logits)
     token_ids = [0] * len(rows)
     if greedy:
         for i, token_id in zip(greedy, _draw_greedy(logits[greedy])):
             token_ids[i] = token_id
-    random = [i for i, row in enumerate(rows) if not row.greedy]
+    random = [i for i, row in enumerate(rows) if not _greedy(row)]
     # A CPU is faster row by row, in its cache; a GPU with few launches.
     at_once = 1 if logits.device.type == "cpu" else len(random)
     for start in range(0, len(random), at_once):
@@ -92,17 +77,17 @@ def _draw_greedy(logits: Tensor) -> list[int]:
     return logits.argmax(dim=-1).tolist()
 
 
-def _draw_random(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+def _draw_random(logits: Tensor, rows: list[Sequence]) -> list[int]:
     """Inverse of the cumulative distribution at u(seed, position)."""
-    temperature = _column([row.params.temperature for row in rows], logits)
+    temperature = _column([row.sampling.temperature for row in rows], logits)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0
     weights = scaled.exp()
-    least = [_least(scaled[i], weights[i], row.params) for i, row in enumerate(rows)]
+    least = [_least(scaled[i], weights[i], row.sampling) for i, row in enumerate(rows)]
     if any(value > -math.inf for value in least):
         weights.mul_(scaled >= _column(least, logits))
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    u = [uniform(row.params.seed, row.position) for row in rows]
+    u = [uniform(row.sampling.seed, row.num_tokens) for row in rows]
     at = _column(u, logits, torch.float64) * total  # below total: u <= 1 - 2**-53
     return torch.searchsorted(cumulative, at, right=True).squeeze(1).tolist()
 
@@ -125,9 +110,7 @@ def _least_of_nucleus(
     scaled: Tensor, weights: Tensor, highest: Tensor | None, top_p: float
 ) -> float:
     """The scaled logit of the last token of the smallest set whose probability reaches top_p.
-
-    highest: what top-k kept, in descending order, if it was used.
-    """
+    highest: what top-k kept, in descending order, if it was used."""
     if highest is None:
         highest = _descending(scaled)
     else:
@@ -144,58 +127,59 @@ def _descending(values: Tensor) -> Tensor:
     return values.sort(descending=True).values
 
 
-def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def _adjust(logits: Tensor, rows: list[Sequence]) -> Tensor:
     """Penalties, then logit_bias, then what min_tokens suppresses, on a copy where needed."""
-    changed = [i for i, row in enumerate(rows) if row.adjusted]
+    changed = [i for i, row in enumerate(rows) if _adjusted(row)]
     if not changed:
         return logits
     logits = logits.clone()
     for i in changed:
-        row, params = logits[i], rows[i].params
+        row, params = logits[i], rows[i].sampling
         if params.repetition_penalty != 1.0:
             _penalize_repetition(row, rows[i], params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:
-            _penalize_counts(row, rows[i].generated_ids, params)
+            _penalize_counts(row, rows[i], params)
         if params.logit_bias:
             ids = _ids(list(params.logit_bias), row)
             row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device).to(row)
         row.clamp_(_LOWEST, -_LOWEST)  # no penalty makes a finite logit infinite
-        if suppressed := rows[i].suppressed:
+        if suppressed := _suppressed(rows[i]):
             row[_ids(suppressed, row)] = -math.inf
     return logits
 
 
-def _penalize_repetition(row: Tensor, of: SampleRow, penalty: float) -> None:
+def _penalize_repetition(row: Tensor, sequence: Sequence, penalty: float) -> None:
     """Keskar et al. 2019 (CTRL): seen tokens' logits are divided, negative ones multiplied."""
-    seen = _ids(np.unique(np.array([*of.prompt_ids, *of.generated_ids], dtype=np.int64)), row)
+    seen = _ids(np.unique(np.array(sequence.token_ids, dtype=np.int64)), row)
     values = row[seen]
     row[seen] = torch.where(values > 0, values / penalty, values * penalty)
 
 
-def _penalize_counts(row: Tensor, generated: Sequence[int], params: SamplingParams) -> None:
+def _penalize_counts(row: Tensor, sequence: Sequence, params: SamplingParams) -> None:
+    generated = sequence.token_ids[sequence.prompt_tokens :]
     ids, counts = np.unique(np.array(generated, dtype=np.int64), return_counts=True)
     penalty = params.presence_penalty + params.frequency_penalty * counts
     row[_ids(ids, row)] -= torch.from_numpy(penalty).to(row)
 
 
 def _with_logprobs(
-    logits: Tensor, rows: Sequence[SampleRow], token_ids: list[int]
+    logits: Tensor, rows: list[Sequence], token_ids: list[int]
 ) -> list[SampledToken]:
     sampled = []
     for i, (row, token_id) in enumerate(zip(rows, token_ids)):
-        if row.params.logprobs is None:
+        if row.sampling.logprobs is None:
             sampled.append(SampledToken(token_id))
             continue
         logprobs = logits[i].log_softmax(dim=-1)
         top: list[tuple[int, float]] = []
-        if row.params.logprobs:
-            values, ids = logprobs.topk(min(row.params.logprobs, logprobs.numel()))
+        if row.sampling.logprobs:
+            values, ids = logprobs.topk(min(row.sampling.logprobs, logprobs.numel()))
             top = sorted(zip(ids.tolist(), values.tolist()), key=lambda pair: (-pair[1], pair[0]))
         sampled.append(SampledToken(token_id, float(logprobs[token_id]), tuple(top)))
     return sampled
 
 
-def _ids(ids: Sequence[int] | np.ndarray, row: Tensor) -> Tensor:
+def _ids(ids: list[int] | np.ndarray, row: Tensor) -> Tensor:
     return torch.as_tensor(ids, dtype=torch.int64, device=row.device)
 
 

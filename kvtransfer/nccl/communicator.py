@@ -28,15 +28,11 @@ class Communicator(Protocol):
 
     def ready(self) -> bool:
         """Whether `post` may be called: all ranks have met, and what was posted is on its way.
-
-        Raises TransferFailed when broken.
-        """
+        Raises TransferFailed when broken."""
 
     def post(self, peer: int, *, send: Sequence[Span] = (), recv: Sequence[Span] = ()) -> Operation:
-        """One group of sends to and receives from a rank, which posts its own halves of them.
-
-        Spans match in order and must match in size. Groups run in the order they were posted in.
-        """
+        """One group of sends to and receives from a rank, which posts its own halves of them: spans
+        match in order and in size. Groups run in the order they were posted in."""
 
     def abort(self) -> None:
         """Gives up everything under way, in this process. Nothing new begins after it."""

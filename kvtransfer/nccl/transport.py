@@ -1,9 +1,8 @@
 """KV transfer over NCCL, for clusters without RDMA: one communicator of two for each pair.
 
 NCCL is two-sided, so a reader asks: for blocks, and once they are here for their generations, with
-its release in the same message. The owner of the blocks answers on its transport's thread with what
-stands in memory at that moment. The messages go over TCP (nccl_channel.py), the blocks over the
-pair's communicator, which is made at the first read (nccl_link.py).
+its release in the same message. The messages go over TCP (channel.py), the blocks over the pair's
+communicator, which is made at the first read (link.py).
 
 Unlike NIXL's, these transfers can be ended. A lost connection, an error of NCCL, or a request that
 is a minute old, aborts the pair's communicator; once its stream is empty, the blocks are touched no
@@ -103,9 +102,8 @@ class NcclTransport(ThreadedTransport[_Peer]):
 
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
         """Makes the pair's communicator, too."""
-        handle, start = Handle(), time.perf_counter()
-        nothing = merge_runs([], [])
-        self._submit(handle, lambda: self._read(handle, self._peer(incarnation), nothing))
+        start, nothing = time.perf_counter(), merge_runs([], [])
+        handle = self._submit(lambda made: self._read(made, self._peer(incarnation), nothing))
         wait_for(handle, timeout_s, f"warming up {incarnation.hex()}")
         return time.perf_counter() - start + super().warm(incarnation, timeout_s)
 
@@ -133,7 +131,6 @@ class NcclTransport(ThreadedTransport[_Peer]):
         self._peers[peer.incarnation] = peer
 
     def _settle_peer(self, peer: _Peer) -> None:
-        """Forgets a removed peer once nothing is under way with it."""
         if peer.removed and (peer.link is None or peer.link.idle):
             self._peers.pop(peer.incarnation, None)
             if peer.link is not None:

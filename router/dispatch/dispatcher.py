@@ -100,10 +100,8 @@ class Dispatcher:
     # -- the server's side --------------------------------------------------------------------
 
     def submit(self, request: Request) -> ResponseStream:
-        """Takes a request on. The stream must be read to its end, or closed.
-
-        Raises Overloaded, Draining or DeadlineExceeded, and then nothing was started.
-        """
+        """Takes a request on; its stream must be read to its end, or closed. Raises Overloaded,
+        Draining or DeadlineExceeded, and then nothing was started."""
         now = self._clock()
         try:
             self._admit(request, now)

@@ -10,7 +10,7 @@ One whose stream broke may not know it yet, so it gets the same sequence only un
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from crossdock.proto.errors import CrossdockError, WorkerLost
 from crossdock.proto.hashing import BlockHasher
@@ -21,22 +21,15 @@ from crossdock.router.placement.policy import NoWorker, decode_for
 from crossdock.router.placement.view import ClusterView
 
 
+@dataclass(frozen=True)
 class HandOffs:
     """Keeps nothing of its own: where a hand-off stands is in its SequenceState."""
 
-    def __init__(
-        self,
-        view: ClusterView,
-        links: Links,
-        hasher: BlockHasher,
-        eos: list[int],
-        rng: random.Random,
-    ) -> None:
-        self._view = view
-        self._links = links
-        self._hasher = hasher
-        self._eos = eos
-        self._rng = rng
+    _view: ClusterView
+    _links: Links
+    _hasher: BlockHasher
+    _eos: list[int]
+    _rng: random.Random
 
     def advance(self, sequence: SequenceState, now: float) -> None:
         """Part of the prompt is computed: its decode worker, where it is there, reserves early."""
@@ -48,10 +41,8 @@ class HandOffs:
             self._tell(sequence, link, now)
 
     def complete(self, sequence: SequenceState, now: float) -> None:
-        """Token 0 is delivered: the decode worker may fence and go on.
-
-        Raises NoWorker, or WorkerLost where the only one left may still have the sequence.
-        """
+        """Token 0 is delivered: the decode worker may fence and go on. Raises NoWorker, or
+        WorkerLost where the only one left may still have the sequence."""
         if not sequence.progress.HasField("ticket"):
             raise CrossdockError(f"{sequence.prefill_worker} gave token 0 without a ticket")
         sequence.phase = Phase.HAND_OFF

@@ -101,9 +101,7 @@ class ResponseStream:
 
     def take(self) -> list[Delta]:
         """All deltas that came since the last call, without waiting: none as yet, or at the end.
-
-        Raises the CrossdockError that ended the request, after what came before it was read.
-        """
+        Raises the CrossdockError that ended the request, after what came before it was read."""
         batch, self._buffer = list(self._buffer.values()), {}
         if not batch and self._error is not None:
             raise self._error

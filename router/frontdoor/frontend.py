@@ -123,9 +123,6 @@ class Frontend:
                 priority=priority,
                 # Tenants never share cached prefixes with each other, nor do unlike salts.
                 cache_salt=f"{tenant}\0{cache_salt}".encode() if tenant or cache_salt else b"",
-                received=arrival.received,
-                received_unix=arrival.received_unix,
-                deadline=arrival.deadline,
-                trace_context=arrival.trace_context,
+                **vars(arrival),
             )
         return request.request_id, self.dispatcher.submit(request)

@@ -196,31 +196,26 @@ class GrpcServer:
 
 
 def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        request_id=request_id,
-        index=delta.index,
-        text=delta.text,
-        token_ids=delta.token_ids,
-        logprobs=delta.logprobs,
-        finish_reason=FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
-        stop_reason=delta.stop_reason,
-        usage=delta.usage,
-        timings=delta.timings,
-    )
+    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **_gained(delta))
+
+
+def _gained(delta: Delta) -> dict[str, Any]:
+    """What a streamed response and a completion have in common."""
+    return {
+        "index": delta.index,
+        "text": delta.text,
+        "token_ids": delta.token_ids,
+        "logprobs": delta.logprobs,
+        "finish_reason": FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
+        "stop_reason": delta.stop_reason,
+        "timings": delta.timings,
+    }
 
 
 def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryResponse:
     answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
     for delta in whole:
-        answer.completions.add(
-            index=delta.index,
-            text=delta.text,
-            token_ids=delta.token_ids,
-            logprobs=delta.logprobs,
-            finish_reason=FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
-            stop_reason=delta.stop_reason,
-            timings=delta.timings,
-        )
+        answer.completions.add(**_gained(delta))
         if delta.usage is not None:
             answer.usage.completion_tokens += delta.usage.completion_tokens
     if whole and whole[0].usage is not None:  # of all, the prompt is one

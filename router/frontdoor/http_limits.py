@@ -49,10 +49,8 @@ class Runner(web.AppRunner):
 
 
 def inflate(data: bytes, encoding: str, limit: int) -> bytes:
-    """A compressed body, of which never more than `limit` + 1 bytes are made.
-
-    Raises InvalidRequest for another encoding or a broken body, RequestTooLarge.
-    """
+    """A compressed body, of which never more than `limit` + 1 bytes are made. Raises InvalidRequest
+    for another encoding or a broken body, RequestTooLarge."""
     if encoding not in ("gzip", "deflate"):
         raise InvalidRequest("Content-Encoding", encoding, "must be gzip, deflate or identity")
     inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)  # a gzip or a zlib header

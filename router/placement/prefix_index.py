@@ -6,21 +6,12 @@ from collections.abc import Iterable, Sequence
 
 
 class PrefixIndex:
-    """Block hash -> bitmask of worker slots.
-
-    A worker that holds block i of a chain holds all before it (workers evict leaves first), so the
-    depth of a prefix on a worker is found by binary search, for all workers at once.
-    """
+    """Block hash -> bitmask of worker slots. Who holds block i of a chain holds all before it, for
+    workers evict leaves first: so the depth of a prefix on each is found by binary search."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}
         self._held: dict[int, set[bytes]] = {}  # slot -> its blocks, for dropping a slot at once
-
-    def __len__(self) -> int:
-        return len(self._holders)
-
-    def blocks_of(self, slot: int) -> int:
-        return len(self._held.get(slot, ()))
 
     def add(self, slot: int, block_hash: bytes) -> None:
         self._holders[block_hash] = self._holders.get(block_hash, 0) | (1 << slot)

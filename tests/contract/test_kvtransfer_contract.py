@@ -24,6 +24,7 @@ from transport_kit import (
     ProcessPeer,
     computed,
     content,
+    held,
     later,
 )
 
@@ -83,7 +84,7 @@ class World:
 
         def polled() -> bool:
             done.update({end.pull_id: end for end in puller.poll()})
-            return puller.active == 0
+            return len(puller._pulls) == 0
 
         self.until(polled)
         return done
@@ -231,7 +232,7 @@ def test_many_pulls_at_once(world: World) -> None:
         peer = (world.standing, other)[index % 2]
         remote = [index, index + 16, index + 17]
         puller.start(f"s{index}", computed(peer.ticket(remote)), remote, _mine(index), later())
-    assert puller.active == 16
+    assert len(puller._pulls) == 16
     done = world.run(puller)
     assert [end.error for end in done.values()] == [None] * 16
     for index in range(16):
@@ -248,10 +249,10 @@ def test_a_cancelled_pull_ends_only_when_its_transfer_has(world: World) -> None:
     ticket = peer.ticket([1, 2])
     puller.start("s", computed(ticket), [1, 2], [0, 1], later())
     assert puller.cancel("s")
-    assert puller.held() == [[0, 1]]  # not the caller's before poll says so
+    assert held(puller) == [[0, 1]]  # not the caller's before poll says so
     done = world.run(puller)["s"]
     assert (done.error, done.transfer.bytes) == ("cancelled", 0)
-    assert puller.held() == []
+    assert held(puller) == []
     assert peer.releases(ticket)
     assert not puller.cancel("s")
 

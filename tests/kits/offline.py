@@ -110,13 +110,13 @@ class LLM:
                 last = start + length == sequence.num_tokens
                 chunks.append(Chunk(sequence, start, length, sample=last))
                 stepped.append(job)
-        tokens = iter(self.runner.run(StepPlan(tuple(chunks))))
-        for chunk, job in zip(chunks, stepped):
+        drawn = self.runner.run(StepPlan(tuple(chunks)))
+        for chunk, job, tokens in zip(chunks, stepped, drawn):
             sequence = chunk.sequence
             sequence.num_computed += chunk.length
             self.hasher.extend(sequence.block_hashes, sequence.token_ids, self._root)
             seal_full(self.pool, sequence)
-            if chunk.sample and job.take(next(tokens)):
+            if tokens and job.take(tokens[0]):
                 release(self.pool, sequence)
 
     def _fits(self, job: _Job, running: list[_Job]) -> bool:

@@ -18,6 +18,8 @@ from fake_nccl import FakeCommunicators
 from fake_transport import FakeNetwork, FakeTransport
 from forked import forked
 
+from crossdock.kvtransfer.nccl.transport import NcclTransport
+from crossdock.kvtransfer.pull import Puller
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory, Transport
@@ -35,6 +37,11 @@ def content(seed: int, block_id: int) -> np.ndarray:
     return ((np.arange(BLOCK_BYTES) * 31 + block_id * 7 + seed) % 251).astype(np.uint8)
 
 
+def held(puller: Puller) -> list[list[int]]:
+    """The local blocks of each pull that has not ended."""
+    return [pull.local_ids for pull in puller._pulls.values()]
+
+
 def computed(ticket: Ticket) -> PromptProgress:
     return PromptProgress(ticket=ticket, ready_blocks=len(ticket.block_ids))
 
@@ -49,12 +56,13 @@ class Pool:
         self.memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
         self.blocks = buffer.reshape(NUM_BLOCKS, BLOCK_BYTES)
         if name == "nccl":
-            options = {"communicators": FakeCommunicators(), "cluster_key": KEY, **options}
-        self.transport: Transport = (
-            FakeTransport(network or FakeNetwork(), self.incarnation, self.memory)
-            if name == "fake"
-            else create_transport(name, self.incarnation, self.memory, **options)
-        )
+            options = {"communicators": FakeCommunicators(), "key": KEY, **options}
+            self.transport: Transport = NcclTransport(self.incarnation, self.memory, **options)
+        elif name == "fake":
+            network = network or FakeNetwork()
+            self.transport = FakeTransport(network, self.incarnation, self.memory)
+        else:
+            self.transport = create_transport(name, self.incarnation, self.memory, **options)
 
     def fill(self, seed: int) -> None:
         for block_id in range(NUM_BLOCKS):

@@ -19,6 +19,7 @@ from transport_kit import (
     Pool,
     ProcessPeer,
     content,
+    held,
     later,
 )
 
@@ -113,7 +114,7 @@ def test_a_frozen_peer_holds_its_readers_blocks_until_it_is_over(bench: Bench) -
         done += puller.poll()
         bench.news.wait(0.02)
     assert done == []
-    assert puller.held() == [ids]
+    assert held(puller) == [ids]
     bench.transport.remove_peer(peer.incarnation)  # no way to end it sooner: it would still write
     late = bench.transport.read_blocks(peer.incarnation, [0], [0])
     bench.settled(late)

@@ -42,18 +42,21 @@ def _exp(x: Any) -> Any:
     return p * power.view(np.float32)
 
 
+@compiled(inline="always")
+def _normalize(source: Any, weight: Any, eps: Any, size: Any, target: Any) -> None:
+    total = np.float32(0.0)
+    for i in range(size):
+        total += source[i] * source[i]
+    scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+    for i in range(size):
+        target[i] = source[i] * scale * weight[i]
+
+
 @compiled()
 def rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
     """x, out [rows, size]"""
-    size = x.shape[1]
     for row in range(x.shape[0]):
-        source, target = x[row], out[row]
-        total = np.float32(0.0)
-        for i in range(size):
-            total += source[i] * source[i]
-        scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
-        for i in range(size):
-            target[i] = source[i] * scale * weight[i]
+        _normalize(x[row], weight, eps, x.shape[1], out[row])
 
 
 @compiled()
@@ -64,16 +67,6 @@ def swiglu(gate_up: Any, out: Any) -> None:
         gate, up, target = gate_up[row, :size], gate_up[row, size:], out[row]
         for i in range(size):
             target[i] = gate[i] * up[i] / (np.float32(1.0) + _exp(-gate[i]))
-
-
-@compiled(inline="always")
-def _normalize(head: Any, weight: Any, eps: Any, size: Any) -> None:
-    total = np.float32(0.0)
-    for i in range(size):
-        total += head[i] * head[i]
-    scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
-    for i in range(size):
-        head[i] = head[i] * scale * weight[i]
 
 
 @functools.cache
@@ -104,7 +97,7 @@ def rope_and_store(head_dim: int) -> Callable[..., None]:
             for head in range(heads + kv_heads):
                 x = qkv[row, head * head_dim : (head + 1) * head_dim]
                 if len(q_norm):
-                    _normalize(x, q_norm if head < heads else k_norm, eps, head_dim)
+                    _normalize(x, q_norm if head < heads else k_norm, eps, head_dim, x)
                 for i in range(half):
                     first, second = x[i], x[i + half]
                     x[i] = first * cos[i] - second * sin[i]

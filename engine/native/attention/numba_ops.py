@@ -8,35 +8,22 @@ import torch
 from crossdock.engine.native.attention import numba_kernels as kernels
 from crossdock.engine.native.batch import Batch
 from crossdock.engine.native.kv_cache import KVCache
-from crossdock.engine.native.rope import rope_table
 from crossdock.model.config import ModelConfig
 
 NO_NORM = np.empty(0, dtype=np.float32)
 SHORT_CHUNK = 4  # tokens up to which a chunk's rows are cheaper one by one, without a gather
 
 
-class NumbaOps:
-    """Compiled kernels for a CPU in float32."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.rope = rope_table(config).numpy()
-        self.eps = np.float32(config.rms_norm_eps)
-        self.rope_and_store = kernels.rope_and_store(config.head_dim)
-
-    def step(self, batch: Batch, kv: KVCache) -> NumbaStep:
-        return NumbaStep(self, batch, kv)
-
-
 class NumbaStep:
-    """The operations of one step; `qkv` is [rows, (heads + 2 kv_heads) * head_dim] throughout."""
+    """See StepOps, for a CPU in float32; `rope` is as rope_table gives it."""
 
-    def __init__(self, ops: NumbaOps, batch: Batch, kv: KVCache) -> None:
-        config = ops.config
-        self._ops, self._config, self._batch, self._kv = ops, config, batch, kv
+    def __init__(self, config: ModelConfig, rope: np.ndarray, batch: Batch, kv: KVCache) -> None:
+        self._config, self._rope, self._batch, self._kv = config, rope, batch, kv
+        self._eps = np.float32(config.rms_norm_eps)
         self.token_ids = torch.from_numpy(batch.token_ids)
         self.sampled = torch.from_numpy(batch.sampled)
         self._pool = kv.data.view(-1).numpy()
+        self._rope_and_store = kernels.rope_and_store(config.head_dim)
         self._attention = kernels.paged_attention(
             config.head_dim, config.num_heads // config.num_kv_heads, kv.block_size
         )
@@ -64,7 +51,7 @@ class NumbaStep:
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(hidden)
-        kernels.rms_norm(hidden.numpy(), weight.numpy(), self._ops.eps, out.numpy())
+        kernels.rms_norm(hidden.numpy(), weight.numpy(), self._eps, out.numpy())
         return out
 
     def store(
@@ -75,15 +62,15 @@ class NumbaStep:
         k_norm: torch.Tensor | None,
     ) -> None:
         config, batch = self._config, self._batch
-        self._ops.rope_and_store(
+        self._rope_and_store(
             qkv.numpy(),
-            self._ops.rope,
+            self._rope,
             batch.positions,
             batch.blocks,
             batch.offsets,
             NO_NORM if q_norm is None else q_norm.numpy(),
             NO_NORM if k_norm is None else k_norm.numpy(),
-            self._ops.eps,
+            self._eps,
             self._pool,
             (config.num_layers, layer, config.num_kv_heads, self._kv.block_size),
             self._sums,
@@ -129,7 +116,6 @@ class NumbaStep:
     def _attend_chunk(
         self, layer: int, qkv: torch.Tensor, chunk: _LongChunk, out: torch.Tensor
     ) -> None:
-        """Gathers the context once, then all rows of the chunk pass over it."""
         config, window = self._config, self._config.window(layer)
         first = max(0, chunk.start + 1 - window) // kernels.TILE if window else 0
         layout = (config.num_layers, layer, config.num_kv_heads)

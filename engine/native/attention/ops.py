@@ -5,12 +5,15 @@ Two rooms implement it: torch_ops (any device) and numba_ops (float32 on a CPU).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from crossdock.engine.native.batch import Batch
 from crossdock.engine.native.kv_cache import KVCache
+from crossdock.engine.native.rope import rope_table
 from crossdock.model.config import ModelConfig
 
 
@@ -44,29 +47,23 @@ class StepOps(Protocol):
         """silu(gate) * up of [rows, 2 * intermediate] → [rows, intermediate]."""
 
 
-class Ops(Protocol):
-    """The operations of one model on one device; made once."""
-
-    def step(self, batch: Batch, kv: KVCache) -> StepOps:
-        """Those of one step: `batch` says which rows, positions and blocks."""
-
-
 def make_ops(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
     kv_dtype: torch.dtype | None = None,
-) -> Ops:
-    """Compiled kernels where they fit (CPU, float32), else those of torch.
+) -> Callable[[Batch, KVCache], StepOps]:
+    """What makes the operations of each step, for one model on one device: compiled kernels where
+    they fit (CPU, float32), else those of torch.
 
     `kv_dtype`: of the pool; where it is not `dtype`, attention converts what it reads."""
     if kv_dtype in (None, dtype) and _numba_fits(config, dtype, device):
-        from crossdock.engine.native.attention.numba_ops import NumbaOps
+        from crossdock.engine.native.attention.numba_ops import NumbaStep
 
-        return NumbaOps(config)
-    from crossdock.engine.native.attention.torch_ops import TorchOps
+        return partial(NumbaStep, config, rope_table(config).numpy())
+    from crossdock.engine.native.attention.torch_ops import TorchStep
 
-    return TorchOps(config, device)
+    return partial(TorchStep, config, rope_table(config, device))
 
 
 def _numba_fits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:

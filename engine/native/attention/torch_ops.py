@@ -8,32 +8,22 @@ from torch.nn import functional
 
 from crossdock.engine.native.batch import Batch
 from crossdock.engine.native.kv_cache import KVCache
-from crossdock.engine.native.rope import rope_table
 from crossdock.model.config import ModelConfig
 
 _KV = tuple[torch.Tensor, torch.Tensor]
 
 
-class TorchOps:
-    """Plain torch, for any device and type."""
-
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.rope = rope_table(config, device)
-
-    def step(self, batch: Batch, kv: KVCache) -> TorchStep:
-        return TorchStep(self, batch, kv)
-
-
 class TorchStep:
-    """Attention gathers the context of each sequence and runs SDPA: single rows (decode) in one
+    """See StepOps, for any device and type; `rope` is as rope_table gives it, on that device.
+
+    Attention gathers the context of each sequence and runs SDPA: single rows (decode) in one
     padded batch, longer chunks one by one."""
 
-    def __init__(self, ops: TorchOps, batch: Batch, kv: KVCache) -> None:
-        self._config, self._device, self._batch, self._kv = ops.config, ops.device, batch, kv
+    def __init__(self, config: ModelConfig, rope: torch.Tensor, batch: Batch, kv: KVCache) -> None:
+        self._config, self._device, self._batch, self._kv = config, rope.device, batch, kv
         self.token_ids = self._tensor(batch.token_ids)
         self.sampled = self._tensor(batch.sampled)
-        self._cos, self._sin = ops.rope[self._tensor(batch.positions)].unsqueeze(1).chunk(2, -1)
+        self._cos, self._sin = rope[self._tensor(batch.positions)].unsqueeze(1).chunk(2, -1)
         self._blocks, self._offsets = self._tensor(batch.blocks), self._tensor(batch.offsets)
         self._tables = self._tensor(batch.block_tables.astype(np.int64))
         single = batch.chunk_start[batch.chunk_length == 1]
@@ -167,15 +157,14 @@ class _Rows:
 
     def mask(self, window: int) -> torch.Tensor:
         """bool [rows, 1, 1, context]"""
-        seen = self._ages >= 0
-        if window:
-            seen &= self._ages < window
-        return seen[:, None, None, :]
+        return _seen(self._ages, window)[:, None, None, :]
 
 
 def _causal_mask(length: int, context: int, window: int, device: torch.device) -> torch.Tensor:
     """bool [length, context]: the last `length` positions of a context, each seeing its past."""
     positions = torch.arange(context - length, context, device=device)[:, None]
-    ages = positions - torch.arange(context, device=device)
-    seen = ages >= 0
-    return seen & (ages < window) if window else seen
+    return _seen(positions - torch.arange(context, device=device), window)
+
+
+def _seen(ages: torch.Tensor, window: int) -> torch.Tensor:
+    return (ages >= 0) & (ages < window) if window else ages >= 0

@@ -5,12 +5,13 @@ Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU fe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-from crossdock.engine.native.attention.ops import Ops
+from crossdock.engine.native.attention.ops import StepOps
 from crossdock.engine.native.batch import Batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.linear import Linear, make_linear
@@ -36,11 +37,11 @@ class LlamaModel:
         self,
         config: ModelConfig,
         weights: Weights,
-        ops: Ops,
+        step_ops: Callable[[Batch, KVCache], StepOps],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.config, self._ops = config, ops
+        self.config, self._step_ops = config, step_ops
         read = _Reader(config, weights, dtype, device)
         self._embedding = read.tensor("model.embed_tokens.weight")
         self._layers = [read.layer(index) for index in range(config.num_layers)]
@@ -53,7 +54,7 @@ class LlamaModel:
     def forward(self, batch: Batch, kv: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the KV of all rows. Logits of the sampled rows, float32 [N, vocab], and whether
         the KV of each row is finite, bool [T]."""
-        step = self._ops.step(batch, kv)
+        step = self._step_ops(batch, kv)
         hidden = functional.embedding(step.token_ids, self._embedding)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(step.norm(hidden, layer.input_norm))

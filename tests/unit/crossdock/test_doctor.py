@@ -187,7 +187,7 @@ def test_rounds_hold_every_pair_once_and_no_worker_twice(decodes: int, prefills:
 def test_growth_counts_new_sockets_and_says_nothing_where_nothing_is_known() -> None:
     before = traffic.Received(tcp={1: 100, 2: 50}, rdma=None)
     after = traffic.Received(tcp={1: 130, 3: 7}, rdma={"mlx5_0:1": 5})
-    assert traffic.growth(before, after) == traffic.Growth(tcp=37, rdma=None)
+    assert traffic.growth(before, after) == (37, None)
 
 
 # -- real workers ------------------------------------------------------------------------------

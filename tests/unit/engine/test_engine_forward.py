@@ -120,7 +120,7 @@ def test_mixed_batch(runner: ModelRunner, reference: torch.nn.Module) -> None:
     lengths = (90, 21, 64, 100, 3)
     one, two, three, four, five = (tables.sequence(tokens(n, vocab, seed=n)) for n in lengths)
     before = (Chunk(one, 0, 89, False), Chunk(two, 0, 20, False), Chunk(four, 0, 35, False))
-    assert runner.run(StepPlan(before)) == []
+    assert runner.run(StepPlan(before)) == [[], [], []]
     plan = StepPlan(
         (
             Chunk(one, 89, 1, True),
@@ -145,7 +145,7 @@ def test_greedy_tokens(runner: ModelRunner, reference: torch.nn.Module) -> None:
     sequences = [tables.sequence(tokens(n, vocab, seed=n), room=20) for n in (5, 31, 48)]
     plan = StepPlan(tuple(Chunk(s, 0, s.num_tokens, True) for s in sequences))
     for _ in range(20):
-        for sequence, token in zip(sequences, runner.run(plan)):
+        for sequence, (token,) in zip(sequences, runner.run(plan)):
             sequence.token_ids.append(token.token_id)
         plan = StepPlan(tuple(Chunk(s, s.num_tokens - 1, 1, True) for s in sequences))
     for sequence in sequences:

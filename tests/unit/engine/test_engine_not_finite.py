@@ -7,15 +7,16 @@ import json
 import pytest
 import torch
 from offline import LLM
-from ops_kit import CPU, config, plan
+from ops_kit import config, plan
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from crossdock.engine.native.attention import ops
-from crossdock.engine.native.attention.numba_ops import NumbaOps
-from crossdock.engine.native.attention.torch_ops import TorchOps
+from crossdock.engine.native.attention.numba_ops import NumbaStep
+from crossdock.engine.native.attention.torch_ops import TorchStep
 from crossdock.engine.native.batch import make_batch
 from crossdock.engine.native.kv_cache import KVCache
+from crossdock.engine.native.rope import rope_table
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 from crossdock.proto.errors import NotFinite
 from crossdock.proto.types import SamplingParams
@@ -68,7 +69,7 @@ def test_the_prompt_that_overflows_is_the_one_that_is_named(make) -> None:
     with pytest.raises(NotFinite) as caught:
         runner.run(StepPlan((good, bad)))
     assert caught.value.sequence_ids == {"bad"}
-    assert runner.run(StepPlan((good,))) == []
+    assert runner.run(StepPlan((good,))) == [[]]
 
 
 def test_a_sequence_never_goes_on_from_blocks_that_are_not_finite(make) -> None:
@@ -84,7 +85,7 @@ def test_a_sequence_never_goes_on_from_blocks_that_are_not_finite(make) -> None:
 
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("block_size", [1, 16, 128])
-@pytest.mark.parametrize("kind", [NumbaOps, TorchOps])
+@pytest.mark.parametrize("kind", [NumbaStep, TorchStep])
 def test_what_lies_behind_a_sequence_is_not_read(
     kind: type, block_size: int, window: int | None
 ) -> None:
@@ -105,8 +106,9 @@ def test_what_lies_behind_a_sequence_is_not_read(
                 block = chunk.sequence.block_table[position // block_size]
                 kv.data[block, :, :, :, position % block_size] = position % 7 - 3.0
         with torch.inference_mode():
-            step = kind(shape) if kind is NumbaOps else kind(shape, CPU)
-            step, mine = step.step(batch, kv), qkv.clone()
+            rope = rope_table(shape)
+            step = kind(shape, rope.numpy() if kind is NumbaStep else rope, batch, kv)
+            mine = qkv.clone()
             step.store(1, mine, None, None)
             results.append([step.attend(1, mine, False), step.attend(1, mine, True)])
     for clean, dirty in zip(*results):

@@ -6,12 +6,19 @@ import pytest
 import torch
 from ops_kit import CPU, config, plan, sequence
 
-from crossdock.engine.native.attention.numba_ops import NumbaOps
-from crossdock.engine.native.attention.ops import make_ops
-from crossdock.engine.native.attention.torch_ops import TorchOps
-from crossdock.engine.native.batch import make_batch
+from crossdock.engine.native.attention.numba_ops import NumbaStep
+from crossdock.engine.native.attention.ops import StepOps, make_ops
+from crossdock.engine.native.attention.torch_ops import TorchStep
+from crossdock.engine.native.batch import Batch, make_batch
 from crossdock.engine.native.kv_cache import KVCache
+from crossdock.engine.native.rope import rope_table
 from crossdock.engine.sequence import Chunk, StepPlan
+from crossdock.model.config import ModelConfig
+
+
+def both(shape: ModelConfig, batch: Batch, one: KVCache, other: KVCache) -> tuple[StepOps, StepOps]:
+    rope = rope_table(shape)
+    return NumbaStep(shape, rope.numpy(), batch, one), TorchStep(shape, rope, batch, other)
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -31,8 +38,8 @@ def test_attention_agrees(block_size: int, heads: tuple[int, int], window: int |
     kvs[1].data.copy_(kvs[0].data)
     results = []
     with torch.inference_mode():
-        for ops, kv in zip((NumbaOps(shape), TorchOps(shape, CPU)), kvs):
-            step, mine = ops.step(batch, kv), qkv.clone()
+        for step in both(shape, batch, *kvs):
+            mine = qkv.clone()
             step.store(1, mine, norms[0], norms[1])
             results.append((step.attend(1, mine, False), step.attend(1, mine, True)))
     assert torch.allclose(kvs[0].data, kvs[1].data, atol=1e-5)
@@ -51,9 +58,9 @@ def test_large_scores() -> None:
     qkv = torch.randn(batch.num_rows, 10 * 32, generator=torch.Generator().manual_seed(1)) * 12
     results = []
     with torch.inference_mode():
-        for ops in (NumbaOps(shape), TorchOps(shape, CPU)):
-            kv = KVCache(used, shape, 16, torch.float32)
-            step, mine = ops.step(batch, kv), qkv.clone()
+        kvs = [KVCache(used, shape, 16, torch.float32) for _ in range(2)]
+        for step in both(shape, batch, *kvs):
+            mine = qkv.clone()
             step.store(0, mine, None, None)
             results.append(step.attend(0, mine, False))
     assert results[0].isfinite().all()
@@ -68,16 +75,20 @@ def test_norm_and_swiglu_agree() -> None:
     gate_up = torch.randn(5, 74) * 40
     gate_up[0, :4] = torch.tensor([-1e4, 1e4, 0.0, -90.0])
     with torch.inference_mode():
-        numba, plain = (o.step(batch, kv) for o in (NumbaOps(shape), TorchOps(shape, CPU)))
+        numba, plain = both(shape, batch, kv, kv)
         assert torch.allclose(numba.norm(hidden, weight), plain.norm(hidden, weight), atol=1e-6)
         ours, theirs = numba.swiglu(gate_up), plain.swiglu(gate_up)
     assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
 def test_what_numba_cannot_do_goes_to_torch() -> None:
-    assert isinstance(make_ops(config(), torch.float32, CPU), NumbaOps)
-    assert isinstance(make_ops(config(head_dim=24), torch.float32, CPU), TorchOps)
-    assert isinstance(make_ops(config(), torch.bfloat16, CPU), TorchOps)
+    def made(shape: ModelConfig, dtype: torch.dtype) -> type:
+        batch = make_batch(StepPlan((Chunk(sequence(5, [0]), 0, 5, True),)), 16, 1)
+        return type(make_ops(shape, dtype, CPU)(batch, KVCache(1, shape, 16, dtype)))
+
+    assert made(config(), torch.float32) is NumbaStep
+    assert made(config(head_dim=24), torch.float32) is TorchStep
+    assert made(config(), torch.bfloat16) is TorchStep
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,25 @@ import pytest
 import torch
 
 from crossdock.engine.native.philox import philox4x32, uniform
-from crossdock.engine.native.sampler import SampleRow, sample
+from crossdock.engine.native.sampler import sample
+from crossdock.engine.sequence import Sequence
 from crossdock.proto.types import SamplingParams
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 VOCAB = 997  # odd on purpose: rows are not aligned to vector registers
 
 
-def row(position: int = 0, prompt=(), generated=(), eos=frozenset(), **params) -> SampleRow:
-    settings = SamplingParams(**params)
-    return SampleRow(settings, list(prompt), list(generated), position, frozenset(eos))
+class Row(Sequence):
+    """A sequence at any position, whatever tokens it has."""
+
+    num_tokens = 0
+
+
+def row(position: int = 0, prompt=(), generated=(), eos=frozenset(), **params) -> Row:
+    settings, ids = SamplingParams(**params), [*prompt, *generated]
+    made = Row("s", ids, len(prompt), settings, frozenset(eos))
+    made.num_tokens = position
+    return made
 
 
 def draw(logits: torch.Tensor, **params) -> int:

@@ -140,7 +140,7 @@ def test_another_clusters_key_is_refused_by_both(pair: tuple[Worker, Worker]) ->
     _, owner = pair
     with pytest.raises(TransferFailed, match="does not know this cluster's key"):
         Reader(owner, key=b"another cluster's")
-    stranger = Pool("nccl", cluster_key=b"another cluster's")
+    stranger = Pool("nccl", key=b"another cluster's")
     with pytest.raises(TransferFailed, match="does not know this cluster's key"):
         stranger.transport.add_peer(
             owner.incarnation, owner.transport.info(), NUM_BLOCKS, BLOCK_BYTES
@@ -195,4 +195,4 @@ def test_strangers_are_few_and_do_not_stay(
 
 def test_a_key_is_needed() -> None:
     with pytest.raises(TransferFailed, match="key"):
-        Pool("nccl", cluster_key=b"")
+        Pool("nccl", key=b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fake_transport import FakeNetwork, FakeTransport
+from transport_kit import held
 
 from crossdock.kvtransfer.memory import allocate_pages
 from crossdock.kvtransfer.offers import Offers, OfferSettings
@@ -107,7 +108,7 @@ def test_every_state_on_the_way_to_joined(pair: Pair) -> None:
     assert pair.decode.blocks[0].tolist() == [4] * BYTES
     assert pair.take_releases() == 1
     assert pair.freed == [3, 4]
-    assert (pair.puller.active, pair.puller.next_deadline()) == (0, None)
+    assert (len(pair.puller._pulls), pair.puller.next_deadline()) == (0, None)
 
 
 def test_a_block_rewritten_between_read_and_fence_never_joins(pair: Pair) -> None:
@@ -188,11 +189,11 @@ def test_a_cancelled_pull_keeps_its_blocks_until_the_read_is_over(pair: Pair) ->
     pair.start("s", [3], [0])
     assert pair.puller.cancel("s")
     assert pair.puller.poll() == []
-    assert pair.puller.held() == [[0]]
+    assert held(pair.puller) == [[0]]
     pair.network.deliver()
     assert pair.decode.blocks[0].any()  # it was written after the cancel, and nobody minded
     assert pair.only().error == "cancelled"
-    assert pair.puller.held() == []
+    assert held(pair.puller) == []
     assert pair.take_releases() == 1  # the prefill side need not wait for the lease's end
     assert not pair.puller.cancel("s")
 
@@ -206,11 +207,11 @@ def test_past_its_deadline_a_pull_has_failed_but_keeps_its_blocks(pair: Pair) ->
     assert pair.puller.poll() == []
     assert pair.puller.overdue() == ["s"]
     assert pair.puller.overdue() == []  # named once
-    assert pair.puller.held() == [[0]]
+    assert held(pair.puller) == [[0]]
     assert pair.puller.next_deadline() is None
     pair.network.deliver()
     assert pair.only().error == "deadline passed"
-    assert pair.puller.active == 0
+    assert len(pair.puller._pulls) == 0
 
 
 def test_pulls_beyond_the_limit_wait_and_time_out_in_the_queue() -> None:
@@ -281,7 +282,7 @@ def test_a_pull_that_cannot_be_is_refused(
     ticket = pair.offer([1, 2])
     with pytest.raises(TransferFailed, match=says):
         pair.puller.start("s", computed(ticket), remote, local, 100.0)
-    assert pair.puller.active == 0
+    assert len(pair.puller._pulls) == 0
 
 
 def test_one_pull_a_sequence(pair: Pair) -> None:

@@ -51,8 +51,7 @@ class Quick(ThreadedTransport):
         self._start()
 
     def read(self) -> Handle:
-        handle = Handle()
-        return self._submit(handle, lambda: self._finish(handle))
+        return self._submit(self._finish)
 
     def _open(self) -> None:
         pass

@@ -67,8 +67,8 @@ def test_evictions_snapshots_and_drops_are_followed(
             held[slot] = set()
     for chain in CHAINS:
         assert index.depths(chain) == brute_force(held, chain)
-    assert [index.blocks_of(slot) for slot in range(len(held))] == [len(h) for h in held]
-    assert len(index) == len(set().union(*held))
+    assert [index._held.get(slot, set()) for slot in range(len(held))] == held
+    assert index._holders.keys() == set().union(*held)
 
 
 def test_removing_what_was_never_held_changes_nothing() -> None:
