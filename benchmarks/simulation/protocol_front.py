@@ -296,7 +296,7 @@ class Front:
 
     def new_request(self, anyway: bool = False) -> None:
         rng, now = self.rng, self.clock.now
-        most, long, longest = (4, 0.5, 40) if self.tight else (5, 0.05, 24)
+        most, long, longest = (4, 0.5, 40) if self.tight else (4, 0.05, 24)
         if not anyway and len(self.clients) >= most:
             return
         shared = [11] * rng.choice([0, 8, 16])  # prefixes that caches can share

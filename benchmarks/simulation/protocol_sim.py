@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from protocol_front import GONE, HELLO, SOME, Front, Stream
+from protocol_schemes import blocks_reused, slow_reads, welcome
 from protocol_settle import LEASE_S, settle, settle_now
 from protocol_wire import MoodyNetwork, MoodyTransport, RememberingPool, Truth
 from protocol_worker import Calls, Host, StrictLoop
@@ -40,7 +41,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.loop import Turn
 
-STEPS = 40  # of a history, faults on
+STEPS = 28  # of a history, faults on
 
 
 class Seat:
@@ -75,6 +76,7 @@ class Simulation:
         self.workers: list[Worker] = []  # all processes that run, also those given up for lost
         self.paused: dict[Worker, None] = {}
         self.counter = 0
+        self.fine = self.rng.random() < 0.5  # small steps, and more of them
         self.tight = self.rng.random() < 0.3  # long answers, and little room for them
         self.touched: dict[Worker, None] = {}
         roles = [Role.PREFILL] * self.rng.choice([1, 2])
@@ -86,7 +88,7 @@ class Simulation:
         self.front = Front(self.rng, self.clock, self._see, self._resident, self.tight)
         self._members()
         self.actions = {
-            self._sweep: 80,
+            self._sweep: 0 if self.fine else 80,
             self._turn: 20,
             self._to_worker: 12,
             self.front.hear_any: 10,
@@ -100,14 +102,14 @@ class Simulation:
             self._renew: 4,
             self._beat: 2,
             self.front.client_leaves: 1,
-            self._decode_alone: 8 if self.tight else 1,
-            self._successor_first: 2,
-            self._kill: self.rng.choice([0.5, 1, 4]),
+            self._slow_reads: 8 if self.tight else 3,
+            self._blocks_reused: 3,
+            self.kill: self.rng.choice([0.5, 1, 4]),
             self._pause: self.rng.choice([1, 6]),
             self._resume: self.rng.choice([2, 8]),
             self._replace: 1,
             self._drain: 0.5,
-            self.front.stream_breaks: 1,
+            self.front.stream_breaks: self.rng.choice([0.5, 6]),
             self.front.gateway_dies: 0.5,
             self.front.silence: 0.5,
             self._peers_forgotten: self.rng.choice([0.5, 4]),
@@ -121,7 +123,9 @@ class Simulation:
         try:
             self._begin()
             actions, weights = list(self.actions), list(self.actions.values())
-            for action in self.rng.choices(actions, weights, k=self.steps):
+            for action in self.rng.choices(
+                actions, weights, k=self.steps * 3 if self.fine else self.steps
+            ):
                 self.log(action.__name__)
                 action()
                 self.check()
@@ -248,6 +252,12 @@ class Simulation:
         self.front.members = [seat.worker.host.endpoint for seat in self.seats]
         self.front.version += 1
 
+    def _slow_reads(self) -> None:
+        slow_reads(self)
+
+    def _blocks_reused(self) -> None:
+        blocks_reused(self)
+
     def _sweep(self) -> None:
         """Much of what can happen does, for some; a history would else be over before it began."""
         part, turns = self.rng.choice([0.4, 0.7, 0.9]), self.rng.choice([1, 2, 8])
@@ -292,46 +302,7 @@ class Simulation:
             assert not waited, "a wait for KV outlived its lease"
         return moved
 
-    def _work(self, worker: Worker, turns: int) -> None:
-        """It takes all that was sent to it and turns over, and what it says is heard."""
-        streams = [stream for stream in self.front.streams if stream.worker is worker]
-        for stream in streams:
-            while stream.inbox:
-                self.receive(stream)
-        for _ in range(turns):
-            if not self.turn_of(worker):
-                break
-        for stream in streams:
-            while stream.audible:
-                self.front.hear(stream)
-
-    def _decode_alone(self) -> None:
-        """A prompt comes in and gets one chunk; then decode workers go on, and nothing is read."""
-        able = [worker for worker in self.workers if worker not in self.paused]
-        decodes = [worker for worker in able if worker.host.config.role is Role.DECODE]
-        if not any(worker.role.load().running for worker in decodes):
-            return
-        self.network.hold()
-        self.front.new_request(anyway=True)
-        for worker in able:
-            if worker not in decodes:
-                self._work(worker, turns=1)
-        for worker in decodes:
-            self._work(worker, turns=40)
-
-    def _successor_first(self) -> None:
-        """A prefill worker dies, and before its readers come to read, its successor has computed
-        other prompts in the same blocks."""
-        prefills = [seat for seat in self.seats if seat.role is Role.PREFILL]
-        offering = [seat for seat in prefills if seat.worker.role.leases()]
-        if not offering:
-            return
-        seat = self.rng.choice(offering)
-        self._kill(seat, same=True)
-        self.front.new_request(anyway=True)
-        self._work(seat.worker, turns=16)
-
-    def _kill(self, seat: Seat | None = None, same: bool | None = None) -> None:
+    def kill(self, seat: Seat | None = None, same: bool | None = None) -> None:
         """SIGKILL, and a fresh process under the same name, mostly at the same address."""
         seat = seat or self.rng.choice(self.seats)
         address = seat.worker.role.state.address
@@ -340,22 +311,8 @@ class Simulation:
         seat.worker = self._worker(seat.role, seat.name, address if same else "")
         self._members()
         if self.rng.random() < 0.7:
-            self._welcome(seat.worker)
+            welcome(self, seat.worker)
         self._see("killed, back at the same address" if same else "killed")
-
-    def _welcome(self, worker: Worker) -> None:
-        """All gateways learn of it, and connect, at once."""
-        for gateway in self.front.gateways:
-            self.front.tell(gateway)
-            for wire in self.front.undialled(gateway):
-                if wire.link.endpoint == worker.host.endpoint:
-                    wire.dial()
-        streams = [stream for stream in self.front.streams if stream.worker is worker]
-        for stream in streams:
-            self.receive(stream)
-        self.turn_of(worker)
-        for stream in streams:
-            self.front.hear(stream)
 
     def _die(self, worker: Worker) -> None:
         self._count(worker)
@@ -405,19 +362,22 @@ class Simulation:
             worker.host.post(lambda role: setattr(role, "draining", False))
 
     def _advance(self) -> None:
-        self.clock.now += self.rng.choice([0.05, 0.1, 0.1, 1.0, 1.0, 5.0, 12.0, 31.0])
+        self.advance(self.rng.choice([0.05, 0.1, 0.1, 1.0, 1.0, 5.0, 12.0, 31.0, 90.0]))
+
+    def advance(self, seconds: float) -> None:
+        self.clock.now += seconds
         self.front.fire_due(everybody=True)
 
     # -- between workers -----------------------------------------------------------------------
 
     def _network(self) -> None:
         network, what = self.network, self.rng.random()
-        if what < 0.25:
+        if what < 0.4:
             network.hold()
-        elif what < 0.45:
+        elif what < 0.6:
             network.deliver_any()
         elif what < 0.75:
-            network.deliver(self.rng.choice([1, 2, None, None]))
+            network.deliver(self.rng.choice([1, 2, None]))
         elif what < 0.85:
             network.deliver_late()
         elif what < 0.92:
