@@ -38,9 +38,11 @@ from crossdock.proto.errors import CrossdockError, Overloaded, Unavailable
 HERE = Path(__file__).resolve().parent
 # A small pool: touching its pages is a quarter of a worker's start, and workers start often here.
 POOLS = """\
-  prefill: {role: prefill, replicas: 2, kv_memory_mb: 192, resources: {cpus: 1}}
-  decode:  {role: decode,  replicas: 2, kv_memory_mb: 192, resources: {cpus: 1}}
+  prefill: {{role: prefill, replicas: 2, kv_memory_mb: 192, resources: {{cpus: 1}}, {engine}}}
+  decode:  {{role: decode,  replicas: 2, kv_memory_mb: 192, resources: {{cpus: 1}}, {engine}}}
 """
+SIMULATED = """\
+engine: {kind: simulated, profile: {prefill_token_s: 2.0e-4, decode_s: 15.0e-3}}"""
 # Few candidates for the sampled ones: prompts computed in other chunks differ in the last bits, and
 # among thousands of almost equally likely tokens that would choose another now and then.
 SAMPLING: tuple[dict[str, Any], ...] = (
@@ -240,7 +242,9 @@ def own_cluster(options: argparse.Namespace) -> Iterator[tuple[Path, str, str]]:
             "CROSSDOCK_EVENT_LISTENER": "chaos_wire:reached",
             "CROSSDOCK_CHAOS": folder,
         }
-        yaml = spec(f"chaos-{os.getpid()}", POOLS, options.model)
+        simulated = options.model == "simulated"
+        pools = POOLS.format(engine=SIMULATED if simulated else "engine: {kind: native}")
+        yaml = spec(f"chaos-{os.getpid()}", pools, options.model)
         with running(yaml, verbose=options.verbose, env=env) as cluster:
             yield Path(folder), cluster.grpc, cluster.admin
 
@@ -260,7 +264,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--think-s", type=float, default=1.5, help="between two of a client's")
     made.add_argument("--limit-s", type=float, default=0.0, help="default: 1200 s a round")
     made.add_argument("--hang-s", type=float, default=60.0, help="without a token: it hangs")
-    made.add_argument("--model", default=DEFAULT_MODEL)
+    made.add_argument("--model", default=DEFAULT_MODEL, help="`simulated`: the engine too")
     made.add_argument("--target", default="", help="the gateway of a cluster that runs")
     made.add_argument("--admin", default="127.0.0.1:50050", help="and its controller")
     made.add_argument("--wire", default="", help="and its CROSSDOCK_CHAOS")

@@ -18,12 +18,13 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("smollm2")
 def test_no_fault_at_any_event_costs_a_token_a_request_or_a_block() -> None:
-    """What depends on the machine's speed is printed, not asserted."""
+    """What depends on the machine's speed is printed, not asserted. The engine is simulated, since
+    each of some hundred starts of a worker would load torch and a model; all else is real."""
     import chaos
 
-    outcome = chaos.run(chaos.parse(["--seed", "1", "--hang-s", "180"]))
+    options = ["--seed", "1", "--hang-s", "180", "--model", "simulated"]
+    outcome = chaos.run(chaos.parse(options))
     print(*outcome.lines(), *outcome.slow(), sep="\n")
     assert not outcome.failures(), "\n".join([*outcome.failures()[:20], *outcome.lines()])
 
