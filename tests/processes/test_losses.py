@@ -44,7 +44,8 @@ class Held:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         cluster.everywhere(pace_s=PACE_S)
-        cluster.workers["prefill-1"].ask(pace_s=0.5)
+        for worker in cluster.of("prefill"):  # whichever is chosen, prompts last
+            worker.ask(pace_s=0.25)
         cluster.workers["decode-1"].ask(reads=False)
 
     def wait(self) -> None:
