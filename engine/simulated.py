@@ -139,19 +139,20 @@ class SimulatedEngine(Engine):
         return self._kv[list(block_table)].reshape(-1)
 
     def tokens_of(self, chunk: Chunk) -> int:
-        """How many tokens this step draws after the chunk, as far as there is room for them."""
+        """How many tokens, maybe none, this step draws after the chunk where there is room."""
         return self.facts.tokens_per_step
 
     def _compute(self, chunk: Chunk) -> list[SampledToken]:
         sequence, end = chunk.sequence, chunk.end
         table, sampling = sequence.block_table, sequence.sampling
         self._write(table, chunk.start, sequence.token_ids[chunk.start : end])
-        if not chunk.sample:
+        count = self.tokens_of(chunk) if chunk.sample else 0
+        if not count:
             return []
         seen = int((self.kv_of(table)[:end] * weights(0, end)).sum(dtype=np.uint64))
         tokens = [draw(seen, end, sampling, self._drawn_ids)]
         room = len(table) * self._block_size
-        for position in range(end, min(end + self.tokens_of(chunk) - 1, room)):
+        for position in range(end, min(end + count - 1, room)):
             kv = self._write(table, position, [tokens[-1].token_id])
             seen = (seen + kv * int(weights(position, 1)[0])) & _MASK
             tokens.append(draw(seen, position + 1, sampling, self._drawn_ids))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from crossdock.proto.errors import (
     Overloaded,
     RequestTooLarge,
 )
+from crossdock.proto.settings import split_address
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import Delta, ResponseStream
@@ -64,7 +67,9 @@ class GrpcServer:
         try:
             bound = self._server.add_insecure_port(self.address)
         except RuntimeError as error:
-            raise ConfigError("gateway.grpc", f"{self.address}: {_bind_error(error)}") from error
+            raise ConfigError(
+                "gateway.grpc", f"{self.address}: {_bind_error(self.address)}"
+            ) from error
         self.address = f"{self.address.rpartition(':')[0]}:{bound}"
         await self.set_ready(False)
         await self._server.start()
@@ -239,6 +244,15 @@ async def _abort(context: Any, error: CrossdockError) -> None:
         )
 
 
-def _bind_error(error: RuntimeError) -> str:
-    text = str(error)
-    return "the port is in use" if "in use" in text.lower() or "bind" in text.lower() else text
+def _bind_error(address: str) -> str:
+    """Why gRPC cannot listen there: it does not say, so the system is asked again."""
+    host, port = split_address(address)
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
+        return f"port {port} is in use" if in_use else f"port {port}: {error.strerror}"
+    return f"gRPC cannot listen on port {port}"

@@ -173,3 +173,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert target[1:] in headings, target
         elif "://" not in target:
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_a_decision_stands_once() -> None:
+    text = (DOCS / "decisions.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^\*\*(.+?)\*\*", text, re.MULTILINE)
+    assert titles and len(titles) == len(set(titles))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections.abc import AsyncIterator
@@ -166,6 +167,21 @@ def test_the_context_ends_a_sequence_within_a_step() -> None:
         assert tokens == undisturbed([5] * length, 512 - length)
         d.check()
         assert d.role.idle and d.role.state.pool.num_used == 0
+
+
+def test_a_step_may_draw_nothing() -> None:
+    """A sequence whose step drew nothing runs its last token again; no token of it is lost."""
+    site = Site(tokens_per_step=2)
+    d = site.worker(Role.COLOCATED)
+    counts = itertools.chain([0, 0, 2, 0, 1], itertools.repeat(2))
+    d.runner.tokens_of = lambda chunk: next(counts)  # type: ignore[method-assign]
+    d.role.submit(job([5] * 8, max_tokens=6))
+    d.turn(12)
+    outputs = [list(output.token_ids) for output in d.take()]
+    assert [len(tokens) for tokens in outputs] == [2, 1, 2, 1]
+    assert [t for tokens in outputs for t in tokens] == undisturbed([5] * 8, 6)
+    chunks = [(chunk.start, chunk.length) for plan in d.runner.plans for chunk in plan.chunks]
+    assert chunks == [(0, 8), (7, 1), (7, 1), (9, 1), (9, 1), (10, 1), (12, 1)]
 
 
 def test_blocks_that_two_tokens_fill_are_hashed() -> None:

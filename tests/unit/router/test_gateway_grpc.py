@@ -334,6 +334,16 @@ async def test_a_port_in_use_is_named(rig: Rig, tiny_model: Path) -> None:
                 pass
 
 
+async def test_an_address_of_another_host_is_not_called_in_use(tiny_model: Path) -> None:
+    from crossdock.proto.errors import ConfigError
+
+    for kind in ("grpc", "http"):
+        address = "192.0.2.1:0"  # of documentation, and nobody's
+        with pytest.raises(ConfigError, match=rf"gateway.{kind}: {address}: .*(?i:cannot assign)"):
+            async with start_rig(tiny_model, prefills=0, decodes=0, **{kind: address}):
+                pass
+
+
 def test_the_gateway_needs_neither_torch_nor_ray() -> None:
     code = (
         "import sys, crossdock.router.gateway;"
