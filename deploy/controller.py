@@ -282,13 +282,15 @@ class Controller:
         """
         self.applied.check_change(spec)
         before = {target.pool: target.revision for target in targets(self.spec)}
+        changed = spec != self.spec
         self.applied.follow(spec, by)
         for target in targets(spec):
             if target.revision != before.get(target.pool):
                 losses = self._losses.get(target.pool, Losses())
                 self._losses[target.pool] = replace(losses, count=0, hopeless="")
         actions = self.plan(spec)
-        self._record(by, f"{len(actions)} actions due" if actions else "nothing to do")
+        if changed:  # who waits for a change asks for it again and again
+            self._record(by, f"{len(actions)} actions due" if actions else "nothing to do")
         self._wake.set()
         return actions
 

@@ -156,3 +156,21 @@ async def test_what_cannot_change_is_refused_and_nothing_happens(cluster, contro
     with pytest.raises(ConfigError, match=r"model\.id: cannot change from 'any' to 'another'"):
         controller.apply(other)
     assert controller.spec.model.id == "any" and controller.converged
+
+
+async def test_waiting_for_a_change_is_no_decision(cluster, controller, tmp_path, monkeypatch):
+    """`apply` asks again while it waits; the status keeps the decisions that were made."""
+    monkeypatch.setattr(admin, "PROGRESS_S", 0.05)
+    server, address = await serve_admin(controller, "127.0.0.1:0")
+    cluster.may_start.clear()
+    told: list[str] = []
+    scaling = asyncio.create_task(
+        asyncio.to_thread(admin.scale, "decode", 2, address, timeout_s=60, progress=told.append)
+    )
+    await until(lambda: told)
+    await asyncio.sleep(0.3)
+    cluster.may_start.set()
+    assert (await scaling).converged
+    by_scale = [d.reason for d in controller.decisions if d.action == "scale decode 2"]
+    assert by_scale == ["1 actions due"]
+    await server.stop(0)
