@@ -24,6 +24,7 @@ Progress = Callable[[str], None]
 DOWNLOAD_TIMEOUT_S = 1800.0
 SIMULATED = "simulated"
 NOWHERE = Path(os.devnull)  # a home that holds no model and keeps no digest
+INDEX = "model.safetensors.index.json"
 _MB = 1 << 20
 
 
@@ -118,12 +119,15 @@ def _gguf_files(model_id: str, path: Path, home: Path) -> ModelFiles:
 def _folder_files(folder: Path, home: Path) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: config.json is missing; is this a Hugging Face model folder?")
-    weights = weight_files(folder)
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in weights.values():
-        found |= _read_header(path)
-    files = ModelFiles(folder.name, folder, "hf", "")
-    return _checked(files, home, {**weights, "config.json": folder / "config.json"}, found)
+    weights, named = weight_files(folder), weight_map(folder)
+    found = {
+        tensor: about
+        for name, path in weights.items()
+        for tensor, about in _read_header(path).items()
+        if named.get(tensor, name) == name
+    }
+    others = {name: folder / name for name in ("config.json", INDEX) if (folder / name).is_file()}
+    return _checked(ModelFiles(folder.name, folder, "hf", ""), home, weights | others, found)
 
 
 def _checked(files: ModelFiles, home: Path, weights: Mapping[str, Path], *found: Any) -> ModelFiles:
@@ -140,22 +144,29 @@ def _records(home: Path) -> Path:
     return home / "digests"
 
 
+def weight_map(folder: Path) -> dict[str, str]:
+    """Which file the index names for each tensor, empty without one: a file may hold others of the
+    same name, that were replaced. Raises ModelError."""
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index}: no usable weight_map: {error}") from error
+    return {tensor: str(name) for tensor, name in named}
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """Those that the index names, else every .safetensors. Raises ModelError for a missing one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index}: no usable weight_map: {error}") from error
-        missing = sorted(str(name) for name in names if not (folder / str(name)).is_file())
-        if missing:
-            raise ModelError(f"{folder}: {missing[0]} is missing, {index.name} names it")
-        return {str(name): folder / str(name) for name in names}
-    weights = {path.name: path for path in folder.glob("*.safetensors")}
-    if not weights:
+    names = set(weight_map(folder).values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise ModelError(f"{folder}: {missing[0]} is missing, {INDEX} names it")
+    names = names or {path.name for path in folder.glob("*.safetensors")}
+    if not names:
         raise ModelError(f"{folder}: no .safetensors file")
-    return weights
+    return {name: folder / name for name in names}
 
 
 def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

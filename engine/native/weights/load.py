@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from crossdock.engine.native.weights.dequantize import dequantize
 from crossdock.model.config import ModelConfig
 from crossdock.model.gguf_file import GGUFFile, gguf_name, open_gguf
-from crossdock.model.store import ModelFiles, weight_files
+from crossdock.model.store import ModelFiles, weight_files, weight_map
 from crossdock.proto.errors import ModelError
 
 
@@ -40,12 +40,14 @@ class SafetensorsWeights:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._shards: dict[str, tuple[Path, safe_open]] = {}  # by the tensors that they hold
-        for _, path in sorted(weight_files(folder).items()):
+        named = weight_map(folder)
+        for name, path in sorted(weight_files(folder).items()):
             try:
                 shard = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path}: truncated or corrupt: {error}") from error
-            self._shards |= dict.fromkeys(shard.keys(), (path, shard))
+            tensors = [each for each in shard.keys() if named.get(each, name) == name]  # noqa: SIM118
+            self._shards |= dict.fromkeys(tensors, (path, shard))
 
     def read(self, name: str, out: torch.Tensor) -> None:
         """Copies a tensor into `out`, converting its type. Raises ModelError for another shape."""

@@ -19,7 +19,7 @@ from crossdock.engine.native.weights.dequantize import dequantize
 from crossdock.engine.native.weights.load import load_weights
 from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 from crossdock.model.config import load_config
-from crossdock.model.store import ModelFiles, resolve
+from crossdock.model.store import INDEX, ModelFiles, resolve
 from crossdock.proto.errors import ConfigError, ModelError
 from crossdock.proto.types import SamplingParams
 
@@ -257,6 +257,21 @@ def test_broken_index(tmp_path: Path, index: str) -> None:
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError, match=r"index\.json"):
         load_weights(files, load_config(files))
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_tensor_is_read_where_the_index_has_it(tmp_path: Path, factor: int) -> None:
+    """Another shard may still hold what was replaced, also in another shape."""
+    folder = make_tiny_model(tmp_path / "sharded", shards=2)
+    index, (first, last) = folder / INDEX, sorted(folder.glob("*.safetensors"))
+    name, right = next((n, t) for n, t in sorted(load_file(first).items()) if t.dim() == 1)
+    save_file(load_file(last) | {name: torch.full((factor * len(right),), 7.0)}, last)
+    files = resolve(str(folder))
+    out = torch.empty(len(right))
+    load_weights(files, load_config(files)).read(name, out)
+    assert torch.equal(out, right)
+    index.write_text(index.read_text() + " ")
+    assert resolve(str(folder)).digest != files.digest  # of what says which tensors are read
 
 
 @pytest.mark.parametrize("keep", [10, 200, 5000, -1])
