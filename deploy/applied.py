@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 Change: TypeAlias = Callable[[ClusterSpec], ClusterSpec]
 
 FIXED_FIELDS = (
-    *("metadata.name", "model.id", "model.dtype", "kv.block_size", "kv.transport"),
+    *("metadata.name", "model.id", "model.dtype", "kv.dtype", "kv.block_size", "kv.transport"),
     *("controller.grpc", "ray.address", "ray.object_store_mb"),
 )
 

@@ -107,7 +107,10 @@ class World:
         assert not list(SHM.glob(f"crossdock-{os.getpid()}-*"))
 
 
-@pytest.fixture(scope="module", params=["fake", "local", "nixl", "nccl"])
+NIXL = pytest.param("nixl", marks=pytest.mark.slow)  # its processes take seconds to load it
+
+
+@pytest.fixture(scope="module", params=["fake", "local", NIXL, "nccl"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     world = World(request.param)
     yield world

@@ -111,6 +111,7 @@ def vram_hand_off(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_vram_hand_off_says_so_and_is_no_failure() -> None:
     ended = vram_hand_off()
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -91,6 +91,7 @@ def wait_until_serving(target: str) -> None:
         next(each for each in watch if each.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", examples(API), ids=lambda each: f"api.md:{each.line}")
 def test_an_example_runs_as_printed(example: Example, gateway: Served) -> None:
     if example.needs == "curl" and shutil.which("curl") is None:

@@ -155,6 +155,9 @@ async def test_what_cannot_change_is_refused_and_nothing_happens(cluster, contro
     other = replace(controller.spec, model=replace(controller.spec.model, id="another"))
     with pytest.raises(ConfigError, match=r"model\.id: cannot change from 'any' to 'another'"):
         controller.apply(other)
+    other = replace(controller.spec, kv=replace(controller.spec.kv, dtype="bfloat16"))
+    with pytest.raises(ConfigError, match=r"kv\.dtype: cannot change from 'auto' to 'bfloat16'"):
+        controller.apply(other)
     assert controller.spec.model.id == "any" and controller.converged
 
 

@@ -115,6 +115,7 @@ def reference(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return p
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [

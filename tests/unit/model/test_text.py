@@ -114,6 +114,7 @@ def test_gguf_facts_and_time(smol, smollm2):
     assert time.process_time() - start < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_folder_ids_equal_transformers(tiny, tiny_reference, text):
     ids = tiny.encode(text)
