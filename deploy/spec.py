@@ -156,6 +156,11 @@ class PoolSpec:
         """CPU threads of each worker's engine: as many as it reserves, at least 1."""
         return self.threads or max(1, int(self.resources.cpus))
 
+    @property
+    def hands_over(self) -> bool:
+        """Whether its workers hand KV over to those of another pool, or take it from them."""
+        return self.role != Role.COLOCATED
+
 
 @dataclass(frozen=True)
 class KVSpec:
@@ -315,7 +320,7 @@ def _check_engines(spec: ClusterSpec) -> None:
     first: dict[str, str] = {}  # kind -> pool
     for name, pool in spec.pools.items():
         kind, path = pool.engine.kind, f"pools.{name}.engine.kind"
-        if pool.role != Role.COLOCATED:
+        if pool.hands_over:
             first.setdefault(kind, name)
         if len(first) > 1:
             other, of_other = next(iter(first.items()))

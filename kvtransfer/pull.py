@@ -231,6 +231,8 @@ class Puller:
 
     def _begin_reads(self) -> None:
         """Posts what can be read now, oldest first, as far as there are turns."""
+        if not self._pulls:
+            return
         # Given-up reads are not counted: a peer that hangs must not take the turns of the others.
         reading = Counter(
             pull.ticket.incarnation

@@ -8,6 +8,7 @@ import os
 import selectors
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -52,7 +53,7 @@ T = TypeVar("T")
 P = TypeVar("P", bound=Peer)
 
 
-class ThreadedTransport(Generic[P]):
+class ThreadedTransport(ABC, Generic[P]):
     """Runs commands of other threads, then `_progress`, then sleeps as long as that allows.
 
     A subclass implements `info` and the hooks at the end, which run on the transport's thread
@@ -327,44 +328,47 @@ class ThreadedTransport(Generic[P]):
 
     # What a subclass does.
 
+    @abstractmethod
     def _open(self) -> None:
-        raise NotImplementedError
+        """Opens the library: from here on its calls are this thread's."""
 
+    @abstractmethod
     def _described(self, incarnation: bytes, info: bytes) -> P:
         """The peer as its `info` describes it, on the caller's thread. Raises TransferFailed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _add(self, peer: P) -> None:
         """Makes its pool readable, or raises TransferFailed."""
-        raise NotImplementedError
 
     def _check_peer(self, peer: P) -> None:
         """Raises TransferFailed for a known peer that is lost."""
 
+    @abstractmethod
     def _settle_peer(self, peer: P) -> None:
         """Forgets a peer that is removed as soon as nothing is under way with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, handle: Handle, peer: P, runs: Runs) -> None:
         """Begins what ends with `_end_read` or `_fail`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fence(self, handle: Handle, peer: P, remote_ids: Sequence[int], notify: bytes) -> None:
         """Begins what ends with `_end_fence` or `_fail`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _progress(self) -> float | None:
         """Moves everything along; returns how long the thread may sleep (None: until woken)."""
-        raise NotImplementedError
 
     def _readable(self, key: selectors.SelectorKey) -> None:
         """A descriptor that the subclass registered has something."""
 
+    @abstractmethod
     def _in_flight(self) -> int:
-        raise NotImplementedError
+        """How many transfers are not terminal."""
 
+    @abstractmethod
     def _shut(self) -> None:
-        raise NotImplementedError
+        """Gives back what the library holds."""
 
 
 def wait_for(handle: Handle, timeout_s: float, what: str) -> float:

@@ -73,13 +73,11 @@ class Gateways:
 
     def publish(self, turn: Turn) -> None:
         """Spreads what one engine turn made over the streams."""
+        events = block_events(turn.first_event, turn.events) if turn.events else None
         for owner, stream in self._streams.items():
             outputs = turn.outputs.get(owner, [])
-            if stream.has_snapshot and (outputs or turn.events or turn.load):
-                frame = pb.WorkerFrame(outputs=outputs, load=turn.load)
-                if turn.events:
-                    frame.block_events.CopyFrom(block_events(turn.first_event, turn.events))
-                stream.send(frame)
+            if stream.has_snapshot and (outputs or events or turn.load):
+                stream.send(pb.WorkerFrame(outputs=outputs, load=turn.load, block_events=events))
 
     def close(self) -> None:
         for stream in self._streams.values():

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -79,7 +80,7 @@ class Pool:
         self._free()
 
 
-class Peer:
+class Peer(ABC):
     """What the tests ask of a peer, whatever process it lives in."""
 
     incarnation: bytes
@@ -100,19 +101,21 @@ class Peer:
             lease_s=lease_s,
         )
 
+    @abstractmethod
     def change_owner(self, block_id: int) -> None:
-        raise NotImplementedError
+        """Raises the block's generation and overwrites it, as a new owner would."""
 
+    @abstractmethod
     def reset(self) -> None:
         """Every block as in the beginning."""
-        raise NotImplementedError
 
+    @abstractmethod
     def releases(self, *tickets: Ticket) -> bool:
         """Waits until all of them were released; False after WAIT_S."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kill(self) -> None:
-        raise NotImplementedError
+        """Ends its process, or what stands for one, at once."""
 
 
 class FakePeer(Peer):

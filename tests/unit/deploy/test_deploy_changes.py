@@ -158,6 +158,12 @@ async def test_what_cannot_change_is_refused_and_nothing_happens(cluster, contro
     other = replace(controller.spec, kv=replace(controller.spec.kv, dtype="bfloat16"))
     with pytest.raises(ConfigError, match=r"kv\.dtype: cannot change from 'auto' to 'bfloat16'"):
         controller.apply(other)
+    simulated = {
+        name: replace(pool, engine=replace(pool.engine, kind="simulated"))
+        for name, pool in controller.spec.pools.items()
+    }
+    with pytest.raises(ConfigError, match=r"engine\.kind: cannot change from 'native' to 'simul"):
+        controller.apply(replace(controller.spec, pools=simulated))
     assert controller.spec.model.id == "any" and controller.converged
 
 
