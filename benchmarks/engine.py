@@ -20,7 +20,7 @@ import torch
 from crossdock.deploy.home import crossdock_home
 from crossdock.engine.native.linear import Linear, make_linear
 from crossdock.engine.native.runner import ModelRunner
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.model.config import ModelConfig
 from crossdock.model.store import resolve
 from crossdock.proto.types import SamplingParams

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from crossdock.deploy.home import crossdock_home
 from crossdock.engine.native.runner import ModelRunner
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.model.store import resolve
 from crossdock.proto.types import SamplingParams
 

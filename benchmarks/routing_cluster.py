@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from crossdock.engine import block_tables
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Sequence, StepPlan
+from crossdock.kvcache import block_tables
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import Sequence, StepPlan
 from crossdock.prefill.scheduler import PrefillScheduler
 from crossdock.proto.errors import Overloaded
 from crossdock.proto.types import Role, SamplingParams

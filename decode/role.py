@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import count
 
 from crossdock.decode.scheduler import DecodeScheduler
-from crossdock.engine.sequence import Chunk, Finish, SampledToken, Sequence, StepPlan, take_tokens
+from crossdock.kvcache.sequence import Chunk, Finish, SampledToken, Sequence, StepPlan, take_tokens
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.v1 import worker_pb2 as pb

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from crossdock.engine import block_tables
-from crossdock.engine.block_pool import BlockPool, OutOfBlocks
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache import block_tables
+from crossdock.kvcache.block_pool import BlockPool, OutOfBlocks
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.worker.scheduler import Scheduler, order
 
 PROMPT_SHARE = 4  # prompts get at least this part (1/4) of a step's token budget

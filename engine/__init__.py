@@ -1,1 +1,1 @@
-"""One model replica: the contract that workers drive, the block pool, and the engines."""
+"""One model replica: the contract that workers drive, and the engines."""

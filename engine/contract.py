@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.kvcache.sequence import SampledToken, StepPlan
 from crossdock.model.store import NOWHERE
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import Generations, PoolMemory

@@ -27,7 +27,7 @@ from crossdock.engine.contract import (
     EngineFacts,
     EngineSettings,
 )
-from crossdock.engine.sequence import Chunk, SampledToken, StepPlan
+from crossdock.kvcache.sequence import Chunk, SampledToken, StepPlan
 from crossdock.model.config import load_config
 from crossdock.model.store import resolve
 from crossdock.proto.errors import ConfigError

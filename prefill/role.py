@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from crossdock.engine import block_tables
-from crossdock.engine.block_tables import blocks_for
-from crossdock.engine.sequence import SampledToken, StepPlan, take_tokens
+from crossdock.kvcache import block_tables
+from crossdock.kvcache.block_tables import blocks_for
+from crossdock.kvcache.sequence import SampledToken, StepPlan, take_tokens
 from crossdock.kvtransfer.checksum import checksums
 from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.prefill.scheduler import PrefillScheduler

@@ -10,9 +10,9 @@ chunk is planned, not when it arrives, so it finds what the prompts before it ha
 
 from __future__ import annotations
 
-from crossdock.engine import block_tables
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache import block_tables
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.worker.scheduler import Scheduler
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from crossdock.engine.sequence import Sequence
+from crossdock.kvcache.sequence import Sequence
 from crossdock.proto import events
 from crossdock.proto.convert import sampling_from_pb
 from crossdock.proto.errors import InvalidRequest

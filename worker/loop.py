@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from crossdock.engine.contract import Engine
-from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.kvcache.sequence import SampledToken, StepPlan
 from crossdock.proto.errors import CrossdockError, NotFinite
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.role import WorkerRole

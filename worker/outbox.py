@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from crossdock.engine.sequence import SampledToken
+from crossdock.kvcache.sequence import SampledToken
 from crossdock.proto.convert import FINISH_TO_PB
 from crossdock.proto.types import FinishReason
 from crossdock.proto.v1 import inference_pb2

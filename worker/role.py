@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import SampledToken, StepPlan
 from crossdock.kvtransfer.transport import Transport
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.memory import PoolMemory

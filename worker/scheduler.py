@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import insort
 
-from crossdock.engine import block_tables
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Chunk, Sequence
+from crossdock.kvcache import block_tables
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import Chunk, Sequence
 
 
 class Scheduler(ABC):

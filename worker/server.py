@@ -14,9 +14,9 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.engine.block_pool import BlockPool, IntegrityError
 from crossdock.engine.registry import create as create_engine
 from crossdock.engine.registry import memory_type
+from crossdock.kvcache.block_pool import BlockPool, IntegrityError
 from crossdock.kvtransfer.checksum import check_available
 from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.registry import allocate, create_transport

@@ -11,9 +11,9 @@ from protocol_sim import Simulation, Violation
 from protocol_wire import MoodyNetwork, MoodyTransport
 
 from crossdock.decode.role import DecodeRole
-from crossdock.engine import block_tables
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Sequence
+from crossdock.kvcache import block_tables
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import Sequence
 from crossdock.kvtransfer import pull
 from crossdock.kvtransfer.offers import Exit, Offers
 from crossdock.kvtransfer.pull import Puller

@@ -14,9 +14,9 @@ import numpy as np
 from fake_transport import FakeNetwork, FakeTransport
 from roles_kit import Worker
 
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Sequence as Continuation
 from crossdock.engine.simulated import kv_of_tokens
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import Sequence as Continuation
 from crossdock.kvtransfer.transport import Handle, HandleState
 from crossdock.proto.v1 import worker_pb2
 

@@ -16,9 +16,7 @@ import numpy as np
 from fake_transport import FakeNetwork, FakeTransport
 
 from crossdock.decode.role import DecodeRole
-from crossdock.engine.block_pool import BlockPool
 from crossdock.engine.contract import EngineFacts
-from crossdock.engine.sequence import SampledToken, StepPlan
 from crossdock.engine.simulated import (
     POSITION_BYTES,
     Profile,
@@ -26,6 +24,8 @@ from crossdock.engine.simulated import (
     drawn,
     weights,
 )
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import SampledToken, StepPlan
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory
 from crossdock.prefill.role import PrefillRole

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crossdock.engine.sequence import StepPlan
+from crossdock.kvcache.sequence import StepPlan
 
 
 @dataclass(frozen=True)

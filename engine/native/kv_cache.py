@@ -1,4 +1,4 @@
-"""The memory of the KV pool. Which block belongs to whom is block_pool.py's business."""
+"""The memory of the KV pool. Which block belongs to whom is kvcache/block_pool.py's business."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.models.llama import LlamaModel
 from crossdock.engine.native.sampler import sample
 from crossdock.engine.native.weights.load import load_weights
-from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, SampledToken, Sequence, StepPlan
 from crossdock.model.config import ModelConfig, load_config
 from crossdock.proto.errors import ConfigError, NotFinite
 from crossdock.proto.memory import PoolMemory

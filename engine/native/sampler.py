@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossdock.engine.native.philox import uniform
-from crossdock.engine.sequence import SampledToken, Sequence
+from crossdock.kvcache.sequence import SampledToken, Sequence
 from crossdock.proto.types import SamplingParams
 
 _LOWEST = torch.finfo(torch.float32).min

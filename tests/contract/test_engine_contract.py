@@ -18,8 +18,8 @@ from crossdock.deploy.runtime import worker_launch
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine import registry
 from crossdock.engine.contract import Engine, EngineConfig
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
 from crossdock.engine.simulated import Profile, draw, kv_of_tokens, weights
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.kvtransfer.layout import check_layouts, layout_hash
 from crossdock.proto.errors import ConfigError, LayoutMismatch
 from crossdock.proto.types import Role, SamplingParams

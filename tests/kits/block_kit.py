@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.engine.block_pool import BlockPool
+from crossdock.kvcache.block_pool import BlockPool
 from crossdock.proto.hashing import BlockHasher
 
 BLOCK = 4

@@ -8,10 +8,10 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from crossdock.deploy.home import crossdock_home
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.block_tables import attach_prefix, blocks_for, grow, release, seal_full
 from crossdock.engine.native.runner import ModelRunner
-from crossdock.engine.sequence import Chunk, SampledToken, Sequence, StepPlan, finish_of
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.block_tables import attach_prefix, blocks_for, grow, release, seal_full
+from crossdock.kvcache.sequence import Chunk, SampledToken, Sequence, StepPlan, finish_of
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text

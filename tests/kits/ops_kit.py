@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.model.config import ModelConfig
 from crossdock.proto.types import SamplingParams
 

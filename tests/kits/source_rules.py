@@ -9,8 +9,8 @@ from pathlib import Path
 from crossdock.proto.v1 import admin_pb2, inference_pb2, worker_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("crossdock", "proto", "engine", "kvtransfer", "worker", "prefill", "decode", "router")
-ROOMS += ("deploy",)
+ROOMS = ("crossdock", "proto", "kvcache", "engine", "kvtransfer", "worker", "prefill")
+ROOMS += ("decode", "router", "deploy")
 THAT_WAIT = {"wait", "join", "result", "get", "acquire", "recv", "communicate", "gone", "read"}
 PROCESSES = {"run", "check_call", "check_output"}  # of subprocess
 RPCS = {

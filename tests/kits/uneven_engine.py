@@ -9,7 +9,7 @@ from itertools import cycle
 
 from crossdock.engine import simulated
 from crossdock.engine.contract import Allocate, EngineConfig
-from crossdock.engine.sequence import Chunk
+from crossdock.kvcache.sequence import Chunk
 
 Settings = simulated.Settings
 

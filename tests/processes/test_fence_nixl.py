@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
-from crossdock.engine.block_pool import BlockPool
+from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.kvtransfer.registry import allocate, create_transport

@@ -10,7 +10,8 @@ from pathlib import Path
 LEAST = 0.90
 ROOMS = (
     "crossdock",
-    *("proto", "model", "kvtransfer", "engine", "worker", "prefill", "decode", "deploy", "router"),
+    *("proto", "model", "kvcache", "kvtransfer", "engine", "worker"),
+    *("prefill", "decode", "deploy", "router"),
 )
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

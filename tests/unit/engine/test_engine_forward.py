@@ -10,7 +10,7 @@ import torch
 from tiny import make_tiny_model
 
 from crossdock.engine.native.runner import ModelRunner
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.model.store import resolve
 from crossdock.proto.types import SamplingParams
 

@@ -17,7 +17,7 @@ from crossdock.engine.native.attention.torch_ops import TorchStep
 from crossdock.engine.native.batch import make_batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.rope import rope_table
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.proto.errors import NotFinite
 from crossdock.proto.types import SamplingParams
 

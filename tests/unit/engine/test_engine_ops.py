@@ -12,7 +12,7 @@ from crossdock.engine.native.attention.torch_ops import TorchStep
 from crossdock.engine.native.batch import Batch, make_batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.rope import rope_table
-from crossdock.engine.sequence import Chunk, StepPlan
+from crossdock.kvcache.sequence import Chunk, StepPlan
 from crossdock.model.config import ModelConfig
 
 

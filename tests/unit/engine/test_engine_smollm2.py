@@ -11,7 +11,7 @@ import torch
 from offline import LLM
 
 from crossdock.engine.native.weights.load import gguf_name
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.proto.types import FinishReason, SamplingParams
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 
 from crossdock.engine.native.philox import philox4x32, uniform
 from crossdock.engine.native.sampler import sample
-from crossdock.engine.sequence import Sequence
+from crossdock.kvcache.sequence import Sequence
 from crossdock.proto.types import SamplingParams
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -8,7 +8,7 @@ import pytest
 from handoff_kit import PROMPT, all_free, tokens_of
 from roles_kit import Site, job, undisturbed
 
-from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.kvcache.sequence import SampledToken, StepPlan
 from crossdock.proto.errors import CrossdockError, NotFinite
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2

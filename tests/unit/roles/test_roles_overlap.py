@@ -6,7 +6,7 @@ import pytest
 from handoff_kit import PROMPT, all_free, hand_off, pair, prefill, tokens_of
 from roles_kit import Site, Worker, job, undisturbed
 
-from crossdock.engine.sequence import SampledToken, StepPlan
+from crossdock.kvcache.sequence import SampledToken, StepPlan
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.worker.job import Job

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock.decode.scheduler import DecodeScheduler
-from crossdock.engine import block_tables
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Sequence, StepPlan, finish_of
+from crossdock.kvcache import block_tables
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import Sequence, StepPlan, finish_of
 from crossdock.prefill.scheduler import PrefillScheduler
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import FinishReason, SamplingParams

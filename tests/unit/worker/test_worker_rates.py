@@ -7,7 +7,7 @@ import random
 import pytest
 from roles_kit import Site, job
 
-from crossdock.engine.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.worker import loop as engine_loop
 from crossdock.worker.rates import StepFit

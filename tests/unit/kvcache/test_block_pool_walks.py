@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from crossdock.engine.block_pool import BlockPool, OutOfBlocks
+from crossdock.kvcache.block_pool import BlockPool, OutOfBlocks
 
 
 class Replay:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from crossdock.engine.free_runs import FreeRuns
+from crossdock.kvcache.free_runs import FreeRuns
 from crossdock.proto.errors import Overloaded
 
 BlockEvent = tuple[bool, bytes]  # (stored, else removed; block hash)

@@ -1,4 +1,4 @@
-"""The nouns of the engine: what is being generated and what one step does. Imports no torch."""
+"""What is being generated, and what one engine step computes of it. Imports no torch."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from block_kit import BLOCK, fill, names, stored
 
-from crossdock.engine.block_pool import BlockPool, IntegrityError, OutOfBlocks
-from crossdock.engine.free_runs import FreeRuns
+from crossdock.kvcache.block_pool import BlockPool, IntegrityError, OutOfBlocks
+from crossdock.kvcache.free_runs import FreeRuns
 
 
 def runs_of(ids: list[int]) -> int:

@@ -6,8 +6,8 @@ A sequence owns one reference on each block of its table, from `attach_prefix` o
 
 from __future__ import annotations
 
-from crossdock.engine.block_pool import BlockPool
-from crossdock.engine.sequence import Sequence
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import Sequence
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -1,0 +1,1 @@
+"""Sequences and who owns their KV blocks: pool, tables, prefix cache. Imports no torch."""
