@@ -155,7 +155,7 @@ class PrefillWorker:
         self.load = self._measured() | {
             "waiting": scheduler.waiting, "running": scheduler.running,
             "queued_tokens": scheduler.queued_tokens, "free_blocks": pool.num_free,
-            "cached_blocks": pool.num_cached, "total_blocks": pool.num_blocks,
+            "cached_blocks": pool.num_evictable, "total_blocks": pool.num_blocks,
         }  # fmt: skip
         self._tell(events)
 

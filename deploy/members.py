@@ -130,7 +130,7 @@ class Watched(Member):
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            return None  # gRPC's word for a channel that was closed meanwhile: the worker is lost
+            return None  # gRPC's way to end calls of a closed channel: the worker is lost
         return answer
 
     async def _start(self) -> None:

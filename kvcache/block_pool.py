@@ -1,15 +1,15 @@
 """Who owns each KV block, what it holds, and when it may be used again. Imports no torch.
 
-    free ──allocate──> used (references > 0) ──release, named──> cached ──evicted──> free
-      ^                  │        ^                                │
-      └─release, unnamed─┘        └────────acquire_prefix──────────┘
+    free ──allocate──> used (references > 0) ──release, cached──> evictable ──evicted──> free
+      ^                  │        ^                                   │
+      └─release, others──┘        └──────────acquire_prefix───────────┘
 
-A full block is hashed (`seal`): the chained hash of its tokens and everything before them. A
-name is held by one block, and it prefers a block in use: when its holder is no longer used while
-another used block has the same content, the name moves there and the old holder becomes free.
+A full block is hashed (`seal`): the chained hash of its tokens and everything before them. Of the
+blocks with one hash one is cached, a used one if there is any: when it is no longer used while
+another used block has the same hash, that one is cached instead and the first becomes free.
 
-Presence is monotone: a name is in the pool only while its parent's is. So blocks are evicted
-leaves first, the least recently used leaf first.
+Presence is monotone: a block is cached only while its parent is. So blocks are evicted leaves
+first, the least recently used leaf first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BlockEvent = tuple[bool, bytes]  # (stored, else removed; block hash)
 
 
 class OutOfBlocks(Overloaded):
-    """More blocks were asked for than are free or cached. Nothing was taken."""
+    """More blocks were asked for than are free or evictable. Nothing was taken."""
 
 
 class IntegrityError(AssertionError):
@@ -64,13 +64,13 @@ class BlockPool:
         self.prefix_cache = prefix_cache
         self._free = FreeRuns(num_blocks)
         self._references = [0] * num_blocks
-        self._num_cached = 0
-        # Names. A block in use may have the name of what it holds without holding the name.
-        self._name: list[bytes | None] = [None] * num_blocks
-        self._holder: dict[bytes, int] = {}  # parents before children
-        self._twins: dict[bytes, list[int]] = {}  # used blocks with a name that another holds
+        self._num_evictable = 0
+        # By block hash. A used block may be hashed without being the one that is cached.
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._cached: dict[bytes, int] = {}  # parents before children
+        self._twins: dict[bytes, list[int]] = {}  # used blocks with the hash of a cached one
         self._parent: dict[bytes, bytes | None] = {}
-        self._children: dict[bytes, set[bytes]] = {}  # only of names that have some
+        self._children: dict[bytes, set[bytes]] = {}  # only of hashes that have some
         # Eviction order: (time of last use, id), with stale entries skipped when they come up.
         self._leaves: list[tuple[int, int]] = []
         self._last_use = [0] * num_blocks
@@ -87,70 +87,70 @@ class BlockPool:
         return len(self._free)
 
     @property
-    def num_cached(self) -> int:
-        """Named blocks that nobody uses: hits for a later prefix, evicted when room is needed."""
-        return self._num_cached
+    def num_evictable(self) -> int:
+        """Cached blocks that nobody uses: hits for a later prefix, evicted when room is needed."""
+        return self._num_evictable
 
     @property
     def num_used(self) -> int:
         """Blocks with at least one reference."""
-        return self.num_blocks - len(self._free) - self._num_cached
+        return self.num_blocks - len(self._free) - self._num_evictable
 
     @property
     def num_available(self) -> int:
         """How many blocks `allocate` can give."""
-        return len(self._free) + self._num_cached
+        return len(self._free) + self._num_evictable
 
     # -- prefix cache --------------------------------------------------------------------------
 
     def peek_prefix(self, hashes: Sequence[bytes]) -> int:
         """Number of leading blocks that `acquire_prefix` would find. Changes nothing."""
-        # By bisection: no name outlives its parent's.
-        return bisect_left(hashes, True, key=lambda name: name not in self._holder)
+        # By bisection: no block is cached for longer than its parent.
+        return bisect_left(hashes, True, key=lambda block_hash: block_hash not in self._cached)
 
     def fits(self, hashes: Sequence[bytes], num_blocks: int) -> bool:
         """Whether so many blocks, the cached prefix of `hashes` among them, can be had now.
         Changes nothing."""
-        hits = [self._holder[name] for name in hashes[: self.peek_prefix(hashes)]]
+        hits = [self._cached[block_hash] for block_hash in hashes[: self.peek_prefix(hashes)]]
         unused = sum(self._references[block] == 0 for block in hits)
         return num_blocks - len(hits) <= self.num_available - unused
 
     def acquire_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest cached prefix; the caller gets one reference on each."""
         blocks: list[int] = []
-        for name in hashes:
-            block = self._holder.get(name)
+        for block_hash in hashes:
+            block = self._cached.get(block_hash)
             if block is None:
                 break
             if self._references[block] == 0:
-                self._num_cached -= 1
+                self._num_evictable -= 1
             self._references[block] += 1
             blocks.append(block)
         return blocks
 
     def seal(self, block_id: int, block_hash: bytes, parent_hash: bytes | None) -> None:
-        """Names a full block of the caller's. `parent_hash` is None for the first of a chain. The
-        block stays unnamed while a block in use holds the name already, and for good when its
-        parent is not in the pool."""
+        """Hashes a full block of the caller's. `parent_hash` is None for the first of a chain. The
+        block is not cached while a used block with its hash is, and never when its parent is not
+        cached."""
         if self._references[block_id] == 0:
             raise IntegrityError(f"block {block_id} is sealed but not in use")
-        if not self.prefix_cache or self._name[block_id] == block_hash:
+        if not self.prefix_cache or self._hash_of[block_id] == block_hash:
             return
-        if self._name[block_id] is not None:
-            raise IntegrityError(f"block {block_id} is sealed again under another name")
-        holder = self._holder.get(block_hash)
-        if holder is None:
-            if parent_hash is None or parent_hash in self._holder:
-                self._name[block_id] = block_hash
+        if self._hash_of[block_id] is not None:
+            raise IntegrityError(f"block {block_id} is sealed again under another hash")
+        cached = self._cached.get(block_hash)
+        if cached is None:
+            if parent_hash is None or parent_hash in self._cached:
+                self._hash_of[block_id] = block_hash
                 self._store(block_hash, parent_hash, block_id)
-        elif self._references[holder]:
-            self._name[block_id] = block_hash
+        elif self._references[cached]:
+            self._hash_of[block_id] = block_hash
             self._twins.setdefault(block_hash, []).append(block_id)
         else:
-            self._num_cached -= 1
-            self._name[block_id] = block_hash
-            self._move_name(block_hash, holder, block_id)
-            self._free.put((holder,))
+            self._num_evictable -= 1
+            self._hash_of[block_id] = block_hash
+            self._cache_instead(block_hash, cached, block_id)
+            self._free.put((cached,))
 
     # -- ownership -----------------------------------------------------------------------------
 
@@ -158,13 +158,13 @@ class BlockPool:
         """n empty blocks with one reference each, in as few runs of consecutive ids as possible.
 
         `after`: a block of the caller's that the first run should continue, if it can. Evicts
-        cached blocks when there are not enough free ones. Raises OutOfBlocks, nothing taken.
+        evictable blocks when there are not enough free ones. Raises OutOfBlocks, nothing taken.
         """
         if n < 0:
             raise ValueError(f"n={n} must be >= 0")
         if n > self.num_available:
             raise OutOfBlocks(
-                f"{n} KV blocks asked for, {self.num_free} free and {self.num_cached} cached "
+                f"{n} KV blocks asked for, {self.num_free} free and {self.num_evictable} cached "
                 f"of {self.num_blocks}"
             )
         if n > len(self._free):
@@ -176,7 +176,7 @@ class BlockPool:
         return blocks
 
     def release(self, ids: Iterable[int]) -> None:
-        """One reference less on each. At none a block that holds a name is cached, others free."""
+        """One reference less on each. At none a cached block becomes evictable, any other free."""
         self._clock += 1
         freed: list[int] = []
         for block in ids:
@@ -197,71 +197,70 @@ class BlockPool:
         return self._next_event - len(events), events
 
     def snapshot(self) -> tuple[int, list[BlockEvent]]:
-        """All names as stored events, parents first, numbered so that first + len(events) is the
-        next event's number. Those not yet drained are part of it: drain before."""
-        events: list[BlockEvent] = [(True, name) for name in self._holder]
+        """Every cached block as a stored event, parents first, numbered so that first + len(events)
+        is the next event's number. Those not yet drained are part of it: drain before."""
+        events: list[BlockEvent] = [(True, block_hash) for block_hash in self._cached]
         return self._next_event - len(events), events
 
-    # -- names ---------------------------------------------------------------------------------
+    # -- block hashes --------------------------------------------------------------------------
 
-    def _emit(self, stored: bool, name: bytes) -> None:
-        self._events.append((stored, name))
+    def _emit(self, stored: bool, block_hash: bytes) -> None:
+        self._events.append((stored, block_hash))
         self._next_event += 1
 
-    def _store(self, name: bytes, parent: bytes | None, block: int) -> None:
-        self._holder[name] = block
-        self._parent[name] = parent
+    def _store(self, block_hash: bytes, parent: bytes | None, block: int) -> None:
+        self._cached[block_hash] = block
+        self._parent[block_hash] = parent
         if parent is not None:
-            self._children.setdefault(parent, set()).add(name)
-        self._emit(True, name)
+            self._children.setdefault(parent, set()).add(block_hash)
+        self._emit(True, block_hash)
 
-    def _forget(self, name: bytes) -> None:
-        """Drops a name without children, and makes its parent a leaf if it was the last child."""
-        holder = self._holder.pop(name)
-        self._name[holder] = None
-        for twin in self._twins.pop(name, ()):
-            self._name[twin] = None
-        parent = self._parent.pop(name)
+    def _uncache(self, block_hash: bytes) -> None:
+        """For a hash without children; makes its parent a leaf if it was the last child."""
+        self._hash_of[self._cached.pop(block_hash)] = None
+        for twin in self._twins.pop(block_hash, ()):
+            self._hash_of[twin] = None
+        parent = self._parent.pop(block_hash)
         if parent is not None:
             siblings = self._children[parent]
-            siblings.remove(name)
+            siblings.remove(block_hash)
             if not siblings:
                 del self._children[parent]
-                block = self._holder[parent]
+                block = self._cached[parent]
                 if self._references[block] == 0:
                     self._push_leaf(block)
-        self._emit(False, name)
+        self._emit(False, block_hash)
 
-    def _move_name(self, name: bytes, old: int, new: int) -> None:
-        self._name[old] = None
-        self._holder[name] = new
+    def _cache_instead(self, block_hash: bytes, old: int, new: int) -> None:
+        self._hash_of[old] = None
+        self._cached[block_hash] = new
 
     def _keep_cached(self, block: int) -> bool:
         """Called when the last reference goes. False: the block holds nothing worth keeping."""
-        name = self._name[block]
-        if name is None:
+        block_hash = self._hash_of[block]
+        if block_hash is None:
             return False
-        twins = self._twins.get(name)
-        if self._holder[name] != block:
+        twins = self._twins.get(block_hash)
+        if self._cached[block_hash] != block:
             assert twins is not None
             twins.remove(block)
-            self._name[block] = None
+            self._hash_of[block] = None
         elif twins:
-            self._move_name(name, block, twins.pop())
+            self._cache_instead(block_hash, block, twins.pop())
         else:
-            self._num_cached += 1
+            self._num_evictable += 1
             self._last_use[block] = self._clock
-            if name not in self._children:
+            if block_hash not in self._children:
                 self._push_leaf(block)
             return True
         if not twins:
-            del self._twins[name]
+            del self._twins[block_hash]
         return False
 
     # -- eviction ------------------------------------------------------------------------------
 
     def _push_leaf(self, block: int) -> None:
-        if len(self._leaves) > 2 * self._num_cached + 64:
+        if len(self._leaves) > 2 * self._num_evictable + 64:
             self._leaves = sorted({leaf for leaf in self._leaves if self._is_leaf(*leaf)})
         heapq.heappush(self._leaves, (self._last_use[block], block))
 
@@ -270,92 +269,93 @@ class BlockPool:
         return (
             self._references[block] == 0
             and self._last_use[block] == last_use
-            and (name := self._name[block]) is not None
-            and name not in self._children
+            and (block_hash := self._hash_of[block]) is not None
+            and block_hash not in self._children
         )
 
     def _evict(self, n: int) -> None:
         evicted: list[int] = []
         while len(evicted) < n:
             if not self._leaves:
-                self._unname_below_a_cached_block()
+                self._uncache_used_descendants()
             last_use, block = heapq.heappop(self._leaves)
             if self._is_leaf(last_use, block):
-                name = self._name[block]
-                assert name is not None
-                self._num_cached -= 1
+                block_hash = self._hash_of[block]
+                assert block_hash is not None
+                self._num_evictable -= 1
                 evicted.append(block)
-                self._forget(name)
+                self._uncache(block_hash)
         self._free.put(evicted)
 
-    def _unname_below_a_cached_block(self) -> None:
-        """Makes a leaf where every cached block has a descendant in use: only for callers that keep
-        the tail of a chain and release its head, so it may walk the names."""
-        head = next(name for name, b in self._holder.items() if self._references[b] == 0)
+    def _uncache_used_descendants(self) -> None:
+        """Makes a leaf where every evictable block has a used descendant: only for callers that
+        keep the tail of a chain and release its head, so it may walk all that is cached."""
+        head = next(key for key, block in self._cached.items() if self._references[block] == 0)
         below = [head]
-        for name in below:
-            below.extend(self._children.get(name, ()))
-        for name in reversed(below[1:]):
-            if self._references[self._holder[name]]:
-                self._forget(name)
+        for block_hash in below:
+            below.extend(self._children.get(block_hash, ()))
+        for block_hash in reversed(below[1:]):
+            if self._references[self._cached[block_hash]]:
+                self._uncache(block_hash)
             if self._leaves:
                 break
 
     # -- checks --------------------------------------------------------------------------------
 
     def check_integrity(self, held: Iterable[Sequence[int]] = ()) -> None:
-        """Raises IntegrityError unless every block is free, cached, or referenced as `held` says:
-        the block tables of all owners, one reference a mention."""
+        """Raises IntegrityError unless every block is free, evictable, or referenced as `held`
+        says: the block tables of all owners, one reference a mention."""
         expected = [0] * self.num_blocks
         for table in held:
             for block in table:
                 expected[block] += 1
         self._check_blocks(expected)
-        self._check_names()
+        self._check_hashes()
 
     def _check_blocks(self, expected: list[int]) -> None:
         free = [id_ for first, n in self._free.runs() for id_ in range(first, first + n)]
         _check(len(set(free)) == len(free) == len(self._free), "free runs overlap")
         free_ids = set(free)
         leaves = set(self._leaves)
-        cached = 0
+        evictable = 0
         for block, references in enumerate(self._references):
-            name = self._name[block]
+            known = self._hash_of[block]
             if references != expected[block]:
                 raise IntegrityError(
                     f"block {block} has {references} references, its owners hold {expected[block]}"
                 )
             if block in free_ids:
-                if references or name is not None:
+                if references or known is not None:
                     raise IntegrityError(f"block {block} is free but in use")
             elif not references:
-                cached += 1
-                if name is None or self._holder.get(name) != block:
+                evictable += 1
+                if known is None or self._cached.get(known) != block:
                     raise IntegrityError(f"block {block} is leaked: neither free, cached nor used")
-                if name not in self._children and (self._last_use[block], block) not in leaves:
+                if known not in self._children and (self._last_use[block], block) not in leaves:
                     raise IntegrityError(f"leaf {block} is stuck")
-        _check(cached == self._num_cached, f"{cached} cached blocks, {self._num_cached} counted")
+        counted = self._num_evictable
+        _check(evictable == counted, f"{evictable} evictable blocks, {counted} counted")
 
-    def _check_names(self) -> None:
-        for name, block in self._holder.items():
-            if self._name[block] != name:
-                raise IntegrityError(f"block {block} does not know the name it holds")
-            parent = self._parent[name]
-            if parent is not None and parent not in self._holder:
+    def _check_hashes(self) -> None:
+        for block_hash, block in self._cached.items():
+            if self._hash_of[block] != block_hash:
+                raise IntegrityError(f"block {block} does not know the hash it is cached under")
+            parent = self._parent[block_hash]
+            if parent is not None and parent not in self._cached:
                 raise IntegrityError(f"block {block} outlived its parent")
-            if parent is not None and name not in self._children[parent]:
+            if parent is not None and block_hash not in self._children[parent]:
                 raise IntegrityError(f"child {block} is lost")
-        children = sum(len(names) for names in self._children.values())
+        children = sum(len(below) for below in self._children.values())
         parents = sum(parent is not None for parent in self._parent.values())
         _check(children == parents, f"{children} children, {parents} parents")
-        for block, content in enumerate(self._name):
-            if content is not None and self._holder.get(content) != block:
-                _check(block in self._twins.get(content, ()), f"block {block} has a lost name")
-        twins = [(name, block) for name, blocks in self._twins.items() for block in blocks]
-        for twin_name, block in twins:
-            _check(self._name[block] == twin_name, f"block {block} is a twin of nothing")
-            holder = self._holder[twin_name]
-            _check(self._references[holder] > 0, f"unused holder beside {block}")
+        for block, known in enumerate(self._hash_of):
+            if known is not None and self._cached.get(known) != block:
+                _check(block in self._twins.get(known, ()), f"block {block} has a lost hash")
+        twins = [(key, block) for key, blocks in self._twins.items() for block in blocks]
+        for key, block in twins:
+            _check(self._hash_of[block] == key, f"block {block} is a twin of nothing")
+            cached = self._cached[key]
+            _check(self._references[cached] > 0, f"unused cached block beside {block}")
 
 
 def _check(ok: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""How a sequence takes, fills, names and gives back blocks of a pool. Imports no torch.
+"""How a sequence takes, fills, hashes and gives back blocks of a pool. Imports no torch.
 
 A sequence owns one reference on each block of its table, from `attach_prefix` or `grow` until
 `release` (or until its owner hands the references on, as prefill does with an offered ticket).
@@ -54,7 +54,7 @@ def grow(pool: BlockPool, sequence: Sequence, num_tokens: int) -> None:
 
 
 def seal_full(pool: BlockPool, sequence: Sequence) -> None:
-    """Names the blocks that have become full, so that others find them."""
+    """Hashes the blocks that have become full, so that others find them."""
     size, hashes = pool.block_size, sequence.block_hashes
     for index in range(sequence.num_sealed, sequence.num_computed // size):
         parent = hashes[index - 1] if index else None
@@ -63,7 +63,7 @@ def seal_full(pool: BlockPool, sequence: Sequence) -> None:
 
 
 def release(pool: BlockPool, sequence: Sequence) -> None:
-    """Gives every block back; named ones stay cached until they are evicted."""
+    """Gives every block back; hashed ones stay cached until they are evicted."""
     pool.release(sequence.block_table)
     sequence.block_table = []
     sequence.num_computed = sequence.num_cached = sequence.num_sealed = 0

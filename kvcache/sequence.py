@@ -25,7 +25,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0  # of num_computed, how many were found in the prefix cache
-    num_sealed: int = 0  # of block_table, how many are full and named
+    num_sealed: int = 0  # of block_table, how many are full and hashed
     priority: int = 0
     arrival: float = 0.0
 

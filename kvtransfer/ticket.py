@@ -1,5 +1,5 @@
 """Tickets: the signed offer of one sequence's KV blocks by a prefill worker. One is checked in full
-before a byte is read on its word."""
+before a byte of them is read."""
 
 from __future__ import annotations
 

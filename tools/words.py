@@ -20,20 +20,25 @@ INSTEAD = {  # what must not be written -> the field's word for it
     r"\b(has|have|had) word of\b|\blast words?\b|\bword of (a|the) prompt\b": "progress, answer",
     r"\bparked?\b": "waiting",
     r"\bstand-?ins?\b|\bstand_in\b": "fake",
-    r"\bletting go\b|\blets? go\b|\blet_go\b": "release",
+    r"\bletting go\b|\blets? go\b": "release",
     r"\btakes? off\b": "start",
+    r"\bunnam(ed|es?|ing)\b|\bnamed (blocks?|ones)\b|\b(full and|cached \() ?named\b|"
+    r"\bnames? ((the|its|full|generated) )*blocks?\b|\bblocks? (are|is|stays?) named\b(?! twice)|"
+    r"\ba name prefers\b|\bholds? (a|the|its) names?\b": "hashed, cached, evictable",
+    r"'s word\b|\bon (that|its|their) word\b": "answer, by",
 }
 BANNED = re.compile("|".join(f"(?P<w{i}>{word})" for i, word in enumerate(INSTEAD)), re.IGNORECASE)
 
 
 def banned_words(text: str) -> list[tuple[int, str, str]]:
-    """(line, what stands there, what to write instead) of every banned word."""
-    found = []
+    """(line, what stands there, what to write instead) of every banned word, in identifiers too."""
+    found = set()
     for number, line in enumerate(text.splitlines(), 1):
-        for match in BANNED.finditer(line):
-            index = int((match.lastgroup or "w0")[1:])
-            found.append((number, match[0], list(INSTEAD.values())[index]))
-    return found
+        for words in (line, line.replace("_", " ")):
+            for match in BANNED.finditer(words):
+                index = int((match.lastgroup or "w0")[1:])
+                found.add((number, match[0], list(INSTEAD.values())[index]))
+    return sorted(found)
 
 
 def main() -> int:

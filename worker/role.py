@@ -235,7 +235,7 @@ class WorkerRole(ABC):
             running=scheduler.running,
             queued_tokens=scheduler.queued_tokens,
             free_blocks=pool.num_free,
-            cached_blocks=pool.num_cached,
+            cached_blocks=pool.num_evictable,
             total_blocks=pool.num_blocks,
             prefill_tokens_per_s=1 / per_token if per_token else 0.0,
             prefill_base_s=prefill_base,

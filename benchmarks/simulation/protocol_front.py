@@ -1,6 +1,7 @@
 """The gateways' side of a history: the product's dispatcher, links and view on a virtual clock.
 
-What stands in for the world is here: wires that break at any message, and the controller's word.
+What stands in for the world is here: wires that break at any message, and the controller's lists
+of members.
 """
 
 from __future__ import annotations

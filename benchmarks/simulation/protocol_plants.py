@@ -97,11 +97,11 @@ def _raise_generations(
     patch.setattr(BlockPool, "allocate", allocate_otherwise)
 
 
-def named_before_the_fence(patch: pytest.MonkeyPatch) -> None:
+def cached_before_the_fence(patch: pytest.MonkeyPatch) -> None:
     """The blocks of a pull under way are found by others in the prefix cache."""
     start = DecodeRole._start_pull
 
-    def name_and_start(self: DecodeRole, job: Job) -> None:
+    def seal_and_start(self: DecodeRole, job: Job) -> None:
         start(self, job)
         sequence = job.sequence
         if job.id in self.jobs:
@@ -110,7 +110,7 @@ def named_before_the_fence(patch: pytest.MonkeyPatch) -> None:
             block_tables.seal_full(self.state.pool, sequence)
             sequence.num_sealed, sequence.num_computed = sealed, computed
 
-    patch.setattr(DecodeRole, "_start_pull", name_and_start)
+    patch.setattr(DecodeRole, "_start_pull", seal_and_start)
 
 
 # -- the prompt that is still being computed -----------------------------------------------------
@@ -305,7 +305,7 @@ PLANTS: list[Plant] = [
     fence_read_before_the_blocks,
     generation_never_raised,
     generation_raised_after_reuse,
-    named_before_the_fence,
+    cached_before_the_fence,
     announced_before_it_is_computed,
     fenced_before_the_last_part,
     released_while_it_is_computed,

@@ -218,7 +218,7 @@ def _parse_hello(body: bytes) -> tuple[bytes, bytes]:
     """(who speaks, to whom). Raises TransferFailed."""
     if len(body) != _HELLO.size or body[:4] != _MAGIC:
         raise TransferFailed("what came is no hello of a Crossdock worker")
-    _, version, speaker, spoken_to, _ = _HELLO.unpack(body)
+    _, version, speaker, addressed, _ = _HELLO.unpack(body)
     if version != _VERSION:
         raise TransferFailed(f"the peer speaks version {version}, this worker {_VERSION}")
-    return speaker, spoken_to
+    return speaker, addressed

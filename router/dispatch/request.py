@@ -62,7 +62,7 @@ class ResponseStream:
     """Deltas of one request on their way to one reader.
 
     The buffer is bounded by the request's max_tokens; a reader that falls behind gets the deltas
-    of an index merged. `close` is the reader's word that it is gone.
+    of an index merged. `close` is how the reader says that it is gone.
     """
 
     def __init__(self, on_close: Callable[[], None]) -> None:

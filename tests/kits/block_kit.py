@@ -1,4 +1,4 @@
-"""Chains of names, and a pool that holds them."""
+"""Chains of block hashes, and a pool that holds them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ BLOCK = 4
 HASHER = BlockHasher(b"the key of these tests", BLOCK)
 
 
-def names(*chain: int) -> list[bytes]:
-    """Names of the blocks of a chain whose i-th block holds the token chain[i], repeated."""
+def hashes_of(*chain: int) -> list[bytes]:
+    """Hashes of the blocks of a chain whose i-th block holds the token chain[i], repeated."""
     ids = [token for token in chain for _ in range(BLOCK)]
     return HASHER.chain(ids, HASHER.root(b"layout"))
 
@@ -26,4 +26,4 @@ def fill(pool: BlockPool, hashes: list[bytes]) -> list[int]:
 
 
 def stored(pool: BlockPool) -> list[bytes]:
-    return [name for _, name in pool.snapshot()[1]]
+    return [block_hash for _, block_hash in pool.snapshot()[1]]

@@ -49,7 +49,7 @@ def test_after_an_overflowing_prompt_others_answer_as_on_a_fresh_pool(make) -> N
     used = make()
     with pytest.raises(NotFinite, match="not finite"):
         used.generate([[OVERFLOWING] * 120], GREEDY)
-    assert used.pool.num_cached == 0
+    assert used.pool.num_evictable == 0
     assert [used.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS] == wanted
     together = make()
     with pytest.raises(NotFinite):

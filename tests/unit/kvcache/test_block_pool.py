@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from block_kit import BLOCK, fill, names, stored
+from block_kit import BLOCK, fill, hashes_of, stored
 
 from crossdock.kvcache.block_pool import BlockPool, IntegrityError, OutOfBlocks
 from crossdock.kvcache.free_runs import FreeRuns
@@ -58,16 +58,16 @@ def test_free_runs_against_a_set():
 
 def test_prefix_is_reused_and_counted():
     pool = BlockPool(8, BLOCK)
-    hashes = names(1, 2, 3)
+    hashes = hashes_of(1, 2, 3)
     table = fill(pool, hashes)
-    assert (pool.num_free, pool.num_cached, pool.num_used) == (5, 0, 3)
+    assert (pool.num_free, pool.num_evictable, pool.num_used) == (5, 0, 3)
     pool.release(table)
-    assert (pool.num_free, pool.num_cached, pool.num_used) == (5, 3, 0)
+    assert (pool.num_free, pool.num_evictable, pool.num_used) == (5, 3, 0)
     assert pool.num_available == 8
-    other = names(1, 2, 9)
-    assert pool.peek_prefix(other) == 2 and pool.num_cached == 3
+    other = hashes_of(1, 2, 9)
+    assert pool.peek_prefix(other) == 2 and pool.num_evictable == 3
     assert pool.acquire_prefix(other) == table[:2]
-    assert (pool.num_free, pool.num_cached, pool.num_used) == (5, 1, 2)
+    assert (pool.num_free, pool.num_evictable, pool.num_used) == (5, 1, 2)
     pool.check_integrity([table[:2]])
 
 
@@ -82,7 +82,7 @@ def test_allocation_is_consecutive_and_continues_a_run():
 def test_evicted_chains_come_back_as_one_run():
     pool = BlockPool(64, BLOCK)
     for i in range(4):
-        pool.release(fill(pool, names(*range(100 * i, 100 * i + 16))))
+        pool.release(fill(pool, hashes_of(*range(100 * i, 100 * i + 16))))
     assert pool.num_free == 0
     assert runs_of(pool.allocate(16)) == 1
 
@@ -91,7 +91,7 @@ def test_generation_is_raised_for_each_new_owner_only():
     generations = np.full(4, 7, dtype=np.int64)
     pool = BlockPool(4, BLOCK, generations=generations)
     assert pool.generations is generations
-    hashes = names(1, 2)
+    hashes = hashes_of(1, 2)
     table = fill(pool, hashes)
     assert all(generations[table] == 8)
     pool.release(table)
@@ -103,7 +103,7 @@ def test_generation_is_raised_for_each_new_owner_only():
 
 def test_out_of_blocks_takes_nothing():
     pool = BlockPool(4, BLOCK)
-    hashes = names(1, 2)
+    hashes = hashes_of(1, 2)
     pool.release(fill(pool, hashes))
     held = pool.allocate(1)
     before = pool.generations.copy()
@@ -115,22 +115,22 @@ def test_out_of_blocks_takes_nothing():
 
 def test_leaves_are_evicted_first_and_the_least_recently_used_leaf_first():
     pool = BlockPool(6, BLOCK)
-    a, b = names(1, 2, 3), names(1, 2, 4)
+    a, b = hashes_of(1, 2, 3), hashes_of(1, 2, 4)
     table_a = fill(pool, a)
     table_b = fill(pool, b)
-    lone = fill(pool, names(9))
+    lone = fill(pool, hashes_of(9))
     pool.release(table_b)
     pool.release(lone)
     pool.release(table_a)
     pool.drain_events()
     pool.allocate(6)
-    removed = [name for _, name in pool.drain_events()[1]]
-    assert removed == [b[2], names(9)[0], a[2], a[1], a[0]]
+    removed = [block_hash for _, block_hash in pool.drain_events()[1]]
+    assert removed == [b[2], hashes_of(9)[0], a[2], a[1], a[0]]
 
 
 def test_using_a_prefix_makes_it_recent():
     pool = BlockPool(4, BLOCK)
-    first, second = names(1), names(2)
+    first, second = hashes_of(1), hashes_of(2)
     pool.release(fill(pool, first))
     pool.release(fill(pool, second))
     pool.release(pool.acquire_prefix(first))
@@ -138,32 +138,32 @@ def test_using_a_prefix_makes_it_recent():
     assert stored(pool) == first
 
 
-def test_a_name_prefers_a_block_in_use():
+def test_of_blocks_with_one_hash_a_used_one_is_cached():
     """Two sequences compute the same block at once: one copy is kept, whoever leaves first."""
     pool = BlockPool(8, BLOCK)
-    p, c = names(1, 2)
+    p, c = hashes_of(1, 2)
     one, two = pool.allocate(1), pool.allocate(2)
     pool.seal(one[0], p, None)
     pool.seal(two[0], p, None)
     pool.seal(two[1], c, p)
     pool.check_integrity([one, two])
     pool.release(one)
-    assert (pool.num_free, pool.num_cached) == (6, 0)
+    assert (pool.num_free, pool.num_evictable) == (6, 0)
     assert pool.acquire_prefix([p, c]) == two
     pool.release(two)
     pool.release(two)
-    assert (pool.num_free, pool.num_cached) == (6, 2)
+    assert (pool.num_free, pool.num_evictable) == (6, 2)
     fresh = pool.allocate(1)
     pool.seal(fresh[0], p, None)  # the cached copy makes room
-    assert (pool.num_free, pool.num_cached, pool.num_used) == (6, 1, 1)
+    assert (pool.num_free, pool.num_evictable, pool.num_used) == (6, 1, 1)
     assert pool.acquire_prefix([p]) == fresh
     assert pool.drain_events() == (0, [(True, p), (True, c)])
     pool.check_integrity([fresh, fresh])
 
 
-def test_a_child_without_its_parent_stays_unnamed():
+def test_a_child_without_its_parent_is_not_cached():
     pool = BlockPool(4, BLOCK)
-    p, c = names(1, 2)
+    p, c = hashes_of(1, 2)
     table = pool.allocate(2)
     pool.seal(table[1], c, p)
     assert stored(pool) == []
@@ -174,7 +174,7 @@ def test_a_child_without_its_parent_stays_unnamed():
 
 def test_all_available_blocks_can_be_allocated_even_under_a_used_tail():
     pool = BlockPool(4, BLOCK)
-    p, c, d = names(1, 2, 3)
+    p, c, d = hashes_of(1, 2, 3)
     table = fill(pool, [p, c, d])
     pool.release(table[:2])
     assert pool.num_available == 3
@@ -185,7 +185,7 @@ def test_all_available_blocks_can_be_allocated_even_under_a_used_tail():
 
 def test_a_parent_that_gets_a_child_while_cached_is_no_leaf_any_more():
     pool = BlockPool(4, BLOCK)
-    p, c, other = *names(1, 2), *names(3)
+    p, c, other = *hashes_of(1, 2), *hashes_of(3)
     pool.release(fill(pool, [p]))
     pool.release(fill(pool, [other]))
     table = pool.allocate(2)
@@ -195,10 +195,10 @@ def test_a_parent_that_gets_a_child_while_cached_is_no_leaf_any_more():
     pool.check_integrity([table])
 
 
-def test_blocks_that_lose_their_name_lose_it_all():
+def test_blocks_with_one_hash_leave_the_cache_together():
     """Two users of one content below a released head: its room is asked for."""
     pool = BlockPool(4, BLOCK)
-    p, c = names(1, 2)
+    p, c = hashes_of(1, 2)
     table = fill(pool, [p, c])
     twin = pool.allocate(1)
     pool.seal(twin[0], c, p)
@@ -212,7 +212,7 @@ def test_blocks_that_lose_their_name_lose_it_all():
 
 def test_without_a_prefix_cache_nothing_is_kept():
     pool = BlockPool(4, BLOCK, prefix_cache=False)
-    hashes = names(1, 2)
+    hashes = hashes_of(1, 2)
     pool.release(fill(pool, hashes))
     assert pool.num_free == 4 and pool.peek_prefix(hashes) == 0
     assert pool.drain_events() == (0, [])
@@ -223,7 +223,7 @@ def test_misuse_is_refused():
     (block,) = pool.allocate(1)
     pool.seal(block, b"a", None)
     pool.seal(block, b"a", None)
-    with pytest.raises(IntegrityError, match="another name"):
+    with pytest.raises(IntegrityError, match="another hash"):
         pool.seal(block, b"b", None)
     pool.release([block])
     with pytest.raises(IntegrityError, match="not in use"):
@@ -240,14 +240,14 @@ def test_misuse_is_refused():
 
 def test_integrity_check_sees_what_is_wrong():
     pool = BlockPool(4, BLOCK)
-    table = fill(pool, names(1, 2))
+    table = fill(pool, hashes_of(1, 2))
     with pytest.raises(IntegrityError, match="its owners hold 0"):
         pool.check_integrity()
     with pytest.raises(IntegrityError, match="its owners hold 2"):
         pool.check_integrity([table, table[:1]])
     pool.check_integrity([table])
     pool._references[table[1]] = 0
-    pool._name[table[1]] = None
+    pool._hash_of[table[1]] = None
     with pytest.raises(IntegrityError, match="leaked"):
         pool.check_integrity([table[:1]])
 
@@ -255,11 +255,11 @@ def test_integrity_check_sees_what_is_wrong():
 def test_events_are_numbered_and_a_gap_shows_when_nobody_drains():
     pool = BlockPool(2, BLOCK)
     for i in range(2000):
-        pool.release(fill(pool, names(i)))
+        pool.release(fill(pool, hashes_of(i)))
     first, events = pool.drain_events()
     assert first > 0 and first + len(events) == 3998  # 2000 stored, 1998 removed
     assert pool.drain_events() == (3998, [])
-    assert pool.snapshot() == (3996, [(True, n) for i in (1998, 1999) for n in names(i)])
+    assert pool.snapshot() == (3996, [(True, n) for i in (1998, 1999) for n in hashes_of(i)])
 
 
 def test_operations_do_not_slow_down_with_the_pool():

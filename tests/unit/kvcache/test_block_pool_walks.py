@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from block_kit import BLOCK, names, stored
+from block_kit import BLOCK, hashes_of, stored
 from examples import examples
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -31,15 +31,15 @@ class Replay:
     def apply(self, first: int, events: list[tuple[bool, bytes]]) -> None:
         assert first == self.expected
         self.expected += len(events)
-        for is_stored, name in events:
+        for is_stored, block_hash in events:
             if is_stored:
-                parent = self.parents[name]
-                assert name not in self.present
+                parent = self.parents[block_hash]
+                assert block_hash not in self.present
                 assert parent is None or parent in self.present
-                self.present.add(name)
+                self.present.add(block_hash)
             else:
-                self.present.remove(name)
-                assert not any(self.parents[other] == name for other in self.present)
+                self.present.remove(block_hash)
+                assert not any(self.parents[other] == block_hash for other in self.present)
 
 
 chains = st.lists(st.integers(0, 2), min_size=1, max_size=6)
@@ -54,26 +54,26 @@ class Sequences(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(14, BLOCK)
         self.replay = Replay()
-        self.held: list[tuple[list[int], list[bytes]]] = []  # (table, names of its sealed blocks)
+        self.held: list[tuple[list[int], list[bytes]]] = []  # (table, hashes of its sealed blocks)
         self.last_use: dict[bytes, int] = {}
         self.now = 0
         self.generations = self.pool.generations.copy()
 
     def in_use(self) -> set[bytes]:
-        return {name for _, hashes in self.held for name in hashes}
+        return {block_hash for _, hashes in self.held for block_hash in hashes}
 
     def check_removed_are_lru_leaves(self) -> None:
         first, events = self.pool.drain_events()
         in_use, present = self.in_use(), set(self.replay.present)
-        for is_stored, name in events:
+        for is_stored, block_hash in events:
             if is_stored:
-                present.add(name)
+                present.add(block_hash)
                 continue
             inner = {self.replay.parents[other] for other in present}
             leaves = present - inner - in_use
-            assert name in leaves
-            assert self.last_use[name] == min(self.last_use[leaf] for leaf in leaves)
-            present.remove(name)
+            assert block_hash in leaves
+            assert self.last_use[block_hash] == min(self.last_use[leaf] for leaf in leaves)
+            present.remove(block_hash)
         self.replay.apply(first, events)
 
     def allocate(self, n: int) -> list[int]:
@@ -88,7 +88,7 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(target=tables, chain=chains, sealed=st.integers(0, 6), tail=st.integers(0, 2))
     def start(self, chain, sealed, tail):
-        hashes = names(*chain)
+        hashes = hashes_of(*chain)
         self.replay.parents.update(zip(hashes, [None, *hashes]))
         expected = self.pool.peek_prefix(hashes)
         table = self.pool.acquire_prefix(hashes)
@@ -117,8 +117,8 @@ class Sequences(RuleBasedStateMachine):
     def release(self, table: list[int], hashes: list[bytes]) -> None:
         self.now += 1
         self.pool.release(table)
-        for name in set(hashes) - self.in_use():
-            self.last_use[name] = self.now
+        for block_hash in set(hashes) - self.in_use():
+            self.last_use[block_hash] = self.now
 
     @precondition(lambda self: self.pool.num_available)
     @rule(data=st.data())
@@ -167,7 +167,7 @@ class Blocks(RuleBasedStateMachine):
 
     @rule(target=blocks, chain=short_chains)
     def acquire(self, chain):
-        taken = self.pool.acquire_prefix(names(*chain))
+        taken = self.pool.acquire_prefix(hashes_of(*chain))
         self.held += taken
         return multiple(*taken)
 
@@ -178,9 +178,9 @@ class Blocks(RuleBasedStateMachine):
 
     @rule(block=blocks, chain=short_chains)
     def seal(self, block, chain):
-        hashes = names(*chain)
+        hashes = hashes_of(*chain)
         self.replay.parents.update(zip(hashes, [None, *hashes]))
-        if self.pool._name[block] is None:
+        if self.pool._hash_of[block] is None:
             self.pool.seal(block, hashes[-1], hashes[-2] if len(hashes) > 1 else None)
 
     @invariant()

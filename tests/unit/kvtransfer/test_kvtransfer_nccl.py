@@ -174,7 +174,7 @@ def test_closing_aborts_what_hangs(pair: tuple[Worker, Worker]) -> None:
     until(lambda: owner.nccl.made[-1].aborted)
 
 
-def test_a_removed_peer_is_let_go_when_its_reads_have_ended(pair: tuple[Worker, Worker]) -> None:
+def test_the_link_to_a_removed_peer_ends_with_its_last_read(pair: tuple[Worker, Worker]) -> None:
     reader, owner = pair
     read = post_and_hang(reader, owner)
     reader.transport.remove_peer(owner.incarnation)

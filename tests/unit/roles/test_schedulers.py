@@ -97,7 +97,7 @@ def test_prefill_finds_what_the_prompt_before_it_computed_but_computes_its_last_
     scheduler.add(first)
     scheduler.add(second)
     assert prefill_step(scheduler) == [(first.sequence_id, 0, 64, True)]
-    # All four blocks are named; the last is computed again for its logits.
+    # All four blocks are cached; the last is computed again for its logits.
     assert prefill_step(scheduler) == [(second.sequence_id, 48, 16, True)]
     assert second.num_cached == 48
     assert second.block_table[:3] == first.block_table[:3]
@@ -229,7 +229,7 @@ def test_decode_pulls_only_what_its_prefix_cache_lacks() -> None:
     assert second.block_table[2] != first.block_table[2]
 
 
-def test_decode_names_generated_blocks_for_the_next_turn() -> None:
+def test_decode_caches_generated_blocks_for_the_next_turn() -> None:
     pool = BlockPool(16, BLOCK)
     scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
     seq, covered = handed_off(30)
