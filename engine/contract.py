@@ -24,7 +24,6 @@ from crossdock.proto.v1 import worker_pb2
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WIRE_VERSION = 2  # 2: keyed block hashes, tickets bound to their prompt
-KIND = "What computes: native (this project's engine) or simulated."
 
 # (bytes, blocks) -> zeroed host memory uint8 [bytes] that the worker's transport can read, and
 # generations int64 [blocks]. The caller of `create` owns both and outlives the engine.
@@ -35,7 +34,7 @@ Allocate = Callable[[int, int], tuple[npt.NDArray[np.uint8], Generations]]
 class EngineSettings:
     """The YAML's `engine`; each kind adds fields of its own."""
 
-    kind: str = setting(doc=KIND)
+    kind: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,18 @@ from typing import Any
 from crossdock.engine.contract import Allocate, Engine, EngineConfig, EngineSettings
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import MemoryType
+from crossdock.proto.settings import setting
 
 ENGINES = {
     "native": "crossdock.engine.native.engine",
     "simulated": "crossdock.engine.simulated",
 }
+
+
+def kind_setting(kind: str) -> Any:
+    """The field `kind` of the `Settings` of this kind of engine."""
+    about = 'What computes; "Engines" in docs/architecture.md says what each kind is.'
+    return setting(kind, about, choices=ENGINES)
 
 
 def settings_of(kind: str) -> type[EngineSettings]:

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdock.engine.contract import (
-    KIND,
     WIRE_VERSION,
     Allocate,
     Engine,
@@ -27,6 +26,7 @@ from crossdock.engine.contract import (
     EngineFacts,
     EngineSettings,
 )
+from crossdock.engine.registry import kind_setting
 from crossdock.kvcache.sequence import Chunk, SampledToken, StepPlan
 from crossdock.model.config import load_config
 from crossdock.model.store import resolve
@@ -91,7 +91,7 @@ Profile.NAMED = {
 class Settings(EngineSettings):
     """`engine: {kind: simulated, …}`"""
 
-    kind: str = setting("simulated", KIND)
+    kind: str = kind_setting("simulated")
     profile: Profile = setting(
         factory=Profile, doc="A simulated engine's pace: `instant`, `cpu-135m` or numbers."
     )
@@ -173,11 +173,6 @@ class SimulatedEngine(Engine):
         written = np.uint64(before) + _terms(token_ids, start).cumsum(dtype=np.uint64)
         self._flat[slots] = written
         return int(written[-1])
-
-
-def kv_of_tokens(token_ids: Sequence[int]) -> KV:
-    """uint64 [tokens]: the KV of a sequence."""
-    return _terms(token_ids, 0).cumsum(dtype=np.uint64)
 
 
 def draw(seen: int, position: int, sampling: SamplingParams, drawn_ids: int) -> SampledToken:

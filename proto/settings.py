@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +25,7 @@ def setting(
     *,
     low: float | None = None,
     high: float | None = None,
-    choices: tuple[str | int, ...] = (),
+    choices: Collection[str | int] = (),
     kind: str = "",
     check: Callable[[str, Any], None] | None = None,
     factory: Any = MISSING,

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from fake_transport import FakeNetwork, FakeTransport
-from roles_kit import Worker
+from roles_kit import Worker, kv_of_tokens
 
-from crossdock.engine.simulated import kv_of_tokens
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import Sequence as Continuation
 from crossdock.kvtransfer.transport import Handle, HandleState

@@ -47,6 +47,12 @@ HASHER = BlockHasher(hash_key(KEY), BLOCK)
 ROOT = HASHER.root(LAYOUT)
 
 
+def kv_of_tokens(token_ids: Sequence[int]) -> np.ndarray:
+    """uint64 [tokens]: the KV of a sequence."""
+    ids = np.array(token_ids, dtype=np.uint64) + np.uint64(1)
+    return (ids * weights(0, len(token_ids))).cumsum(dtype=np.uint64)
+
+
 def undisturbed(
     prompt: Sequence[int], tokens: int, drawn_ids: int = VOCAB, **sampling: object
 ) -> list[int]:

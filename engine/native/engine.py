@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crossdock.engine.contract import KIND, Allocate, EngineConfig, EngineSettings
+from crossdock.engine.contract import Allocate, EngineConfig, EngineSettings
+from crossdock.engine.registry import kind_setting
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import MemoryType
 from crossdock.proto.settings import setting
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Settings(EngineSettings):
     """`engine: {kind: native, …}`"""
 
-    kind: str = setting("native", KIND)
+    kind: str = kind_setting("native")
     device: str = setting(
         "auto", "Where a native engine computes: auto (a GPU where there is one), cpu or cuda:N."
     )

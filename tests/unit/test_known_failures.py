@@ -28,7 +28,7 @@ import grpc
 import pytest
 from gateway_rig import ask, collect, ids_of, start_rig, until
 from handoff_kit import all_free, hand_off, pair, prefill, tokens_of
-from roles_kit import Site, Worker, job, undisturbed
+from roles_kit import Site, Worker, job, kv_of_tokens, undisturbed
 from worker_kit import PROMPT as REAL_PROMPT
 from worker_kit import Gateway, Pair, config, settled
 
@@ -36,7 +36,6 @@ from crossdock.decode import role as decode_worker
 from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
 from crossdock.deploy.runtime import Launch, Placement
-from crossdock.engine.simulated import kv_of_tokens
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
