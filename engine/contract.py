@@ -34,7 +34,7 @@ Allocate = Callable[[int, int], tuple[npt.NDArray[np.uint8], Generations]]
 class EngineSettings:
     """The YAML's `engine`; each kind adds fields of its own."""
 
-    kind: str
+    kind: str = setting()  # a name of registry.ENGINES, where it is documented
 
 
 @dataclass(frozen=True, kw_only=True)
