@@ -29,6 +29,7 @@ BLOCK_BYTES = 400_000
 NETWORK_S = 0.001
 HEARTBEAT_S, WATCH_S = 1.0, 0.1
 LOST_AFTER_S = 35.0  # an engine that stands still: 30 s of heartbeats, then 5 s of silence
+SILENT_LOST_AFTER_S = 5.5  # a process that does
 
 T = TypeVar("T")
 Events = Iterable[tuple[bool, bytes]]  # of a prefix cache: (stored, hash)
@@ -95,7 +96,7 @@ class PrefillWorker:
         old = not hasattr(rates, "StepFit")
         self.fit = rates.PrefillRate() if old else rates.StepFit(by_size=True)
         self.jobs: dict[str, Prompt] = {}
-        self.hung = self.stepping = self.told_late = False
+        self.hung = self.stepping = self.told_late = self.silent = False
         self.turned_at, self.due = 0.0, float("inf")
         self.load: dict[str, Any] = {}
         self.clock.after(HEARTBEAT_S, self._heartbeat)
@@ -171,6 +172,8 @@ class PrefillWorker:
         }
 
     def _tell(self, events: Events = ()) -> None:
+        if self.silent:
+            return
         late = self.clock.now > self.due
         load = of(LoadReport, **self.load, age_s=self.clock.now - self.turned_at, late=late)
         self.clock.after(NETWORK_S, lambda: self.cluster.take(self.name, load, events))
@@ -324,13 +327,16 @@ class Cluster:
         self.clock.after(pull_s, pulled)
         return pull_s
 
-    def hang(self, name: str) -> None:
+    def hang(self, name: str, silent: bool = False) -> None:
+        """Its engine stands still, or its whole process (`silent`: a SIGSTOP), until it is lost."""
         worker = self.workers[name]
         worker.hung = worker.stepping = True
+        worker.silent = silent
         if hasattr(loop, "LATE_S"):
             idle_s = loop.LATE_FACTOR * loop.IDLE_WAIT_S + loop.LATE_S
             worker.due = min(worker.due, self.clock.now + idle_s)
-        self.clock.after(LOST_AFTER_S, lambda: self._lose(name))
+        lost_after_s = SILENT_LOST_AFTER_S if silent else LOST_AFTER_S
+        self.clock.after(lost_after_s, lambda: self._lose(name))
 
     def _lose(self, name: str) -> None:
         self.view.disconnected(name, name)

@@ -3,7 +3,8 @@
     python benchmarks/routing_trials.py            # all of them, some 30 s
     python benchmarks/routing_trials.py hung room  # these
 
-hung       one of four prefill workers hangs; who gets its work, and what it costs (also _light)
+hung       one of four prefill workers hangs; who gets its work, and what it costs (also _light, and
+           _silent: nothing is heard of it any more)
 cached     prompts share prefixes; a queue counts what it has to compute
 deadlines  short prompts tell little of long ones; what is refused wrongly (also _alike)
 links      no pair's bandwidth is known at first; which pairs are used
@@ -48,8 +49,15 @@ def prompts_of(
     return make
 
 
-def hung(load_of: int = 4, start: float = 20.0, seconds: float = 60.0) -> Figures:
-    """At 80 % of what `load_of` workers can do."""
+def hung(
+    load_of: int = 4,
+    start: float = 20.0,
+    seconds: float = 60.0,
+    silent: bool = False,
+    watched_s: float = LOST_AFTER_S,
+) -> Figures:
+    """At 80 % of what `load_of` workers can do. silent: the whole process hangs, not the engine
+    alone, and says nothing any more. watched_s: for how long it is counted who gets requests."""
     speed = Speed(base=0.005, per_token=1 / 2000)
     of_one = 1 / (576 * (speed.per_token + speed.base / speed.chunk_tokens))
     tails, share = {}, 0.0
@@ -57,9 +65,9 @@ def hung(load_of: int = 4, start: float = 20.0, seconds: float = 60.0) -> Figure
         cluster = Cluster(speed, prefills=workers, decodes=4)
         arrivals(cluster, 0.8 * load_of * of_one, start + seconds, prompts_of(cluster, (128, 1024)))
         if workers == 4:
-            cluster.clock.after(start, lambda cluster=cluster: cluster.hang("p3"))
+            cluster.clock.after(start, lambda cluster=cluster: cluster.hang("p3", silent))
         cluster.clock.run(start + seconds + LOST_AFTER_S)
-        after = [p for at, p in cluster.placed if start + 1 <= at < start + LOST_AFTER_S]
+        after = [p for at, p in cluster.placed if start + 1 <= at < start + watched_s]
         share = sum(placement.prefill == "p3" for placement in after) / len(after)
         tails[workers] = times_of([p for p in cluster.prompts if p.arrived >= start])["p90, s"]
     return {"share of the hung one after 1 s, %": 100 * share, "TTFT p90, s": tails[4],
@@ -69,6 +77,11 @@ def hung(load_of: int = 4, start: float = 20.0, seconds: float = 60.0) -> Figure
 def hung_light() -> Figures:
     """The same at 80 % of what the three others can do."""
     return hung(load_of=3)
+
+
+def hung_silent() -> Figures:
+    """A process that was stopped; in the first 10 s."""
+    return hung(silent=True, watched_s=10.0)
 
 
 def cached() -> Figures:
@@ -158,7 +171,17 @@ def batch(streams: int = 1000, workers: int = 100) -> Figures:
 
 TRIALS: dict[str, Callable[[], Figures]] = {
     trial.__name__: trial
-    for trial in (hung, hung_light, cached, deadlines, deadlines_alike, links, room, batch)
+    for trial in (
+        hung,
+        hung_light,
+        hung_silent,
+        cached,
+        deadlines,
+        deadlines_alike,
+        links,
+        room,
+        batch,
+    )
 }
 
 

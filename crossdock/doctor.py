@@ -119,7 +119,7 @@ def judge(workers: Sequence[WorkerFacts], pairs: Sequence[PairFacts]) -> list[Fi
     by_name = {worker.name: worker for worker in workers}
     found = [
         *_missing(workers),
-        *_layouts(known),
+        *_layouts([each for each in known if each.role != Role.COLOCATED]),  # hand no KV over
         *_versions(known),
         *_clocks(known),
         *(finding for pair in pairs for finding in _pair(pair, by_name)),
@@ -266,7 +266,7 @@ def examine(cluster: admin_pb2.ClusterStatus, at_once: int = 1) -> Report:
         return _examine_pair(decode, prefill, incarnations[prefill.name])
 
     known = [worker for worker in workers if not worker.error]
-    decodes = [worker for worker in known if worker.role != Role.PREFILL]
+    decodes = [worker for worker in known if worker.role == Role.DECODE]
     prefills = [worker for worker in known if worker.role == Role.PREFILL]
     pairs: list[PairFacts] = []
     with ThreadPoolExecutor(max_workers=max(1, at_once)) as pool:

@@ -50,10 +50,12 @@ class DecodeRole(WorkerRole):
 
     def schedule(self) -> StepPlan | None:
         """Starts the pulls of newly reserved sequences, then plans; hands back whom it preempts."""
-        for sequence in self._scheduler.reserve():
+        reserved, preempted = self._scheduler.reserve(self._preemptible())
+        for sequence in preempted:
+            self._preempted(sequence)  # before another pull reads into its blocks
+        for sequence in reserved:
             self._start_pull(self.jobs[sequence.sequence_id])
-        preemptible = [self._pulls[pull_id].sequence for pull_id in self._puller.preemptible()]
-        plan, preempted = self._scheduler.schedule(preemptible)
+        plan, preempted = self._scheduler.schedule(self._preemptible())
         for sequence in preempted:
             self._preempted(sequence)
         for chunk in plan.chunks if plan else ():
@@ -61,6 +63,9 @@ class DecodeRole(WorkerRole):
             if job.ticket is None and chunk.start == chunk.sequence.num_cached:
                 job.mark("prefill_started")
         return plan
+
+    def _preemptible(self) -> list[Sequence]:
+        return [self._pulls[pull_id].sequence for pull_id in self._puller.preemptible()]
 
     def hand_off(self, hand_off: pb.HandOff, owner: str) -> None:
         """Takes how far a ticket's prompt is; older progress than what is known changes nothing."""

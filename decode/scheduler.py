@@ -8,7 +8,7 @@ Decode tokens go first in every step; prompts computed here (colocated workers, 
 share what is left of the step's token budget, or a fixed part of it where that is more.
 Blocks are reserved when there is room for all that the sequence has and for one more step of
 everything that runs. An early reservation, for a prompt still being computed elsewhere, only uses
-what room there is: it holds up nobody who is complete, and is preempted before anybody who runs.
+what room there is: it is preempted for whoever is complete, and before anybody who runs.
 """
 
 from __future__ import annotations
@@ -42,29 +42,28 @@ class DecodeScheduler(Scheduler):
             self._remote[sequence] = remote_tokens
         super().add(sequence)
 
-    def reserve(self) -> list[Sequence]:
-        """Gives blocks to waiting sequences, in order, as far as they go. Returns those that now
-        wait for a pull of block_table[num_sealed:]; the others have gone on to run."""
-        reserved = []
-        crowded = False  # there was no room for an early reservation
-        for sequence in self._waiting.copy():
-            if self.running + len(self._pulling) >= self._max_batch:
-                break
-            early = self._reserves_early(sequence)
-            if early and crowded:
-                continue
-            if not self._take_blocks(sequence):
-                if not early:
-                    break
-                crowded = True
-                continue
+    def reserve(
+        self, preemptible: Iterable[Sequence] = ()
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Gives blocks to waiting sequences, as far as they go: in order, first to complete ones.
+        Returns those that now wait for a pull of block_table[num_sealed:] (the others have gone on
+        to run), and the sequences preempted for complete ones; preemptible as for `schedule`."""
+        spare = sorted(preemptible, key=order)
+        reserved: list[Sequence] = []
+        preempted: list[Sequence] = []
+        for sequence in sorted(self._waiting, key=self._reserves_early):
+            while not self._take_blocks(sequence):
+                if not spare or self._reserves_early(sequence):
+                    return reserved, preempted
+                preempted.append(spare.pop())
+                self.remove(preempted[-1])
             self._waiting.remove(sequence)
             if sequence in self._remote:
                 self._pulling.append(sequence)
                 reserved.append(sequence)
             else:
                 self._running.append(sequence)
-        return reserved
+        return reserved, preempted
 
     def join(self, sequence: Sequence) -> None:
         """The pulled blocks were fenced: the sequence runs from the next step on."""
@@ -113,11 +112,13 @@ class DecodeScheduler(Scheduler):
         return sum(block_tables.uncached(self._pool, s) for s in waiting) + sum(running)
 
     def _take_blocks(self, sequence: Sequence) -> bool:
+        batch = self.running + len(self._pulling)
+        if batch >= self._max_batch:
+            return False
         # A sequence computed here must compute its last token; a pulled one has it computed.
         reusable = self._remote.get(sequence, sequence.num_tokens - 1)
         step = block_tables.blocks_for(1 + self._lookahead, self._pool.block_size)
-        headroom = step * (self.running + len(self._pulling))
-        return block_tables.take(self._pool, sequence, reusable, spare=headroom)
+        return block_tables.take(self._pool, sequence, reusable, spare=step * batch)
 
     def _reserves_early(self, sequence: Sequence) -> bool:
         """Its prompt is still being computed elsewhere: token 0 is not known."""

@@ -51,7 +51,7 @@ class Gateways:
         """Takes a frame of a gateway; whatever it asks for is answered over the stream."""
         kind = frame.WhichOneof("frame")
         if kind == "prefill":
-            self._submit(frame.prefill.sequence, None, stream)
+            self._submit(frame.prefill.sequence, stream)
         elif kind == "decode":
             self._decode(frame.decode, stream)
         elif kind == "hand_off":
@@ -96,7 +96,7 @@ class Gateways:
     def _decode(self, request: pb.DecodeRequest, stream: GatewayStream) -> None:
         ticket, sequence = request.progress.ticket, request.sequence
         if not request.HasField("progress"):
-            self._submit(sequence, None, stream)
+            self._submit(sequence, stream)
             return
         try:
             tickets.verify(ticket, self.host.config.cluster_key)
@@ -119,12 +119,16 @@ class Gateways:
         if stream.meetings.get(sequence.sequence_id) is not waiting:
             return  # cancelled meanwhile, or its stream ended
         del stream.meetings[sequence.sequence_id]
+        job = self._job(sequence, stream)  # its tokens can be hashed, which the ticket's check does
+        if job is None:
+            return
         try:
             self._check_ticket(request, met)
         except CrossdockError as error:
             _refuse(stream, sequence, pb.ERROR_CODE_PULL_FAILED, error)
             return
-        self._submit(sequence, request.progress, stream)
+        job.progress = request.progress
+        self.host.post(lambda role: role.submit(job))
         for hand_off in waiting:
             self._hand_off(hand_off, stream)
 
@@ -157,16 +161,17 @@ class Gateways:
                 f"the ticket covers {ticket.num_tokens} tokens, the request has {beyond} more"
             )
 
-    def _submit(
-        self,
-        request: pb.SequenceRequest,
-        progress: pb.PromptProgress | None,
-        stream: GatewayStream,
-    ) -> None:
-        """`progress`: of the request's ticket; None: the prompt is computed here."""
+    def _submit(self, request: pb.SequenceRequest, stream: GatewayStream) -> None:
+        """The prompt is computed here."""
+        job = self._job(request, stream)
+        if job is not None:
+            self.host.post(lambda role: role.submit(job))
+
+    def _job(self, request: pb.SequenceRequest, stream: GatewayStream) -> Job | None:
+        """None: it was refused."""
         host = self.host
         try:
-            job = Job.from_pb(
+            return Job.from_pb(
                 request,
                 stream.owner,
                 arrival=self.clock(),
@@ -176,10 +181,7 @@ class Gateways:
             )
         except CrossdockError as error:
             _refuse(stream, request, pb.ERROR_CODE_INVALID, error)
-            return
-        if progress is not None:
-            job.progress = progress
-        host.post(lambda role: role.submit(job))
+            return None
 
 
 def _refuse(

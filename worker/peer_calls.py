@@ -38,11 +38,17 @@ class GrpcPeerCalls:
         self._layout = layout
         self._transport = transport
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._meetings: dict[bytes, asyncio.Task[None]] = {}
+        self._meetings: dict[bytes, asyncio.Task[None]] = {}  # under way, or that went well
         self._tasks: set[asyncio.Task[None]] = set()
 
     def introduce(self, incarnation: bytes, address: str, done: Callable[[Met], None]) -> None:
-        meeting = self._run(self._introduce(incarnation, address), done)
+        def answered(met: Met) -> None:
+            if isinstance(met, TransferFailed):
+                self._meetings.pop(incarnation, None)
+                self._transport.remove_peer(incarnation)
+            done(met)
+
+        meeting = self._run(self._introduce(incarnation, address), answered)
         self._meetings[incarnation] = meeting
 
     def forget(self, incarnation: bytes) -> None:
@@ -83,15 +89,21 @@ class GrpcPeerCalls:
             found = peer.incarnation.hex()
             raise TransferFailed(f"{address} is now {found}, not {incarnation.hex()}")
         check_layouts(self._layout, peer.layout)
-        await asyncio.to_thread(
-            self._transport.add_peer,
-            incarnation,
-            peer.transport_info,
-            peer.num_blocks,
-            peer.block_bytes,
-        )
-        await asyncio.to_thread(self._transport.warm, incarnation)
+        adding = asyncio.get_running_loop().run_in_executor(None, self._add, peer)
+
+        def added(_: asyncio.Future[None]) -> None:
+            if incarnation not in self._meetings:  # forgotten before the thread had added it
+                self._transport.remove_peer(incarnation)
+
+        adding.add_done_callback(added)
+        await asyncio.shield(adding)
         return peer
+
+    def _add(self, peer: pb.WorkerDescription) -> None:
+        self._transport.add_peer(
+            peer.incarnation, peer.transport_info, peer.num_blocks, peer.block_bytes
+        )
+        self._transport.warm(peer.incarnation)
 
     def _run(
         self, call: Coroutine[None, None, T], done: Callable[[T | TransferFailed], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from crossdock.proto.errors import Overloaded
+from crossdock.proto.errors import InvalidRequest, Overloaded
 from crossdock.proto.settings import check_settings, setting
 from crossdock.router.dispatch.request import Request
 from crossdock.router.placement.policy import Placement
@@ -42,8 +42,13 @@ class Admission:
         self._by_tenant: Counter[str] = Counter()
 
     def admit(self, tenant: str, sequences: int, retry_after_s: float) -> None:
-        """Raises Overloaded, naming the bound, and then counts nothing."""
+        """Raises Overloaded, naming the bound, or InvalidRequest for more sequences than are ever
+        admitted, and then counts nothing."""
         limits, mine = self._limits, self._by_tenant[tenant]
+        most = min(limits.max_active, limits.max_active_per_tenant)
+        if sequences > most:
+            limit = f"at most {most}, the lower of max_active and max_active_per_tenant"
+            raise InvalidRequest("n", f"{sequences} sequences (prompts × n)", limit)
         again = f"try again in {retry_after_s:.0f} s"
         if self.active + sequences > limits.max_active:
             raise Overloaded(

@@ -101,7 +101,7 @@ class Dispatcher:
 
     def submit(self, request: Request) -> ResponseStream:
         """Takes a request on; its stream must be read to its end, or closed. Raises Overloaded,
-        Draining or DeadlineExceeded, and then nothing was started."""
+        InvalidRequest, Draining or DeadlineExceeded, and then nothing was started."""
         now = self._clock()
         try:
             self._admit(request, now)

@@ -132,7 +132,9 @@ class WorkerLink:
         """The stream is over. Returns in how many seconds to open another; None: never."""
         was_open = self._worker is not None or self.state is LinkState.RETIRING
         self._leave_view()
-        if was_open:
+        if self.state is LinkState.RETIRING and not self.sequences:
+            log.info("worker %s at %s: stream ended: %s", self.name, self.endpoint.address, reason)
+        elif was_open:
             log.warning(
                 "worker %s at %s: stream ended: %s", self.name, self.endpoint.address, reason
             )

@@ -53,7 +53,9 @@ def inflate(data: bytes, encoding: str, limit: int) -> bytes:
     for another encoding or a broken body, RequestTooLarge."""
     if encoding not in ("gzip", "deflate"):
         raise InvalidRequest("Content-Encoding", encoding, "must be gzip, deflate or identity")
-    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)  # a gzip or a zlib header
+    # Some clients send deflate without the zlib header, whose first byte would end in 8.
+    bare = encoding == "deflate" and bool(data) and data[0] & 0xF != 8
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
     try:
         whole = inflater.decompress(data, limit + 1)
     except zlib.error as error:

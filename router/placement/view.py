@@ -23,6 +23,7 @@ from crossdock.router.placement.speed import (
 )
 
 STALE_AFTER_S = 2.5  # workers report at least once a second
+STALE_AT_WORK_AFTER_S = 1.5  # and after each step where they have work
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
 REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
 MEASURED_FOR_S = 10.0  # what was measured longer ago refuses nobody
@@ -109,7 +110,8 @@ class WorkerView:
 
     def is_stale(self, now: float) -> bool:
         """It hangs or is cut off, as far as can be told."""
-        return self.load.late or now - self.reported_at > STALE_AFTER_S
+        limit_s = STALE_AT_WORK_AFTER_S if self.sequences else STALE_AFTER_S
+        return self.load.late or now - self.reported_at > limit_s
 
     def knows_prefill(self, tokens: int, now: float) -> bool:
         """Whether it measured lately, and not on much smaller steps, how long so many tokens take:

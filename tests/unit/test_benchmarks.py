@@ -10,6 +10,7 @@ import sys
 import types
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,10 +163,13 @@ def test_the_three_ways_describe_the_same_number_of_bytes_inside_the_pools() -> 
 # -- routing_trials.py -------------------------------------------------------------------------
 
 
-def test_a_hung_prefill_worker_costs_little() -> None:
+@pytest.mark.parametrize(
+    "how", [{"load_of": 3}, {"load_of": 4, "silent": True, "watched_s": 10.0}], ids=str
+)
+def test_a_hung_prefill_worker_costs_little(how: dict[str, Any]) -> None:
     import routing_trials
 
-    figures = routing_trials.hung(load_of=3, start=8.0, seconds=20.0)
+    figures = routing_trials.hung(**how, start=8.0, seconds=20.0)
     assert figures["share of the hung one after 1 s, %"] <= 2.0
     assert figures["ratio"] <= 1.3
 

@@ -42,6 +42,7 @@ _LIFE = "lasts as long as what it serves"
 BOUNDED_OTHERWISE = {
     "worker/peer_calls.py: await call": "made with a timeout by each of its callers",
     "worker/peer_calls.py: await answered": "_introduce: each of its calls has a timeout",
+    "worker/peer_calls.py: asyncio.shield(adding)": "_add: each of its calls has a timeout",
     "worker/probe.py: asyncio.shield(task)": "_link: each of its parts has a timeout",
     "worker/server.py: self.call(lambda role: setattr(role, 'draining', True))": _DRAIN,
     "worker/server.py: self.call(lambda role: role.idle)": _DRAIN,

@@ -51,6 +51,15 @@ def test_a_layout_that_differs_names_its_fields_and_both_values() -> None:
     assert line.startswith("d-1: its KV layout differs: dtype is 'bfloat16', 'float32' on p; ")
 
 
+def test_a_colocated_worker_may_lay_its_kv_out_otherwise() -> None:
+    others = [
+        facts(f"c-{i}", Role.COLOCATED, layout_hash="bb", layout=LAYOUT | {"engine": "simulated"})
+        for i in range(3)
+    ]
+    assert judge([P, D, *others], [OK]) == []
+    assert judge(others, []) == []
+
+
 def test_versions_are_those_of_the_transport() -> None:
     assert set(probe._versions("nixl")) == {"python", *probe.PACKAGES}
     with_nccl = {"python", *probe.PACKAGES, "cupy-cuda13x", "nvidia-nccl-cu13"}
@@ -266,6 +275,7 @@ async def cluster(request: Any, tiny_model: Path) -> AsyncIterator[Cluster]:
 
 async def test_every_pair_is_measured_and_every_block_given_back(cluster: Cluster) -> None:
     await cluster.add("d1", Role.DECODE)
+    await cluster.add("c0", Role.COLOCATED, block_size=32)  # neither reads nor is read
     report = await cluster.examined()
     assert report.findings == []
     assert [pair.name for pair in report.pairs] == ["d0 <- p0", "d1 <- p0"]

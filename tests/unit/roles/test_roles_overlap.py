@@ -172,6 +172,35 @@ def test_a_reader_makes_room_for_a_sequence_that_runs(site: Site) -> None:
     all_free(p, d)
 
 
+def test_a_reader_leaves_its_place_in_the_batch_to_who_is_complete(site: Site) -> None:
+    p, d = site.worker(Role.PREFILL, chunk_tokens=16), site.worker(Role.DECODE, max_batch=1)
+    site.introduce(p, d)
+    short = list(range(500, 520))
+    first = prefill(p, short)
+    part = announced(p, PROMPT)
+    reader = job(PROMPT, progress=part.progress)
+    d.role.submit(reader)
+    d.turn(3)
+    assert d.transport.stats.blocks == 2
+    running = hand_off(d, short, first)
+    d.turn(12)
+    given_up, *rest = d.take()
+    assert (given_up.sequence_id, given_up.error.code) == (
+        reader.id,
+        worker_pb2.ERROR_CODE_PREEMPTED,
+    )
+    assert {output.sequence_id for output in rest} == {running}
+    assert tokens_of([first, *rest]) == undisturbed(short, 8)
+    while p.role.jobs:
+        p.turn()
+    last = p.take()[-1]
+    last.progress.ticket.CopyFrom(part.progress.ticket)
+    hand_off(d, PROMPT, last)
+    d.turn(12)
+    assert tokens_of([last, *d.take()]) == undisturbed(PROMPT, 8)
+    all_free(p, d)
+
+
 def test_old_progress_of_a_prompt_changes_nothing(site: Site) -> None:
     p, d = pair(site, chunk_tokens=16)
     part = announced(p, PROMPT)

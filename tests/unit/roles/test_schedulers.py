@@ -133,15 +133,14 @@ def test_a_blocked_head_of_the_queue_leaves_its_prefix_as_old_as_it_was(kind: st
     holder = sequence([7] * (4 * BLOCK))
     block_tables.grow(pool, holder, holder.num_tokens)
     head = sequence([5] * (7 * BLOCK))  # its two cached blocks and five more: only two are there
-    scheduler: PrefillScheduler | DecodeScheduler
-    if kind == "prefill":
-        scheduler = PrefillScheduler(pool, chunk_tokens=64)
-        scheduler.add(head)
-        turn = scheduler.schedule
-    else:
-        scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
-        scheduler.add(head)
-        turn = scheduler.reserve
+    prefill = PrefillScheduler(pool, chunk_tokens=64)
+    decode = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+    scheduler = prefill if kind == "prefill" else decode
+    scheduler.add(head)
+
+    def turn() -> object:
+        return prefill.schedule() if kind == "prefill" else decode.reserve()[0]
+
     for _ in range(3):
         assert not turn()
     assert pool.num_used == 4 and not head.block_table
@@ -187,6 +186,15 @@ def handed_off(tokens: int, **options: int) -> tuple[Sequence, int]:
     return made, tokens
 
 
+def joined(scheduler: DecodeScheduler, tokens: int) -> Sequence:
+    """A sequence that runs, from its next step on."""
+    made, covered = handed_off(tokens)
+    scheduler.add(made, remote_tokens=covered)
+    assert scheduler.reserve() == ([made], [])
+    scheduler.join(made)
+    return made
+
+
 def draw(sequence: Sequence, token: int) -> None:
     sequence.token_ids.append(token)
     HASHER.extend(sequence.block_hashes, sequence.token_ids, ROOT)
@@ -206,7 +214,7 @@ def test_decode_reserves_pulls_joins_and_recomputes_nothing() -> None:
     scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
     seq, covered = handed_off(40)
     scheduler.add(seq, remote_tokens=covered)
-    assert scheduler.reserve() == [seq]
+    assert scheduler.reserve()[0] == [seq]
     assert (seq.num_sealed, len(seq.block_table)) == (0, 3)
     assert scheduler.schedule() == (None, [])
     scheduler.join(seq)
@@ -217,13 +225,10 @@ def test_decode_reserves_pulls_joins_and_recomputes_nothing() -> None:
 def test_decode_pulls_only_what_its_prefix_cache_lacks() -> None:
     pool = BlockPool(16, BLOCK)
     scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
-    first, covered = handed_off(40)
-    scheduler.add(first, remote_tokens=covered)
-    scheduler.reserve()
-    scheduler.join(first)
+    first = joined(scheduler, 40)
     second, covered = handed_off(40)
     scheduler.add(second, remote_tokens=covered)
-    assert scheduler.reserve() == [second]
+    assert scheduler.reserve()[0] == [second]
     assert second.num_sealed == 2
     assert second.block_table[:2] == first.block_table[:2]
     assert second.block_table[2] != first.block_table[2]
@@ -232,10 +237,7 @@ def test_decode_pulls_only_what_its_prefix_cache_lacks() -> None:
 def test_decode_caches_generated_blocks_for_the_next_turn() -> None:
     pool = BlockPool(16, BLOCK)
     scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
-    seq, covered = handed_off(30)
-    scheduler.add(seq, remote_tokens=covered)
-    scheduler.reserve()
-    scheduler.join(seq)
+    seq = joined(scheduler, 30)
     for _ in range(10):
         decode_step(scheduler)
     next_turn = HASHER.chain(seq.token_ids, ROOT)
@@ -245,13 +247,10 @@ def test_decode_caches_generated_blocks_for_the_next_turn() -> None:
 def test_decode_computes_a_prompt_without_a_ticket_beside_decodes() -> None:
     pool = BlockPool(32, BLOCK)
     scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=50)
-    running, covered = handed_off(20)
-    scheduler.add(running, remote_tokens=covered)
-    scheduler.reserve()
-    scheduler.join(running)
+    running = joined(scheduler, 20)
     local = sequence([4] * 60)
     scheduler.add(local)
-    assert scheduler.reserve() == []
+    assert scheduler.reserve()[0] == []
     plan, _ = scheduler.schedule()
     assert shape(plan) == [(running.sequence_id, 20, 1, True), (local.sequence_id, 0, 49, False)]
     assert scheduler.queued_tokens == 60
@@ -260,10 +259,7 @@ def test_decode_computes_a_prompt_without_a_ticket_beside_decodes() -> None:
 def test_decode_leaves_a_share_of_every_step_to_prompts_however_many_decode() -> None:
     scheduler = DecodeScheduler(BlockPool(64, BLOCK), max_batch=32, chunk_tokens=16)
     for _ in range(20):
-        seq, covered = handed_off(8)
-        scheduler.add(seq, remote_tokens=covered)
-    for seq in scheduler.reserve():
-        scheduler.join(seq)
+        joined(scheduler, 8)
     local = sequence([4] * 10)
     scheduler.add(local)
     scheduler.reserve()
@@ -288,7 +284,7 @@ def test_decode_preempts_the_youngest_not_who_came_back_from_preemption() -> Non
     newer, _ = handed_off(30)
     for seq in (newer, returned):
         scheduler.add(seq, remote_tokens=covered)
-        for reserved in scheduler.reserve():
+        for reserved in scheduler.reserve()[0]:
             scheduler.join(reserved)
     preempted: list[Sequence] = []
     while not preempted:
@@ -303,7 +299,7 @@ def test_of_equal_arrival_the_last_to_join_is_preempted() -> None:
     for seq, covered in pairs:  # two continuations of one request
         seq.arrival = 0.0
         scheduler.add(seq, remote_tokens=covered)
-    for seq in scheduler.reserve():
+    for seq in scheduler.reserve()[0]:
         scheduler.join(seq)
     preempted: list[Sequence] = []
     while not preempted:
@@ -314,12 +310,7 @@ def test_of_equal_arrival_the_last_to_join_is_preempted() -> None:
 def test_decode_preempts_the_last_in_order_and_frees_its_blocks() -> None:
     pool = BlockPool(5, BLOCK, prefix_cache=False)
     scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
-    pairs = [handed_off(30) for _ in range(2)]
-    for seq, covered in pairs:
-        scheduler.add(seq, remote_tokens=covered)
-    for seq in scheduler.reserve():
-        scheduler.join(seq)
-    (old, _), (young, _) = pairs
+    old, young = (joined(scheduler, 30) for _ in range(2))
     preempted: list[Sequence] = []
     while not preempted:
         preempted = decode_step(scheduler)
@@ -339,12 +330,9 @@ def reserved_early(scheduler: DecodeScheduler, tokens: int) -> Sequence:
 def test_decode_preempts_early_reservations_before_anybody_who_runs() -> None:
     pool = BlockPool(8, BLOCK, prefix_cache=False)
     scheduler = DecodeScheduler(pool, max_batch=8, chunk_tokens=64)
-    running, covered = handed_off(15)
-    scheduler.add(running, remote_tokens=covered)
-    for seq in scheduler.reserve():
-        scheduler.join(seq)
+    running = joined(scheduler, 15)
     first, second = reserved_early(scheduler, 30), reserved_early(scheduler, 30)
-    assert scheduler.reserve() == [first, second]
+    assert scheduler.reserve()[0] == [first, second]
     while pool.num_available:
         assert not decode_step(scheduler)
     for _ in range(BLOCK):
@@ -361,21 +349,40 @@ def test_decode_preempts_early_reservations_before_anybody_who_runs() -> None:
 def test_decode_lets_who_is_complete_pass_an_early_reservation_without_room() -> None:
     pool = BlockPool(8, BLOCK, prefix_cache=False)
     scheduler = DecodeScheduler(pool, max_batch=8, chunk_tokens=64)
-    running, covered = handed_off(64)
-    scheduler.add(running, remote_tokens=covered)
-    for seq in scheduler.reserve():
-        scheduler.join(seq)
+    running = joined(scheduler, 64)
     unready, unready_too = reserved_early(scheduler, 64), reserved_early(scheduler, 10)
     ready, covered = handed_off(10)
     scheduler.add(ready, remote_tokens=covered)
-    assert scheduler.reserve() == [ready]
+    assert scheduler.reserve()[0] == [ready]
     draw(unready, 3)  # its token 0: from now on it is its turn
     later, covered = handed_off(2)
     scheduler.add(later, remote_tokens=covered)
-    assert scheduler.reserve() == []
+    assert scheduler.reserve()[0] == []
     scheduler.remove(running)
-    assert scheduler.reserve() == [unready]
+    assert scheduler.reserve()[0] == [unready]
     assert unready_too in scheduler._waiting and later in scheduler._waiting
+
+
+@pytest.mark.parametrize("short_of", ["places", "blocks"])
+def test_an_early_reservation_gives_way_to_who_is_complete(short_of: str) -> None:
+    """Else one would wait for a prompt that is still computed elsewhere, and nobody would run."""
+    places = 2 if short_of == "places" else 8
+    pool = BlockPool(16 if short_of == "places" else 6, BLOCK, prefix_cache=False)
+    scheduler = DecodeScheduler(pool, max_batch=places, chunk_tokens=64)
+    reading, idle = reserved_early(scheduler, 20), reserved_early(scheduler, 20)
+    assert scheduler.reserve() == ([reading, idle], [])
+    another = reserved_early(scheduler, 20)
+    first, covered = handed_off(20)
+    scheduler.add(first, remote_tokens=covered)
+    local = sequence([4] * 20)  # complete, too: nothing of it is computed elsewhere
+    scheduler.add(local)
+    assert scheduler.reserve([idle]) == ([first], [idle]), "nobody who reads, nor for the early one"
+    assert not idle.block_table and scheduler.running == 0
+    pool.check_integrity(scheduler.held)
+    assert scheduler.reserve([]) == ([], []), "the next one waits until the last read is over"
+    assert scheduler.reserve([reading]) == ([], [reading])
+    assert scheduler.running == 1 and local.block_table and not another.block_table
+    pool.check_integrity(scheduler.held)
 
 
 def test_decode_holds_to_max_batch() -> None:
@@ -383,7 +390,7 @@ def test_decode_holds_to_max_batch() -> None:
     for _ in range(3):
         seq, covered = handed_off(8)
         scheduler.add(seq, remote_tokens=covered)
-    assert len(scheduler.reserve()) == 2
+    assert len(scheduler.reserve()[0]) == 2
     assert scheduler.waiting == 3
 
 

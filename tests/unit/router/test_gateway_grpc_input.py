@@ -162,6 +162,9 @@ async def test_more_than_the_bound_is_refused_with_retry_after(tiny_model: Path)
         other = ask(PROMPT, n=2)
         other.tenant = "other"
         assert "max_active = 3" in (await refusal(rig, other)).details()
+        error = await refusal(rig, ask(PROMPT, n=3))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (trailer(error, "error-field"), trailer(error, "retriable")) == ("n", "false")
         rig.prefills[0].gate.set()
         await asyncio.gather(*held)
         await rig.stub.GenerateUnary(ask(PROMPT, max_tokens=2))

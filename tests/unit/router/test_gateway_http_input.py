@@ -6,7 +6,7 @@ import gzip
 import json
 import threading
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
@@ -166,6 +166,23 @@ async def test_a_compressed_body_is_inflated_to_the_limit_and_off_the_loop(
     assert threading.get_ident() not in threads
 
 
+def bare_deflate(data: bytes) -> bytes:
+    """Without zlib's header and checksum."""
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize("pack", [zlib.compress, bare_deflate])
+async def test_deflate_comes_with_and_without_a_header(
+    rig: Rig, pack: Callable[[bytes], bytes]
+) -> None:
+    path, body = complete(max_tokens=1)
+    deflated = {"Content-Encoding": "deflate"}
+    assert (await post(rig, path, pack(json.dumps(body).encode()), headers=deflated))[0] == 200
+    status, _, answer = await post(rig, path, pack(bytes(9_000_000)), headers=deflated)
+    assert (status, answer["error"]["param"]) == (413, "body")
+
+
 @pytest.mark.parametrize(
     ("encoding", "data", "says"),
     [
@@ -173,9 +190,12 @@ async def test_a_compressed_body_is_inflated_to_the_limit_and_off_the_loop(
         ("gzip, gzip", b"x", "Content-Encoding"),
         ("gzip", b"plain", "must be gzip"),
         ("deflate", zlib.compress(b"{}")[:-1], "must be one whole deflate stream"),
+        ("deflate", bare_deflate(b"{}")[:-1], "must be one whole deflate stream"),
+        ("deflate", bare_deflate(b"{}") + b"x", "must be one whole deflate stream"),
+        ("deflate", b"", "must be one whole deflate stream"),
         ("gzip", gzip.compress(b"{}", mtime=0) * 2, "must be one whole gzip stream"),
     ],
-    ids=["unknown", "twice", "not gzip", "cut short", "two members"],
+    ids=["unknown", "twice", "not gzip", "cut", "cut bare", "more", "empty", "two members"],
 )
 async def test_an_encoding_that_cannot_be_read(
     rig: Rig, encoding: str, data: bytes, says: str

@@ -28,7 +28,9 @@ async def test_a_worker_that_appears_serves_who_waited(tiny_model: Path) -> None
         assert list((await call).completions[0].token_ids) == PROMPT[:3]
 
 
-async def test_who_leaves_the_membership_finishes_what_it_has(tiny_model: Path) -> None:
+async def test_who_leaves_the_membership_finishes_what_it_has(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with start_rig(tiny_model, decodes=2) as rig:
         for worker in rig.decodes:
             worker.gate.clear()
@@ -42,7 +44,10 @@ async def test_who_leaves_the_membership_finishes_what_it_has(tiny_model: Path) 
         assert second.completions[0].timings.decode_worker == stays.name
         leaver.gate.set()
         assert list((await call).completions[0].token_ids) == PROMPT[:20]
-        await until(lambda: not leaver.connected)
+        links = rig.gateway._links
+        await until(lambda: not leaver.connected and links and not links._retiring)
+        assert rig.metric("worker_streams_lost_total") == 0, "it ended in good order"
+        assert not [r for r in caplog.records if r.name.endswith("links") and r.levelname != "INFO"]
 
 
 async def test_a_draining_worker_gets_nothing_new(tiny_model: Path) -> None:

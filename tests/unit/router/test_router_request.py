@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from crossdock.proto.errors import ConfigError, Overloaded, WorkerLost
+from crossdock.proto.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
 from crossdock.proto.types import FinishReason
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
@@ -81,6 +81,18 @@ def test_admission_counts_sequences_of_all_and_of_each_tenant() -> None:
     admission.release("a", 3)
     admission.release("b", 2)
     assert admission.active == 0
+
+
+@pytest.mark.parametrize(("of_all", "of_each"), [(3, 512), (1024, 3)])
+def test_what_is_never_admitted_is_not_to_be_tried_again(of_all: int, of_each: int) -> None:
+    """Clients would send it every second for ever."""
+    admission = Admission(Limits(max_active=of_all, max_active_per_tenant=of_each))
+    admission.admit("a", 2, 1.0)
+    with pytest.raises(InvalidRequest, match=r"^n: '4 sequences \(prompts × n\)' .* at most 3"):
+        admission.admit("a", 4, 1.0)
+    assert admission.active == 2
+    with pytest.raises(Overloaded):
+        admission.admit("a", 3, 1.0)
 
 
 @pytest.mark.parametrize("field", ["max_active", "max_active_per_tenant", "worker_wait_s"])

@@ -69,6 +69,21 @@ def test_a_load_from_before_a_step_has_not_seen_what_came_during_it() -> None:
     assert worker.queued_tokens == 280
 
 
+def test_who_has_work_is_left_out_after_less_silence() -> None:
+    """It tells of each step; a process that was stopped cannot say that it is late."""
+    view = make_view(p0=Role.PREFILL, p1=Role.PREFILL)
+    view.place("p0", "s", 300, 20)
+
+    def usable(now: float) -> list[str]:
+        return [worker.name for worker in view.usable(Role.PREFILL, now)]
+
+    assert usable(1.3) == ["p0", "p1"], "the heartbeat of a long step"
+    assert usable(1.6) == ["p1"]
+    report(view, "p0", now=1.7)
+    assert usable(1.8) == ["p0", "p1"]
+    assert usable(4.3) == ["p0", "p1"], "all are silent: whoever is there"
+
+
 def test_an_incarnation_replaces_the_one_before_it() -> None:
     view = make_view(p0=Role.PREFILL)
     cache(view, "p0", [b"old"])

@@ -235,6 +235,19 @@ async def test_bad_requests_are_answered_and_start_nothing(pair: Pair) -> None:
     await settled(pair.prefill)
 
 
+async def test_a_token_that_is_none_ends_its_own_sequence_alone(pair: Pair) -> None:
+    """A ticket's check hashes the tokens: what cannot be hashed must not end the stream."""
+    first = await pair.first("s", PROMPT)
+    request = sequence("bad", PROMPT, list(first.token_ids))
+    request.token_ids[3] = -1
+    await pair.d.send(decode=worker_pb2.DecodeRequest(sequence=request, progress=first.progress))
+    (output,) = [output async for output in pair.d.outputs("bad")]
+    assert output.error.code == worker_pb2.ERROR_CODE_INVALID
+    assert output.error.message.startswith("token_ids: -1 ")
+    assert (await pair.rest("s", PROMPT, first))[-1].finish_reason
+    await settled(pair.prefill, pair.decode)
+
+
 async def test_draining_ends_once_the_offer_is_read(pair: Pair) -> None:
     first = await pair.first("s", PROMPT)
     draining = asyncio.create_task(pair.prefill.drain(20))
