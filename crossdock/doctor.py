@@ -119,7 +119,7 @@ def judge(workers: Sequence[WorkerFacts], pairs: Sequence[PairFacts]) -> list[Fi
     by_name = {worker.name: worker for worker in workers}
     found = [
         *_missing(workers),
-        *_layouts([each for each in known if each.role != Role.COLOCATED]),  # hand no KV over
+        *_layouts(known),
         *_versions(known),
         *_clocks(known),
         *(finding for pair in pairs for finding in _pair(pair, by_name)),
@@ -174,9 +174,18 @@ def _missing(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
 
 
 def _layouts(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
+    """Workers that hand KV over agree in its layout, and colocated ones with those that have their
+    kind of engine: they serve the same model."""
+    alike: dict[str, list[WorkerFacts]] = defaultdict(list)
+    for worker in sorted(workers, key=lambda worker: worker.role == Role.COLOCATED):
+        kind = worker.layout.get("engine", "")
+        alike[kind if worker.role == Role.COLOCATED else next(iter(alike), kind)].append(worker)
+    for group in alike.values():
+        yield from _unlike(group)
+
+
+def _unlike(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
     """Against the layout that most have: those that differ, and in what."""
-    if not workers:
-        return
     usual = statistics.mode(worker.layout_hash for worker in workers)
     like = next(worker for worker in workers if worker.layout_hash == usual)
     for worker in workers:

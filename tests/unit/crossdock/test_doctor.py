@@ -51,13 +51,20 @@ def test_a_layout_that_differs_names_its_fields_and_both_values() -> None:
     assert line.startswith("d-1: its KV layout differs: dtype is 'bfloat16', 'float32' on p; ")
 
 
-def test_a_colocated_worker_may_lay_its_kv_out_otherwise() -> None:
-    others = [
-        facts(f"c-{i}", Role.COLOCATED, layout_hash="bb", layout=LAYOUT | {"engine": "simulated"})
-        for i in range(3)
-    ]
+def test_colocated_workers_of_another_engine_lay_their_kv_out_otherwise() -> None:
+    simulated = LAYOUT | {"engine": "simulated"}
+    others = [facts(f"c-{i}", Role.COLOCATED, layout_hash="bb", layout=simulated) for i in range(3)]
     assert judge([P, D, *others], [OK]) == []
     assert judge(others, []) == []
+    reader = facts("d-1", Role.DECODE, layout_hash="bb", layout=simulated)
+    [(name, what, _)] = [astuple(each) for each in judge([P, D, reader], [OK])]
+    assert name == "d-1" and "engine is 'simulated'" in what
+
+
+def test_a_colocated_worker_with_other_weights_is_named() -> None:
+    other = facts("c", Role.COLOCATED, layout_hash="bb", layout=LAYOUT | {"weights_digest": "bb"})
+    [(name, what, _)] = [astuple(each) for each in judge([P, D, other], [OK])]
+    assert name == "c" and "weights_digest is 'bb'" in what
 
 
 def test_versions_are_those_of_the_transport() -> None:
@@ -275,7 +282,7 @@ async def cluster(request: Any, tiny_model: Path) -> AsyncIterator[Cluster]:
 
 async def test_every_pair_is_measured_and_every_block_given_back(cluster: Cluster) -> None:
     await cluster.add("d1", Role.DECODE)
-    await cluster.add("c0", Role.COLOCATED, block_size=32)  # neither reads nor is read
+    await cluster.add("c0", Role.COLOCATED)  # neither reads nor is read
     report = await cluster.examined()
     assert report.findings == []
     assert [pair.name for pair in report.pairs] == ["d0 <- p0", "d1 <- p0"]
