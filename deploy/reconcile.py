@@ -21,8 +21,10 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+
+from crossdock.proto.settings import overlap
 
 MAX_BACKOFF_S = 30.0
 GATEWAY_ROLE = "gateway"
@@ -39,8 +41,8 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Target:
-    """What one pool should be. `slots`: what each of its members takes for itself alone, disjoint
-    (the addresses of gateways), as many as `replicas`; none where members share nothing."""
+    """What one pool should be. `slots`: the addresses that each of its members takes for itself
+    alone (a gateway's), as many as `replicas`; none where members take none."""
 
     pool: str
     role: str
@@ -214,12 +216,12 @@ class _Plan:
     def _free_slot(self, target: Target) -> int | None:
         """The first slot of which nobody holds anything; 0 where members need none."""
         held = frozenset().union(*self.held.values())
-        free = (i for i, slot in enumerate(target.slots) if not slot & held)
+        free = (i for i, slot in enumerate(target.slots) if not _clash(slot, held))
         return next(free, None) if target.slots else 0
 
     def _free_a_slot(self, target: Target) -> None:
         old, current = self._split(target)
-        holders = [[m for m in old if m.holds & slot] for slot in target.slots]
+        holders = [[m for m in old if _clash(m.holds, slot)] for slot in target.slots]
         fewest = min(filter(None, holders), key=len, default=[])
         settled = (
             all(m.state is State.READY for m in current)
@@ -273,6 +275,10 @@ class _Plan:
         del self.held[member.name]
         self.draining.pop(member.name, None)
         self.actions.append(Action(Do.STOP, member.name, member.pool, reason))
+
+
+def _clash(addresses: Set[str], others: Set[str]) -> bool:
+    return any(overlap(one, other) for one in addresses for other in others)
 
 
 def _index(member: Member) -> int:

@@ -25,6 +25,7 @@ from crossdock.proto.settings import (
     check_settings,
     no_entries,
     of,
+    overlap,
     setting,
     split_address,
 )
@@ -35,7 +36,6 @@ from crossdock.worker.config import EngineSettings, WorkerConfig
 API_VERSION = "crossdock/v1"
 KIND = "Cluster"
 GATEWAY_POOL = "gateway"
-EVERY_HOST = {"0.0.0.0", "::"}  # gRPC takes either for both families
 
 
 @dataclass(frozen=True)
@@ -341,14 +341,11 @@ def _check_gpus(spec: ClusterSpec) -> None:
 
 
 def _check_ports(spec: ClusterSpec) -> None:
-    taken: list[tuple[str, int, str]] = []
-    for path, address in spec.claims():
-        host, port = split_address(address)
-        for other_host, other_port, other in taken:
-            overlap = host == other_host or EVERY_HOST & {host, other_host}
-            if port and port == other_port and overlap:
-                raise ConfigError(path, f"{address!r} is also the port of {other}")
-        taken.append((host, port, path))
+    claims = spec.claims()
+    for index, (path, address) in enumerate(claims):
+        for other_path, other in claims[:index]:
+            if overlap(address, other):
+                raise ConfigError(path, f"{address!r} is also the port of {other_path}")
 
 
 def _revision(group: GatewaySpec | PoolSpec, *others: Any) -> str:

@@ -17,6 +17,7 @@ from crossdock.deploy.runtime import (
     StartFailed,
 )
 from crossdock.deploy.spec import ClusterSpec
+from crossdock.proto.settings import overlap
 from crossdock.proto.types import Role, WorkerEndpoint
 
 YAML = """
@@ -50,8 +51,7 @@ class FakeProcess:
     @property
     def doors(self) -> set[str]:
         gateway = self.launch.gateway
-        doors = {gateway.grpc, gateway.http} if gateway else set()
-        return {door for door in doors if not door.endswith(":0")}
+        return {gateway.grpc, gateway.http} if gateway else set()
 
     def kill(self, why: str = "killed") -> None:
         self._gone.set_result(why)
@@ -68,7 +68,8 @@ class FakeProcess:
         await asyncio.sleep(0.01 * self.number)  # each in its own time
         launch, where = self.launch, f"127.0.0.1:{self.number}"
         others = [p for p in self.cluster.alive(launch.pool) if p is not self]
-        if taken := self.doors & {door for other in others for door in other.doors}:
+        theirs = {door for other in others for door in other.doors}
+        if taken := [mine for mine in self.doors if any(overlap(mine, door) for door in theirs)]:
             raise CannotStart(f"ConfigError: {sorted(taken)} in use")
         self.serves = True
         common = (self.number, "node")

@@ -54,6 +54,19 @@ async def test_a_gateway_on_other_ports_serves_before_the_old_one_drains(cluster
     assert not old.alive
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "localhost"])
+async def test_a_gateway_moves_to_another_host_of_the_same_ports(cluster, controller, host):
+    """No two can have such addresses: the one that is tried takes free ports, then the old one
+    makes room."""
+    [old] = cluster.alive("gateway")
+    addresses = {"grpc": f"{host}:50051", "http": f"{host}:8000"}
+    await controller.change(lambda spec: with_gateway(spec, **addresses), "test")
+    assert await controller.wait_converged(5)
+    [new] = cluster.alive("gateway")
+    assert new.serves and new.doors == set(addresses.values()) and not old.alive
+    assert controller.restarts["gateway-0"] == controller.restarts["gateway-1"] == 0
+
+
 @pytest.mark.parametrize("http", ["127.0.0.1:8001", "127.0.0.1:7999", "127.0.0.1:8000"])
 async def test_two_gateways_change_places(cluster, controller, http):
     """The first one's new port is the second one's old port, or the other way round."""

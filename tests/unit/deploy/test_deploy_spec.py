@@ -62,6 +62,7 @@ WRONG = [
     ("127.0.0.1:8000", "127.0.0.1:50052", 7, "gateway.grpc", "also the port of gateway.http"),
     ("127.0.0.1:8000", "0.0.0.0:50051", 8, "gateway.http", "also the port of gateway.grpc"),
     ("127.0.0.1:50051", "[::]:50050", 7, "gateway.grpc", "also the port of controller.grpc"),
+    ("127.0.0.1:50051", "localhost:50050", 7, "gateway.grpc", "also the port of controller.grpc"),
     ("cpus: 2", "cpus: .nan", 13, "pools.prefill.resources.cpus", "from 0 to 4096"),
     ("rack-a: 1", "rack-a: 0", 13, "pools.prefill.resources.custom.rack-a", "least is 0.0001"),
     ("rack-a: 1", "GPU: 1", 13, "pools.prefill.resources.custom.GPU", "use resources.gpus"),
