@@ -13,6 +13,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from math import isinf
 
 from crossdock.deploy.applied import AppliedSpec, Change
 from crossdock.deploy.members import Watched, WatchSettings
@@ -121,20 +122,29 @@ class Controller:
                 while any(m.state is State.STARTING for m in self.members):
                     self._wake.clear()
                     await self._wake.wait()
+        best_last = sorted(self.members, key=lambda m: (m.state is State.READY, m.live))
+        keep = {m.name: m for m in best_last}
+        for watched in [m for m in self.members if m is not keep[m.name]]:
+            self._record(f"stop {watched.name}", "was being stopped, another took its place")
+            await self._end(watched)
         self._adopted = True
 
     async def turn(self) -> None:
         """One round: decides, acts, and tells everybody of the members."""
         self._wake.clear()
         self._count_losses()
-        leaving = [await self._act(action) for action in self._decide(self.spec)]
+        leaving = [m for m in self.members if m.state is State.DRAINING and isinf(m.drain_deadline)]
+        for watched in leaving:
+            self._record(f"drain {watched.name}", "was told to by an earlier controller")
+            watched.leave(self._drain_s(watched))
+        acted = [await self._act(action) for action in self._decide(self.spec)]
         told = self._push_membership()
         if self.converged:
             self.applied.carried_out()
             self.errors.clear()
             for pool, losses in self._losses.items():
                 self._losses[pool] = replace(losses, places=(), hopeless="")
-        for watched in filter(None, leaving):
+        for watched in [*leaving, *filter(None, acted)]:
             self._spawn(self._drain(watched, told))
         await self._notify()
 
@@ -169,12 +179,15 @@ class Controller:
         if action.do is Do.DRAIN:
             watched.leave(self._drain_s(watched))
             return watched
+        await self._end(watched)
+        return None
+
+    async def _end(self, watched: Watched) -> None:
         self.members.remove(watched)
         if watched.is_gateway:
             await watched.stop()  # its ports must be free before another takes them
         else:
             self._spawn(watched.stop())
-        return None
 
     def _place_taken(self, action: Action) -> None:
         losses = self._losses.get(action.pool, Losses())

@@ -50,13 +50,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Started:
-    """Where a started process is found. `endpoint` is a worker's; `grpc` and `http` a gateway's."""
+    """Where a started process is found. `endpoint` is a worker's; `grpc` and `http` a gateway's.
+    `leaving`: it was told to drain or stop before, and takes no work again."""
 
     pid: int
     node_id: str
     endpoint: WorkerEndpoint | None = None
     grpc: str = ""
     http: str = ""
+    leaving: bool = False
 
     @property
     def address(self) -> str:

@@ -72,14 +72,14 @@ class FakeProcess:
         if taken := [mine for mine in self.doors if any(overlap(mine, door) for door in theirs)]:
             raise CannotStart(f"ConfigError: {sorted(taken)} in use")
         self.serves = True
-        common = (self.number, "node")
+        common = {"pid": self.number, "node_id": "node", "leaving": self.draining}
         if launch.gateway is not None:
-            return Started(*common, grpc=launch.gateway.grpc, http=launch.gateway.http)
+            return Started(**common, grpc=launch.gateway.grpc, http=launch.gateway.http)
         role, incarnation = Role(launch.role), f"{self.number:032x}"
         endpoint = WorkerEndpoint(
             launch.name, launch.pool, role, where, incarnation, launch.revision
         )
-        return Started(*common, endpoint=endpoint)
+        return Started(**common, endpoint=endpoint)
 
     async def gone(self) -> str:
         return await asyncio.shield(self._gone)
