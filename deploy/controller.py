@@ -405,7 +405,8 @@ class Controller:
         self.ended.set()
 
     async def _drain_gateways(self) -> None:
-        gateways = [m for m in self.members if m.is_gateway and m.state is State.READY]
+        serving = (State.READY, State.DRAINING)
+        gateways = [m for m in self.members if m.is_gateway and m.state in serving]
         remaining = max(0.0, self._drain_until - time.monotonic())
         drains = {self._spawn(self._drain_gateway(m, remaining)) for m in gateways}
         while drains and time.monotonic() < self._drain_until:

@@ -39,6 +39,7 @@ class FakeProcess:
         self.members: list[WorkerEndpoint] = []
         self.busy = asyncio.Event()  # set: has work that a drain waits for
         self.draining = False
+        self.cut_off = False  # stopped with work left
         self.told: list[set[str]] = []
         self.serves = False
         self.slow_updates = 0  # so many of the next ones take their time
@@ -106,6 +107,7 @@ class FakeProcess:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         if self.alive:
+            self.cut_off = self.busy.is_set()
             self._gone.set_result("stopped")
 
 

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from controller_kit import YAML, running, until, with_decode
+from controller_kit import YAML, running, until, with_decode, with_gateway
 
 from crossdock.cli_cluster import what_is_wrong
 from crossdock.deploy import controller as controller_module
@@ -302,6 +302,16 @@ async def test_down_ends_everything_and_forgets_it(cluster, controller, store):
     assert not any(p.alive for p in cluster.processes)
     assert gateway.draining
     assert not store.folder.exists()
+
+
+async def test_down_waits_for_a_gateway_that_drains_already(cluster, controller):
+    [old] = cluster.alive("gateway")
+    old.busy.set()
+    controller.apply(with_gateway(controller.spec, grpc="127.0.0.1:1", http="127.0.0.1:2"))
+    await until(lambda: old.draining)
+    asyncio.get_running_loop().call_later(0.2, old.busy.clear)
+    await controller.down(drain_s=5)
+    assert not old.alive and not old.cut_off
 
 
 async def test_a_second_down_hurries_the_first(cluster, controller):
