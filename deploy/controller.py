@@ -216,7 +216,7 @@ class Controller:
 
     def _count_losses(self) -> None:
         """A loss of a revision that is wanted no more says nothing about the next start."""
-        revisions = {target.pool: target.revision for target in targets(self.spec)}
+        revisions = _revisions(self.spec)
         for watched in self.members:
             name, pool = watched.name, watched.pool
             wanted = watched.revision == revisions.get(pool)
@@ -294,13 +294,17 @@ class Controller:
         What failed under another revision is not held against the new one.
         """
         self.applied.check_change(spec)
-        before = {target.pool: target.revision for target in targets(self.spec)}
+        before, wanted = _revisions(self.spec), _revisions(spec)
         changed = spec != self.spec
         self.applied.follow(spec, by)
-        for target in targets(spec):
-            if target.revision != before.get(target.pool):
-                losses = self._losses.get(target.pool, Losses())
-                self._losses[target.pool] = replace(losses, count=0, hopeless="")
+        self._losses = {
+            pool: losses if wanted[pool] == before.get(pool) else Losses(places=losses.places)
+            for pool, losses in self._losses.items()
+            if pool in wanted
+        }
+        self.errors = {
+            name: why for name, why in self.errors.items() if name.rpartition("-")[0] in wanted
+        }
         actions = self.plan(spec)
         if changed:  # who waits for a change asks for it again and again
             self._record(by, f"{len(actions)} actions due" if actions else "nothing to do")
@@ -435,3 +439,8 @@ class Controller:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+
+def _revisions(spec: ClusterSpec) -> dict[str, str]:
+    """By pool, of those that are to have any member."""
+    return {target.pool: target.revision for target in targets(spec) if target.replicas}

@@ -125,6 +125,21 @@ async def test_a_corrected_spec_does_not_wait_for_the_pause_of_the_old_one(clust
     assert controller.waiting_for() == []
 
 
+@pytest.mark.parametrize("removed", [True, False])
+async def test_a_pool_that_is_wanted_no_more_makes_no_change_hopeless(cluster, controller, removed):
+    good = controller.spec
+    with_bad = {**good.pools, "bad": good.pools["decode"]}
+    cluster.hopeless["bad"] = "ConfigError: kv_memory_mb: 1 holds no 2 blocks"
+    controller.apply(replace(good, pools=with_bad))
+    await until(lambda: controller.hopeless)
+    changed = with_decode(good if removed else controller.spec, max_batch=7)
+    if not removed:
+        changed = changed.with_replicas("bad", 0)
+    controller.apply(changed)
+    assert not controller.hopeless and "bad-0" not in controller.errors
+    assert await controller.wait_converged(5)
+
+
 async def test_operators_at_once_and_what_they_are_told(cluster, controller, tmp_path):
     """Over gRPC, as `crossdock apply` and `scale` do it."""
     server, address = await serve_admin(controller, "127.0.0.1:0")
