@@ -40,7 +40,7 @@ from crossdock.deploy.runtime import (
 )
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.deploy.store import ClusterStore
-from crossdock.proto.errors import ConfigError, Overtaken
+from crossdock.proto.errors import ConfigError, Overtaken, Unavailable
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import admin_pb2
 
@@ -80,7 +80,7 @@ class Controller:
         self._losses: dict[str, Losses] = {}
         self._wake = asyncio.Event()
         self._turned = asyncio.Condition()
-        self._closing = False
+        self._ending: asyncio.Task[None] | None = None
         self._looping = asyncio.Lock()  # held while the loop may start processes
         self._drain_until = float("inf")
         self.ended = asyncio.Event()  # after `down`
@@ -91,13 +91,18 @@ class Controller:
         """The one that is followed."""
         return self.applied.spec
 
+    @property
+    def closing(self) -> bool:
+        """Whether `down` has begun."""
+        return self._ending is not None
+
     # -- the loop ------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Adopts what runs already, then keeps the cluster as specified until `down`."""
         pause_s = self._settings.turn_s
         async with self._looping:
-            while not self._closing:
+            while not self.closing:
                 try:
                     if not self._adopted:
                         await self._adopt()
@@ -160,7 +165,7 @@ class Controller:
         """Everything runs as specified, and everyone knows of everyone."""
         as_specified = converged(targets(self.spec), self.members)
         told = all(m.told == self._membership_for(m) for m in self.members)
-        return as_specified and told and not (self._closing or self.failure)
+        return as_specified and told and not (self.closing or self.failure)
 
     async def _act(self, action: Action) -> Watched | None:
         """Starts or stops; what is to be drained is returned, marked as such."""
@@ -276,8 +281,10 @@ class Controller:
         """Applies what `to` makes of the spec, after trying its gateways. Returns `plan` of it.
 
         `by` says who asks. Raises Overtaken when the spec lacks the change and is not, or not any
-        more, of `generation` (0: any); ConfigError when it can't be changed so.
+        more, of `generation` (0: any); ConfigError when it can't be changed so; Unavailable once
+        the cluster goes down.
         """
+        self._check_open()
         spec = to(self.spec)
         self.applied.check_change(spec)
         if spec != self.spec:
@@ -285,8 +292,13 @@ class Controller:
             self.applied.check_generation(generation)
             if spec.gateway_revision() != self.spec.gateway_revision():
                 await self._try_gateway(spec)
+                self._check_open()
                 self.applied.check_generation(generation)
         return self.apply(spec, by)
+
+    def _check_open(self) -> None:
+        if self.closing:
+            raise Unavailable("the cluster is going down")
 
     def apply(self, spec: ClusterSpec, by: str = "apply") -> list[str]:
         """Makes `spec` the one to follow, also after a restart. Returns `plan` of it.
@@ -346,7 +358,7 @@ class Controller:
             return to(self.spec) != self.spec
 
         def settled() -> bool:
-            return self.converged or self._closing or bool(self.hopeless) or overtaken()
+            return self.converged or self.closing or bool(self.hopeless) or overtaken()
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._turned:
@@ -390,12 +402,11 @@ class Controller:
         Called again, it waits no longer than the shorter of both.
         """
         self._drain_until = min(self._drain_until, time.monotonic() + drain_s)
-        if not self._closing:
-            self._closing = True
+        if self._ending is None:
             self._wake.set()
             self._record("down", f"asked to, draining for {drain_s:g} s")
-            await self._end_everything()
-        await self.ended.wait()
+            self._ending = asyncio.create_task(self._end_everything())
+        await asyncio.shield(self._ending)  # it goes on where a caller is cancelled
 
     async def _end_everything(self) -> None:
         await self._looping.acquire()
