@@ -13,7 +13,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from math import isinf
 
 from crossdock.deploy.applied import AppliedSpec, Change
 from crossdock.deploy.members import Watched, WatchSettings
@@ -138,18 +137,14 @@ class Controller:
         """One round: decides, acts, and tells everybody of the members."""
         self._wake.clear()
         self._count_losses()
-        leaving = [m for m in self.members if m.state is State.DRAINING and isinf(m.drain_deadline)]
-        for watched in leaving:
-            self._record(f"drain {watched.name}", "was told to by an earlier controller")
-            watched.leave(self._drain_s(watched))
-        acted = [await self._act(action) for action in self._decide(self.spec)]
+        leaving = [await self._act(action) for action in self._decide(self.spec)]
         told = self._push_membership()
         if self.converged:
             self.applied.carried_out()
             self.errors.clear()
             for pool, losses in self._losses.items():
                 self._losses[pool] = replace(losses, places=(), hopeless="")
-        for watched in [*leaving, *filter(None, acted)]:
+        for watched in filter(None, leaving):
             self._spawn(self._drain(watched, told))
         await self._notify()
 

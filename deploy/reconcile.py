@@ -6,7 +6,8 @@ A member (worker or gateway) lives
         └─────────┴──────────┴─────> LOST ─> gone, and another is started in its place
 
 Rules, in the order they are applied:
-- what was lost, has drained or has passed its drain deadline is stopped;
+- what was lost, has drained or has passed its drain deadline is stopped, and what an earlier
+  controller told to leave goes on leaving;
 - what the spec no longer wants is drained, the newest first, what is not ready yet before all;
 - what is missing is started, at once after a first loss, with growing pauses in a crash loop;
 - where a revision changed, one worker more than wanted is started in the whole cluster at a time,
@@ -163,6 +164,9 @@ class _Plan:
                 self._stop(member, f"lost ({member.why})" if member.why else "lost")
             elif member.state is State.DRAINING and member.drained:
                 self._stop(member, "drained")
+            elif member.state is State.DRAINING and member.drain_deadline == float("inf"):
+                told = "told to leave by an earlier controller"
+                self.actions.append(Action(Do.DRAIN, member.name, member.pool, told))
             elif member.state is State.DRAINING and self.now >= member.drain_deadline:
                 self._stop(member, "drain deadline passed with work left")
 

@@ -58,6 +58,13 @@ def test_scaling_down_drains_the_newest_and_stops_it_when_drained():
     assert decide([D], members, now=60) == ["stop decode-1", "stop decode-2"]
 
 
+def test_who_was_leaving_before_the_controller_came_gets_a_deadline():
+    members = [ready("decode-0", "decode"), ready("decode-1", "decode")]
+    members[1] = replace(members[1], state=State.DRAINING)
+    assert decide([D], members) == ["drain decode-1"]
+    assert decide([replace(D, replicas=2)], members) == ["drain decode-1", "start decode-2"]
+
+
 def test_a_worker_that_is_not_ready_goes_before_a_ready_one():
     members = [
         replace(ready("decode-0", "decode"), state=State.STARTING),
@@ -132,7 +139,7 @@ def test_gateways_make_room_for_their_replacement():
     gateway = Target("gateway", "gateway", 1, "b", slots=(DOOR,))
     old = replace(ready("gateway-0", "gateway"), holds=DOOR)
     assert decide([gateway], [old]) == ["drain gateway-0"]
-    leaving = replace(old, state=State.DRAINING)
+    leaving = replace(old, state=State.DRAINING, drain_deadline=60)
     assert decide([gateway], [leaving]) == []
     gone = replace(leaving, drained=True)
     assert decide([gateway], [gone]) == ["stop gateway-0", "start gateway-1"]
