@@ -82,7 +82,6 @@ class Controller:
         self._ending: asyncio.Task[None] | None = None
         self._looping = asyncio.Lock()  # held while the loop may start processes
         self._drain_until = float("inf")
-        self.ended = asyncio.Event()  # after `down`
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -98,10 +97,10 @@ class Controller:
     # -- the loop ------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Adopts what runs already, then keeps the cluster as specified until `down`."""
+        """Adopts what runs already, then keeps the cluster as specified until `down` has ended."""
         pause_s = self._settings.turn_s
         async with self._looping:
-            while not self.closing:
+            while self._ending is None:
                 try:
                     if not self._adopted:
                         await self._adopt()
@@ -114,6 +113,7 @@ class Controller:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):
                         await self._wake.wait()
+        await asyncio.shield(self._ending)
 
     async def _adopt(self) -> None:
         """Takes over what runs. Who serves is known before anyone is told a membership: one that
@@ -309,9 +309,8 @@ class Controller:
             for pool, losses in self._losses.items()
             if pool in wanted
         }
-        self.errors = {
-            name: why for name, why in self.errors.items() if name.rpartition("-")[0] in wanted
-        }
+        for name in {name for name in self.errors if name.rpartition("-")[0] not in wanted}:
+            del self.errors[name]
         actions = self.plan(spec)
         if changed:  # who waits for a change asks for it again and again
             self._record(by, f"{len(actions)} actions due" if actions else "nothing to do")
@@ -412,7 +411,6 @@ class Controller:
         if self._background:
             await asyncio.wait(self._background, timeout=self._settings.update_timeout_s)
         self._store.end()
-        self.ended.set()
 
     async def _drain_gateways(self) -> None:
         serving = (State.READY, State.DRAINING)
