@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from crossdock.deploy.ray_rules import check_amount, check_labels, check_resources
+from crossdock.model.store import SIMULATED
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import (
     NAME_PATTERN,
@@ -326,7 +327,8 @@ def _check_engines(spec: ClusterSpec) -> None:
             other, of_other = next(iter(first.items()))
             message = f"{kind!r} cannot hand KV to or from {other!r} of pools.{of_other}"
             raise ConfigError(path, message)
-        if spec.model.id == "simulated" != kind:
+        pool.engine.check_kv_dtype(spec.kv.dtype)
+        if spec.model.id == SIMULATED != kind:
             raise ConfigError(path, f"{kind!r} needs a model; model.id simulated has no weights")
 
 

@@ -37,6 +37,10 @@ class EngineSettings:
 
     kind: str = setting(doc=KIND)
 
+    def check_kv_dtype(self, dtype: str) -> None:
+        """Raises ConfigError where engines of this kind hold no such KV."""
+        return
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:

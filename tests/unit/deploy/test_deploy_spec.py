@@ -111,6 +111,15 @@ def test_a_pool_computes_where_its_resources_are():
     assert gpus == {"prefill": 0, "decode": 1}
 
 
+def test_a_type_of_kv_that_an_engine_has_not_is_refused_in_the_file():
+    text = TEXT.replace("transport: nixl", "dtype: float16")
+    assert ClusterSpec.parse(text).kv.dtype == "float16"
+    for role in ("prefill", "decode"):
+        text = text.replace(f"role: {role}\n", f"role: {role}\n    engine: {{kind: simulated}}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:19: kv\.dtype: 'float16' is no type of KV"):
+        ClusterSpec.parse(text, "c.yaml")
+
+
 def test_nccl_needs_a_whole_gpu_for_each_worker():
     def spec(prefill: str, decode: str) -> ClusterSpec:
         text = TEXT.replace("transport: nixl", "transport: nccl")
