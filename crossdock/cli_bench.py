@@ -15,6 +15,7 @@ from typer import Argument, Option
 
 from crossdock.bench.metrics import explain
 from crossdock.proto.errors import InvalidRequest
+from crossdock.proto.settings import GATEWAY_ADDRESS
 from crossdock.tables import table
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def bench(
     context: typer.Context,
     endpoint: Annotated[
         str, Option(help="grpc://host:port, or http://host:port of any OpenAI server.")
-    ] = "grpc://127.0.0.1:50051",
+    ] = f"grpc://{GATEWAY_ADDRESS}",
     model: Annotated[str, Option(help="Model name; the server's first when empty.")] = "",
     style: Annotated[
         str, Option(help="Prompts of an OpenAI endpoint: text, ids (token ids) or chat.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from crossdock.proto.settings import CONTROLLER_ADDRESS
 from crossdock.tables import table
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ Address = Annotated[
 ]
 Wait = Annotated[bool, Option(help="Return once the cluster is as asked.")]
 WaitTimeout = Annotated[float, Option(min=0, help="Longest wait in seconds.")]
-DEFAULT_ADMIN = "127.0.0.1:50050"
 
 models = typer.Typer(help="Fetch and inspect models.", no_args_is_help=True)
 
@@ -62,7 +62,7 @@ def up(
 
 
 def status(
-    address: Address = DEFAULT_ADMIN,
+    address: Address = CONTROLLER_ADDRESS,
     as_json: Annotated[bool, Option("--json", help="Print all that is known as JSON.")] = False,
     check: Annotated[
         bool,
@@ -92,7 +92,7 @@ def status(
 
 
 def doctor(
-    address: Address = DEFAULT_ADMIN,
+    address: Address = CONTROLLER_ADDRESS,
     as_json: Annotated[bool, Option("--json", help="Print what was found as JSON.")] = False,
     at_once: Annotated[
         int,
@@ -143,7 +143,7 @@ def apply(
 def scale(
     pool: Annotated[str, Argument(help="A pool of the cluster, as prefill or decode.")],
     replicas: Annotated[int, Argument(min=0, help="How many workers it is to have.")],
-    address: Address = DEFAULT_ADMIN,
+    address: Address = CONTROLLER_ADDRESS,
     wait: Wait = True,
     timeout: WaitTimeout = 300.0,
 ) -> None:
@@ -155,7 +155,7 @@ def scale(
 
 
 def down(
-    address: Address = DEFAULT_ADMIN,
+    address: Address = CONTROLLER_ADDRESS,
     drain: Annotated[
         float, Option(min=0, help="Seconds that running requests get to finish.")
     ] = 30.0,

@@ -21,6 +21,7 @@ from crossdock.deploy.ray_rules import check_amount, check_labels, check_resourc
 from crossdock.model.store import SIMULATED
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import (
+    CONTROLLER_ADDRESS,
     NAME_PATTERN,
     NAME_RULE,
     check_settings,
@@ -100,7 +101,7 @@ class ControllerSpec:
     """The YAML's `controller`."""
 
     grpc: str = setting(
-        "127.0.0.1:50050",
+        CONTROLLER_ADDRESS,
         "Where the controller answers crossdock status, apply, scale and down.",
         kind="address",
     )

@@ -17,6 +17,8 @@ from crossdock.proto.errors import ConfigError
 
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 NAME_RULE = "must be 1 to 40 of a-z, 0-9 and -, not beginning or ending with -"
+GATEWAY_ADDRESS = "127.0.0.1:50051"  # both as they are where the YAML says nothing else
+CONTROLLER_ADDRESS = "127.0.0.1:50050"
 EVERY_HOST = {"0.0.0.0", "::"}  # gRPC takes either for both families
 LOOPBACK = ({"localhost", "127.0.0.1"}, {"localhost", "::1"})
 
