@@ -79,7 +79,7 @@ class Controller:
         self._losses: dict[str, Losses] = {}
         self._wake = asyncio.Event()
         self._turned = asyncio.Condition()
-        self._ending: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None  # once it goes down
         self._looping = asyncio.Lock()  # held while the loop may start processes
         self._drain_until = float("inf")
         self._background: set[asyncio.Task[None]] = set()
@@ -88,11 +88,6 @@ class Controller:
     def spec(self) -> ClusterSpec:
         """The one that is followed."""
         return self.applied.spec
-
-    @property
-    def closing(self) -> bool:
-        """Whether `down` has begun."""
-        return self._ending is not None
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -160,7 +155,7 @@ class Controller:
         """Everything runs as specified, and everyone knows of everyone."""
         as_specified = converged(targets(self.spec), self.members)
         told = all(m.told == self._membership_for(m) for m in self.members)
-        return as_specified and told and not (self.closing or self.failure)
+        return as_specified and told and not (self._ending or self.failure)
 
     async def _act(self, action: Action) -> Watched | None:
         """Starts or stops; what is to be drained is returned, marked as such."""
@@ -216,7 +211,7 @@ class Controller:
 
     def _count_losses(self) -> None:
         """A loss of a revision that is wanted no more says nothing about the next start."""
-        revisions = _revisions(self.spec)
+        revisions = {t.pool: t.revision for t in targets(self.spec) if t.replicas}
         for watched in self.members:
             name, pool = watched.name, watched.pool
             wanted = watched.revision == revisions.get(pool)
@@ -292,7 +287,7 @@ class Controller:
         return self.apply(spec, by)
 
     def _check_open(self) -> None:
-        if self.closing:
+        if self._ending:
             raise Unavailable("the cluster is going down")
 
     def apply(self, spec: ClusterSpec, by: str = "apply") -> list[str]:
@@ -301,7 +296,8 @@ class Controller:
         What failed under another revision is not held against the new one.
         """
         self.applied.check_change(spec)
-        before, wanted = _revisions(self.spec), _revisions(spec)
+        before = {target.pool: target.revision for target in targets(self.spec)}
+        wanted = {target.pool: target.revision for target in targets(spec) if target.replicas}
         changed = spec != self.spec
         self.applied.follow(spec, by)
         self._losses = {
@@ -352,7 +348,7 @@ class Controller:
             return to(self.spec) != self.spec
 
         def settled() -> bool:
-            return self.converged or self.closing or bool(self.hopeless) or overtaken()
+            return self.converged or bool(self._ending or self.hopeless) or overtaken()
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._turned:
@@ -415,16 +411,13 @@ class Controller:
     async def _drain_gateways(self) -> None:
         serving = (State.READY, State.DRAINING)
         gateways = [m for m in self.members if m.is_gateway and m.state in serving]
-        remaining = max(0.0, self._drain_until - time.monotonic())
-        drains = {self._spawn(self._drain_gateway(m, remaining)) for m in gateways}
+        for watched in gateways:
+            watched.leave(self._drain_until - time.monotonic())
+        drains = {self._spawn(watched.drain()) for watched in gateways}
         while drains and time.monotonic() < self._drain_until:
             _, drains = await asyncio.wait(drains, timeout=0.1)
         for drain in drains:
             drain.cancel()
-
-    async def _drain_gateway(self, watched: Watched, drain_s: float) -> None:
-        with contextlib.suppress(ProcessGone):
-            await watched.process.drain(drain_s)
 
     def why_not_ready(self, watched: Watched) -> str:
         """Why it, or the last by its name, was lost, or can't be placed; empty if none is known."""
@@ -443,8 +436,3 @@ class Controller:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
-
-
-def _revisions(spec: ClusterSpec) -> dict[str, str]:
-    """By pool, of those that are to have any member."""
-    return {target.pool: target.revision for target in targets(spec) if target.replicas}

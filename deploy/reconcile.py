@@ -165,8 +165,7 @@ class _Plan:
             elif member.state is State.DRAINING and member.drained:
                 self._stop(member, "drained")
             elif member.state is State.DRAINING and member.drain_deadline == float("inf"):
-                told = "told to leave by an earlier controller"
-                self.actions.append(Action(Do.DRAIN, member.name, member.pool, told))
+                self.actions.append(Action(Do.DRAIN, member.name, member.pool, "was leaving"))
             elif member.state is State.DRAINING and self.now >= member.drain_deadline:
                 self._stop(member, "drain deadline passed with work left")
 
