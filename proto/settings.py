@@ -6,6 +6,7 @@ read, checked and documented from that declaration.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -101,6 +102,7 @@ def _check_value(path: str, about: Field[Any], value: Any) -> None:
         about.metadata["check"](path, value)
 
 
+@functools.lru_cache(1024)
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of "host:port"; IPv6 hosts in brackets. Raises ValueError."""
     host, colon, port = address.rpartition(":")

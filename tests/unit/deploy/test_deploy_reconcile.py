@@ -175,7 +175,8 @@ def test_gateways_move_to_any_other_ports_one_at_a_time(count, grpc, old_http, n
         held = [address for m in world.members.values() for address in m.holds]
         assert not any(overlap(*two) for two in itertools.combinations(held, 2)), held
         ready_now = [m for m in world.members.values() if m.state is State.READY]
-        assert len(ready_now) >= count - 1
+        if host == "g":  # else one new gateway may contend with two old ones, and each new one so
+            assert len(ready_now) >= count - 1
         for name in sorted(world.members):
             world.progress(name)
     assert converged(world.targets, list(world.members.values()))
