@@ -17,6 +17,7 @@ from typer import Argument, Option
 
 from crossdock import cli_bench, cli_cluster
 from crossdock.proto.errors import CrossdockError, Overloaded
+from crossdock.proto.settings import GATEWAY_ADDRESS
 
 if TYPE_CHECKING:
     from crossdock.client import Client, RequestFields
@@ -75,7 +76,7 @@ def _root(
 def generate(
     context: typer.Context,
     prompt: Annotated[str, Argument(help="What to say; - reads it from standard input.")],
-    target: Target = "127.0.0.1:50051",
+    target: Target = GATEWAY_ADDRESS,
     model: Model = "",
     as_chat: Annotated[
         bool, Option("--chat/--raw", help="Through the chat template, or the text as it is.")
@@ -116,7 +117,7 @@ def generate(
 @app.command()
 def chat(
     context: typer.Context,
-    target: Target = "127.0.0.1:50051",
+    target: Target = GATEWAY_ADDRESS,
     model: Model = "",
     system: System = "",
     max_tokens: MaxTokens = None,

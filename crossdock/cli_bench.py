@@ -15,7 +15,8 @@ from typer import Argument, Option
 
 from crossdock.bench.metrics import explain
 from crossdock.proto.errors import InvalidRequest
-from crossdock.tables import table
+from crossdock.proto.settings import GATEWAY_ADDRESS
+from crossdock.tables import console_of, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ def bench(
     context: typer.Context,
     endpoint: Annotated[
         str, Option(help="grpc://host:port, or http://host:port of any OpenAI server.")
-    ] = "grpc://127.0.0.1:50051",
+    ] = f"grpc://{GATEWAY_ADDRESS}",
     model: Annotated[str, Option(help="Model name; the server's first when empty.")] = "",
     style: Annotated[
         str, Option(help="Prompts of an OpenAI endpoint: text, ids (token ids) or chat.")
@@ -132,7 +133,7 @@ def bench(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"--json: {json_file.parent} is no folder")
     to_stdout = json_file is not None and str(json_file) == "-"
-    report = _run(config, _console(stderr=to_stdout))
+    report = _run(config, console_of(stderr=to_stdout))
     if json_file is not None:
         text = json.dumps(report.to_json(requests_too), indent=2) + "\n"
         if to_stdout:
@@ -248,9 +249,3 @@ def bench_trace(
         "best hit rate": trace.hit_rate,
     }
     print(", ".join(f"{name} {value:,.3g}" for name, value in total.items()))
-
-
-def _console(stderr: bool) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from crossdock.tables import table
+from crossdock.proto.settings import CONTROLLER_ADDRESS
+from crossdock.tables import console_of, table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from crossdock.proto.v1 import admin_pb2, worker_pb2
 
-# Wide enough for the widest table where the output is no terminal.
-FILE_WIDTH = 160
 FIGURES = ("queue", "running", "KV used", "cached", "total", "hit rate", "leases")
 SHOWN_DECISIONS = 5
 SHOWN_LEASES = 20
@@ -29,7 +28,6 @@ Address = Annotated[
 ]
 Wait = Annotated[bool, Option(help="Return once the cluster is as asked.")]
 WaitTimeout = Annotated[float, Option(min=0, help="Longest wait in seconds.")]
-DEFAULT_ADMIN = "127.0.0.1:50050"
 
 models = typer.Typer(help="Fetch and inspect models.", no_args_is_help=True)
 
@@ -62,14 +60,10 @@ def up(
 
 
 def status(
-    address: Address = DEFAULT_ADMIN,
+    address: Address = CONTROLLER_ADDRESS,
     as_json: Annotated[bool, Option("--json", help="Print all that is known as JSON.")] = False,
     check: Annotated[
-        bool,
-        Option(
-            "--check",
-            help="Account for every KV block; exit 1 unless all is well and as specified.",
-        ),
+        bool, Option("--check", help="Account for every KV block; exit 1 unless all is well.")
     ] = False,
 ) -> None:
     """Show workers, gateways and the newest decisions of the controller."""
@@ -84,7 +78,7 @@ def status(
         )
         print(json.dumps(shown, indent=2))
     else:
-        show_status(cluster, _console())
+        show_status(cluster, console_of())
     if check and (wrong := what_is_wrong(cluster)):
         for line in wrong:
             print(f"error: {line}", file=sys.stderr)
@@ -92,11 +86,10 @@ def status(
 
 
 def doctor(
-    address: Address = DEFAULT_ADMIN,
+    address: Address = CONTROLLER_ADDRESS,
     as_json: Annotated[bool, Option("--json", help="Print what was found as JSON.")] = False,
     at_once: Annotated[
-        int,
-        Option(min=1, help="Pairs measured at the same time, no worker in two of them."),
+        int, Option(min=1, help="Pairs measured at the same time, no worker in two of them.")
     ] = 1,
 ) -> None:
     """Check clocks, versions and layouts of all workers, and how KV moves in every pair.
@@ -110,7 +103,7 @@ def doctor(
     if as_json:
         print(json.dumps(doctor.as_json(report), indent=2))
     else:
-        doctor.show(report, _console())
+        doctor.show(report, console_of())
     findings = report.findings
     for finding in findings:
         print(f"{'error' if finding.problem else 'warning'}: {finding}", file=sys.stderr)
@@ -129,8 +122,7 @@ def apply(
     wait: Wait = True,
     timeout: WaitTimeout = 300.0,
     generation: Annotated[
-        int,
-        Option(min=0, help="Refuse unless the spec is of this generation; see status."),
+        int, Option(min=0, help="Refuse unless the spec is of this generation; see status.")
     ] = 0,
 ) -> None:
     """Make the running cluster what the file says; workers that go are drained first."""
@@ -143,7 +135,7 @@ def apply(
 def scale(
     pool: Annotated[str, Argument(help="A pool of the cluster, as prefill or decode.")],
     replicas: Annotated[int, Argument(min=0, help="How many workers it is to have.")],
-    address: Address = DEFAULT_ADMIN,
+    address: Address = CONTROLLER_ADDRESS,
     wait: Wait = True,
     timeout: WaitTimeout = 300.0,
 ) -> None:
@@ -155,7 +147,7 @@ def scale(
 
 
 def down(
-    address: Address = DEFAULT_ADMIN,
+    address: Address = CONTROLLER_ADDRESS,
     drain: Annotated[
         float, Option(min=0, help="Seconds that running requests get to finish.")
     ] = 30.0,
@@ -209,7 +201,7 @@ def model_list() -> None:
         except ModelError:
             here = f"no: crossdock model fetch {name}"
         rows.append((name, f"{model.size / 1e6:.0f} MB", here))
-    _console().print(table("", ("model", "size", "here"), rows))
+    console_of().print(table("", ("model", "size", "here"), rows))
 
 
 @models.command("show")
@@ -296,10 +288,3 @@ def what_is_wrong(cluster: admin_pb2.ClusterStatus) -> list[str]:
         elif member.worker.integrity_error:
             wrong.append(f"{member.name}: {member.worker.integrity_error}")
     return [*wrong, *cluster.waiting_for]
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else FILE_WIDTH
-    return Console(width=width, highlight=False)

@@ -19,12 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from crossdock.proto import errors
 from crossdock.proto.channels import internal, is_loopback
 from crossdock.proto.convert import sampling_to_pb, wire_seed
+from crossdock.proto.settings import GATEWAY_ADDRESS
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
 from crossdock.results import Chunk, ModelInfo, Result, read_chunk, read_models, read_result
 
-DEFAULT_TARGET = "127.0.0.1:50051"
 # A long-lived stream through a silent network is noticed; replies may be as long as they are.
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -73,7 +73,7 @@ _PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_sal
 class Client:
     """Blocking client of the gateway at `target`, host:port. Safe to share between threads."""
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+    def __init__(self, target: str = GATEWAY_ADDRESS) -> None:
         self.target = _address(target)
         self._channel = grpc.insecure_channel(self.target, options=_options(self.target))
         self._stub = InferenceStub(self._channel)
@@ -139,7 +139,7 @@ class Client:
 class AsyncClient:
     """Client of the gateway at `target` for asyncio; belongs to the loop that first uses it."""
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+    def __init__(self, target: str = GATEWAY_ADDRESS) -> None:
         self.target = _address(target)
 
     @cached_property
@@ -269,7 +269,7 @@ def _set_field(message: Any, name: str, value: Any) -> None:
 def _address(target: str) -> str:
     address = target.removeprefix("grpc://").rstrip("/")
     if not re.fullmatch(r"(\S+:\d+|unix:\S+)", address) or "//" in address:
-        raise errors.InvalidRequest("target", target, "must be host:port, as 127.0.0.1:50051")
+        raise errors.InvalidRequest("target", target, f"must be host:port, as {GATEWAY_ADDRESS}")
     return address
 
 

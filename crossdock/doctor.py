@@ -174,22 +174,16 @@ def _missing(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
 
 
 def _layouts(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
-    """Workers that hand KV over agree in its layout, and colocated ones with those that have their
-    kind of engine: they serve the same model."""
+    """Against the layout that most have, those that differ and in what: of workers that hand KV
+    over, and of colocated ones with their kind of engine, since all serve one model."""
     alike: dict[str, list[WorkerFacts]] = defaultdict(list)
     for worker in sorted(workers, key=lambda worker: worker.role == Role.COLOCATED):
         kind = worker.layout.get("engine", "")
         alike[kind if worker.role == Role.COLOCATED else next(iter(alike), kind)].append(worker)
     for group in alike.values():
-        yield from _unlike(group)
-
-
-def _unlike(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
-    """Against the layout that most have: those that differ, and in what."""
-    usual = statistics.mode(worker.layout_hash for worker in workers)
-    like = next(worker for worker in workers if worker.layout_hash == usual)
-    for worker in workers:
-        if worker.layout_hash != usual:
+        usual = statistics.mode(worker.layout_hash for worker in group)
+        like = next(worker for worker in group if worker.layout_hash == usual)
+        for worker in [worker for worker in group if worker.layout_hash != usual]:
             differing = ", ".join(
                 f"{name} is {value!r}, {like.layout.get(name)!r} on {like.name}"
                 for name, value in worker.layout.items()

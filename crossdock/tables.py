@@ -1,12 +1,24 @@
-"""Tables of the command line. rich is imported where one is made, so that help is fast."""
+"""What the command line prints. rich is imported where it is used, so that help is fast."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+
+FILE_WIDTH = 160  # wide enough for the widest table where the output is no terminal
+
+
+def console_of(stderr: bool = False) -> Console:
+    """Prints to stdout or stderr."""
+    from rich.console import Console
+
+    to = sys.stderr if stderr else sys.stdout
+    return Console(file=to, width=None if to.isatty() else FILE_WIDTH, highlight=False)
 
 
 def table(

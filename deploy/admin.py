@@ -9,13 +9,13 @@ from pathlib import Path
 
 import grpc
 
-from crossdock.deploy.spec import ClusterSpec, ControllerSpec
+from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
 from crossdock.proto.channels import internal
 from crossdock.proto.errors import ConfigError, CrossdockError, NotFound, Overtaken, Unavailable
+from crossdock.proto.settings import CONTROLLER_ADDRESS
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
-DEFAULT_ADDRESS = ControllerSpec().grpc
 MAX_STATUS_BYTES = 64 << 20
 PROGRESS_S = 2.0
 ANSWER_S = 120.0  # longer than a gateway's trial
@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 
 def status(
-    address: str = DEFAULT_ADDRESS, check_integrity: bool = False, timeout_s: float = 15.0
+    address: str = CONTROLLER_ADDRESS, check_integrity: bool = False, timeout_s: float = 15.0
 ) -> admin_pb2.ClusterStatus:
     """Raises Unavailable when no controller answers there."""
     request = admin_pb2.GetClusterStatusRequest(check_integrity=check_integrity)
@@ -68,7 +68,7 @@ def apply(
 def scale(
     pool: str,
     replicas: int,
-    address: str = DEFAULT_ADDRESS,
+    address: str = CONTROLLER_ADDRESS,
     wait: bool = True,
     timeout_s: float = 600.0,
     progress: Progress = lambda line: None,
@@ -102,7 +102,7 @@ def _carry_out(
         told = set(answer.waiting_for)
 
 
-def down(address: str = DEFAULT_ADDRESS, drain_s: float = 10.0) -> None:
+def down(address: str = CONTROLLER_ADDRESS, drain_s: float = 10.0) -> None:
     """Ends the cluster; its gateways may finish their requests for `drain_s`."""
     with _admin(address) as stub:
         stub.Down(admin_pb2.DownRequest(drain_s=drain_s), timeout=drain_s + 60)

@@ -16,7 +16,7 @@ from crossdock.deploy.reconcile import State
 from crossdock.deploy.runtime import ProcessGone, targets
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.proto.convert import ROLE_TO_PB
-from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
+from crossdock.proto.errors import ConfigError, CrossdockError
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
@@ -30,7 +30,6 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._down: asyncio.Task[None] | None = None
 
     async def GetClusterStatus(
         self, request: admin_pb2.GetClusterStatusRequest, context: Context
@@ -65,17 +64,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Down(
         self, request: admin_pb2.DownRequest, context: Context
     ) -> admin_pb2.DownResponse:
-        """Ends the cluster; answers once every member has stopped."""
-        if self._down is None:
-            self._down = asyncio.create_task(self._controller.down(request.drain_s))
-        await asyncio.shield(self._down)
+        """Ends the cluster, as Controller.down; answers once every member has stopped."""
+        await self._controller.down(request.drain_s)
         return admin_pb2.DownResponse()
 
     async def _change(
         self, to: Change, by: str, request: admin_pb2.ApplyRequest | admin_pb2.ScaleRequest
     ) -> admin_pb2.ApplyResponse:
-        if self._down is not None:
-            raise Unavailable("the cluster is going down")
         actions = await self._controller.change(to, by, request.generation)
         if not request.wait:
             return self._answer(actions, self._controller.converged)

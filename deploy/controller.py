@@ -39,7 +39,7 @@ from crossdock.deploy.runtime import (
 )
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.deploy.store import ClusterStore
-from crossdock.proto.errors import ConfigError, Overtaken
+from crossdock.proto.errors import ConfigError, Overtaken, Unavailable
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import admin_pb2
 
@@ -79,10 +79,9 @@ class Controller:
         self._losses: dict[str, Losses] = {}
         self._wake = asyncio.Event()
         self._turned = asyncio.Condition()
-        self._closing = False
+        self._ending: asyncio.Task[None] | None = None  # once it goes down
         self._looping = asyncio.Lock()  # held while the loop may start processes
         self._drain_until = float("inf")
-        self.ended = asyncio.Event()  # after `down`
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -93,10 +92,10 @@ class Controller:
     # -- the loop ------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Adopts what runs already, then keeps the cluster as specified until `down`."""
+        """Adopts what runs already, then keeps the cluster as specified until `down` has ended."""
         pause_s = self._settings.turn_s
         async with self._looping:
-            while not self._closing:
+            while self._ending is None:
                 try:
                     if not self._adopted:
                         await self._adopt()
@@ -109,6 +108,7 @@ class Controller:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):
                         await self._wake.wait()
+        await asyncio.shield(self._ending)
 
     async def _adopt(self) -> None:
         """Takes over what runs. Who serves is known before anyone is told a membership: one that
@@ -121,6 +121,11 @@ class Controller:
                 while any(m.state is State.STARTING for m in self.members):
                     self._wake.clear()
                     await self._wake.wait()
+        best_last = sorted(self.members, key=lambda m: (m.state is State.READY, m.live))
+        keep = {m.name: m for m in best_last}
+        for watched in [m for m in self.members if m is not keep[m.name]]:
+            self._record(f"stop {watched.name}", "was being stopped, another took its place")
+            await self._end(watched)
         self._adopted = True
 
     async def turn(self) -> None:
@@ -150,7 +155,7 @@ class Controller:
         """Everything runs as specified, and everyone knows of everyone."""
         as_specified = converged(targets(self.spec), self.members)
         told = all(m.told == self._membership_for(m) for m in self.members)
-        return as_specified and told and not (self._closing or self.failure)
+        return as_specified and told and not (self._ending or self.failure)
 
     async def _act(self, action: Action) -> Watched | None:
         """Starts or stops; what is to be drained is returned, marked as such."""
@@ -169,12 +174,15 @@ class Controller:
         if action.do is Do.DRAIN:
             watched.leave(self._drain_s(watched))
             return watched
+        await self._end(watched)
+        return None
+
+    async def _end(self, watched: Watched) -> None:
         self.members.remove(watched)
         if watched.is_gateway:
             await watched.stop()  # its ports must be free before another takes them
         else:
             self._spawn(watched.stop())
-        return None
 
     def _place_taken(self, action: Action) -> None:
         losses = self._losses.get(action.pool, Losses())
@@ -203,7 +211,7 @@ class Controller:
 
     def _count_losses(self) -> None:
         """A loss of a revision that is wanted no more says nothing about the next start."""
-        revisions = {target.pool: target.revision for target in targets(self.spec)}
+        revisions = {t.pool: t.revision for t in targets(self.spec) if t.replicas}
         for watched in self.members:
             name, pool = watched.name, watched.pool
             wanted = watched.revision == revisions.get(pool)
@@ -263,8 +271,10 @@ class Controller:
         """Applies what `to` makes of the spec, after trying its gateways. Returns `plan` of it.
 
         `by` says who asks. Raises Overtaken when the spec lacks the change and is not, or not any
-        more, of `generation` (0: any); ConfigError when it can't be changed so.
+        more, of `generation` (0: any); ConfigError when it can't be changed so; Unavailable once
+        the cluster goes down.
         """
+        self._check_open()
         spec = to(self.spec)
         self.applied.check_change(spec)
         if spec != self.spec:
@@ -272,8 +282,13 @@ class Controller:
             self.applied.check_generation(generation)
             if spec.gateway_revision() != self.spec.gateway_revision():
                 await self._try_gateway(spec)
+                self._check_open()
                 self.applied.check_generation(generation)
         return self.apply(spec, by)
+
+    def _check_open(self) -> None:
+        if self._ending:
+            raise Unavailable("the cluster is going down")
 
     def apply(self, spec: ClusterSpec, by: str = "apply") -> list[str]:
         """Makes `spec` the one to follow, also after a restart. Returns `plan` of it.
@@ -282,12 +297,16 @@ class Controller:
         """
         self.applied.check_change(spec)
         before = {target.pool: target.revision for target in targets(self.spec)}
+        wanted = {target.pool: target.revision for target in targets(spec) if target.replicas}
         changed = spec != self.spec
         self.applied.follow(spec, by)
-        for target in targets(spec):
-            if target.revision != before.get(target.pool):
-                losses = self._losses.get(target.pool, Losses())
-                self._losses[target.pool] = replace(losses, count=0, hopeless="")
+        self._losses = {
+            pool: losses if wanted[pool] == before.get(pool) else Losses(places=losses.places)
+            for pool, losses in self._losses.items()
+            if pool in wanted
+        }
+        for name in {name for name in self.errors if name.rpartition("-")[0] not in wanted}:
+            del self.errors[name]
         actions = self.plan(spec)
         if changed:  # who waits for a change asks for it again and again
             self._record(by, f"{len(actions)} actions due" if actions else "nothing to do")
@@ -329,7 +348,7 @@ class Controller:
             return to(self.spec) != self.spec
 
         def settled() -> bool:
-            return self.converged or self._closing or bool(self.hopeless) or overtaken()
+            return self.converged or bool(self._ending or self.hopeless) or overtaken()
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._turned:
@@ -373,12 +392,11 @@ class Controller:
         Called again, it waits no longer than the shorter of both.
         """
         self._drain_until = min(self._drain_until, time.monotonic() + drain_s)
-        if not self._closing:
-            self._closing = True
+        if self._ending is None:
             self._wake.set()
             self._record("down", f"asked to, draining for {drain_s:g} s")
-            await self._end_everything()
-        await self.ended.wait()
+            self._ending = asyncio.create_task(self._end_everything())
+        await asyncio.shield(self._ending)  # it goes on where a caller is cancelled
 
     async def _end_everything(self) -> None:
         await self._looping.acquire()
@@ -389,20 +407,17 @@ class Controller:
         if self._background:
             await asyncio.wait(self._background, timeout=self._settings.update_timeout_s)
         self._store.end()
-        self.ended.set()
 
     async def _drain_gateways(self) -> None:
-        gateways = [m for m in self.members if m.is_gateway and m.state is State.READY]
-        remaining = max(0.0, self._drain_until - time.monotonic())
-        drains = {self._spawn(self._drain_gateway(m, remaining)) for m in gateways}
+        serving = (State.READY, State.DRAINING)
+        gateways = [m for m in self.members if m.is_gateway and m.state in serving]
+        for watched in gateways:
+            watched.leave(self._drain_until - time.monotonic())
+        drains = {self._spawn(watched.drain()) for watched in gateways}
         while drains and time.monotonic() < self._drain_until:
             _, drains = await asyncio.wait(drains, timeout=0.1)
         for drain in drains:
             drain.cancel()
-
-    async def _drain_gateway(self, watched: Watched, drain_s: float) -> None:
-        with contextlib.suppress(ProcessGone):
-            await watched.process.drain(drain_s)
 
     def why_not_ready(self, watched: Watched) -> str:
         """Why it, or the last by its name, was lost, or can't be placed; empty if none is known."""

@@ -147,7 +147,7 @@ class Watched(Member):
             self._lost(f"{type(error).__name__}: {error}")
         else:
             if self.state is State.STARTING:
-                self.state = State.READY
+                self.state = State.DRAINING if self.started.leaving else State.READY
                 self.ready_at = time.monotonic()
                 self._changed()
                 self._tasks.append(asyncio.create_task(self._probe()))

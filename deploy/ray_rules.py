@@ -1,5 +1,5 @@
 """What Ray accepts of an actor's resources and labels, restated so that a YAML is checked without
-Ray: see ray._common.ray_option_utils and ray._private.label_utils (2.60)."""
+Ray: see ray._common.ray_option_utils, ray._private.accelerators and label_utils (2.60)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ BUILT_IN = {
     "GPU": "use resources.gpus",
     "memory": "use resources.memory_mb",
     "object_store_memory": "workers need none of it",
+    "bundle": "take another name",
 }
+LENT_WHOLE = {"HPU", "neuron_cores", "RBLN", "FURIOSA", "MBLT", "TTNPU"}  # accelerators
+TPU_CHIPS = (1, 2, 4, 8)
 _LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 LABEL_KEY = re.compile(rf"([a-zA-Z0-9]([a-zA-Z0-9_.-]{{0,251}}[a-zA-Z0-9])?/)?{_LABEL}")
 LABEL_VALUE = re.compile(rf"(!?{_LABEL}|!?(in)?\({_LABEL}(, ?{_LABEL})*\))?")
@@ -38,6 +41,11 @@ def check_resources(path: str, resources: Mapping[str, float]) -> None:
         if not (name and name.isascii()):
             raise ConfigError(field, f"{name!r} is not allowed; must be ASCII, not empty")
         check_amount(field, amount, LEAST_AMOUNT)
+        if name in LENT_WHOLE and amount % 1:
+            raise ConfigError(field, f"{amount!r} is not allowed; Ray lends {name} whole")
+        if name == "TPU" and amount not in TPU_CHIPS:
+            chips = ", ".join(map(str, TPU_CHIPS))
+            raise ConfigError(field, f"{amount!r} is not allowed; Ray lends {chips} of a TPU")
 
 
 def check_labels(path: str, labels: Mapping[str, str]) -> None:

@@ -6,7 +6,8 @@ A member (worker or gateway) lives
         └─────────┴──────────┴─────> LOST ─> gone, and another is started in its place
 
 Rules, in the order they are applied:
-- what was lost, has drained or has passed its drain deadline is stopped;
+- what was lost, has drained or has passed its drain deadline is stopped, and what an earlier
+  controller told to leave goes on leaving;
 - what the spec no longer wants is drained, the newest first, what is not ready yet before all;
 - what is missing is started, at once after a first loss, with growing pauses in a crash loop;
 - where a revision changed, one worker more than wanted is started in the whole cluster at a time,
@@ -21,8 +22,10 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+
+from crossdock.proto.settings import overlap
 
 MAX_BACKOFF_S = 30.0
 GATEWAY_ROLE = "gateway"
@@ -39,8 +42,8 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Target:
-    """What one pool should be. `slots`: what each of its members takes for itself alone, disjoint
-    (the addresses of gateways), as many as `replicas`; none where members share nothing."""
+    """What one pool should be. `slots`: the addresses that each of its members takes for itself
+    alone (a gateway's), as many as `replicas`; none where members take none."""
 
     pool: str
     role: str
@@ -161,6 +164,8 @@ class _Plan:
                 self._stop(member, f"lost ({member.why})" if member.why else "lost")
             elif member.state is State.DRAINING and member.drained:
                 self._stop(member, "drained")
+            elif member.state is State.DRAINING and member.drain_deadline == float("inf"):
+                self.actions.append(Action(Do.DRAIN, member.name, member.pool, "was leaving"))
             elif member.state is State.DRAINING and self.now >= member.drain_deadline:
                 self._stop(member, "drain deadline passed with work left")
 
@@ -214,12 +219,12 @@ class _Plan:
     def _free_slot(self, target: Target) -> int | None:
         """The first slot of which nobody holds anything; 0 where members need none."""
         held = frozenset().union(*self.held.values())
-        free = (i for i, slot in enumerate(target.slots) if not slot & held)
+        free = (i for i, slot in enumerate(target.slots) if not _clash(slot, held))
         return next(free, None) if target.slots else 0
 
     def _free_a_slot(self, target: Target) -> None:
         old, current = self._split(target)
-        holders = [[m for m in old if m.holds & slot] for slot in target.slots]
+        holders = [[m for m in old if _clash(m.holds, slot)] for slot in target.slots]
         fewest = min(filter(None, holders), key=len, default=[])
         settled = (
             all(m.state is State.READY for m in current)
@@ -273,6 +278,10 @@ class _Plan:
         del self.held[member.name]
         self.draining.pop(member.name, None)
         self.actions.append(Action(Do.STOP, member.name, member.pool, reason))
+
+
+def _clash(addresses: Set[str], others: Set[str]) -> bool:
+    return any(overlap(one, other) for one in addresses for other in others)
 
 
 def _index(member: Member) -> int:

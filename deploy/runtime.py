@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from crossdock.deploy.reconcile import GATEWAY_ROLE, Target
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec, plain
 from crossdock.proto.hashing import hash_key
-from crossdock.proto.settings import given
+from crossdock.proto.settings import given, overlap
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.router.config import GatewayConfig
 from crossdock.worker.config import WorkerConfig
@@ -45,19 +45,20 @@ class Launch:
     @property
     def holds(self) -> frozenset[str]:
         """The addresses that this process takes for itself alone."""
-        mine = (self.gateway.grpc, self.gateway.http) if self.gateway else ()
-        return fixed_addresses(*mine)
+        return frozenset({self.gateway.grpc, self.gateway.http} if self.gateway else ())
 
 
 @dataclass(frozen=True)
 class Started:
-    """Where a started process is found. `endpoint` is a worker's; `grpc` and `http` a gateway's."""
+    """Where a started process is found. `endpoint` is a worker's; `grpc` and `http` a gateway's.
+    `leaving`: it was told to drain or stop before, and takes no work again."""
 
     pid: int
     node_id: str
     endpoint: WorkerEndpoint | None = None
     grpc: str = ""
     http: str = ""
+    leaving: bool = False
 
     @property
     def address(self) -> str:
@@ -107,8 +108,8 @@ def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes) -> Laun
     assert launch.gateway is not None
     free: dict[str, Any] = {
         door: address.rpartition(":")[0] + ":0"
-        for door in ("grpc", "http")
-        if (address := getattr(launch.gateway, door)) in taken
+        for door, address in zip(("grpc", "http"), spec.gateway_addresses(0), strict=True)
+        if any(overlap(address, other) for other in taken)
     }
     return replace(launch, gateway=replace(launch.gateway, **free))
 
@@ -120,14 +121,9 @@ def targets(spec: ClusterSpec) -> list[Target]:
         for name, pool in spec.pools.items()
     ]
     replicas = spec.gateway.replicas
-    slots = tuple(fixed_addresses(*spec.gateway_addresses(index)) for index in range(replicas))
+    slots = tuple(frozenset(spec.gateway_addresses(index)) for index in range(replicas))
     gateway = Target(GATEWAY_POOL, GATEWAY_ROLE, replicas, spec.gateway_revision(), slots)
     return [gateway, *pools]
-
-
-def fixed_addresses(*addresses: str) -> frozenset[str]:
-    """Those of "host:port" that only one process can have: port 0 takes a free one."""
-    return frozenset(address for address in addresses if not address.endswith(":0"))
 
 
 class ProcessGone(Exception):

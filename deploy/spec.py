@@ -18,13 +18,16 @@ from typing import Any
 import yaml
 
 from crossdock.deploy.ray_rules import check_amount, check_labels, check_resources
+from crossdock.model.store import SIMULATED
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import (
+    CONTROLLER_ADDRESS,
     NAME_PATTERN,
     NAME_RULE,
     check_settings,
     no_entries,
     of,
+    overlap,
     setting,
     split_address,
 )
@@ -35,7 +38,6 @@ from crossdock.worker.config import EngineSettings, WorkerConfig
 API_VERSION = "crossdock/v1"
 KIND = "Cluster"
 GATEWAY_POOL = "gateway"
-EVERY_HOST = {"0.0.0.0", "::"}  # gRPC takes either for both families
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class ControllerSpec:
     """The YAML's `controller`."""
 
     grpc: str = setting(
-        "127.0.0.1:50050",
+        CONTROLLER_ADDRESS,
         "Where the controller answers crossdock status, apply, scale and down.",
         kind="address",
     )
@@ -326,7 +328,8 @@ def _check_engines(spec: ClusterSpec) -> None:
             other, of_other = next(iter(first.items()))
             message = f"{kind!r} cannot hand KV to or from {other!r} of pools.{of_other}"
             raise ConfigError(path, message)
-        if spec.model.id == "simulated" != kind:
+        pool.engine.check_kv_dtype(spec.kv.dtype)
+        if spec.model.id == SIMULATED != kind:
             raise ConfigError(path, f"{kind!r} needs a model; model.id simulated has no weights")
 
 
@@ -341,14 +344,11 @@ def _check_gpus(spec: ClusterSpec) -> None:
 
 
 def _check_ports(spec: ClusterSpec) -> None:
-    taken: list[tuple[str, int, str]] = []
-    for path, address in spec.claims():
-        host, port = split_address(address)
-        for other_host, other_port, other in taken:
-            overlap = host == other_host or EVERY_HOST & {host, other_host}
-            if port and port == other_port and overlap:
-                raise ConfigError(path, f"{address!r} is also the port of {other}")
-        taken.append((host, port, path))
+    claims = spec.claims()
+    for index, (path, address) in enumerate(claims):
+        for other_path, other in claims[:index]:
+            if overlap(address, other):
+                raise ConfigError(path, f"{address!r} is also the port of {other_path}")
 
 
 def _revision(group: GatewaySpec | PoolSpec, *others: Any) -> str:

@@ -36,6 +36,9 @@ class EngineSettings:
 
     kind: str = setting()  # a name of registry.ENGINES, where it is documented
 
+    def check_kv_dtype(self, dtype: str) -> None:
+        """Raises ConfigError where engines of this kind hold no such KV."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:

@@ -99,6 +99,10 @@ class Settings(EngineSettings):
         1, "Tokens that a simulated engine draws for a sequence in one step.", low=1, high=8
     )
 
+    def check_kv_dtype(self, dtype: str) -> None:
+        if dtype != "auto":
+            raise ConfigError("kv.dtype", f"{dtype!r} is no type of KV of a simulated engine: auto")
+
 
 class SimulatedEngine(Engine):
     """See contract.Engine. Draws tokens below `drawn_ids`; calls `spend` with the seconds that a
@@ -226,9 +230,7 @@ def create(config: EngineConfig, allocate: Allocate) -> SimulatedEngine:
     """See registry.create."""
     settings = config.engine
     assert isinstance(settings, Settings)
-    if config.kv_dtype != "auto":
-        message = f"{config.kv_dtype!r} is no type of KV of the simulated engine: auto"
-        raise ConfigError("kv.dtype", message)
+    settings.check_kv_dtype(config.kv_dtype)
     files = resolve(config.model, config.home)
     num_blocks = config.blocks_of(config.block_size * settings.profile.kv_bytes_per_token)
     block_bytes = config.block_size * POSITION_BYTES

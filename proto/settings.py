@@ -6,6 +6,7 @@ read, checked and documented from that declaration.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,6 +18,10 @@ from crossdock.proto.errors import ConfigError
 
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 NAME_RULE = "must be 1 to 40 of a-z, 0-9 and -, not beginning or ending with -"
+GATEWAY_ADDRESS = "127.0.0.1:50051"  # both as they are where the YAML says nothing else
+CONTROLLER_ADDRESS = "127.0.0.1:50050"
+EVERY_HOST = {"0.0.0.0", "::"}  # gRPC takes either for both families
+LOOPBACK = ({"localhost", "127.0.0.1"}, {"localhost", "::1"})
 
 
 def setting(
@@ -97,6 +102,7 @@ def _check_value(path: str, about: Field[Any], value: Any) -> None:
         about.metadata["check"](path, value)
 
 
+@functools.lru_cache(1024)
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of "host:port"; IPv6 hosts in brackets. Raises ValueError."""
     host, colon, port = address.rpartition(":")
@@ -105,3 +111,12 @@ def split_address(address: str) -> tuple[str, int]:
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError("an IPv6 host must stand in brackets, as in [::1]:8000")
     return host.strip("[]"), int(port)
+
+
+def overlap(address: str, other: str) -> bool:
+    """Whether no two servers can have these "host:port"; port 0 takes a free one. Raises
+    ValueError."""
+    (host, port), (other_host, other_port) = split_address(address), split_address(other)
+    hosts = {host, other_host}
+    same = len(hosts) == 1 or EVERY_HOST & hosts
+    return port == other_port != 0 and bool(same or hosts in LOOPBACK)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crossdock.model.store import NOWHERE
-from crossdock.proto.settings import check_settings, setting
+from crossdock.proto.settings import GATEWAY_ADDRESS, check_settings, setting
 from crossdock.router.dispatch.admission import Limits
 from crossdock.router.dispatch.lifecycle import Slo as Slo
 from crossdock.router.dispatch.links import LinkSettings
@@ -24,7 +24,7 @@ class GatewayConfig(Limits):
     model: str  # a known id, a folder, or a .gguf file
     hash_key: bytes = field(repr=False)  # of the cluster's block hashes
     home: Path = NOWHERE  # where fetched models and digests are
-    grpc: str = setting("127.0.0.1:50051", "Where gRPC is served.", kind="address")
+    grpc: str = setting(GATEWAY_ADDRESS, "Where gRPC is served.", kind="address")
     http: str = setting("127.0.0.1:8000", "Where OpenAI HTTP is served.", kind="address")
     policy: str = setting(
         "least_latency",

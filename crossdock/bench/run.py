@@ -40,8 +40,9 @@ from crossdock.bench.traces import (
     synthesize,
 )
 from crossdock.proto.errors import InvalidRequest
+from crossdock.proto.settings import GATEWAY_ADDRESS
 
-DEFAULT_ENDPOINT = "grpc://127.0.0.1:50051"
+DEFAULT_ENDPOINT = f"grpc://{GATEWAY_ADDRESS}"
 DEFAULT_CONCURRENCY = 8
 # With a duration and no number of requests, this many are prepared for each second of it.
 PREPARED_PER_SECOND = 100

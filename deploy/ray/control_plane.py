@@ -87,7 +87,6 @@ class ControllerActor:
         self._controller = controller
         self._started.set()
         await controller.run()
-        await controller.ended.wait()
         await server.stop(grace=1.0)
         ray.kill(ray.get_runtime_context().current_actor)  # exit_actor is for calls of an actor
 

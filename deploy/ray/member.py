@@ -35,10 +35,12 @@ class MemberActor:
         self._server: Any = None
         self._starting = asyncio.Lock()
         self._started: Started | None = None
+        self._leaving = False
         self._stopped = asyncio.Event()
 
     async def start(self) -> Started:
-        """Serves from here on; a second call gives the same. Raises CannotStart or StartFailed."""
+        """Serves from here on; a second call gives the same, and whether it was told to leave
+        meanwhile. Raises CannotStart or StartFailed."""
         async with self._starting:
             if self._started is None:
                 try:
@@ -47,7 +49,7 @@ class MemberActor:
                     settled = isinstance(error, (ConfigError, ModelError))
                     failed = CannotStart if settled else StartFailed
                     raise failed(f"{type(error).__name__}: {error}") from None
-            return self._started
+            return dataclasses.replace(self._started, leaving=self._leaving)
 
     async def launch(self) -> Launch:
         """What it was made from, for a controller that adopts it."""
@@ -72,6 +74,7 @@ class MemberActor:
 
     async def drain(self, timeout_s: float) -> bool:
         """Whether it finished all it serves within `timeout_s` seconds."""
+        self._leaving = True
         return bool(await self._server.drain(timeout_s))
 
     async def active_requests(self) -> int:
@@ -80,6 +83,7 @@ class MemberActor:
 
     async def stop(self) -> None:
         """Stops serving, then ends `run`."""
+        self._leaving = True
         if self._server is not None:
             await self._server.stop()
         traces.flush()

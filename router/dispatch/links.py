@@ -132,13 +132,12 @@ class WorkerLink:
         """The stream is over. Returns in how many seconds to open another; None: never."""
         was_open = self._worker is not None or self.state is LinkState.RETIRING
         self._leave_view()
-        if self.state is LinkState.RETIRING and not self.sequences:
-            log.info("worker %s at %s: stream ended: %s", self.name, self.endpoint.address, reason)
-        elif was_open:
-            log.warning(
-                "worker %s at %s: stream ended: %s", self.name, self.endpoint.address, reason
-            )
-            self._owner.listener.on_lost(self, reason)
+        if was_open:
+            in_order = self.state is LinkState.RETIRING and not self.sequences
+            say = log.info if in_order else log.warning
+            say("worker %s at %s: stream ended: %s", self.name, self.endpoint.address, reason)
+            if not in_order:
+                self._owner.listener.on_lost(self, reason)
         if self.state is LinkState.RETIRING:
             self.state = LinkState.CLOSED
             self._owner.forget(self)

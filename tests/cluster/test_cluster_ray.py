@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -240,9 +241,11 @@ def test_what_rays_core_refuses_is_refused_in_the_file(cluster, spec_path):
 
     for gpus in (0.5, 1.0, 1.5, 2.0):
         assert ray_takes(num_gpus=gpus) == file_takes(f"{{gpus: {gpus}}}"), gpus
-    for name in ("CPU", "GPU", "memory", "object_store_memory", "rack", "a b", "node:n", "ü"):
-        given = f'{{custom: {{"{name}": 1}}}}'
-        assert ray_takes(resources={name: 1.0}) == file_takes(given), name
+    names = ("CPU", "GPU", "memory", "object_store_memory", "bundle", "rack", "a b", "node:n", "ü")
+    accelerators = ("TPU", "HPU", "NPU", "neuron_cores", "RBLN", "FURIOSA", "MBLT", "TTNPU")
+    for name, amount in itertools.product((*names, *accelerators), (0.5, 1.0, 3.0)):
+        given = f'{{custom: {{"{name}": {amount}}}}}'
+        assert ray_takes(resources={name: amount}) == file_takes(given), (name, amount)
 
 
 # -- in a process of its own ------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_kv_has_a_type_of_its_own(tiny_model: Path, kv_dtype: str, size: int) ->
 
 
 def test_a_type_of_kv_that_an_engine_has_not_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"kv\.dtype: 'float16' is no type of KV of the simul"):
+    with pytest.raises(ConfigError, match=r"kv\.dtype: 'float16' is no type of KV of a simul"):
         make("simulated", "simulated", kv_dtype="float16")
 
 

@@ -17,6 +17,7 @@ from crossdock.deploy.runtime import (
     StartFailed,
 )
 from crossdock.deploy.spec import ClusterSpec
+from crossdock.proto.settings import overlap
 from crossdock.proto.types import Role, WorkerEndpoint
 
 YAML = """
@@ -38,6 +39,7 @@ class FakeProcess:
         self.members: list[WorkerEndpoint] = []
         self.busy = asyncio.Event()  # set: has work that a drain waits for
         self.draining = False
+        self.cut_off = False  # stopped with work left
         self.told: list[set[str]] = []
         self.serves = False
         self.slow_updates = 0  # so many of the next ones take their time
@@ -50,8 +52,7 @@ class FakeProcess:
     @property
     def doors(self) -> set[str]:
         gateway = self.launch.gateway
-        doors = {gateway.grpc, gateway.http} if gateway else set()
-        return {door for door in doors if not door.endswith(":0")}
+        return {gateway.grpc, gateway.http} if gateway else set()
 
     def kill(self, why: str = "killed") -> None:
         self._gone.set_result(why)
@@ -68,17 +69,18 @@ class FakeProcess:
         await asyncio.sleep(0.01 * self.number)  # each in its own time
         launch, where = self.launch, f"127.0.0.1:{self.number}"
         others = [p for p in self.cluster.alive(launch.pool) if p is not self]
-        if taken := self.doors & {door for other in others for door in other.doors}:
+        theirs = {door for other in others for door in other.doors}
+        if taken := [mine for mine in self.doors if any(overlap(mine, door) for door in theirs)]:
             raise CannotStart(f"ConfigError: {sorted(taken)} in use")
         self.serves = True
-        common = (self.number, "node")
+        common = {"pid": self.number, "node_id": "node", "leaving": self.draining}
         if launch.gateway is not None:
-            return Started(*common, grpc=launch.gateway.grpc, http=launch.gateway.http)
+            return Started(**common, grpc=launch.gateway.grpc, http=launch.gateway.http)
         role, incarnation = Role(launch.role), f"{self.number:032x}"
         endpoint = WorkerEndpoint(
             launch.name, launch.pool, role, where, incarnation, launch.revision
         )
-        return Started(*common, endpoint=endpoint)
+        return Started(**common, endpoint=endpoint)
 
     async def gone(self) -> str:
         return await asyncio.shield(self._gone)
@@ -105,6 +107,7 @@ class FakeProcess:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         if self.alive:
+            self.cut_off = self.busy.is_set()
             self._gone.set_result("stopped")
 
 

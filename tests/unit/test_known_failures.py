@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -35,7 +34,7 @@ from worker_kit import Gateway, Pair, config, settled
 from crossdock.decode import role as decode_worker
 from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
-from crossdock.deploy.runtime import Launch, Placement
+from crossdock.deploy.runtime import Launch, Placement, Started
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
@@ -151,7 +150,7 @@ async def test_a_worker_whose_engine_stands_still_does_not_pass_for_well(
 
     class Process:
         async def start(self) -> object:
-            return SimpleNamespace(address=endpoint.address, endpoint=endpoint)
+            return Started(1, "node", endpoint=endpoint)
 
         async def gone(self) -> str:
             return await ended

@@ -60,11 +60,9 @@ BOUNDED_OTHERWISE = {
     "deploy/ray/member.py: self._stopped.wait()": _LIFE,
     "deploy/ray/control_plane.py: self._started.wait()": "Watched: start_timeout_s",
     "deploy/ray/control_plane.py: asyncio.Event().wait()": _LIFE,
-    "deploy/ray/control_plane.py: controller.ended.wait()": _LIFE,
     "deploy/ray/control_plane.py: ray.get(self._run)": "ray.wait has said that it is ready",
     "deploy/ray/calls.py: await reference": "timeouts of its callers: start, probe, stop, drain",
-    "deploy/admin_service.py: asyncio.shield(self._down)": "down: drain and stops are bounded",
-    "deploy/controller.py: self.ended.wait()": "down: drain and stops are bounded",
+    "deploy/controller.py: asyncio.shield(self._ending)": "down: drain and stops are bounded",
     "deploy/controller.py: self._looping.acquire()": "the loop ends with the turn it is in",
     "deploy/members.py: self.process.gone()": _LIFE,
 }

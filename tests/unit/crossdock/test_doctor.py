@@ -53,18 +53,14 @@ def test_a_layout_that_differs_names_its_fields_and_both_values() -> None:
 
 def test_colocated_workers_of_another_engine_lay_their_kv_out_otherwise() -> None:
     simulated = LAYOUT | {"engine": "simulated"}
-    others = [facts(f"c-{i}", Role.COLOCATED, layout_hash="bb", layout=simulated) for i in range(3)]
-    assert judge([P, D, *others], [OK]) == []
-    assert judge(others, []) == []
+    assert not judge([P, D, facts("c", Role.COLOCATED, layout_hash="bb", layout=simulated)], [OK])
     reader = facts("d-1", Role.DECODE, layout_hash="bb", layout=simulated)
-    [(name, what, _)] = [astuple(each) for each in judge([P, D, reader], [OK])]
-    assert name == "d-1" and "engine is 'simulated'" in what
+    assert lines([P, D, reader], OK)[0].startswith("d-1: its KV layout differs: engine is 'simul")
 
 
 def test_a_colocated_worker_with_other_weights_is_named() -> None:
     other = facts("c", Role.COLOCATED, layout_hash="bb", layout=LAYOUT | {"weights_digest": "bb"})
-    [(name, what, _)] = [astuple(each) for each in judge([P, D, other], [OK])]
-    assert name == "c" and "weights_digest is 'bb'" in what
+    assert lines([P, D, other], OK)[0].startswith("c: its KV layout differs: weights_digest is")
 
 
 def test_versions_are_those_of_the_transport() -> None:
@@ -444,9 +440,7 @@ def test_a_read_that_ends_at_once_is_timed_from_before_it_is_posted() -> None:
 
 
 def test_the_page_describes_every_column() -> None:
-    page = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text(
-        encoding="utf-8"
-    )
+    page = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text("utf-8")
     section = page.split("## Is the cluster sound?")[1].split("\n## ")[0]
     tables = (doctor._workers_table([P, D]), doctor._pairs_table([OK]))
     for column in (column for table in tables for column in table.columns):

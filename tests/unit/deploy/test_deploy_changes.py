@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import grpc
 import pytest
 from controller_kit import until, with_decode, with_gateway
 
 from crossdock.deploy import admin
 from crossdock.deploy.admin_service import serve_admin
 from crossdock.deploy.spec import ClusterSpec
-from crossdock.proto.errors import ConfigError, Overtaken
+from crossdock.proto.errors import ConfigError, Overtaken, Unavailable
+from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
 
 async def test_gateway_settings_are_tried_before_the_old_gateway_goes(cluster, controller):
@@ -52,6 +54,19 @@ async def test_a_gateway_on_other_ports_serves_before_the_old_one_drains(cluster
     old.busy.clear()
     assert await controller.wait_converged(5)
     assert not old.alive
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "localhost"])
+async def test_a_gateway_moves_to_another_host_of_the_same_ports(cluster, controller, host):
+    """No two can have such addresses: the one that is tried takes free ports, then the old one
+    makes room."""
+    [old] = cluster.alive("gateway")
+    addresses = {"grpc": f"{host}:50051", "http": f"{host}:8000"}
+    await controller.change(lambda spec: with_gateway(spec, **addresses), "test")
+    assert await controller.wait_converged(5)
+    [new] = cluster.alive("gateway")
+    assert new.serves and new.doors == set(addresses.values()) and not old.alive
+    assert controller.restarts["gateway-0"] == controller.restarts["gateway-1"] == 0
 
 
 @pytest.mark.parametrize("http", ["127.0.0.1:8001", "127.0.0.1:7999", "127.0.0.1:8000"])
@@ -110,6 +125,21 @@ async def test_a_corrected_spec_does_not_wait_for_the_pause_of_the_old_one(clust
     assert len(cluster.processes) == launched + 1
     assert await controller.wait_converged(5)
     assert controller.waiting_for() == []
+
+
+@pytest.mark.parametrize("removed", [True, False])
+async def test_a_pool_that_is_wanted_no_more_makes_no_change_hopeless(cluster, controller, removed):
+    good = controller.spec
+    with_bad = {**good.pools, "bad": good.pools["decode"]}
+    cluster.hopeless["bad"] = "ConfigError: kv_memory_mb: 1 holds no 2 blocks"
+    controller.apply(replace(good, pools=with_bad))
+    await until(lambda: controller.hopeless)
+    changed = with_decode(good if removed else controller.spec, max_batch=7)
+    if not removed:
+        changed = changed.with_replicas("bad", 0)
+    controller.apply(changed)
+    assert not controller.hopeless and "bad-0" not in controller.errors
+    assert await controller.wait_converged(5)
 
 
 async def test_operators_at_once_and_what_they_are_told(cluster, controller, tmp_path):
@@ -182,4 +212,56 @@ async def test_waiting_for_a_change_is_no_decision(cluster, controller, tmp_path
     assert (await scaling).converged
     by_scale = [d.reason for d in controller.decisions if d.action == "scale decode 2"]
     assert by_scale == ["1 actions due"]
+    await server.stop(0)
+
+
+async def test_a_cluster_that_goes_down_takes_no_change(cluster, controller):
+    """However it was brought down: `crossdock up` calls the controller itself."""
+    server, address = await serve_admin(controller, "127.0.0.1:0")
+    [gateway] = cluster.alive("gateway")
+    gateway.busy.set()
+    cluster.may_start.clear()
+    told: list[str] = []
+    waiting = asyncio.create_task(
+        asyncio.to_thread(admin.scale, "decode", 2, address, timeout_s=5, progress=told.append)
+    )
+    await until(lambda: told)
+    down = asyncio.create_task(controller.down(drain_s=3600))
+    await until(lambda: gateway.draining)
+    with pytest.raises(Unavailable, match="the cluster is going down"):
+        await controller.change(lambda spec: with_decode(spec, max_batch=7), "test")
+    assert controller.applied.generation == 2
+    with pytest.raises(Unavailable, match="the cluster is going down"):
+        await waiting
+    gateway.busy.clear()
+    await down
+    await server.stop(0)
+
+
+async def test_a_gateway_that_is_tried_when_the_cluster_goes_down_changes_nothing(
+    cluster, controller, store
+):
+    cluster.may_start.clear()
+    change = asyncio.create_task(
+        controller.change(lambda spec: with_gateway(spec, policy="round_robin"), "test")
+    )
+    await until(lambda: len(cluster.alive("gateway")) == 2)
+    await controller.down(drain_s=0)
+    cluster.may_start.set()
+    with pytest.raises(Unavailable, match="the cluster is going down"):
+        await change
+    assert not store.folder.exists()
+
+
+async def test_the_shorter_drain_of_two_downs_is_kept(cluster, controller):
+    server, address = await serve_admin(controller, "127.0.0.1:0")
+    [gateway] = cluster.alive("gateway")
+    gateway.busy.set()
+    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(5):
+        stub = admin_pb2_grpc.AdminStub(channel)
+        patient = stub.Down(admin_pb2.DownRequest(drain_s=3600))
+        await until(lambda: gateway.draining)
+        await stub.Down(admin_pb2.DownRequest(drain_s=0))
+        await patient
+    assert not gateway.alive
     await server.stop(0)

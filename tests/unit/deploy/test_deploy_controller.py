@@ -6,16 +6,14 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from controller_kit import YAML, running, until, with_decode
+from controller_kit import YAML, running, until, with_decode, with_gateway
 
 from crossdock.cli_cluster import what_is_wrong
 from crossdock.deploy import controller as controller_module
 from crossdock.deploy.admin_service import cluster_status
 from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
-from crossdock.deploy.runtime import (
-    worker_launch,
-)
+from crossdock.deploy.runtime import Started, worker_launch
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
@@ -124,6 +122,62 @@ async def test_a_restarted_controller_adopts_the_living_and_keeps_the_applied_sp
         assert all(p.told == [whole] for p in before), "a membership without the living"
         assert sum(d.action.startswith("adopt") for d in another.decisions) == 4
         assert another._key == controller._key
+
+
+async def test_who_was_leaving_goes_on_leaving_under_the_next_controller(cluster, store):
+    """It refuses new work for good, so it can't count as ready."""
+    async with running(cluster, store) as first:
+        first.apply(first.spec.with_replicas("decode", 2))
+        assert await first.wait_converged(5)
+        [going] = [p for p in cluster.alive("decode") if p.launch.name == "decode-1"]
+        going.busy.set()
+        first.apply(first.spec.with_replicas("decode", 1))
+        await until(lambda: going.draining)
+    async with running(cluster, store) as second:
+        second.apply(second.spec.with_replicas("decode", 2))
+        await until(lambda: len(cluster.alive("decode")) == 3)
+        [left] = [m for m in second.members if m.process is going]
+        assert left.state is State.DRAINING and left.drain_deadline < float("inf")
+        going.busy.clear()
+        assert await second.wait_converged(5)
+        assert not going.alive and len(cluster.alive("decode")) == 2
+
+
+async def test_of_two_by_one_name_the_one_that_was_being_stopped_ends(cluster, store):
+    """The earlier controller ended between the stop of one and that of its loop."""
+    async with running(cluster, store) as first:
+        assert await first.wait_converged(5)
+    [kept] = cluster.alive("decode")
+    stopping = await cluster.launch(kept.launch)
+    stopping.draining = True
+    async with running(cluster, store) as second:
+        assert await second.wait_converged(5)
+        assert cluster.alive("decode") == [kept] and not kept.draining
+        assert not any(d.action.startswith("drain") for d in second.decisions)
+
+
+async def test_a_process_tells_the_next_controller_that_it_was_told_to_leave(monkeypatch):
+    module = pytest.importorskip("crossdock.deploy.ray.member")
+
+    class Server:
+        async def drain(self, timeout_s: float) -> bool:
+            return timeout_s > 0
+
+        async def stop(self) -> None:
+            pass
+
+    async def start(actor) -> Started:
+        actor._server = Server()
+        return Started(1, "node")
+
+    monkeypatch.setattr(module, "set_up_process", lambda *_: None)
+    monkeypatch.setattr(module.MemberActor, "_start", start)
+    launch = worker_launch(ClusterSpec.parse(YAML), "decode", "decode-0", bytes(32))
+    for leave in (lambda member: member.drain(1.0), lambda member: member.stop()):
+        member = module.MemberActor(launch)
+        assert not (await member.start()).leaving
+        await leave(member)
+        assert (await member.start()).leaving
 
 
 async def test_a_changed_setting_rolls_its_pool_and_no_other(cluster, controller):
@@ -248,6 +302,16 @@ async def test_down_ends_everything_and_forgets_it(cluster, controller, store):
     assert not any(p.alive for p in cluster.processes)
     assert gateway.draining
     assert not store.folder.exists()
+
+
+async def test_down_waits_for_a_gateway_that_drains_already(cluster, controller):
+    [old] = cluster.alive("gateway")
+    old.busy.set()
+    controller.apply(with_gateway(controller.spec, grpc="127.0.0.1:1", http="127.0.0.1:2"))
+    await until(lambda: old.draining)
+    asyncio.get_running_loop().call_later(0.2, old.busy.clear)
+    await controller.down(drain_s=5)
+    assert not old.alive and not old.cut_off
 
 
 async def test_a_second_down_hurries_the_first(cluster, controller):

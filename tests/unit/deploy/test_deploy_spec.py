@@ -62,9 +62,12 @@ WRONG = [
     ("127.0.0.1:8000", "127.0.0.1:50052", 7, "gateway.grpc", "also the port of gateway.http"),
     ("127.0.0.1:8000", "0.0.0.0:50051", 8, "gateway.http", "also the port of gateway.grpc"),
     ("127.0.0.1:50051", "[::]:50050", 7, "gateway.grpc", "also the port of controller.grpc"),
+    ("127.0.0.1:50051", "localhost:50050", 7, "gateway.grpc", "also the port of controller.grpc"),
     ("cpus: 2", "cpus: .nan", 13, "pools.prefill.resources.cpus", "from 0 to 4096"),
     ("rack-a: 1", "rack-a: 0", 13, "pools.prefill.resources.custom.rack-a", "least is 0.0001"),
     ("rack-a: 1", "GPU: 1", 13, "pools.prefill.resources.custom.GPU", "use resources.gpus"),
+    ("rack-a: 1", "HPU: 0.5", 13, "pools.prefill.resources.custom.HPU", "Ray lends HPU whole"),
+    ("rack-a: 1", "TPU: 3", 13, "pools.prefill.resources.custom.TPU", "Ray lends 1, 2, 4, 8"),
     ("cpus: 2", "cpus: 0.00001", 13, "pools.prefill.resources.cpus", "least is 0.0001"),
     ("zone: east", "a b: east", 14, "pools.prefill.nodes.labels.a b", "no label key"),
     ("zone: east", "zone: -east", 14, "pools.prefill.nodes.labels.zone", "no label value"),
@@ -106,6 +109,15 @@ def test_a_pool_computes_where_its_resources_are():
     )
     gpus = {pool: worker_launch(spec, pool, "w", bytes(32)).worker.gpus for pool in spec.pools}
     assert gpus == {"prefill": 0, "decode": 1}
+
+
+def test_a_type_of_kv_that_an_engine_has_not_is_refused_in_the_file():
+    text = TEXT.replace("transport: nixl", "dtype: float16")
+    assert ClusterSpec.parse(text).kv.dtype == "float16"
+    for role in ("prefill", "decode"):
+        text = text.replace(f"role: {role}\n", f"role: {role}\n    engine: {{kind: simulated}}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:19: kv\.dtype: 'float16' is no type of KV"):
+        ClusterSpec.parse(text, "c.yaml")
 
 
 def test_nccl_needs_a_whole_gpu_for_each_worker():
@@ -230,7 +242,7 @@ def test_launches_carry_what_the_spec_says():
     assert gateway.gateway.grpc == "127.0.0.1:50052" and gateway.placement.on_head
 
 
-AMOUNTS = [0.00001, 0.00009, 0.0001, 0.00015, 0.5, 1.0, 1.5, 2.0, 1e9]
+AMOUNTS = [0.00001, 0.00009, 0.0001, 0.00015, 0.5, 1.0, 1.5, 2.0, 3.0, 8.0, 1e9]
 LABELS = [
     "a",
     "a-b_c.D",
@@ -278,14 +290,17 @@ def _taken(text: str) -> bool:
 def test_what_ray_would_refuse_is_refused_in_the_file_and_nothing_else():
     """Ray's own checks beside ours. Its core checks more: test_cluster_ray.py asks it."""
     options = pytest.importorskip("ray._common.ray_option_utils")
+    from ray._private.accelerators import get_all_accelerator_resource_names
     from ray._private.label_utils import validate_label_key, validate_label_selector_value
 
     for amount in AMOUNTS:
         if amount <= 4096:
             ray_says = options._validate_resource_quantity("num_cpus", amount)
             assert _taken(_with(f"cpus: {amount:f}")) == (ray_says is None), amount
-        ray_says = options._validate_resources({"rack": amount})
-        assert _taken(_with(f"custom: {{rack: {amount:f}}}")) == (ray_says is None), amount
+        for name in ("rack", *get_all_accelerator_resource_names() - {"GPU"}):
+            ray_says = options._validate_resources({name: amount})
+            ours = _taken(_with(f"custom: {{{name}: {amount:f}}}"))
+            assert ours == (ray_says is None), (name, amount)
     for key in LABELS:
         assert _taken(_with(labels=f'"{key}": b')) == (validate_label_key(key) is None), key
     for value in SELECTORS:

@@ -18,6 +18,7 @@ from crossdock.engine.native.philox import uniform
 from crossdock.proto import errors
 from crossdock.proto.convert import sampling_from_pb, sampling_to_pb
 from crossdock.proto.hashing import HASH_BYTES, BlockHasher, hash_key
+from crossdock.proto.settings import overlap
 from crossdock.proto.types import SamplingParams
 
 KEY = b"the key of these tests"
@@ -219,3 +220,25 @@ def test_light_modules_stay_light(modules: str, banned: str) -> None:
     code += f"print(*(name for name in {banned.split()} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "one, other, expected",
+    [
+        ("127.0.0.1:80", "127.0.0.1:80", True),
+        ("127.0.0.1:80", "127.0.0.1:81", False),
+        ("127.0.0.1:80", "127.0.0.2:80", False),
+        ("127.0.0.1:80", "0.0.0.0:80", True),
+        ("127.0.0.1:80", "[::]:80", True),
+        ("0.0.0.0:80", "[::]:80", True),
+        ("127.0.0.1:80", "localhost:80", True),
+        ("[::1]:80", "localhost:80", True),
+        ("[::1]:80", "127.0.0.1:80", False),
+        ("10.0.0.1:80", "localhost:80", False),
+        ("localhost:80", "localhost:80", True),
+        ("127.0.0.1:0", "127.0.0.1:0", False),
+        ("0.0.0.0:0", "127.0.0.1:0", False),
+    ],
+)
+def test_addresses_that_no_two_servers_can_have(one: str, other: str, expected: bool) -> None:
+    assert overlap(one, other) is overlap(other, one) is expected
