@@ -103,8 +103,7 @@ def generate(
     fields |= _sampling(context)
     if system and not as_chat:
         raise typer.BadParameter("--system needs the chat template: not with --raw")
-    said = [*_system(system), {"role": "user", "content": text}]
-    given: Any = said if as_chat else text
+    given: Any = [*_system(system), {"role": "user", "content": text}] if as_chat else text
     with _client(target) as client:
         if as_json or not stream or n != 1:
             _show_result(client.generate(given, timeout=timeout, **fields), as_json)

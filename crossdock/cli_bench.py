@@ -199,16 +199,14 @@ def show_report(report: BenchReport, console: Console) -> None:
     from crossdock.bench.run import rows
 
     totals, latencies = rows(report)
-    summary = Table(
-        title=f"{report.workload['loop']} loop", title_justify="left", show_header=False
-    )
+    loop = f"{report.workload['loop']} loop"
+    summary = Table(title=loop, title_justify="left", show_header=False)
     for total in totals:
         summary.add_row(*total)
     columns = ("mean", *(f"p{percent}" for percent in PERCENTILES), "max")
-    title = "of requests that succeeded"
-    spread = table(title, ("latency", *columns), latencies, figures=columns)
     console.print(summary)
-    console.print(spread)
+    names = ("latency", *columns)
+    console.print(table("of requests that succeeded", names, latencies, figures=columns))
     for kind, seen in count_errors(report.run.records).items():
         console.print(f"{seen['count']} × {kind}: {seen['example']}", markup=False, style="red")
 

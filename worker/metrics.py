@@ -39,8 +39,10 @@ class WorkerCollector(Collector):
         blocks = GaugeMetricFamily(
             "crossdock_worker_kv_blocks", "KV blocks by state.", labels=[*names, "state"]
         )
-        for kind in ("free", "cached", "used"):
-            blocks.add_metric([*values, kind], getattr(state.pool, f"num_{kind}"))
+        pool = state.pool
+        counts = {"free": pool.num_free, "cached": pool.num_evictable, "used": pool.num_used}
+        for kind, count in counts.items():
+            blocks.add_metric([*values, kind], count)
         yield blocks
         jobs = GaugeMetricFamily("crossdock_worker_sequences", "Sequences held.", labels=names)
         jobs.add_metric(values, len(self._role.jobs))

@@ -241,9 +241,8 @@ async def _warm_up(endpoint: Endpoint, config: BenchConfig) -> None:
 def rows(report: BenchReport) -> tuple[list[list[str]], list[list[str]]]:
     """Totals as (name, value) and latencies as (name, mean, p50, p90, p99, max), in print."""
     results = report.results
-    totals = [
-        [name, _number(value)] for name, value in results.items() if not isinstance(value, dict)
-    ]
+    plain = {name: value for name, value in results.items() if not isinstance(value, dict)}
+    totals = [[name, _number(value)] for name, value in plain.items()]
     latencies = [
         [name, *(_seconds(value) for value in results[f"{name}_s"].values())]
         for name in LATENCIES

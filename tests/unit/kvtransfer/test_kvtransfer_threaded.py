@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,16 @@ from crossdock.kvtransfer.transport import Handle
 from crossdock.proto.errors import TransferFailed
 
 
-class Slow(ThreadedTransport):
+class Alone(ThreadedTransport):
+    """Knows no peers."""
+
+    def _no_peer(self, *_: object) -> Any:
+        raise AssertionError("it has none")
+
+    _described = _add = _settle_peer = _read = _fence = _no_peer
+
+
+class Slow(Alone):
     """Has one transfer, which ends some turns after the transport was told to close."""
 
     def __init__(self) -> None:
@@ -43,7 +53,7 @@ def test_closing_ends_with_the_last_transfer() -> None:
     assert transport.turns_left == 0
 
 
-class Quick(ThreadedTransport):
+class Quick(Alone):
     """Its reads end at once."""
 
     def __init__(self) -> None:
