@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -182,9 +183,7 @@ def model_fetch(
     from crossdock.deploy.home import crossdock_home
     from crossdock.model import store
 
-    print(
-        store.fetch(model_id, crossdock_home(), progress=lambda line: print(line, file=sys.stderr))
-    )
+    print(store.fetch(model_id, crossdock_home(), progress=partial(print, file=sys.stderr)))
 
 
 @models.command("list")

@@ -26,6 +26,7 @@ from crossdock.deploy.reconcile import (
     reconcile,
 )
 from crossdock.deploy.runtime import (
+    TRIAL,
     CannotStart,
     Launch,
     Process,
@@ -122,9 +123,9 @@ class Controller:
                     self._wake.clear()
                     await self._wake.wait()
         best_last = sorted(self.members, key=lambda m: (m.state is State.READY, m.live))
-        keep = {m.name: m for m in best_last}
-        for watched in [m for m in self.members if m is not keep[m.name]]:
-            self._record(f"stop {watched.name}", "was being stopped, another took its place")
+        keep = {m.name: m for m in best_last if m.name != TRIAL}
+        for watched in [m for m in self.members if m is not keep.get(m.name)]:
+            self._record(f"stop {watched.name}", "was a trial, or another took its place")
             await self._end(watched)
         self._adopted = True
 

@@ -14,6 +14,8 @@ from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.router.config import GatewayConfig
 from crossdock.worker.config import WorkerConfig
 
+TRIAL = f"{GATEWAY_POOL}-trial"  # the name of a gateway that is only tried
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -104,7 +106,7 @@ class Runtime(Protocol):
 
 def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes) -> Launch:
     """The first gateway of `spec`, on free ports in place of the addresses in `taken`."""
-    launch = gateway_launch(spec, f"{GATEWAY_POOL}-trial", 0, cluster_key)
+    launch = gateway_launch(spec, TRIAL, 0, cluster_key)
     assert launch.gateway is not None
     free: dict[str, Any] = {
         door: address.rpartition(":")[0] + ":0"

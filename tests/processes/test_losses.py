@@ -22,6 +22,8 @@ WAIT_S = 60.0
 REQUESTS = 16
 TOKENS = 200
 PACE_S = 0.05
+# Between two requests: a worker that was just not heard of in time gets none that come at once.
+GAP_S = 0.1
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -50,7 +52,11 @@ class Held:
 
     def wait(self) -> None:
         """Returns once every stage has some."""
-        until(self._seen, WAIT_S, "requests in every stage")
+        try:
+            until(self._seen, WAIT_S, "requests in every stage")
+        except AssertionError as error:
+            loads = {name: w.status().load for name, w in self._cluster.workers.items()}
+            raise AssertionError(f"{error}: {loads}") from None
 
     def _seen(self) -> bool:
         prefills = [worker.status() for worker in self._cluster.of("prefill")]
@@ -73,9 +79,10 @@ class Clients:
     def __init__(self, target: str, salt: int) -> None:
         self._client = AsyncClient(target)
         prompts = [prompt_of(index, salt) for index in range(REQUESTS)]
-        self._tasks = [asyncio.create_task(self._one(prompt)) for prompt in prompts]
+        self._tasks = [asyncio.create_task(self._one(*each)) for each in enumerate(prompts)]
 
-    async def _one(self, prompt: list[int]) -> list[int] | CrossdockError:
+    async def _one(self, index: int, prompt: list[int]) -> list[int] | CrossdockError:
+        await asyncio.sleep(index * GAP_S)
         try:
             answer = await self._client.generate(
                 prompt, max_tokens=TOKENS, temperature=0, ignore_eos=True, timeout=WAIT_S
@@ -114,7 +121,10 @@ async def test_clients_that_close_their_sockets_leave_nothing_behind(cluster: Cl
     """At each stage of a stream: nothing yet, half the prompt, token 0, in the middle."""
     await asyncio.to_thread(cluster.start_gateway)
     held = await asyncio.to_thread(Held, cluster)
-    sockets = [post(cluster.http, prompt_of(index, 7)) for index in range(REQUESTS)]
+    sockets = []
+    for index in range(REQUESTS):
+        sockets.append(post(cluster.http, prompt_of(index, 7)))
+        await asyncio.sleep(GAP_S)
     await asyncio.to_thread(held.wait)
     for each in sockets:
         each.close()

@@ -13,7 +13,7 @@ from crossdock.deploy import controller as controller_module
 from crossdock.deploy.admin_service import cluster_status
 from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
-from crossdock.deploy.runtime import Started, worker_launch
+from crossdock.deploy.runtime import Started, trial_launch, worker_launch
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
@@ -154,6 +154,17 @@ async def test_of_two_by_one_name_the_one_that_was_being_stopped_ends(cluster, s
         assert await second.wait_converged(5)
         assert cluster.alive("decode") == [kept] and not kept.draining
         assert not any(d.action.startswith("drain") for d in second.decisions)
+
+
+async def test_a_trial_that_outlived_its_controller_ends(cluster, store):
+    async with running(cluster, store) as first:
+        assert await first.wait_converged(5)
+        taken = frozenset(first.spec.gateway_addresses(0))
+        tried = await cluster.launch(trial_launch(first.spec, taken, bytes(32)))
+    async with running(cluster, store) as second:
+        assert await second.wait_converged(5)
+        assert not tried.alive and len(cluster.alive("gateway")) == 1
+        assert not second.failure
 
 
 async def test_a_process_tells_the_next_controller_that_it_was_told_to_leave(monkeypatch):
