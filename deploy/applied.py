@@ -65,16 +65,14 @@ class AppliedSpec:
 
     def check_change(self, spec: ClusterSpec) -> None:
         """Raises ConfigError for what can't be changed while the cluster runs."""
-        for path in FIXED_FIELDS:
-            _check_same(path, attrgetter(path)(self.spec), attrgetter(path)(spec))
+        fixed = [(path, *map(attrgetter(path), (self.spec, spec))) for path in FIXED_FIELDS]
         # Half-way through, KV would have to go from one kind of engine to the other.
-        kinds = {pool.engine.kind for pool in self.spec.pools.values() if pool.hands_over}
+        running = [pool for each in (self.spec, self.good) if each for pool in each.pools.values()]
+        kinds = {pool.engine.kind for pool in running if pool.hands_over}
         for name, pool in spec.pools.items():
-            for kind in kinds if pool.hands_over else ():
-                _check_same(f"pools.{name}.engine.kind", kind, pool.engine.kind)
-
-
-def _check_same(path: str, before: object, after: object) -> None:
-    if before != after:
-        message = f"cannot change from {before!r} to {after!r} while the cluster runs"
-        raise ConfigError(path, f"{message}; use `crossdock down` and `up`")
+            if pool.hands_over:
+                fixed += [(f"pools.{name}.engine.kind", kind, pool.engine.kind) for kind in kinds]
+        for path, before, after in fixed:
+            if before != after:
+                message = f"cannot change from {before!r} to {after!r} while the cluster runs"
+                raise ConfigError(path, f"{message}; use `crossdock down` and `up`")

@@ -149,7 +149,8 @@ class Controller:
             self._turned.notify_all()
 
     def _decide(self, spec: ClusterSpec) -> list[Action]:
-        return reconcile(targets(spec), self.members, self._losses, time.monotonic())
+        members = [member for member in self.members if member.name != TRIAL]
+        return reconcile(targets(spec), members, self._losses, time.monotonic())
 
     @property
     def converged(self) -> bool:
@@ -213,6 +214,7 @@ class Controller:
     def _count_losses(self) -> None:
         """A loss of a revision that is wanted no more says nothing about the next start."""
         revisions = {t.pool: t.revision for t in targets(self.spec) if t.replicas}
+        failed = []
         for watched in self.members:
             name, pool = watched.name, watched.pool
             wanted = watched.revision == revisions.get(pool)
@@ -222,7 +224,9 @@ class Controller:
                 again, hopeless = wanted and watched.barely_served, wanted and watched.hopeless
                 self._count_loss(name, pool, watched.why, again, hopeless)
                 if wanted and watched.is_gateway and watched.ready_at is None:
-                    self._roll_back(f"{name} did not start: {watched.why}")
+                    failed.append(f"{name} did not start: {watched.why}")
+        for why in failed[:1]:
+            self._roll_back(why)
 
     def _count_loss(self, name: str, pool: str, why: str, again: bool, hopeless: bool) -> None:
         now, before = time.monotonic(), self._losses.get(pool, Losses())

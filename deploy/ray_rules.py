@@ -17,7 +17,6 @@ BUILT_IN = {
     "bundle": "take another name",
 }
 LENT_WHOLE = {"HPU", "neuron_cores", "RBLN", "FURIOSA", "MBLT", "TTNPU"}  # accelerators
-TPU_CHIPS = (1, 2, 4, 8)
 _LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 LABEL_KEY = re.compile(rf"([a-zA-Z0-9]([a-zA-Z0-9_.-]{{0,251}}[a-zA-Z0-9])?/)?{_LABEL}")
 LABEL_VALUE = re.compile(rf"(!?{_LABEL}|!?(in)?\({_LABEL}(, ?{_LABEL})*\))?")
@@ -43,9 +42,8 @@ def check_resources(path: str, resources: Mapping[str, float]) -> None:
         check_amount(field, amount, LEAST_AMOUNT)
         if name in LENT_WHOLE and amount % 1:
             raise ConfigError(field, f"{amount!r} is not allowed; Ray lends {name} whole")
-        if name == "TPU" and amount not in TPU_CHIPS:
-            chips = ", ".join(map(str, TPU_CHIPS))
-            raise ConfigError(field, f"{amount!r} is not allowed; Ray lends {chips} of a TPU")
+        if name == "TPU" and amount not in (1, 2, 4, 8):
+            raise ConfigError(field, f"{amount!r} is not allowed; Ray lends 1, 2, 4 or 8 of a TPU")
 
 
 def check_labels(path: str, labels: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from controller_kit import until, with_decode, with_gateway
 
 from crossdock.deploy import admin
 from crossdock.deploy.admin_service import serve_admin
-from crossdock.deploy.spec import ClusterSpec
+from crossdock.deploy.spec import ClusterSpec, PoolSpec
 from crossdock.proto.errors import ConfigError, Overtaken, Unavailable
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
@@ -195,6 +195,10 @@ async def test_what_cannot_change_is_refused_and_nothing_happens(cluster, contro
     with pytest.raises(ConfigError, match=r"engine\.kind: cannot change from 'native' to 'simul"):
         controller.apply(replace(controller.spec, pools=simulated))
     assert controller.spec.model.id == "any" and controller.converged
+    # Nor by way of a spec that hands nothing over and was not carried out yet.
+    controller.apply(replace(controller.spec, pools={"both": PoolSpec("colocated")}))
+    with pytest.raises(ConfigError, match=r"engine\.kind: cannot change from 'native' to 'simul"):
+        controller.apply(replace(controller.spec, pools=simulated))
 
 
 async def test_waiting_for_a_change_is_no_decision(cluster, controller, tmp_path, monkeypatch):
