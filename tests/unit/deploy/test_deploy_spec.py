@@ -67,7 +67,7 @@ WRONG = [
     ("rack-a: 1", "rack-a: 0", 13, "pools.prefill.resources.custom.rack-a", "least is 0.0001"),
     ("rack-a: 1", "GPU: 1", 13, "pools.prefill.resources.custom.GPU", "use resources.gpus"),
     ("rack-a: 1", "HPU: 0.5", 13, "pools.prefill.resources.custom.HPU", "Ray lends HPU whole"),
-    ("rack-a: 1", "TPU: 3", 13, "pools.prefill.resources.custom.TPU", "Ray lends 1, 2, 4, 8"),
+    ("rack-a: 1", "TPU: 3", 13, "pools.prefill.resources.custom.TPU", "Ray lends 1, 2, 4 or 8"),
     ("cpus: 2", "cpus: 0.00001", 13, "pools.prefill.resources.cpus", "least is 0.0001"),
     ("zone: east", "a b: east", 14, "pools.prefill.nodes.labels.a b", "no label key"),
     ("zone: east", "zone: -east", 14, "pools.prefill.nodes.labels.zone", "no label value"),
