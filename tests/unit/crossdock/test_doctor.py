@@ -266,7 +266,7 @@ class Cluster:
             assert status.integrity_error == ""
 
 
-@pytest.fixture(params=["local", "nixl"])
+@pytest.fixture(params=["local", pytest.param("nixl", marks=pytest.mark.slow)])
 async def cluster(request: Any, tiny_model: Path) -> AsyncIterator[Cluster]:
     made = Cluster(tiny_model, request.param)
     await made.add("p0", Role.PREFILL)

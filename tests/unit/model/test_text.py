@@ -122,6 +122,7 @@ def test_folder_ids_equal_transformers(tiny, tiny_reference, text):
     assert tiny.decode(ids) == tiny_reference.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_folder_chat_equals_transformers(tiny, tiny_reference):
     messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     for prompt in (True, False):
@@ -131,6 +132,7 @@ def test_folder_chat_equals_transformers(tiny, tiny_reference):
         assert tiny.apply_chat_template(messages, prompt) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_random_ids_decode_as_transformers_does(tiny, tiny_reference, seed):
     """Also where the ids make no UTF-8."""
