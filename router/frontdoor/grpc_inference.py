@@ -82,7 +82,7 @@ class InferenceService:
             )
             frontend.validator.check_request(message.model, message.n or 1, sampling)
             field, prompt = await self._prompt(message)
-        return frontend.submit(
+        return await frontend.submit(
             field,
             [prompt],
             sampling,
