@@ -27,6 +27,8 @@ from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor.frontend import Arrival, Frontend
+from crossdock.router.frontdoor.gate import Visit
+from crossdock.router.frontdoor.grpc_access import Guard, enter, metadata_of
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
@@ -49,6 +51,7 @@ class GrpcServer:
         """Raises ConfigError naming the port when it cannot be had."""
         hard_limit = min(self._max_body_bytes * HARD_LIMIT_FACTOR, GRPC_MOST_BYTES)
         self._server = grpc.aio.server(
+            interceptors=[Guard(self._frontend.gate)],
             options=[
                 ("grpc.so_reuseport", 0),  # else a second gateway would share the port in silence
                 ("grpc.max_receive_message_length", hard_limit),
@@ -58,7 +61,7 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 5_000),
                 ("grpc.http2.ping_timeout_ms", 5_000),  # else a client that is cut off lives on
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ]
+            ],
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -113,6 +116,8 @@ class GrpcServer:
 
     async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
         frontend = self._frontend
+        if not enter(frontend.gate, context).principal.may_use(frontend.model_id):
+            return pb.ListModelsResponse()
         model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
         return pb.ListModelsResponse(models=[model])
 
@@ -120,8 +125,18 @@ class GrpcServer:
         self, message: pb.GenerateRequest | CrossdockError, context: Any
     ) -> tuple[str, ResponseStream]:
         frontend = self._frontend
-        arrival = self._arrival(context)
-        with frontend.refusals_counted():
+        visit = enter(frontend.gate, context)
+        try:
+            frontend.gate.count(visit)
+            return await self._submitted(message, self._arrival(context, visit))
+        finally:
+            context.set_trailing_metadata(tuple(frontend.gate.headers(visit).items()))
+
+    async def _submitted(
+        self, message: pb.GenerateRequest | CrossdockError, arrival: Arrival
+    ) -> tuple[str, ResponseStream]:
+        frontend = self._frontend
+        with frontend.refusals_counted(arrival):
             if isinstance(message, CrossdockError):
                 raise message
             sampling = sampling_from_pb(
@@ -152,16 +167,12 @@ class GrpcServer:
             return "chat.messages", await self._frontend.encode_chat(plain)
         raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
-    def _arrival(self, context: Any) -> Arrival:
-        headers = {
-            key: value
-            for key, value in context.invocation_metadata() or ()
-            if isinstance(value, str)
-        }
+    def _arrival(self, context: Any, visit: Visit) -> Arrival:
+        headers = metadata_of(context)
         timeout_s = context.time_remaining()
         if timeout_s is not None and timeout_s > FOREVER_S:
             timeout_s = None
-        return self._frontend.arrival(tracing.context_of(headers), timeout_s)
+        return self._frontend.arrival(visit, tracing.context_of(headers), timeout_s)
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         parse = self._parser(pb.GenerateRequest.FromString)
@@ -231,7 +242,7 @@ def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryR
 
 async def _abort(context: Any, error: CrossdockError) -> None:
     """Ends the call with the error's status; the details travel as trailing metadata."""
-    trailers = []
+    trailers = list(context.trailing_metadata() or ())  # what was said of limits
     if isinstance(error, Overloaded):
         trailers.append(("retry-after", f"{error.retry_after_s:.0f}"))
     if isinstance(error, InvalidRequest):

@@ -25,6 +25,7 @@ from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
 from crossdock.router.frontdoor.frontend import Arrival, Frontend
+from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -59,7 +60,9 @@ class HttpServer:
 
     async def start(self) -> None:
         """Raises ConfigError naming the port when it cannot be had."""
-        app = web.Application(middlewares=[self._errors], client_max_size=self._max_body_bytes)
+        middlewares = [self._errors, guard(self._frontend.gate)]
+        app = web.Application(middlewares=middlewares, client_max_size=self._max_body_bytes)
+        app.on_response_prepare.append(with_limits(self._frontend.gate))
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
@@ -112,10 +115,12 @@ class HttpServer:
         )
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"object": "list", "data": [self._card()]})
+        mine = visit_of(request).principal.may_use(self._frontend.model_id)
+        return web.json_response({"object": "list", "data": [self._card()] if mine else []})
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
         self._frontend.validator.check_model(request.match_info["id"])
+        visit_of(request).principal.check_model([self._frontend.model_id])
         return web.json_response(self._card())
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
@@ -157,8 +162,8 @@ class HttpServer:
     ) -> web.StreamResponse:
         """Answers a request for tokens; `read_prompts` gives the prompts' ids and their field."""
         frontend, headers = self._frontend, request.headers
-        arrival = frontend.arrival(tracing.context_of(headers))
-        with frontend.refusals_counted():
+        arrival = frontend.arrival(visit_of(request), tracing.context_of(headers))
+        with frontend.refusals_counted(arrival):
             body = read_body(await self._read(request, arrival), kind)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)

@@ -12,9 +12,18 @@ from typing import Any, ClassVar
 import msgspec
 
 from crossdock.model.text import TextModel
-from crossdock.proto.errors import CrossdockError, InvalidRequest, NotFound, Overloaded
+from crossdock.proto.errors import (
+    CrossdockError,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RateLimited,
+    Unauthenticated,
+)
 from crossdock.proto.v1 import inference_pb2
 from crossdock.router.dispatch.request import Delta
+from crossdock.router.frontdoor.access_errors import access_error_body
 
 _encode = msgspec.json.encode
 
@@ -183,6 +192,8 @@ def error_event(error: CrossdockError) -> bytes:
 def error_body(error: CrossdockError) -> dict[str, Any]:
     """OpenAI's shape. `code` is the name of the error's class in Crossdock's own tree."""
     kind = "server_error"
+    if isinstance(error, Unauthenticated | Forbidden | RateLimited):
+        return access_error_body(error)
     if isinstance(error, InvalidRequest | NotFound):
         kind = "invalid_request_error"
     elif isinstance(error, Overloaded):
