@@ -61,7 +61,9 @@ class GatewayServer:
         )
         gate = await self._make_gate(model_id)
         frontend = Frontend(text, validator, dispatcher, config.request_timeout_s, gate)
-        self._grpc = grpc = GrpcServer(frontend, config.grpc, config.max_body_bytes)
+        self._grpc = grpc = GrpcServer(
+            frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
+        )
         http = HttpServer(frontend, config.http, config.max_body_bytes)
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
         self._closing.push_async_callback(http.stop)
@@ -164,7 +166,7 @@ class GatewayServer:
             if self.ready != told:
                 told = self.ready
                 log.info("gateway %s is %s", self.config.name, "ready" if told else "not ready")
-                await self._grpc.set_ready(told)
+                self._grpc.set_ready(told)
 
 
 def _load(model: str, home: Path) -> tuple[str, TextModel, int]:

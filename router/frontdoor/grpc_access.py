@@ -41,9 +41,24 @@ def metadata_of(call: Any) -> dict[str, str]:
     return {key: value for key, value in found or () if isinstance(value, str)}
 
 
-def enter(gate: Gate, context: Any) -> Visit:
+def who(gate: Gate, context: Any) -> Visit:
     """Who calls. Raises Unauthenticated."""
     return gate.enter(metadata_of(context), client_of(context.peer()))
+
+
+def enter(gate: Gate, context: Any) -> Visit:
+    """Who calls for work, which is counted. Raises Unauthenticated or RateLimited."""
+    visit = who(gate, context)
+    try:
+        gate.count(visit)
+    finally:
+        say_limits(gate, context, visit)
+    return visit
+
+
+def say_limits(gate: Gate, context: Any, visit: Visit) -> None:
+    """Has the call's trailing metadata say how much is left now."""
+    context.set_trailing_metadata(tuple(gate.headers(visit).items()))
 
 
 def client_of(peer: str) -> str:
