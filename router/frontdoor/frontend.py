@@ -8,7 +8,8 @@ import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.types import SamplingParams
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.request import Request, ResponseStream
+from crossdock.router.frontdoor.gate import Gate, Visit
+from crossdock.router.frontdoor.limits import Work
 from crossdock.router.frontdoor.text_process import INLINE_CHARACTERS, TextProcess, listed
 from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
 
@@ -33,6 +36,7 @@ class Arrival:
     received_unix: float
     trace_context: Any
     deadline: float  # on the gateway's clock
+    visit: Visit  # by whom
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,32 @@ class Frontend:
     dispatcher: Dispatcher
     aside: TextProcess  # for what would hold the loop
     timeout_s: float  # of a request that brings no deadline
+    gate: Gate
 
     @property
     def model_id(self) -> str:
         """The name that clients use."""
         return self.validator.model_id
 
-    def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
-        """A request that came now, with its deadline."""
+    def arrival(
+        self, visit: Visit, trace_context: Any = None, timeout_s: float | None = None
+    ) -> Arrival:
+        """A request that came now by who was let in, with its deadline."""
         now = time.monotonic()
         allowed = self.timeout_s if timeout_s is None else timeout_s
-        return Arrival(now, time.time(), trace_context, now + allowed)
+        return Arrival(now, time.time(), trace_context, now + allowed, visit)
 
     @contextlib.contextmanager
-    def refusals_counted(self) -> Iterator[None]:
+    def refusals_counted(self, arrival: Arrival) -> Iterator[None]:
         """Around what may refuse a request before the dispatcher has it."""
         try:
             yield
         except CrossdockError as error:
             self.dispatcher.metrics.outcome(error)
+            self.gate.refused(arrival.visit, error)
+            raise
+        except BaseException as error:
+            self.gate.refused(arrival.visit, error)
             raise
 
     def draw_seed(self) -> int:
@@ -107,8 +118,10 @@ class Frontend:
         cache_salt: str,
         default_max_tokens: int = UNLIMITED,
     ) -> tuple[str, ResponseStream]:
-        """Request id and stream. Raises InvalidRequest naming `field` for a bad prompt."""
-        with self.refusals_counted():
+        """Request id and stream. `tenant` and `priority` are what the client says, held to
+        its credential. Raises InvalidRequest naming `field` for a bad prompt."""
+        visit = arrival.visit
+        with self.refusals_counted(arrival):
             check_label("request_id", request_id)
             check_label("tenant", tenant)
             check_label("cache_salt", cache_salt)
@@ -116,30 +129,50 @@ class Frontend:
                 raise InvalidRequest(
                     "priority", priority, f"must be from {-(2**31)} to {2**31 - 1}"
                 )
-            # Tenants never share cached prefixes with each other, nor do unlike salts.
-            salt = f"{tenant}\0{cache_salt}".encode() if tenant or cache_salt else b""
-            root = self.dispatcher.root_hash(salt)
-            lists, chains = [], []
+            lists: list[list[int]] = []
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
                 lists.append(await listed(prompt))
-                chains.append(await self._chain(lists[i], root))
             longest = max(map(len, lists))
+            principal = visit.principal = visit.principal.named(tenant)
+            principal.check_model([self.model_id])
+            room = principal.room(field, sampling, longest)
+            fitted = self.validator.fit(sampling, longest, min(default_max_tokens, room))
             request = Request(
                 request_id=request_id or uuid.uuid4().hex,
                 prompts=lists,
-                sampling=self.validator.fit(sampling, longest, default_max_tokens),
+                sampling=fitted,
                 n=n,
-                tenant=tenant,
-                priority=priority,
-                cache_salt=salt,
-                root_hash=root,
-                chains=chains,
-                **vars(arrival),
+                tenant=principal.party,
+                priority=principal.priority(priority),
+                # Tenants never share cached prefixes with each other, nor do unlike salts.
+                cache_salt=principal.cache_salt(cache_salt),
+                received=arrival.received,
+                received_unix=arrival.received_unix,
+                deadline=arrival.deadline,
+                trace_context=arrival.trace_context,
+                on_end=partial(self.gate.ended, visit),
             )
-        return request.request_id, self.dispatcher.submit(request)
+            work = Work(
+                prompt_tokens=sum(len(prompt) for prompt in prompts),
+                sequences=request.num_sequences,
+                max_tokens=fitted.max_tokens,
+                open_ended=sampling.max_tokens == UNLIMITED,
+            )
+            self.gate.admit(visit, work)
+        try:
+            request = await self._hashed(request)
+            return request.request_id, self.dispatcher.submit(request)
+        except BaseException as error:
+            self.gate.refused(visit, error)
+            raise
 
-    async def _chain(self, prompt: list[int], root: bytes) -> list[bytes]:
+    async def _hashed(self, request: Request) -> Request:
+        root = self.dispatcher.root_hash(request.cache_salt)
+        chains = [await self._chain(prompt, root) for prompt in request.prompts]
+        return replace(request, root_hash=root, chains=chains)
+
+    async def _chain(self, prompt: Sequence[int], root: bytes) -> list[bytes]:
         """The hashes of its blocks, computed in slices."""
         hashes: list[bytes] = []
         for end in range(SLICE_TOKENS, len(prompt) + SLICE_TOKENS, SLICE_TOKENS):
