@@ -22,7 +22,7 @@ from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
 from crossdock.router.frontdoor.http_cors import Cors
-from crossdock.router.frontdoor.http_errors import Handler, answered, error_event
+from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, answered, error_event
 from crossdock.router.frontdoor.http_routes import add_small_routes
 from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
 from crossdock.router.frontdoor.openai_schemas import (
@@ -261,6 +261,8 @@ class HttpServer:
             if given := request.headers.get(REQUEST_ID_HEADER):
                 check_label(REQUEST_ID_HEADER, given)
                 request[REQUEST_ID] = given
+            if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+                raise ExpectationFailed("Expect", request.headers["Expect"], "must be 100-continue")
             return await handler(request)
 
         request[REQUEST_ID] = uuid.uuid4().hex
