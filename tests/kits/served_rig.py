@@ -97,8 +97,13 @@ async def serve(model: Path) -> None:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             counted = next(iter(rig.gateway.metrics.requests.collect())).samples
             outcomes = {s.labels["outcome"]: s.value for s in counted if s.name.endswith("_total")}
-            found = {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "held_s": held, "held_by": what,
-                     "outcomes": outcomes, "connections": rig.metric("http_connections")}  # fmt: skip
+            found = {
+                "rss": pages * os.sysconf("SC_PAGE_SIZE"),
+                "held_s": held,
+                "held_by": what,
+                "outcomes": outcomes,
+                "connections": rig.metric("http_connections"),
+            }
             print(json.dumps(found), flush=True)
 
 
