@@ -96,7 +96,7 @@ def document() -> dict[str, Any]:
 def _asking(summary: str, body: type, answer: type, stream: bool = False) -> Mapping[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     return {
         "summary": summary,
         "parameters": [_REQUEST_ID],
