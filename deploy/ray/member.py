@@ -122,7 +122,12 @@ def _can_serve(endpoints: Sequence[WorkerEndpoint]) -> bool:
 
 
 def set_up_process(name: str, telemetry: Mapping[str, str]) -> None:
-    """Logging and traces of a process of the cluster; `name` is the member's, or controller."""
+    """Logging and traces of a process of the cluster; `name` is the member's, or controller.
+
+    Its working folder is one that only root writes to: UCX takes settings, and so code, from a
+    ucx.conf that lies there.
+    """
+    os.chdir("/")
     logging.basicConfig(
         level=traces.log_level(), format=f"%(asctime)s {name} %(levelname)s %(message)s"
     )

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from crossdock.deploy.home import HOME, crossdock_home
 from crossdock.deploy.ray.calls import CRASHES, KILL_S, call, kill_process
 from crossdock.deploy.ray.member import MemberActor
 from crossdock.deploy.runtime import (
@@ -30,7 +31,7 @@ from crossdock.proto.types import WorkerEndpoint
 HEAD_RESOURCE = "node:__internal_head__"
 MANY_CALLS = 1000
 MB = 1 << 20
-PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG", EVENT_LISTENER, CRASHES)
+PASSED_ON = (HOME, "CROSSDOCK_LOG", EVENT_LISTENER, CRASHES)
 
 
 class RayProcess:
@@ -147,6 +148,8 @@ def actor_options(name: str, namespace: str, placement: Placement) -> dict[str, 
     if placement.on_head:
         custom[HEAD_RESOURCE] = 0.001
     env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    if HOME in env:
+        env[HOME] = str(crossdock_home())  # absolute: another process has another working folder
     options: dict[str, Any] = {
         "name": name,
         "namespace": namespace,

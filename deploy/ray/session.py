@@ -33,7 +33,8 @@ def start_ray(address: str, object_store_mb: int, folder: str) -> None:
     """
     try:
         where = {"address": address} if address else _local(object_store_mb, Path(folder))
-        with _own_sigterm():
+        # Ray's workers look for modules in the folder where this is called.
+        with _own_sigterm(), contextlib.chdir("/"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
     except (ConnectionError, RuntimeError, ValueError) as error:
         doing = f"join {address!r}" if address else "start a local Ray"
