@@ -112,6 +112,11 @@ class ControllerSpec:
         "Where the controller answers crossdock status, apply, scale and down.",
         kind="address",
     )
+    nodes: NodesSpec = setting(
+        factory=NodesSpec,
+        doc="Which nodes it may run on; the head node where not set. It goes on with key, spec and "
+        "workers on whichever of them Ray starts it again.",
+    )
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ import ray
 from crossdock.deploy import processes
 from crossdock.deploy import telemetry as traces
 from crossdock.deploy.home import crossdock_home
+from crossdock.deploy.listening import Listening, listening
 from crossdock.deploy.ray.calls import CRASHES
+from crossdock.deploy.ray.node import pids_here
 from crossdock.deploy.runtime import CannotStart, Launch, Started, StartFailed
 from crossdock.proto import events
 from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
+from crossdock.proto.settings import is_loopback
 from crossdock.proto.types import Role, WorkerEndpoint
 
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
@@ -80,6 +83,10 @@ class MemberActor:
     async def active_requests(self) -> int:
         """Requests under way; 0 before it serves."""
         return int(self._server.active_requests) if self._started else 0
+
+    async def listening(self) -> Sequence[Listening]:
+        """The ports of all the cluster's processes on this node."""
+        return await asyncio.to_thread(listening, pids_here(is_loopback(self._launch.host)))
 
     async def stop(self) -> None:
         """Stops serving, then ends `run`."""

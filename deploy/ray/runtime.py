@@ -14,8 +14,10 @@ import ray
 from ray.exceptions import RayActorError
 
 from crossdock.deploy.home import HOME, crossdock_home
+from crossdock.deploy.listening import Listening, listening
 from crossdock.deploy.ray.calls import CRASHES, KILL_S, call, kill_process
 from crossdock.deploy.ray.member import MemberActor
+from crossdock.deploy.ray.node import pids_here
 from crossdock.deploy.runtime import (
     CannotStart,
     Launch,
@@ -59,6 +61,9 @@ class RayProcess:
     async def active_requests(self) -> int:
         return await call(self._actor.active_requests.remote())
 
+    async def listening(self) -> Sequence[Listening]:
+        return await call(self._actor.listening.remote())
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """Stops it, with SIGKILL after `grace_s` seconds, and waits until it is gone."""
         try:
@@ -78,7 +83,12 @@ class RayRuntime:
 
     def __init__(self, cluster: str, local: bool) -> None:
         self._namespace = namespace(cluster)
+        self.local = local
         self._host = "127.0.0.1" if local else ""
+
+    def listening(self) -> tuple[str, Sequence[Listening]]:
+        """As Runtime."""
+        return ray.get_runtime_context().get_node_id(), listening(pids_here(self.local))
 
     async def launch(self, launch: Launch) -> Process:
         """Asks Ray for a process, which may wait for a place. Raises CannotStart."""
