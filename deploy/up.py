@@ -142,6 +142,8 @@ class Cluster:
         folder = ""
         if self.ray_address:
             self._say(f"joining Ray at {self.ray_address}")
+            if token := session.open_token():
+                self._say(f"warning: others can read Ray's token: chmod 600 {token}")
         else:
             self._say("starting Ray")
             processes.keep_orphans()

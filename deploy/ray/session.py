@@ -104,6 +104,16 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def open_token() -> str:
+    """The file of the token for Rays that are joined, where other users can read it; else empty."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        return str(path) if path.stat().st_mode & 0o077 else ""
+    except OSError:
+        return ""
+
+
 def stop_ray() -> None:
     """Leaves the Ray cluster; one that `start_ray` started ends."""
     ray.shutdown()

@@ -19,8 +19,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
-def nodes():
-    """The head has all but the controller, which may run on either of two more."""
+def nodes(monkeypatch):
+    """The head has all but the controller, which may run on either of two more. Ray takes a node
+    for lost after 3 s, not 30."""
+    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "1000")
     from ray.cluster_utils import Cluster as RayCluster  # after Crossdock's settings for it
 
     nodes = RayCluster()

@@ -203,6 +203,16 @@ def test_a_ray_that_is_joined_is_left_as_it_is(monkeypatch):
     assert dict(os.environ) == before
 
 
+def test_a_token_that_others_can_read_is_named(monkeypatch, tmp_path):
+    token = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert session.open_token() == "", "there is none"
+    token.write_text("secret")
+    for mode, found in ((0o600, ""), (0o644, str(token)), (0o640, str(token))):
+        token.chmod(mode)
+        assert session.open_token() == found
+
+
 def test_all_files_of_a_local_ray_are_below_a_folder_of_this_user_alone(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 20)))
     folder = Path(up_module._temp_folder())
