@@ -28,8 +28,9 @@ from crossdock.model import store as models
 from crossdock.model.text import load_text
 from crossdock.proto.channels import internal
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
-from crossdock.proto.settings import split_address
+from crossdock.proto.settings import is_loopback, split_address
 from crossdock.proto.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
+from crossdock.router.config import probe_key
 
 POLL_S = 0.25
 WATCH_S = 1.0
@@ -115,6 +116,7 @@ class Cluster:
         """Before anything is started: is the environment sound, are the ports ours to take?"""
         log_level()
         event_listener()
+        self._warn_of_open_doors()
         if self.ray_address:
             return
         self._cleanup.enter_context(self._store.locked())
@@ -124,6 +126,14 @@ class Cluster:
             except OSError as error:
                 message = f"cannot listen on {address}: {error.strerror}"
                 raise ConfigError(field, message) from None
+
+    def _warn_of_open_doors(self) -> None:
+        """Whoever reaches a gateway on the network uses it, unless it asks for credentials."""
+        doors = {"gateway.grpc": self.spec.gateway.grpc, "gateway.http": self.spec.gateway.http}
+        wide = [door for door, to in doors.items() if not is_loopback(split_address(to)[0])]
+        if wide and not self.spec.auth.required:
+            where = f"{self._where(wide[0])}: {' and '.join(wide)}"
+            self._say(f"warning: {where}: other hosts reach it, and `auth` asks nobody for a key")
 
     def _have_model(self) -> None:
         model_id, home = self.spec.model.id, crossdock_home()
@@ -194,11 +204,18 @@ class Cluster:
     def _prove(self, gateway: admin_pb2.GatewayStatus) -> None:
         """Two tokens of a first request came out of this gateway: the second is a decode worker's,
         from the KV that it pulled."""
+        credential: tuple[tuple[str, str], ...] = ()
+        if self.spec.auth.required:
+            try:
+                credential = (("authorization", f"Bearer {probe_key(self._store.key())}"),)
+            except FileNotFoundError:  # the controller is on another node, and the key with it
+                self._say(f"{gateway.name} needs a credential that is not here: not tried")
+                return
         request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[0]))
         request.sampling.MergeFrom(inference_pb2.SamplingParams(max_tokens=2, ignore_eos=True))
         with grpc.insecure_channel(_reachable(gateway.grpc), internal()) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
-            answer = stub.GenerateUnary.future(request, timeout=FIRST_TOKENS_S)
+            answer = stub.GenerateUnary.future(request, timeout=FIRST_TOKENS_S, metadata=credential)
             while not answer.done():
                 self._unless_interrupted()
                 time.sleep(POLL_S)
