@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from crossdock.proto.settings import EVERY_HOST, is_loopback, split_address
+from crossdock.proto.settings import EVERY_HOST, loopback_host, split_address
 from crossdock.proto.v1 import admin_pb2
 
 RAY = {
@@ -68,7 +68,7 @@ def wide(ports: Sequence[PortFacts], local: bool) -> Iterator[Wide]:
     groups: defaultdict[tuple[str, str], list[PortFacts]] = defaultdict(list)
     for each in ports:
         everywhere, ours = each.host in EVERY_HOST, each.what in DOORS
-        if everywhere or (local and not ours and not is_loopback(each.host)):
+        if everywhere or (local and not ours and not loopback_host(each.host)):
             groups[each.node, each.what].append(each)
     for (node, what), group in groups.items():
         where = ", ".join(f"{each.address} ({each.process}, pid {each.pid})" for each in group)

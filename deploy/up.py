@@ -28,7 +28,7 @@ from crossdock.model import store as models
 from crossdock.model.text import load_text
 from crossdock.proto.channels import internal
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
-from crossdock.proto.settings import is_loopback, split_address
+from crossdock.proto.settings import loopback_host, split_address
 from crossdock.proto.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
 from crossdock.router.config import probe_key
 
@@ -130,7 +130,7 @@ class Cluster:
     def _warn_of_open_doors(self) -> None:
         """Whoever reaches a gateway on the network uses it, unless it asks for credentials."""
         doors = {"gateway.grpc": self.spec.gateway.grpc, "gateway.http": self.spec.gateway.http}
-        wide = [door for door, to in doors.items() if not is_loopback(split_address(to)[0])]
+        wide = [door for door, to in doors.items() if not loopback_host(split_address(to)[0])]
         if wide and not self.spec.auth.required:
             where = f"{self._where(wide[0])}: {' and '.join(wide)}"
             self._say(f"warning: {where}: other hosts reach it, and `auth` asks nobody for a key")

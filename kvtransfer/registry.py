@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from crossdock.kvtransfer.transport import PoolBuffers, PoolMemory, Transport
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.settings import is_loopback
+from crossdock.proto.settings import loopback_host
 
 TRANSPORTS = ("nixl", "nccl", "local")
 
@@ -33,7 +33,7 @@ def create_transport(
     if name == "nixl":
         from crossdock.kvtransfer.nixl import NixlTransport
 
-        return NixlTransport(incarnation, memory, ucx=ucx or {}, loopback=is_loopback(host))
+        return NixlTransport(incarnation, memory, ucx=ucx or {}, loopback=loopback_host(host))
     if name == "nccl":
         from crossdock.kvtransfer.nccl.transport import NcclTransport
 

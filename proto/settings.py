@@ -115,7 +115,7 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def is_loopback(host: str) -> bool:
+def loopback_host(host: str) -> bool:
     """Whether nobody but this host can reach it there; a name is not looked up."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback

@@ -21,7 +21,7 @@ from crossdock.deploy.ray.node import pids_here
 from crossdock.deploy.runtime import CannotStart, Launch, Started, StartFailed
 from crossdock.proto import events
 from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
-from crossdock.proto.settings import is_loopback
+from crossdock.proto.settings import loopback_host
 from crossdock.proto.types import Role, WorkerEndpoint
 
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
@@ -86,7 +86,7 @@ class MemberActor:
 
     async def listening(self) -> Sequence[Listening]:
         """The ports of all the cluster's processes on this node."""
-        return await asyncio.to_thread(listening, pids_here(is_loopback(self._launch.host)))
+        return await asyncio.to_thread(listening, pids_here(loopback_host(self._launch.host)))
 
     async def stop(self) -> None:
         """Stops serving, then ends `run`."""
