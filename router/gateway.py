@@ -21,6 +21,7 @@ from crossdock.router.dispatch.links import Links
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.validate import Validator
@@ -55,7 +56,9 @@ class GatewayServer:
         validator = Validator(
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
-        frontend = Frontend(text, validator, dispatcher, config.request_timeout_s)
+        self._grammars = grammars = GrammarChecker(config.model, config.home)
+        self._closing.callback(grammars.close)
+        frontend = Frontend(text, validator, dispatcher, config.request_timeout_s, grammars)
         self._grpc = grpc = GrpcServer(
             frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
         )

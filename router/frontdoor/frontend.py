@@ -8,14 +8,15 @@ import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import CrossdockError, InvalidRequest
-from crossdock.proto.types import SamplingParams
+from crossdock.proto.types import Grammar, SamplingParams
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.request import Request, ResponseStream
+from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
 
 INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
@@ -39,6 +40,7 @@ class Frontend:
     validator: Validator
     dispatcher: Dispatcher
     timeout_s: float  # of a request that brings no deadline
+    grammars: GrammarChecker
 
     @property
     def model_id(self) -> str:
@@ -87,6 +89,16 @@ class Frontend:
         except Exception as error:  # a template is a program of the model's makers
             refusal = f"the model's chat template refused them: {error}"
             raise InvalidRequest("messages", f"{len(plain)} messages", refusal) from error
+
+    async def with_grammar(
+        self, sampling: SamplingParams, field: str, grammar: Grammar
+    ) -> SamplingParams:
+        """With what the answer must match. Raises InvalidRequest, naming `field`, where it cannot
+        be used."""
+        sampling = replace(sampling, grammar=grammar)
+        sampling.validate(self.text.vocab_size)
+        await self.grammars.check(field, grammar)
+        return sampling
 
     def submit(
         self,

@@ -36,6 +36,7 @@ from crossdock.router.frontdoor.openai_schemas import (
     read_body,
     sampling_of,
 )
+from crossdock.router.frontdoor.structured import grammar_of
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,8 @@ class HttpServer:
             body = read_body(await self._read(request, arrival), kind)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
+            if (asked := grammar_of(body)) is not None:
+                sampling = await frontend.with_grammar(sampling, *asked)
             field, prompts = await read_prompts(body)
         request_id, stream = frontend.submit(
             field,

@@ -16,6 +16,7 @@ import msgspec
 from crossdock.proto.convert import SAMPLING_SCALARS
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import SamplingParams
+from crossdock.router.frontdoor.structured import StructuredFields
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -29,7 +30,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class SamplingFields(StructuredFields, kw_only=True):
     """What /v1/completions and /v1/chat/completions have in common. None is "not given"."""
 
     model: str | None = None
@@ -91,7 +92,6 @@ _HARMLESS: dict[str, Callable[[Any], bool]] = {
     "tool_choice": lambda value: value in (None, "none", "auto"),
     "functions": lambda value: not value,
     "function_call": lambda value: value in (None, "none", "auto"),
-    "response_format": lambda value: value is None or value == {"type": "text"},
     "modalities": lambda value: value in (None, ["text"]),
     "audio": lambda value: value is None,
     "prediction": lambda value: value is None,

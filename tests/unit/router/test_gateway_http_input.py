@@ -68,7 +68,6 @@ BAD = [
     (chat(top_logprobs=3), "top_logprobs", "needs logprobs"),
     (chat(logprobs=True, top_logprobs=40), "logprobs", "40"),
     (chat(tools=[{"type": "function"}]), "tools", "not supported"),
-    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
     (chat(max_completion_tokens=-1), "max_tokens", "-1"),
 ]
 
