@@ -10,7 +10,6 @@ import msgspec
 
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import Grammar, GrammarKind
-from crossdock.router.frontdoor.validate import check_unicode
 
 # By vLLM's names: in `structured_outputs`, and after `guided_` in fields of the body.
 _KINDS = {
@@ -19,6 +18,7 @@ _KINDS = {
     "grammar": GrammarKind.LARK,
     "choice": GrammarKind.CHOICE,
 }
+_ANY_OBJECT = Grammar(GrammarKind.JSON_OBJECT)
 
 
 class StructuredFields(msgspec.Struct, kw_only=True):
@@ -30,21 +30,19 @@ class StructuredFields(msgspec.Struct, kw_only=True):
     guided_regex: Any = None
     guided_grammar: Any = None
     guided_choice: Any = None
-    guided_whitespace_pattern: Any = None
+    guided_json_object: bool | None = None
 
 
 def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
     """The field that asks for a grammar, and the grammar; None: any text will do. Raises
     InvalidRequest for one that is none, and for two. Whether it can be used is not looked into."""
-    if body.guided_whitespace_pattern is not None:
-        given = body.guided_whitespace_pattern
-        raise InvalidRequest("guided_whitespace_pattern", given, "is not supported by this server")
     asked = [
         found
         for found in (
             _response_format(body.response_format),
             _structured_outputs(body.structured_outputs),
             *(_of(f"guided_{name}", name, getattr(body, f"guided_{name}")) for name in _KINDS),
+            ("guided_json_object", _ANY_OBJECT) if body.guided_json_object else None,
         )
         if found is not None
     ]
@@ -66,7 +64,7 @@ def _response_format(given: Any) -> tuple[str, Grammar] | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return "response_format", Grammar(GrammarKind.JSON_OBJECT)
+        return "response_format", _ANY_OBJECT
     if kind != "json_schema":
         limit = "must be text, json_object or json_schema"
         raise InvalidRequest("response_format.type", kind, limit)
@@ -93,15 +91,15 @@ def _structured_outputs(given: Any) -> tuple[str, Grammar] | None:
             continue
         field = f"structured_outputs.{name}"
         if name == "json_object" and value is True:
-            asked.append((field, Grammar(GrammarKind.JSON_OBJECT)))
+            asked.append((field, _ANY_OBJECT))
         elif name in _KINDS:
             asked.append(_of(field, name, value))
         else:
             raise InvalidRequest(field, value, "is not supported by this server")
-    if len(asked) != 1:
+    if len(asked) > 1:
         limit = f"must be one of json_object, {', '.join(_KINDS)}"
         raise InvalidRequest("structured_outputs", sorted(given), limit)
-    return asked[0]
+    return asked[0] if asked else None
 
 
 def _of(field: str, name: str, value: Any) -> tuple[str, Grammar] | None:
@@ -111,7 +109,6 @@ def _of(field: str, name: str, value: Any) -> tuple[str, Grammar] | None:
     if kind in (GrammarKind.REGEX, GrammarKind.LARK):
         if not isinstance(value, str):
             raise InvalidRequest(field, value, "must be a text")
-        check_unicode(field, value)
         return field, Grammar(kind, value)
     if kind is GrammarKind.CHOICE:
         good = isinstance(value, list) and value and all(isinstance(each, str) for each in value)
@@ -119,7 +116,6 @@ def _of(field: str, name: str, value: Any) -> tuple[str, Grammar] | None:
             raise InvalidRequest(field, value, "must be a list of texts")
         return field, Grammar(kind, dump(field, value))
     if isinstance(value, str):  # a schema as text
-        check_unicode(field, value)
         return field, Grammar(kind, value)
     if not isinstance(value, Mapping | bool):
         raise InvalidRequest(field, value, "must be a JSON schema")
