@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from crossdock import cli_bench, cli_cluster
+from crossdock import cli_access, cli_bench, cli_cluster
 from crossdock.proto.errors import CrossdockError, Overloaded
 from crossdock.proto.settings import GATEWAY_ADDRESS
 
@@ -31,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 cli_cluster.register(app)
+cli_access.register(app)
 cli_bench.register(app)
 
 Target = Annotated[

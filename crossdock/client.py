@@ -6,6 +6,7 @@ Errors are those of `crossdock.proto.errors`: a retriable one may be sent again 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ CHANNEL_OPTIONS = (
 
 InferenceStub: Any = inference_pb2_grpc.InferenceStub  # generated code has no types
 
+API_KEY = "CROSSDOCK_API_KEY"  # of the environment
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
@@ -71,10 +73,12 @@ _PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_sal
 
 
 class Client:
-    """Blocking client of the gateway at `target`, host:port. Safe to share between threads."""
+    """Blocking client of the gateway at `target`, host:port. Safe to share between threads.
+    `api_key` is a key or a bearer token, by default $CROSSDOCK_API_KEY."""
 
-    def __init__(self, target: str = GATEWAY_ADDRESS) -> None:
+    def __init__(self, target: str = GATEWAY_ADDRESS, api_key: str | None = None) -> None:
         self.target = _address(target)
+        self._metadata = _metadata(api_key)
         self._channel = grpc.insecure_channel(self.target, options=_options(self.target))
         self._stub = InferenceStub(self._channel)
 
@@ -91,7 +95,9 @@ class Client:
         """
         request = build_request(prompt, **fields)
         with _translated():
-            return read_result(self._stub.GenerateUnary(request, timeout=timeout))
+            return read_result(
+                self._stub.GenerateUnary(request, timeout=timeout, metadata=self._metadata)
+            )
 
     def stream(
         self,
@@ -105,7 +111,7 @@ class Client:
         return self._chunks(request, timeout)
 
     def _chunks(self, request: pb.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
-        call = self._stub.Generate(request, timeout=timeout)
+        call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
         try:
             with _translated():
                 for message in call:
@@ -116,7 +122,10 @@ class Client:
     def models(self, timeout: float | None = 10.0) -> list[ModelInfo]:
         """What the cluster serves. Raises as `generate`."""
         with _translated():
-            return read_models(self._stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
+            request = pb.ListModelsRequest()
+            return read_models(
+                self._stub.ListModels(request, timeout=timeout, metadata=self._metadata)
+            )
 
     def health(self, timeout: float | None = 10.0) -> bool:
         """Whether the gateway can serve now. Raises Unavailable where there is no gateway."""
@@ -137,10 +146,12 @@ class Client:
 
 
 class AsyncClient:
-    """Client of the gateway at `target` for asyncio; belongs to the loop that first uses it."""
+    """Client of the gateway at `target` for asyncio; belongs to the loop that first uses it.
+    `api_key` as for Client."""
 
-    def __init__(self, target: str = GATEWAY_ADDRESS) -> None:
+    def __init__(self, target: str = GATEWAY_ADDRESS, api_key: str | None = None) -> None:
         self.target = _address(target)
+        self._metadata = _metadata(api_key)
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -157,7 +168,9 @@ class AsyncClient:
         request = build_request(prompt, **fields)
         with _translated():
             stub = InferenceStub(self._channel)
-            return read_result(await stub.GenerateUnary(request, timeout=timeout))
+            return read_result(
+                await stub.GenerateUnary(request, timeout=timeout, metadata=self._metadata)
+            )
 
     def stream(
         self,
@@ -173,7 +186,8 @@ class AsyncClient:
     async def _chunks(
         self, request: pb.GenerateRequest, timeout: float | None
     ) -> AsyncIterator[Chunk]:
-        call = InferenceStub(self._channel).Generate(request, timeout=timeout)
+        stub = InferenceStub(self._channel)
+        call = stub.Generate(request, timeout=timeout, metadata=self._metadata)
         try:
             with _translated():
                 async for message in call:
@@ -185,7 +199,10 @@ class AsyncClient:
         """What the cluster serves. Raises as `generate`."""
         with _translated():
             stub = InferenceStub(self._channel)
-            return read_models(await stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
+            request = pb.ListModelsRequest()
+            return read_models(
+                await stub.ListModels(request, timeout=timeout, metadata=self._metadata)
+            )
 
     async def health(self, timeout: float | None = 10.0) -> bool:
         """As Client.health."""
@@ -271,6 +288,11 @@ def _address(target: str) -> str:
     if not re.fullmatch(r"(\S+:\d+|unix:\S+)", address) or "//" in address:
         raise errors.InvalidRequest("target", target, f"must be host:port, as {GATEWAY_ADDRESS}")
     return address
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    key = os.environ.get(API_KEY, "") if api_key is None else api_key
+    return (("authorization", f"Bearer {key}"),) if key else ()
 
 
 def _options(target: str) -> list[tuple[str, int]]:

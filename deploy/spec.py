@@ -32,7 +32,7 @@ from crossdock.proto.settings import (
     split_address,
 )
 from crossdock.proto.types import Role
-from crossdock.router.config import GatewayConfig, HttpSettings, Slo
+from crossdock.router.config import AuthSettings, GatewayConfig, HttpSettings, Price, Slo
 from crossdock.worker.config import EngineSettings, WorkerConfig
 
 API_VERSION = "crossdock/v1"
@@ -220,6 +220,10 @@ class ClusterSpec:
     controller: ControllerSpec = setting(factory=ControllerSpec, doc="The control plane.")
     kv: KVSpec = setting(factory=KVSpec, doc="The KV pools and the hand-off.")
     slo: Slo = setting(factory=Slo, doc="What the router and the reports aim at.")
+    auth: AuthSettings = setting(factory=AuthSettings, doc="Who may use the front door.")
+    prices: Mapping[str, Price] = setting(
+        factory=no_entries, doc="What tokens cost, by model; in one currency."
+    )
     telemetry: TelemetrySpec = setting(factory=TelemetrySpec, doc="Traces.")
     ray: RaySpec = setting(factory=RaySpec, doc="The Ray cluster underneath.")
 
@@ -249,6 +253,7 @@ class ClusterSpec:
     def validate(self) -> ClusterSpec:
         """Raises ConfigError (without a line) at the first field that is out of its range."""
         check_settings(self)
+        self.auth.check()
         _check_pools(self.pools)
         _check_engines(self)
         _check_gpus(self)
@@ -270,9 +275,11 @@ class ClusterSpec:
         return _revision(self.pools[pool], self.model, self.kv, self.telemetry)
 
     def gateway_revision(self) -> str:
-        """Differs where a gateway has to be replaced."""
+        """Differs where a gateway has to be replaced: with auth also where their number does, as
+        each holds its share of the limits."""
+        shares = self.gateway.replicas if self.auth.required else 1
         others = (self.model, self.slo, self.telemetry, self.kv.block_size)
-        return _revision(self.gateway, *others)
+        return _revision(self.gateway, *others, self.auth, self.prices, shares)
 
     def gateway_addresses(self, index: int) -> tuple[str, str]:
         """gRPC and HTTP address of gateway `index`: the ports count up, 0 stays 0."""

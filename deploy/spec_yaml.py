@@ -49,8 +49,12 @@ def _with_model_beside(spec: ClusterSpec, file: str) -> ClusterSpec:
     model_id = spec.model.id
     if not model_id.startswith(("./", "../", "~")):
         return spec
-    path = Path(file).absolute().parent / Path(model_id).expanduser()
-    return replace(spec, model=replace(spec.model, id=os.path.normpath(path)))
+    return replace(spec, model=replace(spec.model, id=_beside(file, model_id)))
+
+
+def _beside(file: str, path: str) -> str:
+    """A path made absolute: from the file's folder, or home."""
+    return os.path.normpath(Path(file).absolute().parent / Path(path).expanduser())
 
 
 def locate(text: str, file: str, path: str) -> str:
@@ -106,6 +110,8 @@ class _Reader:
                 message = f"unknown field{inside}; {_suggest(key, known)}"
                 raise ConfigError(inner, message, self.where(inner))
             given[key] = self.read(value, hints[key], inner)
+            if known[key].metadata.get("kind") == "path" and given[key]:
+                given[key] = _beside(self.file, given[key])
         for name, about in known.items():
             required = about.default is MISSING and about.default_factory is MISSING
             if name not in given and required:

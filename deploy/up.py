@@ -30,6 +30,7 @@ from crossdock.proto.channels import internal
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.settings import split_address
 from crossdock.proto.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
+from crossdock.router.config import probe_key
 
 POLL_S = 0.25
 WATCH_S = 1.0
@@ -192,11 +193,18 @@ class Cluster:
     def _prove(self, gateway: admin_pb2.GatewayStatus) -> None:
         """Two tokens of a first request came out of this gateway: the second is a decode worker's,
         from the KV that it pulled."""
+        credential: tuple[tuple[str, str], ...] = ()
+        if self.spec.auth.required:
+            try:
+                credential = (("authorization", f"Bearer {probe_key(self._store.key())}"),)
+            except FileNotFoundError:  # the controller is on another node, and the key with it
+                self._say(f"{gateway.name} needs a credential that is not here: not tried")
+                return
         request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[0]))
         request.sampling.MergeFrom(inference_pb2.SamplingParams(max_tokens=2, ignore_eos=True))
         with grpc.insecure_channel(_reachable(gateway.grpc), internal()) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
-            answer = stub.GenerateUnary.future(request, timeout=FIRST_TOKENS_S)
+            answer = stub.GenerateUnary.future(request, timeout=FIRST_TOKENS_S, metadata=credential)
             while not answer.done():
                 self._unless_interrupted()
                 time.sleep(POLL_S)

@@ -35,7 +35,8 @@ def setting(
     check: Callable[[str, Any], None] | None = None,
     factory: Any = MISSING,
 ) -> Any:
-    """A field with its documentation and limits. `kind`: "address", "name", "text" or "". `check`
+    """A field with its documentation and limits. `kind`: "address", "name", "text", "path"
+    (of a file, in the YAML from its own folder) or "". `check`
     is called with the field's path and value, and raises ConfigError."""
     about = {"doc": doc, "low": low, "high": high, "choices": choices, "kind": kind, "check": check}
     return field(default=default, default_factory=factory, metadata=about)

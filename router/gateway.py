@@ -16,14 +16,18 @@ from crossdock.model.text import TextModel, load_text
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.router.config import GatewayConfig as GatewayConfig
+from crossdock.router.config import Price
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.streams import Dialer
+from crossdock.router.frontdoor.auth import Authenticator
 from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.gate import Gate
 from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
+from crossdock.router.frontdoor.limits import Limiter
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
@@ -56,9 +60,12 @@ class GatewayServer:
         validator = Validator(
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
-        self._grammars = grammars = GrammarChecker(config.model, config.home)
+        grammars = GrammarChecker(config.model, config.home)
         self._closing.callback(grammars.close)
-        frontend = Frontend(text, validator, dispatcher, config.request_timeout_s, grammars)
+        gate = await self._make_gate(model_id)
+        self._frontend = frontend = Frontend(
+            text, validator, dispatcher, config.request_timeout_s, gate, grammars
+        )
         self._grpc = grpc = GrpcServer(
             frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
         )
@@ -112,6 +119,17 @@ class GatewayServer:
     def ready(self) -> bool:
         """A prefill and a decode worker, or a colocated one, are connected."""
         return self._dispatcher is not None and self._dispatcher.ready
+
+    async def _make_gate(self, model_id: str) -> Gate:
+        config, registry = self.config, self.metrics.registry
+        authenticator = await asyncio.to_thread(
+            Authenticator, config.auth, registry, config.probe_key
+        )
+        watching = asyncio.get_running_loop().create_task(authenticator.watch())
+        self._closing.callback(watching.cancel)
+        limiter = Limiter(time.monotonic, time.time, config.gateways)
+        price = config.prices.get(model_id, Price())
+        return Gate(authenticator, limiter, self.metrics, price)
 
     def _make_links(self) -> Links:
         config, dial = self.config, Dialer()

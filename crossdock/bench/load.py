@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from crossdock.bench.metrics import RequestRecord
-from crossdock.client import AsyncClient
+from crossdock.client import API_KEY, AsyncClient
 from crossdock.proto.errors import InvalidRequest
 
 
@@ -107,8 +108,12 @@ class OpenAIEndpoint:
     @cached_property
     def _session(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0)
+        key = os.environ.get(API_KEY, "")
         return aiohttp.ClientSession(
-            connector=connector, timeout=self._timeout, read_bufsize=1 << 20
+            connector=connector,
+            timeout=self._timeout,
+            read_bufsize=1 << 20,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
         )
 
     async def stream(self, job: Job) -> AsyncIterator[Arrival]:
