@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -15,7 +14,7 @@ from aiohttp import web
 from crossdock.proto.errors import ConfigError, CrossdockError, InvalidRequest
 from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
-from crossdock.router.dispatch.request import Delta, ResponseStream
+from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
 from crossdock.router.frontdoor.frontend import Arrival, Frontend
@@ -24,6 +23,7 @@ from crossdock.router.frontdoor.http_body import Bodies, check_media_type
 from crossdock.router.frontdoor.http_cors import Cors
 from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, answered, error_event
 from crossdock.router.frontdoor.http_routes import add_small_routes
+from crossdock.router.frontdoor.http_stream import HEADERS, first_batch, send_events
 from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
@@ -35,13 +35,13 @@ from crossdock.router.frontdoor.openai_schemas import (
     prompts_of,
     sampling_of,
 )
+from crossdock.router.frontdoor.structured import grammar_of
 from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_prompts
 
 log = logging.getLogger(__name__)
 
 TENANT_HEADER = "X-Crossdock-Tenant"
 REQUEST_ID_HEADER = "X-Request-Id"
-KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients of event streams skip
 REQUEST_ID = web.RequestKey("request_id", str)  # the client's, or one that was made for it
 
 
@@ -167,6 +167,8 @@ class HttpServer:
             body = await self._read(request, arrival, kind)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
+            if (asked := grammar_of(body)) is not None:
+                sampling = await frontend.with_grammar(sampling, *asked)
             field, prompts = await read_prompts(body)
         request_id, stream = await frontend.submit(
             field,
@@ -210,40 +212,19 @@ class HttpServer:
     async def _stream(
         self, request: web.Request, stream: ResponseStream, answer: fmt.Answer
     ) -> web.StreamResponse:
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
+        response = web.StreamResponse(headers=HEADERS)
         self._add_headers(request, response)
         try:
-            batch = await self._first(request, response, stream)
-            if not response.prepared:
-                await response.prepare(request)
-            while batch:
-                if data := b"".join([answer.event(delta) for delta in batch]):
-                    await response.write(data)
-                batch = await stream.batch()
-            await response.write(answer.last_events())
+            batch = await first_batch(request, response, stream, self._settings.keep_alive_s)
         except CrossdockError as error:
             if not response.prepared:
                 raise
             await response.write(error_event(error))
-        except ConnectionResetError:
-            log.debug("%s: the client went away", answer.request_id)
+            return response
+        if not response.prepared:
+            await response.prepare(request)
+        await send_events(request, response, stream, answer, batch)
         return response
-
-    async def _first(
-        self, request: web.Request, response: web.StreamResponse, stream: ResponseStream
-    ) -> list[Delta]:
-        """The first batch. It decides between an answer and an HTTP error, unless it takes so long
-        that the answer has to begin without it."""
-        while True:
-            try:
-                async with asyncio.timeout(self._settings.keep_alive_s):
-                    return await stream.batch()
-            except TimeoutError:
-                if not response.prepared:
-                    await response.prepare(request)
-                await response.write(KEEP_ALIVE)
 
     def _card(self) -> dict[str, Any]:
         return {
