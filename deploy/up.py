@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 
-from crossdock.deploy import processes
+from crossdock.deploy import credentials, processes
 from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.ray import control_plane, session
 from crossdock.deploy.runtime import ProcessGone, StartFailed
@@ -158,11 +158,17 @@ class Cluster:
         for _ in self._turns():
             try:
                 self.admin = self._controller.started(POLL_S)
+                self._have_credential()
                 return
             except TimeoutError:
                 self._in_time("the controller")
             except (StartFailed, ProcessGone) as error:
                 raise Unavailable(f"the controller did not start: {error}") from None
+
+    def _have_credential(self) -> None:
+        """The operator's, also on a machine that is not the controller's, which keeps its own."""
+        if self._controller is not None and self.ray_address and credentials.wanted(self._store):
+            self._store.save(credentials.FILE, self._controller.credential())
 
     def _await_ready(self) -> admin_pb2.ClusterStatus:
         shown: dict[str, str] = {}
@@ -242,7 +248,9 @@ class Cluster:
                 self._say("the controller hangs: its process is ended, and Ray starts it again")
                 self._controller.kill(restart=True)
             with contextlib.suppress(Unavailable):  # Ray restarts it
-                for decision in self.status().decisions:
+                decisions = self.status().decisions
+                self._have_credential()
+                for decision in decisions:
                     if decision.unix_s > seen:
                         seen = decision.unix_s
                         self._say(f"{decision.action}: {decision.reason}")

@@ -14,6 +14,7 @@ from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.proto.hashing import BlockHasher
+from crossdock.proto.identity import Credentials
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.router.config import GatewayConfig as GatewayConfig
 from crossdock.router.dispatch.dispatcher import Dispatcher
@@ -32,14 +33,18 @@ log = logging.getLogger(__name__)
 
 class GatewayServer:
     """Serves a model's requests over the workers of the membership that it is told. `grpc_address`
-    and `http_address` are host:port, once started with the ports that were bound."""
+    and `http_address` are host:port, once started with the ports that were bound. Without
+    credentials it reaches no worker but those that ask for none."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, credentials: Credentials | None = None) -> None:
         self.config = config
+        self._credentials = credentials
         self.grpc_address, self.http_address = config.grpc, config.http
         self.view = ClusterView()
         self.metrics = GatewayMetrics(config.slo)
-        self._incarnation = os.urandom(16)
+        self._incarnation = (
+            bytes.fromhex(credentials.peer.incarnation) if credentials else os.urandom(16)
+        )
         self._health_changed = asyncio.Event()
         self._dispatcher: Dispatcher | None = None
         self._links: Links | None = None
@@ -109,7 +114,7 @@ class GatewayServer:
         return self._dispatcher is not None and self._dispatcher.ready
 
     def _make_links(self) -> Links:
-        config, dial = self.config, Dialer()
+        config, dial = self.config, Dialer(self._credentials)
         links = Links(
             self.view,
             config.name,

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from crossdock.deploy import credentials
 from crossdock.deploy.ray.calls import CRASHES, get, kill_process
 from crossdock.deploy.ray.member import set_up_process
 from crossdock.deploy.ray.runtime import RayRuntime, actor_options, namespace
@@ -56,6 +57,11 @@ class ControllerActor:
         await self.started()
         return (await cluster_status(self._controller)).SerializeToString()
 
+    async def credential(self) -> bytes:
+        """An operator's."""
+        await self.started()
+        return credentials.write(self._controller.authority, self._address)
+
     async def ping(self) -> None:
         """Answers while its loop turns."""
 
@@ -85,8 +91,11 @@ class ControllerActor:
             self._started.set()
             return
         self._controller = controller
+        tending = credentials.tend(controller, store, self._address)
+        self._tending = asyncio.get_running_loop().create_task(tending)
         self._started.set()
         await controller.run()
+        self._tending.cancel()
         await server.stop(grace=1.0)
         ray.kill(ray.get_runtime_context().current_actor)  # exit_actor is for calls of an actor
 
@@ -117,6 +126,12 @@ class ControllerHandle:
     def status(self, timeout_s: float = 10.0) -> bytes:
         """A serialized ClusterStatus."""
         answer = get(self._actor.status.remote(), timeout_s)
+        assert isinstance(answer, bytes)
+        return answer
+
+    def credential(self, timeout_s: float = 10.0) -> bytes:
+        """An operator's, as a file of it has it."""
+        answer = get(self._actor.credential.remote(), timeout_s)
         assert isinstance(answer, bytes)
         return answer
 
