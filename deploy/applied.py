@@ -38,7 +38,7 @@ class AppliedSpec:
         with contextlib.suppress(ConfigError):
             self.good = ClusterSpec.parse(store.good_spec())
         try:
-            self.spec = ClusterSpec.parse(store.spec(), str(store.spec_path))
+            self.spec = ClusterSpec.parse(store.spec(), "the spec of last time")
         except ConfigError as error:
             if self.good is None:
                 raise

@@ -74,6 +74,7 @@ class LimitsSpec:
     max_active: int = of(GatewayConfig, "max_active")
     max_active_per_tenant: int = of(GatewayConfig, "max_active_per_tenant")
     request_timeout_s: float = of(GatewayConfig, "request_timeout_s")
+    max_connection_age_s: float = of(GatewayConfig, "max_connection_age_s")
     worker_wait_s: float = of(GatewayConfig, "worker_wait_s")
 
 

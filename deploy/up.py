@@ -17,6 +17,7 @@ import grpc
 from crossdock.deploy import credentials, processes
 from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.ray import control_plane, session
+from crossdock.deploy.ray.mirror import GcsMirror
 from crossdock.deploy.runtime import ProcessGone, StartFailed
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
@@ -35,7 +36,7 @@ WATCH_S = 1.0
 HANG_S = 8.0  # without an answer: the controller hangs
 FIRST_TOKENS_S = 60.0  # for the first request of all
 HURRY_STOP_S = 15.0
-LONGEST_SOCKET_FOLDER = 40  # Ray puts Unix sockets deep below it; their paths end at 107 bytes
+LONGEST_SOCKET_FOLDER = 20  # Ray puts Unix sockets deep below it; their paths end at 107 bytes
 
 Echo = Callable[[str], None]
 
@@ -153,7 +154,8 @@ class Cluster:
         self._say("starting the controller")
         local = not self.ray_address
         self._controller = control_plane.start_controller(self.spec, local)
-        self._cleanup.callback(self._store.end)
+        store = ClusterStore(self.spec.metadata.name, mirror=GcsMirror(self.spec.metadata.name))
+        self._cleanup.callback(store.end)
         self._cleanup.callback(self._down, 0.0)
         for _ in self._turns():
             try:
@@ -329,6 +331,7 @@ def _reachable(address: str) -> str:
 
 
 def _temp_folder() -> str:
+    """For this user alone, and so is all that is put below it."""
     base = tempfile.gettempdir()
     if len(base) > LONGEST_SOCKET_FOLDER:
         base = "/tmp"

@@ -36,6 +36,13 @@ class GatewayConfig(Limits):
     request_timeout_s: float = setting(
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
     )
+    max_connection_age_s: float = setting(
+        0.0,
+        "After how long a gRPC connection is asked to be made anew, so that load balancers spread "
+        "clients again; its streams may finish. 0: never.",
+        low=0,
+        high=2_000_000,
+    )
     slo: Slo = field(default_factory=Slo)
     links: LinkSettings = field(default_factory=LinkSettings)
 

@@ -61,7 +61,9 @@ class GatewayServer:
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
         frontend = Frontend(text, validator, dispatcher, config.request_timeout_s)
-        self._grpc = grpc = GrpcServer(frontend, config.grpc, config.max_body_bytes)
+        self._grpc = grpc = GrpcServer(
+            frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
+        )
         http = HttpServer(frontend, config.http, config.max_body_bytes)
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
         self._closing.push_async_callback(http.stop)
@@ -153,7 +155,7 @@ class GatewayServer:
             if self.ready != told:
                 told = self.ready
                 log.info("gateway %s is %s", self.config.name, "ready" if told else "not ready")
-                await self._grpc.set_ready(told)
+                self._grpc.set_ready(told)
 
 
 def _load(model: str, home: Path) -> tuple[str, TextModel, int]:

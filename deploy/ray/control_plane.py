@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError
 from crossdock.deploy import credentials
 from crossdock.deploy.ray.calls import CRASHES, get, kill_process
 from crossdock.deploy.ray.member import set_up_process
+from crossdock.deploy.ray.mirror import GcsMirror
 from crossdock.deploy.ray.runtime import RayRuntime, actor_options, namespace
 from crossdock.deploy.runtime import Placement, StartFailed
 from crossdock.deploy.spec import ClusterSpec, plain
@@ -35,7 +36,7 @@ class ControllerActor:
         self, cluster: str, yaml: str, life: str, telemetry: Mapping[str, str], local: bool
     ) -> None:
         set_up_process(CONTROLLER, telemetry)
-        store = ClusterStore(cluster)
+        store = ClusterStore(cluster, mirror=GcsMirror(cluster))
         os.environ[CRASHES] = str(store.folder)
         self._failed = ""
         self._controller: Any = None

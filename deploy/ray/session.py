@@ -4,41 +4,94 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import secrets
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from crossdock.proto.errors import Unavailable
 
 LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one for want of them
 VITAL = ("gcs_server", "raylet")  # of Ray's own processes: no cluster without them
+LOOPBACK = "127.0.0.1"
+
+_restore = contextlib.ExitStack()  # what starting a Ray of our own has changed in this process
 
 
-def start_ray(address: str, object_store_mb: int, temp_dir: str) -> None:
-    """Joins the Ray cluster at `address`, or starts one on this machine under `temp_dir`.
+def start_ray(address: str, object_store_mb: int, folder: str) -> None:
+    """Joins the Ray cluster at `address`, or starts one on this machine.
 
-    Raises Unavailable when it can't be joined, or can't write to the home folder.
+    `folder` is for the local one's files, and readable by this user alone: Ray makes everything
+    in it open to everybody. Raises Unavailable when it can't be joined, or started.
     """
-    local: dict[str, Any] = {
-        "num_cpus": int(LOCAL_CPUS),
-        "include_dashboard": False,
-        "object_store_memory": object_store_mb << 20,
-        "_node_ip_address": "127.0.0.1",
-        "_temp_dir": temp_dir,
-    }
-    where = {"address": address} if address else {"address": "local", **local}
     try:
+        where = {"address": address} if address else _local(object_store_mb, Path(folder))
         with _own_sigterm():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
     except (ConnectionError, RuntimeError, ValueError) as error:
         doing = f"join {address!r}" if address else "start a local Ray"
         raise Unavailable(f"ray.address: cannot {doing}: {error}") from None
     except OSError as error:
-        hint = "it keeps its token in ~/.ray: set HOME to a folder that can be written"
-        raise Unavailable(f"Ray cannot start: {error}; {hint}") from None
+        raise Unavailable(f"Ray cannot start: {error}") from None
+
+
+def _local(object_store_mb: int, folder: Path) -> dict[str, Any]:
+    """Settings of a Ray for this machine alone: it listens on the loopback, and asks everybody for
+    a token that is in `folder`."""
+    token = folder / "token"
+    descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    _set_environment(
+        {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": None,  # would go before the file
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "AUTOSCALER_METRIC_PORT": "-1",  # none: nobody scales the nodes of a local Ray
+            ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+        }
+    )
+    # Ray takes a loopback address for a mistake and looks for another, which it then listens
+    # beside, unless it is for one node alone.
+    enabled = ray_constants.ENABLE_RAY_CLUSTER
+    _restore.callback(setattr, ray_constants, "ENABLE_RAY_CLUSTER", enabled)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    return {
+        "address": "local",
+        "num_cpus": int(LOCAL_CPUS),
+        "include_dashboard": False,
+        "object_store_memory": object_store_mb << 20,
+        "_node_ip_address": LOOPBACK,
+        "_temp_dir": str(folder / "ray"),
+    }
+
+
+def _set_environment(wanted: Mapping[str, str | None]) -> None:
+    """For Ray's processes, which inherit it, and for Ray in this one, which has read it before;
+    until `stop_ray`. None: not set."""
+    _restore.callback(_read_again)
+    for name, value in wanted.items():
+        _restore.callback(_put, name, os.environ.get(name))
+        _put(name, value)
+    _read_again()
+
+
+def _put(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+
+
+def _read_again() -> None:
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager
@@ -53,6 +106,7 @@ def _own_sigterm() -> Iterator[None]:
 def stop_ray() -> None:
     """Leaves the Ray cluster; one that `start_ray` started ends."""
     ray.shutdown()
+    _restore.close()
 
 
 def lost_ray_process() -> str:

@@ -16,8 +16,6 @@ from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import State
 from crossdock.deploy.runtime import Started, trial_launch, worker_launch
 from crossdock.deploy.spec import ClusterSpec
-from crossdock.deploy.store import ClusterStore
-from crossdock.proto.errors import ConfigError
 
 
 async def test_all_start_together_and_are_told_of_each_other(cluster, store):
@@ -335,26 +333,3 @@ async def test_a_second_down_hurries_the_first(cluster, controller):
         await controller.down(drain_s=0)
         await slow
     assert not gateway.alive
-
-
-def test_the_key_is_the_owners_alone(store):
-    assert len(store.key()) == 32
-    assert (store.folder / "key").stat().st_mode & 0o777 == 0o600
-
-
-def test_a_life_begins_once_and_another_with_another_key(store):
-    key = store.key()
-    store.save_spec("changed since", 2)
-    store.begin("as first applied", "life")
-    assert store.key() == key and store.spec() == "changed since"
-    store.begin("as first applied", "next life")
-    assert store.key() != key and store.spec() == "as first applied"
-
-
-def test_one_name_one_cluster(store):
-    other = ClusterStore("test", store.folder.parent.parent)
-    with store.locked(), pytest.raises(ConfigError, match="served by another"), other.locked():
-        pass
-    with other.locked():
-        pass
-    assert not list(store.folder.parent.glob("*.lock"))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from crossdock.deploy import processes
+from crossdock.deploy import up as up_module
 from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.ray import calls, session
 from crossdock.deploy.ray.runtime import placement_problem
@@ -163,12 +165,50 @@ def test_only_an_end_that_ray_cannot_explain_is_put_down_to_a_signal(tmp_path, m
     assert "connection error code 2" in calls._end_of(elsewhere)
 
 
-def test_ray_that_cannot_write_to_the_home_folder_says_what_to_set(monkeypatch):
-    """Ray 2.60 makes ~/.ray/auth_token at its start; with HOME=/dev/null it raises this."""
+def test_a_ray_of_our_own_listens_on_the_loopback_and_asks_for_a_token_of_its_own(
+    monkeypatch, tmp_path
+):
+    """What Ray is told when it starts, and that this process is as before when it has ended."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of another Ray")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    before, told = dict(os.environ), {}
 
-    def init(*_: object, **__: object) -> None:
-        raise NotADirectoryError(20, "Not a directory", "/dev/null/.ray")
+    def init(**settings: object) -> None:
+        told.update(settings, environment=dict(os.environ), alone=not can_have_nodes())
+        raise OSError(28, "No space left on device")
+
+    def can_have_nodes() -> bool:
+        return session.ray_constants.ENABLE_RAY_CLUSTER
 
     monkeypatch.setattr(session.ray, "init", init)
-    with pytest.raises(Unavailable, match=r"/dev/null/\.ray.* set HOME"):
-        session.start_ray("", 80, "/tmp")
+    with pytest.raises(Unavailable, match="No space left"):
+        session.start_ray("", 80, str(tmp_path))
+    assert told["address"] == "local" and told["_node_ip_address"] == "127.0.0.1"
+    assert told["alone"], "or Ray would look for another address"
+    assert Path(told["_temp_dir"]).parent == tmp_path
+    assert "RAY_AUTH_TOKEN" not in told["environment"]
+    assert told["environment"]["RAY_AUTH_MODE"] == "token"
+    token = Path(told["environment"]["RAY_AUTH_TOKEN_PATH"])
+    assert len(token.read_text()) == 64 and stat.S_IMODE(token.stat().st_mode) == 0o600
+    session.stop_ray()
+    assert dict(os.environ) == before and can_have_nodes()
+
+
+def test_a_ray_that_is_joined_is_left_as_it_is(monkeypatch):
+    before, told = dict(os.environ), {}
+    monkeypatch.setattr(session.ray, "init", lambda **settings: told.update(settings))
+    session.start_ray("10.0.0.1:6379", 80, "")
+    assert told["address"] == "10.0.0.1:6379" and "_node_ip_address" not in told
+    assert dict(os.environ) == before
+
+
+def test_all_files_of_a_local_ray_are_below_a_folder_of_this_user_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 20)))
+    folder = Path(up_module._temp_folder())
+    try:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        deepest = folder / "ray" / "session_2026-11-22_00-59-31_859207_1234567" / "sockets"
+        assert len(str(deepest / "plasma_store")) <= 107, "a Unix socket's path"
+    finally:
+        folder.rmdir()

@@ -24,13 +24,18 @@ from gateway_rig import (
     text_of,
     until,
 )
-from google.protobuf import descriptor_pb2
+from google.protobuf import descriptor_pool
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_status import rpc_status
 
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
 from crossdock.proto.v1 import inference_pb2 as pb
+from crossdock.router.frontdoor.grpc_health import HEALTH, REFLECTION, REFLECTION_ALPHA
+from crossdock.router.frontdoor.grpc_inference import SERVICE as NAME
+from crossdock.router.frontdoor.grpc_kserve import KSERVE
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -294,20 +299,89 @@ async def test_a_colocated_worker_alone_serves(tiny_model: Path) -> None:
         assert responses[-1].timings.transferred_blocks == 0
 
 
-async def test_reflection_describes_the_service(rig: Rig) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(rig.channel)
+async def test_a_watcher_that_leaves_takes_no_other_with_it(rig: Rig) -> None:
+    stub = health_pb2_grpc.HealthStub(rig.channel)
+    one, other = (stub.Watch(health_pb2.HealthCheckRequest(service=NAME)) for _ in range(2))
+    for watch in (one, other):
+        assert (await watch.read()).status == SERVING
+    one.cancel()
+    await rig.members(rig.prefills[0])
+    assert (await other.read()).status == NOT_SERVING
+    other.cancel()
+
+
+async def test_health_lists_all_services(rig: Rig) -> None:
+    listed = await health_pb2_grpc.HealthStub(rig.channel).List(health_pb2.HealthListRequest())
+    assert set(listed.statuses) == {"", NAME, KSERVE}
+    assert {each.status for each in listed.statuses.values()} == {SERVING}
+    watch = health_pb2_grpc.HealthStub(rig.channel).Watch(
+        health_pb2.HealthCheckRequest(service="nobody")
+    )
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watch.cancel()
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_describes_the_services(rig: Rig, version: str) -> None:
     kind = reflection_pb2.ServerReflectionRequest
+    call = rig.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=kind.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    names = (NAME, KSERVE, HEALTH, REFLECTION, REFLECTION_ALPHA)
 
     async def requests() -> AsyncIterator[Any]:
         yield kind(list_services="")
-        yield kind(file_containing_symbol="crossdock.v1.Inference")
+        for name in names:
+            yield kind(file_containing_symbol=name)
 
-    listed, described = [answer async for answer in stub.ServerReflectionInfo(requests())]
-    names = {service.name for service in listed.list_services_response.service}
-    assert {"crossdock.v1.Inference", "grpc.health.v1.Health"} <= names
-    (raw,) = described.file_descriptor_response.file_descriptor_proto[:1]
-    found = descriptor_pb2.FileDescriptorProto.FromString(raw)
-    assert "Inference" in [service.name for service in found.service]
+    listed, *described = [answer async for answer in call(requests())]
+    assert {each.name for each in listed.list_services_response.service} == set(names)
+    for name, answer in zip(names, described, strict=True):
+        pool = descriptor_pool.DescriptorPool()
+        for raw in answer.file_descriptor_response.file_descriptor_proto:
+            pool.AddSerializedFile(raw)
+        service = pool.FindServiceByName(name)
+        for method in service.methods:
+            assert method.input_type.full_name.startswith(name.rpartition(".")[0])
+
+
+async def test_errors_carry_details(rig: Rig) -> None:
+    error = await refusal(rig, ask(PROMPT, temperature=-1))
+    status = rpc_status.from_call(error)
+    assert status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(info) and status.details[1].Unpack(bad)
+    assert (info.reason, info.domain, info.metadata["retriable"]) == (
+        "InvalidRequest", "crossdock", "false"
+    )  # fmt: skip
+    assert bad.field_violations[0].field == "temperature"
+    await rig.gateway.drain(0)
+    status, retry = (
+        rpc_status.from_call(await refusal(rig, ask(PROMPT))),
+        error_details_pb2.RetryInfo(),
+    )
+    assert status.details[1].Unpack(retry) and retry.retry_delay.seconds == 1
+
+
+async def test_connections_are_made_anew_when_old(tiny_model: Path) -> None:
+    async with start_rig(tiny_model, max_connection_age_s=0.2) as rig:
+        rig.decodes[0].gate.clear()
+        call = rig.stub.Generate(ask(PROMPT, max_tokens=4))
+        await call.read()
+        states, state = [], rig.channel.get_state()
+        while len(states) < 2:  # it leaves READY, as the connection takes no new calls
+            await rig.channel.wait_for_state_change(state)
+            state = rig.channel.get_state()
+            states.append(state)
+            if state is grpc.ChannelConnectivity.IDLE:
+                break
+        rig.decodes[0].gate.set()
+        assert ids_of(await collect(call)) == PROMPT[1:4]  # its stream goes on
+        assert (
+            await rig.stub.GenerateUnary(ask(PROMPT, max_tokens=2))
+        ).usage.completion_tokens == 2
 
 
 # -- the gateway's own end ---------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""What every gRPC service of the front door does with a call: its arrival, message and errors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from crossdock.proto.errors import CrossdockError, InvalidRequest, Overloaded, RequestTooLarge
+from crossdock.router.dispatch import tracing
+from crossdock.router.frontdoor.frontend import Arrival, Frontend
+
+FOREVER_S = 10 * 365 * 86400.0
+DOMAIN = "crossdock"  # of google.rpc.ErrorInfo
+DETAILS_KEY = "grpc-status-details-bin"  # where every gRPC implementation looks for them
+
+
+def arrival_of(frontend: Frontend, context: Any) -> Arrival:
+    """A call's trace context and deadline."""
+    headers = {
+        key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
+    }
+    timeout_s = context.time_remaining()
+    if timeout_s is not None and timeout_s > FOREVER_S:
+        timeout_s = None
+    return frontend.arrival(tracing.context_of(headers), timeout_s)
+
+
+def parser(parse: Callable[[bytes], Any], limit: int) -> Callable[[bytes], Any]:
+    """`parse` for gRPC to call; an error in place of a message is for the handler to raise, see
+    `checked`. limit: bytes of a message."""
+
+    def parse_or_say_why(data: bytes) -> Any:
+        size = f"{len(data)} bytes"
+        if len(data) > limit:
+            return RequestTooLarge("message", size, f"at most {limit} bytes")
+        try:
+            return parse(data)
+        except DecodeError as error:
+            return InvalidRequest(
+                "message", size, f"must be a valid message with strings in UTF-8: {error}"
+            )
+
+    return parse_or_say_why
+
+
+def checked(message: Any) -> Any:
+    """A message that `parser` gave. Raises the error that it gave instead."""
+    if isinstance(message, CrossdockError):
+        raise message
+    return message
+
+
+async def abort(context: Any, error: CrossdockError) -> None:
+    """Ends the call with the error's status. Details travel in trailing metadata: as
+    google.rpc.Status with ErrorInfo, BadRequest and RetryInfo, and as plain keys."""
+    trailers: list[tuple[str, str | bytes]] = []
+    if isinstance(error, Overloaded):
+        trailers.append(("retry-after", f"{error.retry_after_s:.0f}"))
+    if isinstance(error, InvalidRequest):
+        trailers.append(("error-field", error.field.encode("ascii", "replace").decode()))
+    trailers.append(("error-type", type(error).__name__))
+    trailers.append(("retriable", "true" if error.retriable else "false"))
+    trailers.append((DETAILS_KEY, details_of(error).SerializeToString()))
+    with contextlib.suppress(grpc.aio.UsageError):  # the client is gone already
+        await context.abort(
+            grpc.StatusCode[error.grpc_status], str(error), trailing_metadata=tuple(trailers)
+        )
+
+
+def details_of(error: CrossdockError) -> status_pb2.Status:
+    """The error in google.rpc's terms: ErrorInfo names its class, BadRequest the field, RetryInfo
+    when to try again."""
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.grpc_status), message=str(error))
+    retriable = "true" if error.retriable else "false"
+    status.details.add().Pack(
+        error_details_pb2.ErrorInfo(
+            reason=type(error).__name__, domain=DOMAIN, metadata={"retriable": retriable}
+        )
+    )
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.limit
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retriable:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(1000 * getattr(error, "retry_after_s", 1.0)))
+        status.details.add().Pack(retry)
+    return status

@@ -1,0 +1,250 @@
+"""inference.GRPCInferenceService: the Open Inference Protocol (KServe v2), with Triton's streams.
+
+https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from crossdock.proto.errors import CrossdockError, InvalidRequest
+from crossdock.proto.v1 import kserve_pb2 as pb
+from crossdock.router.dispatch.request import ResponseStream
+from crossdock.router.frontdoor import kserve_format as fmt
+from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.openai_schemas import DEFAULT_COMPLETION_TOKENS, sampling_of
+
+log = logging.getLogger(__name__)
+
+KSERVE = "inference.GRPCInferenceService"
+VERSION = "1"  # of every model
+PLATFORM = "crossdock"
+MAX_AT_ONCE = 256  # requests of one stream; the next is read when one of them ends
+MAX_UNREAD = 64  # responses of one stream that wait for its client; deltas merge meanwhile
+
+Answer = Callable[[Any], Awaitable[None]]
+
+
+class KServeService:
+    """Serves one Frontend; messages of more than `max_body_bytes` are refused."""
+
+    def __init__(self, frontend: Frontend, max_body_bytes: int) -> None:
+        self._frontend = frontend
+        self._max_body_bytes = max_body_bytes
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """For a server to add."""
+        unary = {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+            "ModelConfig": self._model_config,
+            "RepositoryIndex": self._repository_index,
+            "ModelInfer": self._infer,
+        }
+        handlers = {name: self._unary(name, method) for name, method in unary.items()}
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self._stream_infer,
+            parser(pb.ModelInferRequest.FromString, self._max_body_bytes),
+            pb.ModelStreamInferResponse.SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(KSERVE, handlers)
+
+    def _unary(self, name: str, method: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+        async def call(request: Any, context: Any) -> Any:
+            try:
+                return await method(checked(request), context)
+            except CrossdockError as error:
+                await abort(context, error)
+                raise
+
+        return grpc.unary_unary_rpc_method_handler(
+            call,
+            parser(getattr(pb, f"{name}Request").FromString, self._max_body_bytes),
+            getattr(pb, f"{name}Response").SerializeToString,
+        )
+
+    # -- what is here -------------------------------------------------------------------------
+
+    async def _server_live(self, request: Any, context: Any) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    async def _server_ready(self, request: Any, context: Any) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._frontend.dispatcher.ready)
+
+    async def _model_ready(self, request: Any, context: Any) -> pb.ModelReadyResponse:
+        self._check_model(request.name, request.version)
+        return pb.ModelReadyResponse(ready=self._frontend.dispatcher.ready)
+
+    async def _server_metadata(self, request: Any, context: Any) -> pb.ServerMetadataResponse:
+        version = importlib.metadata.version("crossdock")
+        return pb.ServerMetadataResponse(
+            name="crossdock", version=version, extensions=["model_configuration"]
+        )
+
+    async def _model_metadata(self, request: Any, context: Any) -> pb.ModelMetadataResponse:
+        self._check_model(request.name, request.version)
+        answer = pb.ModelMetadataResponse(
+            name=self._frontend.model_id, versions=[VERSION], platform=PLATFORM
+        )
+        for tensors, told in ((fmt.INPUTS, answer.inputs), (fmt.OUTPUTS, answer.outputs)):
+            for name, (datatype, shape) in tensors.items():
+                told.add(name=name, datatype=datatype, shape=shape)
+        return answer
+
+    async def _model_config(self, request: Any, context: Any) -> pb.ModelConfigResponse:
+        self._check_model(request.name, request.version)
+        config = pb.ModelConfig(
+            name=self._frontend.model_id,
+            platform=PLATFORM,
+            backend=PLATFORM,
+            model_transaction_policy=pb.ModelTransactionPolicy(decoupled=True),
+        )
+        for name, (datatype, shape) in fmt.INPUTS.items():
+            config.input.add(name=name, data_type=_type(datatype), dims=shape, optional=True)
+        for name, (datatype, shape) in fmt.OUTPUTS.items():
+            config.output.add(name=name, data_type=_type(datatype), dims=shape)
+        return pb.ModelConfigResponse(config=config)
+
+    async def _repository_index(self, request: Any, context: Any) -> pb.RepositoryIndexResponse:
+        answer = pb.RepositoryIndexResponse()
+        ready = self._frontend.dispatcher.ready
+        if ready or not request.ready:
+            state = "READY" if ready else "UNAVAILABLE"
+            answer.models.add(name=self._frontend.model_id, version=VERSION, state=state)
+        return answer
+
+    # -- inference ----------------------------------------------------------------------------
+
+    async def _infer(self, request: Any, context: Any) -> pb.ModelInferResponse:
+        ask, stream = await self._submit(request, context)
+        with contextlib.closing(stream):
+            if ask.stream:
+                raise InvalidRequest("stream", True, "is for ModelStreamInfer")
+            return ask.answer(request, await stream.whole())
+
+    async def _stream_infer(
+        self, requests: AsyncIterator[Any], context: Any
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Requests run side by side; one that fails is answered by its error, the rest go on."""
+        answers: asyncio.Queue[Any] = asyncio.Queue(MAX_UNREAD)
+        room = asyncio.Semaphore(MAX_AT_ONCE)
+
+        async def serve() -> None:
+            async with asyncio.TaskGroup() as group:
+                async for request in requests:
+                    await room.acquire()
+                    task = group.create_task(self._answer(request, context, answers.put))
+                    task.add_done_callback(lambda _: room.release())
+            await answers.put(None)
+
+        serving = asyncio.create_task(serve())
+        try:
+            while (answer := await _first(answers.get(), serving)) is not None:
+                yield answer
+        finally:
+            serving.cancel()
+
+    async def _answer(self, request: Any, context: Any, put: Answer) -> None:
+        """Answers one request of a stream, whatever becomes of it."""
+        try:
+            ask, stream = await self._submit(request, context)
+            with contextlib.closing(stream):
+                if ask.stream:
+                    await self._put_deltas(ask, request, stream, put)
+                else:
+                    whole = ask.answer(request, await stream.whole())
+                    whole.parameters[fmt.FINAL].bool_param = True
+                    await put(pb.ModelStreamInferResponse(infer_response=whole))
+        except CrossdockError as error:
+            await put(_failed(request, error))
+        except Exception as error:
+            log.exception("a request of a stream failed")
+            await put(_failed(request, CrossdockError(f"internal error: {error!r}")))
+
+    async def _put_deltas(
+        self, ask: fmt.Ask, request: Any, stream: ResponseStream, put: Answer
+    ) -> None:
+        running = len(ask.prompts) * ask.n
+        async for delta in stream:
+            running -= delta.finish_reason is not None
+            answer = ask.answer(request, [delta])
+            answer.parameters["index"].int64_param = delta.index
+            answer.parameters[fmt.FINAL].bool_param = not running and not ask.empty_final
+            await put(pb.ModelStreamInferResponse(infer_response=answer))
+        if ask.empty_final:
+            last = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+            last.parameters[fmt.FINAL].bool_param = True
+            await put(pb.ModelStreamInferResponse(infer_response=last))
+
+    async def _submit(self, request: Any, context: Any) -> tuple[fmt.Ask, ResponseStream]:
+        frontend = self._frontend
+        arrival = arrival_of(frontend, context)
+        with frontend.refusals_counted():
+            message: pb.ModelInferRequest = checked(request)
+            self._check_model(message.model_name, message.model_version)
+            ask = fmt.Ask.read(message)
+            if ask.timeout_s is not None:
+                deadline = min(arrival.deadline, arrival.received + ask.timeout_s)
+                arrival = replace(arrival, deadline=deadline)
+            n, sampling = ask.n, sampling_of(ask.body, frontend.draw_seed())
+            frontend.validator.check_request("", n, sampling)
+            frontend.validator.check_prompts(ask.field, len(ask.prompts))
+            prompts = [
+                await frontend.encode(ask.field, each) if isinstance(each, str) else each
+                for each in ask.prompts
+            ]
+        _, stream = frontend.submit(
+            ask.field,
+            prompts,
+            sampling,
+            n,
+            arrival,
+            request_id=message.id,
+            tenant=_tenant(context),
+            priority=ask.priority,
+            cache_salt=ask.body.cache_salt or "",
+            default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+        )
+        return ask, stream
+
+    def _check_model(self, name: str, version: str) -> None:
+        self._frontend.validator.check_model(name)
+        if version not in ("", VERSION):
+            raise InvalidRequest("model_version", version, f"the version is {VERSION}")
+
+
+async def _first(answer: Coroutine[Any, Any, Any], serving: asyncio.Task[None]) -> Any:
+    """The next answer, or what ended `serving` before there was one."""
+    getting = asyncio.ensure_future(answer)
+    await asyncio.wait({getting, serving}, return_when=asyncio.FIRST_COMPLETED)
+    if not getting.done() and serving.exception() is not None:
+        getting.cancel()
+        await serving
+    return await getting
+
+
+def _failed(request: Any, error: CrossdockError) -> pb.ModelStreamInferResponse:
+    failed = pb.ModelStreamInferResponse(error_message=str(error))
+    failed.infer_response.id = getattr(request, "id", "")
+    return failed
+
+
+def _tenant(context: Any) -> str:
+    metadata = dict(context.invocation_metadata() or ())
+    return str(metadata.get("x-crossdock-tenant", ""))
+
+
+def _type(datatype: str) -> Any:
+    return getattr(pb, "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}")
