@@ -273,7 +273,7 @@ def _address(target: str) -> str:
     return address
 
 
-def _options(target: str) -> list[tuple[str, int]]:
+def _options(target: str) -> list[tuple[str, int | str]]:
     return internal(*CHANNEL_OPTIONS) if is_loopback(target) else list(CHANNEL_OPTIONS)
 
 
