@@ -180,6 +180,7 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         block_size=spec.kv.block_size,
         slo=spec.slo,
         **given(spec.gateway.limits),
+        http_options=spec.gateway.http_options,
         **given(spec.gateway) | {"grpc": grpc, "http": http},
     )
     labels = dict(spec.gateway.nodes.labels)

@@ -32,7 +32,7 @@ from crossdock.proto.settings import (
     split_address,
 )
 from crossdock.proto.types import Role
-from crossdock.router.config import GatewayConfig, Slo
+from crossdock.router.config import GatewayConfig, HttpSettings, Slo
 from crossdock.worker.config import EngineSettings, WorkerConfig
 
 API_VERSION = "crossdock/v1"
@@ -88,6 +88,7 @@ class GatewaySpec:
     grpc: str = of(GatewayConfig, "grpc")
     http: str = of(GatewayConfig, "http")
     policy: str = of(GatewayConfig, "policy")
+    http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")
     limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
     drain_s: float = setting(
         10.0, "How long a stopping gateway may finish its requests.", low=0, high=3600

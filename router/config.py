@@ -14,6 +14,24 @@ from crossdock.router.placement.policy import POLICIES
 
 
 @dataclass(frozen=True)
+class HttpSettings:
+    """The YAML's `http_options`: how OpenAI HTTP is served."""
+
+    strict: bool = setting(
+        False, "Refuse fields of bodies that are not known, by name, instead of ignoring them."
+    )
+    max_reading_mb: float = setting(
+        64.0,
+        "What all bodies that are being read may hold together, MB; the oldest makes room.",
+        low=0.01,
+        high=65_536,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "gateway.http_options.")
+
+
+@dataclass(frozen=True)
 class GatewayConfig(Limits):
     """Everything a gateway needs to start.
 
@@ -36,6 +54,7 @@ class GatewayConfig(Limits):
     request_timeout_s: float = setting(
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
     )
+    http_options: HttpSettings = field(default_factory=HttpSettings)
     max_connection_age_s: float = setting(
         0.0,
         "After how long a gRPC connection is asked to be made anew, so that load balancers spread "

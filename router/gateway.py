@@ -64,7 +64,7 @@ class GatewayServer:
         self._grpc = grpc = GrpcServer(
             frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
         )
-        http = HttpServer(frontend, config.http, config.max_body_bytes)
+        http = HttpServer(frontend, config.http, config.max_body_bytes, config.http_options)
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
         self._closing.push_async_callback(http.stop)
         self._closing.callback(dispatcher.close)

@@ -68,9 +68,9 @@ class GatewayMetrics:
         resyncs: Callable[[], int],
     ) -> None:
         """Gauges that are read when the metrics are."""
-        self._gauge("active_sequences", "Sequences admitted and not finished", active)
-        self._gauge("waiting_sequences", "Of those, waiting for a worker to appear", waiting)
-        self._gauge("block_resyncs", "Gaps found in workers' block events since start", resyncs)
+        self.gauge("active_sequences", "Sequences admitted and not finished", active)
+        self.gauge("waiting_sequences", "Of those, waiting for a worker to appear", waiting)
+        self.gauge("block_resyncs", "Gaps found in workers' block events since start", resyncs)
         connected = Gauge(
             "crossdock_workers", "Connected workers", ["role"], registry=self.registry
         )
@@ -78,7 +78,11 @@ class GatewayMetrics:
             connected.labels(role.value).set_function(lambda role=role: workers(role))  # type: ignore[misc]
 
     def outcome(self, error: CrossdockError | None) -> None:
-        """A request ended, by an error or well."""
+        """A request ended, by an error or well. An error counts once, however often it is told."""
+        if error is not None:
+            if error.counted:
+                return
+            error.counted = True
         self.requests.labels(error.outcome if error else "ok").inc()
 
     def gained(self, tokens: int, first: bool, gap_s: float | None) -> None:
@@ -120,6 +124,7 @@ class GatewayMetrics:
     def _counter(self, name: str, about: str, labels: list[str]) -> Counter:
         return Counter(f"crossdock_{name}", about, labels, registry=self.registry)
 
-    def _gauge(self, name: str, about: str, read: Callable[[], int]) -> None:
+    def gauge(self, name: str, about: str, read: Callable[[], int]) -> None:
+        """One that is read when the metrics are."""
         gauge = Gauge(f"crossdock_{name}", about, registry=self.registry)
         gauge.set_function(read)
