@@ -7,9 +7,12 @@ Errors are those of `crossdock.proto.errors`: a retriable one may be sent again 
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import grpc
@@ -70,12 +73,44 @@ class RequestFields(TypedDict, total=False):
 _PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_salt"})
 
 
-class Client:
-    """Blocking client of the gateway at `target`, host:port. Safe to share between threads."""
+@dataclass(frozen=True)
+class Tls:
+    """How a client trusts and proves itself: PEM files, each of them where it is needed."""
 
-    def __init__(self, target: str = GATEWAY_ADDRESS) -> None:
-        self.target = _address(target)
-        self._channel = grpc.insecure_channel(self.target, options=_options(self.target))
+    ca: str | Path = ""  # of the gateway's authority; empty: those that the machine trusts
+    cert: str | Path = ""  # the client's own, where the gateway asks for one
+    key: str | Path = ""  # of `cert`
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """As gRPC takes them. Raises InvalidRequest naming a file that cannot be read."""
+        ca, cert, key = (_pem(name, str(path)) for name, path in vars(self).items())
+        return grpc.ssl_channel_credentials(ca or _system_authorities(), key, cert)
+
+
+def _pem(name: str, path: str) -> bytes | None:
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise errors.InvalidRequest(name, path, f"cannot be read: {error.strerror}") from None
+
+
+def _system_authorities() -> bytes | None:
+    """What the machine trusts, as other programs on it do; gRPC brings a list of its own."""
+    file = ssl.get_default_verify_paths().cafile
+    return Path(file).read_bytes() if file else None
+
+
+class Client:
+    """Blocking client of the gateway at `target`, host:port; with TLS where `tls` is given or the
+    target begins with grpcs://. Safe to share between threads."""
+
+    def __init__(self, target: str = GATEWAY_ADDRESS, *, tls: Tls | None = None) -> None:
+        self.target, options = _address(target), _options(target)
+        tls = tls or _tls_of(target)
+        if tls is None:
+            self._channel = grpc.insecure_channel(self.target, options)
+        else:
+            self._channel = grpc.secure_channel(self.target, tls.credentials(), options)
         self._stub = InferenceStub(self._channel)
 
     def generate(
@@ -139,12 +174,15 @@ class Client:
 class AsyncClient:
     """Client of the gateway at `target` for asyncio; belongs to the loop that first uses it."""
 
-    def __init__(self, target: str = GATEWAY_ADDRESS) -> None:
-        self.target = _address(target)
+    def __init__(self, target: str = GATEWAY_ADDRESS, *, tls: Tls | None = None) -> None:
+        self.target, self._options = _address(target), _options(target)
+        self._tls = tls or _tls_of(target)
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(self.target, options=_options(self.target))
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.target, self._options)
+        return grpc.aio.secure_channel(self.target, self._tls.credentials(), self._options)
 
     async def generate(
         self,
@@ -267,14 +305,19 @@ def _set_field(message: Any, name: str, value: Any) -> None:
 
 
 def _address(target: str) -> str:
-    address = target.removeprefix("grpc://").rstrip("/")
+    address = target.removeprefix("grpc://").removeprefix("grpcs://").rstrip("/")
     if not re.fullmatch(r"(\S+:\d+|unix:\S+)", address) or "//" in address:
         raise errors.InvalidRequest("target", target, f"must be host:port, as {GATEWAY_ADDRESS}")
     return address
 
 
+def _tls_of(target: str) -> Tls | None:
+    return Tls() if target.startswith("grpcs://") else None
+
+
 def _options(target: str) -> list[tuple[str, int | str]]:
-    return internal(*CHANNEL_OPTIONS) if is_loopback(target) else list(CHANNEL_OPTIONS)
+    own = is_loopback(_address(target))
+    return internal(*CHANNEL_OPTIONS) if own else list(CHANNEL_OPTIONS)
 
 
 @contextmanager

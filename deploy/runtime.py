@@ -181,6 +181,7 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         slo=spec.slo,
         **given(spec.gateway.limits),
         http_options=spec.gateway.http_options,
+        tls=spec.gateway.tls,
         **given(spec.gateway) | {"grpc": grpc, "http": http},
     )
     labels = dict(spec.gateway.nodes.labels)

@@ -24,6 +24,7 @@ from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
+from crossdock.router.frontdoor.tls import DoorCertificates
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
@@ -61,10 +62,17 @@ class GatewayServer:
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
         frontend = Frontend(text, validator, dispatcher, config.request_timeout_s)
+        certificates = self._door_certificates()
         self._grpc = grpc = GrpcServer(
-            frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
+            frontend,
+            config.grpc,
+            config.max_body_bytes,
+            config.max_connection_age_s,
+            certificates,
         )
-        http = HttpServer(frontend, config.http, config.max_body_bytes, config.http_options)
+        http = HttpServer(
+            frontend, config.http, config.max_body_bytes, config.http_options, certificates
+        )
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
         self._closing.push_async_callback(http.stop)
         self._closing.callback(dispatcher.close)
@@ -114,6 +122,12 @@ class GatewayServer:
     def ready(self) -> bool:
         """A prefill and a decode worker, or a colocated one, are connected."""
         return self._dispatcher is not None and self._dispatcher.ready
+
+    def _door_certificates(self) -> DoorCertificates | None:
+        if not self.config.tls:
+            return None
+        proof = self._credentials
+        return DoorCertificates(self.config.tls, proof.identity.authority if proof else b"")
 
     def _make_links(self) -> Links:
         config, dial = self.config, Dialer(self._credentials)
