@@ -6,6 +6,7 @@ Errors are those of `crossdock.proto.errors`: a retriable one may be sent again 
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -20,9 +21,9 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crossdock.proto import errors
-from crossdock.proto.channels import internal, is_loopback
+from crossdock.proto.channels import internal
 from crossdock.proto.convert import sampling_to_pb, wire_seed
-from crossdock.proto.settings import GATEWAY_ADDRESS
+from crossdock.proto.settings import GATEWAY_ADDRESS, is_loopback
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
@@ -38,6 +39,7 @@ CHANNEL_OPTIONS = (
 
 InferenceStub: Any = inference_pb2_grpc.InferenceStub  # generated code has no types
 
+API_KEY = "CROSSDOCK_API_KEY"  # of the environment
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
@@ -79,12 +81,20 @@ class Tls:
 
     ca: str | Path = ""  # of the gateway's authority; empty: those that the machine trusts
     cert: str | Path = ""  # the client's own, where the gateway asks for one
-    key: str | Path = ""  # of `cert`
+    key: str | Path = ""  # of `cert`; empty: it is in the same file
 
     def credentials(self) -> grpc.ChannelCredentials:
         """As gRPC takes them. Raises InvalidRequest naming a file that cannot be read."""
-        ca, cert, key = (_pem(name, str(path)) for name, path in vars(self).items())
+        files = {"ca": self.ca, "cert": self.cert, "key": self.key or self.cert}
+        ca, cert, key = (_pem(name, str(path)) for name, path in files.items())
         return grpc.ssl_channel_credentials(ca or _system_authorities(), key, cert)
+
+    def context(self) -> ssl.SSLContext:
+        """The same for HTTP."""
+        made = ssl.create_default_context(cafile=str(self.ca) or None)
+        if self.cert:
+            made.load_cert_chain(self.cert, self.key or None)
+        return made
 
 
 def _pem(name: str, path: str) -> bytes | None:
@@ -102,10 +112,18 @@ def _system_authorities() -> bytes | None:
 
 class Client:
     """Blocking client of the gateway at `target`, host:port; with TLS where `tls` is given or the
-    target begins with grpcs://. Safe to share between threads."""
+    target begins with grpcs://. Safe to share between threads. `api_key` is a key or a bearer
+    token, by default $CROSSDOCK_API_KEY."""
 
-    def __init__(self, target: str = GATEWAY_ADDRESS, *, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        target: str = GATEWAY_ADDRESS,
+        api_key: str | None = None,
+        *,
+        tls: Tls | None = None,
+    ) -> None:
         self.target, options = _address(target), _options(target)
+        self._metadata = _metadata(api_key)
         tls = tls or _tls_of(target)
         if tls is None:
             self._channel = grpc.insecure_channel(self.target, options)
@@ -126,7 +144,9 @@ class Client:
         """
         request = build_request(prompt, **fields)
         with _translated():
-            return read_result(self._stub.GenerateUnary(request, timeout=timeout))
+            return read_result(
+                self._stub.GenerateUnary(request, timeout=timeout, metadata=self._metadata)
+            )
 
     def stream(
         self,
@@ -140,7 +160,7 @@ class Client:
         return self._chunks(request, timeout)
 
     def _chunks(self, request: pb.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
-        call = self._stub.Generate(request, timeout=timeout)
+        call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
         try:
             with _translated():
                 for message in call:
@@ -151,7 +171,10 @@ class Client:
     def models(self, timeout: float | None = 10.0) -> list[ModelInfo]:
         """What the cluster serves. Raises as `generate`."""
         with _translated():
-            return read_models(self._stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
+            request = pb.ListModelsRequest()
+            return read_models(
+                self._stub.ListModels(request, timeout=timeout, metadata=self._metadata)
+            )
 
     def health(self, timeout: float | None = 10.0) -> bool:
         """Whether the gateway can serve now. Raises Unavailable where there is no gateway."""
@@ -172,10 +195,18 @@ class Client:
 
 
 class AsyncClient:
-    """Client of the gateway at `target` for asyncio; belongs to the loop that first uses it."""
+    """Client of the gateway at `target` for asyncio; belongs to the loop that first uses it.
+    `api_key` as for Client."""
 
-    def __init__(self, target: str = GATEWAY_ADDRESS, *, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        target: str = GATEWAY_ADDRESS,
+        api_key: str | None = None,
+        *,
+        tls: Tls | None = None,
+    ) -> None:
         self.target, self._options = _address(target), _options(target)
+        self._metadata = _metadata(api_key)
         self._tls = tls or _tls_of(target)
 
     @cached_property
@@ -195,7 +226,9 @@ class AsyncClient:
         request = build_request(prompt, **fields)
         with _translated():
             stub = InferenceStub(self._channel)
-            return read_result(await stub.GenerateUnary(request, timeout=timeout))
+            return read_result(
+                await stub.GenerateUnary(request, timeout=timeout, metadata=self._metadata)
+            )
 
     def stream(
         self,
@@ -211,7 +244,8 @@ class AsyncClient:
     async def _chunks(
         self, request: pb.GenerateRequest, timeout: float | None
     ) -> AsyncIterator[Chunk]:
-        call = InferenceStub(self._channel).Generate(request, timeout=timeout)
+        stub = InferenceStub(self._channel)
+        call = stub.Generate(request, timeout=timeout, metadata=self._metadata)
         try:
             with _translated():
                 async for message in call:
@@ -223,7 +257,10 @@ class AsyncClient:
         """What the cluster serves. Raises as `generate`."""
         with _translated():
             stub = InferenceStub(self._channel)
-            return read_models(await stub.ListModels(pb.ListModelsRequest(), timeout=timeout))
+            request = pb.ListModelsRequest()
+            return read_models(
+                await stub.ListModels(request, timeout=timeout, metadata=self._metadata)
+            )
 
     async def health(self, timeout: float | None = 10.0) -> bool:
         """As Client.health."""
@@ -313,6 +350,11 @@ def _address(target: str) -> str:
 
 def _tls_of(target: str) -> Tls | None:
     return Tls() if target.startswith("grpcs://") else None
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    key = os.environ.get(API_KEY, "") if api_key is None else api_key
+    return (("authorization", f"Bearer {key}"),) if key else ()
 
 
 def _options(target: str) -> list[tuple[str, int | str]]:

@@ -11,7 +11,7 @@ from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec, plain
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.settings import given, overlap
 from crossdock.proto.types import Role, WorkerEndpoint
-from crossdock.router.config import GatewayConfig
+from crossdock.router.config import GatewayConfig, probe_key
 from crossdock.worker.config import WorkerConfig
 
 TRIAL = f"{GATEWAY_POOL}-trial"  # the name of a gateway that is only tried
@@ -171,7 +171,8 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
 
 
 def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes) -> Launch:
-    """How gateway `index` is started. It gets no more of the key than block hashes need."""
+    """How gateway `index` is started. It gets no more of the key than block hashes and
+    its own trial need."""
     grpc, http = spec.gateway_addresses(index)
     config = GatewayConfig(
         name=name,
@@ -179,6 +180,10 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         hash_key=hash_key(cluster_key),
         block_size=spec.kv.block_size,
         slo=spec.slo,
+        auth=spec.auth,
+        prices=dict(spec.prices),
+        gateways=spec.gateway.replicas,
+        probe_key=probe_key(cluster_key),
         **given(spec.gateway.limits),
         http_options=spec.gateway.http_options,
         tls=spec.gateway.tls,

@@ -25,6 +25,7 @@ from crossdock.proto.settings import (
     NAME_PATTERN,
     NAME_RULE,
     check_settings,
+    is_loopback,
     no_entries,
     of,
     overlap,
@@ -32,7 +33,14 @@ from crossdock.proto.settings import (
     split_address,
 )
 from crossdock.proto.types import Role
-from crossdock.router.config import GatewayConfig, HttpSettings, Slo, TlsFiles
+from crossdock.router.config import (
+    AuthSettings,
+    GatewayConfig,
+    HttpSettings,
+    Price,
+    Slo,
+    TlsFiles,
+)
 from crossdock.worker.config import EngineSettings, WorkerConfig
 
 API_VERSION = "crossdock/v1"
@@ -221,6 +229,10 @@ class ClusterSpec:
     controller: ControllerSpec = setting(factory=ControllerSpec, doc="The control plane.")
     kv: KVSpec = setting(factory=KVSpec, doc="The KV pools and the hand-off.")
     slo: Slo = setting(factory=Slo, doc="What the router and the reports aim at.")
+    auth: AuthSettings = setting(factory=AuthSettings, doc="Who may use the front door.")
+    prices: Mapping[str, Price] = setting(
+        factory=no_entries, doc="What tokens cost, by model; in one currency."
+    )
     telemetry: TelemetrySpec = setting(factory=TelemetrySpec, doc="Traces.")
     ray: RaySpec = setting(factory=RaySpec, doc="The Ray cluster underneath.")
 
@@ -250,6 +262,7 @@ class ClusterSpec:
     def validate(self) -> ClusterSpec:
         """Raises ConfigError (without a line) at the first field that is out of its range."""
         check_settings(self)
+        self.auth.check()
         _check_pools(self.pools)
         _check_engines(self)
         _check_gpus(self)
@@ -272,9 +285,11 @@ class ClusterSpec:
         return _revision(self.pools[pool], self.model, self.kv, self.telemetry)
 
     def gateway_revision(self) -> str:
-        """Differs where a gateway has to be replaced."""
+        """Differs where a gateway has to be replaced: with auth also where their number does, as
+        each holds its share of the limits."""
+        shares = self.gateway.replicas if self.auth.required else 1
         others = (self.model, self.slo, self.telemetry, self.kv.block_size)
-        return _revision(self.gateway, *others)
+        return _revision(self.gateway, *others, self.auth, self.prices, shares)
 
     def gateway_addresses(self, index: int) -> tuple[str, str]:
         """gRPC and HTTP address of gateway `index`: the ports count up, 0 stays 0."""
@@ -287,6 +302,22 @@ class ClusterSpec:
             grpc, http = self.gateway_addresses(index)
             claimed += [("gateway.grpc", grpc), ("gateway.http", http)]
         return claimed
+
+    def open_doors(self) -> list[str]:
+        """What is wrong with front doors that other machines reach, one line each."""
+        doors = {"gateway.grpc": self.gateway.grpc, "gateway.http": self.gateway.http}
+        outside = {field: door for field, door in doors.items() if not is_loopback(door)}
+        lines = []
+        if not self.gateway.tls:
+            risk = "without TLS, so requests and keys travel in the open; set gateway.tls"
+            lines += [
+                f"{field} {door} is reached from elsewhere {risk}"
+                for field, door in outside.items()
+            ]
+        if not self.auth.required:
+            risk = "by anybody; set auth"
+            lines += [f"{field} {door} can be used {risk}" for field, door in outside.items()]
+        return lines
 
 
 def plain(value: Any) -> Any:

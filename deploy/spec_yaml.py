@@ -37,25 +37,24 @@ def parse(text: str, file: str) -> ClusterSpec:
     reader = _Reader(file)
     spec = reader.read(root, ClusterSpec, "")
     assert isinstance(spec, ClusterSpec)
-    spec = _with_paths_beside(spec, file)
+    spec = _with_model_beside(spec, file)
     try:
         return spec.validate()
     except ConfigError as error:
         raise error.at(reader.where(error.field)) from None
 
 
-def _with_paths_beside(spec: ClusterSpec, file: str) -> ClusterSpec:
-    """Paths that begin with ., .. or ~ made absolute: from the file's folder, or home."""
+def _with_model_beside(spec: ClusterSpec, file: str) -> ClusterSpec:
+    """A model path that begins with ., .. or ~ made absolute: from the file's folder, or home."""
+    model_id = spec.model.id
+    if not model_id.startswith(("./", "../", "~")):
+        return spec
+    return replace(spec, model=replace(spec.model, id=_beside(file, model_id)))
 
-    def beside(path: str) -> str:
-        if not path.startswith(("./", "../", "~")):
-            return path
-        return os.path.normpath(Path(file).absolute().parent / Path(path).expanduser())
 
-    tls = spec.gateway.tls
-    tls = replace(tls, cert=beside(tls.cert), key=beside(tls.key), client_ca=beside(tls.client_ca))
-    model = replace(spec.model, id=beside(spec.model.id))
-    return replace(spec, model=model, gateway=replace(spec.gateway, tls=tls))
+def _beside(file: str, path: str) -> str:
+    """A path made absolute: from the file's folder, or home."""
+    return os.path.normpath(Path(file).absolute().parent / Path(path).expanduser())
 
 
 def locate(text: str, file: str, path: str) -> str:
@@ -111,6 +110,8 @@ class _Reader:
                 message = f"unknown field{inside}; {_suggest(key, known)}"
                 raise ConfigError(inner, message, self.where(inner))
             given[key] = self.read(value, hints[key], inner)
+            if known[key].metadata.get("kind") == "path" and given[key]:
+                given[key] = _beside(self.file, given[key])
         for name, about in known.items():
             required = about.default is MISSING and about.default_factory is MISSING
             if name not in given and required:

@@ -10,6 +10,7 @@ import grpc
 
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.identity import Credentials, Identity, host_name
+from crossdock.proto.settings import is_loopback
 
 Option = tuple[str, int | str]
 RETIRE_S = 10.0  # for calls under way on a channel that another replaces
@@ -18,12 +19,6 @@ RETIRE_S = 10.0  # for calls under way on a channel that another replaces
 def internal(*options: Option) -> list[Option]:
     """`options` of a channel inside the cluster: it never goes through http(s)_proxy."""
     return [("grpc.enable_http_proxy", 0), *options]
-
-
-def is_loopback(address: str) -> bool:
-    """Whether host:port is of this machine's loopback."""
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def open_channel(

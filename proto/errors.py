@@ -7,7 +7,11 @@ CrossdockError                      INTERNAL              500
 │   ├── RequestStalled              DEADLINE_EXCEEDED     408   the body came too slowly
 │   └── UnsupportedMediaType        INVALID_ARGUMENT      415
 ├── NotFound                        NOT_FOUND             404   unknown model, pool, worker
+├── Unauthenticated                 UNAUTHENTICATED       401   no credential, or not a good one
+├── Forbidden                       PERMISSION_DENIED     403   the credential does not allow it
 ├── Overloaded                      RESOURCE_EXHAUSTED    429   carries retry_after_s
+│   └── RateLimited                                             a limit of the credential
+│       └── BudgetSpent                                         not retriable
 ├── DeadlineExceeded                DEADLINE_EXCEEDED     504
 ├── Cancelled                       CANCELLED             499
 ├── Unavailable                     UNAVAILABLE           503   retriable
@@ -93,6 +97,50 @@ class Overloaded(CrossdockError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """A limit of the client's credential is reached; others are served meanwhile. `limit` says
+    which: requests, tokens or sequences."""
+
+    outcome = "rate_limited"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "requests") -> None:
+        super().__init__(message, max(1.0, math.ceil(retry_after_s)))  # whole, as headers have it
+        self.limit = limit
+
+
+class BudgetSpent(RateLimited):
+    """What the credential may spend in a day or a month is spent; no client waits that long."""
+
+    retriable = False
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s, "budget")
+
+
+class Unauthenticated(CrossdockError):
+    """No credential, or one that is not known, not valid any more, or not of this cluster."""
+
+    grpc_status = "UNAUTHENTICATED"
+    http_status = 401
+    outcome = "unauthenticated"
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing  # there was none at all
+
+
+class Forbidden(CrossdockError):
+    """The credential is good, and does not allow this. `param` names the field that asked."""
+
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
+    outcome = "forbidden"
+
+    def __init__(self, message: str, param: str = "") -> None:
+        super().__init__(f"{param}: {message}" if param else message)
+        self.param = param
 
 
 class DeadlineExceeded(CrossdockError):

@@ -35,7 +35,8 @@ def setting(
     check: Callable[[str, Any], None] | None = None,
     factory: Any = MISSING,
 ) -> Any:
-    """A field with its documentation and limits. `kind`: "address", "name", "text" or "". `check`
+    """A field with its documentation and limits. `kind`: "address", "name", "text", "path"
+    (of a file, in the YAML from its own folder) or "". `check`
     is called with the field's path and value, and raises ConfigError."""
     about = {"doc": doc, "low": low, "high": high, "choices": choices, "kind": kind, "check": check}
     return field(default=default, default_factory=factory, metadata=about)
@@ -111,6 +112,12 @@ def split_address(address: str) -> tuple[str, int]:
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError("an IPv6 host must stand in brackets, as in [::1]:8000")
     return host.strip("[]"), int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether host:port is of this machine's loopback."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def overlap(address: str, other: str) -> bool:

@@ -1,12 +1,16 @@
 """Settings of one gateway process."""
 
+# ruff: noqa: RUF009  (setting() is dataclasses.field with documentation)
 from __future__ import annotations
 
+import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from crossdock.model.store import NOWHERE
-from crossdock.proto.settings import GATEWAY_ADDRESS, check_settings, setting
+from crossdock.proto.errors import ConfigError
+from crossdock.proto.settings import GATEWAY_ADDRESS, check_settings, no_entries, setting
 from crossdock.router.dispatch.admission import Limits
 from crossdock.router.dispatch.lifecycle import Slo as Slo
 from crossdock.router.dispatch.links import LinkSettings
@@ -38,16 +42,123 @@ class TlsFiles:
     cert: str = setting(
         "",
         "The front doors' certificate and those that lead from it to its authority. Empty: no TLS. "
-        "All of these files are read again when they change; a path that begins with . is taken "
-        "from this file's folder.",
+        "All of these files are read again when they change.",
+        kind="path",
     )
-    key: str = setting("", "Its private key, not encrypted.")
+    key: str = setting("", "Its private key, not encrypted.", kind="path")
     client_ca: str = setting(
-        "", "Authorities of clients: only who has a certificate of one gets through. Empty: all."
+        "",
+        "Authorities of clients: only who has a certificate of one gets through. Empty: all.",
+        kind="path",
     )
 
     def __bool__(self) -> bool:
         return bool(self.cert)
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """What a credential may use; 0 is no limit. Where there are several gateways, each holds its
+    share of these."""
+
+    requests_per_minute: int = setting(
+        0, "Requests within any 60 s; 0: no limit.", low=0, high=10_000_000
+    )
+    tokens_per_minute: int = setting(
+        0,
+        "Tokens of prompts and completions within any 60 s; 0: no limit.",
+        low=0,
+        high=10_000_000_000,
+    )
+    max_concurrent: int = setting(
+        0, "Sequences (prompts × n) under way at once; 0: no limit.", low=0, high=1_000_000
+    )
+    max_context_tokens: int = setting(
+        0, "Tokens of one sequence, prompt and completion; 0: no limit.", low=0, high=100_000_000
+    )
+    budget: float = setting(
+        0.0,
+        "What may be spent in a period, in the currency of prices; 0: no limit.",
+        low=0,
+        high=10**12,
+    )
+    budget_per: str = setting(
+        "month", "The period of budget, by the calendar in UTC.", choices=("day", "month")
+    )
+
+
+@dataclass(frozen=True)
+class JwtSettings:
+    """The YAML's `auth.jwt`: bearer tokens that somebody else signs."""
+
+    jwks: str = setting(
+        "", "File of the signers' public keys (a JWK set). Empty: no JWTs.", kind="path"
+    )
+    issuer: str = setting("", "What a token's iss must be; needed with jwks.")
+    audience: str = setting("", "What a token's aud must be or hold; needed with jwks.")
+    tenant_claim: str = setting("tenant", "The claim that names the tenant.", kind="text")
+    models_claim: str = setting(
+        "models", "The claim that lists models by name; a token without it may use all."
+    )
+    leeway_s: float = setting(
+        5.0, "How far clocks may differ where exp and nbf are checked.", low=0, high=300
+    )
+    max_priority: int = setting(
+        0,
+        "The most urgent (lowest) priority that a token's requests may have.",
+        low=-(2**31),
+        high=2**31 - 1,
+    )
+    shared_cache: bool = setting(
+        False, "Whether these tenants share cached prefixes with others that do."
+    )
+    limits: KeyLimits = setting(factory=KeyLimits, doc="Limits of each tenant.")
+
+
+@dataclass(frozen=True)
+class AuthSettings:
+    """The YAML's `auth`: who may use the front door. With neither keys nor jwt it is open, and a
+    client is believed to be of the tenant that it names."""
+
+    keys: str = setting(
+        "", "File of API keys, made by crossdock keys; read again when it changes.", kind="path"
+    )
+    jwt: JwtSettings = setting(factory=JwtSettings, doc="Bearer tokens in place of keys, or too.")
+    metrics: str = setting(
+        "key",
+        "Who may read GET /metrics where there is auth: key (those made with --metrics) or all.",
+        choices=("key", "all"),
+    )
+
+    def check(self) -> None:
+        """Raises ConfigError where something needed is left out."""
+        for name in ("issuer", "audience"):
+            if self.jwt.jwks and not getattr(self.jwt, name):
+                raise ConfigError(f"auth.jwt.{name}", "is needed where auth.jwt.jwks is set")
+
+    @property
+    def required(self) -> bool:
+        """Whether a request needs a credential."""
+        return bool(self.keys or self.jwt.jwks)
+
+
+def probe_key(cluster_key: bytes) -> str:
+    """The credential with which a cluster tries its own gateways."""
+    return "xd-probe-" + hmac.digest(cluster_key, b"crossdock.probe.v1", "sha256").hex()
+
+
+@dataclass(frozen=True)
+class Price:
+    """One entry of the YAML's `prices`: what a million tokens of a model cost."""
+
+    input: float = setting(0.0, "A million prompt tokens that were computed.", low=0, high=10**9)
+    cached: float = setting(0.0, "A million prompt tokens found in a cache.", low=0, high=10**9)
+    output: float = setting(0.0, "A million generated tokens.", low=0, high=10**9)
+
+    def cost(self, prompt: float, cached: float, generated: float) -> float:
+        """Of so many tokens; `cached` are among those of the prompt."""
+        computed = (prompt - cached) * self.input
+        return (computed + cached * self.cached + generated * self.output) / 1_000_000
 
 
 @dataclass(frozen=True)
@@ -84,6 +195,10 @@ class GatewayConfig(Limits):
     )
     slo: Slo = field(default_factory=Slo)
     links: LinkSettings = field(default_factory=LinkSettings)
+    auth: AuthSettings = field(default_factory=AuthSettings)
+    prices: Mapping[str, Price] = field(default_factory=no_entries)  # by model
+    gateways: int = 1  # of the cluster; each holds its share of the limits of keys
+    probe_key: str = field(default="", repr=False)  # with which `up` tries this gateway
 
     def __post_init__(self) -> None:
         check_settings(self, "gateway.")

@@ -17,13 +17,17 @@ from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.identity import Credentials
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.router.config import GatewayConfig as GatewayConfig
+from crossdock.router.config import Price
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.streams import Dialer
+from crossdock.router.frontdoor.auth import Authenticator
 from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.gate import Gate
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
+from crossdock.router.frontdoor.limits import Limiter
 from crossdock.router.frontdoor.tls import DoorCertificates
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
@@ -61,7 +65,8 @@ class GatewayServer:
         validator = Validator(
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
-        frontend = Frontend(text, validator, dispatcher, config.request_timeout_s)
+        gate = await self._make_gate(model_id)
+        frontend = Frontend(text, validator, dispatcher, config.request_timeout_s, gate)
         certificates = self._door_certificates()
         self._grpc = grpc = GrpcServer(
             frontend,
@@ -128,6 +133,17 @@ class GatewayServer:
             return None
         proof = self._credentials
         return DoorCertificates(self.config.tls, proof.identity.authority if proof else b"")
+
+    async def _make_gate(self, model_id: str) -> Gate:
+        config, registry = self.config, self.metrics.registry
+        authenticator = await asyncio.to_thread(
+            Authenticator, config.auth, registry, config.probe_key
+        )
+        watching = asyncio.get_running_loop().create_task(authenticator.watch())
+        self._closing.callback(watching.cancel)
+        limiter = Limiter(time.monotonic, time.time, config.gateways)
+        price = config.prices.get(model_id, Price())
+        return Gate(authenticator, limiter, self.metrics, price)
 
     def _make_links(self) -> Links:
         config, dial = self.config, Dialer(self._credentials)

@@ -65,12 +65,13 @@ def _value(about: Field[Any], hint: Any) -> str:
         return "mapping"
     if get_origin(hint) is not None:
         entry = get_args(hint)[1]
-        return "mapping of " + ("pools by name" if is_dataclass(entry) else f"{_NAMES[entry]}s")
+        entries = f"{about.name} by name" if is_dataclass(entry) else f"{_NAMES[entry]}s"
+        return f"mapping of {entries}"
     if limits["choices"]:
         return "one of " + ", ".join(f"`{choice}`" for choice in limits["choices"])
     if limits["low"] is not None:
         return f"{_NAMES[hint]}, {limits['low']:,} to {limits['high']:,}"
-    return {"address": "HOST:PORT, port 0 takes a free one", "name": "name"}.get(
+    return {"address": "HOST:PORT, port 0 takes a free one", "name": "name", "path": "file"}.get(
         limits["kind"], _NAMES[hint]
     )
 

@@ -242,6 +242,7 @@ class WorkerServer:
             revision=config.revision,
             max_batch=config.max_batch,
             chunk_tokens=config.chunk_tokens,
+            gpus=config.gpus,
         )
         self._state = WorkerState(
             config=config,

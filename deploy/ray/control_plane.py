@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from crossdock.deploy import credentials
+from crossdock.deploy.authority import workers_key
 from crossdock.deploy.ray.calls import CRASHES, get, kill_process
 from crossdock.deploy.ray.member import set_up_process
 from crossdock.deploy.ray.mirror import GcsMirror
@@ -23,6 +24,7 @@ from crossdock.deploy.runtime import Placement, StartFailed
 from crossdock.deploy.spec import ClusterSpec, plain
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
+from crossdock.router.config import probe_key
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,11 @@ class ControllerActor:
         await self.started()
         return credentials.write(self._controller.authority, self._address)
 
+    async def probe_key(self) -> str:
+        """With which the cluster's gateways are tried."""
+        await self.started()
+        return self._probe_key
+
     async def ping(self) -> None:
         """Answers while its loop turns."""
 
@@ -92,6 +99,7 @@ class ControllerActor:
             self._started.set()
             return
         self._controller = controller
+        self._probe_key = probe_key(workers_key(store.key()))
         tending = credentials.tend(controller, store, self._address)
         self._tending = asyncio.get_running_loop().create_task(tending)
         self._started.set()
@@ -135,6 +143,10 @@ class ControllerHandle:
         answer = get(self._actor.credential.remote(), timeout_s)
         assert isinstance(answer, bytes)
         return answer
+
+    def probe_key(self, timeout_s: float = 10.0) -> str:
+        """With which the cluster's gateways are tried."""
+        return str(get(self._actor.probe_key.remote(), timeout_s))
 
     def ended(self, wait_s: float) -> bool:
         """Whether the cluster went down within `wait_s`. Ray may restart it meanwhile."""

@@ -82,7 +82,7 @@ class KVLayout(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., tp_degree: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("name", "pool", "role", "incarnation", "layout", "layout_hash", "model_id", "context_length", "num_blocks", "block_bytes", "transport", "transport_info", "address", "pid", "node_id", "revision", "metrics_address", "max_batch", "chunk_tokens")
+    __slots__ = ("name", "pool", "role", "incarnation", "layout", "layout_hash", "model_id", "context_length", "num_blocks", "block_bytes", "transport", "transport_info", "address", "pid", "node_id", "revision", "metrics_address", "max_batch", "chunk_tokens", "gpus")
     NAME_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,7 @@ class WorkerDescription(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
     name: str
     pool: str
     role: Role
@@ -121,7 +122,8 @@ class WorkerDescription(_message.Message):
     metrics_address: str
     max_batch: int
     chunk_tokens: int
-    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., layout_hash: _Optional[bytes] = ..., model_id: _Optional[str] = ..., context_length: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transport_info: _Optional[bytes] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., metrics_address: _Optional[str] = ..., max_batch: _Optional[int] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
+    gpus: float
+    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., layout_hash: _Optional[bytes] = ..., model_id: _Optional[str] = ..., context_length: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transport_info: _Optional[bytes] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., metrics_address: _Optional[str] = ..., max_batch: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., gpus: _Optional[float] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("ticket_id", "prefill_worker", "prefill_address", "incarnation", "block_ids", "generations", "num_tokens", "layout_hash", "lease_ms", "mac", "prompt_hash")

@@ -23,6 +23,7 @@ from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
 from crossdock.router.dispatch.delivery import detokenize
+from crossdock.router.dispatch.ended import ended
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.metrics import GatewayMetrics
@@ -278,6 +279,7 @@ class Dispatcher:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
             if delta.cut_short or reserved_early:
                 self._cancel_on_holders(sequence, "finished")
+            sequence.finish_reason = delta.finish_reason
             self._finish(sequence, now)
             delta.usage, delta.timings = sequence.usage(), sequence.timings()
         sequence.active.stream.push(delta)
@@ -400,7 +402,16 @@ class Dispatcher:
         if error is None:
             self.metrics.e2e.observe(now - active.request.received)
         tracing.end(active, error, now)
+        self._account(active, error, now)
         active.stream.end(error)
+
+    def _account(self, active: ActiveRequest, error: CrossdockError | None, now: float) -> None:
+        if active.request.on_end is None:
+            return
+        try:
+            active.request.on_end(ended(active, self.view, error, now))
+        except Exception:  # the others go on, and this one ends
+            log.exception("%s: it could not be accounted for", active.request.request_id)
 
     def _cancel_on_holders(self, sequence: SequenceState, why: str) -> None:
         cancel = pb.CancelRequest(sequence_id=sequence.sequence_id, reason=why)

@@ -170,6 +170,7 @@ class WorkerLink:
             context_length=hello.context_length,
             max_batch=hello.max_batch,
             chunk_tokens=hello.chunk_tokens,
+            gpus=hello.gpus,
         )
         if facts.block_size != self._owner.block_size:
             log.warning(

@@ -3,13 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from crossdock.proto.errors import CrossdockError
 from crossdock.proto.types import FinishReason, SamplingParams
 from crossdock.proto.v1 import inference_pb2
+
+
+@dataclass(frozen=True)
+class EndedSequence:
+    """What became of one continuation."""
+
+    index: int  # prompt * n + continuation
+    prompt_tokens: int
+    cached_tokens: int
+    token_ids: Sequence[int]  # generated and delivered
+    finish_reason: FinishReason | None  # None: it did not get to its end
+    prefill_worker: str
+    decode_worker: str
+    events: Mapping[str, float]  # life-cycle event -> seconds since the request was received
+    worker_seconds: float  # of the engines that served it, as far as they worked for it
+    gpu_seconds: float  # the same, of each of an engine's GPUs
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a request."""
+
+    error: CrossdockError | None
+    seconds: float  # since it was received
+    n: int
+    sequences: Sequence[EndedSequence]
+
+    @property
+    def charged(self) -> Sequence[EndedSequence]:
+        """Those that had a token, unless the client is to send the request again."""
+        if self.error is not None and self.error.retriable:
+            return ()
+        return [sequence for sequence in self.sequences if sequence.token_ids]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompts, each once."""
+        return sum(s.prompt_tokens for s in self._firsts)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of prompt_tokens, those that were found in a cache."""
+        return sum(s.cached_tokens for s in self._firsts)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Of all continuations."""
+        return sum(len(sequence.token_ids) for sequence in self.charged)
+
+    @property
+    def _firsts(self) -> Iterable[EndedSequence]:
+        """Of each prompt the first continuation that is charged."""
+        return {s.index // self.n: s for s in reversed(self.charged)}.values()
 
 
 @dataclass(frozen=True)
@@ -22,11 +75,12 @@ class Request:
     received: float  # on the gateway's clock, seconds
     received_unix: float  # the same moment, wall clock
     n: int = 1
-    tenant: str = ""
+    tenant: str = ""  # who takes turns with others, and has one share of the room
     priority: int = 0
     cache_salt: bytes = b""
     deadline: float | None = None  # on the gateway's clock
     trace_context: Any = None  # opentelemetry Context that the client's headers carried
+    on_end: Callable[[Ended], None] | None = None  # is called once, however it ends
 
     @property
     def num_sequences(self) -> int:

@@ -11,6 +11,7 @@ from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
 from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.hashing import BlockHasher
+from crossdock.proto.types import FinishReason
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import Timeline
@@ -63,6 +64,7 @@ class SequenceState:
     first_tokens: int = 0  # how many came at once with token 0
     cached_tokens: int | None = None
     transfer: pb.TransferStats = field(default_factory=pb.TransferStats)  # of all attempts
+    finish_reason: FinishReason | None = None
 
     @property
     def generated(self) -> int:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from crossdock.model.text import TextModel
@@ -16,6 +17,8 @@ from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.types import SamplingParams
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.request import Request, ResponseStream
+from crossdock.router.frontdoor.gate import Gate, Visit
+from crossdock.router.frontdoor.limits import Work
 from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
 
 INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
@@ -29,6 +32,7 @@ class Arrival:
     received_unix: float
     trace_context: Any
     deadline: float  # on the gateway's clock
+    visit: Visit  # by whom
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,32 @@ class Frontend:
     validator: Validator
     dispatcher: Dispatcher
     timeout_s: float  # of a request that brings no deadline
+    gate: Gate
 
     @property
     def model_id(self) -> str:
         """The name that clients use."""
         return self.validator.model_id
 
-    def arrival(self, trace_context: Any = None, timeout_s: float | None = None) -> Arrival:
-        """A request that came now, with its deadline."""
+    def arrival(
+        self, visit: Visit, trace_context: Any = None, timeout_s: float | None = None
+    ) -> Arrival:
+        """A request that came now by who was let in, with its deadline."""
         now = time.monotonic()
         allowed = self.timeout_s if timeout_s is None else timeout_s
-        return Arrival(now, time.time(), trace_context, now + allowed)
+        return Arrival(now, time.time(), trace_context, now + allowed, visit)
 
     @contextlib.contextmanager
-    def refusals_counted(self) -> Iterator[None]:
+    def refusals_counted(self, arrival: Arrival) -> Iterator[None]:
         """Around what may refuse a request before the dispatcher has it."""
         try:
             yield
         except CrossdockError as error:
             self.dispatcher.metrics.outcome(error)
+            self.gate.refused(arrival.visit, error)
+            raise
+        except BaseException as error:
+            self.gate.refused(arrival.visit, error)
             raise
 
     def draw_seed(self) -> int:
@@ -102,8 +113,10 @@ class Frontend:
         cache_salt: str,
         default_max_tokens: int = UNLIMITED,
     ) -> tuple[str, ResponseStream]:
-        """Request id and stream. Raises InvalidRequest naming `field` for a bad prompt."""
-        with self.refusals_counted():
+        """Request id and stream. `tenant` and `priority` are what the client says, held to
+        its credential. Raises InvalidRequest naming `field` for a bad prompt."""
+        visit = arrival.visit
+        with self.refusals_counted(arrival):
             check_label("request_id", request_id)
             check_label("tenant", tenant)
             check_label("cache_salt", cache_salt)
@@ -114,15 +127,34 @@ class Frontend:
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
             longest = max(len(prompt) for prompt in prompts)
+            principal = visit.principal = visit.principal.named(tenant)
+            principal.check_model([self.model_id])
+            room = principal.room(field, sampling, longest)
+            fitted = self.validator.fit(sampling, longest, min(default_max_tokens, room))
             request = Request(
                 request_id=request_id or uuid.uuid4().hex,
                 prompts=prompts,
-                sampling=self.validator.fit(sampling, longest, default_max_tokens),
+                sampling=fitted,
                 n=n,
-                tenant=tenant,
-                priority=priority,
+                tenant=principal.party,
+                priority=principal.priority(priority),
                 # Tenants never share cached prefixes with each other, nor do unlike salts.
-                cache_salt=f"{tenant}\0{cache_salt}".encode() if tenant or cache_salt else b"",
-                **vars(arrival),
+                cache_salt=principal.cache_salt(cache_salt),
+                received=arrival.received,
+                received_unix=arrival.received_unix,
+                deadline=arrival.deadline,
+                trace_context=arrival.trace_context,
+                on_end=partial(self.gate.ended, visit),
             )
-        return request.request_id, self.dispatcher.submit(request)
+            work = Work(
+                prompt_tokens=sum(len(prompt) for prompt in prompts),
+                sequences=request.num_sequences,
+                max_tokens=fitted.max_tokens,
+                open_ended=sampling.max_tokens == UNLIMITED,
+            )
+            self.gate.admit(visit, work)
+        try:
+            return request.request_id, self.dispatcher.submit(request)
+        except BaseException as error:
+            self.gate.refused(visit, error)
+            raise

@@ -13,6 +13,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from crossdock.proto.errors import CrossdockError, InvalidRequest, Overloaded, RequestTooLarge
 from crossdock.router.dispatch import tracing
 from crossdock.router.frontdoor.frontend import Arrival, Frontend
+from crossdock.router.frontdoor.grpc_access import enter, metadata_of
 
 FOREVER_S = 10 * 365 * 86400.0
 DOMAIN = "crossdock"  # of google.rpc.ErrorInfo
@@ -20,14 +21,14 @@ DETAILS_KEY = "grpc-status-details-bin"  # where every gRPC implementation looks
 
 
 def arrival_of(frontend: Frontend, context: Any) -> Arrival:
-    """A call's trace context and deadline."""
-    headers = {
-        key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
-    }
+    """By whom a call is, which counts, with its trace context and deadline. Raises Unauthenticated
+    or RateLimited."""
+    visit = enter(frontend.gate, context)
+    headers = metadata_of(context)
     timeout_s = context.time_remaining()
     if timeout_s is not None and timeout_s > FOREVER_S:
         timeout_s = None
-    return frontend.arrival(tracing.context_of(headers), timeout_s)
+    return frontend.arrival(visit, tracing.context_of(headers), timeout_s)
 
 
 def parser(parse: Callable[[bytes], Any], limit: int) -> Callable[[bytes], Any]:
@@ -58,7 +59,7 @@ def checked(message: Any) -> Any:
 async def abort(context: Any, error: CrossdockError) -> None:
     """Ends the call with the error's status. Details travel in trailing metadata: as
     google.rpc.Status with ErrorInfo, BadRequest and RetryInfo, and as plain keys."""
-    trailers: list[tuple[str, str | bytes]] = []
+    trailers: list[tuple[str, str | bytes]] = list(context.trailing_metadata() or ())
     if isinstance(error, Overloaded):
         trailers.append(("retry-after", f"{error.retry_after_s:.0f}"))
     if isinstance(error, InvalidRequest):

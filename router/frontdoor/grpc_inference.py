@@ -13,6 +13,7 @@ from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.grpc_access import say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
 from crossdock.router.frontdoor.validate import UNLIMITED
 
@@ -64,25 +65,27 @@ class InferenceService:
             raise
 
     async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
+        frontend = self._frontend
         try:
             checked(request)
+            if not who(frontend.gate, context).principal.may_use(frontend.model_id):
+                return pb.ListModelsResponse()
         except CrossdockError as error:
             await abort(context, error)
-        frontend = self._frontend
         model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
         return pb.ListModelsResponse(models=[model])
 
     async def _submit(self, request: Any, context: Any) -> tuple[str, ResponseStream]:
         frontend = self._frontend
         arrival = arrival_of(frontend, context)
-        with frontend.refusals_counted():
+        with frontend.refusals_counted(arrival):
             message: pb.GenerateRequest = checked(request)
             sampling = sampling_from_pb(
                 message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
             )
             frontend.validator.check_request(message.model, message.n or 1, sampling)
             field, prompt = await self._prompt(message)
-        return frontend.submit(
+        submitted = frontend.submit(
             field,
             [prompt],
             sampling,
@@ -93,6 +96,8 @@ class InferenceService:
             priority=message.priority,
             cache_salt=message.cache_salt,
         )
+        say_limits(frontend.gate, context, arrival.visit)
+        return submitted
 
     async def _prompt(self, message: pb.GenerateRequest) -> tuple[str, list[int]]:
         kind = message.WhichOneof("input")

@@ -20,6 +20,7 @@ from crossdock.proto.v1 import kserve_pb2 as pb
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import kserve_format as fmt
 from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.grpc_access import say_limits
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
 from crossdock.router.frontdoor.openai_schemas import DEFAULT_COMPLETION_TOKENS, sampling_of
 
@@ -191,7 +192,7 @@ class KServeService:
     async def _submit(self, request: Any, context: Any) -> tuple[fmt.Ask, ResponseStream]:
         frontend = self._frontend
         arrival = arrival_of(frontend, context)
-        with frontend.refusals_counted():
+        with frontend.refusals_counted(arrival):
             message: pb.ModelInferRequest = checked(request)
             self._check_model(message.model_name, message.model_version)
             ask = fmt.Ask.read(message)
@@ -217,6 +218,7 @@ class KServeService:
             cache_salt=ask.body.cache_salt or "",
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         )
+        say_limits(frontend.gate, context, arrival.visit)
         return ask, stream
 
     def _check_model(self, name: str, version: str) -> None:

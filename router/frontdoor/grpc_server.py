@@ -14,6 +14,7 @@ from crossdock.proto.settings import split_address
 from crossdock.proto.v1 import inference_pb2, kserve_pb2
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.grpc_access import Guard
 from crossdock.router.frontdoor.grpc_health import HEALTH, Health, add_reflection, renamed
 from crossdock.router.frontdoor.grpc_inference import SERVICE, InferenceService
 from crossdock.router.frontdoor.grpc_kserve import KSERVE, KServeService
@@ -50,7 +51,9 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Raises ConfigError naming the port when it cannot be had."""
-        self._server = server = grpc.aio.server(options=self._options())
+        self._server = server = grpc.aio.server(
+            interceptors=[Guard(self._frontend.gate)], options=self._options()
+        )
         inference = InferenceService(self._frontend, self._max_body_bytes)
         kserve = KServeService(self._frontend, self._max_body_bytes)
         server.add_generic_rpc_handlers((inference.handler(), kserve.handler()))

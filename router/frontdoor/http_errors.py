@@ -9,7 +9,17 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from crossdock.proto.errors import CrossdockError, InvalidRequest, NotFound, Overloaded, show
+from crossdock.proto.errors import (
+    CrossdockError,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RateLimited,
+    Unauthenticated,
+    show,
+)
+from crossdock.router.frontdoor.access_errors import access_error_body
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +54,8 @@ class ExpectationFailed(InvalidRequest):
 
 def error_body(error: CrossdockError) -> dict[str, Any]:
     """OpenAI's shape. `code` is the name of the error's class in Crossdock's own tree."""
+    if isinstance(error, Unauthenticated | Forbidden | RateLimited):
+        return access_error_body(error)
     kind, param = "server_error", None
     code = _snake(type(error).__name__)
     if isinstance(error, InvalidRequest | NotFound):

@@ -19,6 +19,7 @@ from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
 from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
 from crossdock.router.frontdoor.http_errors import Handler, answered, error_event
 from crossdock.router.frontdoor.http_routes import add_small_routes
@@ -65,7 +66,8 @@ class HttpServer:
 
     async def start(self) -> None:
         """Raises ConfigError naming the port when it cannot be had."""
-        app = web.Application()
+        app = web.Application(middlewares=[guard(self._frontend.gate)])
+        app.on_response_prepare.append(with_limits(self._frontend.gate))
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
@@ -124,10 +126,12 @@ class HttpServer:
         )
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"object": "list", "data": [self._card()]})
+        mine = visit_of(request).principal.may_use(self._frontend.model_id)
+        return web.json_response({"object": "list", "data": [self._card()] if mine else []})
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
         self._frontend.validator.check_model(request.match_info["id"])
+        visit_of(request).principal.check_model([self._frontend.model_id])
         return web.json_response(self._card())
 
     # -- answering ----------------------------------------------------------------------------
@@ -142,8 +146,8 @@ class HttpServer:
     ) -> web.StreamResponse:
         """Answers a request for tokens; `read_prompts` gives the prompts' ids and their field."""
         frontend, headers = self._frontend, request.headers
-        arrival = frontend.arrival(tracing.context_of(headers))
-        with frontend.refusals_counted():
+        arrival = frontend.arrival(visit_of(request), tracing.context_of(headers))
+        with frontend.refusals_counted(arrival):
             check_media_type(request)
             with self._bodies.reading() as one:
                 data = await self._bodies.read(one, request, arrival.deadline)

@@ -55,6 +55,7 @@ class WorkerFacts:
     context_length: int = 0  # tokens
     max_batch: int = 0  # sequences that decode at once; more wait
     chunk_tokens: int = 0  # of one prefill step at the most
+    gpus: float = 0.0  # of its engine
 
     @property
     def most_tokens(self) -> int:

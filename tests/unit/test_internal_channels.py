@@ -9,7 +9,7 @@ from fake_server import FakeServer
 from source_rules import sources
 
 from crossdock.client import Client
-from crossdock.proto.channels import is_loopback
+from crossdock.proto.settings import is_loopback
 
 MAKERS = {"insecure_channel", "secure_channel"}
 
@@ -21,10 +21,10 @@ def test_channels_inside_a_cluster_are_opened_in_one_file():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in MAKERS:
                 found.setdefault(path.name, []).append(ast.unparse(node))
-    assert set(found) == {"channels.py", "client.py", "up.py"}
+    assert set(found) == {"channels.py", "client.py", "first_request.py"}
     assert len(found["channels.py"]) == 4
-    for call in found["channels.py"] + found["up.py"]:
-        assert "internal(" in call or "_to(whom" in call
+    for call in found["channels.py"] + found["first_request.py"]:
+        assert "internal(" in call or "_to(whom" in call or call.endswith(", options)")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -306,3 +307,30 @@ def test_what_ray_would_refuse_is_refused_in_the_file_and_nothing_else():
     for value in SELECTORS:
         ray_says = validate_label_selector_value(value)
         assert _taken(_with(labels=f'a: "{value}"')) == (ray_says is None), value
+
+
+def test_who_may_use_it(tmp_path: Path) -> None:
+    """Files stand beside the YAML; a gateway gets prices and shares it can be sent with."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        TEXT
+        + "auth: {keys: keys.yaml, jwt: {jwks: /etc/jwks, issuer: i, audience: a}}\n"
+        + "prices: {tiny: {input: 0.5, output: 2}}\n"
+    )
+    spec = ClusterSpec.load(path)
+    assert spec.auth.keys == str(tmp_path / "keys.yaml")
+    assert spec.auth.jwt.jwks == "/etc/jwks"
+    config = gateway_launch(spec, "gateway-1", 1, b"k" * 32).gateway
+    assert config is not None
+    assert pickle.loads(pickle.dumps(config)).prices["tiny"].output == 2
+    assert (config.gateways, config.auth) == (2, spec.auth)
+    assert config.probe_key not in repr(config)
+    fewer = ClusterSpec.parse(path.read_text().replace("replicas: 2", "replicas: 1"), str(path))
+    assert fewer.gateway_revision() != spec.gateway_revision(), "their shares change"
+    assert ClusterSpec.parse(spec.to_yaml()) == spec
+
+
+def test_bearer_tokens_need_issuer_and_audience() -> None:
+    with pytest.raises(ConfigError, match=r"auth\.jwt\.issuer: is needed") as refused:
+        ClusterSpec.parse(TEXT + "auth: {jwt: {jwks: /etc/jwks}}\n", "f")
+    assert refused.value.where.startswith("f:")

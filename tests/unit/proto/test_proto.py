@@ -31,7 +31,7 @@ def test_generated_code_is_current(tmp_path: Path) -> None:
     # In a process of its own: protoc's library does not bear company.
     subprocess.run([sys.executable, str(GENERATE), str(tmp_path)], check=True)
     made = sorted(tmp_path.iterdir())
-    assert len(made) == 9
+    assert len(made) == 12
     for file in made:
         assert file.read_text() == (PROTO / "v1" / file.name).read_text(), file.name
 

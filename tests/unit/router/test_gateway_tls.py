@@ -14,6 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from cli_kit import run
 from gateway_rig import PROMPT, Rig, start_rig
 from trust_kit import AUTHORITY
 
@@ -246,3 +247,30 @@ pools: {both: {role: colocated, engine: {kind: simulated}}}
     for given, missing in (("cert: /a", "key"), ("key: /a", "cert"), ("client_ca: /a", "cert")):
         with pytest.raises(ConfigError, match=rf"<text>:4: gateway\.tls\.{missing}: is missing"):
             ClusterSpec.parse(text % given)
+
+
+async def test_the_command_line_speaks_tls(
+    rig: Rig, files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, address = str(files.folder / "ca.pem"), rig.gateway.grpc_address
+    generate = ("generate", "hello", "--raw", "--max-tokens", "2", "--target", address)
+    code, _, _ = await asyncio.to_thread(run, capsys, *generate, "--ca", ca)
+    assert code == 0
+    code, _, err = await asyncio.to_thread(run, capsys, *generate, "--ca", "/nowhere.pem")
+    assert code == 2 and "ca: '/nowhere.pem' is not allowed; cannot be read" in err
+    report = files.folder / "report.json"
+    bench = (
+        "bench",
+        "--num-requests",
+        "2",
+        "--warmup",
+        "0",
+        "--output-len",
+        "2",
+        "--input-len",
+        "8",
+    )
+    tokens = ("--token-range", "5:200", "--json", str(report), "--ca", ca)
+    for endpoint in (f"grpc://{address}", f"grpcs://{address}"):
+        code, _, err = await asyncio.to_thread(run, capsys, *bench, *tokens, "--endpoint", endpoint)
+        assert code == 0, err

@@ -1,0 +1,58 @@
+"""What became of a request, for whoever accounts for it."""
+
+from __future__ import annotations
+
+from crossdock.proto.errors import CrossdockError
+from crossdock.router.dispatch.request import Ended, EndedSequence
+from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
+from crossdock.router.placement.view import ClusterView
+
+
+def ended(
+    active: ActiveRequest, view: ClusterView, error: CrossdockError | None, now: float
+) -> Ended:
+    """A request that ends `now`."""
+    return Ended(
+        error=error,
+        seconds=now - active.request.received,
+        n=active.request.n,
+        sequences=[_sequence(sequence, view) for sequence in active.sequences],
+    )
+
+
+def _sequence(sequence: SequenceState, view: ClusterView) -> EndedSequence:
+    events = sequence.timeline.ordered()
+    seconds, gpu_seconds = _used(sequence, events, view)
+    return EndedSequence(
+        index=sequence.index,
+        prompt_tokens=sequence.prompt_tokens,
+        cached_tokens=sequence.cached_tokens or 0,
+        token_ids=sequence.token_ids[sequence.prompt_tokens :],
+        finish_reason=sequence.finish_reason,
+        prefill_worker=sequence.prefill_worker,
+        decode_worker=sequence.decode_worker,
+        events=events,
+        worker_seconds=seconds,
+        gpu_seconds=gpu_seconds,
+    )
+
+
+def _used(
+    sequence: SequenceState, events: dict[str, float], view: ClusterView
+) -> tuple[float, float]:
+    """Seconds of workers, and of their GPUs. The prompt's are from its first chunk to token 0; a
+    step of decoding belongs to each of its batch in equal parts, which is taken to be as large as
+    the worker says at the end. A worker that is gone is not known any more."""
+    found = [0.0, 0.0]
+    spans = [
+        (sequence.prefill_worker, events.get("prefill_started"), events.get("first_token"), False),
+        (sequence.decode_worker, events.get("first_token"), events.get("last_token"), True),
+    ]
+    for name, begin, end, shared in spans:
+        worker = view.workers.get(name)
+        if worker is None or begin is None or end is None:
+            continue
+        seconds = (end - begin) / (max(1, worker.load.running) if shared else 1)
+        found[0] += seconds
+        found[1] += seconds * worker.facts.gpus
+    return found[0], found[1]
