@@ -102,15 +102,17 @@ def doctor(
     ] = 1,
     credential: CredentialFile = None,
 ) -> None:
-    """Check clocks, versions and layouts of all workers, and how KV moves in every pair.
+    """Check clocks, versions and layouts of all workers, how KV moves in every pair, and which
+    ports are open wider than they must be.
 
     Exit 1 where something is wrong, with a line for each problem that says what to do.
     """
     from crossdock import doctor
     from crossdock.deploy import admin, credentials
 
-    cluster = admin.status(address, credential=credential)
-    report = doctor.examine(cluster, at_once, credentials.find(address, credential))
+    status = admin.status(address, listening=True, credential=credential)
+    proof = credentials.find(address, credential)
+    report = doctor.examine(status, at_once, address, proof)
     if as_json:
         print(json.dumps(doctor.as_json(report), indent=2))
     else:

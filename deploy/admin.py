@@ -31,10 +31,14 @@ def status(
     address: str = CONTROLLER_ADDRESS,
     check_integrity: bool = False,
     timeout_s: float = 15.0,
+    listening: bool = False,
     credential: Path | None = None,
 ) -> admin_pb2.ClusterStatus:
-    """Raises Unavailable when no controller answers there, ConfigError without a credential."""
-    request = admin_pb2.GetClusterStatusRequest(check_integrity=check_integrity)
+    """Raises Unavailable when no controller answers there, ConfigError without a credential.
+    `listening`: with the ports."""
+    request = admin_pb2.GetClusterStatusRequest(
+        check_integrity=check_integrity, listening=listening
+    )
     with _admin(address, credential) as stub:
         answer: admin_pb2.ClusterStatus = stub.GetClusterStatus(request, timeout=timeout_s)
     return answer

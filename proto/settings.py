@@ -7,6 +7,7 @@ read, checked and documented from that declaration.
 from __future__ import annotations
 
 import functools
+import ipaddress
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -114,10 +115,17 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def loopback_host(host: str) -> bool:
+    """Whether nobody but this host can reach it there; a name is not looked up."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 def is_loopback(address: str) -> bool:
     """Whether host:port is of this machine's loopback."""
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return loopback_host(address.rpartition(":")[0])
 
 
 def overlap(address: str, other: str) -> bool:

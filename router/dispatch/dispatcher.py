@@ -230,12 +230,23 @@ class Dispatcher:
             if sequence is None or link.name not in sequence.holders:
                 continue  # cancelled meanwhile, or of an attempt that was given up
             try:
-                self._take(sequence, link, output, now)
+                if sequence.steady is link and not output.finish_reason:
+                    self._carry_on(sequence, list(output.token_ids), now)
+                else:
+                    self._take(sequence, link, output, now)
             except CrossdockError as error:
                 self._end(sequence.active, error, "failed")
             except Exception as error:  # of one request; the others on the stream go on
                 log.exception("%s: an output could not be delivered", sequence.sequence_id)
                 self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
+
+    def _carry_on(self, sequence: SequenceState, token_ids: list[int], now: float) -> None:
+        """What `_take` comes to for most outputs: more tokens of a sequence that is steady."""
+        text = sequence.detokenizer.push(token_ids).text
+        gap_s = sequence.timeline.token(now)
+        sequence.token_ids += token_ids
+        self.metrics.gained(len(token_ids), False, gap_s)
+        sequence.active.stream.push(Delta(sequence.index, text, token_ids))
 
     def _take(
         self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
@@ -254,6 +265,8 @@ class Dispatcher:
             sequence.cached_tokens = output.cached_tokens
         if output.token_ids or output.finish_reason:
             self._deliver(sequence, detokenize(sequence, output, self._eos), now)
+        if sequence.phase is Phase.DECODE and sequence.plain:
+            sequence.steady = link
         if sequence.phase is Phase.PREFILL and link.name == sequence.prefill_worker:
             sequence.progress.MergeFrom(output.progress)
             if output.token_ids:

@@ -125,10 +125,13 @@ class ResponseStream:
         self._waiter: asyncio.Future[None] | None = None
         self._error: CrossdockError | None = None
         self._on_close = on_close
+        self._sink: Callable[[Delta], bool] | None = None
 
     # -- the dispatcher's side ----------------------------------------------------------------
 
     def push(self, delta: Delta) -> None:
+        if self._sink is not None and not self._buffer and self._sink(delta):
+            return
         _merge(self._buffer, delta)
         self._wake()
 
@@ -145,6 +148,11 @@ class ResponseStream:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self.take()
+
+    def pipe(self, sink: Callable[[Delta], bool]) -> None:
+        """From now on a delta goes to `sink` as it comes. One that `sink` cannot take, where it
+        answers False, and those after it are for `batch`."""
+        self._sink = sink
 
     async def whole(self) -> list[Delta]:
         """Waits for the end: all that each index gained as one delta, in their order."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from crossdock.proto.errors import ConfigError, CrossdockError, InvalidRequest
+from crossdock.proto.errors import ConfigError, InvalidRequest
 from crossdock.proto.settings import split_address
 from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
@@ -21,8 +21,9 @@ from crossdock.router.frontdoor import openai_format as fmt
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
-from crossdock.router.frontdoor.http_errors import Handler, answered, error_event
+from crossdock.router.frontdoor.http_errors import Handler, answered
 from crossdock.router.frontdoor.http_routes import add_small_routes
+from crossdock.router.frontdoor.http_stream import HEADERS, send_events
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -199,21 +200,10 @@ class HttpServer:
     ) -> web.StreamResponse:
         # The first token decides between an answer and an HTTP error.
         batch = await stream.batch()
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
+        response = web.StreamResponse(headers=HEADERS)
         self._add_headers(request, response)
         await response.prepare(request)
-        try:
-            while batch:
-                if data := b"".join([answer.event(delta) for delta in batch]):
-                    await response.write(data)
-                batch = await stream.batch()
-            await response.write(answer.last_events())
-        except CrossdockError as error:
-            await response.write(error_event(error))
-        except ConnectionResetError:
-            log.debug("%s: the client went away", answer.request_id)
+        await send_events(request, response, stream, answer, batch)
         return response
 
     def _card(self) -> dict[str, Any]:

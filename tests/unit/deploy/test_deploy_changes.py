@@ -264,3 +264,14 @@ async def test_the_shorter_drain_of_two_downs_is_kept(cluster, controller, addre
         await stub.Down(admin_pb2.DownRequest(drain_s=0))
         await patient
     assert not gateway.alive
+
+
+async def test_a_status_has_the_ports_of_each_node_where_it_is_asked_for_them(
+    cluster, controller, address
+):
+    """One member looks at each node that the controller is not on."""
+    plain = await asyncio.to_thread(admin.status, address)
+    assert plain.local and not plain.nodes
+    found = await asyncio.to_thread(admin.status, address, listening=True)
+    ports = {node.node_id: [(p.process, p.host) for p in node.ports] for node in found.nodes}
+    assert ports == {"head": [("controller", "127.0.0.1")], "node": [("fake", "0.0.0.0")]}
