@@ -31,7 +31,6 @@ from crossdock.proto.settings import (
     NAME_PATTERN,
     NAME_RULE,
     check_settings,
-    is_loopback,
     no_entries,
     of,
     overlap,
@@ -323,22 +322,6 @@ class ClusterSpec:
             grpc, http = self.gateway_addresses(index)
             claimed += [("gateway.grpc", grpc), ("gateway.http", http)]
         return claimed
-
-    def open_doors(self) -> list[str]:
-        """What is wrong with front doors that other machines reach, one line each."""
-        doors = {"gateway.grpc": self.gateway.grpc, "gateway.http": self.gateway.http}
-        outside = {field: door for field, door in doors.items() if not is_loopback(door)}
-        lines = []
-        if not self.gateway.tls:
-            risk = "without TLS, so requests and keys travel in the open; set gateway.tls"
-            lines += [
-                f"{field} {door} is reached from elsewhere {risk}"
-                for field, door in outside.items()
-            ]
-        if not self.auth.required:
-            risk = "by anybody; set auth"
-            lines += [f"{field} {door} can be used {risk}" for field, door in outside.items()]
-        return lines
 
 
 def plain(value: Any) -> Any:

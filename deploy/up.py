@@ -124,12 +124,17 @@ class Cluster:
                 raise ConfigError(field, message) from None
 
     def _warn_of_open_doors(self) -> None:
-        """Whoever reaches a gateway on the network uses it, unless it asks for credentials."""
+        """Whoever reaches a gateway on the network uses it, unless it asks for credentials, and
+        those are read on the way, unless they travel by TLS."""
         doors = {"gateway.grpc": self.spec.gateway.grpc, "gateway.http": self.spec.gateway.http}
         wide = [door for door, to in doors.items() if not loopback_host(split_address(to)[0])]
-        if wide and not self.spec.auth.required:
-            where = f"{self._where(wide[0])}: {' and '.join(wide)}"
+        if not wide:
+            return
+        where = f"{self._where(wide[0])}: {' and '.join(wide)}"
+        if not self.spec.auth.required:
             self._say(f"warning: {where}: other hosts reach it, and `auth` asks nobody for a key")
+        if not self.spec.gateway.tls:
+            self._say(f"warning: {where}: without gateway.tls all of it can be read on the way")
 
     def _have_model(self) -> None:
         model_id, home = self.spec.model.id, crossdock_home()
@@ -236,8 +241,6 @@ class Cluster:
             f"  crossdock generate --address {self.grpc}{ca.replace('cacert', 'ca')} "
             '--chat --temperature 0 "What is the capital of France?"'
         )
-        for line in self.spec.open_doors():
-            self._say(f"warning: {line}")
 
     def status(self) -> admin_pb2.ClusterStatus:
         """Raises Unavailable when the controller is gone."""
