@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import aiohttp
+import openai
 import pytest
 from cli_kit import run
 from gateway_rig import PROMPT, Rig, start_rig
-from trust_kit import AUTHORITY
+from trust_kit import AUTHORITY, door
 
 from crossdock.client import AsyncClient, Client, Tls
 from crossdock.deploy.authority import Authority
@@ -32,7 +34,7 @@ CLIENTS = Authority(b"whoever signs for its clients", "clients")
 
 @dataclass(frozen=True)
 class Files:
-    """A door's files. Its name is `localhost`, as a role of the authority that signs it."""
+    """A door's files."""
 
     folder: Path
 
@@ -42,10 +44,10 @@ class Files:
 
     def issue(self, authority: Authority = COMPANY, life: timedelta = timedelta(days=1)) -> bytes:
         """A new certificate in the files; returns it."""
-        identity = authority.issue("door", "gateway", life)
-        self.write("key.pem", identity.key)
-        self.write("cert.pem", identity.certificate)
-        return identity.certificate
+        key, certificate = door(authority, life)
+        self.write("key.pem", key)
+        self.write("cert.pem", certificate)
+        return certificate
 
     def write(self, name: str, data: bytes) -> Path:
         """As certificate tools do: another file takes the name."""
@@ -68,15 +70,6 @@ async def rig(tiny_model: Path, files: Files) -> AsyncIterator[Rig]:
         yield made
 
 
-@pytest.fixture(autouse=True)
-def named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The doors' certificates say door.crossdock, and so do the clients here."""
-    monkeypatch.setattr("crossdock.client.CHANNEL_OPTIONS", NAMED)
-
-
-NAMED = (("grpc.ssl_target_name_override", "door.crossdock"),)
-
-
 async def over_grpc(rig: Rig, tls: Tls | None) -> str:
     """How a request over gRPC ends."""
     async with AsyncClient(rig.gateway.grpc_address, tls=tls) as client:
@@ -96,7 +89,7 @@ async def over_http(rig: Rig, context: ssl.SSLContext | None) -> str:
     connector = aiohttp.TCPConnector(ssl=context or False)
     async with aiohttp.ClientSession(connector=connector) as session:
         try:
-            async with session.post(url, json=body, server_hostname="door.crossdock") as answer:
+            async with session.post(url, json=body) as answer:
                 assert answer.status == 200, await answer.text()
                 await answer.read()
         except aiohttp.ClientError:
@@ -156,7 +149,7 @@ async def test_files_that_cannot_be_used_leave_the_last_in_force(
 ) -> None:
     before = await shown(rig)
     if broken == "another key":
-        files.write("key.pem", COMPANY.issue("door", "gateway", timedelta(days=1)).key)
+        files.write("key.pem", door(COMPANY)[0])
     elif broken == "nonsense":
         files.write("cert.pem", b"-----BEGIN CERTIFICATE-----\nnonsense\n")
     else:
@@ -247,6 +240,27 @@ pools: {both: {role: colocated, engine: {kind: simulated}}}
     for given, missing in (("cert: /a", "key"), ("key: /a", "cert"), ("client_ca: /a", "cert")):
         with pytest.raises(ConfigError, match=rf"<text>:4: gateway\.tls\.{missing}: is missing"):
             ClusterSpec.parse(text % given)
+
+
+async def test_clients_need_no_more_than_the_authority(
+    rig: Rig, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/api.md has them."""
+    ca, url = str(files.folder / "ca.pem"), f"https://{rig.gateway.http_address}/v1"
+
+    def curl(*options: str) -> int:
+        command = ["curl", "-sS", "--noproxy", "*", *options, f"{url}/models"]
+        return subprocess.run(command, capture_output=True, timeout=60).returncode
+
+    assert await asyncio.to_thread(curl, "--cacert", ca) == 0
+    assert await asyncio.to_thread(curl) == 60, "an authority that it does not trust"
+    monkeypatch.setenv("SSL_CERT_FILE", ca)
+    async with openai.AsyncOpenAI(base_url=url, api_key="any") as client:
+        models = await client.models.list()
+        assert models.data
+    context = ssl.create_default_context()  # as a program that trusts what the machine does
+    assert await over_http(rig, context) == "served"
+    assert await over_grpc(rig, Tls()) == "served"
 
 
 async def test_the_command_line_speaks_tls(
