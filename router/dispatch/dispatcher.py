@@ -66,7 +66,7 @@ class Dispatcher:
         self._policy = policy
         self._limits = limits
         self._admission = Admission(limits)
-        self._hasher = hasher
+        self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
         self._prefix = prefix  # makes sequence ids unique in the cluster
@@ -97,6 +97,10 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         return not self.draining and self.view.ready
+
+    def root_hash(self, cache_salt: bytes) -> bytes:
+        """What chains of hashes begin with, as workers' KV is laid out now."""
+        return self.hasher.root(self.view.layout_hash, cache_salt)
 
     # -- the server's side --------------------------------------------------------------------
 
@@ -131,7 +135,7 @@ class Dispatcher:
             )
         active.unfinished = request.num_sequences
         layout_hash = self.view.layout_hash
-        active.sequences = make_sequences(active, self._hasher, layout_hash, self._detokenizer_of)
+        active.sequences = make_sequences(active, self.hasher, layout_hash, self._detokenizer_of)
         for sequence in active.sequences:
             sequence.timeline.mark("admitted", now)
         for sequence in active.sequences:
@@ -157,8 +161,8 @@ class Dispatcher:
         """Chooses both workers and sends the prompt on its way, or waits for workers to appear."""
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
-        sequence.extend_hashes(self._hasher, self.view.layout_hash)
-        demand, now = sequence.demand(self._hasher.block_size), self._clock()
+        sequence.extend_hashes(self.hasher, self.view.layout_hash)
+        demand, now = sequence.demand(self.hasher.block_size), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:

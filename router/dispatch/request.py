@@ -78,6 +78,8 @@ class Request:
     tenant: str = ""  # who takes turns with others, and has one share of the room
     priority: int = 0
     cache_salt: bytes = b""
+    root_hash: bytes = b""  # that the chains begin with
+    chains: Sequence[list[bytes]] = ()  # by prompt, the hashes of its full blocks, where known
     deadline: float | None = None  # on the gateway's clock
     trace_context: Any = None  # opentelemetry Context that the client's headers carried
     on_end: Callable[[Ended], None] | None = None  # is called once, however it ends

@@ -198,7 +198,8 @@ def make_sequences(
     root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
         ids = list(prompt)
-        hashes = hasher.chain(ids, root)
+        known = root == request.root_hash and len(request.chains) > position
+        hashes = request.chains[position] if known else hasher.chain(ids, root)
         for i in range(request.n):
             sequences.append(
                 SequenceState(

@@ -32,11 +32,11 @@ from crossdock.router.frontdoor.openai_schemas import (
     SamplingFields,
     messages_of,
     prompts_of,
-    read_body,
     sampling_of,
 )
+from crossdock.router.frontdoor.structured import grammar_of
 from crossdock.router.frontdoor.tls import DoorCertificates, TlsSite
-from crossdock.router.frontdoor.validate import UNLIMITED, check_label
+from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_prompts
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class HttpServer:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
             frontend, given = self._frontend, prompts_of(body.prompt)
             prompts: list[list[int]] = []
-            frontend.validator.check_prompts("prompt", len(given))
+            check_prompts("prompt", len(given))
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"
                 prompts.append(await frontend.encode(field, one) if isinstance(one, str) else one)
@@ -152,11 +152,13 @@ class HttpServer:
             check_media_type(request)
             with self._bodies.reading() as one:
                 data = await self._bodies.read(one, request, arrival.deadline)
-                body = read_body(data, kind, self._settings.strict)
+                body = await frontend.aside.read_body(data, kind, self._settings.strict)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
+            if (asked := grammar_of(body)) is not None:
+                sampling = await frontend.with_grammar(sampling, *asked)
             field, prompts = await read_prompts(body)
-        request_id, stream = frontend.submit(
+        request_id, stream = await frontend.submit(
             field,
             prompts,
             sampling,

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from crossdock.proto.convert import SAMPLING_SCALARS
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import MAX_LOGPROBS, SamplingParams
 from crossdock.router.frontdoor import openai_fields
 from crossdock.router.frontdoor.json_body import parse_object, to_struct
+from crossdock.router.frontdoor.structured import StructuredFields
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -26,7 +28,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class SamplingFields(StructuredFields, kw_only=True):
     """What /v1/completions and /v1/chat/completions have in common. None is "not given"."""
 
     model: str | None = None
@@ -126,8 +128,8 @@ def messages_of(body: ChatBody) -> list[dict[str, str]]:
     return plain
 
 
-def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """One prompt or several, each a text or token ids."""
+def prompts_of(prompt: Any) -> list[str | list[int] | np.ndarray]:
+    """One prompt or several, each a text or token ids; numpy's of a large body."""
     if isinstance(prompt, str):
         return [prompt]
     if prompt is None:
@@ -145,7 +147,7 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 
 def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_token, value))
+    return isinstance(value, np.ndarray) or (isinstance(value, list) and all(map(_is_token, value)))
 
 
 def _is_token(value: Any) -> bool:
