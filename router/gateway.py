@@ -78,6 +78,7 @@ class GatewayServer:
         self.metrics.watch(
             active=lambda: dispatcher.active_sequences,
             waiting=lambda: dispatcher.waiting_sequences,
+            queued=lambda: dispatcher.queued_sequences,
             workers=lambda role: sum(w.role is role for w in self.view.workers.values()),
             resyncs=lambda: links.resyncs,
         )

@@ -256,6 +256,15 @@ class ClusterView:
         steps = -(-tokens // (worker.facts.chunk_tokens or max(1, tokens)))
         return base * steps + slope * tokens
 
+    def drained_s(self, tokens: int) -> float:
+        """Predicted time in which all workers together compute so many prompt tokens."""
+        roles = (Role.PREFILL, Role.COLOCATED)
+        workers = [w for w in self.workers.values() if w.role in roles]
+        if not tokens or not workers:
+            return 0.0
+        each = -(-tokens // len(workers))
+        return min(self.prefill_s(worker, each) for worker in workers)
+
     def step_s(self, worker: WorkerView, batch: int) -> float:
         """Predicted time of one decode step over `batch` sequences, which is their TPOT."""
         speed, busy = self._decode[worker.facts.pool], worker.sequences > 0

@@ -73,12 +73,16 @@ async def start_rig(
     decodes: int = 1,
     colocated: int = 0,
     num_blocks: int = 1000,
+    chunk_tokens: int = 0,
+    max_batch: int = 0,
     **config: Any,
 ) -> AsyncIterator[Rig]:
     async with AsyncExitStack() as stack:
 
         async def workers(prefix: str, role: Role, count: int) -> list[FakeWorker]:
             made = [FakeWorker(f"{prefix}-{i}", role, num_blocks=num_blocks) for i in range(count)]
+            for worker in made:
+                worker.chunk_tokens, worker.max_batch = chunk_tokens, max_batch
             return [await stack.enter_async_context(worker) for worker in made]
 
         local = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}
