@@ -27,6 +27,7 @@ from crossdock.router.frontdoor.gate import Gate
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
+from crossdock.router.frontdoor.usage import Usage, usage_file
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
@@ -59,7 +60,7 @@ class GatewayServer:
         validator = Validator(
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
-        gate = await self._make_gate(model_id)
+        gate = self._gate = await self._make_gate(model_id)
         frontend = Frontend(text, validator, dispatcher, config.request_timeout_s, gate)
         self._grpc = grpc = GrpcServer(
             frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
@@ -123,9 +124,14 @@ class GatewayServer:
         )
         watching = asyncio.get_running_loop().create_task(authenticator.watch())
         self._closing.callback(watching.cancel)
-        limiter = Limiter(time.monotonic, time.time, config.gateways)
+        file = usage_file(config.home, config.cluster) if config.cluster else None
+        usage = Usage(file, model_id, registry)
+        keeping = asyncio.get_running_loop().create_task(usage.keep())
+        self._closing.push_async_callback(usage.flush)
+        self._closing.callback(keeping.cancel)
+        limiter = Limiter(time.monotonic, time.time, config.gateways, usage.spent)
         price = config.prices.get(model_id, Price())
-        return Gate(authenticator, limiter, self.metrics, price)
+        return Gate(authenticator, limiter, self.metrics, price, usage)
 
     def _make_links(self) -> Links:
         config, dial = self.config, Dialer()

@@ -236,7 +236,7 @@ class Dispatcher:
 
     def on_load(self, worker: WorkerView) -> None:
         """A worker said how it stands: it may take another sequence."""
-        if self._turns and takes_more(worker):
+        if self._turns and takes_more(self.view, worker, self._clock()):
             self._turns.pump()
 
     def _guarded(self, sequence: SequenceState, step: Step) -> None:
@@ -307,6 +307,7 @@ class Dispatcher:
         """Passes new tokens to the client, and the end of the sequence with the last of them."""
         if delta.token_ids:
             first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
+            self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
             self.metrics.gained(len(delta.token_ids), first, gap_s)
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker

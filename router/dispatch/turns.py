@@ -3,7 +3,8 @@ waits here and not in the workers, and who asks for little does not wait behind 
 
 Between tenants: start-time fair queueing (Goyal, Vin and Cheng, 1997). Each tenant has a virtual
 time, which its sequences move on by their tokens as they are begun; the one that is furthest behind
-is next, and one that comes back after a pause starts from the present. Within a tenant: the more
+is next. One that asks for less than its share may be behind the present by OWED_TOKENS, so that a
+few that it sends together go together. Within a tenant: the more
 urgent priority, then the order of arrival, where the k-th sequence of a request lets as many later
 requests go first.
 """
@@ -17,6 +18,7 @@ from itertools import count
 
 from crossdock.router.dispatch.sequence import SequenceState
 
+OWED_TOKENS = 4096  # that a tenant may have after a pause, before the others go on
 KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
 EXPECTED_TOKENS = 256  # of a completion at the most, as far as its cost is weighed
 
@@ -53,7 +55,8 @@ class Turns:
         request = sequence.active.request
         queue = self._queues.get(request.tenant)
         if queue is None:
-            start = max(self._present, self._finished.pop(request.tenant, 0.0))
+            start = self._present - OWED_TOKENS
+            start = max(start, self._finished.pop(request.tenant, start))
             queue = self._queues[request.tenant] = _Queue(start)
         rank = sequence.active.order + sequence.index
         heapq.heappush(queue.heap, (request.priority, rank, next(self._ties), sequence))
@@ -81,7 +84,7 @@ class Turns:
         sequence = heapq.heappop(queue.heap)[3]
         del self._where[sequence]
         queue.tokens -= sequence.prompt_tokens
-        self._present = queue.start
+        self._present = max(self._present, queue.start)
         queue.start += _cost(sequence)
         self._trim(tenant, queue)
         return sequence
@@ -95,7 +98,8 @@ class Turns:
             del self._queues[tenant]
             self._finished[tenant] = queue.start
             if len(self._finished) > KEPT_TENANTS:
-                ahead = {t: at for t, at in self._finished.items() if at > self._present}
+                owed = self._present - OWED_TOKENS
+                ahead = {t: at for t, at in self._finished.items() if at > owed}
                 self._finished = ahead
 
 

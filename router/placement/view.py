@@ -81,6 +81,8 @@ class WorkerView:
     measured_at: float = float("-inf")  # when its prefill speed last changed
     load: LoadReport = field(default_factory=LoadReport)
     unseen: dict[str, _Unseen] = field(default_factory=dict)
+    computing: dict[str, int] = field(default_factory=dict)  # prompt tokens sent, no token 0 yet
+    computing_since: float = 0.0  # the first of them
 
     @property
     def name(self) -> str:
@@ -215,11 +217,22 @@ class ClusterView:
         worker = self.workers.get(name)
         if worker is not None and key in worker.unseen:
             worker.unseen[key].sent_at = now
+            if worker.unseen[key].tokens:
+                if not worker.computing:
+                    worker.computing_since = now
+                worker.computing[key] = worker.unseen[key].tokens
+
+    def computed(self, name: str, key: str, now: float) -> None:
+        """Token 0 came: the worker goes on with the next prompt."""
+        worker = self.workers.get(name)
+        if worker is not None and worker.computing.pop(key, None) is not None:
+            worker.computing_since = now
 
     def unplace(self, name: str, key: str) -> None:
         worker = self.workers.get(name)
         if worker is not None:
             worker.unseen.pop(key, None)
+            worker.computing.pop(key, None)
 
     # -- what the policies ask ----------------------------------------------------------------
 

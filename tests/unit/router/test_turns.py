@@ -14,7 +14,7 @@ from access_kit import complete
 from gateway_rig import Rig, start_rig, until
 
 from crossdock.proto.types import Role
-from crossdock.router.dispatch.turns import EXPECTED_TOKENS, Turns
+from crossdock.router.dispatch.turns import EXPECTED_TOKENS, OWED_TOKENS, Turns
 from crossdock.router.placement.room import has_room, takes_more
 from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts
 
@@ -85,13 +85,16 @@ def test_tenants_get_equal_tokens_whatever_their_prompts() -> None:
     assert max(tokens.values()) - min(tokens.values()) < 4 * (2500 + EXPECTED_TOKENS), tokens
 
 
-def test_who_was_away_is_owed_nothing() -> None:
+OWED = OWED_TOKENS // (100 + EXPECTED_TOKENS) + 1  # sequences of such prompts
+
+
+def test_who_was_away_is_owed_a_little() -> None:
     tape = Tape()
     tape.ask("always", 1000)
     tape.begin(500)
     tape.ask("back", 400)
     begun = Counter(tape.begin(100))
-    assert abs(begun["back"] - begun["always"]) <= 1
+    assert 0 < begun["back"] - begun["always"] <= OWED + 1
 
 
 def test_who_takes_pauses_has_no_more_than_a_share() -> None:
@@ -105,7 +108,7 @@ def test_who_takes_pauses_has_no_more_than_a_share() -> None:
         if not any(s.active.request.tenant == "again" for s in tape.turns):
             continue
         begun += Counter(tape.begin(1))
-    assert begun["again"] <= begun["always"] + 2
+    assert begun["again"] <= begun["always"] + OWED + 2
 
 
 def test_a_large_request_lets_later_ones_of_its_tenant_go_first() -> None:
@@ -167,7 +170,7 @@ def test_what_a_worker_takes(role: Role, load: dict[str, int], room: bool) -> No
     view = ClusterView()
     worker = view.connected(facts("w", role, chunk_tokens=512, max_batch=8), 0.0)
     view.reported(worker, LoadReport(**load), 0.0)
-    assert takes_more(worker) is room
+    assert takes_more(view, worker, 0.0) is room
 
 
 def test_room_is_on_a_whole_path() -> None:
