@@ -2,7 +2,10 @@
 
 CrossdockError                      INTERNAL              500
 ├── InvalidRequest                  INVALID_ARGUMENT      400   names field, value and limit
-│   └── RequestTooLarge             INVALID_ARGUMENT      413
+│   ├── ContextLengthExceeded       INVALID_ARGUMENT      400   prompt and answer do not fit
+│   ├── RequestTooLarge             INVALID_ARGUMENT      413
+│   ├── RequestStalled              DEADLINE_EXCEEDED     408   the body came too slowly
+│   └── UnsupportedMediaType        INVALID_ARGUMENT      415
 ├── NotFound                        NOT_FOUND             404   unknown model, pool, worker
 ├── Unauthenticated                 UNAUTHENTICATED       401   no credential, or not a good one
 ├── Forbidden                       PERMISSION_DENIED     403   the credential does not allow it
@@ -15,7 +18,9 @@ CrossdockError                      INTERNAL              500
 │   ├── WorkerLost
 │   ├── TransferFailed                                          a pull failed or was refused
 │   └── Draining
-├── NotFinite                       INTERNAL              500   names the sequences
+├── OfSequences                     INTERNAL              500   names the sequences
+│   ├── NotFinite
+│   └── GrammarFailed                                           a grammar ran into its limits
 ├── LayoutMismatch                  FAILED_PRECONDITION   409   names both values
 ├── Overtaken                       ABORTED               409   another change came first
 ├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field
@@ -24,6 +29,7 @@ CrossdockError                      INTERNAL              500
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -36,6 +42,7 @@ class CrossdockError(Exception):
     http_status: ClassVar[int] = 500
     retriable: ClassVar[bool] = False
     outcome: ClassVar[str] = "internal"  # how gateways count a request that ended so
+    counted: bool = False  # by a gateway's metrics, once
 
 
 class InvalidRequest(CrossdockError):
@@ -46,17 +53,31 @@ class InvalidRequest(CrossdockError):
     outcome = "invalid"
 
     def __init__(self, field: str, value: object, limit: str) -> None:
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = f"{shown[:100]}… ({len(shown)} characters)"
-        super().__init__(f"{field}: {shown} is not allowed; {limit}")
+        super().__init__(f"{field}: {show(value)} is not allowed; {limit}")
         self.field, self.value, self.limit = field, value, limit
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together are longer than the model's context or a worker's KV pool."""
 
 
 class RequestTooLarge(InvalidRequest):
     """The body, or what it inflates to, is over the gateway's limit."""
 
     http_status = 413
+
+
+class RequestStalled(InvalidRequest):
+    """The body did not come in the time that a gateway waits for one."""
+
+    grpc_status = "DEADLINE_EXCEEDED"
+    http_status = 408
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body is said to be something else than what the route reads."""
+
+    http_status = 415
 
 
 class NotFound(CrossdockError):
@@ -161,12 +182,24 @@ class Draining(Unavailable):
     """The worker takes no new sequences; another does."""
 
 
-class NotFinite(CrossdockError):
-    """A step gave these sequences a NaN or an infinity; the others can be run without them."""
+class OfSequences(CrossdockError):
+    """These sequences must not go on; the others of the step can be run without them."""
+
+    def __init__(self, message: str, sequence_ids: Sequence[str]) -> None:
+        super().__init__(message)
+        self.sequence_ids = frozenset(sequence_ids)
+
+
+class NotFinite(OfSequences):
+    """A step gave these sequences a NaN or an infinity."""
 
     def __init__(self, sequence_ids: Sequence[str]) -> None:
-        super().__init__("KV or logits are not finite: out of the range of the model's dtype?")
-        self.sequence_ids = frozenset(sequence_ids)
+        message = "KV or logits are not finite: out of the range of the model's dtype?"
+        super().__init__(message, sequence_ids)
+
+
+class GrammarFailed(OfSequences):
+    """What these sequences must match ran into the limits of time or memory while it was used."""
 
 
 class LayoutMismatch(CrossdockError):
@@ -202,3 +235,33 @@ class ModelError(CrossdockError):
     """A model's files are missing, damaged, or not supported."""
 
     grpc_status = "FAILED_PRECONDITION"
+
+
+MOST_SHOWN = 120  # characters of a value in a message
+MOST_ENTRIES = 8  # of a list or object in a message
+
+
+def show(value: object) -> str:
+    """A value as messages quote it: as JSON has it, and cut short before it is written out."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str):
+        return _cut(repr(value[: 2 * MOST_SHOWN]), len(value))
+    if isinstance(value, list | tuple):
+        shown = [show(entry) for entry in value[:MOST_ENTRIES]]
+        more = [f"… {len(value)} in all"] if len(value) > MOST_ENTRIES else []
+        return _cut(f"[{', '.join(shown + more)}]")
+    if isinstance(value, dict):
+        entries = itertools.islice(value.items(), MOST_ENTRIES)
+        shown = [f"{show(key)}: {show(entry)}" for key, entry in entries]
+        more = [f"… {len(value)} in all"] if len(value) > MOST_ENTRIES else []
+        return _cut(f"{{{', '.join(shown + more)}}}")
+    return _cut(repr(value))
+
+
+def _cut(shown: str, length: int | None = None) -> str:
+    if len(shown) <= MOST_SHOWN:
+        return shown
+    return f"{shown[:100]}… ({length or len(shown)} characters)"

@@ -18,6 +18,24 @@ from crossdock.router.placement.policy import POLICIES
 
 
 @dataclass(frozen=True)
+class HttpSettings:
+    """The YAML's `http_options`: how OpenAI HTTP is served."""
+
+    strict: bool = setting(
+        False, "Refuse fields of bodies that are not known, by name, instead of ignoring them."
+    )
+    max_reading_mb: float = setting(
+        64.0,
+        "What all bodies that are being read may hold together, MB; the oldest makes room.",
+        low=0.01,
+        high=65_536,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "gateway.http_options.")
+
+
+@dataclass(frozen=True)
 class KeyLimits:
     """What a credential may use; 0 is no limit. Where there are several gateways, each holds its
     share of these."""
@@ -145,6 +163,7 @@ class GatewayConfig(Limits):
     request_timeout_s: float = setting(
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
     )
+    http_options: HttpSettings = field(default_factory=HttpSettings)
     max_connection_age_s: float = setting(
         0.0,
         "After how long a gRPC connection is asked to be made anew, so that load balancers spread "

@@ -47,6 +47,9 @@ class Turns:
     def __len__(self) -> int:
         return len(self._where)
 
+    def __contains__(self, sequence: SequenceState) -> bool:
+        return sequence in self._where
+
     def __iter__(self) -> Iterator[SequenceState]:
         return iter(self._where)
 
@@ -75,9 +78,10 @@ class Turns:
         while self._where and self._room():
             self._begin(self._next())
 
-    def ahead_of(self, sequence: SequenceState) -> int:
-        """Tokens of the prompts that wait beside one that waits, of its own tenant alone."""
-        return self._where[sequence].tokens - sequence.prompt_tokens
+    def tokens_of(self, tenant: str) -> int:
+        """Of the prompts of a tenant that wait."""
+        queue = self._queues.get(tenant)
+        return queue.tokens if queue else 0
 
     def _next(self) -> SequenceState:
         tenant, queue = min(self._queues.items(), key=lambda item: item[1].start)

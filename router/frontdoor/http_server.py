@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
-from crossdock.proto.errors import (
-    ConfigError,
-    CrossdockError,
-    DeadlineExceeded,
-    InvalidRequest,
-    Overloaded,
-    RequestTooLarge,
-)
+from crossdock.proto.errors import ConfigError, InvalidRequest
+from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
-from crossdock.router.frontdoor.frontend import Arrival, Frontend
+from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
+from crossdock.router.frontdoor.http_body import Bodies, check_media_type
+from crossdock.router.frontdoor.http_errors import Handler, answered
+from crossdock.router.frontdoor.http_routes import add_small_routes
+from crossdock.router.frontdoor.http_stream import HEADERS, send_events
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -34,46 +31,54 @@ from crossdock.router.frontdoor.openai_schemas import (
     SamplingFields,
     messages_of,
     prompts_of,
-    read_body,
     sampling_of,
 )
-from crossdock.router.frontdoor.validate import UNLIMITED
+from crossdock.router.frontdoor.structured import grammar_of
+from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_prompts
 
 log = logging.getLogger(__name__)
 
-METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TENANT_HEADER = "X-Crossdock-Tenant"
 REQUEST_ID_HEADER = "X-Request-Id"
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+REQUEST_ID = web.RequestKey("request_id", str)  # the client's, or one that was made for it
 
 
 class HttpServer:
     """Serves one Frontend over the OpenAI API, and its metrics and health."""
 
-    def __init__(self, frontend: Frontend, address: str, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        address: str,
+        max_body_bytes: int,
+        settings: HttpSettings | None = None,
+    ) -> None:
         self._frontend = frontend
-        self._max_body_bytes = max_body_bytes
+        self._settings = settings or HttpSettings()
+        most_reading = int(1_000_000 * self._settings.max_reading_mb)
+        self._bodies = Bodies(max_body_bytes, most_reading)
         self._created = int(time.time())
         self._runner: http_limits.Runner | None = None
         self.address = address
 
     async def start(self) -> None:
         """Raises ConfigError naming the port when it cannot be had."""
-        middlewares = [self._errors, guard(self._frontend.gate)]
-        app = web.Application(middlewares=middlewares, client_max_size=self._max_body_bytes)
+        app = web.Application(middlewares=[guard(self._frontend.gate)])
         app.on_response_prepare.append(with_limits(self._frontend.gate))
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{id:.+}", self._model)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
-        # A client that goes away cancels its handler, and that its request.
-        self._runner = http_limits.Runner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        add_small_routes(app.router, self._frontend)
+        metrics = self._frontend.dispatcher.metrics
+        self._runner = runner = http_limits.Runner(
+            app, self._around, metrics.outcome, shutdown_timeout=1.0
         )
-        await self._runner.setup()
+        metrics.gauge("http_connections", "Open HTTP connections", lambda: runner.connections)
+        metrics.gauge(
+            "http_reading_bytes", "Held by bodies not parsed yet", lambda: self._bodies.held
+        )
+        await runner.setup()
         host, _, port = self.address.rpartition(":")
         try:
             await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
@@ -104,7 +109,7 @@ class HttpServer:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
             frontend, given = self._frontend, prompts_of(body.prompt)
             prompts: list[list[int]] = []
-            frontend.validator.check_prompts("prompt", len(given))
+            check_prompts("prompt", len(given))
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"
                 prompts.append(await frontend.encode(field, one) if isinstance(one, str) else one)
@@ -123,33 +128,6 @@ class HttpServer:
         visit_of(request).principal.check_model([self._frontend.model_id])
         return web.json_response(self._card())
 
-    async def _health(self, request: web.Request) -> web.StreamResponse:
-        ready = self._frontend.dispatcher.ready
-        status = "ok" if ready else "no worker of some role is connected"
-        return web.json_response({"status": status}, status=200 if ready else 503)
-
-    async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        text = self._frontend.dispatcher.metrics.exposition()
-        return web.Response(body=text, headers={"Content-Type": METRICS_CONTENT_TYPE})
-
-    # -- reading ------------------------------------------------------------------------------
-
-    async def _read(self, request: web.Request, arrival: Arrival) -> bytes:
-        limit, encoding = self._max_body_bytes, request.headers.get("Content-Encoding", "identity")
-        if request.content_length is not None and request.content_length > limit:
-            size = f"{request.content_length} bytes"
-            raise RequestTooLarge("body", size, f"at most {limit} bytes")
-        try:
-            async with asyncio.timeout(arrival.deadline - arrival.received):
-                data = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise RequestTooLarge("body", f"over {limit} bytes", f"at most {limit} bytes") from None
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline passed before the body was there") from None
-        if encoding == "identity":
-            return data
-        return await asyncio.to_thread(http_limits.inflate, data, encoding.lower(), limit)
-
     # -- answering ----------------------------------------------------------------------------
 
     async def _serve(
@@ -164,17 +142,22 @@ class HttpServer:
         frontend, headers = self._frontend, request.headers
         arrival = frontend.arrival(visit_of(request), tracing.context_of(headers))
         with frontend.refusals_counted(arrival):
-            body = read_body(await self._read(request, arrival), kind)
+            check_media_type(request)
+            with self._bodies.reading() as one:
+                data = await self._bodies.read(one, request, arrival.deadline)
+                body = await frontend.aside.read_body(data, kind, self._settings.strict)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
+            if (asked := grammar_of(body)) is not None:
+                sampling = await frontend.with_grammar(sampling, *asked)
             field, prompts = await read_prompts(body)
-        request_id, stream = frontend.submit(
+        request_id, stream = await frontend.submit(
             field,
             prompts,
             sampling,
             n,
             arrival,
-            request_id=headers.get(REQUEST_ID_HEADER, ""),
+            request_id=request[REQUEST_ID],
             tenant=headers.get(TENANT_HEADER, ""),
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
@@ -184,6 +167,7 @@ class HttpServer:
             answer = answer_kind(
                 frontend.text,
                 request_id,
+                fingerprint=self._fingerprint(),
                 created=int(arrival.received_unix),
                 model=frontend.model_id,
                 n=n,
@@ -196,6 +180,10 @@ class HttpServer:
             data = answer.whole(await stream.whole())
             return web.Response(body=data, content_type="application/json")
 
+    def _fingerprint(self) -> str:
+        """Differs where model, weights or KV layout do."""
+        return f"fp_{self._frontend.dispatcher.view.layout_hash.hex()[:12]}"
+
     def _echo(self, body: SamplingFields) -> list[str]:
         if not (isinstance(body, CompletionBody) and body.echo):
             return []
@@ -207,20 +195,10 @@ class HttpServer:
     ) -> web.StreamResponse:
         # The first token decides between an answer and an HTTP error.
         batch = await stream.batch()
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
+        response = web.StreamResponse(headers=HEADERS)
+        self._add_headers(request, response)
         await response.prepare(request)
-        try:
-            while batch:
-                if data := b"".join([answer.event(delta) for delta in batch]):
-                    await response.write(data)
-                batch = await stream.batch()
-            await response.write(answer.last_events())
-        except CrossdockError as error:
-            await response.write(fmt.error_event(error))
-        except ConnectionResetError:
-            log.debug("%s: the client went away", answer.request_id)
+        await send_events(request, response, stream, answer, batch)
         return response
 
     def _card(self) -> dict[str, Any]:
@@ -232,40 +210,22 @@ class HttpServer:
             "context_length": self._frontend.text.context_length,
         }
 
-    # -- errors -------------------------------------------------------------------------------
+    # -- around every answer ------------------------------------------------------------------
 
-    @web.middleware
-    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._runner is not None:
-            self._runner.heard(request.protocol)
-        try:
+    async def _around(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        async def identified(request: web.Request) -> web.StreamResponse:
+            if given := request.headers.get(REQUEST_ID_HEADER):
+                check_label(REQUEST_ID_HEADER, given)
+                request[REQUEST_ID] = given
             return await handler(request)
-        except CrossdockError as error:
-            return _error_response(error)
-        except web.HTTPException as error:
-            reason = f"{error.reason}: {request.method} {request.path}"
-            body = {"message": reason, "type": "invalid_request_error"}
-            return web.json_response(
-                {"error": body | {"param": None, "code": None}},
-                status=error.status,
-                headers={"Allow": error.headers["Allow"]} if "Allow" in error.headers else None,
-            )
-        except (asyncio.CancelledError, ConnectionResetError):
-            raise
-        except Exception:
-            log.exception("%s %s failed", request.method, request.path)
-            return _error_response(CrossdockError("internal error; the gateway's log has it"))
 
+        request[REQUEST_ID] = uuid.uuid4().hex
+        outcome = self._frontend.dispatcher.metrics.outcome
+        response = await answered(request, identified, outcome)
+        if not response.prepared:
+            self._add_headers(request, response)
+        return response
 
-def _error_response(error: CrossdockError) -> web.Response:
-    headers = {}
-    if isinstance(error, Overloaded):
-        headers["Retry-After"] = f"{error.retry_after_s:.0f}"
-    elif error.retriable:
-        headers["Retry-After"] = "1"
-    return web.Response(
-        body=msgspec.json.encode(fmt.error_body(error)),
-        status=error.http_status,
-        headers=headers,
-        content_type="application/json",
-    )
+    def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
+        response.headers["Server"] = "crossdock"

@@ -12,8 +12,9 @@ import msgspec
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.v1 import kserve_pb2 as pb
 from crossdock.router.dispatch.request import Delta
+from crossdock.router.frontdoor.json_body import parse_object
 from crossdock.router.frontdoor.kserve_tensors import BYTES, Tensor, add_output, read_inputs
-from crossdock.router.frontdoor.openai_schemas import CompletionBody, parse_json, read_body
+from crossdock.router.frontdoor.openai_schemas import CompletionBody, read_body
 
 # Tensor -> datatype, shape, as the metadata tell them.
 INPUTS: dict[str, tuple[str, list[int]]] = {
@@ -168,7 +169,7 @@ def _sampling(inputs: dict[str, Tensor], parameters: dict[str, Any]) -> Completi
     if "sampling_parameters" in inputs:
         inputs["sampling_parameters"].one()
         (text,) = inputs["sampling_parameters"].texts()
-        for name, value in parse_json(text.encode() or b"{}").items():
+        for name, value in parse_object(text.encode() or b"{}").items():
             if name in fields:
                 limit = "is given in parameters as well"
                 raise InvalidRequest(f"sampling_parameters.{name}", value, limit)

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import msgspec
 
 from crossdock.model.text import TextModel
-from crossdock.proto.errors import (
-    CrossdockError,
-    Forbidden,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    RateLimited,
-    Unauthenticated,
-)
 from crossdock.proto.v1 import inference_pb2
 from crossdock.router.dispatch.request import Delta
-from crossdock.router.frontdoor.access_errors import access_error_body
 
 _encode = msgspec.json.encode
+PLAIN_END = b',"logprobs":null,"finish_reason":null}]}\n\n'
 
 
 @dataclass
@@ -35,6 +26,8 @@ class Answer(ABC):
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # its `object`
     event_kind: ClassVar[str]
+    lead: ClassVar[bytes]  # what stands before and after the text in an event that is only text
+    tail: ClassVar[bytes]
 
     names: TextModel  # how tokens are shown
     request_id: str
@@ -43,9 +36,11 @@ class Answer(ABC):
     n: int  # answers to each prompt
     logprobs: bool
     include_usage: bool
+    fingerprint: str  # of model, weights and KV layout
     echo: Sequence[str] = ()  # by prompt, text to put before its answers
     _usages: dict[int, inference_pb2.Usage] = field(default_factory=dict)
-    _sent: dict[int, int] = field(default_factory=dict)  # index -> characters
+    _begun: set[int] = field(default_factory=set)  # indexes of which something was sent
+    _leads: dict[int, bytes] = field(default_factory=dict)  # what stands before an event's text
 
     @cached_property
     def _prefix(self) -> bytes:
@@ -55,17 +50,21 @@ class Answer(ABC):
 
     def event(self, delta: Delta) -> bytes:
         """Its server-sent event; empty where the delta holds nothing to show yet."""
-        first = delta.index not in self._sent
+        if delta.index in self._leads and delta.finish_reason is None:
+            text = delta.text  # nothing but text, of an index that has begun
+            return self._leads[delta.index] + _encode(text) + self.tail if text else b""
+        first = delta.index not in self._begun
         self._take(delta, first)
         shown = delta.text or delta.finish_reason or (self.logprobs and delta.logprobs)
         if not shown and not first:
             return b""
-        offset = self._sent.get(delta.index, 0)
-        self._sent[delta.index] = offset + len(delta.text)
+        self._begun.add(delta.index)
+        if not self.logprobs:
+            self._leads[delta.index] = self._prefix + b'{"index":%d,' % delta.index + self.lead
         return self._prefix + b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}]}\n\n' % (
             delta.index,
             self._gained(delta, first),
-            _encode(self._logprobs_of(delta, offset)),
+            _encode(self._logprobs_of(delta)),
             _encode(delta.finish_reason),
         )
 
@@ -86,7 +85,7 @@ class Answer(ABC):
                 {
                     "index": delta.index,
                     **self._content(delta),
-                    "logprobs": self._logprobs_of(delta, 0),
+                    "logprobs": self._logprobs_of(delta),
                     "finish_reason": delta.finish_reason,
                 }
             )
@@ -94,7 +93,13 @@ class Answer(ABC):
 
     def _head(self, kind: str) -> dict[str, Any]:
         id_ = f"{self.id_prefix}-{self.request_id}"
-        return {"id": id_, "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": id_,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
 
     def _take(self, delta: Delta, first: bool) -> None:
         if delta.usage is not None:
@@ -115,8 +120,8 @@ class Answer(ABC):
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _logprobs_of(self, delta: Delta, offset: int) -> dict[str, Any] | None:
-        return self._tokens(delta.logprobs, offset) if self.logprobs else None
+    def _logprobs_of(self, delta: Delta) -> dict[str, Any] | None:
+        return self._tokens(delta.index, delta.logprobs) if self.logprobs else None
 
     @abstractmethod
     def _content(self, delta: Delta) -> dict[str, Any]:
@@ -127,14 +132,15 @@ class Answer(ABC):
         """What an event says, as a JSON key and its value."""
 
     @abstractmethod
-    def _tokens(self, found: Sequence[inference_pb2.TokenLogprobs], offset: int) -> dict[str, Any]:
-        """Logprobs of tokens whose text begins `offset` characters into the whole."""
+    def _tokens(self, index: int, found: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:
+        """Logprobs of the next tokens of an index."""
 
 
 class ChatAnswer(Answer):
     """Of POST /v1/chat/completions."""
 
     id_prefix, kind, event_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    lead, tail = b'"delta":{"content":', b"}" + PLAIN_END
 
     def _content(self, delta: Delta) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
@@ -146,7 +152,7 @@ class ChatAnswer(Answer):
             return b'"delta":{}'
         return b'"delta":{"content":%b}' % _encode(delta.text)
 
-    def _tokens(self, found: Sequence[inference_pb2.TokenLogprobs], offset: int) -> dict[str, Any]:
+    def _tokens(self, index: int, found: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:
         def entry(item: inference_pb2.TokenLogprob) -> dict[str, Any]:
             return {
                 "token": self.names.token_text(item.token_id),
@@ -162,10 +168,14 @@ class ChatAnswer(Answer):
         }
 
 
+@dataclass
 class CompletionAnswer(Answer):
     """Of POST /v1/completions."""
 
+    _offsets: dict[int, Offsets] = field(default_factory=dict)
+
     id_prefix, kind, event_kind = "cmpl", "text_completion", "text_completion"
+    lead, tail = b'"text":', PLAIN_END
 
     def _content(self, delta: Delta) -> dict[str, Any]:
         return {"text": delta.text}
@@ -173,37 +183,51 @@ class CompletionAnswer(Answer):
     def _gained(self, delta: Delta, first: bool) -> bytes:
         return b'"text":%b' % _encode(delta.text)
 
-    def _tokens(self, found: Sequence[inference_pb2.TokenLogprobs], offset: int) -> dict[str, Any]:
-        text_of = self.names.token_text
-        tokens = [text_of(item.chosen.token_id) for item in found]
+    def _tokens(self, index: int, found: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:
+        offsets = self._offsets.get(index)
+        if offsets is None:
+            echoed = self.echo[index // self.n] if self.echo else ""
+            offsets = self._offsets[index] = Offsets(self.names, len(echoed))
         return {
-            "tokens": tokens,
+            "tokens": [token_name(self.names, item.chosen.token_id) for item in found],
             "token_logprobs": [item.chosen.logprob for item in found],
-            "top_logprobs": [{text_of(t.token_id): t.logprob for t in item.top} for item in found],
-            "text_offset": list(accumulate(map(len, tokens[:-1]), initial=offset))[: len(tokens)],
+            "top_logprobs": [self._top(item) for item in found],
+            "text_offset": [offsets.next(item.chosen.token_id) for item in found],
         }
 
-
-def error_event(error: CrossdockError) -> bytes:
-    """An error after the answer has begun."""
-    return b"data: " + _encode(error_body(error)) + b"\n\n"
-
-
-def error_body(error: CrossdockError) -> dict[str, Any]:
-    """OpenAI's shape. `code` is the name of the error's class in Crossdock's own tree."""
-    kind = "server_error"
-    if isinstance(error, Unauthenticated | Forbidden | RateLimited):
-        return access_error_body(error)
-    if isinstance(error, InvalidRequest | NotFound):
-        kind = "invalid_request_error"
-    elif isinstance(error, Overloaded):
-        kind = "rate_limit_error"
-    code = "model_not_found" if isinstance(error, NotFound) else _code(type(error).__name__)
-    param = error.field if isinstance(error, InvalidRequest) else None
-    if isinstance(error, NotFound):
-        param = "model"
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+    def _top(self, item: inference_pb2.TokenLogprobs) -> dict[str, float]:
+        """By name; where two tokens have one, the less probable goes by its bytes, or its id."""
+        named: dict[str, float] = {}
+        for top in item.top:
+            id_ = top.token_id
+            names = token_name(self.names, id_), bytes_name(self.names, id_), f"token_id:{id_}"
+            named[next((name for name in names if name not in named), names[-1])] = top.logprob
+        return named
 
 
-def _code(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+class Offsets:
+    """Where the tokens of one completion begin in its text: of a character that several make up,
+    each where that begins."""
+
+    def __init__(self, names: TextModel, start: int) -> None:
+        self._names, self._at = names, start
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token_id: int) -> int:
+        """The offset of the next token, in characters."""
+        at = self._at
+        self._at += len(self._utf8.decode(self._names.pieces.of(token_id, skip_special=True)))
+        return at
+
+
+def token_name(names: TextModel, token_id: int) -> str:
+    """A token as OpenAI's completions name it: by its text, where that is whole characters."""
+    try:
+        return names.token_bytes(token_id).decode("utf-8")
+    except UnicodeDecodeError:
+        return bytes_name(names, token_id)
+
+
+def bytes_name(names: TextModel, token_id: int) -> str:
+    """A token by its bytes: "bytes:", then each as \\x and two digits."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in names.token_bytes(token_id))

@@ -1,21 +1,20 @@
-"""Bodies of the OpenAI HTTP API: what is read of them, and what is refused by name.
-
-Fields that are not named here are ignored, as clients send many; a field that would change the
-answer and is not supported is refused when it asks for anything but its default.
-"""
+"""Bodies of the OpenAI HTTP API: what is read of them. `openai_fields` has what is refused."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from crossdock.proto.convert import SAMPLING_SCALARS
 from crossdock.proto.errors import InvalidRequest
-from crossdock.proto.types import SamplingParams
+from crossdock.proto.types import MAX_LOGPROBS, SamplingParams
+from crossdock.router.frontdoor import openai_fields
+from crossdock.router.frontdoor.json_body import parse_object, to_struct
+from crossdock.router.frontdoor.structured import StructuredFields
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -29,7 +28,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class SamplingFields(StructuredFields, kw_only=True):
     """What /v1/completions and /v1/chat/completions have in common. None is "not given"."""
 
     model: str | None = None
@@ -85,53 +84,13 @@ class ChatBody(SamplingFields, kw_only=True):
     top_logprobs: int | None = None
 
 
-# Field -> whether a value leaves the answer as it would be without the field.
-_HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "tools": lambda value: not value,
-    "tool_choice": lambda value: value in (None, "none", "auto"),
-    "functions": lambda value: not value,
-    "function_call": lambda value: value in (None, "none", "auto"),
-    "response_format": lambda value: value is None or value == {"type": "text"},
-    "modalities": lambda value: value in (None, ["text"]),
-    "audio": lambda value: value is None,
-    "prediction": lambda value: value is None,
-    "web_search_options": lambda value: value is None,
-    "suffix": lambda value: not value,
-    "best_of": lambda value: value is None,
-}
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object. NaN and Infinity are read, to be refused under their field."""
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = f"byte 0x{body[error.start]:02x} at offset {error.start}"
-        raise InvalidRequest("body", bad, "must be UTF-8") from None
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{error.msg} at line {error.lineno} column {error.colno}"
-        raise InvalidRequest("body", where, "must be valid JSON") from None
-    except (RecursionError, ValueError) as error:
-        raise InvalidRequest("body", str(error), "must be plain JSON") from None
-    if not isinstance(found, dict):
-        raise InvalidRequest("body", type(found).__name__, "must be a JSON object")
-    return found
-
-
-def read_body(body: bytes, kind: type[Body]) -> Body:
-    """The typed body. Raises InvalidRequest naming the first field that is not as it must be."""
-    raw = parse_json(body)
-    for field, harmless in _HARMLESS.items():
-        if field in raw and not harmless(raw[field]):
-            if field == "best_of" and raw[field] == (raw.get("n") or 1):
-                continue
-            raise InvalidRequest(field, raw[field], "is not supported by this server")
-    try:
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        raise _field_error(raw, str(error)) from None
+def read_body(body: bytes, kind: type[Body], strict: bool = False) -> Body:
+    """The typed body. Raises InvalidRequest naming the first field that is not as it must be; where
+    `strict`, that is also one that is not known."""
+    raw = parse_object(body)
+    openai_fields.check_fields(raw, kind.__struct_fields__, strict)
+    openai_fields.check_messages(raw, Message.__struct_fields__, strict)
+    return to_struct(raw, kind)
 
 
 def sampling_of(body: SamplingFields, seed: int) -> SamplingParams:
@@ -169,8 +128,8 @@ def messages_of(body: ChatBody) -> list[dict[str, str]]:
     return plain
 
 
-def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """One prompt or several, each a text or token ids."""
+def prompts_of(prompt: Any) -> list[str | list[int] | np.ndarray]:
+    """One prompt or several, each a text or token ids; numpy's of a large body."""
     if isinstance(prompt, str):
         return [prompt]
     if prompt is None:
@@ -180,13 +139,15 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
         raise InvalidRequest("prompt", prompt, limit)
     if not prompt:
         raise InvalidRequest("prompt", prompt, "must not be empty")
-    if all(_is_token(item) for item in prompt):
-        return [prompt]
+    flat = _is_token(prompt[0])
     for i, item in enumerate(prompt):
-        tokens = isinstance(item, list) and all(_is_token(token) for token in item)
-        if not tokens and not isinstance(item, str):
+        if not (_is_token(item) if flat else isinstance(item, str) or _are_tokens(item)):
             raise InvalidRequest(f"prompt[{i}]", item, limit)
-    return prompt
+    return [prompt] if flat else prompt
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or (isinstance(value, list) and all(map(_is_token, value)))
 
 
 def _is_token(value: Any) -> bool:
@@ -215,21 +176,8 @@ def _logprobs(body: SamplingFields) -> int | None:
             if body.top_logprobs:
                 raise InvalidRequest("top_logprobs", body.top_logprobs, "needs logprobs to be true")
             return None
-        return body.top_logprobs or 0
+        asked = body.top_logprobs or 0
+        if not 0 <= asked <= MAX_LOGPROBS:
+            raise InvalidRequest("top_logprobs", asked, f"must be from 0 to {MAX_LOGPROBS}")
+        return asked
     return body.logprobs if isinstance(body, CompletionBody) else None
-
-
-def _field_error(raw: dict[str, Any], message: str) -> InvalidRequest:
-    """A schema error, with its value looked up along the path that it names."""
-    limit, _, path = message.partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
-    if missing := re.match(r"Object missing required field `(\w+)`", limit):
-        field = f"{path}.{missing[1]}" if path else missing[1]
-        return InvalidRequest(field, None, "is required")
-    value: Any = raw
-    for key in re.findall(r"[^.\[\]]+", path):
-        try:
-            value = value[int(key)] if isinstance(value, list) else value[key]
-        except (KeyError, IndexError, ValueError, TypeError):
-            break
-    return InvalidRequest(path or "body", value, limit[:1].lower() + limit[1:])

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from crossdock.model.text import TextModel
-from crossdock.proto.errors import InvalidRequest, NotFound
+from crossdock.proto.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from crossdock.proto.types import MAX_N, SamplingParams
+from crossdock.router.frontdoor.json_body import check_unicode
 
 MAX_PROMPTS = 64
 MAX_MESSAGES = 2048
@@ -43,32 +46,26 @@ class Validator:
         """Before tokenization, so that what cannot fit costs nothing."""
         if not text:
             raise InvalidRequest(field, text, "must not be empty")
-        check_unicode(field, text)
         if len(text) > self.capacity * self.longest_token:
-            raise InvalidRequest(
-                field, f"{len(text)} characters", f"at most {self.capacity - 1} tokens"
-            )
+            limit = f"at most {self.capacity - 1} tokens, as {self._capacity_reason()}"
+            raise ContextLengthExceeded(field, f"{len(text)} characters", limit)
+        check_unicode(field, text)
 
-    def check_prompt(self, field: str, token_ids: Sequence[int]) -> None:
+    def check_prompt(self, field: str, token_ids: Sequence[int] | np.ndarray) -> None:
         """Raises InvalidRequest for a prompt that is empty, out of the vocabulary or too long."""
-        if not token_ids:
+        if not len(token_ids):
             raise InvalidRequest(field, [], "must not be empty")
         if len(token_ids) >= self.capacity:
-            raise InvalidRequest(
+            raise ContextLengthExceeded(
                 field,
                 f"{len(token_ids)} tokens",
                 f"at most {self.capacity - 1} tokens before the first one generated, as "
                 f"{self._capacity_reason()}",
             )
-        for token_id in token_ids:
-            if not 0 <= token_id < self.text.vocab_size:
-                limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
-                raise InvalidRequest(field, token_id, limit)
-
-    def check_prompts(self, field: str, count: int) -> None:
-        """Raises InvalidRequest for none or too many prompts."""
-        if not 1 <= count <= MAX_PROMPTS:
-            raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
+        wrong = _first_outside(token_ids, self.text.vocab_size)
+        if wrong is not None:
+            limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
+            raise InvalidRequest(field, wrong, limit)
 
     def check_request(self, model: str, n: int, sampling: SamplingParams) -> None:
         """What can be known before the prompt is tokenized. Raises InvalidRequest or NotFound."""
@@ -79,7 +76,7 @@ class Validator:
         for text in sampling.stop:
             check_unicode("stop", text)
         if sampling.max_tokens != UNLIMITED and sampling.max_tokens >= self.capacity:
-            raise InvalidRequest(
+            raise ContextLengthExceeded(
                 "max_tokens",
                 sampling.max_tokens,
                 f"must be less than {self.capacity}, as {self._capacity_reason()}",
@@ -94,11 +91,11 @@ class Validator:
         if sampling.max_tokens == UNLIMITED:
             if sampling.min_tokens > room:
                 limit = f"at most {room} tokens fit after a prompt of {prompt_tokens}"
-                raise InvalidRequest("min_tokens", sampling.min_tokens, limit)
+                raise ContextLengthExceeded("min_tokens", sampling.min_tokens, limit)
             default = max(sampling.min_tokens, min(room, default_max_tokens))
             return replace(sampling, max_tokens=default)
         if sampling.max_tokens > room:
-            raise InvalidRequest(
+            raise ContextLengthExceeded(
                 "max_tokens",
                 sampling.max_tokens,
                 f"at most {room} tokens fit after a prompt of {prompt_tokens}, as "
@@ -110,16 +107,23 @@ class Validator:
         pool = self.pool_tokens()
         if pool is not None and pool < self.text.context_length:
             return f"the whole KV pool of a worker holds {pool} tokens"
-        return f"the context of {self.model_id} is {self.text.context_length} tokens"
+        return f"this model's maximum context length is {self.text.context_length} tokens"
 
 
-def check_unicode(field: str, text: str) -> None:
-    """JSON can spell half a character (a lone surrogate); UTF-8 and tokenizers cannot."""
+def check_prompts(field: str, count: int) -> None:
+    """Raises InvalidRequest for none or too many prompts."""
+    if not 1 <= count <= MAX_PROMPTS:
+        raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
+
+
+def _first_outside(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> int | None:
+    """The first id that is none of the vocabulary's."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        bad = f"U+{ord(text[error.start]):04X} at character {error.start}"
-        raise InvalidRequest(field, bad, "must be valid Unicode") from None
+        ids = np.asarray(token_ids, dtype=np.int64)
+    except OverflowError:
+        return next(i for i in token_ids if not 0 <= i < vocab_size)
+    outside = (ids < 0) | (ids >= vocab_size)
+    return int(ids[outside.argmax()]) if outside.any() else None
 
 
 def check_label(field: str, value: str) -> None:

@@ -21,9 +21,10 @@ def say(rig: Rig, text: Any, said: str) -> int:
 async def post(rig: Rig, path: str, body: Any, **request: Any) -> tuple[int, Any, Any]:
     """Status, headers and decoded body of a raw request."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | request.pop("headers", {})
     async with (
         aiohttp.ClientSession() as session,
-        session.post(f"{rig.url}{path}", data=data, **request) as response,
+        session.post(f"{rig.url}{path}", data=data, headers=headers, **request) as response,
     ):
         return response.status, response.headers, await response.json()
 

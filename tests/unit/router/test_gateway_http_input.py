@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from gateway_rig import Rig
+from gateway_rig import Rig, start_rig
 from http_kit import chat, complete, hello, post
+
+from crossdock.proto.v1 import worker_pb2
+from crossdock.router.config import HttpSettings
 
 LONG = "word " * 2500
 BAD = [
     (complete(prompt=""), "prompt", "empty"),
     (complete(prompt=[]), "prompt", "empty"),
-    (complete(prompt=None), "prompt", "required"),
+    (complete(prompt=None), "prompt", "null is not allowed; is required"),
     (complete(prompt=[[]]), "prompt", "empty"),
     (complete(prompt=["a", ""]), "prompt[1]", "empty"),
     (complete(prompt={"a": 1}), "prompt", "must be a string"),
     (complete(prompt=["a", 1.5]), "prompt[1]", "1.5"),
+    (complete(prompt=[True]), "prompt[0]", "true is not allowed"),
+    (complete(prompt=[5] * 5000 + [None]), "prompt[5000]", "null is not allowed"),
     (complete(prompt=["x"] * 65), "prompt", "65 prompts"),
     (complete(prompt=[10**6]), "prompt", "1000000"),
     (complete(prompt=[[1], [-3]]), "prompt[1]", "-3"),
@@ -34,7 +41,12 @@ BAD = [
     (complete(max_tokens="5"), "max_tokens", "'5'"),
     (complete(n=0), "n", "from 1 to 16"),
     (complete(n=17), "n", "17"),
-    (complete(temperature=float("nan")), "temperature", "nan"),
+    (complete(n=True), "n", "true is not allowed; must be an integer or null"),
+    (complete(echo="yes"), "echo", "must be true or false or null"),
+    (complete(n="\ud800"), "n", "U+D800"),
+    (complete(**{"\ud800": 1}), "\\ud800", "U+D800"),
+    (complete(user={"a": ["\udc00"]}), "user.a[0]", "U+DC00"),
+    (complete(temperature=float("nan")), "temperature", "NaN"),
     (complete(temperature=-1), "temperature", "-1"),
     (complete(temperature="hot"), "temperature", "'hot'"),
     (complete(top_p=0), "top_p", "(0, 1]"),
@@ -66,11 +78,18 @@ BAD = [
     ),
     (chat(priority=2**40), "priority", "1099511627776"),
     (chat(top_logprobs=3), "top_logprobs", "needs logprobs"),
-    (chat(logprobs=True, top_logprobs=40), "logprobs", "40"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
     (chat(tools=[{"type": "function"}]), "tools", "not supported"),
-    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
     (chat(max_completion_tokens=-1), "max_tokens", "-1"),
 ]
+
+
+CONTEXT = {"2047 tokens", "2048", "at most 48", "2047"}
+
+
+def code_of(says: str) -> str:
+    """What litellm and others look for, where a request is too long for the model."""
+    return "context_length_exceeded" if says in CONTEXT else "invalid_request"
 
 
 @pytest.mark.parametrize(("call", "field", "says"), BAD, ids=[f"{f}-{s}" for _, f, s in BAD])
@@ -82,7 +101,7 @@ async def test_bad_input_is_refused_by_name(
     error = answer["error"]
     assert error["param"] == field
     assert error["type"] == "invalid_request_error"
-    assert error["code"] == "invalid_request"
+    assert error["code"] == code_of(says)
     assert error["message"].startswith(f"{field}:")
     assert says in error["message"]
     assert not rig.prefills[0].prefills, "nothing may start"
@@ -96,16 +115,96 @@ async def test_bad_input_is_refused_by_name(
         (b'{"prompt": "x"', "line 1 column"),
         (b'{"prompt": "\xff\xfe"}', "UTF-8"),
         (b"[1, 2]", "JSON object"),
-        (b"[" * 100_000, "plain JSON"),
-        (b'{"max_tokens": ' + b"9" * 10_000 + b"}", "plain JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"n": 1, "prompt": "x", "n": 2}', "'given twice'"),
+        (b'{"a": {"b": 1, "b": 1}}', "'given twice'"),
+        (b'{"max_tokens": ' + b"9" * 10_000 + b"}", "4300 digits"),
     ],
 )
 async def test_a_body_that_cannot_be_read(rig: Rig, body: bytes, says: str) -> None:
     for path in ("/v1/completions", "/v1/chat/completions"):
         status, _, answer = await post(rig, path, body)
         assert status == 400
-        assert answer["error"]["param"] == "body"
+        assert answer["error"]["param"] == {b'{"n"': "n", b'{"a"': "b"}.get(body[:4], "body")
         assert says in answer["error"]["message"]
+
+
+async def test_a_byte_order_mark_is_no_part_of_the_body(rig: Rig) -> None:
+    data = codecs.BOM_UTF8 + b'{"prompt": "x", "max_tokens": 1}'
+    assert (await post(rig, "/v1/completions", data))[0] == 200
+
+
+@pytest.mark.parametrize(("given", "status"), [
+    ("application/json; charset=utf-8", 200), ("application/vnd.api+json", 200),
+    ("text/plain", 415), ("application/x-www-form-urlencoded", 415),
+])  # fmt: skip
+async def test_a_body_must_be_said_to_be_json(rig: Rig, given: str, status: int) -> None:
+    path, body = complete(max_tokens=1)
+    found, _, answer = await post(rig, path, body, headers={"Content-Type": given})
+    assert found == status
+    if status == 415:
+        assert answer["error"]["code"] == "unsupported_media_type"
+        assert answer["error"]["param"] == "Content-Type"
+
+
+SILENT_NO_MORE = [
+    complete(bad_words=["x"]),
+    complete(truncate_prompt_tokens=3), complete(prompt_logprobs=0), complete(best_of=2, n=1),
+    complete(skip_special_tokens=False), complete(include_stop_str_in_output=True),
+    complete(allowed_token_ids=[1]), complete(use_beam_search=True), complete(length_penalty=2),
+    chat(continue_final_message=True), chat(chat_template_kwargs={"a": 1}),
+    chat(chat_template="x"), chat(add_generation_prompt=False), chat(reasoning_effort="low"),
+    chat(add_generation_prompt=1), chat(functions=[{}]), chat(function_call={"name": "f"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", SILENT_NO_MORE, ids=[list(c[1])[1] for c in SILENT_NO_MORE])
+async def test_what_changes_the_answer_is_refused_by_name(rig: Rig, call: tuple[str, Any]) -> None:
+    status, _, answer = await post(rig, *call)
+    assert (status, answer["error"]["param"]) == (400, list(call[1])[1])
+    assert "is not supported by this server" in answer["error"]["message"]
+
+
+async def test_what_changes_a_message_is_refused_by_name(rig: Rig) -> None:
+    for field, value in {"function_call": {"name": "f"}, "prefix": True, "refusal": "no"}.items():
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", field: value}]
+        status, _, answer = await post(rig, *chat(messages=messages))
+        assert (status, answer["error"]["param"]) == (400, f"messages[1].{field}")
+
+
+async def test_unknown_fields_are_ignored_or_refused_as_configured(tiny_model: Path) -> None:
+    unknown = [
+        ("tempreature", complete(tempreature=0.5)),
+        ("messages[0].colour", chat(messages=[{"role": "user", "content": "x", "colour": 1}])),
+    ]
+    known = hello(max_tokens=1, user="me", metadata={"a": "b"}, store=False, tools=[])
+    known["messages"][0]["name"] = "Ann"
+    for strict in (False, True):
+        async with start_rig(tiny_model, http_options=HttpSettings(strict=strict)) as rig:
+            for field, (path, body) in unknown:
+                status, _, answer = await post(rig, path, body | {"max_tokens": 1})
+                assert status == (400 if strict else 200)
+                assert not strict or answer["error"]["param"] == field
+            assert (await post(rig, "/v1/chat/completions", known))[0] == 200
+
+
+async def test_every_answer_that_is_an_error_is_counted_once(rig: Rig) -> None:
+    rig.decodes[0].refusals.append(worker_pb2.ERROR_CODE_INTERNAL)
+    for count, (outcome, call) in enumerate(
+        [
+            ("invalid", complete(n="\ud800")),
+            ("invalid", ("/v1/completions", b"{")),
+            ("not_found", complete(model="gpt-9")),
+            ("not_found", ("/v1/nothing", {})),
+            ("internal", complete(prompt="x y z")),
+        ],
+        1,
+    ):
+        before = rig.metric("requests_total", outcome=outcome)
+        assert (await post(rig, *call))[0] >= 400
+        assert rig.metric("requests_total", outcome=outcome) == before + 1
+        samples = next(m for m in rig.gateway.metrics.requests.collect()).samples
+        assert sum(s.value for s in samples if s.name.endswith("_total")) == count
 
 
 async def test_harmless_values_of_unsupported_fields_pass(rig: Rig) -> None:
@@ -127,8 +226,9 @@ async def test_a_50_mb_body(rig: Rig) -> None:
         for _ in range(50):
             yield b"x" * 1_000_000
 
+    json_ = {"Content-Type": "application/json"}
     async with aiohttp.ClientSession() as session:
-        response = await session.post(f"{rig.url}/v1/completions", data=chunks())
+        response = await session.post(f"{rig.url}/v1/completions", data=chunks(), headers=json_)
         assert response.status == 413
     assert (await post(rig, *complete(max_tokens=1)))[0] == 200
 
@@ -217,3 +317,16 @@ async def test_an_unknown_model(rig: Rig) -> None:
     status, _, answer = await post(rig, *complete(model="gpt-9"))
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
     assert "'gpt-9'" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/moderations", "/v1/images/generations"])
+async def test_what_a_text_model_does_not_offer(rig: Rig, path: str) -> None:
+    status, _, answer = await post(rig, path, {"input": "x"})
+    assert (status, answer["error"]["code"]) == (404, "not_offered")
+    assert "not offered here" in answer["error"]["message"]
+
+
+async def test_kserve_clients_get_an_error_that_is_a_text(rig: Rig) -> None:
+    status, _, answer = await post(rig, "/v2/models/x/infer", {})
+    assert status == 404
+    assert isinstance(answer["error"], str)

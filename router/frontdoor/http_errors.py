@@ -1,0 +1,130 @@
+"""How HTTP answers an error: OpenAI's body, and KServe's under /v2."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from crossdock.proto.errors import (
+    CrossdockError,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RateLimited,
+    Unauthenticated,
+    show,
+)
+from crossdock.router.frontdoor.access_errors import access_error_body
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Outcome = Callable[[CrossdockError], None]  # counts an error that is answered, once
+KSERVE = "/v2"
+
+
+class NoSuchRoute(NotFound):
+    """Nothing is served under this path and method."""
+
+
+class WrongMethod(NoSuchRoute):
+    """Another method is served under this path."""
+
+    http_status = 405
+
+    def __init__(self, message: str, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class NotOffered(NoSuchRoute):
+    """A route of OpenAI's that no text model answers."""
+
+
+class ExpectationFailed(InvalidRequest):
+    """The client waits for what nobody will send."""
+
+    http_status = 417
+
+
+def error_body(error: CrossdockError) -> dict[str, Any]:
+    """OpenAI's shape. `code` is the name of the error's class in Crossdock's own tree."""
+    if isinstance(error, Unauthenticated | Forbidden | RateLimited):
+        return access_error_body(error)
+    kind, param = "server_error", None
+    code = _snake(type(error).__name__)
+    if isinstance(error, InvalidRequest | NotFound):
+        kind = "invalid_request_error"
+    elif isinstance(error, Overloaded):
+        kind = "rate_limit_error"
+    if isinstance(error, InvalidRequest):
+        param = _plain(error.field)
+    elif isinstance(error, NotFound) and not isinstance(error, NoSuchRoute):
+        param, code = "model", "model_not_found"
+    return {"error": {"message": _plain(str(error)), "type": kind, "param": param, "code": code}}
+
+
+def error_event(error: CrossdockError) -> bytes:
+    """An error after the answer has begun, as a server-sent event."""
+    return b"data: " + msgspec.json.encode(error_body(error)) + b"\n\n"
+
+
+def error_response(error: CrossdockError, path: str = "") -> web.Response:
+    """The answer to a request under `path`."""
+    body = error_body(error)
+    if path.startswith(KSERVE):  # whose clients take the text alone
+        body = {"error": body["error"]["message"]}
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = f"{error.retry_after_s:.0f}"
+    elif error.retriable:
+        headers["Retry-After"] = "1"
+    elif isinstance(error, WrongMethod):
+        headers["Allow"] = error.allowed
+    return web.Response(
+        body=msgspec.json.encode(body),
+        status=error.http_status,
+        headers=headers,
+        content_type="application/json",
+    )
+
+
+async def answered(request: web.Request, handler: Handler, outcome: Outcome) -> web.StreamResponse:
+    """The handler's answer, or that of its error, which `outcome` counts."""
+    try:
+        return await handler(request)
+    except CrossdockError as error:
+        found = error
+    except web.HTTPException as error:
+        found = _named(request, error)
+    except ConnectionError:
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, show(request.path))
+        found = CrossdockError("internal error; the gateway's log has it")
+    outcome(found)
+    return error_response(found, request.path)
+
+
+def _named(request: web.Request, error: web.HTTPException) -> CrossdockError:
+    """An error of aiohttp's own: it found no handler."""
+    what = f"{error.reason}: {request.method} {show(request.path)}"
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return WrongMethod(what, error.headers["Allow"])
+    if isinstance(error, web.HTTPExpectationFailed):
+        return ExpectationFailed("Expect", request.headers["Expect"], "must be 100-continue")
+    return NoSuchRoute(what)
+
+
+def _plain(text: str) -> str:
+    """What UTF-8 can spell: messages quote what clients sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

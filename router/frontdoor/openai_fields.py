@@ -1,0 +1,126 @@
+"""Fields of OpenAI's, vLLM's and others' bodies that are known here and not supported.
+
+A field that would change the answer is refused by name unless it asks for what is done anyway. A
+field that changes nothing is ignored. One that is in no table is unknown: ignored too, or refused
+by name where the gateway is strict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from crossdock.proto.errors import InvalidRequest
+
+# Field -> the values, beside null, under which the answer is as it would be without it.
+CHANGE_THE_ANSWER: Mapping[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "grammar": ("",),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (),
+    "documents": ([],),
+    "reasoning_effort": (),
+    "include_reasoning": (True,),
+    "verbosity": ("medium",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "mm_processor_kwargs": ({},),
+    "suffix": ("",),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": ([],),
+    "no_repeat_ngram_size": (0,),
+    "truncate_prompt_tokens": (),
+    "truncation": ("disabled",),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "lora_path": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+}
+CHANGE_A_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "refusal": ("",),
+    "prefix": (False,),
+    "partial": (False,),
+}
+CHANGE_NOTHING = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+A_MESSAGE_IGNORES = frozenset({"name"})
+
+
+def check_fields(raw: Mapping[str, Any], known: Collection[str], strict: bool) -> None:
+    """Raises InvalidRequest for the first field that is not supported, or, where `strict`, is
+    neither in `known` nor in a table here."""
+    for name, value in raw.items():
+        as_asked = name == "best_of" and _same(value, raw.get("n"))
+        if name in CHANGE_THE_ANSWER and not as_asked:
+            _check(name, value, CHANGE_THE_ANSWER[name])
+    if strict:
+        _check_known("", raw.keys() - known - CHANGE_THE_ANSWER.keys() - CHANGE_NOTHING)
+
+
+def check_messages(raw: Mapping[str, Any], known: Collection[str], strict: bool) -> None:
+    """The same for the fields of its messages."""
+    messages = raw.get("messages")
+    for i, message in enumerate(messages if isinstance(messages, list) else []):
+        if not isinstance(message, dict):
+            continue
+        for name, value in message.items():
+            if name in CHANGE_A_MESSAGE:
+                _check(f"messages[{i}].{name}", value, CHANGE_A_MESSAGE[name])
+        if strict:
+            named = message.keys() - known - CHANGE_A_MESSAGE.keys() - A_MESSAGE_IGNORES
+            _check_known(f"messages[{i}].", named)
+
+
+def _check(field: str, value: Any, harmless: tuple[Any, ...]) -> None:
+    if value is not None and not any(_same(value, one) for one in harmless):
+        raise InvalidRequest(field, value, "is not supported by this server")
+
+
+def _check_known(prefix: str, unknown: Collection[str]) -> None:
+    for name in sorted(unknown):
+        raise InvalidRequest(prefix + name, "given", "is not known here, and gateway.strict is on")
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal as JSON has it, where true is not 1."""
+    return isinstance(value, bool) is isinstance(other, bool) and value == other
