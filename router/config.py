@@ -197,6 +197,7 @@ class GatewayConfig(Limits):
     links: LinkSettings = field(default_factory=LinkSettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
     prices: Mapping[str, Price] = field(default_factory=no_entries)  # by model
+    cluster: str = ""  # its name; empty: what was used is not kept
     gateways: int = 1  # of the cluster; each holds its share of the limits of keys
     probe_key: str = field(default="", repr=False)  # with which `up` tries this gateway
 
