@@ -184,6 +184,8 @@ def _max_tokens(body: SamplingFields) -> int:
     given = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         given = body.max_completion_tokens
+        if given < 1:
+            raise InvalidRequest("max_completion_tokens", given, "must be at least 1")
     return UNLIMITED if given is None else given
 
 

@@ -80,7 +80,7 @@ BAD = [
     (chat(top_logprobs=3), "top_logprobs", "needs logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
     (chat(tools=[{"type": "function"}]), "tools", "not supported"),
-    (chat(max_completion_tokens=-1), "max_tokens", "-1"),
+    (chat(max_completion_tokens=-1), "max_completion_tokens", "-1"),
 ]
 
 
