@@ -8,9 +8,11 @@ import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import CrossdockError, InvalidRequest
@@ -19,9 +21,11 @@ from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.frontdoor.gate import Gate, Visit
 from crossdock.router.frontdoor.limits import Work
+from crossdock.router.frontdoor.text_process import INLINE_CHARACTERS, TextProcess, listed
 from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
 
-INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
+SLICE_TOKENS = 32_768  # hashed without letting others run
+INLINE_TOKENS = 1024  # a longer prompt lets others run in between
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Frontend:
     text: TextModel
     validator: Validator
     dispatcher: Dispatcher
+    aside: TextProcess  # for what would hold the loop
     timeout_s: float  # of a request that brings no deadline
     gate: Gate
 
@@ -76,10 +81,10 @@ class Frontend:
         return random.getrandbits(63)
 
     async def encode(self, field: str, text: str) -> list[int]:
-        """Token ids of a prompt, on a thread where it is long. Raises InvalidRequest."""
+        """Token ids of a prompt. Raises InvalidRequest."""
         self.validator.check_text(field, text)
         if len(text) > INLINE_CHARACTERS:
-            return await asyncio.to_thread(self.text.encode, text)
+            return await self.aside.call("encode", text)
         return self.text.encode(text)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -91,7 +96,7 @@ class Frontend:
             self.validator.check_text("messages", "".join(m["content"] for m in plain))
         try:
             if size > INLINE_CHARACTERS:
-                return await asyncio.to_thread(self.text.apply_chat_template, plain)
+                return await self.aside.call("apply_chat_template", plain)
             return self.text.apply_chat_template(plain)
         except CrossdockError:
             raise
@@ -99,10 +104,10 @@ class Frontend:
             refusal = f"the model's chat template refused them: {error}"
             raise InvalidRequest("messages", f"{len(plain)} messages", refusal) from error
 
-    def submit(
+    async def submit(
         self,
         field: str,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         sampling: SamplingParams,
         n: int,
         arrival: Arrival,
@@ -124,16 +129,18 @@ class Frontend:
                 raise InvalidRequest(
                     "priority", priority, f"must be from {-(2**31)} to {2**31 - 1}"
                 )
+            lists: list[list[int]] = []
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
-            longest = max(len(prompt) for prompt in prompts)
+                lists.append(await listed(prompt))
+            longest = max(map(len, lists))
             principal = visit.principal = visit.principal.named(tenant)
             principal.check_model([self.model_id])
             room = principal.room(field, sampling, longest)
             fitted = self.validator.fit(sampling, longest, min(default_max_tokens, room))
             request = Request(
                 request_id=request_id or uuid.uuid4().hex,
-                prompts=prompts,
+                prompts=lists,
                 sampling=fitted,
                 n=n,
                 tenant=principal.party,
@@ -154,7 +161,22 @@ class Frontend:
             )
             self.gate.admit(visit, work)
         try:
+            request = await self._hashed(request)
             return request.request_id, self.dispatcher.submit(request)
         except BaseException as error:
             self.gate.refused(visit, error)
             raise
+
+    async def _hashed(self, request: Request) -> Request:
+        root = self.dispatcher.root_hash(request.cache_salt)
+        chains = [await self._chain(prompt, root) for prompt in request.prompts]
+        return replace(request, root_hash=root, chains=chains)
+
+    async def _chain(self, prompt: Sequence[int], root: bytes) -> list[bytes]:
+        """The hashes of its blocks, computed in slices."""
+        hashes: list[bytes] = []
+        for end in range(SLICE_TOKENS, len(prompt) + SLICE_TOKENS, SLICE_TOKENS):
+            self.dispatcher.hasher.extend(hashes, prompt[:end], root)
+            if len(prompt) > INLINE_TOKENS:
+                await asyncio.sleep(0)
+        return hashes

@@ -85,7 +85,7 @@ class InferenceService:
             )
             frontend.validator.check_request(message.model, message.n or 1, sampling)
             field, prompt = await self._prompt(message)
-        submitted = frontend.submit(
+        submitted = await frontend.submit(
             field,
             [prompt],
             sampling,

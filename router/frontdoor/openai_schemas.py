@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from crossdock.proto.convert import SAMPLING_SCALARS
 from crossdock.proto.errors import InvalidRequest
@@ -126,8 +127,8 @@ def messages_of(body: ChatBody) -> list[dict[str, str]]:
     return plain
 
 
-def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """One prompt or several, each a text or token ids."""
+def prompts_of(prompt: Any) -> list[str | list[int] | np.ndarray]:
+    """One prompt or several, each a text or token ids; numpy's of a large body."""
     if isinstance(prompt, str):
         return [prompt]
     if prompt is None:
@@ -145,7 +146,7 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 
 def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_token, value))
+    return isinstance(value, np.ndarray) or (isinstance(value, list) and all(map(_is_token, value)))
 
 
 def _is_token(value: Any) -> bool:

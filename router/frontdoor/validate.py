@@ -46,14 +46,14 @@ class Validator:
         """Before tokenization, so that what cannot fit costs nothing."""
         if not text:
             raise InvalidRequest(field, text, "must not be empty")
-        check_unicode(field, text)
         if len(text) > self.capacity * self.longest_token:
             limit = f"at most {self.capacity - 1} tokens, as {self._capacity_reason()}"
             raise ContextLengthExceeded(field, f"{len(text)} characters", limit)
+        check_unicode(field, text)
 
-    def check_prompt(self, field: str, token_ids: Sequence[int]) -> None:
+    def check_prompt(self, field: str, token_ids: Sequence[int] | np.ndarray) -> None:
         """Raises InvalidRequest for a prompt that is empty, out of the vocabulary or too long."""
-        if not token_ids:
+        if not len(token_ids):
             raise InvalidRequest(field, [], "must not be empty")
         if len(token_ids) >= self.capacity:
             raise ContextLengthExceeded(
@@ -66,11 +66,6 @@ class Validator:
         if wrong is not None:
             limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
             raise InvalidRequest(field, wrong, limit)
-
-    def check_prompts(self, field: str, count: int) -> None:
-        """Raises InvalidRequest for none or too many prompts."""
-        if not 1 <= count <= MAX_PROMPTS:
-            raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
 
     def check_request(self, model: str, n: int, sampling: SamplingParams) -> None:
         """What can be known before the prompt is tokenized. Raises InvalidRequest or NotFound."""
@@ -115,7 +110,13 @@ class Validator:
         return f"this model's maximum context length is {self.text.context_length} tokens"
 
 
-def _first_outside(token_ids: Sequence[int], vocab_size: int) -> int | None:
+def check_prompts(field: str, count: int) -> None:
+    """Raises InvalidRequest for none or too many prompts."""
+    if not 1 <= count <= MAX_PROMPTS:
+        raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
+
+
+def _first_outside(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> int | None:
     """The first id that is none of the vocabulary's."""
     try:
         ids = np.asarray(token_ids, dtype=np.int64)
