@@ -99,7 +99,7 @@ class Engine(Protocol):
         The KV of all but the last of a chunk's new tokens is in its blocks as well: there are at
         most tokens_per_step of them, and no more than the block table has room for. Where none
         came, the chunk's last token is computed again. When this returns the KV is in memory:
-        transports read it past the device's streams. Raises NotFinite for
+        transports read it past the device's streams. Raises OfSequences for
         sequences that must not go on, CrossdockError for a step that fails of itself; any other
         exception is the device's. A step that raised can be run again.
         """

@@ -13,7 +13,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +30,18 @@ from crossdock.engine.registry import kind_setting
 from crossdock.kvcache.sequence import Chunk, SampledToken, StepPlan
 from crossdock.model.config import load_config
 from crossdock.model.store import resolve
+from crossdock.model.text import TextModel, load_text
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import MemoryType, PoolMemory
 from crossdock.proto.settings import setting
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import worker_pb2
 
+if TYPE_CHECKING:
+    from crossdock.engine.grammars import Grammars, Mask
+
 POSITION_BYTES = 8  # of KV
+MORE_IDS = 8
 TEXT_IDS = 32  # of the byte tokenizer: its end token, and what text is mostly made of
 _MASK = 2**64 - 1
 
@@ -116,6 +121,7 @@ class SimulatedEngine(Engine):
         profile: Profile,
         drawn_ids: int,
         spend: Callable[[float], None] = time.sleep,
+        load_text: Callable[[], TextModel] | None = None,
     ) -> None:
         self.facts, self.memory = facts, memory
         self.layout = worker_pb2.KVLayout(
@@ -130,13 +136,20 @@ class SimulatedEngine(Engine):
         self._flat = self._kv.reshape(-1)
         self._block_size, self._drawn_ids = block_size, drawn_ids
         self._profile, self._spend = profile, spend
+        self._load_text = load_text
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
-        drawn = [self._compute(chunk) for chunk in plan.chunks]
+        masks = self._masks(plan)
+        drawn = [self._compute(chunk, masks.get(i)) for i, chunk in enumerate(plan.chunks)]
         seconds = self._profile.step_s(plan)
         if seconds:
             self._spend(seconds)
         return drawn
+
+    def close(self) -> None:
+        """See contract.Engine.close."""
+        if "_grammars" in vars(self):
+            self._grammars.close()
 
     def kv_of(self, block_table: Sequence[int]) -> KV:
         """uint64 [blocks * block_size]: what these blocks hold."""
@@ -146,7 +159,26 @@ class SimulatedEngine(Engine):
         """How many tokens, maybe none, this step draws after the chunk where there is room."""
         return self.facts.tokens_per_step
 
-    def _compute(self, chunk: Chunk) -> list[SampledToken]:
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        from crossdock.engine.grammars import Grammars
+
+        assert self._load_text is not None, "an engine without a tokenizer takes no grammar"
+        return Grammars(self._load_text)
+
+    def _masks(self, plan: StepPlan) -> dict[int, Mask | None]:
+        """By chunk, what may be drawn after it; None: nothing in this step."""
+        constrained = {
+            i: chunk.sequence
+            for i, chunk in enumerate(plan.chunks)
+            if chunk.sample and chunk.sequence.sampling.grammar is not None
+        }
+        if not constrained:
+            return {}
+        found = dict(self._grammars.begin(list(constrained.values())).collect())
+        return {i: found.get(place) for place, i in enumerate(constrained)}
+
+    def _compute(self, chunk: Chunk, mask: Mask | None) -> list[SampledToken]:
         sequence, end = chunk.sequence, chunk.end
         table, sampling = sequence.block_table, sequence.sampling
         self._write(table, chunk.start, sequence.token_ids[chunk.start : end])
@@ -154,6 +186,10 @@ class SimulatedEngine(Engine):
         if not count:
             return []
         seen = int((self.kv_of(table)[:end] * weights(0, end)).sum(dtype=np.uint64))
+        if sampling.grammar is not None:
+            return (
+                [] if mask is None else [draw_allowed(seen, end, sampling, self._drawn_ids, mask)]
+            )
         tokens = [draw(seen, end, sampling, self._drawn_ids)]
         room = len(table) * self._block_size
         for position in range(end, min(end + count - 1, room)):
@@ -186,6 +222,19 @@ def draw(seen: int, position: int, sampling: SamplingParams, drawn_ids: int) -> 
     if sampling.logprobs is None:
         return SampledToken(token_id)
     others = [((token_id + i) % drawn_ids, -1.0 - i) for i in range(sampling.logprobs)]
+    return SampledToken(token_id, -1.0, tuple(others))
+
+
+def draw_allowed(
+    seen: int, position: int, sampling: SamplingParams, drawn_ids: int, mask: Mask
+) -> SampledToken:
+    """As `draw`, of the first tokens that the mask allows: a few more than are drawn without one,
+    so that there is something among them that ends what a grammar leaves open."""
+    allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))[: drawn_ids + MORE_IDS]
+    token_id = int(allowed[drawn(seen, position, sampling, len(allowed))])
+    if sampling.logprobs is None:
+        return SampledToken(token_id)
+    others = [(int(allowed[i % len(allowed)]), -1.0 - i) for i in range(sampling.logprobs)]
     return SampledToken(token_id, -1.0, tuple(others))
 
 
@@ -245,4 +294,11 @@ def create(config: EngineConfig, allocate: Allocate) -> SimulatedEngine:
         settings.tokens_per_step,
     )
     drawn_ids = TEXT_IDS if files.format == "bytes" else model.vocab_size
-    return SimulatedEngine(facts, memory, config.block_size, settings.profile, drawn_ids)
+    return SimulatedEngine(
+        facts,
+        memory,
+        config.block_size,
+        settings.profile,
+        drawn_ids,
+        load_text=functools.partial(load_text, files),
+    )

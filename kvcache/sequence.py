@@ -104,11 +104,13 @@ def take_tokens(
 def finish_of(sequence: Sequence, context_length: int) -> Finish | None:
     """Whether the last token ends the sequence."""
     token_id, sampling = sequence.last_token_id, sequence.sampling
-    if sequence.num_generated >= sampling.min_tokens:
-        if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP, str(token_id)
-        if token_id in sequence.eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP, ""
+    enough = sequence.num_generated >= sampling.min_tokens
+    if enough and token_id in sampling.stop_token_ids:
+        return FinishReason.STOP, str(token_id)
+    # A grammar that is complete allows nothing but the end, so that goes before min_tokens.
+    may_end = not sampling.ignore_eos and (enough or sampling.grammar is not None)
+    if may_end and token_id in sequence.eos_token_ids:
+        return FinishReason.STOP, ""
     if sequence.num_generated >= sampling.max_tokens or sequence.num_tokens >= context_length:
         return FinishReason.LENGTH, ""
     return None

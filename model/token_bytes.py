@@ -42,6 +42,11 @@ class TokenBytes:
         self._alphabet = byte_alphabet()
         self._bytes: dict[int, bytes] = {}
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Control tokens: what they are spelled like is no text."""
+        return self._special
+
     def of(self, token_id: int, skip_special: bool) -> bytes:
         """The token's bytes, empty for a special one that is skipped; looked up once each."""
         if skip_special and token_id in self._special:

@@ -18,7 +18,9 @@ CrossdockError                      INTERNAL              500
 │   ├── WorkerLost
 │   ├── TransferFailed                                          a pull failed or was refused
 │   └── Draining
-├── NotFinite                       INTERNAL              500   names the sequences
+├── OfSequences                     INTERNAL              500   names the sequences
+│   ├── NotFinite
+│   └── GrammarFailed                                           a grammar ran into its limits
 ├── LayoutMismatch                  FAILED_PRECONDITION   409   names both values
 ├── Overtaken                       ABORTED               409   another change came first
 ├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field
@@ -180,12 +182,24 @@ class Draining(Unavailable):
     """The worker takes no new sequences; another does."""
 
 
-class NotFinite(CrossdockError):
-    """A step gave these sequences a NaN or an infinity; the others can be run without them."""
+class OfSequences(CrossdockError):
+    """These sequences must not go on; the others of the step can be run without them."""
+
+    def __init__(self, message: str, sequence_ids: Sequence[str]) -> None:
+        super().__init__(message)
+        self.sequence_ids = frozenset(sequence_ids)
+
+
+class NotFinite(OfSequences):
+    """A step gave these sequences a NaN or an infinity."""
 
     def __init__(self, sequence_ids: Sequence[str]) -> None:
-        super().__init__("KV or logits are not finite: out of the range of the model's dtype?")
-        self.sequence_ids = frozenset(sequence_ids)
+        message = "KV or logits are not finite: out of the range of the model's dtype?"
+        super().__init__(message, sequence_ids)
+
+
+class GrammarFailed(OfSequences):
+    """What these sequences must match ran into the limits of time or memory while it was used."""
 
 
 class LayoutMismatch(CrossdockError):

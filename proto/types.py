@@ -15,6 +15,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_N = 16
+MAX_GRAMMAR_BYTES = 128 << 10
 
 # The life-cycle events of a request after `received`, in the order in which they happen: one name
 # each in spans, metrics, logs and reports.
@@ -52,6 +53,32 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class GrammarKind(enum.StrEnum):
+    """How the text of a grammar is read."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"  # any JSON object; no text
+    REGEX = "regex"
+    LARK = "lark"  # llguidance's variant of it
+    CHOICE = "choice"  # a JSON list of strings
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must match, from its first token to its end."""
+
+    kind: GrammarKind
+    text: str = ""
+
+    def validate(self, field: str) -> None:
+        """Raises InvalidRequest, naming `field`, for what is too large to be looked into."""
+        size = len(self.text.encode("utf-8", "replace"))
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(field, f"{size} bytes", f"at most {MAX_GRAMMAR_BYTES} bytes")
+        if not self.text.strip() and self.kind is not GrammarKind.JSON_OBJECT:
+            raise InvalidRequest(field, self.text, "must not be empty")
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn. Penalties and filters apply in the order of the fields."""
@@ -71,6 +98,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:
@@ -114,6 +142,11 @@ class SamplingParams:
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.grammar is not None:
+            self.grammar.validate("grammar")
+            if self.ignore_eos:
+                limit = "an answer that must match a grammar ends when it does"
+                raise InvalidRequest("ignore_eos", True, limit)
 
 
 @dataclass(frozen=True)

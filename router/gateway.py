@@ -24,6 +24,7 @@ from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.frontdoor.auth import Authenticator
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.gate import Gate
+from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
@@ -63,8 +64,12 @@ class GatewayServer:
         self._validator = validator = Validator(
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
+        grammars = GrammarChecker(config.model, config.home)
+        self._closing.callback(grammars.close)
         gate = await self._make_gate(model_id)
-        frontend = Frontend(text, validator, dispatcher, aside, config.request_timeout_s, gate)
+        self._frontend = frontend = Frontend(
+            text, validator, dispatcher, aside, config.request_timeout_s, gate, grammars
+        )
         self._grpc = grpc = GrpcServer(
             frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
         )

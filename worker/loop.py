@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from crossdock.engine.contract import Engine
 from crossdock.kvcache.sequence import SampledToken, StepPlan
-from crossdock.proto.errors import CrossdockError, NotFinite
+from crossdock.proto.errors import CrossdockError, OfSequences
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.role import WorkerRole
 from crossdock.worker.streams import block_events
@@ -190,7 +190,7 @@ class EngineLoop:
         except Exception as error:
             log.error("an engine step failed:\n%s", traceback.format_exc())
             all_of_them = frozenset(chunk.sequence.sequence_id for chunk in plan.chunks)
-            suspects = error.sequence_ids if isinstance(error, NotFinite) else all_of_them
+            suspects = error.sequence_ids if isinstance(error, OfSequences) else all_of_them
             message = f"an engine step failed: {type(error).__name__}: {error}"
             failure = Failure(message, isinstance(error, CrossdockError), suspects)
         try:

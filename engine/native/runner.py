@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from crossdock.engine.contract import Engine, EngineFacts
+from crossdock.engine.grammars import Grammars
 from crossdock.engine.native.attention.ops import make_ops
 from crossdock.engine.native.batch import make_batch
 from crossdock.engine.native.kv_cache import KVCache
@@ -17,6 +18,7 @@ from crossdock.engine.native.sampler import sample
 from crossdock.engine.native.weights.load import load_weights
 from crossdock.kvcache.sequence import Chunk, SampledToken, Sequence, StepPlan
 from crossdock.model.config import ModelConfig, load_config
+from crossdock.model.text import load_text
 from crossdock.proto.errors import ConfigError, NotFinite
 from crossdock.proto.memory import PoolMemory
 from crossdock.proto.types import SamplingParams
@@ -66,6 +68,7 @@ class ModelRunner(Engine):
             weights = load_weights(files, self.config)
             ops = make_ops(self.config, self.dtype, self.device, kv_type)
             self._model = LlamaModel(self.config, weights, ops, self.dtype, self.device)
+        self._grammars = Grammars(lambda: load_text(files))
         self.facts = EngineFacts(
             files.model_id, files.digest, self.config.vocab_size, self.config.context_length
         )
@@ -93,8 +96,16 @@ class ModelRunner(Engine):
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
         sampled = [chunk.sequence for chunk in plan.chunks if chunk.sample]
-        drawn = iter(sample(self.logits(plan), sampled))
-        return [[next(drawn)] if chunk.sample else [] for chunk in plan.chunks]
+        masks = self._grammars.begin(sampled)
+        logits = self.logits(plan)
+        ready = masks.collect()
+        if len(ready) < len(sampled):
+            logits = logits[[place for place, _ in ready]]
+        rows = [sampled[place] for place, _ in ready]
+        drawn = dict(zip(map(id, rows), sample(logits, rows, [mask for _, mask in ready])))
+        return [
+            [drawn[key]] if (key := id(chunk.sequence)) in drawn else [] for chunk in plan.chunks
+        ]
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
         """As `run`, but returns the logits: float32 [sampled chunks, or all tokens; vocab].
@@ -109,6 +120,10 @@ class ModelRunner(Engine):
             chunks = np.unique(batch.chunk_of_row[~finite])
             raise NotFinite([plan.chunks[index].sequence.sequence_id for index in chunks])
         return logits
+
+    def close(self) -> None:
+        """See contract.Engine.close."""
+        self._grammars.close()
 
     def recover(self) -> None:
         """See contract.Engine.recover: the small steps are those of the warm-up."""

@@ -8,11 +8,13 @@ of token ids, which a last-bit difference between two machines' logits does not 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from crossdock.engine.grammars import Mask
 from crossdock.engine.native.philox import uniform
 from crossdock.kvcache.sequence import SampledToken, Sequence
 from crossdock.proto.types import SamplingParams
@@ -23,15 +25,34 @@ _LOWEST = torch.finfo(torch.float32).min
 LEAST_TEMPERATURE = 1e-5
 
 
-def sample(logits: Tensor, rows: list[Sequence]) -> list[SampledToken]:
+def sample(
+    logits: Tensor, rows: list[Sequence], masks: SequenceOf[Mask | None] = ()
+) -> list[SampledToken]:
     """The next token of each sequence, from its row of finite logits (float32 [rows, vocab], left
-    unchanged). Logprobs are of the model's own distribution, before penalties and filters."""
+    unchanged). Logprobs are of the model's own distribution, before masks, penalties and filters.
+    `masks`: for each row what its grammar allows, None where it has none; empty: nobody has."""
     if not rows:
         return []
     with torch.inference_mode():
-        adjusted = _adjust(logits, rows)
+        allowed = _allowed(masks, logits)
+        adjusted = _adjust(logits, rows, allowed)
         token_ids = _draw(adjusted, rows)
         return _with_logprobs(logits, rows, token_ids)
+
+
+def _allowed(masks: SequenceOf[Mask | None], logits: Tensor) -> dict[int, Tensor]:
+    """By row, bool [vocab]: the tokens that its grammar allows."""
+    rows = [i for i, mask in enumerate(masks) if mask is not None]
+    if not rows:
+        return {}
+    packed, vocab = np.stack([mask for mask in masks if mask is not None]), logits.shape[1]
+    if logits.device.type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(packed, axis=1, count=vocab, bitorder="little"))
+    else:  # an eighth of the bytes to move
+        shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+        octets = torch.from_numpy(packed).to(logits.device).unsqueeze(2)
+        bits = (octets >> shifts & 1).flatten(1)[:, :vocab]
+    return dict(zip(rows, bits.bool()))
 
 
 def _greedy(sequence: Sequence) -> bool:
@@ -127,9 +148,10 @@ def _descending(values: Tensor) -> Tensor:
     return values.sort(descending=True).values
 
 
-def _adjust(logits: Tensor, rows: list[Sequence]) -> Tensor:
-    """Penalties, then logit_bias, then what min_tokens suppresses, on a copy where needed."""
-    changed = [i for i, row in enumerate(rows) if _adjusted(row)]
+def _adjust(logits: Tensor, rows: list[Sequence], allowed: dict[int, Tensor]) -> Tensor:
+    """Penalties, logit_bias, then what a grammar does not allow and min_tokens suppresses, on a
+    copy where needed."""
+    changed = [i for i, row in enumerate(rows) if i in allowed or _adjusted(row)]
     if not changed:
         return logits
     logits = logits.clone()
@@ -143,8 +165,13 @@ def _adjust(logits: Tensor, rows: list[Sequence]) -> Tensor:
             ids = _ids(list(params.logit_bias), row)
             row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device).to(row)
         row.clamp_(_LOWEST, -_LOWEST)  # no penalty makes a finite logit infinite
+        if i in allowed:
+            row.masked_fill_(~allowed[i], -math.inf)
         if suppressed := _suppressed(rows[i]):
-            row[_ids(suppressed, row)] = -math.inf
+            ids = _ids(suppressed, row)
+            without = row.index_fill(0, ids, -math.inf)
+            if i not in allowed or without.max() > -math.inf:  # else the grammar is complete
+                row.copy_(without)
     return logits
 
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import CrossdockError, InvalidRequest
-from crossdock.proto.types import SamplingParams
+from crossdock.proto.types import Grammar, SamplingParams
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.frontdoor.gate import Gate, Visit
+from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.limits import Work
 from crossdock.router.frontdoor.text_process import INLINE_CHARACTERS, TextProcess, listed
 from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
@@ -49,6 +50,7 @@ class Frontend:
     aside: TextProcess  # for what would hold the loop
     timeout_s: float  # of a request that brings no deadline
     gate: Gate
+    grammars: GrammarChecker
 
     @property
     def model_id(self) -> str:
@@ -103,6 +105,16 @@ class Frontend:
         except Exception as error:  # a template is a program of the model's makers
             refusal = f"the model's chat template refused them: {error}"
             raise InvalidRequest("messages", f"{len(plain)} messages", refusal) from error
+
+    async def with_grammar(
+        self, sampling: SamplingParams, field: str, grammar: Grammar
+    ) -> SamplingParams:
+        """With what the answer must match. Raises InvalidRequest, naming `field`, where it cannot
+        be used."""
+        sampling = replace(sampling, grammar=grammar)
+        sampling.validate(self.text.vocab_size)
+        await self.grammars.check(field, grammar)
+        return sampling
 
     async def submit(
         self,

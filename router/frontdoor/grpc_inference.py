@@ -84,6 +84,8 @@ class InferenceService:
                 message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
             )
             frontend.validator.check_request(message.model, message.n or 1, sampling)
+            if (grammar := sampling.grammar) is not None:
+                sampling = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
             field, prompt = await self._prompt(message)
         submitted = await frontend.submit(
             field,

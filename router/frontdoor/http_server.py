@@ -33,6 +33,7 @@ from crossdock.router.frontdoor.openai_schemas import (
     prompts_of,
     sampling_of,
 )
+from crossdock.router.frontdoor.structured import grammar_of
 from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_prompts
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,8 @@ class HttpServer:
                 body = await frontend.aside.read_body(data, kind, self._settings.strict)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
+            if (asked := grammar_of(body)) is not None:
+                sampling = await frontend.with_grammar(sampling, *asked)
             field, prompts = await read_prompts(body)
         request_id, stream = await frontend.submit(
             field,

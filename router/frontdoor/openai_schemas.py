@@ -14,6 +14,7 @@ from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import MAX_LOGPROBS, SamplingParams
 from crossdock.router.frontdoor import openai_fields
 from crossdock.router.frontdoor.json_body import parse_object, to_struct
+from crossdock.router.frontdoor.structured import StructuredFields
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -27,7 +28,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class SamplingFields(StructuredFields, kw_only=True):
     """What /v1/completions and /v1/chat/completions have in common. None is "not given"."""
 
     model: str | None = None

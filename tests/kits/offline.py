@@ -113,7 +113,8 @@ class LLM:
         drawn = self.runner.run(StepPlan(tuple(chunks)))
         for chunk, job, tokens in zip(chunks, stepped, drawn):
             sequence = chunk.sequence
-            sequence.num_computed += chunk.length
+            again = chunk.sample and not tokens  # its mask was not there yet
+            sequence.num_computed += chunk.length - again
             self.hasher.extend(sequence.block_hashes, sequence.token_ids, self._root)
             seal_full(self.pool, sequence)
             if tokens and job.take(tokens[0]):

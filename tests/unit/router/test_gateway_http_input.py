@@ -80,7 +80,6 @@ BAD = [
     (chat(top_logprobs=3), "top_logprobs", "needs logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
     (chat(tools=[{"type": "function"}]), "tools", "not supported"),
-    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
     (chat(max_completion_tokens=-1), "max_tokens", "-1"),
 ]
 
@@ -149,9 +148,7 @@ async def test_a_body_must_be_said_to_be_json(rig: Rig, given: str, status: int)
 
 
 SILENT_NO_MORE = [
-    complete(guided_json={"type": "object"}), complete(guided_regex="a+"),
-    complete(guided_choice=["a"]), complete(guided_grammar="root ::= x"),
-    complete(structured_outputs={"json": {}}), complete(bad_words=["x"]),
+    complete(bad_words=["x"]),
     complete(truncate_prompt_tokens=3), complete(prompt_logprobs=0), complete(best_of=2, n=1),
     complete(skip_special_tokens=False), complete(include_stop_str_in_output=True),
     complete(allowed_token_ids=[1]), complete(use_beam_search=True), complete(length_penalty=2),
