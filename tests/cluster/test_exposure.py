@@ -114,9 +114,10 @@ def test_doctor_lists_every_port_and_finds_none_that_is_wide(cluster, capsys):
 
 def test_doctor_names_a_wide_port_and_exits_1(cluster, capsys):
     with socket.create_server(("", 0)) as wide:
+        address = f"0.0.0.0:{wide.getsockname()[1]}"
         code, found = examined(cluster, capsys)
     [problem] = found["problems"]
-    assert code == 1 and f"0.0.0.0:{wide.getsockname()[1]} " in problem["what"]
+    assert code == 1 and f"{address} " in problem["what"]
     assert f"pid {os.getpid()}" in problem["what"] and problem["do"]
 
 
