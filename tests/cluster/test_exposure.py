@@ -123,7 +123,6 @@ def test_doctor_names_a_wide_port_and_exits_1(cluster, capsys):
 
 def test_a_stranger_gets_health_and_refusals_alone(cluster):
     """Every port, by tools/ports.py. The gateway's own doors are open here: there is no `auth`."""
-    pytest.importorskip("crossdock.proto.identity", reason="members know no certificates")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = [answer for found in pool.map(tried, listening(ours())) for answer in found]
     asked = {(answer.port.process, answer.asked) for answer in answers if answer.given}
