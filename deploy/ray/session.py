@@ -36,11 +36,9 @@ def start_ray(address: str, object_store_mb: int, folder: str) -> None:
         # Ray's workers look for modules in the folder where this is called.
         with _own_sigterm(), contextlib.chdir("/"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones as well
         doing = f"join {address!r}" if address else "start a local Ray"
         raise Unavailable(f"ray.address: cannot {doing}: {error}") from None
-    except OSError as error:
-        raise Unavailable(f"Ray cannot start: {error}") from None
 
 
 def _local(object_store_mb: int, folder: Path) -> dict[str, Any]:
