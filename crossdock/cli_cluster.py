@@ -93,14 +93,16 @@ def doctor(
         int, Option(min=1, help="Pairs measured at the same time, no worker in two of them.")
     ] = 1,
 ) -> None:
-    """Check clocks, versions and layouts of all workers, and how KV moves in every pair.
+    """Check clocks, versions and layouts of all workers, how KV moves in every pair, and which
+    ports are open wider than they must be.
 
     Exit 1 where something is wrong, with a line for each problem that says what to do.
     """
     from crossdock import doctor
     from crossdock.deploy import admin
 
-    report = doctor.examine(admin.status(address), at_once)
+    status = admin.status(address, listening=True)
+    report = doctor.examine(status, at_once, address)
     if as_json:
         print(json.dumps(doctor.as_json(report), indent=2))
     else:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from crossdock.exposure import PortFacts, ports_of, wide
 from crossdock.proto.channels import internal
 from crossdock.proto.convert import ROLE_FROM_PB
+from crossdock.proto.settings import CONTROLLER_ADDRESS
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import admin_pb2, worker_pb2, worker_pb2_grpc
 from crossdock.results import read_as
@@ -98,16 +100,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found of a cluster's workers and pairs."""
+    """What was found of a cluster's workers, pairs and ports."""
 
     cluster: str
     workers: Sequence[WorkerFacts]
     pairs: Sequence[PairFacts]
+    ports: Sequence[PortFacts] = ()
+    local: bool = False  # all on one host
 
     @property
     def findings(self) -> list[Finding]:
-        """Every problem and warning."""
-        return judge(self.workers, self.pairs)
+        """Every problem and warning, problems first."""
+        found = judge(self.workers, self.pairs)
+        found += [Finding(*each) for each in wide(self.ports, self.local)]
+        return sorted(found, key=lambda finding: not finding.problem)
 
 
 # -- judging -----------------------------------------------------------------------------------
@@ -256,9 +262,12 @@ def _slow(pairs: Sequence[PairFacts]) -> Iterator[Finding]:
 # -- asking ------------------------------------------------------------------------------------
 
 
-def examine(cluster: admin_pb2.ClusterStatus, at_once: int = 1) -> Report:
+def examine(
+    cluster: admin_pb2.ClusterStatus, at_once: int = 1, controller: str = CONTROLLER_ADDRESS
+) -> Report:
     """Asks all workers of the cluster, then measures all pairs. Every call has its time limit.
 
+    controller: where the status is from, which names the ports if it was asked for them.
     at_once: pairs measured at the same time, no worker in two of them.
     """
     workers = [_examine_worker(member) for member in cluster.workers]
@@ -276,7 +285,7 @@ def examine(cluster: admin_pb2.ClusterStatus, at_once: int = 1) -> Report:
         for some in rounds(decodes, prefills):
             pairs += pool.map(ask, some)
     pairs.sort(key=lambda pair: (pair.decode, pair.prefill))
-    return Report(cluster.name, workers, pairs)
+    return Report(cluster.name, workers, pairs, ports_of(cluster, controller), cluster.local)
 
 
 def rounds(
@@ -375,6 +384,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "ok": not any(finding.problem for finding in findings),
         "workers": [asdict(worker) for worker in report.workers],
         "pairs": [asdict(pair) for pair in report.pairs],
+        "ports": [asdict(port) for port in report.ports],
         "problems": [asdict(each) for each in findings if each.problem],
         "warnings": [asdict(each) for each in findings if not each.problem],
     }
@@ -384,6 +394,7 @@ def show(report: Report, console: Console) -> None:
     """Prints the report as tables."""
     console.print(_workers_table(report.workers))
     console.print(_pairs_table(report.pairs))
+    console.print(_ports_table(report.ports))
 
 
 def _workers_table(workers: Sequence[WorkerFacts]) -> Table:
@@ -405,6 +416,11 @@ def _pairs_table(pairs: Sequence[PairFacts]) -> Table:
         moved = [_rate(each.bytes_per_s) if each.bytes_per_s else "", each.blocks or ""]
         rows.append([each.decode, each.prefill, each.outcome, *times, *moved, each.path])
     return table("pairs", ("decode", "prefill", "outcome", *figures, "path"), rows, figures)
+
+
+def _ports_table(ports: Sequence[PortFacts]) -> Table:
+    rows = [[p.node[:8], p.what, p.address, p.process, p.pid] for p in ports]
+    return table("ports", ("node", "what", "listens on", "process", "pid"), rows, figures={"pid"})
 
 
 def _milliseconds(seconds: float) -> str:

@@ -24,10 +24,15 @@ Progress = Callable[[str], None]
 
 
 def status(
-    address: str = CONTROLLER_ADDRESS, check_integrity: bool = False, timeout_s: float = 15.0
+    address: str = CONTROLLER_ADDRESS,
+    check_integrity: bool = False,
+    timeout_s: float = 15.0,
+    listening: bool = False,
 ) -> admin_pb2.ClusterStatus:
-    """Raises Unavailable when no controller answers there."""
-    request = admin_pb2.GetClusterStatusRequest(check_integrity=check_integrity)
+    """Raises Unavailable when no controller answers there. `listening`: with the ports."""
+    request = admin_pb2.GetClusterStatusRequest(
+        check_integrity=check_integrity, listening=listening
+    )
     with _admin(address) as stub:
         answer: admin_pb2.ClusterStatus = stub.GetClusterStatus(request, timeout=timeout_s)
     return answer

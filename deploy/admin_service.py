@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence, Set
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import grpc
@@ -13,7 +14,7 @@ from crossdock.deploy.applied import Change
 from crossdock.deploy.controller import Controller
 from crossdock.deploy.members import Watched
 from crossdock.deploy.reconcile import State
-from crossdock.deploy.runtime import ProcessGone, targets
+from crossdock.deploy.runtime import ProcessGone, StartFailed, targets
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import ConfigError, CrossdockError
@@ -21,6 +22,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
 DEFAULT_WAIT_S = 600.0
+LISTENING_S = 5.0  # for a member to look at its node
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Status: TypeAlias = admin_pb2.MemberStatus | admin_pb2.GatewayStatus
 
@@ -35,7 +37,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.GetClusterStatusRequest, context: Context
     ) -> admin_pb2.ClusterStatus:
         """What is wanted and what is there, member by member."""
-        return await cluster_status(self._controller, request.check_integrity)
+        return await cluster_status(self._controller, request.check_integrity, request.listening)
 
     async def Apply(
         self, request: admin_pb2.ApplyRequest, context: Context
@@ -100,9 +102,10 @@ async def serve_admin(controller: Controller, address: str) -> tuple[grpc.aio.Se
 
 
 async def cluster_status(
-    controller: Controller, check_integrity: bool = False
+    controller: Controller, check_integrity: bool = False, listening: bool = False
 ) -> admin_pb2.ClusterStatus:
-    """The controller's state as operators see it, with each member's own counts."""
+    """The controller's state as operators see it, with each member's own counts and, where asked
+    for, the ports that are listened on."""
     there = await asyncio.gather(
         *(_status_of(controller, watched, check_integrity) for watched in controller.members)
     )
@@ -120,7 +123,27 @@ async def cluster_status(
         converged=controller.converged,
         generation=controller.applied.generation,
         waiting_for=controller.waiting_for(),
+        local=controller.runtime.local,
+        nodes=await _nodes(controller) if listening else (),
     )
+
+
+async def _nodes(controller: Controller) -> list[admin_pb2.NodePorts]:
+    """By node, the ports of all the cluster's processes there: of the controller's, and of those
+    with a member that looks in time."""
+    node, here = await asyncio.to_thread(controller.runtime.listening)
+    ports = {node: here}
+    for watched in controller.members:
+        if watched.started is not None and watched.started.node_id not in ports:
+            with contextlib.suppress(TimeoutError, ProcessGone, StartFailed):
+                async with asyncio.timeout(LISTENING_S):
+                    ports[watched.started.node_id] = await watched.process.listening()
+    return [
+        admin_pb2.NodePorts(
+            node_id=node, ports=[admin_pb2.ListeningPort(**asdict(each)) for each in there]
+        )
+        for node, there in sorted(ports.items())
+    ]
 
 
 def _missing(controller: Controller, there: Set[str]) -> Iterator[Status]:

@@ -18,7 +18,7 @@ Change: TypeAlias = Callable[[ClusterSpec], ClusterSpec]
 
 FIXED_FIELDS = (
     *("metadata.name", "model.id", "model.dtype", "kv.dtype", "kv.block_size", "kv.transport"),
-    *("controller.grpc", "ray.address", "ray.object_store_mb"),
+    *("controller.grpc", "controller.nodes", "ray.address", "ray.object_store_mb"),
 )
 
 

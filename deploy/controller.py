@@ -66,7 +66,7 @@ class Controller:
     def __init__(
         self, runtime: Runtime, store: ClusterStore, settings: ControllerSettings | None = None
     ) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
         self._store = store
         self._settings = settings or ControllerSettings()
         self.applied = AppliedSpec(store)
@@ -114,7 +114,7 @@ class Controller:
     async def _adopt(self) -> None:
         """Takes over what runs. Who serves is known before anyone is told a membership: one that
         lacks a worker would break what that worker has under way."""
-        for launch, process in await self._runtime.adopt():
+        for launch, process in await self.runtime.adopt():
             self._watch(launch, process)
             self._record(f"adopt {launch.name}", "was running when the controller started")
         with contextlib.suppress(TimeoutError):
@@ -166,7 +166,7 @@ class Controller:
             self._place_taken(action)
             try:
                 launch = self._launch(action)
-                self._watch(launch, await self._runtime.launch(launch))
+                self._watch(launch, await self.runtime.launch(launch))
             except Exception as error:  # this member's failure, not the turn's
                 log.exception("launching %s", action.name)
                 hopeless = isinstance(error, (CannotStart, ConfigError))
@@ -324,13 +324,13 @@ class Controller:
         launch = trial_launch(spec, taken, self._key)
         try:
             async with asyncio.timeout(self._settings.trial_s):
-                process = await self._runtime.launch(launch)
+                process = await self.runtime.launch(launch)
                 try:
                     await process.start()
                 finally:
                     await process.stop()
         except TimeoutError:
-            why = self._runtime.why_waiting(launch) or f"not ready in {self._settings.trial_s:g} s"
+            why = self.runtime.why_waiting(launch) or f"not ready in {self._settings.trial_s:g} s"
         except (StartFailed, ProcessGone) as error:
             why = str(error)
         else:
@@ -428,7 +428,7 @@ class Controller:
         """Why it, or the last by its name, was lost, or can't be placed; empty if none is known."""
         why = watched.why or self.errors.get(watched.name, "")
         if not why and watched.state is State.STARTING:
-            return self._runtime.why_waiting(watched.launch)
+            return self.runtime.why_waiting(watched.launch)
         return why
 
     def _record(self, action: str, reason: str) -> None:

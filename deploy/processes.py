@@ -38,6 +38,12 @@ def descendants(root: int) -> list[ProcessId]:
     return found
 
 
+def parent_of(pid: int) -> int | None:
+    """None where it has ended."""
+    stat = _stat(pid)
+    return stat[0] if stat is not None else None
+
+
 def keep_orphans() -> None:
     """From now on a descendant whose parent dies becomes this process's child, not init's, and so
     stays among its `descendants`."""

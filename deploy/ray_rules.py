@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.settings import split_address
 
 LEAST_AMOUNT = 0.0001
 BUILT_IN = {
@@ -44,6 +45,17 @@ def check_resources(path: str, resources: Mapping[str, float]) -> None:
             raise ConfigError(field, f"{amount!r} is not allowed; Ray lends {name} whole")
         if name == "TPU" and amount not in (1, 2, 4, 8):
             raise ConfigError(field, f"{amount!r} is not allowed; Ray lends 1, 2, 4 or 8 of a TPU")
+
+
+def check_ray_address(path: str, address: str) -> None:
+    """Raises ConfigError for what is neither empty, auto nor HOST:PORT: Ray imports the module
+    that stands before a ://."""
+    if address in ("", "auto"):
+        return
+    try:
+        split_address(address)
+    except ValueError as error:
+        raise ConfigError(path, f"{address!r} is not allowed; {error}, or auto") from None
 
 
 def check_labels(path: str, labels: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from crossdock.deploy.listening import Listening
 from crossdock.deploy.reconcile import GATEWAY_ROLE, Target
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec, plain
 from crossdock.proto.hashing import hash_key
@@ -86,13 +87,21 @@ class Process(Protocol):
     async def active_requests(self) -> int:
         """Requests that a gateway holds now."""
 
+    async def listening(self) -> Sequence[Listening]:
+        """The ports of all the cluster's processes on its node."""
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """Stops serving and ends the process, by force after `grace_s`, also one that hangs; then
         it is gone, unless its node cannot be reached. Never raises."""
 
 
 class Runtime(Protocol):
-    """Where processes come from: Ray, or a fake."""
+    """Where processes come from: Ray, or a fake. `local`: all are on one host."""
+
+    local: bool
+
+    def listening(self) -> tuple[str, Sequence[Listening]]:
+        """This process's node, and the ports of all the cluster's processes there."""
 
     async def launch(self, launch: Launch) -> Process:
         """Asks for a process; `start` of it waits until it is there."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -17,7 +18,12 @@ from typing import Any
 
 import yaml
 
-from crossdock.deploy.ray_rules import check_amount, check_labels, check_resources
+from crossdock.deploy.ray_rules import (
+    check_amount,
+    check_labels,
+    check_ray_address,
+    check_resources,
+)
 from crossdock.model.store import SIMULATED
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import (
@@ -88,6 +94,7 @@ class GatewaySpec:
     grpc: str = of(GatewayConfig, "grpc")
     http: str = of(GatewayConfig, "http")
     policy: str = of(GatewayConfig, "policy")
+    tool_parser: str = of(GatewayConfig, "tool_parser")
     http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")
     limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
     drain_s: float = setting(
@@ -106,6 +113,11 @@ class ControllerSpec:
         CONTROLLER_ADDRESS,
         "Where the controller answers crossdock status, apply, scale and down.",
         kind="address",
+    )
+    nodes: NodesSpec = setting(
+        factory=NodesSpec,
+        doc="Which nodes it may run on; the head node where not set. It goes on with key, spec and "
+        "workers on whichever of them Ray starts it again.",
     )
 
 
@@ -180,13 +192,21 @@ class KVSpec:
     ucx: Mapping[str, str] = of(WorkerConfig, "transport_options")
 
 
+def _check_url(path: str, url: str) -> None:
+    """Raises ConfigError."""
+    if not re.fullmatch(r"https?://[^\s/@]+/?", url):
+        raise ConfigError(path, f"{url!r} is not allowed; must be http(s)://HOST:PORT")
+
+
 @dataclass(frozen=True)
 class TelemetrySpec:
     """The YAML's `telemetry`."""
 
     exporter: str = setting("none", "Where traces go.", choices=("none", "otlp", "console"))
     endpoint: str = setting(
-        "http://127.0.0.1:4317", "OTLP collector (gRPC), where exporter is otlp."
+        "http://127.0.0.1:4317",
+        "OTLP collector (gRPC), http:// or https://, where exporter is otlp.",
+        check=_check_url,
     )
 
 
@@ -195,7 +215,9 @@ class RaySpec:
     """The YAML's `ray`."""
 
     address: str = setting(
-        "", "Ray cluster to join: auto, or HOST:PORT of its head. Empty: a local one is started."
+        "",
+        "Ray cluster to join: auto, or HOST:PORT of its head. Empty: a local one is started.",
+        check=check_ray_address,
     )
     object_store_mb: int = setting(
         80,

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from crossdock.deploy.spec import ClusterSpec
+from crossdock.model.store import KNOWN_MODELS, SIMULATED
 from crossdock.proto.errors import ConfigError
 from crossdock.worker.config import EngineSettings, settings_of
 
@@ -32,6 +33,8 @@ def parse(text: str, file: str) -> ClusterSpec:
         raise ConfigError("yaml", error.problem or str(error), where) from None
     except yaml.YAMLError as error:
         raise ConfigError("yaml", str(error), file) from None
+    except RecursionError:
+        raise ConfigError("yaml", "is nested too deeply", file) from None
     if root is None:
         raise ConfigError("yaml", "the file is empty", file)
     reader = _Reader(file)
@@ -45,11 +48,16 @@ def parse(text: str, file: str) -> ClusterSpec:
 
 
 def _with_model_beside(spec: ClusterSpec, file: str) -> ClusterSpec:
-    """A model path that begins with ., .. or ~ made absolute: from the file's folder, or home."""
+    """A model path made absolute: from the file's folder where it begins with . or .., from home
+    with ~, else from the working folder. The cluster's processes have another one."""
     model_id = spec.model.id
-    if not model_id.startswith(("./", "../", "~")):
+    if model_id.startswith(("./", "../", "~")):
+        path = _beside(file, model_id)
+    elif model_id not in ("", SIMULATED, *KNOWN_MODELS) and Path(model_id).exists():
+        path = os.path.abspath(model_id)
+    else:
         return spec
-    return replace(spec, model=replace(spec.model, id=_beside(file, model_id)))
+    return replace(spec, model=replace(spec.model, id=path))
 
 
 def _beside(file: str, path: str) -> str:

@@ -31,10 +31,10 @@ DOCUMENT = "state.json"
 class Mirror(Protocol):
     """Where a store's document is kept as well. Every method may raise Unavailable."""
 
-    def read(self) -> bytes:
+    def load(self) -> bytes:
         """The document; empty where there is none."""
 
-    def write(self, document: bytes) -> None:
+    def save(self, document: bytes) -> None:
         """Keeps it in place of the one before."""
 
     def end(self) -> None:
@@ -44,11 +44,11 @@ class Mirror(Protocol):
 class NoMirror:
     """For a store that is its folder alone."""
 
-    def read(self) -> bytes:
+    def load(self) -> bytes:
         """Nothing."""
         return b""
 
-    def write(self, document: bytes) -> None:
+    def save(self, document: bytes) -> None:
         """Keeps nothing."""
 
     def end(self) -> None:
@@ -94,7 +94,7 @@ class ClusterStore:
     def begin(self, yaml: str, life: str, first_secrets: Mapping[str, bytes] | None = None) -> None:
         """A life of the cluster: goes on with the newest document of `life` that folder or mirror
         has, else begins one with that spec, a new key and `first_secrets`. Raises Unavailable."""
-        found = [_State.parse(each) for each in (self._on_disk(), self._mirror.read())]
+        found = [_State.parse(each) for each in (self._on_disk(), self._mirror.load())]
         newest = max(found, key=lambda state: (state.life == life, state.version))
         if newest.life == life:
             self._read = newest
@@ -158,7 +158,7 @@ class ClusterStore:
     def _keep(self, state: _State) -> None:
         """The mirror first: where it fails, nothing has changed here either."""
         document = state.pack()
-        self._mirror.write(document)
+        self._mirror.save(document)
         self._write(DOCUMENT, document)
 
     def _on_disk(self) -> bytes:

@@ -28,7 +28,7 @@ from crossdock.model import store as models
 from crossdock.model.text import load_text
 from crossdock.proto.channels import internal
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
-from crossdock.proto.settings import split_address
+from crossdock.proto.settings import loopback_host, split_address
 from crossdock.proto.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
 from crossdock.router.config import probe_key
 
@@ -116,6 +116,7 @@ class Cluster:
         """Before anything is started: is the environment sound, are the ports ours to take?"""
         log_level()
         event_listener()
+        self._warn_of_open_doors()
         if self.ray_address:
             return
         self._cleanup.enter_context(self._store.locked())
@@ -125,6 +126,14 @@ class Cluster:
             except OSError as error:
                 message = f"cannot listen on {address}: {error.strerror}"
                 raise ConfigError(field, message) from None
+
+    def _warn_of_open_doors(self) -> None:
+        """Whoever reaches a gateway on the network uses it, unless it asks for credentials."""
+        doors = {"gateway.grpc": self.spec.gateway.grpc, "gateway.http": self.spec.gateway.http}
+        wide = [door for door, to in doors.items() if not loopback_host(split_address(to)[0])]
+        if wide and not self.spec.auth.required:
+            where = f"{self._where(wide[0])}: {' and '.join(wide)}"
+            self._say(f"warning: {where}: other hosts reach it, and `auth` asks nobody for a key")
 
     def _have_model(self) -> None:
         model_id, home = self.spec.model.id, crossdock_home()
@@ -143,6 +152,8 @@ class Cluster:
         folder = ""
         if self.ray_address:
             self._say(f"joining Ray at {self.ray_address}")
+            if token := session.open_token():
+                self._say(f"warning: others can read Ray's token: chmod 600 {token}")
         else:
             self._say("starting Ray")
             processes.keep_orphans()

@@ -68,15 +68,24 @@ class _Transfer:
 
 
 class NixlTransport(ThreadedTransport[_Peer]):
-    """See transport.Transport. The agent's name is the incarnation in hexadecimal."""
+    """See transport.Transport. The agent's name is the incarnation in hexadecimal.
+
+    `loopback`: all peers are on this host, and nobody else can connect.
+    """
 
     def __init__(
-        self, incarnation: bytes, memory: PoolMemory, *, ucx: Mapping[str, str] | None = None
+        self,
+        incarnation: bytes,
+        memory: PoolMemory,
+        *,
+        ucx: Mapping[str, str] | None = None,
+        loopback: bool = False,
     ) -> None:
         super().__init__(f"nixl-{incarnation.hex()[:8]}")
         self._incarnation = incarnation
         self._memory = memory
         self._ucx = dict(ucx or {})
+        self._loopback = loopback
         self._active: list[_Transfer] = []
         self._waiting: deque[tuple[Handle, Callable[[], bool]]] = deque()  # for scratch entries
         self._scratch = Scratch(max(_SCRATCH_ENTRIES, memory.num_blocks))
@@ -96,7 +105,7 @@ class NixlTransport(ThreadedTransport[_Peer]):
     def _open(self) -> None:
         logging.getLogger("nixl").setLevel(logging.WARNING)
         memory = self._memory
-        with _making_agent, environment(self._ucx), _sleeping_progress_thread():
+        with _making_agent, environment(self._ucx, self._loopback), _sleeping_progress_thread():
             config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
             self._agent = api.nixl_agent(self._incarnation.hex(), config)
         if "UCX" not in self._agent.backends:

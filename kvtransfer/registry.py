@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from crossdock.kvtransfer.transport import PoolBuffers, PoolMemory, Transport
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.settings import loopback_host
 
 TRANSPORTS = ("nixl", "nccl", "local")
 
@@ -25,14 +26,14 @@ def create_transport(
     """A running transport over `memory`, which outlives it.
 
     ucx: for nixl, e.g. {"TLS": "rc,cuda", "NET_DEVICES": "mlx5_0:1"}: UCX's own names without
-    their prefix. cluster_key, host: for nccl, whose peers reach this one at that host and prove
-    that they know the key. Raises ConfigError for an unknown name, TransferFailed when the library
-    does not start.
+    their prefix. host: where peers reach this one; at a loopback address nixl listens nowhere
+    else, and nccl always where it says. cluster_key: for nccl, whose peers prove that they know
+    it. Raises ConfigError for an unknown name, TransferFailed when the library does not start.
     """
     if name == "nixl":
         from crossdock.kvtransfer.nixl import NixlTransport
 
-        return NixlTransport(incarnation, memory, ucx=ucx or {})
+        return NixlTransport(incarnation, memory, ucx=ucx or {}, loopback=loopback_host(host))
     if name == "nccl":
         from crossdock.kvtransfer.nccl.transport import NcclTransport
 

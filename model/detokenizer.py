@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from crossdock.model.text import TextModel
 
 
-@dataclass(frozen=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """What a push added to the text."""
 
     text: str
@@ -43,19 +41,30 @@ class IncrementalDetokenizer:
         self._stop = tuple(stop)
         self._firsts = {text[0] for text in self._stop}
         self._longest = max(map(len, self._stop), default=0)
+        self._shown: frozenset[int] = frozenset()
         self._held = ""  # text that is the beginning of a stop string
         self._stopped: str | None = None
+        self._settled = False  # a token's text depends on nothing before it
         # A prompt may end inside a character, whose rest is then generated.
         tail = b"".join(self._pieces.of(id_, self._skip_special) for id_ in prompt_ids[-4:])
         self._utf8.decode(tail)
 
+    def show(self, token_ids: frozenset[int]) -> None:
+        """These have text from now on, though they are special tokens."""
+        self._shown = token_ids
+
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """The text that these tokens settle. After a stop string everything is dropped."""
+        if self._settled and len(token_ids) == 1:  # the most of what is ever pushed
+            raw = self._pieces.of(token_ids[0], self._skip_special)
+            if raw.isascii():
+                return TextDelta(raw.decode("ascii"), None, 1)
         if self._stopped is not None:
             return TextDelta("", self._stopped, 0)
         said: list[str] = []
         for count, token_id in enumerate(token_ids, 1):
-            said.append(self._take(self._pieces.of(token_id, self._skip_special), final=False))
+            skip = self._skip_special and token_id not in self._shown
+            said.append(self._take(self._pieces.of(token_id, skip), final=False))
             if self._stopped is not None:
                 return TextDelta("".join(said), self._stopped, count)
         return TextDelta("".join(said), None, len(token_ids))
@@ -72,6 +81,7 @@ class IncrementalDetokenizer:
 
     def _take(self, raw: bytes, final: bool) -> str:
         new = self._utf8.decode(raw, final)
+        self._settled = not (self._stop or self._strip_space or self._utf8.getstate()[0])
         if self._strip_space and new:
             new = new.removeprefix(" ")
             self._strip_space = False

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -19,6 +20,8 @@ from crossdock.model.plain_text import PlainText
 from crossdock.model.store import ModelFiles
 from crossdock.model.token_bytes import TokenBytes
 from crossdock.proto.errors import InvalidRequest
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,16 @@ class TextModel:
         """Bytes of one id; a character may be spread over several ids."""
         return self.pieces.of(token_id, skip_special=False)
 
+    def ids_of(self, tokens: Iterable[str]) -> frozenset[int]:
+        """Ids of those of these tokens that the vocabulary has."""
+        found = (self.tokenizer.token_to_id(token) for token in tokens)
+        return frozenset(token_id for token_id in found if token_id is not None)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
-        **more: Any,
+        more: Mapping[str, Any] = NOTHING,
     ) -> list[int]:
         """Ids of the prompt; the template writes BOS itself where the model wants it, and nothing
         that is spelled like a special token in `messages` or `more` (other fields of Rendering)

@@ -7,6 +7,7 @@ read, checked and documented from that declaration.
 from __future__ import annotations
 
 import functools
+import ipaddress
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -112,6 +113,14 @@ def split_address(address: str) -> tuple[str, int]:
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError("an IPv6 host must stand in brackets, as in [::1]:8000")
     return host.strip("[]"), int(port)
+
+
+def loopback_host(host: str) -> bool:
+    """Whether nobody but this host can reach it there; a name is not looked up."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def overlap(address: str, other: str) -> bool:

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
-from crossdock.model.store import resolve
+from crossdock.model.store import ModelFiles, resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import WorkerEndpoint
@@ -28,6 +28,8 @@ from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
+from crossdock.router.frontdoor.text_process import TextProcess
+from crossdock.router.frontdoor.tools.formats import format_of
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
@@ -54,17 +56,27 @@ class GatewayServer:
         """Loads the tokenizer and opens both ports. Raises ModelError for a model that cannot be
         read, ConfigError for a port that is in use."""
         config = self.config
-        model_id, text, longest = await asyncio.to_thread(_load, config.model, config.home)
+        files, text, longest = await asyncio.to_thread(_load, config.model, config.home)
+        model_id = files.model_id
+        self._aside = aside = TextProcess(files)
+        self._closing.callback(aside.close)
         self._links = links = self._make_links()
         self._dispatcher = links.listener = dispatcher = self._make_dispatcher(text, links)
-        validator = Validator(
+        self._validator = validator = Validator(
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
-        grammars = GrammarChecker(config.model, config.home)
+        self._grammars = grammars = GrammarChecker(config.model, config.home)
         self._closing.callback(grammars.close)
         gate = await self._make_gate(model_id)
-        self._frontend = frontend = Frontend(
-            text, validator, dispatcher, config.request_timeout_s, gate, grammars
+        frontend = Frontend(
+            text,
+            validator,
+            dispatcher,
+            aside,
+            config.request_timeout_s,
+            gate,
+            grammars,
+            format_of(config.tool_parser, text),
         )
         self._grpc = grpc = GrpcServer(
             frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
@@ -174,9 +186,10 @@ class GatewayServer:
                 self._grpc.set_ready(told)
 
 
-def _load(model: str, home: Path) -> tuple[str, TextModel, int]:
-    """Model id, text side, and the length of its longest token. Takes a while: runs on a thread."""
+def _load(model: str, home: Path) -> tuple[ModelFiles, TextModel, int]:
+    """The model's files, its text side, and the length of its longest token. Takes a while: runs
+    on a thread."""
     files = resolve(model, home)
     text = load_text(files)
     longest = max(len(text.token_text(token_id)) for token_id in range(text.vocab_size))
-    return files.model_id, text, max(1, longest)
+    return files, text, max(1, longest)

@@ -10,6 +10,7 @@ from crossdock.engine.contract import EngineConfig
 from crossdock.engine.contract import EngineSettings as EngineSettings
 from crossdock.engine.registry import ENGINES as ENGINES
 from crossdock.engine.registry import settings_of as settings_of
+from crossdock.kvtransfer.ucx import check_ucx
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import check_settings, no_entries, setting
 from crossdock.proto.types import Role
@@ -37,7 +38,9 @@ class WorkerConfig(EngineConfig):
     )
     transport_options: Mapping[str, str] = setting(
         factory=no_entries,
-        doc="UCX settings for workers, without the prefix: {TLS: tcp} sets UCX_TLS=tcp.",
+        doc="UCX settings for workers, without the prefix: {TLS: tcp} sets UCX_TLS=tcp. Only what "
+        "tunes a transport: TLS, NET_DEVICES, TCP_*, IB_*, RC_*, UD_*, RNDV_*, ….",
+        check=check_ucx,
     )
     lease_s: float = setting(
         30.0, "How long offered KV stays pinned without a renewal.", low=0.1, high=3600

@@ -156,7 +156,8 @@ def start_controller(spec: ClusterSpec, local: bool) -> ControllerHandle:
         ray.get_actor(CONTROLLER, namespace=space)
         message = f"{cluster!r} runs already in this Ray cluster; use `crossdock apply`"
         raise ConfigError("metadata.name", message)
-    placement = Placement(on_head=True, env={"OMP_NUM_THREADS": "1"})
+    labels = dict(spec.controller.nodes.labels)
+    placement = Placement(labels=labels, on_head=not labels, env={"OMP_NUM_THREADS": "1"})
     options = actor_options(CONTROLLER, space, placement)
     controller = ray.remote(ControllerActor).options(**options, max_restarts=-1)
     life, telemetry = secrets.token_hex(8), plain(spec.telemetry)

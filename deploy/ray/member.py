@@ -15,10 +15,13 @@ import ray
 from crossdock.deploy import processes
 from crossdock.deploy import telemetry as traces
 from crossdock.deploy.home import crossdock_home
+from crossdock.deploy.listening import Listening, listening
 from crossdock.deploy.ray.calls import CRASHES
+from crossdock.deploy.ray.node import pids_here
 from crossdock.deploy.runtime import CannotStart, Launch, Started, StartFailed
 from crossdock.proto import events
 from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
+from crossdock.proto.settings import loopback_host
 from crossdock.proto.types import Role, WorkerEndpoint
 
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
@@ -81,6 +84,10 @@ class MemberActor:
         """Requests under way; 0 before it serves."""
         return int(self._server.active_requests) if self._started else 0
 
+    async def listening(self) -> Sequence[Listening]:
+        """The ports of all the cluster's processes on this node."""
+        return await asyncio.to_thread(listening, pids_here(loopback_host(self._launch.host)))
+
     async def stop(self) -> None:
         """Stops serving, then ends `run`."""
         self._leaving = True
@@ -122,7 +129,12 @@ def _can_serve(endpoints: Sequence[WorkerEndpoint]) -> bool:
 
 
 def set_up_process(name: str, telemetry: Mapping[str, str]) -> None:
-    """Logging and traces of a process of the cluster; `name` is the member's, or controller."""
+    """Logging and traces of a process of the cluster; `name` is the member's, or controller.
+
+    Its working folder is one that only root writes to: UCX takes settings, and so code, from a
+    ucx.conf that lies there.
+    """
+    os.chdir("/")
     logging.basicConfig(
         level=traces.log_level(), format=f"%(asctime)s {name} %(levelname)s %(message)s"
     )

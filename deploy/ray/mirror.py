@@ -20,11 +20,11 @@ class GcsMirror:
     def __init__(self, cluster: str) -> None:
         self._entry = f"clusters/{cluster}".encode()
 
-    def read(self) -> bytes:
+    def load(self) -> bytes:
         """The document; empty where there is none. Raises Unavailable, as all of these do."""
         return self._ask("internal_kv_get") or b""
 
-    def write(self, document: bytes) -> None:
+    def save(self, document: bytes) -> None:
         """In place of the one before."""
         self._ask("internal_kv_put", document, True)
 

@@ -13,8 +13,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from crossdock.deploy.home import HOME, crossdock_home
+from crossdock.deploy.listening import Listening, listening
 from crossdock.deploy.ray.calls import CRASHES, KILL_S, call, kill_process
 from crossdock.deploy.ray.member import MemberActor
+from crossdock.deploy.ray.node import pids_here
 from crossdock.deploy.runtime import (
     CannotStart,
     Launch,
@@ -30,7 +33,7 @@ from crossdock.proto.types import WorkerEndpoint
 HEAD_RESOURCE = "node:__internal_head__"
 MANY_CALLS = 1000
 MB = 1 << 20
-PASSED_ON = ("CROSSDOCK_HOME", "CROSSDOCK_LOG", EVENT_LISTENER, CRASHES)
+PASSED_ON = (HOME, "CROSSDOCK_LOG", EVENT_LISTENER, CRASHES)
 
 
 class RayProcess:
@@ -58,6 +61,9 @@ class RayProcess:
     async def active_requests(self) -> int:
         return await call(self._actor.active_requests.remote())
 
+    async def listening(self) -> Sequence[Listening]:
+        return await call(self._actor.listening.remote())
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """Stops it, with SIGKILL after `grace_s` seconds, and waits until it is gone."""
         try:
@@ -77,7 +83,12 @@ class RayRuntime:
 
     def __init__(self, cluster: str, local: bool) -> None:
         self._namespace = namespace(cluster)
+        self.local = local
         self._host = "127.0.0.1" if local else ""
+
+    def listening(self) -> tuple[str, Sequence[Listening]]:
+        """As Runtime."""
+        return ray.get_runtime_context().get_node_id(), listening(pids_here(self.local))
 
     async def launch(self, launch: Launch) -> Process:
         """Asks Ray for a process, which may wait for a place. Raises CannotStart."""
@@ -147,6 +158,8 @@ def actor_options(name: str, namespace: str, placement: Placement) -> dict[str, 
     if placement.on_head:
         custom[HEAD_RESOURCE] = 0.001
     env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    if HOME in env:
+        env[HOME] = str(crossdock_home())  # absolute: another process has another working folder
     options: dict[str, Any] = {
         "name": name,
         "namespace": namespace,

@@ -33,7 +33,8 @@ def start_ray(address: str, object_store_mb: int, folder: str) -> None:
     """
     try:
         where = {"address": address} if address else _local(object_store_mb, Path(folder))
-        with _own_sigterm():
+        # Ray's workers look for modules in the folder where this is called.
+        with _own_sigterm(), contextlib.chdir("/"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
     except (ConnectionError, RuntimeError, ValueError) as error:
         doing = f"join {address!r}" if address else "start a local Ray"
@@ -101,6 +102,16 @@ def _own_sigterm() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
+
+
+def open_token() -> str:
+    """The file of the token for Rays that are joined, where other users can read it; else empty."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        return str(path) if path.stat().st_mode & 0o077 else ""
+    except OSError:
+        return ""
 
 
 def stop_ray() -> None:

@@ -8,10 +8,32 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GetClusterStatusRequest(_message.Message):
-    __slots__ = ("check_integrity",)
+    __slots__ = ("check_integrity", "listening")
     CHECK_INTEGRITY_FIELD_NUMBER: _ClassVar[int]
+    LISTENING_FIELD_NUMBER: _ClassVar[int]
     check_integrity: bool
-    def __init__(self, check_integrity: _Optional[bool] = ...) -> None: ...
+    listening: bool
+    def __init__(self, check_integrity: _Optional[bool] = ..., listening: _Optional[bool] = ...) -> None: ...
+
+class ListeningPort(_message.Message):
+    __slots__ = ("process", "pid", "host", "port")
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    process: str
+    pid: int
+    host: str
+    port: int
+    def __init__(self, process: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
+
+class NodePorts(_message.Message):
+    __slots__ = ("node_id", "ports")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    PORTS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    ports: _containers.RepeatedCompositeFieldContainer[ListeningPort]
+    def __init__(self, node_id: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ListeningPort, _Mapping]]] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
     __slots__ = ("name", "pool", "role", "state", "address", "pid", "node_id", "revision", "restarts", "worker", "error")
@@ -72,7 +94,7 @@ class Decision(_message.Message):
     def __init__(self, unix_s: _Optional[float] = ..., action: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("name", "model", "workers", "gateways", "decisions", "converged", "generation", "waiting_for")
+    __slots__ = ("name", "model", "workers", "gateways", "decisions", "converged", "generation", "waiting_for", "local", "nodes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +103,8 @@ class ClusterStatus(_message.Message):
     CONVERGED_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     workers: _containers.RepeatedCompositeFieldContainer[MemberStatus]
@@ -89,7 +113,9 @@ class ClusterStatus(_message.Message):
     converged: bool
     generation: int
     waiting_for: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., converged: _Optional[bool] = ..., generation: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ...) -> None: ...
+    local: bool
+    nodes: _containers.RepeatedCompositeFieldContainer[NodePorts]
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., converged: _Optional[bool] = ..., generation: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., local: _Optional[bool] = ..., nodes: _Optional[_Iterable[_Union[NodePorts, _Mapping]]] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("yaml", "file", "dry_run", "wait", "timeout_s", "generation")

@@ -66,7 +66,7 @@ class Dispatcher:
         self._policy = policy
         self._limits = limits
         self._admission = Admission(limits)
-        self._hasher = hasher
+        self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
         self._prefix = prefix  # makes sequence ids unique in the cluster
@@ -97,6 +97,10 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         return not self.draining and self.view.ready
+
+    def root_hash(self, cache_salt: bytes) -> bytes:
+        """What chains of hashes begin with, as workers' KV is laid out now."""
+        return self.hasher.root(self.view.layout_hash, cache_salt)
 
     # -- the server's side --------------------------------------------------------------------
 
@@ -131,7 +135,7 @@ class Dispatcher:
             )
         active.unfinished = request.num_sequences
         layout_hash = self.view.layout_hash
-        active.sequences = make_sequences(active, self._hasher, layout_hash, self._detokenizer_of)
+        active.sequences = make_sequences(active, self.hasher, layout_hash, self._detokenizer_of)
         for sequence in active.sequences:
             sequence.timeline.mark("admitted", now)
         for sequence in active.sequences:
@@ -157,8 +161,8 @@ class Dispatcher:
         """Chooses both workers and sends the prompt on its way, or waits for workers to appear."""
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
-        sequence.extend_hashes(self._hasher, self.view.layout_hash)
-        demand, now = sequence.demand(self._hasher.block_size), self._clock()
+        sequence.extend_hashes(self.hasher, self.view.layout_hash)
+        demand, now = sequence.demand(self.hasher.block_size), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:
@@ -230,12 +234,23 @@ class Dispatcher:
             if sequence is None or link.name not in sequence.holders:
                 continue  # cancelled meanwhile, or of an attempt that was given up
             try:
-                self._take(sequence, link, output, now)
+                if sequence.steady is link and not output.finish_reason:
+                    self._carry_on(sequence, list(output.token_ids), now)
+                else:
+                    self._take(sequence, link, output, now)
             except CrossdockError as error:
                 self._end(sequence.active, error, "failed")
             except Exception as error:  # of one request; the others on the stream go on
                 log.exception("%s: an output could not be delivered", sequence.sequence_id)
                 self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
+
+    def _carry_on(self, sequence: SequenceState, token_ids: list[int], now: float) -> None:
+        """What `_take` comes to for most outputs: more tokens of a sequence that is steady."""
+        text = sequence.detokenizer.push(token_ids).text
+        gap_s = sequence.timeline.token(now)
+        sequence.token_ids += token_ids
+        self.metrics.gained(len(token_ids), False, gap_s)
+        sequence.active.stream.push(Delta(sequence.index, text, token_ids))
 
     def _take(
         self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
@@ -254,6 +269,8 @@ class Dispatcher:
             sequence.cached_tokens = output.cached_tokens
         if output.token_ids or output.finish_reason:
             self._deliver(sequence, detokenize(sequence, output, self._eos), now)
+        if sequence.phase is Phase.DECODE and sequence.plain:
+            sequence.steady = link
         if sequence.phase is Phase.PREFILL and link.name == sequence.prefill_worker:
             sequence.progress.MergeFrom(output.progress)
             if output.token_ids:

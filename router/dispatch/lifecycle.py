@@ -42,6 +42,7 @@ class Timeline:
         self._received = received
         self._received_unix = received_unix
         self._at: dict[str, float] = {}
+        self.last_token: float | None = None  # the newest that was delivered
         self._sampled: float | None = None  # token 0 was drawn on its worker
         self._second: float | None = None  # token 1 was delivered
 
@@ -49,10 +50,6 @@ class Timeline:
         """An event that the gateway itself saw, on its clock."""
         self._at.setdefault(event, now - self._received)
         events.emit("delivered" if event == "first_token" else event, self._request_id)
-
-    def move(self, event: str, now: float) -> None:
-        """The same, but the newest time counts."""
-        self._at[event] = now - self._received
 
     def mark_second_token(self, now: float) -> None:
         self._second = now - self._received
@@ -70,9 +67,10 @@ class Timeline:
     def first_token(self) -> float | None:
         return self._at.get("first_token")
 
-    @property
-    def last_token(self) -> float | None:
-        return self._at.get("last_token")
+    def token(self, now: float) -> float | None:
+        """The newest token is delivered; returns seconds since the one before, or None."""
+        before, self.last_token = self.last_token, now - self._received
+        return None if before is None else self.last_token - before
 
     def ordered(self) -> dict[str, float]:
         """Event -> seconds, never decreasing in the order of LIFE_CYCLE.
@@ -80,7 +78,10 @@ class Timeline:
         Times of the gateway's clock are kept; a worker's time is moved to the nearest that fits
         between the gateway's events around it.
         """
-        own = {e: t for e, t in self._at.items() if e not in WORKER_EVENTS}
+        known = self._at
+        if self.last_token is not None:
+            known = known | {"last_token": self.last_token}
+        own = {e: t for e, t in known.items() if e not in WORKER_EVENTS}
         limit = float("inf")
         upper: dict[str, float] = {}
         for event in reversed(LIFE_CYCLE):
@@ -91,8 +92,8 @@ class Timeline:
         done: dict[str, float] = {}
         last = 0.0
         for event in LIFE_CYCLE:
-            if event in self._at:
-                last = max(last, min(self._at[event], upper[event]))
+            if event in known:
+                last = max(last, min(known[event], upper[event]))
                 done[event] = last
         return done
 

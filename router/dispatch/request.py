@@ -78,7 +78,10 @@ class Request:
     tenant: str = ""  # who takes turns with others, and has one share of the room
     priority: int = 0
     cache_salt: bytes = b""
+    root_hash: bytes = b""  # that the chains begin with
+    chains: Sequence[list[bytes]] = ()  # by prompt, the hashes of its full blocks, where known
     deadline: float | None = None  # on the gateway's clock
+    shown: frozenset[int] = frozenset()  # special tokens whose text the client's door reads
     trace_context: Any = None  # opentelemetry Context that the client's headers carried
     on_end: Callable[[Ended], None] | None = None  # is called once, however it ends
 
@@ -125,10 +128,13 @@ class ResponseStream:
         self._waiter: asyncio.Future[None] | None = None
         self._error: CrossdockError | None = None
         self._on_close = on_close
+        self._sink: Callable[[Delta], bool] | None = None
 
     # -- the dispatcher's side ----------------------------------------------------------------
 
     def push(self, delta: Delta) -> None:
+        if self._sink is not None and not self._buffer and self._sink(delta):
+            return
         _merge(self._buffer, delta)
         self._wake()
 
@@ -145,6 +151,11 @@ class ResponseStream:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self.take()
+
+    def pipe(self, sink: Callable[[Delta], bool]) -> None:
+        """From now on a delta goes to `sink` as it comes. One that `sink` cannot take, where it
+        answers False, and those after it are for `batch`."""
+        self._sink = sink
 
     async def whole(self) -> list[Delta]:
         """Waits for the end: all that each index gained as one delta, in their order."""

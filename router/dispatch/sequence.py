@@ -62,6 +62,7 @@ class SequenceState:
     decode_worker: str = ""  # once it has been told
     lost_early: set[str] = field(default_factory=set)  # decode workers lost before token 0
     first_tokens: int = 0  # how many came at once with token 0
+    steady: WorkerLink | None = None  # where it decodes, once all that comes is tokens till its end
     cached_tokens: int | None = None
     transfer: pb.TransferStats = field(default_factory=pb.TransferStats)  # of all attempts
     finish_reason: FinishReason | None = None
@@ -69,6 +70,11 @@ class SequenceState:
     @property
     def generated(self) -> int:
         return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but its worker can end it, and its tokens are all that the client asked for."""
+        return not self.active.request.sampling.stop and not self.sampling.HasField("logprobs")
 
     def extend_hashes(self, hasher: BlockHasher, layout_hash: bytes) -> None:
         """Hashes the blocks that tokens have filled since; all, where the layout is another."""
@@ -86,22 +92,22 @@ class SequenceState:
         """A worker has nothing of it any more; what it still says is ignored."""
         link = self.holders.pop(name, None)
         if link is not None:
+            self.steady = None
             link.sequences.pop(self.sequence_id, None)
             events.emit("released", self.active.request.request_id, f"{self.sequence_id}@{name}")
 
     def gained(self, ids: list[int], now: float) -> float | None:
         """Adds tokens that are delivered `now`; returns seconds since request or last token, None
         where that is not known."""
-        last, timeline = self.timeline.last_token, self.timeline
+        timeline = self.timeline
         if self.generated == 0:
-            last, self.first_tokens = 0.0, len(ids)
+            timeline.last_token, self.first_tokens = 0.0, len(ids)
             timeline.mark("first_token", now)
         elif self.generated == self.first_tokens and self.phase is Phase.DECODE:
             timeline.mark_second_token(now)  # in any other phase it was prefilled again
-        timeline.move("last_token", now)
         self.token_ids += ids
         self.restarts = 0
-        return None if last is None else now - self.active.request.received - last
+        return timeline.token(now)
 
     def joined(self, transfer: pb.TransferStats) -> None:
         """A decode worker has the KV: adds what that took to what earlier attempts did."""
@@ -192,8 +198,12 @@ def make_sequences(
     root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
         ids = list(prompt)
-        hashes = hasher.chain(ids, root)
+        known = root == request.root_hash and len(request.chains) > position
+        hashes = request.chains[position] if known else hasher.chain(ids, root)
         for i in range(request.n):
+            detokenizer = detokenizer_of(ids, request.sampling.stop)
+            if request.shown:
+                detokenizer.show(request.shown)
             sequences.append(
                 SequenceState(
                     active=active,
@@ -203,7 +213,7 @@ def make_sequences(
                     root_hash=root,
                     hashes=hashes.copy(),
                     sampling=told[i],
-                    detokenizer=detokenizer_of(ids, request.sampling.stop),
+                    detokenizer=detokenizer,
                     timeline=Timeline(request.received, request.received_unix, request.request_id),
                     phase=Phase.HELD if i and hashes else Phase.ROUTING,
                 )

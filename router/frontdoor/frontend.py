@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.types import Grammar, SamplingParams
@@ -20,9 +22,15 @@ from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.frontdoor.gate import Gate, Visit
 from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.limits import Work
+from crossdock.router.frontdoor.text_process import INLINE_CHARACTERS, TextProcess, listed
+from crossdock.router.frontdoor.tools.conversation import Conversation
+from crossdock.router.frontdoor.tools.formats import ToolFormat
+from crossdock.router.frontdoor.tools.offer import Offer
 from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
 
-INLINE_CHARACTERS = 20_000  # a longer text is tokenized on a thread, to keep the loop turning
+NO_OFFER = Offer()
+SLICE_TOKENS = 32_768  # hashed without letting others run
+INLINE_TOKENS = 1024  # a longer prompt lets others run in between
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,11 @@ class Frontend:
     text: TextModel
     validator: Validator
     dispatcher: Dispatcher
+    aside: TextProcess  # for what would hold the loop
     timeout_s: float  # of a request that brings no deadline
     gate: Gate
     grammars: GrammarChecker
+    tool_format: ToolFormat
 
     @property
     def model_id(self) -> str:
@@ -78,23 +88,24 @@ class Frontend:
         return random.getrandbits(63)
 
     async def encode(self, field: str, text: str) -> list[int]:
-        """Token ids of a prompt, on a thread where it is long. Raises InvalidRequest."""
+        """Token ids of a prompt. Raises InvalidRequest."""
         self.validator.check_text(field, text)
         if len(text) > INLINE_CHARACTERS:
-            return await asyncio.to_thread(self.text.encode, text)
+            return await self.aside.call("encode", text)
         return self.text.encode(text)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def encode_chat(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation, through the model's chat template."""
-        check_messages(messages)
-        plain = [dict(message) for message in messages]
-        size = sum(len(message["content"]) for message in plain)
+        check_messages(conversation.messages)
+        arguments = conversation.rendered(self.text, self.tool_format)
+        plain, _, more = arguments
+        size = sum(map(_size, plain)) + _size(more)
         if size > self.validator.capacity * self.validator.longest_token:
-            self.validator.check_text("messages", "".join(m["content"] for m in plain))
+            self.validator.check_text("messages", "".join(str(m["content"]) for m in plain))
         try:
             if size > INLINE_CHARACTERS:
-                return await asyncio.to_thread(self.text.apply_chat_template, plain)
-            return self.text.apply_chat_template(plain)
+                return await self.aside.call("apply_chat_template", *arguments)
+            return self.text.apply_chat_template(*arguments)
         except CrossdockError:
             raise
         except Exception as error:  # a template is a program of the model's makers
@@ -111,10 +122,10 @@ class Frontend:
         await self.grammars.check(field, grammar)
         return sampling
 
-    def submit(
+    async def submit(
         self,
         field: str,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         sampling: SamplingParams,
         n: int,
         arrival: Arrival,
@@ -124,6 +135,7 @@ class Frontend:
         priority: int,
         cache_salt: str,
         default_max_tokens: int = UNLIMITED,
+        offer: Offer = NO_OFFER,
     ) -> tuple[str, ResponseStream]:
         """Request id and stream. `tenant` and `priority` are what the client says, held to
         its credential. Raises InvalidRequest naming `field` for a bad prompt."""
@@ -136,16 +148,18 @@ class Frontend:
                 raise InvalidRequest(
                     "priority", priority, f"must be from {-(2**31)} to {2**31 - 1}"
                 )
+            lists: list[list[int]] = []
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
-            longest = max(len(prompt) for prompt in prompts)
+                lists.append(await listed(prompt))
+            longest = max(map(len, lists))
             principal = visit.principal = visit.principal.named(tenant)
             principal.check_model([self.model_id])
             room = principal.room(field, sampling, longest)
             fitted = self.validator.fit(sampling, longest, min(default_max_tokens, room))
             request = Request(
                 request_id=request_id or uuid.uuid4().hex,
-                prompts=prompts,
+                prompts=lists,
                 sampling=fitted,
                 n=n,
                 tenant=principal.party,
@@ -157,6 +171,7 @@ class Frontend:
                 deadline=arrival.deadline,
                 trace_context=arrival.trace_context,
                 on_end=partial(self.gate.ended, visit),
+                shown=self.text.ids_of(self.tool_format.markers) if offer.tools else frozenset(),
             )
             work = Work(
                 prompt_tokens=sum(len(prompt) for prompt in prompts),
@@ -166,7 +181,31 @@ class Frontend:
             )
             self.gate.admit(visit, work)
         try:
+            request = await self._hashed(request)
             return request.request_id, self.dispatcher.submit(request)
         except BaseException as error:
             self.gate.refused(visit, error)
             raise
+
+    async def _hashed(self, request: Request) -> Request:
+        root = self.dispatcher.root_hash(request.cache_salt)
+        chains = [await self._chain(prompt, root) for prompt in request.prompts]
+        return replace(request, root_hash=root, chains=chains)
+
+    async def _chain(self, prompt: Sequence[int], root: bytes) -> list[bytes]:
+        """The hashes of its blocks, computed in slices."""
+        hashes: list[bytes] = []
+        for end in range(SLICE_TOKENS, len(prompt) + SLICE_TOKENS, SLICE_TOKENS):
+            self.dispatcher.hasher.extend(hashes, prompt[:end], root)
+            if len(prompt) > INLINE_TOKENS:
+                await asyncio.sleep(0)
+        return hashes
+
+
+def _size(value: Any) -> int:
+    """Characters of all the texts in it."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_size, value)) + sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0

@@ -15,6 +15,7 @@ from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_access import say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.tools.conversation import Conversation
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
@@ -87,7 +88,7 @@ class InferenceService:
             if (grammar := sampling.grammar) is not None:
                 sampling = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
             field, prompt = await self._prompt(message)
-        submitted = frontend.submit(
+        submitted = await frontend.submit(
             field,
             [prompt],
             sampling,
@@ -109,7 +110,7 @@ class InferenceService:
             return "token_ids", list(message.token_ids.ids)
         if kind == "chat":
             plain = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-            return "chat.messages", await self._frontend.encode_chat(plain)
+            return "chat.messages", await self._frontend.encode_chat(Conversation(plain))
         raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 

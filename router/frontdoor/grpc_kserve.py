@@ -23,6 +23,7 @@ from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_access import say_limits
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
 from crossdock.router.frontdoor.openai_schemas import DEFAULT_COMPLETION_TOKENS, sampling_of
+from crossdock.router.frontdoor.validate import check_prompts
 
 log = logging.getLogger(__name__)
 
@@ -201,12 +202,12 @@ class KServeService:
                 arrival = replace(arrival, deadline=deadline)
             n, sampling = ask.n, sampling_of(ask.body, frontend.draw_seed())
             frontend.validator.check_request("", n, sampling)
-            frontend.validator.check_prompts(ask.field, len(ask.prompts))
+            check_prompts(ask.field, len(ask.prompts))
             prompts = [
                 await frontend.encode(ask.field, each) if isinstance(each, str) else each
                 for each in ask.prompts
             ]
-        _, stream = frontend.submit(
+        _, stream = await frontend.submit(
             ask.field,
             prompts,
             sampling,

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from crossdock.proto.errors import (
     DeadlineExceeded,
@@ -77,14 +77,14 @@ class Bodies:
             return data
         return await asyncio.to_thread(inflate, data, encoding, self._most_each)
 
-    async def _whole(self, one: Reading, content: asyncio.StreamReader, deadline: float) -> bytes:
+    async def _whole(self, one: Reading, content: StreamReader, deadline: float) -> bytes:
         loop, parts = asyncio.get_running_loop(), list[bytes]()
         last = min(deadline, loop.time() + WHOLE_S)
         try:
             async with asyncio.timeout(None) as one.timeout:
                 while not content.at_eof():
                     one.timeout.reschedule(min(last, loop.time() + STALL_S))
-                    if part := await content.readany():  # type: ignore[attr-defined]
+                    if part := await content.readany():
                         parts.append(part)
                         self._take(one, len(part))
         except TimeoutError:

@@ -13,7 +13,6 @@ from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_writer import HttpVersion11
 
 from crossdock.proto.errors import CrossdockError, InvalidRequest, RequestTooLarge, show
 from crossdock.router.frontdoor.http_errors import Handler, Outcome, error_response
@@ -100,8 +99,10 @@ class Connection(web.RequestHandler):
         if request is not None and not request.content.is_eof():
             transport.abort()  # the body will never be whole
             return
-        silent = request is not None and not request.writer.output_size
-        if wait_s == _PROBE_S[0] and silent and request.version >= HttpVersion11:
+        silent = request is not None and not (
+            request.writer.output_size or request.version < (1, 1)
+        )
+        if silent and wait_s == _PROBE_S[0]:
             transport.write(_CONTINUE)
         if _was_reset(transport):
             transport.abort()

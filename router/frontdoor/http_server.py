@@ -7,11 +7,12 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 
-from crossdock.proto.errors import ConfigError, CrossdockError, InvalidRequest
+from crossdock.proto.errors import ConfigError, InvalidRequest
 from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import ResponseStream
@@ -20,21 +21,21 @@ from crossdock.router.frontdoor import openai_format as fmt
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
-from crossdock.router.frontdoor.http_errors import Handler, answered, error_event
+from crossdock.router.frontdoor.http_errors import Handler, answered
 from crossdock.router.frontdoor.http_routes import add_small_routes
+from crossdock.router.frontdoor.http_stream import HEADERS, send_events
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
     ChatBody,
     CompletionBody,
     SamplingFields,
-    messages_of,
     prompts_of,
-    read_body,
     sampling_of,
 )
-from crossdock.router.frontdoor.structured import grammar_of
-from crossdock.router.frontdoor.validate import UNLIMITED, check_label
+from crossdock.router.frontdoor.tools.answer import ToolAnswer
+from crossdock.router.frontdoor.tools.chat import conversation_of, form_of, tools_of
+from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_prompts
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class HttpServer:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         async def read(body: ChatBody) -> tuple[str, list[list[int]]]:
-            return "messages", [await self._frontend.encode_chat(messages_of(body))]
+            conversation = conversation_of(body, tools_of(body))
+            return "messages", [await self._frontend.encode_chat(conversation)]
 
         return await self._serve(request, ChatBody, read, UNLIMITED, fmt.ChatAnswer)
 
@@ -109,7 +111,7 @@ class HttpServer:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
             frontend, given = self._frontend, prompts_of(body.prompt)
             prompts: list[list[int]] = []
-            frontend.validator.check_prompts("prompt", len(given))
+            check_prompts("prompt", len(given))
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"
                 prompts.append(await frontend.encode(field, one) if isinstance(one, str) else one)
@@ -145,13 +147,15 @@ class HttpServer:
             check_media_type(request)
             with self._bodies.reading() as one:
                 data = await self._bodies.read(one, request, arrival.deadline)
-                body = read_body(data, kind, self._settings.strict)
+                body = await frontend.aside.read_body(data, kind, self._settings.strict)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
-            if (asked := grammar_of(body)) is not None:
+            offer = tools_of(body)
+            asked = form_of(body, offer, frontend.text, frontend.tool_format)
+            if asked is not None:
                 sampling = await frontend.with_grammar(sampling, *asked)
             field, prompts = await read_prompts(body)
-        request_id, stream = frontend.submit(
+        request_id, stream = await frontend.submit(
             field,
             prompts,
             sampling,
@@ -162,9 +166,13 @@ class HttpServer:
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             default_max_tokens=default_max_tokens,
+            offer=offer,
         )
         with contextlib.closing(stream):
-            answer = answer_kind(
+            made: Callable[..., fmt.Answer] = answer_kind
+            if offer.tools:
+                made = partial(ToolAnswer, offer=offer, how=frontend.tool_format)
+            answer = made(
                 frontend.text,
                 request_id,
                 fingerprint=self._fingerprint(),
@@ -195,21 +203,10 @@ class HttpServer:
     ) -> web.StreamResponse:
         # The first token decides between an answer and an HTTP error.
         batch = await stream.batch()
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
+        response = web.StreamResponse(headers=HEADERS)
         self._add_headers(request, response)
         await response.prepare(request)
-        try:
-            while batch:
-                if data := b"".join([answer.event(delta) for delta in batch]):
-                    await response.write(data)
-                batch = await stream.batch()
-            await response.write(answer.last_events())
-        except CrossdockError as error:
-            await response.write(error_event(error))
-        except ConnectionResetError:
-            log.debug("%s: the client went away", answer.request_id)
+        await send_events(request, response, stream, answer, batch)
         return response
 
     def _card(self) -> dict[str, Any]:

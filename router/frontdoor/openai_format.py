@@ -16,6 +16,7 @@ from crossdock.proto.v1 import inference_pb2
 from crossdock.router.dispatch.request import Delta
 
 _encode = msgspec.json.encode
+PLAIN_END = b',"logprobs":null,"finish_reason":null}]}\n\n'
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Answer(ABC):
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # its `object`
     event_kind: ClassVar[str]
+    lead: ClassVar[bytes]  # what stands before and after the text in an event that is only text
+    tail: ClassVar[bytes]
 
     names: TextModel  # how tokens are shown
     request_id: str
@@ -37,6 +40,7 @@ class Answer(ABC):
     echo: Sequence[str] = ()  # by prompt, text to put before its answers
     _usages: dict[int, inference_pb2.Usage] = field(default_factory=dict)
     _begun: set[int] = field(default_factory=set)  # indexes of which something was sent
+    _leads: dict[int, bytes] = field(default_factory=dict)  # what stands before an event's text
 
     @cached_property
     def _prefix(self) -> bytes:
@@ -46,12 +50,17 @@ class Answer(ABC):
 
     def event(self, delta: Delta) -> bytes:
         """Its server-sent event; empty where the delta holds nothing to show yet."""
+        if delta.index in self._leads and delta.finish_reason is None:
+            text = delta.text  # nothing but text, of an index that has begun
+            return self._leads[delta.index] + _encode(text) + self.tail if text else b""
         first = delta.index not in self._begun
         self._take(delta, first)
         shown = delta.text or delta.finish_reason or (self.logprobs and delta.logprobs)
         if not shown and not first:
             return b""
         self._begun.add(delta.index)
+        if not self.logprobs:
+            self._leads[delta.index] = self._prefix + b'{"index":%d,' % delta.index + self.lead
         return self._prefix + b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}]}\n\n' % (
             delta.index,
             self._gained(delta, first),
@@ -131,6 +140,7 @@ class ChatAnswer(Answer):
     """Of POST /v1/chat/completions."""
 
     id_prefix, kind, event_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    lead, tail = b'"delta":{"content":', b"}" + PLAIN_END
 
     def _content(self, delta: Delta) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
@@ -165,6 +175,7 @@ class CompletionAnswer(Answer):
     _offsets: dict[int, Offsets] = field(default_factory=dict)
 
     id_prefix, kind, event_kind = "cmpl", "text_completion", "text_completion"
+    lead, tail = b'"text":', PLAIN_END
 
     def _content(self, delta: Delta) -> dict[str, Any]:
         return {"text": delta.text}

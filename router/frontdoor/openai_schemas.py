@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from crossdock.proto.convert import SAMPLING_SCALARS
 from crossdock.proto.errors import InvalidRequest
@@ -72,12 +73,22 @@ class Message(msgspec.Struct):
 
     role: str
     content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+    tool_call_id: str | None = None
 
 
 class ChatBody(SamplingFields, kw_only=True):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message]
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -112,23 +123,8 @@ def sampling_of(body: SamplingFields, seed: int) -> SamplingParams:
     )
 
 
-def messages_of(body: ChatBody) -> list[dict[str, str]]:
-    """Messages with their text parts joined."""
-    plain = []
-    for i, message in enumerate(body.messages):
-        content = message.content
-        if isinstance(content, list):
-            for j, part in enumerate(content):
-                if part.type != "text":
-                    field = f"messages[{i}].content[{j}].type"
-                    raise InvalidRequest(field, part.type, 'only "text" parts are supported')
-            content = "".join(part.text or "" for part in content)
-        plain.append({"role": message.role, "content": content or ""})
-    return plain
-
-
-def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """One prompt or several, each a text or token ids."""
+def prompts_of(prompt: Any) -> list[str | list[int] | np.ndarray]:
+    """One prompt or several, each a text or token ids; numpy's of a large body."""
     if isinstance(prompt, str):
         return [prompt]
     if prompt is None:
@@ -146,7 +142,7 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 
 def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_token, value))
+    return isinstance(value, np.ndarray) or (isinstance(value, list) and all(map(_is_token, value)))
 
 
 def _is_token(value: Any) -> bool:

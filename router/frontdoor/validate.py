@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -46,14 +47,14 @@ class Validator:
         """Before tokenization, so that what cannot fit costs nothing."""
         if not text:
             raise InvalidRequest(field, text, "must not be empty")
-        check_unicode(field, text)
         if len(text) > self.capacity * self.longest_token:
             limit = f"at most {self.capacity - 1} tokens, as {self._capacity_reason()}"
             raise ContextLengthExceeded(field, f"{len(text)} characters", limit)
+        check_unicode(field, text)
 
-    def check_prompt(self, field: str, token_ids: Sequence[int]) -> None:
+    def check_prompt(self, field: str, token_ids: Sequence[int] | np.ndarray) -> None:
         """Raises InvalidRequest for a prompt that is empty, out of the vocabulary or too long."""
-        if not token_ids:
+        if not len(token_ids):
             raise InvalidRequest(field, [], "must not be empty")
         if len(token_ids) >= self.capacity:
             raise ContextLengthExceeded(
@@ -66,11 +67,6 @@ class Validator:
         if wrong is not None:
             limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
             raise InvalidRequest(field, wrong, limit)
-
-    def check_prompts(self, field: str, count: int) -> None:
-        """Raises InvalidRequest for none or too many prompts."""
-        if not 1 <= count <= MAX_PROMPTS:
-            raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
 
     def check_request(self, model: str, n: int, sampling: SamplingParams) -> None:
         """What can be known before the prompt is tokenized. Raises InvalidRequest or NotFound."""
@@ -115,7 +111,13 @@ class Validator:
         return f"this model's maximum context length is {self.text.context_length} tokens"
 
 
-def _first_outside(token_ids: Sequence[int], vocab_size: int) -> int | None:
+def check_prompts(field: str, count: int) -> None:
+    """Raises InvalidRequest for none or too many prompts."""
+    if not 1 <= count <= MAX_PROMPTS:
+        raise InvalidRequest(field, f"{count} prompts", f"must be from 1 to {MAX_PROMPTS}")
+
+
+def _first_outside(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> int | None:
     """The first id that is none of the vocabulary's."""
     try:
         ids = np.asarray(token_ids, dtype=np.int64)
@@ -133,7 +135,7 @@ def check_label(field: str, value: str) -> None:
     check_unicode(field, value)
 
 
-def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raises InvalidRequest for a conversation that no template takes."""
     if not messages:
         raise InvalidRequest("messages", [], "must hold at least one message")
@@ -146,5 +148,5 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             limit = "must be system, developer, user, assistant or tool"
             raise InvalidRequest(f"messages[{i}].role", role, limit)
         check_unicode(f"messages[{i}].content", message["content"])
-    if not any(message["content"] for message in messages):
+    if not any(message["content"] or message.get("tool_calls") for message in messages):
         raise InvalidRequest("messages", "only empty contents", "must not be empty")

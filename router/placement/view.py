@@ -71,6 +71,24 @@ class _Unseen:
     sent_at: float | None  # None: reserved, not sent yet
 
 
+class _Placed(dict[str, _Unseen]):
+    """What was promised to a worker and is not in its reports yet, by key, with its totals."""
+
+    tokens = blocks = 0
+
+    def put(self, key: str, item: _Unseen) -> None:
+        self.drop(key)
+        self[key] = item
+        self.tokens += item.tokens
+        self.blocks += item.blocks
+
+    def drop(self, key: str) -> None:
+        item = self.pop(key, None)
+        if item is not None:
+            self.tokens -= item.tokens
+            self.blocks -= item.blocks
+
+
 @dataclass(eq=False)
 class WorkerView:
     """One connected worker. Times are of the clock that the callers pass in."""
@@ -80,7 +98,7 @@ class WorkerView:
     reported_at: float
     measured_at: float = float("-inf")  # when its prefill speed last changed
     load: LoadReport = field(default_factory=LoadReport)
-    unseen: dict[str, _Unseen] = field(default_factory=dict)
+    unseen: _Placed = field(default_factory=_Placed)
 
     @property
     def name(self) -> str:
@@ -92,7 +110,7 @@ class WorkerView:
 
     @property
     def queued_tokens(self) -> int:
-        return self.load.queued_tokens + sum(item.tokens for item in self.unseen.values())
+        return self.load.queued_tokens + self.unseen.tokens
 
     @property
     def sequences(self) -> int:
@@ -103,7 +121,7 @@ class WorkerView:
         reported = self.load.total_blocks > 0
         known = self.load.free_blocks + self.load.cached_blocks
         total = known if reported else self.facts.num_blocks
-        return total - sum(item.blocks for item in self.unseen.values())
+        return total - self.unseen.blocks
 
     def takes(self, tokens: int) -> bool:
         """Whether a sequence that grows to `tokens` may go there at all."""
@@ -177,7 +195,7 @@ class ClusterView:
                 if item.sent_at is not None and now - load.age_s - item.sent_at >= SEEN_AFTER_S
             ]
             for key in seen:
-                del worker.unseen[key]
+                worker.unseen.drop(key)
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
         """Folds one measured pull into the pair's bandwidth; the pair works."""
@@ -208,7 +226,7 @@ class ClusterView:
         """Work was promised to a worker: it counts there from now on."""
         worker = self.workers.get(name)
         if worker is not None:
-            worker.unseen[key] = _Unseen(tokens, blocks, None)
+            worker.unseen.put(key, _Unseen(tokens, blocks, None))
 
     def sent(self, name: str, key: str, now: float) -> None:
         """The promised work was sent: the worker's own reports will count it soon."""
@@ -219,7 +237,7 @@ class ClusterView:
     def unplace(self, name: str, key: str) -> None:
         worker = self.workers.get(name)
         if worker is not None:
-            worker.unseen.pop(key, None)
+            worker.unseen.drop(key)
 
     # -- what the policies ask ----------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import itertools
 from dataclasses import replace
 
 from crossdock.deploy.controller import Controller, ControllerSettings
+from crossdock.deploy.listening import Listening
 from crossdock.deploy.members import WatchSettings
 from crossdock.deploy.runtime import (
     CannotStart,
@@ -105,6 +106,9 @@ class FakeProcess:
     async def active_requests(self) -> int:
         return 0
 
+    async def listening(self) -> list[Listening]:
+        return [Listening("fake", self.number, "0.0.0.0", self.number)]
+
     async def stop(self, grace_s: float = 5.0) -> None:
         if self.alive:
             self.cut_off = self.busy.is_set()
@@ -124,6 +128,7 @@ class FakeCluster:
         self.may_start.set()
         self.may_update = asyncio.Event()
         self._numbers = itertools.count(1)
+        self.local = True
 
     async def launch(self, launch: Launch) -> FakeProcess:
         if why := self.refused.get(launch.pool):
@@ -134,6 +139,9 @@ class FakeCluster:
 
     async def adopt(self):
         return [(p.launch, p) for p in self.processes if p.alive]
+
+    def listening(self) -> tuple[str, list[Listening]]:
+        return "head", [Listening("controller", 1, "127.0.0.1", 1)]
 
     def why_waiting(self, launch: Launch) -> str:
         return ""

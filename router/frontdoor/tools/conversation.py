@@ -26,24 +26,26 @@ class Conversation:
     """What is rendered: messages, and the fields of model.chat_template.Rendering."""
 
     messages: Sequence[Mapping[str, Any]]
-    offer: Offer = Offer()
+    offer: Offer = field(default_factory=Offer)
     options: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
-    def encode(self, text: TextModel, how: ToolFormat) -> list[int]:
-        """Ids of the prompt. A template that knows nothing of tools is told of them in the system
-        message, and shown calls and their results as text. Raises InvalidRequest."""
-        messages, tools = list(self.messages), [tool.given for tool in self.offer.tools]
+    def rendered(
+        self, text: TextModel, how: ToolFormat
+    ) -> tuple[list[Mapping[str, Any]], bool, dict[str, Any]]:
+        """The arguments of TextModel.apply_chat_template. A template that knows nothing of tools is
+        told of them in the system message, and shown calls and their results as text."""
+        messages = list(self.messages)
+        tools = [dict(tool.given) for tool in self.offer.tools]
         if text.template is not None and not text.template.takes_tools:
-            messages, tools = _spelled_out(messages, self.offer, how), []
-        return text.apply_chat_template(
-            messages,
-            self.add_generation_prompt,
-            tools=tools,
-            options=self.options,
-            continue_final_message=self.continue_final_message,
-        )
+            messages, tools = [*_spelled_out(messages, self.offer, how)], []
+        more = {
+            "tools": tools,
+            "options": dict(self.options),
+            "continue_final_message": self.continue_final_message,
+        }
+        return messages, self.add_generation_prompt, more
 
 
 def calls_of(where: str, given: Any) -> list[dict[str, Any]]:
@@ -66,7 +68,7 @@ def calls_of(where: str, given: Any) -> list[dict[str, Any]]:
 
 
 def _object(where: str, given: Any) -> Any:
-    """Arguments come as JSON in a text. What a model wrote need not be valid: then it stays text."""
+    """Arguments come as JSON in a text; what a model wrote need not be valid, and stays text."""
     if not isinstance(given, str):
         if isinstance(given, Mapping | None):
             return dict(given or {})

@@ -32,6 +32,8 @@ class ToolFormat:
 
     def written(self, calls: Iterable[Mapping[str, Any]]) -> str:
         """Calls ({"name", "arguments"}) as the model itself would write them."""
+        if self.listed:
+            return self.begin + json.dumps([dict(call) for call in calls], ensure_ascii=False)
         return "\n".join(
             f"{self.begin}\n{json.dumps(dict(call), ensure_ascii=False)}\n{self.end}".strip()
             for call in calls
@@ -39,18 +41,17 @@ class ToolFormat:
 
     def grammar(self, offer: Offer, text: TextModel) -> Grammar:
         """Of an answer that calls at least one of the tools and says nothing else."""
-        most = MOST_CALLS if offer.parallel and self.several else 1
         begin, end = (_marker(marker, text) for marker in (self.begin, self.end))
-        calls = f"{begin} call {end}" if self.listed else "call"
-        rules = [f"start: {calls}"]
+        joint, more = '", "' if self.listed else '"\\n"', ""
+        if offer.parallel and self.several:
+            more = f" ({joint} call){{0,{MOST_CALLS - 1}}}"
         if self.listed:
-            rules[0] = f'start: {begin} "[" call (", " call){{0,{most - 1}}} "]"'
-            one = "call: function"
+            rules = [f'start: {begin} "[" call{more} "]"', "call: function"]
         else:
-            rules[0] = f'start: call ("\\n" call){{0,{most - 1}}}'
-            one = f'call: {begin} "\\n" function "\\n" {end}' if begin else "call: function"
+            one = f'{begin} "\\n" function "\\n" {end}' if begin else "function"
+            rules = [f"start: call{more}", f"call: {one}"]
         functions = " | ".join(f"function_{i}" for i in range(len(offer.tools)))
-        rules += [one, f"function: {functions}"]
+        rules.append(f"function: {functions}")
         rules += [self._function(i, tool) for i, tool in enumerate(offer.tools)]
         return Grammar(GrammarKind.LARK, "\n".join(rules))
 

@@ -10,6 +10,7 @@ from typing import Any
 from crossdock.proto.errors import InvalidRequest
 
 MAX_TOOLS = 128
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 _NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,64}")
 
 
@@ -81,5 +82,5 @@ def _tool(field: str, given: Any) -> Tool:
     strict = function.get("strict")
     if not isinstance(strict, bool | None):
         raise InvalidRequest(f"{field}.function.strict", strict, "must be true or false")
-    schema = dict(parameters) if parameters else {"type": "object"}
+    schema = dict(parameters) if parameters else NO_PARAMETERS
     return Tool(name, {"type": "object"} | schema, bool(strict), given)

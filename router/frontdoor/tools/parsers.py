@@ -97,7 +97,7 @@ class MarkedParser:
         events += news
         if reader.failed and not self._has_begun(reader):
             events.append(Content(self._begin + reader.text))
-            self._reader, self._inside = None, False
+            self._reader, self._inside, self._held = None, False, rest
         elif reader.done or reader.failed:
             self._reader, self._held = None, rest
         return bool(self._held)
@@ -160,7 +160,7 @@ class BareParser:
         self.calls += bool(news) and reader.index == self.calls
         events += news
         if reader.failed and self.calls <= reader.index:
-            self._reader, self._held, self._text = None, reader.text, True
+            self._reader, self._held, self._text = None, reader.text + rest, True
         elif reader.done or reader.failed:
             self._reader, self._held = None, rest
         return bool(self._held)

@@ -416,7 +416,7 @@ def test_the_command_prints_and_exits(
     from crossdock.deploy import admin
 
     pair = OK if sound else PairFacts("d", "p", "unreachable", "p:1 does not answer")
-    monkeypatch.setattr(admin, "status", lambda address: SimpleNamespace(address=address))
+    monkeypatch.setattr(admin, "status", lambda address, **_: SimpleNamespace(address=address))
     monkeypatch.setattr(doctor, "examine", lambda *_: Report("c", [P, D], [pair]))
     code = cli.main(["doctor", *(["--json"] if as_json else [])])
     out, err = capsys.readouterr()
@@ -442,7 +442,7 @@ def test_a_read_that_ends_at_once_is_timed_from_before_it_is_posted() -> None:
 def test_the_page_describes_every_column() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text("utf-8")
     section = page.split("## Is the cluster sound?")[1].split("\n## ")[0]
-    tables = (doctor._workers_table([P, D]), doctor._pairs_table([OK]))
+    tables = (doctor._workers_table([P, D]), doctor._pairs_table([OK]), doctor._ports_table([]))
     for column in (column for table in tables for column in table.columns):
         assert str(column.header) in section
     for outcome in worker_pb2.LinkOutcome.keys()[1:]:

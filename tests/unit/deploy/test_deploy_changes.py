@@ -269,3 +269,14 @@ async def test_the_shorter_drain_of_two_downs_is_kept(cluster, controller):
         await patient
     assert not gateway.alive
     await server.stop(0)
+
+
+async def test_a_status_has_the_ports_of_each_node_where_it_is_asked_for_them(cluster, controller):
+    """One member looks at each node that the controller is not on."""
+    server, address = await serve_admin(controller, "127.0.0.1:0")
+    plain = await asyncio.to_thread(admin.status, address)
+    assert plain.local and not plain.nodes
+    found = await asyncio.to_thread(admin.status, address, listening=True)
+    ports = {node.node_id: [(p.process, p.host) for p in node.ports] for node in found.nodes}
+    assert ports == {"head": [("controller", "127.0.0.1")], "node": [("fake", "0.0.0.0")]}
+    await server.stop(0)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from crossdock.deploy.ray.runtime import placement_problem
 from crossdock.deploy.runtime import Placement
 from crossdock.deploy.store import ClusterStore
 from crossdock.deploy.up import up
-from crossdock.proto.errors import ModelError, Unavailable
+from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 
 NODES = [
     {"Alive": True, "Labels": {}, "Resources": {"CPU": 4.0, "node:__internal_head__": 1.0}},
@@ -201,6 +202,43 @@ def test_a_ray_that_is_joined_is_left_as_it_is(monkeypatch):
     session.start_ray("10.0.0.1:6379", 80, "")
     assert told["address"] == "10.0.0.1:6379" and "_node_ip_address" not in told
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    "door, auth, warned",
+    [
+        ("0.0.0.0:0", "", "gateway.http"),
+        ("192.0.2.7:0", "", "gateway.http"),
+        ("127.0.0.1:0", "", ""),
+        ("0.0.0.0:0", "auth: {keys: keys.json}\n", ""),
+    ],
+)
+def test_up_warns_of_a_door_that_other_hosts_reach_without_a_key(tmp_path, door, auth, warned):
+    path = tmp_path / "c.yaml"
+    said = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that nothing is started
+        port = taken.getsockname()[1]
+        path.write_text(
+            "metadata: {name: doors}\nmodel: {id: simulated}\n"
+            f'gateway: {{grpc: "127.0.0.1:0", http: "{door}"}}\n{auth}'
+            f'controller: {{grpc: "127.0.0.1:{port}"}}\n'
+            "pools: {all: {role: colocated, engine: {kind: simulated}}}\n"
+        )
+        with pytest.raises(ConfigError, match="cannot listen"):
+            up(path, echo=said.append)
+    warnings = [line for line in said if "warning" in line]
+    assert len(warnings) == bool(warned)
+    assert not warned or f"c.yaml:3: {warned}: " in warnings[0]
+
+
+def test_a_token_that_others_can_read_is_named(monkeypatch, tmp_path):
+    token = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert session.open_token() == "", "there is none"
+    token.write_text("secret")
+    for mode, found in ((0o600, ""), (0o644, str(token)), (0o640, str(token))):
+        token.chmod(mode)
+        assert session.open_token() == found
 
 
 def test_all_files_of_a_local_ray_are_below_a_folder_of_this_user_alone(monkeypatch, tmp_path):

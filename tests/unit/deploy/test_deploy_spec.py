@@ -191,6 +191,42 @@ def test_model_paths_are_relative_to_the_file(tmp_path):
     assert ClusterSpec.load(tmp_path / "c.yaml").model.id == str(tmp_path / "models" / "m")
 
 
+def test_another_relative_path_of_a_model_is_taken_from_here(tmp_path, monkeypatch):
+    """The cluster's processes work in another folder."""
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    (tmp_path / "smollm2-135m-instruct").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert ClusterSpec.parse(TEXT).model.id == "smollm2-135m-instruct", "which is known by name"
+    text = TEXT.replace("id: smollm2-135m-instruct", "id: models/m")
+    assert ClusterSpec.parse(text).model.id == str(tmp_path / "models" / "m")
+
+
+FOREIGN = [
+    ("{TLS: tcp}", "{MODULE_DIR: /tmp/mine}", "kv.ucx.MODULE_DIR"),
+    ("{TLS: tcp}", "{LOG_FILE: /root/.bashrc}", "kv.ucx.LOG_FILE"),
+    ("{TLS: tcp}", "{GDB_COMMAND: sh}", "kv.ucx.GDB_COMMAND"),
+    ("{TLS: tcp}", "{UCX_TLS: tcp}", "kv.ucx.UCX_TLS"),
+    ("{TLS: tcp}", r'{TLS: "tcp\0"}', "kv.ucx.TLS"),
+    ("slo: {", "ray: {address: 'evil://x'}\nslo: {", "ray.address"),
+    ("slo: {", "telemetry: {endpoint: 'unix:///x'}\nslo: {", "telemetry.endpoint"),
+    ("name: local", "name: ../../etc", "metadata.name"),
+]
+
+
+@pytest.mark.parametrize("before, after, path", FOREIGN, ids=[path for _, _, path in FOREIGN])
+def test_nothing_in_a_spec_becomes_code_or_a_path_of_its_own(before, after, path):
+    assert before in TEXT
+    with pytest.raises(ConfigError) as refused:
+        ClusterSpec.parse(TEXT.replace(before, after))
+    assert refused.value.field == path
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 100_000])
+def test_a_deep_file_is_refused_and_not_fallen_over(text):
+    with pytest.raises(ConfigError, match=r"yaml: .*nested too deeply"):
+        ClusterSpec.parse(text)
+
+
 def test_replicas_do_not_change_a_revision_but_settings_do():
     spec = ClusterSpec.parse(TEXT)
     revision = spec.pool_revision("decode")

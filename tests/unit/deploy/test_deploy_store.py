@@ -17,10 +17,10 @@ class Elsewhere:
         self.document = b""
         self.reached = True
 
-    def read(self) -> bytes:
+    def load(self) -> bytes:
         return self.document
 
-    def write(self, document: bytes) -> None:
+    def save(self, document: bytes) -> None:
         if not self.reached:
             raise Unavailable("the mirror does not answer")
         self.document = document

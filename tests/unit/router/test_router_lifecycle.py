@@ -30,7 +30,7 @@ def whole_life(skew: float = 0.0) -> Timeline:
         )
     )
     timeline.mark("first_token", RECEIVED + 0.052)
-    timeline.move("last_token", RECEIVED + 0.052)
+    timeline.token(RECEIVED + 0.052)
     timeline.merge(
         pb.SequenceTimes(
             decode_queued=wall_ms(0.054 + skew),
@@ -41,8 +41,8 @@ def whole_life(skew: float = 0.0) -> Timeline:
         )
     )
     timeline.mark_second_token(RECEIVED + 0.080)
-    timeline.move("last_token", RECEIVED + 0.080)
-    timeline.move("last_token", RECEIVED + 0.100)
+    timeline.token(RECEIVED + 0.080)
+    timeline.token(RECEIVED + 0.100)
     timeline.mark("finished", RECEIVED + 0.101)
     return timeline
 

@@ -1,0 +1,55 @@
+"""The body of a streamed answer: from the step that made tokens to the socket in one turn."""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp import web
+
+from crossdock.proto.errors import CrossdockError
+from crossdock.router.dispatch.request import Delta, ResponseStream
+from crossdock.router.frontdoor import openai_format as fmt
+from crossdock.router.frontdoor.http_errors import error_event
+
+log = logging.getLogger(__name__)
+
+MOST_UNSENT = 1 << 16  # bytes that a client's connection holds back; beyond, deltas merge
+HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+
+
+async def send_events(
+    request: web.Request,
+    response: web.StreamResponse,
+    stream: ResponseStream,
+    answer: fmt.Answer,
+    batch: list[Delta],
+) -> None:
+    """Sends what `stream` gives as server-sent events, `batch` first, to its end.
+
+    While the client reads, an event is written where its delta is pushed, without a task's turn
+    for each token; for one that does not, deltas merge until it does.
+    """
+    transport = request.transport
+    chunked = response.headers.get("Transfer-Encoding") == "chunked"
+
+    def write(delta: Delta) -> bool:
+        if transport is None or transport.is_closing():
+            return False
+        if transport.get_write_buffer_size() > MOST_UNSENT:
+            return False
+        if data := answer.event(delta):
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    try:
+        while batch:
+            if data := b"".join([answer.event(delta) for delta in batch]):
+                await response.write(data)
+            if chunked:
+                stream.pipe(write)  # only now: the head is on its way
+            batch = await stream.batch()
+        await response.write(answer.last_events())
+    except CrossdockError as error:
+        await response.write(error_event(error))
+    except ConnectionResetError:
+        log.debug("%s: the client went away", answer.request_id)

@@ -1,0 +1,130 @@
+"""What a local cluster leaves open on its host: ports to other hosts, files to other users."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray_kit import ask, serving, temp_folders, write_spec
+
+from crossdock.deploy import processes
+from crossdock.deploy.listening import listening
+from crossdock.deploy.store import ClusterStore
+from crossdock.deploy.up import Cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, tiny_model) -> Iterator[Cluster]:
+    """Over NIXL, as is usual, and after a request, so that workers know each other."""
+    folder = tmp_path_factory.mktemp("exposure")
+    (folder / "ucx.conf").write_text("UCX_TLS=no_such_transport\n")
+    (folder / "attrs.py").write_text("raise SystemExit('foreign code was run')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # one that somebody else has put something into
+        with serving(write_spec(folder / "c.yaml", tiny_model), timeout_s=120) as cluster:
+            ask(cluster)
+            yield cluster
+
+
+def ours() -> list[int]:
+    return [os.getpid(), *(process.pid for process in processes.descendants(os.getpid()))]
+
+
+def test_every_port_is_on_the_loopback(cluster):
+    ports = listening(ours())
+    names = {port.process for port in ports}
+    members = {pid for port in ports if port.process == "ray::MemberActor" for pid in [port.pid]}
+    assert {"gcs_server", "raylet", "ray::ControllerActor"} <= names and len(members) == 3
+    assert not [port for port in ports if port.host not in ("127.0.0.1", "::1")]
+
+
+def test_workers_take_nothing_from_the_folder_that_up_was_started_in(cluster):
+    """They serve (see the fixture) although it has a ucx.conf that names no transport."""
+    status = cluster.status()
+    folders = {os.readlink(f"/proc/{w.pid}/cwd") for w in (*status.workers, *status.gateways)}
+    assert folders == {"/"}
+    assert "attrs" not in os.listdir("/")
+
+
+def private(path: Path) -> bool:
+    """Whether nobody else gets to it: it, or a folder above it, is closed to them."""
+    return any(not each.stat().st_mode & 0o077 for each in (path, *path.parents))
+
+
+def test_every_file_is_the_users_alone(cluster):
+    status = cluster.status()
+    [folder] = {path for pid in ours() for path in temp_folders(pid)}
+    made = [path for path in Path(folder).rglob("*") if not path.is_symlink()]
+    assert any(stat.S_ISSOCK(path.stat().st_mode) for path in made), "Ray's sockets are below it"
+    assert any("logs" in path.parts for path in made) and any(p.name == "token" for p in made)
+    kept = list(ClusterStore(cluster.spec.metadata.name).folder.rglob("*"))
+    assert kept
+    assert not [path for path in (*made, *kept) if not private(path)]
+    pids = {str(member.pid) for member in (*status.workers, *status.gateways)}
+    shared = [path for path in Path("/dev/shm").iterdir() if pids & set(path.name.split("-"))]
+    assert not [path for path in shared if path.stat().st_mode & 0o077]
+    opened = {file for pid in ours() for file in open_files(pid) if file.startswith("/dev/shm/")}
+    assert any("plasma" in file for file in opened), "Ray's object store is among them"
+
+
+def test_open_files_in_shared_memory_have_no_mode_for_others(cluster):
+    for pid in ours():
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            target = os.readlink(entry.path)
+            if target.startswith("/dev/shm/"):
+                assert not os.stat(entry.path).st_mode & 0o077, target
+
+
+def open_files(pid: int) -> set[str]:
+    try:
+        return {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
+    except OSError:
+        return set()
+
+
+JOIN = """
+import sys
+import crossdock.deploy.ray
+import ray
+from ray._raylet import GcsClient
+try:
+    print(len(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", timeout=10)), "keys")
+except ray.exceptions.AuthenticationError as error:
+    sys.exit(f"refused: {error}")
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print(len(ray.nodes()), "nodes")
+"""
+
+
+def join(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As another process of this host, with what it has of Ray's settings."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    clean["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # to believe that it is on the loopback
+    return subprocess.run(
+        [sys.executable, "-c", JOIN, address],
+        env={**clean, **environment},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_nobody_joins_without_the_token(cluster, tmp_path):
+    import ray
+
+    address, home = ray.get_runtime_context().gcs_address, {"HOME": str(tmp_path)}
+    token = os.environ["RAY_AUTH_TOKEN_PATH"]
+    owner = join(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token, **home)
+    assert "1 nodes" in owner.stdout, owner.stderr
+    nobody = join(address, RAY_AUTH_MODE="disabled", **home)
+    guess = join(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64, **home)
+    for refused in (nobody, guess):
+        assert "refused: " in refused.stderr and "keys" not in refused.stdout, refused.stderr
