@@ -68,7 +68,7 @@ class GatewayServer:
         self._grammars = grammars = GrammarChecker(config.model, config.home)
         self._closing.callback(grammars.close)
         gate = await self._make_gate(model_id)
-        frontend = Frontend(
+        self._frontend = frontend = Frontend(
             text,
             validator,
             dispatcher,

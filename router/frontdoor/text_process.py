@@ -89,9 +89,7 @@ class TextProcess:
         assert child.stdin is not None and child.stdout is not None
         try:
             _write(child.stdin, asked)
-            if select.select([child.stdout], [], [], ANSWER_S)[0] and (
-                found := _read(child.stdout)
-            ):
+            if _readable(child.stdout, ANSWER_S) and (found := _read(child.stdout)):
                 return found
         except OSError:
             pass
