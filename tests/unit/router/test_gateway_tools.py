@@ -9,10 +9,11 @@ from typing import Any
 import openai
 import pytest
 from engines_kit import EngineRig, start_engines
-from gateway_rig import Rig
+from gateway_rig import Rig, refusal, trailer
 from http_kit import chat, events, post, say
 
 from crossdock.proto.types import Role
+from crossdock.proto.v1 import inference_pb2 as pb
 
 TOOLS: list[Any] = [
     {
@@ -150,6 +151,23 @@ async def test_a_final_message_goes_on(rig: Rig, text: Any) -> None:
     assert status == 200, body
     shown = text.decode(rig.prefills[0].prefills[-1].sequence.token_ids, False)
     assert shown.endswith("<|im_start|>assistant\nThe weather ")
+
+
+async def test_grpc_takes_calls_in_the_history(rig: Rig, text: Any) -> None:
+    call = pb.ToolCall(id="call_1", name="get_weather", arguments=ARGUMENTS)
+    messages = [
+        pb.ChatMessage(role="user", content="What is the weather?", name="Ann"),
+        pb.ChatMessage(role="assistant", tool_calls=[call]),
+        pb.ChatMessage(role="tool", tool_call_id="call_1", content="rain"),
+        pb.ChatMessage(role="assistant", content="It is "),
+    ]
+    chatted = pb.Chat(messages=messages, continue_final_message=True, template_kwargs='{"a": 1}')
+    request = pb.GenerateRequest(chat=chatted, sampling=pb.SamplingParams(max_tokens=1))
+    await rig.stub.GenerateUnary(request)
+    shown = text.decode(rig.prefills[0].prefills[-1].sequence.token_ids, False)
+    assert CALL in shown and shown.endswith("It is ")
+    request.chat.template_kwargs = "[]"
+    assert trailer(await refusal(rig, request), "error-field") == "chat.template_kwargs"
 
 
 @pytest.fixture
