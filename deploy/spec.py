@@ -38,7 +38,14 @@ from crossdock.proto.settings import (
     split_address,
 )
 from crossdock.proto.types import Role
-from crossdock.router.config import AuthSettings, GatewayConfig, HttpSettings, Price, Slo
+from crossdock.router.config import (
+    AuthSettings,
+    GatewayConfig,
+    HttpSettings,
+    Price,
+    Slo,
+    TlsFiles,
+)
 from crossdock.worker.config import EngineSettings, WorkerConfig
 
 API_VERSION = "crossdock/v1"
@@ -79,6 +86,7 @@ class LimitsSpec:
     max_body_mb: float = of(GatewayConfig, "max_body_mb")
     max_active: int = of(GatewayConfig, "max_active")
     max_active_per_tenant: int = of(GatewayConfig, "max_active_per_tenant")
+    max_request_share: float = of(GatewayConfig, "max_request_share")
     request_timeout_s: float = of(GatewayConfig, "request_timeout_s")
     max_connection_age_s: float = of(GatewayConfig, "max_connection_age_s")
     worker_wait_s: float = of(GatewayConfig, "worker_wait_s")
@@ -96,6 +104,7 @@ class GatewaySpec:
     policy: str = of(GatewayConfig, "policy")
     tool_parser: str = of(GatewayConfig, "tool_parser")
     http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")
+    tls: TlsFiles = setting(factory=TlsFiles, doc="TLS at both front doors.")
     limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
     drain_s: float = setting(
         10.0, "How long a stopping gateway may finish its requests.", low=0, high=3600
@@ -280,6 +289,7 @@ class ClusterSpec:
         _check_engines(self)
         _check_gpus(self)
         _check_ports(self)
+        _check_tls(self.gateway.tls)
         return self
 
     def with_replicas(self, pool: str, replicas: int) -> ClusterSpec:
@@ -380,6 +390,13 @@ def _check_ports(spec: ClusterSpec) -> None:
         for other_path, other in claims[:index]:
             if overlap(address, other):
                 raise ConfigError(path, f"{address!r} is also the port of {other_path}")
+
+
+def _check_tls(files: TlsFiles) -> None:
+    for missing in ("cert", "key"):
+        others = [name for name, path in plain(files).items() if path]
+        if others and missing not in others:
+            raise ConfigError(f"gateway.tls.{missing}", f"is missing beside {others[0]}")
 
 
 def _revision(group: GatewaySpec | PoolSpec, *others: Any) -> str:

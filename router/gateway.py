@@ -14,6 +14,7 @@ from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.model.store import ModelFiles, resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.proto.hashing import BlockHasher
+from crossdock.proto.identity import Credentials
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.router.config import GatewayConfig as GatewayConfig
 from crossdock.router.config import Price
@@ -29,7 +30,9 @@ from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
 from crossdock.router.frontdoor.text_process import TextProcess
+from crossdock.router.frontdoor.tls import DoorCertificates
 from crossdock.router.frontdoor.tools.formats import format_of
+from crossdock.router.frontdoor.usage import Usage, usage_file
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
@@ -39,14 +42,18 @@ log = logging.getLogger(__name__)
 
 class GatewayServer:
     """Serves a model's requests over the workers of the membership that it is told. `grpc_address`
-    and `http_address` are host:port, once started with the ports that were bound."""
+    and `http_address` are host:port, once started with the ports that were bound. Without
+    credentials it reaches no worker but those that ask for none."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, credentials: Credentials | None = None) -> None:
         self.config = config
+        self._credentials = credentials
         self.grpc_address, self.http_address = config.grpc, config.http
         self.view = ClusterView()
         self.metrics = GatewayMetrics(config.slo)
-        self._incarnation = os.urandom(16)
+        self._incarnation = (
+            bytes.fromhex(credentials.peer.incarnation) if credentials else os.urandom(16)
+        )
         self._health_changed = asyncio.Event()
         self._dispatcher: Dispatcher | None = None
         self._links: Links | None = None
@@ -67,7 +74,7 @@ class GatewayServer:
         )
         self._grammars = grammars = GrammarChecker(config.model, config.home)
         self._closing.callback(grammars.close)
-        gate = await self._make_gate(model_id)
+        gate = self._gate = await self._make_gate(model_id)
         self._frontend = frontend = Frontend(
             text,
             validator,
@@ -78,10 +85,17 @@ class GatewayServer:
             grammars,
             format_of(config.tool_parser, text),
         )
+        certificates = self._door_certificates()
         self._grpc = grpc = GrpcServer(
-            frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
+            frontend,
+            config.grpc,
+            config.max_body_bytes,
+            config.max_connection_age_s,
+            certificates,
         )
-        http = HttpServer(frontend, config.http, config.max_body_bytes, config.http_options)
+        http = HttpServer(
+            frontend, config.http, config.max_body_bytes, config.http_options, certificates
+        )
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
         self._closing.push_async_callback(http.stop)
         self._closing.callback(dispatcher.close)
@@ -95,6 +109,7 @@ class GatewayServer:
         self.metrics.watch(
             active=lambda: dispatcher.active_sequences,
             waiting=lambda: dispatcher.waiting_sequences,
+            queued=lambda: dispatcher.queued_sequences,
             workers=lambda role: sum(w.role is role for w in self.view.workers.values()),
             resyncs=lambda: links.resyncs,
         )
@@ -132,6 +147,12 @@ class GatewayServer:
         """A prefill and a decode worker, or a colocated one, are connected."""
         return self._dispatcher is not None and self._dispatcher.ready
 
+    def _door_certificates(self) -> DoorCertificates | None:
+        if not self.config.tls:
+            return None
+        proof = self._credentials
+        return DoorCertificates(self.config.tls, proof.identity.authority if proof else b"")
+
     async def _make_gate(self, model_id: str) -> Gate:
         config, registry = self.config, self.metrics.registry
         authenticator = await asyncio.to_thread(
@@ -139,12 +160,17 @@ class GatewayServer:
         )
         watching = asyncio.get_running_loop().create_task(authenticator.watch())
         self._closing.callback(watching.cancel)
-        limiter = Limiter(time.monotonic, time.time, config.gateways)
+        file = usage_file(config.home, config.cluster) if config.cluster else None
+        usage = Usage(file, model_id, registry)
+        keeping = asyncio.get_running_loop().create_task(usage.keep())
+        self._closing.push_async_callback(usage.flush)
+        self._closing.callback(keeping.cancel)
+        limiter = Limiter(time.monotonic, time.time, config.gateways, usage.spent)
         price = config.prices.get(model_id, Price())
-        return Gate(authenticator, limiter, self.metrics, price)
+        return Gate(authenticator, limiter, self.metrics, price, usage)
 
     def _make_links(self) -> Links:
-        config, dial = self.config, Dialer()
+        config, dial = self.config, Dialer(self._credentials)
         links = Links(
             self.view,
             config.name,

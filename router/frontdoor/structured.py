@@ -85,7 +85,7 @@ def _structured_outputs(given: Any) -> tuple[str, Grammar] | None:
         return None
     if not isinstance(given, Mapping):
         raise InvalidRequest("structured_outputs", given, "must be an object")
-    asked = []
+    asked: list[tuple[str, Grammar] | None] = []
     for name, value in given.items():
         if value is None or value is False:
             continue

@@ -12,12 +12,14 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
+from crossdock.proto.channels import listen
 from crossdock.proto.convert import ROLE_TO_PB
+from crossdock.proto.identity import Credentials
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import inference_pb2, worker_pb2_grpc
 from crossdock.proto.v1 import worker_pb2 as pb
@@ -29,9 +31,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     """`async with FakeWorker("prefill-0", Role.PREFILL) as worker: ... worker.endpoint`."""
 
     def __init__(
-        self, name: str, role: Role, *, num_blocks: int = 1000, block_size: int = 16, port: int = 0
+        self,
+        name: str,
+        role: Role,
+        *,
+        num_blocks: int = 1000,
+        block_size: int = 16,
+        port: int = 0,
+        certified: Callable[[], Credentials] | None = None,  # for each of its lives
     ) -> None:
         self.name, self.role, self.port = name, role, port
+        self.certified = certified
         self.num_blocks, self.block_size = num_blocks, block_size
         self.incarnation = os.urandom(16)
         self.layout_hash = b"a layout's hash."
@@ -45,6 +55,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.token_0 = asyncio.Event()  # closed: prefills wait before it, their parts told
         self.token_0.set()
         self.step_s = 0.0
+        self.chunk_tokens = self.max_batch = 0  # it does not say
         self.silent = False
         self.prefills: list[pb.PrefillRequest] = []
         self.decodes: list[pb.DecodeRequest] = []
@@ -69,7 +80,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def start(self) -> None:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        proof = self.certified() if self.certified else None
+        if proof is not None:
+            self.incarnation = bytes.fromhex(proof.peer.incarnation)
+        address = listen(self._server, f"127.0.0.1:{self.port}", proof, "port")
+        self.port = int(address.rpartition(":")[2])
         await self._server.start()
 
     async def stop(self) -> None:
@@ -163,6 +178,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             num_blocks=self.num_blocks,
             context_length=self.limit,
             block_bytes=BLOCK_BYTES,
+            chunk_tokens=self.chunk_tokens,
+            max_batch=self.max_batch,
         )
 
     async def _beat(self) -> None:
