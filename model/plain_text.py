@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tokenizers import Tokenizer
 
@@ -25,10 +25,10 @@ class PlainText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder().values()
-        self._special = sorted(
-            {token.content for token in added if token.special and token.content}
-        )
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special = {
+            token.content: token_id for token_id, token in added if token.special and token.content
+        }
         longest_first = sorted(self._special, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         beginnings = {token[:end] for token in self._special for end in range(1, len(token))}
@@ -46,7 +46,7 @@ class PlainText:
             found = {self.marked(key): self.marked(entry) for key, entry in value.items()}
         elif isinstance(value, list | tuple):
             found = type(value)(self.marked(entry) for entry in value)
-        return found  # type: ignore[no-any-return]
+        return cast(T, found)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text; what holds marks is no special token."""
@@ -56,7 +56,7 @@ class PlainText:
         at = 0
         for match in self._any.finditer(text):
             ids += self._as_text(text[at : match.start()])
-            ids.append(self._tokenizer.token_to_id(match[0]))
+            ids.append(self._special[match[0]])
             at = match.end()
         return ids + self._as_text(text[at:])
 
