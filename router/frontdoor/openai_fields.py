@@ -87,8 +87,8 @@ A_MESSAGE_IGNORES = frozenset({"name"})
 
 
 def check_fields(raw: Mapping[str, Any], known: Collection[str], strict: bool) -> None:
-    """Raises InvalidRequest for the first field that is not supported, or, where `strict`, is
-    neither in `known` nor in a table here."""
+    """Raises InvalidRequest for the first field, not in `known`, that is not supported, or, where
+    `strict`, in no table here."""
     for name, value in raw.items():
         as_asked = name == "best_of" and _same(value, raw.get("n"))
         if name in CHANGE_THE_ANSWER and name not in known and not as_asked:

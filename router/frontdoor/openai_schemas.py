@@ -19,7 +19,7 @@ from crossdock.router.frontdoor.validate import UNLIMITED
 
 DEFAULT_COMPLETION_TOKENS = 16
 
-Body = TypeVar("Body", bound="SamplingFields")
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class StreamOptions(msgspec.Struct):
@@ -92,6 +92,27 @@ class ChatBody(SamplingFields, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """The body of POST /tokenize: a prompt as it is, or messages through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
 
 
 def read_body(body: bytes, kind: type[Body], strict: bool = False) -> Body:

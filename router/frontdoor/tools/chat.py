@@ -7,7 +7,7 @@ from typing import Any
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import Grammar
-from crossdock.router.frontdoor.openai_schemas import ChatBody, Message
+from crossdock.router.frontdoor.openai_schemas import ChatBody, Message, TokenizeBody
 from crossdock.router.frontdoor.structured import StructuredFields, grammar_of
 from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of
 from crossdock.router.frontdoor.tools.formats import NONE, ToolFormat
@@ -39,16 +39,18 @@ def form_of(
     return "tools", how.grammar(offer, text)
 
 
-def conversation_of(body: ChatBody, offer: Offer) -> Conversation:
+def conversation_of(body: ChatBody | TokenizeBody, offer: Offer) -> Conversation:
     """What the template is given. Raises InvalidRequest."""
     continues = bool(body.continue_final_message)
     prompts = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     if continues and prompts:
         limit = "must be false where continue_final_message is true"
         raise InvalidRequest("add_generation_prompt", True, limit)
-    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    effort: dict[str, Any] = {}
+    if isinstance(body, ChatBody) and body.reasoning_effort is not None:
+        effort["reasoning_effort"] = body.reasoning_effort
     return Conversation(
-        [_plain(f"messages[{i}]", message) for i, message in enumerate(body.messages)],
+        [_plain(f"messages[{i}]", message) for i, message in enumerate(body.messages or ())],
         offer,
         effort | (body.chat_template_kwargs or {}),
         prompts,
