@@ -188,6 +188,11 @@ class GatewayConfig(Limits):
         "How workers are chosen: by predicted latency (queue depth and prefix hits), or in turn.",
         choices=tuple(POLICIES),
     )
+    tool_parser: str = setting(
+        "auto",
+        "How the model writes calls of tools; auto: as its chat template does.",
+        choices=("auto", "hermes", "llama3_json", "mistral", "none"),
+    )
     block_size: int = setting(16, "Tokens of a block of the workers' pools.", low=1, high=65_536)
     max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)
     request_timeout_s: float = setting(

@@ -31,6 +31,7 @@ from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
 from crossdock.router.frontdoor.text_process import TextProcess
 from crossdock.router.frontdoor.tls import DoorCertificates
+from crossdock.router.frontdoor.tools.formats import format_of
 from crossdock.router.frontdoor.usage import Usage, usage_file
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
@@ -71,11 +72,18 @@ class GatewayServer:
         self._validator = validator = Validator(
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
-        grammars = GrammarChecker(config.model, config.home)
+        self._grammars = grammars = GrammarChecker(config.model, config.home)
         self._closing.callback(grammars.close)
         gate = self._gate = await self._make_gate(model_id)
         self._frontend = frontend = Frontend(
-            text, validator, dispatcher, aside, config.request_timeout_s, gate, grammars
+            text,
+            validator,
+            dispatcher,
+            aside,
+            config.request_timeout_s,
+            gate,
+            grammars,
+            format_of(config.tool_parser, text),
         )
         certificates = self._door_certificates()
         self._grpc = grpc = GrpcServer(
