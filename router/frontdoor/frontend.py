@@ -165,6 +165,7 @@ class Frontend:
                 trace_context=arrival.trace_context,
                 on_end=partial(self.gate.ended, visit),
             )
+            visit.request = request
             work = Work(
                 prompt_tokens=sum(len(prompt) for prompt in prompts),
                 sequences=request.num_sequences,
