@@ -12,13 +12,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crossdock.client import AsyncClient, Client
+    from crossdock.client import AsyncClient, Client, Tls
     from crossdock.proto.errors import CrossdockError
     from crossdock.proto.types import SamplingParams
     from crossdock.results import Chunk, Result
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Chunk", "Client", "CrossdockError", "Result", "SamplingParams"]
+__all__ = ["AsyncClient", "Chunk", "Client", "CrossdockError", "Result", "SamplingParams", "Tls"]
 
 # Imported at first use: every part of Crossdock is under this package, and most need no client.
 _HOME = {
@@ -28,6 +28,7 @@ _HOME = {
     "CrossdockError": "crossdock.proto.errors",
     "Result": "crossdock.results",
     "SamplingParams": "crossdock.proto.types",
+    "Tls": "crossdock.client",
 }
 
 

@@ -43,6 +43,19 @@ Target = Annotated[
         help="The gateway's gRPC address, host:port.",
     ),
 ]
+Authority = Annotated[
+    str,
+    Option(
+        "--ca",
+        envvar="CROSSDOCK_CA",
+        help="Speak TLS with the gateway and trust this authority (PEM). With grpcs://host:port as "
+        "the target, those that the machine trusts.",
+    ),
+]
+Certificate = Annotated[
+    str,
+    Option("--cert", help="The client's own certificate and its key (PEM), where asked for."),
+]
 Model = Annotated[str, Option(help="Model name; the cluster's own when empty.")]
 System = Annotated[str, Option(help="A system message before the conversation.")]
 MaxTokens = Annotated[
@@ -78,6 +91,8 @@ def generate(
     context: typer.Context,
     prompt: Annotated[str, Argument(help="What to say; - reads it from standard input.")],
     target: Target = GATEWAY_ADDRESS,
+    ca: Authority = "",
+    cert: Certificate = "",
     model: Model = "",
     as_chat: Annotated[
         bool, Option("--chat/--raw", help="Through the chat template, or the text as it is.")
@@ -105,7 +120,7 @@ def generate(
     if system and not as_chat:
         raise typer.BadParameter("--system needs the chat template: not with --raw")
     given: Any = [*_system(system), {"role": "user", "content": text}] if as_chat else text
-    with _client(target) as client:
+    with _client(target, ca, cert) as client:
         if as_json or not stream or n != 1:
             _show_result(client.generate(given, timeout=timeout, **fields), as_json)
         else:
@@ -118,6 +133,8 @@ def generate(
 def chat(
     context: typer.Context,
     target: Target = GATEWAY_ADDRESS,
+    ca: Authority = "",
+    cert: Certificate = "",
     model: Model = "",
     system: System = "",
     max_tokens: MaxTokens = None,
@@ -135,7 +152,7 @@ def chat(
     if interactive:
         import readline  # noqa: F401  input() edits lines with it
     messages = _system(system)
-    with _client(target) as client:
+    with _client(target, ca, cert) as client:
         for said in _lines("> " if interactive else ""):
             if said == "/exit":
                 return
@@ -199,12 +216,12 @@ def _sampling(context: typer.Context) -> RequestFields:
     return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
 
 
-def _client(target: str) -> Client:
-    from crossdock.client import Client
+def _client(target: str, ca: str, cert: str) -> Client:
+    from crossdock.client import Client, Tls
     from crossdock.proto.errors import InvalidRequest
 
     try:
-        return Client(target)
+        return Client(target, tls=Tls(ca, cert) if ca or cert else None)
     except InvalidRequest as error:
         raise typer.BadParameter(str(error)) from None
 

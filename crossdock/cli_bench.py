@@ -42,6 +42,12 @@ def bench(
         str, Option(help="grpc://host:port, or http://host:port of any OpenAI server.")
     ] = f"grpc://{GATEWAY_ADDRESS}",
     model: Annotated[str, Option(help="Model name; the server's first when empty.")] = "",
+    ca: Annotated[
+        str, Option(envvar="CROSSDOCK_CA", help="Trust this authority (PEM); grpc:// becomes TLS.")
+    ] = "",
+    cert: Annotated[
+        str, Option(help="The client's own certificate and its key (PEM), where asked for.")
+    ] = "",
     style: Annotated[
         str, Option(help="Prompts of an OpenAI endpoint: text, ids (token ids) or chat.")
     ] = "text",

@@ -27,6 +27,13 @@ SHOWN_LEASES = 20
 Address = Annotated[
     str, Option(envvar="CROSSDOCK_ADMIN", help="The controller's address, host:port.")
 ]
+CredentialFile = Annotated[
+    Path | None,
+    Option(
+        envvar="CROSSDOCK_CREDENTIAL",
+        help="The operator's credential; the one that CROSSDOCK_HOME has of that cluster if unset.",
+    ),
+]
 Wait = Annotated[bool, Option(help="Return once the cluster is as asked.")]
 WaitTimeout = Annotated[float, Option(min=0, help="Longest wait in seconds.")]
 
@@ -66,11 +73,12 @@ def status(
     check: Annotated[
         bool, Option("--check", help="Account for every KV block; exit 1 unless all is well.")
     ] = False,
+    credential: CredentialFile = None,
 ) -> None:
     """Show workers, gateways and the newest decisions of the controller."""
     from crossdock.deploy import admin
 
-    cluster = admin.status(address, check_integrity=check)
+    cluster = admin.status(address, check_integrity=check, credential=credential)
     if as_json:
         from google.protobuf.json_format import MessageToDict
 
@@ -92,6 +100,7 @@ def doctor(
     at_once: Annotated[
         int, Option(min=1, help="Pairs measured at the same time, no worker in two of them.")
     ] = 1,
+    credential: CredentialFile = None,
 ) -> None:
     """Check clocks, versions and layouts of all workers, how KV moves in every pair, and which
     ports are open wider than they must be.
@@ -99,10 +108,11 @@ def doctor(
     Exit 1 where something is wrong, with a line for each problem that says what to do.
     """
     from crossdock import doctor
-    from crossdock.deploy import admin
+    from crossdock.deploy import admin, credentials
 
-    status = admin.status(address, listening=True)
-    report = doctor.examine(status, at_once, address)
+    status = admin.status(address, listening=True, credential=credential)
+    proof = credentials.find(address, credential)
+    report = doctor.examine(status, at_once, address, proof)
     if as_json:
         print(json.dumps(doctor.as_json(report), indent=2))
     else:
@@ -127,11 +137,12 @@ def apply(
     generation: Annotated[
         int, Option(min=0, help="Refuse unless the spec is of this generation; see status.")
     ] = 0,
+    credential: CredentialFile = None,
 ) -> None:
     """Make the running cluster what the file says; workers that go are drained first."""
     from crossdock.deploy import admin
 
-    reply = admin.apply(file, address, dry_run, wait, timeout, generation, _waiting)
+    reply = admin.apply(file, address, dry_run, wait, timeout, generation, _waiting, credential)
     _show_actions(reply, wait and not dry_run, timeout)
 
 
@@ -141,11 +152,12 @@ def scale(
     address: Address = CONTROLLER_ADDRESS,
     wait: Wait = True,
     timeout: WaitTimeout = 300.0,
+    credential: CredentialFile = None,
 ) -> None:
     """Set the size of one pool."""
     from crossdock.deploy import admin
 
-    reply = admin.scale(pool, replicas, address, wait, timeout, _waiting)
+    reply = admin.scale(pool, replicas, address, wait, timeout, _waiting, credential)
     _show_actions(reply, wait, timeout)
 
 
@@ -154,11 +166,12 @@ def down(
     drain: Annotated[
         float, Option(min=0, help="Seconds that running requests get to finish.")
     ] = 30.0,
+    credential: CredentialFile = None,
 ) -> None:
     """Stop the cluster: no new requests, running ones finish, then every process goes."""
     from crossdock.deploy import admin
 
-    admin.down(address, drain_s=drain)
+    admin.down(address, drain_s=drain, credential=credential)
     print("down")
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import grpc
@@ -18,9 +21,9 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crossdock.proto import errors
-from crossdock.proto.channels import internal, is_loopback
+from crossdock.proto.channels import internal
 from crossdock.proto.convert import sampling_to_pb, wire_seed
-from crossdock.proto.settings import GATEWAY_ADDRESS
+from crossdock.proto.settings import GATEWAY_ADDRESS, is_loopback
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
@@ -72,14 +75,60 @@ class RequestFields(TypedDict, total=False):
 _PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_salt"})
 
 
-class Client:
-    """Blocking client of the gateway at `target`, host:port. Safe to share between threads.
-    `api_key` is a key or a bearer token, by default $CROSSDOCK_API_KEY."""
+@dataclass(frozen=True)
+class Tls:
+    """How a client trusts and proves itself: PEM files, each of them where it is needed."""
 
-    def __init__(self, target: str = GATEWAY_ADDRESS, api_key: str | None = None) -> None:
-        self.target = _address(target)
+    ca: str | Path = ""  # of the gateway's authority; empty: those that the machine trusts
+    cert: str | Path = ""  # the client's own, where the gateway asks for one
+    key: str | Path = ""  # of `cert`; empty: it is in the same file
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """As gRPC takes them. Raises InvalidRequest naming a file that cannot be read."""
+        files = {"ca": self.ca, "cert": self.cert, "key": self.key or self.cert}
+        ca, cert, key = (_pem(name, str(path)) for name, path in files.items())
+        return grpc.ssl_channel_credentials(ca or _system_authorities(), key, cert)
+
+    def context(self) -> ssl.SSLContext:
+        """The same for HTTP."""
+        made = ssl.create_default_context(cafile=str(self.ca) or None)
+        if self.cert:
+            made.load_cert_chain(self.cert, self.key or None)
+        return made
+
+
+def _pem(name: str, path: str) -> bytes | None:
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise errors.InvalidRequest(name, path, f"cannot be read: {error.strerror}") from None
+
+
+def _system_authorities() -> bytes | None:
+    """What the machine trusts, as other programs on it do; gRPC brings a list of its own."""
+    file = ssl.get_default_verify_paths().cafile
+    return Path(file).read_bytes() if file else None
+
+
+class Client:
+    """Blocking client of the gateway at `target`, host:port; with TLS where `tls` is given or the
+    target begins with grpcs://. Safe to share between threads. `api_key` is a key or a bearer
+    token, by default $CROSSDOCK_API_KEY."""
+
+    def __init__(
+        self,
+        target: str = GATEWAY_ADDRESS,
+        api_key: str | None = None,
+        *,
+        tls: Tls | None = None,
+    ) -> None:
+        self.target, options = _address(target), _options(target)
         self._metadata = _metadata(api_key)
-        self._channel = grpc.insecure_channel(self.target, options=_options(self.target))
+        tls = tls or _tls_of(target)
+        if tls is None:
+            self._channel = grpc.insecure_channel(self.target, options)
+        else:
+            self._channel = grpc.secure_channel(self.target, tls.credentials(), options)
         self._stub = InferenceStub(self._channel)
 
     def generate(
@@ -149,13 +198,22 @@ class AsyncClient:
     """Client of the gateway at `target` for asyncio; belongs to the loop that first uses it.
     `api_key` as for Client."""
 
-    def __init__(self, target: str = GATEWAY_ADDRESS, api_key: str | None = None) -> None:
-        self.target = _address(target)
+    def __init__(
+        self,
+        target: str = GATEWAY_ADDRESS,
+        api_key: str | None = None,
+        *,
+        tls: Tls | None = None,
+    ) -> None:
+        self.target, self._options = _address(target), _options(target)
         self._metadata = _metadata(api_key)
+        self._tls = tls or _tls_of(target)
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(self.target, options=_options(self.target))
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.target, self._options)
+        return grpc.aio.secure_channel(self.target, self._tls.credentials(), self._options)
 
     async def generate(
         self,
@@ -284,10 +342,14 @@ def _set_field(message: Any, name: str, value: Any) -> None:
 
 
 def _address(target: str) -> str:
-    address = target.removeprefix("grpc://").rstrip("/")
+    address = target.removeprefix("grpc://").removeprefix("grpcs://").rstrip("/")
     if not re.fullmatch(r"(\S+:\d+|unix:\S+)", address) or "//" in address:
         raise errors.InvalidRequest("target", target, f"must be host:port, as {GATEWAY_ADDRESS}")
     return address
+
+
+def _tls_of(target: str) -> Tls | None:
+    return Tls() if target.startswith("grpcs://") else None
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
@@ -295,8 +357,9 @@ def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"),) if key else ()
 
 
-def _options(target: str) -> list[tuple[str, int]]:
-    return internal(*CHANNEL_OPTIONS) if is_loopback(target) else list(CHANNEL_OPTIONS)
+def _options(target: str) -> list[tuple[str, int | str]]:
+    own = is_loopback(_address(target))
+    return internal(*CHANNEL_OPTIONS) if own else list(CHANNEL_OPTIONS)
 
 
 @contextmanager

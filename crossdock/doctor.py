@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from crossdock.exposure import PortFacts, ports_of, wide
-from crossdock.proto.channels import internal
+from crossdock.proto.channels import open_blocking_channel
 from crossdock.proto.convert import ROLE_FROM_PB
+from crossdock.proto.identity import Credentials
 from crossdock.proto.settings import CONTROLLER_ADDRESS
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import admin_pb2, worker_pb2, worker_pb2_grpc
@@ -263,19 +264,23 @@ def _slow(pairs: Sequence[PairFacts]) -> Iterator[Finding]:
 
 
 def examine(
-    cluster: admin_pb2.ClusterStatus, at_once: int = 1, controller: str = CONTROLLER_ADDRESS
+    cluster: admin_pb2.ClusterStatus,
+    at_once: int = 1,
+    controller: str = CONTROLLER_ADDRESS,
+    credentials: Credentials | None = None,
 ) -> Report:
     """Asks all workers of the cluster, then measures all pairs. Every call has its time limit.
 
     controller: where the status is from, which names the ports if it was asked for them.
-    at_once: pairs measured at the same time, no worker in two of them.
+    at_once: pairs measured at the same time, no worker in two of them. credentials: an operator's.
     """
-    workers = [_examine_worker(member) for member in cluster.workers]
+    workers = [_examine_worker(member, credentials) for member in cluster.workers]
     incarnations = {m.name: m.worker.description.incarnation for m in cluster.workers}
 
     def ask(pair: tuple[WorkerFacts, WorkerFacts]) -> PairFacts:
         decode, prefill = pair
-        return _examine_pair(decode, prefill, incarnations[prefill.name])
+        ends = incarnations[decode.name], incarnations[prefill.name]
+        return _examine_pair(decode, prefill, ends, credentials)
 
     known = [worker for worker in workers if not worker.error]
     decodes = [worker for worker in known if worker.role == Role.DECODE]
@@ -301,7 +306,7 @@ def rounds(
         ]
 
 
-def _examine_worker(member: admin_pb2.MemberStatus) -> WorkerFacts:
+def _examine_worker(member: admin_pb2.MemberStatus, credentials: Credentials | None) -> WorkerFacts:
     known = partial(
         WorkerFacts,
         name=member.name,
@@ -313,8 +318,10 @@ def _examine_worker(member: admin_pb2.MemberStatus) -> WorkerFacts:
         return known(error=f"is {member.state}" + (f" ({member.error})" if member.error else ""))
     if not member.HasField("worker"):
         return known(error="does not answer the controller")
+    incarnation = member.worker.description.incarnation.hex()
     try:
-        probe, skew_s, skew_error_s = _ask_clock(member.address)
+        with open_blocking_channel(member.address, credentials, incarnation) as channel:
+            probe, skew_s, skew_error_s = _ask_clock(worker_pb2_grpc.WorkerStub(channel))
     except grpc.RpcError as error:
         return known(error=f"does not answer at {member.address} ({_words(error)})")
     description = member.worker.description
@@ -332,24 +339,28 @@ def _examine_worker(member: admin_pb2.MemberStatus) -> WorkerFacts:
     )
 
 
-def _ask_clock(address: str) -> tuple[worker_pb2.ProbeResponse, float, float]:
+def _ask_clock(stub: worker_pb2_grpc.WorkerStub) -> tuple[worker_pb2.ProbeResponse, float, float]:
     """(answer, skew, its possible error): of the quickest of some round trips, at its midpoint."""
     samples: list[tuple[float, float, worker_pb2.ProbeResponse]] = []
-    with grpc.insecure_channel(address, internal()) as channel:
-        stub = worker_pb2_grpc.WorkerStub(channel)
-        for _ in range(CLOCK_SAMPLES):
-            sent, start = time.time(), time.perf_counter()
-            answer = stub.Probe(worker_pb2.ProbeRequest(), timeout=CALL_TIMEOUT_S)
-            took = time.perf_counter() - start
-            samples.append((took, answer.unix_s - (sent + took / 2), answer))
+    for _ in range(CLOCK_SAMPLES):
+        sent, start = time.time(), time.perf_counter()
+        answer = stub.Probe(worker_pb2.ProbeRequest(), timeout=CALL_TIMEOUT_S)
+        took = time.perf_counter() - start
+        samples.append((took, answer.unix_s - (sent + took / 2), answer))
     took, skew_s, answer = min(samples, key=lambda sample: sample[0])
     return answer, skew_s, took / 2
 
 
-def _examine_pair(decode: WorkerFacts, prefill: WorkerFacts, incarnation: bytes) -> PairFacts:
-    request = worker_pb2.ProbeRequest(peer_address=prefill.address, peer_incarnation=incarnation)
+def _examine_pair(
+    decode: WorkerFacts,
+    prefill: WorkerFacts,
+    incarnations: tuple[bytes, bytes],
+    credentials: Credentials | None = None,
+) -> PairFacts:
+    reader, owner = incarnations
+    request = worker_pb2.ProbeRequest(peer_address=prefill.address, peer_incarnation=owner)
     try:
-        with grpc.insecure_channel(decode.address, internal()) as channel:
+        with open_blocking_channel(decode.address, credentials, reader.hex()) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             link = stub.Probe(request, timeout=PROBE_TIMEOUT_S).link
     except grpc.RpcError as error:

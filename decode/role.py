@@ -12,6 +12,7 @@ from crossdock.decode.scheduler import DecodeScheduler
 from crossdock.kvcache.sequence import Chunk, Finish, SampledToken, Sequence, StepPlan, take_tokens
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.proto.errors import TransferFailed
+from crossdock.proto.identity import Credentials
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
@@ -256,6 +257,6 @@ class DecodeRole(WorkerRole):
         return not self.jobs and not self._pulls
 
 
-def create(config: WorkerConfig) -> WorkerServer:
+def create(config: WorkerConfig, credentials: Credentials | None = None) -> WorkerServer:
     """A worker that decodes, and computes what comes without a ticket; `start` opens and loads."""
-    return WorkerServer(config, DecodeRole)
+    return WorkerServer(config, DecodeRole, credentials)

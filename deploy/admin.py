@@ -1,19 +1,23 @@
-"""What operators ask of a running cluster, as plain calls. `address` is the controller's."""
+"""What operators ask of a running cluster, as plain calls. `address` is the controller's, whose
+credential CROSSDOCK_HOME has where no file of one is given."""
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 
+from crossdock.deploy import credentials
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import locate
-from crossdock.proto.channels import internal
+from crossdock.proto.channels import open_blocking_channel
 from crossdock.proto.errors import ConfigError, CrossdockError, NotFound, Overtaken, Unavailable
-from crossdock.proto.settings import CONTROLLER_ADDRESS
+from crossdock.proto.identity import CONTROLLER
+from crossdock.proto.settings import CONTROLLER_ADDRESS, split_address
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
 MAX_STATUS_BYTES = 64 << 20
@@ -28,12 +32,14 @@ def status(
     check_integrity: bool = False,
     timeout_s: float = 15.0,
     listening: bool = False,
+    credential: Path | None = None,
 ) -> admin_pb2.ClusterStatus:
-    """Raises Unavailable when no controller answers there. `listening`: with the ports."""
+    """Raises Unavailable when no controller answers there, ConfigError without a credential.
+    `listening`: with the ports."""
     request = admin_pb2.GetClusterStatusRequest(
         check_integrity=check_integrity, listening=listening
     )
-    with _admin(address) as stub:
+    with _admin(address, credential) as stub:
         answer: admin_pb2.ClusterStatus = stub.GetClusterStatus(request, timeout=timeout_s)
     return answer
 
@@ -46,6 +52,7 @@ def apply(
     timeout_s: float = 600.0,
     generation: int = 0,
     progress: Progress = lambda line: None,
+    credential: Path | None = None,
 ) -> admin_pb2.ApplyResponse:
     """Has the cluster become what the file says; its own controller.grpc where no address is.
 
@@ -58,7 +65,7 @@ def apply(
         yaml=spec.to_yaml(), file=str(path), dry_run=True, wait=wait, generation=generation
     )
     try:
-        with _admin(address or spec.controller.grpc) as stub:
+        with _admin(address or spec.controller.grpc, credential) as stub:
             planned: admin_pb2.ApplyResponse = stub.Apply(request, timeout=ANSWER_S)
             if dry_run:
                 return planned
@@ -77,10 +84,11 @@ def scale(
     wait: bool = True,
     timeout_s: float = 600.0,
     progress: Progress = lambda line: None,
+    credential: Path | None = None,
 ) -> admin_pb2.ApplyResponse:
     """Raises ConfigError for an unknown pool or a number that is not allowed, and as `apply`."""
     request = admin_pb2.ScaleRequest(pool=pool, replicas=replicas, wait=wait)
-    with _admin(address) as stub:
+    with _admin(address, credential) as stub:
         return _carry_out(stub.Scale, request, timeout_s, progress)
 
 
@@ -107,26 +115,42 @@ def _carry_out(
         told = set(answer.waiting_for)
 
 
-def down(address: str = CONTROLLER_ADDRESS, drain_s: float = 10.0) -> None:
+def down(
+    address: str = CONTROLLER_ADDRESS, drain_s: float = 10.0, credential: Path | None = None
+) -> None:
     """Ends the cluster; its gateways may finish their requests for `drain_s`."""
-    with _admin(address) as stub:
+    with _admin(address, credential) as stub:
         stub.Down(admin_pb2.DownRequest(drain_s=drain_s), timeout=drain_s + 60)
 
 
 @contextlib.contextmanager
-def _admin(address: str) -> Iterator[admin_pb2_grpc.AdminStub]:
-    options = internal(("grpc.max_receive_message_length", MAX_STATUS_BYTES))
-    with grpc.insecure_channel(address, options=options) as channel:
+def _admin(address: str, credential: Path | None) -> Iterator[admin_pb2_grpc.AdminStub]:
+    try:
+        proof = credentials.find(address, credential)
+    except ConfigError:
+        _check_listens(address)
+        raise
+    longest = ("grpc.max_receive_message_length", MAX_STATUS_BYTES)
+    with open_blocking_channel(address, proof, CONTROLLER, longest) as channel:
         try:
             yield admin_pb2_grpc.AdminStub(channel)
         except grpc.RpcError as error:
             raise _translated(address, error) from None
 
 
+def _check_listens(address: str) -> None:
+    """Raises Unavailable where nobody does: then it is not the credential that is missing."""
+    try:
+        socket.create_connection(split_address(address), timeout=2).close()
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"no controller answers at {address} ({error})") from None
+
+
 def _translated(address: str, error: grpc.RpcError) -> CrossdockError:
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(f"no controller answers at {address} ({details})")
+        why = f"no controller answers at {address} whom this credential knows"
+        return Unavailable(f"{why} ({details})")
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, message = details.partition(": ")
         return ConfigError(field, message)

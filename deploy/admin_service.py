@@ -16,8 +16,10 @@ from crossdock.deploy.members import Watched
 from crossdock.deploy.reconcile import State
 from crossdock.deploy.runtime import ProcessGone, StartFailed, targets
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
+from crossdock.proto.channels import listen
 from crossdock.proto.convert import ROLE_TO_PB
-from crossdock.proto.errors import ConfigError, CrossdockError
+from crossdock.proto.errors import CrossdockError
+from crossdock.proto.identity import OPERATOR, admit
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
@@ -28,7 +30,8 @@ Status: TypeAlias = admin_pb2.MemberStatus | admin_pb2.GatewayStatus
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
-    """The operators' calls, as admin.proto describes them; CrossdockErrors become gRPC statuses."""
+    """The operators' calls, as admin.proto describes them; CrossdockErrors become gRPC statuses.
+    Nobody else's certificate makes them."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
@@ -37,12 +40,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.GetClusterStatusRequest, context: Context
     ) -> admin_pb2.ClusterStatus:
         """What is wanted and what is there, member by member."""
+        await self._admit(context)
         return await cluster_status(self._controller, request.check_integrity, request.listening)
 
     async def Apply(
         self, request: admin_pb2.ApplyRequest, context: Context
     ) -> admin_pb2.ApplyResponse:
         """Takes a new spec. INVALID_ARGUMENT names the field that is wrong."""
+        await self._admit(context)
         async with _errors_sent(context):
             file = request.file or "<apply>"
             spec = ClusterSpec.parse(request.yaml, file)
@@ -56,6 +61,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ScaleRequest, context: Context
     ) -> admin_pb2.ApplyResponse:
         """Changes the replicas of one pool."""
+        await self._admit(context)
         async with _errors_sent(context):
             pool, replicas = request.pool, request.replicas
             return await self._change(
@@ -67,8 +73,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.DownRequest, context: Context
     ) -> admin_pb2.DownResponse:
         """Ends the cluster, as Controller.down; answers once every member has stopped."""
+        await self._admit(context)
         await self._controller.down(request.drain_s)
         return admin_pb2.DownResponse()
+
+    async def _admit(self, context: Context) -> None:
+        await admit(context, self._controller.authority.controller, OPERATOR)
 
     async def _change(
         self, to: Change, by: str, request: admin_pb2.ApplyRequest | admin_pb2.ScaleRequest
@@ -90,15 +100,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
 
 async def serve_admin(controller: Controller, address: str) -> tuple[grpc.aio.Server, str]:
-    """A started server and the address it has. Raises ConfigError when the port is taken."""
+    """A started server, for operators alone, and the address it has. Raises ConfigError when the
+    port is taken."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     admin_pb2_grpc.add_AdminServicer_to_server(AdminService(controller), server)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError:
-        raise ConfigError("controller.grpc", f"{address} is in use or not of this host") from None
+    bound = listen(server, address, controller.authority.controller, "controller.grpc")
     await server.start()
-    return server, f"{address.rpartition(':')[0]}:{port}"
+    return server, bound
 
 
 async def cluster_status(

@@ -15,7 +15,8 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 
 from crossdock.deploy.applied import AppliedSpec, Change
-from crossdock.deploy.members import Watched, WatchSettings
+from crossdock.deploy.authority import Authority, workers_key
+from crossdock.deploy.members import Watched, WatchSettings, certify
 from crossdock.deploy.reconcile import (
     MAX_BACKOFF_S,
     Action,
@@ -70,7 +71,8 @@ class Controller:
         self._store = store
         self._settings = settings or ControllerSettings()
         self.applied = AppliedSpec(store)
-        self._key = store.key()
+        self.authority = Authority(store.key(), self.spec.metadata.name)
+        self._key = workers_key(store.key())
         self.members: list[Watched] = []
         self.decisions: deque[admin_pb2.Decision] = deque(maxlen=self._settings.decisions_kept)
         self.failure = ""  # of the last turn
@@ -209,7 +211,8 @@ class Controller:
         return pool.drain_s if pool else 60.0
 
     def _watch(self, launch: Launch, process: Process) -> None:
-        self.members.append(Watched(launch, process, self._wake.set, self._settings.watch))
+        changed, settings = self._wake.set, self._settings.watch
+        self.members.append(Watched(launch, process, changed, settings, self.authority))
 
     def _count_losses(self) -> None:
         """A loss of a revision that is wanted no more says nothing about the next start."""
@@ -326,6 +329,7 @@ class Controller:
             async with asyncio.timeout(self._settings.trial_s):
                 process = await self.runtime.launch(launch)
                 try:
+                    await certify(process, launch, self.authority)
                     await process.start()
                 finally:
                     await process.stop()

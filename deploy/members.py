@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 import grpc
 
+from crossdock.deploy.authority import Authority
 from crossdock.deploy.reconcile import Member, State
 from crossdock.deploy.runtime import CannotStart, Launch, Process, ProcessGone, Started, StartFailed
-from crossdock.proto.channels import internal
+from crossdock.proto.channels import Channels
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.worker.config import WorkerConfig
 
 log = logging.getLogger(__name__)
+
+RENEWAL_S = 10.0  # for a member to take a certificate
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,24 @@ def patience_s(
     return min(settings.unresponsive_s, longest)
 
 
+async def certify(process: Process, launch: Launch, authority: Authority) -> None:
+    """Gives a process the certificate of who it was launched as. Raises as calls of it do."""
+    request = await process.request_certificate()
+    certificate = authority.sign(request, launch.role, launch.name)
+    await process.certify(certificate, authority.certificate)
+
+
 class Watched(Member):
-    """A member under watch. `changed` is called whenever its state is another."""
+    """A member under watch, and its certificate. `changed` is called whenever its state is
+    another."""
 
     def __init__(
-        self, launch: Launch, process: Process, changed: Callable[[], None], settings: WatchSettings
+        self,
+        launch: Launch,
+        process: Process,
+        changed: Callable[[], None],
+        settings: WatchSettings,
+        authority: Authority,
     ) -> None:
         identity = (launch.name, launch.pool, launch.role, launch.revision)
         super().__init__(*identity, State.STARTING, holds=launch.holds)
@@ -67,7 +83,9 @@ class Watched(Member):
         self.push: asyncio.Task[None] | None = None  # that tells it another
         self._changed = changed
         self._settings = settings
-        self._channel: grpc.aio.Channel | None = None
+        self._authority = authority
+        self._certified_at = 0.0  # on the wall clock, by which certificates end
+        self._channels = Channels(authority.controller)
         self._load: worker_pb2.Load | None = None  # of its last answer
         self._tasks = [asyncio.create_task(self._watch_end()), asyncio.create_task(self._start())]
 
@@ -104,8 +122,7 @@ class Watched(Member):
     async def stop(self) -> None:
         """Stops watching it, then ends its process."""
         self.release()
-        if self._channel is not None:
-            await self._channel.close(grace=None)
+        await self._channels.keep(())
         await self.process.stop(self._settings.stop_grace_s)
 
     def release(self) -> None:
@@ -117,10 +134,9 @@ class Watched(Member):
         self, check_integrity: bool = False, timeout_s: float = 3.0
     ) -> worker_pb2.WorkerStatus | None:
         """What the worker says of itself; None when it does not answer in time."""
-        assert self.started is not None
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.started.address, internal())
-        stub = worker_pb2_grpc.WorkerStub(self._channel)
+        assert self.started is not None and self.started.endpoint is not None
+        worker = self.started.endpoint
+        stub = worker_pb2_grpc.WorkerStub(self._channels.get(worker.address, worker.incarnation))
         request = worker_pb2.GetStatusRequest(check_integrity=check_integrity)
         try:
             answer: worker_pb2.WorkerStatus = await stub.GetStatus(request, timeout=timeout_s)
@@ -133,9 +149,26 @@ class Watched(Member):
             return None  # gRPC's way to end calls of a closed channel: the worker is lost
         return answer
 
+    async def renew(self) -> None:
+        """Gives it another certificate once half of the life of its one is over."""
+        serves = self.state in (State.READY, State.DRAINING)
+        half_s = self._authority.member_life.total_seconds() / 2
+        if not serves or time.time() < self._certified_at + half_s:
+            return
+        try:
+            async with asyncio.timeout(RENEWAL_S):
+                await self._certify()
+        except (TimeoutError, ValueError, StartFailed, ProcessGone) as error:
+            log.warning("%s: its certificate was not renewed: %r", self.name, error)
+
+    async def _certify(self) -> None:
+        await certify(self.process, self.launch, self._authority)
+        self._certified_at = time.time()
+
     async def _start(self) -> None:
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
+                await self._certify()
                 self.started = await self.process.start()
         except TimeoutError:
             self._lost(f"not ready within {self._settings.start_timeout_s:g} s")

@@ -73,6 +73,12 @@ class Started:
 class Process(Protocol):
     """One worker or gateway process. Every method may raise ProcessGone."""
 
+    async def request_certificate(self) -> bytes:
+        """Asks (PEM) for a certificate of a key that it has made and keeps to itself."""
+
+    async def certify(self, certificate: bytes, authority: bytes) -> None:
+        """The answer to its last request (PEM), before `start` and whenever it is to be renewed."""
+
     async def start(self) -> Started:
         """Starts serving; returns at once when it serves already. Raises StartFailed."""
 
@@ -193,6 +199,7 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         probe_key=probe_key(cluster_key),
         **given(spec.gateway.limits),
         http_options=spec.gateway.http_options,
+        tls=spec.gateway.tls,
         **given(spec.gateway) | {"grpc": grpc, "http": http},
     )
     labels = dict(spec.gateway.nodes.labels)

@@ -45,6 +45,7 @@ from crossdock.router.config import (
     HttpSettings,
     Price,
     Slo,
+    TlsFiles,
 )
 from crossdock.worker.config import EngineSettings, WorkerConfig
 
@@ -103,6 +104,7 @@ class GatewaySpec:
     http: str = of(GatewayConfig, "http")
     policy: str = of(GatewayConfig, "policy")
     http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")
+    tls: TlsFiles = setting(factory=TlsFiles, doc="TLS at both front doors.")
     limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
     drain_s: float = setting(
         10.0, "How long a stopping gateway may finish its requests.", low=0, high=3600
@@ -288,6 +290,7 @@ class ClusterSpec:
         _check_engines(self)
         _check_gpus(self)
         _check_ports(self)
+        _check_tls(self.gateway.tls)
         return self
 
     def with_replicas(self, pool: str, replicas: int) -> ClusterSpec:
@@ -388,6 +391,13 @@ def _check_ports(spec: ClusterSpec) -> None:
         for other_path, other in claims[:index]:
             if overlap(address, other):
                 raise ConfigError(path, f"{address!r} is also the port of {other_path}")
+
+
+def _check_tls(files: TlsFiles) -> None:
+    for missing in ("cert", "key"):
+        others = [name for name, path in plain(files).items() if path]
+        if others and missing not in others:
+            raise ConfigError(f"gateway.tls.{missing}", f"is missing beside {others[0]}")
 
 
 def _revision(group: GatewaySpec | PoolSpec, *others: Any) -> str:

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grpc
-
-from crossdock.deploy import processes
+from crossdock.deploy import credentials, processes
+from crossdock.deploy.first_request import prove
 from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.ray import control_plane, session
 from crossdock.deploy.ray.mirror import GcsMirror
@@ -26,16 +25,13 @@ from crossdock.deploy.telemetry import event_listener, log_level
 from crossdock.kvtransfer.shared_memory import cleanup_stale
 from crossdock.model import store as models
 from crossdock.model.text import load_text
-from crossdock.proto.channels import internal
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.settings import loopback_host, split_address
-from crossdock.proto.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
-from crossdock.router.config import probe_key
+from crossdock.proto.v1 import admin_pb2
 
 POLL_S = 0.25
 WATCH_S = 1.0
 HANG_S = 8.0  # without an answer: the controller hangs
-FIRST_TOKENS_S = 60.0  # for the first request of all
 HURRY_STOP_S = 15.0
 LONGEST_SOCKET_FOLDER = 20  # Ray puts Unix sockets deep below it; their paths end at 107 bytes
 
@@ -128,12 +124,17 @@ class Cluster:
                 raise ConfigError(field, message) from None
 
     def _warn_of_open_doors(self) -> None:
-        """Whoever reaches a gateway on the network uses it, unless it asks for credentials."""
+        """Whoever reaches a gateway on the network uses it, unless it asks for credentials, and
+        those are read on the way, unless they travel by TLS."""
         doors = {"gateway.grpc": self.spec.gateway.grpc, "gateway.http": self.spec.gateway.http}
         wide = [door for door, to in doors.items() if not loopback_host(split_address(to)[0])]
-        if wide and not self.spec.auth.required:
-            where = f"{self._where(wide[0])}: {' and '.join(wide)}"
+        if not wide:
+            return
+        where = f"{self._where(wide[0])}: {' and '.join(wide)}"
+        if not self.spec.auth.required:
             self._say(f"warning: {where}: other hosts reach it, and `auth` asks nobody for a key")
+        if not self.spec.gateway.tls:
+            self._say(f"warning: {where}: without gateway.tls all of it can be read on the way")
 
     def _have_model(self) -> None:
         model_id, home = self.spec.model.id, crossdock_home()
@@ -172,11 +173,17 @@ class Cluster:
         for _ in self._turns():
             try:
                 self.admin = self._controller.started(POLL_S)
+                self._have_credential()
                 return
             except TimeoutError:
                 self._in_time("the controller")
             except (StartFailed, ProcessGone) as error:
                 raise Unavailable(f"the controller did not start: {error}") from None
+
+    def _have_credential(self) -> None:
+        """The operator's, also on a machine that is not the controller's, which keeps its own."""
+        if self._controller is not None and self.ray_address and credentials.wanted(self._store):
+            self._store.save(credentials.FILE, self._controller.credential())
 
     def _await_ready(self) -> admin_pb2.ClusterStatus:
         shown: dict[str, str] = {}
@@ -202,26 +209,13 @@ class Cluster:
             raise Unavailable(f"{after}; waited for {', '.join(waiting)}")
 
     def _prove(self, gateway: admin_pb2.GatewayStatus) -> None:
-        """Two tokens of a first request came out of this gateway: the second is a decode worker's,
-        from the KV that it pulled."""
-        credential: tuple[tuple[str, str], ...] = ()
-        if self.spec.auth.required:
-            try:
-                credential = (("authorization", f"Bearer {probe_key(self._store.key())}"),)
-            except FileNotFoundError:  # the controller is on another node, and the key with it
-                self._say(f"{gateway.name} needs a credential that is not here: not tried")
-                return
-        request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[0]))
-        request.sampling.MergeFrom(inference_pb2.SamplingParams(max_tokens=2, ignore_eos=True))
-        with grpc.insecure_channel(_reachable(gateway.grpc), internal()) as channel:
-            stub = inference_pb2_grpc.InferenceStub(channel)
-            answer = stub.GenerateUnary.future(request, timeout=FIRST_TOKENS_S, metadata=credential)
-            while not answer.done():
-                self._unless_interrupted()
-                time.sleep(POLL_S)
-            if answer.code() is not grpc.StatusCode.OK:
-                why = f"{answer.code().name}: {answer.details()}"
-                raise Unavailable(f"{gateway.name} at {gateway.grpc} served no token: {why}")
+        """A first request is served by this gateway."""
+        assert self._controller is not None, "not started"
+        key = self._controller.probe_key() if self.spec.auth.required else ""
+        operator = None
+        if self.spec.gateway.tls:
+            operator = credentials.read(self._store.folder / credentials.FILE).identity
+        prove(gateway, key, operator, self._unless_interrupted)
 
     def _show_progress(self, status: admin_pb2.ClusterStatus, shown: dict[str, str]) -> None:
         members: list[admin_pb2.GatewayStatus | admin_pb2.MemberStatus] = [*status.gateways]
@@ -235,14 +229,17 @@ class Cluster:
 
     def _announce(self) -> None:
         self._echo(f"READY grpc={self.grpc} http={self.http}")
+        tls = bool(self.spec.gateway.tls)
+        scheme, ca = ("https", " --cacert CA.pem") if tls else ("http", "")
         self._echo(
-            f"  curl http://{self.http}/v1/chat/completions -H 'Content-Type: application/json' "
+            f"  curl{ca} {scheme}://{self.http}/v1/chat/completions "
+            f"-H 'Content-Type: application/json' "
             f'-d \'{{"model": "{self._model_name}", "temperature": 0, "messages": '
             '[{"role": "user", "content": "What is the capital of France?"}]}\''
         )
         self._echo(
-            f"  crossdock generate --address {self.grpc} --chat --temperature 0 "
-            '"What is the capital of France?"'
+            f"  crossdock generate --address {self.grpc}{ca.replace('cacert', 'ca')} "
+            '--chat --temperature 0 "What is the capital of France?"'
         )
 
     def status(self) -> admin_pb2.ClusterStatus:
@@ -263,7 +260,9 @@ class Cluster:
                 self._say("the controller hangs: its process is ended, and Ray starts it again")
                 self._controller.kill(restart=True)
             with contextlib.suppress(Unavailable):  # Ray restarts it
-                for decision in self.status().decisions:
+                decisions = self.status().decisions
+                self._have_credential()
+                for decision in decisions:
                     if decision.unix_s > seen:
                         seen = decision.unix_s
                         self._say(f"{decision.action}: {decision.reason}")
@@ -334,11 +333,6 @@ def _try_bind(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
         probe.listen(1)
-
-
-def _reachable(address: str) -> str:
-    """Where a server that listens at `address` is reached from its own machine."""
-    return address.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:")
 
 
 def _temp_folder() -> str:

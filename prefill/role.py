@@ -10,6 +10,7 @@ from crossdock.kvcache.sequence import SampledToken, StepPlan, take_tokens
 from crossdock.kvtransfer.checksum import checksums
 from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.prefill.scheduler import PrefillScheduler
+from crossdock.proto.identity import Credentials
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
@@ -168,6 +169,6 @@ class PrefillRole(WorkerRole):
         return not self.jobs and len(self._offers) == 0
 
 
-def create(config: WorkerConfig) -> WorkerServer:
+def create(config: WorkerConfig, credentials: Credentials | None = None) -> WorkerServer:
     """A worker that computes prompts; nothing is opened or loaded before its `start`."""
-    return WorkerServer(config, PrefillRole)
+    return WorkerServer(config, PrefillRole, credentials)

@@ -123,6 +123,11 @@ def loopback_host(host: str) -> bool:
         return False
 
 
+def is_loopback(address: str) -> bool:
+    """Whether host:port is of this machine's loopback."""
+    return loopback_host(address.rpartition(":")[0])
+
+
 def overlap(address: str, other: str) -> bool:
     """Whether no two servers can have these "host:port"; port 0 takes a free one. Raises
     ValueError."""

@@ -36,6 +36,27 @@ class HttpSettings:
 
 
 @dataclass(frozen=True)
+class TlsFiles:
+    """The YAML's `tls` of a gateway: PEM files on each gateway's node."""
+
+    cert: str = setting(
+        "",
+        "The front doors' certificate and those that lead from it to its authority. Empty: no TLS. "
+        "All of these files are read again when they change.",
+        kind="path",
+    )
+    key: str = setting("", "Its private key, not encrypted.", kind="path")
+    client_ca: str = setting(
+        "",
+        "Authorities of clients: only who has a certificate of one gets through. Empty: all.",
+        kind="path",
+    )
+
+    def __bool__(self) -> bool:
+        return bool(self.cert)
+
+
+@dataclass(frozen=True)
 class KeyLimits:
     """What a credential may use; 0 is no limit. Where there are several gateways, each holds its
     share of these."""
@@ -189,6 +210,7 @@ class GatewayConfig(Limits):
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
     )
     http_options: HttpSettings = field(default_factory=HttpSettings)
+    tls: TlsFiles = field(default_factory=TlsFiles)
     max_connection_age_s: float = setting(
         0.0,
         "After how long a gRPC connection is asked to be made anew, so that load balancers spread "

@@ -14,6 +14,7 @@ from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.model.store import ModelFiles, resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.proto.hashing import BlockHasher
+from crossdock.proto.identity import Credentials
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.router.config import GatewayConfig as GatewayConfig
 from crossdock.router.config import Price
@@ -30,6 +31,7 @@ from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
 from crossdock.router.frontdoor.text_process import TextProcess
+from crossdock.router.frontdoor.tls import DoorCertificates
 from crossdock.router.frontdoor.usage import Usage, usage_file
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
@@ -40,14 +42,18 @@ log = logging.getLogger(__name__)
 
 class GatewayServer:
     """Serves a model's requests over the workers of the membership that it is told. `grpc_address`
-    and `http_address` are host:port, once started with the ports that were bound."""
+    and `http_address` are host:port, once started with the ports that were bound. Without
+    credentials it reaches no worker but those that ask for none."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, credentials: Credentials | None = None) -> None:
         self.config = config
+        self._credentials = credentials
         self.grpc_address, self.http_address = config.grpc, config.http
         self.view = ClusterView()
         self.metrics = GatewayMetrics(config.slo)
-        self._incarnation = os.urandom(16)
+        self._incarnation = (
+            bytes.fromhex(credentials.peer.incarnation) if credentials else os.urandom(16)
+        )
         self._health_changed = asyncio.Event()
         self._dispatcher: Dispatcher | None = None
         self._links: Links | None = None
@@ -72,10 +78,17 @@ class GatewayServer:
         self._frontend = frontend = Frontend(
             text, validator, dispatcher, aside, config.request_timeout_s, gate, grammars
         )
+        certificates = self._door_certificates()
         self._grpc = grpc = GrpcServer(
-            frontend, config.grpc, config.max_body_bytes, config.max_connection_age_s
+            frontend,
+            config.grpc,
+            config.max_body_bytes,
+            config.max_connection_age_s,
+            certificates,
         )
-        http = HttpServer(frontend, config.http, config.max_body_bytes, config.http_options)
+        http = HttpServer(
+            frontend, config.http, config.max_body_bytes, config.http_options, certificates
+        )
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
         self._closing.push_async_callback(http.stop)
         self._closing.callback(dispatcher.close)
@@ -127,6 +140,12 @@ class GatewayServer:
         """A prefill and a decode worker, or a colocated one, are connected."""
         return self._dispatcher is not None and self._dispatcher.ready
 
+    def _door_certificates(self) -> DoorCertificates | None:
+        if not self.config.tls:
+            return None
+        proof = self._credentials
+        return DoorCertificates(self.config.tls, proof.identity.authority if proof else b"")
+
     async def _make_gate(self, model_id: str) -> Gate:
         config, registry = self.config, self.metrics.registry
         authenticator = await asyncio.to_thread(
@@ -154,7 +173,7 @@ class GatewayServer:
         return Gate(authenticator, limiter, self.metrics, model_id, price, usage, audit, weights)
 
     def _make_links(self) -> Links:
-        config, dial = self.config, Dialer()
+        config, dial = self.config, Dialer(self._credentials)
         links = Links(
             self.view,
             config.name,

@@ -44,7 +44,7 @@ class Gateways:
             stream.has_snapshot = True
             stream.send(frame)
 
-        self.host.post_snapshot(begin, hello=self.host.description)
+        self.host.post_snapshot(begin, hello=self.host.public_description)
         return stream
 
     def receive(self, stream: GatewayStream, frame: pb.GatewayFrame) -> None:

@@ -11,8 +11,9 @@ import grpc
 
 from crossdock.kvtransfer.layout import check_layouts
 from crossdock.kvtransfer.transport import Transport
-from crossdock.proto.channels import internal
+from crossdock.proto.channels import Channels
 from crossdock.proto.errors import TransferFailed
+from crossdock.proto.identity import Credentials
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.worker.peers import Met, Peers, Renewed
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 CALL_TIMEOUT_S = 5.0
 # A link that dies and comes back is noticed both times within seconds, also by idle channels.
-CHANNEL_OPTIONS = internal(
+CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.min_reconnect_backoff_ms", 5000),
@@ -34,10 +35,13 @@ CHANNEL_OPTIONS = internal(
 class GrpcPeerCalls:
     """See peers.PeerCalls. On the event loop; a task for each call."""
 
-    def __init__(self, layout: pb.KVLayout, transport: Transport) -> None:
+    def __init__(
+        self, layout: pb.KVLayout, transport: Transport, credentials: Credentials | None = None
+    ) -> None:
         self._layout = layout
         self._transport = transport
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels = Channels(credentials, *CHANNEL_OPTIONS)
+        self._meant: dict[str, str] = {}  # the incarnation that was met at an address
         self._meetings: dict[bytes, asyncio.Task[None]] = {}  # under way, or that went well
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -72,19 +76,21 @@ class GrpcPeerCalls:
         call = self._stub(address).ReleaseTickets(request, timeout=CALL_TIMEOUT_S)
         self._run(_answer(call, address), done)
 
-    async def describe(self, address: str) -> pb.WorkerDescription:
-        """Who answers there now. Raises TransferFailed where nobody does."""
+    async def describe(self, incarnation: bytes, address: str) -> pb.WorkerDescription:
+        """What that incarnation says of itself. Raises TransferFailed where it does not answer."""
+        self._meant[address] = incarnation.hex()
         request = pb.DescribeRequest()
         call = self._stub(address).Describe(request, timeout=CALL_TIMEOUT_S)
         return await _answer(call, address)
 
     async def keep(self, addresses: Iterable[str]) -> None:
         """Closes the channels to all others."""
-        for address in self._channels.keys() - set(addresses):
-            await self._channels.pop(address).close()
+        kept = set(addresses)
+        self._meant = {address: met for address, met in self._meant.items() if address in kept}
+        await self._channels.keep(kept)
 
     async def _introduce(self, incarnation: bytes, address: str) -> pb.WorkerDescription:
-        peer = await self.describe(address)
+        peer = await self.describe(incarnation, address)
         if peer.incarnation != incarnation:
             found = peer.incarnation.hex()
             raise TransferFailed(f"{address} is now {found}, not {incarnation.hex()}")
@@ -126,9 +132,9 @@ class GrpcPeerCalls:
         return task
 
     def _stub(self, address: str) -> worker_pb2_grpc.WorkerStub:
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
-        return worker_pb2_grpc.WorkerStub(self._channels[address])
+        return worker_pb2_grpc.WorkerStub(
+            self._channels.get(address, self._meant.get(address, "nobody"))
+        )
 
 
 async def met(peers: Peers, incarnation: bytes, address: str) -> pb.WorkerDescription:

@@ -128,7 +128,7 @@ class Prober:
         start, wanted = time.perf_counter(), request.peer_incarnation
         try:
             async with asyncio.timeout(HANDSHAKE_S):
-                found = await self._server.peer_calls.describe(request.peer_address)
+                found = await self._server.peer_calls.describe(wanted, request.peer_address)
                 if found.incarnation != wanted:
                     why = f"{request.peer_address} was restarted, or is another worker now"
                     raise TransferFailed(why)

@@ -22,9 +22,10 @@ from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.proto import events
+from crossdock.proto.channels import listen
 from crossdock.proto.convert import ROLE_TO_PB
-from crossdock.proto.errors import ConfigError
 from crossdock.proto.hashing import BlockHasher, hash_key
+from crossdock.proto.identity import Credentials
 from crossdock.proto.memory import Generations
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2 as pb
@@ -49,10 +50,17 @@ MAX_MESSAGE_BYTES = 64 << 20
 
 
 class WorkerServer:
-    """Owns everything of one worker from `start` to `stop`."""
+    """Owns everything of one worker from `start` to `stop`. Without credentials it serves the
+    loopback alone, and whoever calls."""
 
-    def __init__(self, config: WorkerConfig, role_type: Callable[[WorkerState], WorkerRole]):
+    def __init__(
+        self,
+        config: WorkerConfig,
+        role_type: Callable[[WorkerState], WorkerRole],
+        credentials: Credentials | None = None,
+    ):
         self.config = config
+        self.credentials = credentials
         self.hasher = BlockHasher(hash_key(config.cluster_key), config.block_size)
         self._role_type = role_type
         self._started_at = time.monotonic()
@@ -83,12 +91,10 @@ class WorkerServer:
             WorkerService(self, self._gateways), self._grpc
         )
         wanted = f"{self.config.host}:{self.config.port}"
-        try:
-            port = self._grpc.add_insecure_port(wanted)
-        except RuntimeError as error:
-            raise ConfigError("port", f"{wanted} is in use or not ours") from error
-        await asyncio.to_thread(self._build, f"{self.config.host}:{port}")
-        self.peer_calls = GrpcPeerCalls(self.description.layout, self._transport)
+        address = listen(self._grpc, wanted, self.credentials, "port")
+        await asyncio.to_thread(self._build, address)
+        layout = self.description.layout
+        self.peer_calls = GrpcPeerCalls(layout, self._transport, self.credentials)
         self.peers = Peers(self.peer_calls, self._state.clock)
         self.prober = Prober(self, self._transport, self._state.memory.memory_type)
         self.description.metrics_address = metrics.serve(self._role, self.config.host)
@@ -113,6 +119,14 @@ class WorkerServer:
             incarnation=self.description.incarnation.hex(),
             revision=self.config.revision,
         )
+
+    @property
+    def public_description(self) -> pb.WorkerDescription:
+        """Without the key to this pool, which is for those who read it."""
+        told = pb.WorkerDescription()
+        told.CopyFrom(self.description)
+        told.ClearField("transport_info")
+        return told
 
     async def update_peers(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """Returns once all that can be pulled from are known."""
@@ -189,7 +203,10 @@ class WorkerServer:
     # -- inside --------------------------------------------------------------------------------
 
     def _build(self, address: str) -> None:
-        config, incarnation = self.config, new_incarnation()
+        config, credentials = self.config, self.credentials
+        incarnation = (
+            bytes.fromhex(credentials.peer.incarnation) if credentials else new_incarnation()
+        )
         if config.verify == "checksum":
             check_available(memory_type(config))
         engine = create_engine(config, self._allocate)
@@ -302,7 +319,7 @@ class WorkerServer:
             except IntegrityError as error:
                 integrity_error = str(error) or "integrity check failed"
         return pb.WorkerStatus(
-            description=self.description,
+            description=self.public_description,
             load=role.load(),
             leases=role.leases(),
             uptime_s=time.monotonic() - self._started_at,

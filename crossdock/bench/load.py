@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from crossdock.bench.metrics import RequestRecord
-from crossdock.client import API_KEY, AsyncClient
+from crossdock.client import API_KEY, AsyncClient, Tls
 from crossdock.proto.errors import InvalidRequest
 
 
@@ -66,8 +66,8 @@ class EndpointError(Exception):
 class GrpcEndpoint:
     """A Crossdock gateway; prompts are token ids, output length is exact."""
 
-    def __init__(self, target: str, model: str, timeout_s: float) -> None:
-        self._client = AsyncClient(target)
+    def __init__(self, target: str, model: str, timeout_s: float, tls: Tls | None = None) -> None:
+        self._client = AsyncClient(target, tls=tls)
         self._model, self._timeout_s = model, timeout_s
 
     async def stream(self, job: Job) -> AsyncIterator[Arrival]:
@@ -101,13 +101,21 @@ class OpenAIEndpoint:
     usage; where chunks carry a running usage it is taken, else the final one.
     """
 
-    def __init__(self, url: str, model: str, timeout_s: float, style: str = "text") -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        timeout_s: float,
+        style: str = "text",
+        tls: Tls | None = None,
+    ) -> None:
+        self._tls = tls
         self._url, self._model, self._style = url.rstrip("/").removesuffix("/v1"), model, style
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
     @cached_property
     def _session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, ssl=self._tls.context() if self._tls else True)
         key = os.environ.get(API_KEY, "")
         return aiohttp.ClientSession(
             connector=connector,
@@ -194,13 +202,15 @@ def _has_text(choice: dict[str, Any]) -> bool:
     return bool(choice.get("text") or delta.get("content") or delta.get("reasoning_content"))
 
 
-def open_endpoint(url: str, model: str, timeout_s: float, style: str = "text") -> Endpoint:
-    """grpc://host:port, or http(s)://host:port of an OpenAI server. Raises InvalidRequest."""
+def open_endpoint(
+    url: str, model: str, timeout_s: float, style: str = "text", tls: Tls | None = None
+) -> Endpoint:
+    """grpc(s)://host:port, or http(s)://host:port of an OpenAI server. Raises InvalidRequest."""
     parts = urlsplit(url)
-    if parts.scheme == "grpc" and parts.netloc:
-        return GrpcEndpoint(parts.netloc, model, timeout_s)
+    if parts.scheme in ("grpc", "grpcs") and parts.netloc:
+        return GrpcEndpoint(url, model, timeout_s, tls)
     if parts.scheme in ("http", "https") and parts.netloc:
-        return OpenAIEndpoint(url, model, timeout_s, style)
+        return OpenAIEndpoint(url, model, timeout_s, style, tls)
     raise InvalidRequest("endpoint", url, "give grpc://host:port or http://host:port")
 
 

@@ -39,6 +39,7 @@ from crossdock.bench.traces import (
     replay,
     synthesize,
 )
+from crossdock.client import Tls
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.settings import GATEWAY_ADDRESS
 
@@ -72,6 +73,13 @@ class BenchConfig:
     timeout_s: float = 600.0
     slo: str = ""
     seed: int = 0
+    ca: str = ""  # PEM file; "": those that the machine trusts
+    cert: str = ""  # PEM file of certificate and key, where the endpoint asks for one
+
+    @property
+    def tls(self) -> Tls | None:
+        """None: as the endpoint's scheme says."""
+        return Tls(self.ca, self.cert) if self.ca or self.cert else None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest naming the field, its value and its limit."""
@@ -201,7 +209,7 @@ async def run_bench(
     """Warms up, sends, reports. Raises only where the load could not be started at all."""
     jobs, workload = prepare(config)
     opened = endpoint or open_endpoint(
-        config.endpoint, config.model, config.timeout_s, config.style
+        config.endpoint, config.model, config.timeout_s, config.style, config.tls
     )
     try:
         await _warm_up(opened, config)

@@ -14,6 +14,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from crossdock.deploy import credentials
+from crossdock.deploy.authority import workers_key
 from crossdock.deploy.ray.calls import CRASHES, get, kill_process
 from crossdock.deploy.ray.member import set_up_process
 from crossdock.deploy.ray.mirror import GcsMirror
@@ -22,6 +24,7 @@ from crossdock.deploy.runtime import Placement, StartFailed
 from crossdock.deploy.spec import ClusterSpec, plain
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
+from crossdock.router.config import probe_key
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,16 @@ class ControllerActor:
         await self.started()
         return (await cluster_status(self._controller)).SerializeToString()
 
+    async def credential(self) -> bytes:
+        """An operator's."""
+        await self.started()
+        return credentials.write(self._controller.authority, self._address)
+
+    async def probe_key(self) -> str:
+        """With which the cluster's gateways are tried."""
+        await self.started()
+        return self._probe_key
+
     async def ping(self) -> None:
         """Answers while its loop turns."""
 
@@ -86,8 +99,12 @@ class ControllerActor:
             self._started.set()
             return
         self._controller = controller
+        self._probe_key = probe_key(workers_key(store.key()))
+        tending = credentials.tend(controller, store, self._address)
+        self._tending = asyncio.get_running_loop().create_task(tending)
         self._started.set()
         await controller.run()
+        self._tending.cancel()
         await server.stop(grace=1.0)
         ray.kill(ray.get_runtime_context().current_actor)  # exit_actor is for calls of an actor
 
@@ -120,6 +137,16 @@ class ControllerHandle:
         answer = get(self._actor.status.remote(), timeout_s)
         assert isinstance(answer, bytes)
         return answer
+
+    def credential(self, timeout_s: float = 10.0) -> bytes:
+        """An operator's, as a file of it has it."""
+        answer = get(self._actor.credential.remote(), timeout_s)
+        assert isinstance(answer, bytes)
+        return answer
+
+    def probe_key(self, timeout_s: float = 10.0) -> str:
+        """With which the cluster's gateways are tried."""
+        return str(get(self._actor.probe_key.remote(), timeout_s))
 
     def ended(self, wait_s: float) -> bool:
         """Whether the cluster went down within `wait_s`. Ray may restart it meanwhile."""

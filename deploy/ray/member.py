@@ -14,6 +14,7 @@ import ray
 
 from crossdock.deploy import processes
 from crossdock.deploy import telemetry as traces
+from crossdock.deploy.authority import Applicant
 from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.listening import Listening, listening
 from crossdock.deploy.ray.calls import CRASHES
@@ -21,6 +22,7 @@ from crossdock.deploy.ray.node import pids_here
 from crossdock.deploy.runtime import CannotStart, Launch, Started, StartFailed
 from crossdock.proto import events
 from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
+from crossdock.proto.identity import Credentials
 from crossdock.proto.settings import loopback_host
 from crossdock.proto.types import Role, WorkerEndpoint
 
@@ -35,11 +37,25 @@ class MemberActor:
         with contextlib.suppress(KeyError, OSError):  # on another host than the controller's
             processes.record_crashes(os.environ[CRASHES])
         self._launch = launch
+        self._applicant = Applicant()
+        self._credentials: Credentials | None = None
         self._server: Any = None
         self._starting = asyncio.Lock()
         self._started: Started | None = None
         self._leaving = False
         self._stopped = asyncio.Event()
+
+    async def request_certificate(self) -> bytes:
+        """Asks (PEM) for a certificate; its key stays here."""
+        return self._applicant.request()
+
+    async def certify(self, certificate: bytes, authority: bytes) -> None:
+        """Takes the answer (PEM). New connections use it."""
+        identity = self._applicant.accept(certificate, authority)
+        if self._credentials is None:
+            self._credentials = Credentials(identity)
+        else:
+            self._credentials.renew(identity)
 
     async def start(self) -> Started:
         """Serves from here on; a second call gives the same, and whether it was told to leave
@@ -98,6 +114,8 @@ class MemberActor:
 
     async def _start(self) -> Started:
         launch, node_id = self._launch, ray.get_runtime_context().get_node_id()
+        if self._credentials is None:
+            raise StartFailed("it has no certificate")
         os.environ.setdefault("NUMBA_CACHE_DIR", str(crossdock_home() / "numba"))
         # Imported here, in the actor: the controller and the driver need no torch.
         if launch.worker is not None:
@@ -111,13 +129,14 @@ class MemberActor:
                 from crossdock.prefill.role import create
             else:
                 from crossdock.decode.role import create
-            self._server = create(config)
+            self._server = create(config, self._credentials)
             endpoint = await self._server.start()
             return Started(os.getpid(), node_id, endpoint=endpoint)
         from crossdock.router.gateway import GatewayServer
 
         assert launch.gateway is not None
-        self._server = GatewayServer(dataclasses.replace(launch.gateway, home=crossdock_home()))
+        gateway = dataclasses.replace(launch.gateway, home=crossdock_home())
+        self._server = GatewayServer(gateway, self._credentials)
         await self._server.start()
         grpc, http = self._server.grpc_address, self._server.http_address
         return Started(os.getpid(), node_id, grpc=grpc, http=http)

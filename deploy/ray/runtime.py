@@ -42,6 +42,12 @@ class RayProcess:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
+    async def request_certificate(self) -> bytes:
+        return await call(self._actor.request_certificate.remote())
+
+    async def certify(self, certificate: bytes, authority: bytes) -> None:
+        await call(self._actor.certify.remote(certificate, authority))
+
     async def start(self) -> Started:
         return await call(self._actor.start.remote())
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import grpc
 
-from crossdock.proto.channels import internal
+from crossdock.proto.channels import open_channel
+from crossdock.proto.identity import Credentials
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.router.dispatch.links import WorkerLink
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 10.0
 KEEPALIVE_MS = 5000
 MAX_FRAME_BYTES = 256 * 2**20  # a snapshot of a large prefix cache is one frame
-CHANNEL_OPTIONS = internal(
+MOST_TOGETHER_BYTES = 1 << 20  # of frames in one message
+CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
@@ -34,11 +36,12 @@ CHANNEL_OPTIONS = internal(
 class Dialer:
     """Makes the wires of one gateway. Called with a link, on the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: Credentials | None = None) -> None:
+        self._credentials = credentials
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, link: WorkerLink) -> GrpcWire:
-        wire = GrpcWire(link)
+        wire = GrpcWire(link, self._credentials)
         self._tasks.add(wire.task)
         wire.task.add_done_callback(self._tasks.discard)
         return wire
@@ -51,8 +54,9 @@ class Dialer:
 class GrpcWire:
     """See links.Wire. One task, which lives one stream after another."""
 
-    def __init__(self, link: WorkerLink) -> None:
+    def __init__(self, link: WorkerLink, credentials: Credentials | None) -> None:
         self._link = link
+        self._credentials = credentials
         self._call: Any = None
         self._cut = ""  # why we cancelled the call ourselves
         self._outbox: deque[pb.GatewayFrame] = deque()
@@ -79,8 +83,9 @@ class GrpcWire:
     async def _stream(self) -> str:
         """Lives one stream from connect to its end; the answer says why it ended."""
         self._cut = ""
-        async with grpc.aio.insecure_channel(
-            self._link.endpoint.address, options=CHANNEL_OPTIONS
+        member = self._link.endpoint
+        async with open_channel(
+            member.address, self._credentials, member.incarnation, *CHANNEL_OPTIONS
         ) as channel:
             call = worker_pb2_grpc.WorkerStub(channel).Connect()
             self._call = call
@@ -110,9 +115,17 @@ class GrpcWire:
             await call.write(self._link.hello)
             while True:
                 while self._outbox:
-                    await call.write(self._outbox.popleft())
+                    await call.write(self._next_frame())
                 self._outbox_filled.clear()
                 await self._outbox_filled.wait()
+
+    def _next_frame(self) -> pb.GatewayFrame:
+        """The next to send, and as many after it: a message costs as much as what is in it."""
+        first = self._outbox.popleft()
+        size = first.ByteSize()
+        while self._outbox and (size := size + self._outbox[0].ByteSize()) <= MOST_TOGETHER_BYTES:
+            first.more.append(self._outbox.popleft())
+        return first
 
     async def _read(self, call: Any) -> str:
         frame = await asyncio.wait_for(call.read(), HELLO_TIMEOUT_S)

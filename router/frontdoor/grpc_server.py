@@ -18,6 +18,7 @@ from crossdock.router.frontdoor.grpc_access import Guard
 from crossdock.router.frontdoor.grpc_health import HEALTH, Health, add_reflection, renamed
 from crossdock.router.frontdoor.grpc_inference import SERVICE, InferenceService
 from crossdock.router.frontdoor.grpc_kserve import KSERVE, KServeService
+from crossdock.router.frontdoor.tls import DoorCertificates
 
 HARD_LIMIT_FACTOR = 8  # beyond this many times max_body_bytes gRPC itself refuses a message
 GRPC_MOST = 2**31 - 1  # an int32
@@ -33,12 +34,18 @@ class GrpcServer:
     """Serves one Frontend. `set_ready` is what health checks and watches see."""
 
     def __init__(
-        self, frontend: Frontend, address: str, max_body_bytes: int, connection_age_s: float = 0.0
+        self,
+        frontend: Frontend,
+        address: str,
+        max_body_bytes: int,
+        connection_age_s: float = 0.0,
+        certificates: DoorCertificates | None = None,
     ) -> None:
         self._frontend = frontend
         self._max_body_bytes = max_body_bytes
         self._connection_age_s = connection_age_s  # 0: connections live as long as they will
         self._health = Health((SERVICE, KSERVE))
+        self._certificates = certificates
         self._server: Any = None
         self.address = address
 
@@ -55,7 +62,10 @@ class GrpcServer:
         foreign = (renamed(kserve_pb2.DESCRIPTOR, KSERVE.rpartition(".")[0]),)
         add_reflection(server, (SERVICE, HEALTH, KSERVE), files, foreign)
         try:
-            bound = server.add_insecure_port(self.address)
+            if self._certificates is None:
+                bound = server.add_insecure_port(self.address)
+            else:
+                bound = server.add_secure_port(self.address, self._certificates.grpc())
         except RuntimeError as error:
             raise ConfigError(
                 "gateway.grpc", f"{self.address}: {_bind_error(self.address)}"

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from crossdock.proto.errors import ConfigError, InvalidRequest
+from crossdock.proto.settings import split_address
 from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import ResponseStream
@@ -34,6 +35,7 @@ from crossdock.router.frontdoor.openai_schemas import (
     sampling_of,
 )
 from crossdock.router.frontdoor.structured import grammar_of
+from crossdock.router.frontdoor.tls import DoorCertificates, TlsSite
 from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_prompts
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class HttpServer:
         address: str,
         max_body_bytes: int,
         settings: HttpSettings | None = None,
+        certificates: DoorCertificates | None = None,
     ) -> None:
         self._frontend = frontend
         self._settings = settings or HttpSettings()
@@ -59,6 +62,7 @@ class HttpServer:
         self._bodies = Bodies(max_body_bytes, most_reading)
         self._created = int(time.time())
         self._runner: http_limits.Runner | None = None
+        self._certificates = certificates
         self.address = address
 
     async def start(self) -> None:
@@ -79,16 +83,19 @@ class HttpServer:
             "http_reading_bytes", "Held by bodies not parsed yet", lambda: self._bodies.held
         )
         await runner.setup()
-        host, _, port = self.address.rpartition(":")
+        host, port = split_address(self.address)
+        site: web.BaseSite = web.TCPSite(runner, host, port)
+        if self._certificates is not None:
+            site = TlsSite(runner, host, port, self._certificates.http())
         try:
-            await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
+            await site.start()
         except OSError as error:
             await self._runner.cleanup()
             why = "port {} is in use" if error.errno == 98 else "port {}: {}"
             raise ConfigError(
                 "gateway.http", f"{self.address}: {why.format(port, error.strerror)}"
             ) from error
-        self.address = f"{host}:{self._runner.addresses[0][1]}"
+        self.address = f"{self.address.rpartition(':')[0]}:{self._runner.addresses[0][1]}"
 
     async def stop(self) -> None:
         """Ends the server and its connections."""

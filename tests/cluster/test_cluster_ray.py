@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import grpc
 import pytest
 from freeze import freeze
 from ray_kit import (
@@ -33,9 +32,10 @@ from ray_kit import (
 )
 
 from crossdock.client import Client
-from crossdock.deploy import admin, processes
+from crossdock.deploy import admin, credentials, processes
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.up import Cluster, up
+from crossdock.proto.channels import open_blocking_channel
 from crossdock.proto.errors import ConfigError, ModelError, Unavailable
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 
@@ -158,28 +158,29 @@ def test_a_killed_controller_comes_back_and_disturbs_nobody(cluster):
         freeze(decode.pid)
         stream = client.stream([9, *PROMPT], max_tokens=8, temperature=0, ignore_eos=True)
         assert len(next(stream).token_ids) == 1
-        assert status_of(prefill).leases  # open while nobody controls
+        assert status_of(cluster, prefill).leases  # open while nobody controls
         os.kill(controller, signal.SIGKILL)
         os.kill(decode.pid, signal.SIGCONT)
         assert sum(len(chunk.token_ids) for chunk in stream) == 7
         until(lambda: answers_after(cluster, controller), 30, "the controller answers")
         load.more(4)
     assert not load.errors
-    until(lambda: not any(held(worker) for worker in workers), 5, "nothing is held")
+    until(lambda: not any(held(cluster, worker) for worker in workers), 5, "nothing is held")
     status = cluster.status()
     assert {w.name: w.pid for w in status.workers} == before
     assert any(d.action.startswith("adopt") for d in status.decisions)
 
 
-def status_of(worker) -> worker_pb2.WorkerStatus:
+def status_of(cluster: Cluster, worker) -> worker_pb2.WorkerStatus:
     """From the worker itself."""
-    with grpc.insecure_channel(worker.worker.description.address) as channel:
+    there, operator = worker.worker.description, credentials.find(cluster.admin)
+    with open_blocking_channel(there.address, operator, there.incarnation.hex()) as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)
         return stub.GetStatus(worker_pb2.GetStatusRequest(check_integrity=True), timeout=20)
 
 
-def held(worker) -> int:
-    status = status_of(worker)
+def held(cluster: Cluster, worker) -> int:
+    status = status_of(cluster, worker)
     assert not status.integrity_error
     return status.used_blocks + len(status.leases)
 

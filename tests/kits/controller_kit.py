@@ -7,6 +7,8 @@ import contextlib
 import itertools
 from dataclasses import replace
 
+from trust_kit import Applies
+
 from crossdock.deploy.controller import Controller, ControllerSettings
 from crossdock.deploy.listening import Listening
 from crossdock.deploy.members import WatchSettings
@@ -34,8 +36,9 @@ SETTINGS = ControllerSettings(
 )
 
 
-class FakeProcess:
+class FakeProcess(Applies):
     def __init__(self, cluster: FakeCluster, launch: Launch, number: int) -> None:
+        super().__init__()
         self.cluster, self.launch, self.number = cluster, launch, number
         self.members: list[WorkerEndpoint] = []
         self.busy = asyncio.Event()  # set: has work that a drain waits for

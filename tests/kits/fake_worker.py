@@ -12,12 +12,14 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
+from crossdock.proto.channels import listen
 from crossdock.proto.convert import ROLE_TO_PB
+from crossdock.proto.identity import Credentials
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import inference_pb2, worker_pb2_grpc
 from crossdock.proto.v1 import worker_pb2 as pb
@@ -29,9 +31,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     """`async with FakeWorker("prefill-0", Role.PREFILL) as worker: ... worker.endpoint`."""
 
     def __init__(
-        self, name: str, role: Role, *, num_blocks: int = 1000, block_size: int = 16, port: int = 0
+        self,
+        name: str,
+        role: Role,
+        *,
+        num_blocks: int = 1000,
+        block_size: int = 16,
+        port: int = 0,
+        certified: Callable[[], Credentials] | None = None,  # for each of its lives
     ) -> None:
         self.name, self.role, self.port = name, role, port
+        self.certified = certified
         self.num_blocks, self.block_size = num_blocks, block_size
         self.incarnation = os.urandom(16)
         self.layout_hash = b"a layout's hash."
@@ -70,7 +80,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def start(self) -> None:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        proof = self.certified() if self.certified else None
+        if proof is not None:
+            self.incarnation = bytes.fromhex(proof.peer.incarnation)
+        address = listen(self._server, f"127.0.0.1:{self.port}", proof, "port")
+        self.port = int(address.rpartition(":")[2])
         await self._server.start()
 
     async def stop(self) -> None:
@@ -175,25 +189,29 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def _read(self, frames: Any, outbox: asyncio.Queue[pb.WorkerFrame | None]) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
-            async for frame in frames:
-                kind = frame.WhichOneof("frame")
-                if kind == "prefill":
-                    self.prefills.append(_copy(frame.prefill))
-                    self._begin(frame.prefill.sequence, self._prefill(frame.prefill.sequence))
-                elif kind == "decode":
-                    self.decodes.append(_copy(frame.decode))
-                    self._begin(frame.decode.sequence, self._decode(frame.decode))
-                elif kind == "hand_off":
-                    self.hand_offs.append(frame.hand_off)
-                    self._hand_off(frame.hand_off)
-                elif kind == "cancel":
-                    self.cancels.append(frame.cancel)
-                    if task := self.running.get(frame.cancel.sequence_id):
-                        task.cancel()
-                elif kind == "resync":
-                    self.resyncs += 1
-                    outbox.put_nowait(pb.WorkerFrame(block_events=self._snapshot()))
+            async for together in frames:
+                for frame in (together, *together.more):
+                    self._take(frame, outbox)
         outbox.put_nowait(None)
+
+    def _take(self, frame: pb.GatewayFrame, outbox: asyncio.Queue[pb.WorkerFrame | None]) -> None:
+        kind = frame.WhichOneof("frame")
+        if kind == "prefill":
+            self.prefills.append(_copy(frame.prefill))
+            self._begin(frame.prefill.sequence, self._prefill(frame.prefill.sequence))
+        elif kind == "decode":
+            self.decodes.append(_copy(frame.decode))
+            self._begin(frame.decode.sequence, self._decode(frame.decode))
+        elif kind == "hand_off":
+            self.hand_offs.append(frame.hand_off)
+            self._hand_off(frame.hand_off)
+        elif kind == "cancel":
+            self.cancels.append(frame.cancel)
+            if task := self.running.get(frame.cancel.sequence_id):
+                task.cancel()
+        elif kind == "resync":
+            self.resyncs += 1
+            outbox.put_nowait(pb.WorkerFrame(block_events=self._snapshot()))
 
     def _snapshot(self) -> pb.BlockEvents:
         events = [pb.BlockEvent(stored=True, block_hash=name) for name in self.cached]

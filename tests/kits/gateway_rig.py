@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from fake_worker import FakeWorker
+from trust_kit import credentials
 
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import Role
@@ -73,21 +75,28 @@ async def start_rig(
     decodes: int = 1,
     colocated: int = 0,
     num_blocks: int = 1000,
+    certified: bool = False,
     chunk_tokens: int = 0,
     max_batch: int = 0,
     **config: Any,
 ) -> AsyncIterator[Rig]:
+    """`certified`: gateway and workers speak mutual TLS."""
     async with AsyncExitStack() as stack:
 
         async def workers(prefix: str, role: Role, count: int) -> list[FakeWorker]:
-            made = [FakeWorker(f"{prefix}-{i}", role, num_blocks=num_blocks) for i in range(count)]
+            proof = partial(credentials, str(role), prefix) if certified else None
+            made = [
+                FakeWorker(f"{prefix}-{i}", role, num_blocks=num_blocks, certified=proof)
+                for i in range(count)
+            ]
             for worker in made:
                 worker.chunk_tokens, worker.max_batch = chunk_tokens, max_batch
             return [await stack.enter_async_context(worker) for worker in made]
 
         local = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}
         gateway = GatewayServer(
-            GatewayConfig("gateway-0", str(model), HASH_KEY, **(local | config))
+            GatewayConfig("gateway-0", str(model), HASH_KEY, **(local | config)),
+            credentials("gateway", "gateway-0") if certified else None,
         )
         await gateway.start()
         stack.push_async_callback(gateway.stop)

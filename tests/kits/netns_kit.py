@@ -268,6 +268,7 @@ class Cluster:
 
 async def _worker(ip: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any], Callable]:
     from crossdock.decode import role as decode_worker
+    from crossdock.deploy.authority import Authority
     from crossdock.prefill import role as prefill_worker
     from crossdock.proto.types import Role, WorkerEndpoint
     from crossdock.worker.config import WorkerConfig
@@ -281,7 +282,8 @@ async def _worker(ip: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any
         transport_options={"TLS": "tcp", "NET_DEVICES": "eth0"},
         **settings,
     )
-    server = (prefill_worker if role is Role.PREFILL else decode_worker).create(config)
+    proof = Authority(KEY, "test").credentials(str(role), config.name)
+    server = (prefill_worker if role is Role.PREFILL else decode_worker).create(config, proof)
     endpoint = await server.start()
 
     async def command(peers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -292,12 +294,14 @@ async def _worker(ip: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any
 
 
 async def _gateway(ip: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any], Callable]:
+    from crossdock.deploy.authority import Authority
     from crossdock.proto.hashing import hash_key
     from crossdock.proto.types import WorkerEndpoint
     from crossdock.router.gateway import GatewayConfig, GatewayServer
 
     gateway = GatewayServer(
-        GatewayConfig(hash_key=hash_key(KEY), grpc=f"{ip}:0", http=f"{ip}:0", **settings)
+        GatewayConfig(hash_key=hash_key(KEY), grpc=f"{ip}:0", http=f"{ip}:0", **settings),
+        Authority(KEY, "test").credentials("gateway", settings["name"]),
     )
     await gateway.start()
 

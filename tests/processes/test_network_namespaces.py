@@ -16,14 +16,15 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
 import pytest
-from netns_kit import Cluster, NotPermitted
+from netns_kit import KEY, Cluster, NotPermitted
 from offline import LLM
 from tiny import make_tiny_model
 
 from crossdock.client import AsyncClient
+from crossdock.deploy.authority import Authority
 from crossdock.kvtransfer import ucx
+from crossdock.proto.channels import open_channel
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import worker_pb2, worker_pb2_grpc
 from crossdock.results import Timings
@@ -74,7 +75,11 @@ class Rig:
         self.network = cluster.network
         self.client = AsyncClient(cluster.gateway.target)
         self._engine = engine
-        self._channels = [grpc.aio.insecure_channel(w.target) for w in cluster.workers.values()]
+        operator = Authority(KEY, "test").credentials("operator", "operator")
+        self._channels = [
+            open_channel(worker.target, operator, worker.endpoint["incarnation"])
+            for worker in cluster.workers.values()
+        ]
         self.stubs = {
             name: worker_pb2_grpc.WorkerStub(channel)
             for name, channel in zip(cluster.workers, self._channels)

@@ -9,21 +9,22 @@ from fake_server import FakeServer
 from source_rules import sources
 
 from crossdock.client import Client
-from crossdock.proto.channels import is_loopback
+from crossdock.proto.settings import is_loopback
 
 MAKERS = {"insecure_channel", "secure_channel"}
 
 
-def test_every_channel_of_the_product_says_whether_a_proxy_may_be_in_it():
-    """Through `internal`, whose options the call is given directly or by a name made of it."""
-    found = []
+def test_channels_inside_a_cluster_are_opened_in_one_file():
+    """They go to no proxy, and to nobody but whom they mean. The others are of clients."""
+    found = {}
     for path in sources():
-        text = path.read_text()
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in MAKERS:
-                found.append((path.name, "internal(" in text, len(node.args) + len(node.keywords)))
-    assert len(found) >= 8
-    assert [each for each in found if each[1:] != (True, 2)] == []
+                found.setdefault(path.name, []).append(ast.unparse(node))
+    assert set(found) == {"channels.py", "client.py", "first_request.py"}
+    assert len(found["channels.py"]) == 4
+    for call in found["channels.py"] + found["first_request.py"]:
+        assert "internal(" in call or "_to(whom" in call or call.endswith(", options)")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ import pytest
 from gateway_rig import ask, collect, ids_of, start_rig, until
 from handoff_kit import all_free, hand_off, pair, prefill, tokens_of
 from roles_kit import Site, Worker, job, kv_of_tokens, undisturbed
+from trust_kit import NO_AUTHORITY, Uncertified
 from worker_kit import PROMPT as REAL_PROMPT
 from worker_kit import Gateway, Pair, config, settled
 
@@ -148,7 +149,7 @@ async def test_a_worker_whose_engine_stands_still_does_not_pass_for_well(
     endpoint, stuck = real.decode.endpoint, threading.Event()
     ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    class Process:
+    class Process(Uncertified):
         async def start(self) -> object:
             return Started(1, "node", endpoint=endpoint)
 
@@ -161,7 +162,7 @@ async def test_a_worker_whose_engine_stands_still_does_not_pass_for_well(
     worker = real.decode.config
     launch = Launch("d", "decode", "decode", "", Placement(), {}, worker=worker)
     often = WatchSettings(probe_every_s=0.02, unresponsive_s=1.0)
-    watched = Watched(launch, Process(), lambda: None, often)  # type: ignore[arg-type]
+    watched = Watched(launch, Process(), lambda: None, often, NO_AUTHORITY)  # type: ignore[arg-type]
     try:
         await until(lambda: watched.state is State.READY)
         assert await watched.status() is not None

@@ -172,8 +172,8 @@ def test_apply_and_scale_show_actions_and_fail_when_not_converged(
     file = tmp_path / "c.yaml"
     file.write_text("kind: Cluster\n")
     assert run(capsys, "apply", str(file), "--timeout", "9")[:2] == (0, "start prefill-1\n")
-    assert run(capsys, "scale", "decode", "3", "--no-wait")[0] == 0
-    common = {"wait": True, "timeout_s": 9.0, "address": ""}
+    assert run(capsys, "scale", "decode", "3", "--no-wait", "--credential", "mine.pem")[0] == 0
+    common = {"wait": True, "timeout_s": 9.0, "address": "", "credential": None}
     assert calls[0] == common | {"path": file, "dry_run": False, "generation": 0}
     assert calls[1] == {
         "pool": "decode",
@@ -181,6 +181,7 @@ def test_apply_and_scale_show_actions_and_fail_when_not_converged(
         "address": "127.0.0.1:50050",
         "wait": False,
         "timeout_s": 300.0,
+        "credential": Path("mine.pem"),
     }
     converged = False
     code, _, err = run(capsys, "scale", "decode", "3")
@@ -218,7 +219,7 @@ def test_up_serves_the_packaged_cluster_unless_told_otherwise(
 def test_errors_of_the_tree_are_shown_as_they_are(
     capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def down(address: str, drain_s: float) -> None:
+    def down(address: str, drain_s: float, credential: Path | None) -> None:
         raise errors.ConfigError("pools.prefill.role", "unknown role 'x'", "c.yaml:7")
 
     fake_admin(monkeypatch, down=down)
@@ -227,7 +228,7 @@ def test_errors_of_the_tree_are_shown_as_they_are(
 
 
 def test_an_unforeseen_error_is_one_line_too(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def down(address: str, drain_s: float) -> None:
+    def down(address: str, drain_s: float, credential: Path | None) -> None:
         raise ZeroDivisionError("two\nlines")
 
     fake_admin(monkeypatch, down=down)

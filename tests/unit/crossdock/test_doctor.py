@@ -342,9 +342,9 @@ async def test_a_dead_peer_is_named(cluster: Cluster) -> None:
     cluster.workers.remove(prefill)
     await prefill.stop()
     start = time.monotonic()
-    incarnation = prefill.description.incarnation
+    ends = decode.description.incarnation, prefill.description.incarnation
     d, p = facts_before[1], facts_before[0]
-    pair = await asyncio.to_thread(doctor._examine_pair, d, p, incarnation)
+    pair = await asyncio.to_thread(doctor._examine_pair, d, p, ends)
     assert pair.outcome == "unreachable" and p.address in pair.message
     report = await asyncio.to_thread(doctor.examine, status)
     assert time.monotonic() - start < 15
@@ -413,10 +413,11 @@ async def test_bytes_by_tcp_are_told_from_shared_memory(tiny_model: Path) -> Non
 def test_the_command_prints_and_exits(
     sound: bool, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from crossdock.deploy import admin
+    from crossdock.deploy import admin, credentials
 
+    monkeypatch.setattr(credentials, "find", lambda *_: None)
     pair = OK if sound else PairFacts("d", "p", "unreachable", "p:1 does not answer")
-    monkeypatch.setattr(admin, "status", lambda address, **_: SimpleNamespace(address=address))
+    monkeypatch.setattr(admin, "status", lambda address, **_: SimpleNamespace())
     monkeypatch.setattr(doctor, "examine", lambda *_: Report("c", [P, D], [pair]))
     code = cli.main(["doctor", *(["--json"] if as_json else [])])
     out, err = capsys.readouterr()

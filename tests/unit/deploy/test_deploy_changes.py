@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-import grpc
 import pytest
 from controller_kit import until, with_decode, with_gateway
 
-from crossdock.deploy import admin
-from crossdock.deploy.admin_service import serve_admin
+from crossdock.deploy import admin, credentials
 from crossdock.deploy.spec import ClusterSpec, PoolSpec
+from crossdock.proto.channels import open_channel
 from crossdock.proto.errors import ConfigError, Overtaken, Unavailable
+from crossdock.proto.identity import CONTROLLER
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
 
@@ -142,9 +142,8 @@ async def test_a_pool_that_is_wanted_no_more_makes_no_change_hopeless(cluster, c
     assert await controller.wait_converged(5)
 
 
-async def test_operators_at_once_and_what_they_are_told(cluster, controller, tmp_path):
+async def test_operators_at_once_and_what_they_are_told(cluster, controller, tmp_path, address):
     """Over gRPC, as `crossdock apply` and `scale` do it."""
-    server, address = await serve_admin(controller, "127.0.0.1:0")
     file = tmp_path / "c.yaml"
 
     def apply(spec: ClusterSpec, progress=lambda line: None):
@@ -167,7 +166,6 @@ async def test_operators_at_once_and_what_they_are_told(cluster, controller, tmp
     cluster.may_start.set()
     assert (await second).converged
     assert (await asyncio.to_thread(admin.scale, "decode", 2, address)).generation == 5
-    await server.stop(0)
 
 
 async def test_gateways_take_ports_one_after_another(cluster, controller):
@@ -201,10 +199,11 @@ async def test_what_cannot_change_is_refused_and_nothing_happens(cluster, contro
         controller.apply(replace(controller.spec, pools=simulated))
 
 
-async def test_waiting_for_a_change_is_no_decision(cluster, controller, tmp_path, monkeypatch):
+async def test_waiting_for_a_change_is_no_decision(
+    cluster, controller, tmp_path, monkeypatch, address
+):
     """`apply` asks again while it waits; the status keeps the decisions that were made."""
     monkeypatch.setattr(admin, "PROGRESS_S", 0.05)
-    server, address = await serve_admin(controller, "127.0.0.1:0")
     cluster.may_start.clear()
     told: list[str] = []
     scaling = asyncio.create_task(
@@ -216,12 +215,10 @@ async def test_waiting_for_a_change_is_no_decision(cluster, controller, tmp_path
     assert (await scaling).converged
     by_scale = [d.reason for d in controller.decisions if d.action == "scale decode 2"]
     assert by_scale == ["1 actions due"]
-    await server.stop(0)
 
 
-async def test_a_cluster_that_goes_down_takes_no_change(cluster, controller):
+async def test_a_cluster_that_goes_down_takes_no_change(cluster, controller, address):
     """However it was brought down: `crossdock up` calls the controller itself."""
-    server, address = await serve_admin(controller, "127.0.0.1:0")
     [gateway] = cluster.alive("gateway")
     gateway.busy.set()
     cluster.may_start.clear()
@@ -239,7 +236,6 @@ async def test_a_cluster_that_goes_down_takes_no_change(cluster, controller):
         await waiting
     gateway.busy.clear()
     await down
-    await server.stop(0)
 
 
 async def test_a_gateway_that_is_tried_when_the_cluster_goes_down_changes_nothing(
@@ -257,26 +253,25 @@ async def test_a_gateway_that_is_tried_when_the_cluster_goes_down_changes_nothin
     assert not store.folder.exists()
 
 
-async def test_the_shorter_drain_of_two_downs_is_kept(cluster, controller):
-    server, address = await serve_admin(controller, "127.0.0.1:0")
+async def test_the_shorter_drain_of_two_downs_is_kept(cluster, controller, address):
     [gateway] = cluster.alive("gateway")
     gateway.busy.set()
-    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(5):
+    operator = credentials.find(address)
+    async with open_channel(address, operator, CONTROLLER) as channel, asyncio.timeout(5):
         stub = admin_pb2_grpc.AdminStub(channel)
         patient = stub.Down(admin_pb2.DownRequest(drain_s=3600))
         await until(lambda: gateway.draining)
         await stub.Down(admin_pb2.DownRequest(drain_s=0))
         await patient
     assert not gateway.alive
-    await server.stop(0)
 
 
-async def test_a_status_has_the_ports_of_each_node_where_it_is_asked_for_them(cluster, controller):
+async def test_a_status_has_the_ports_of_each_node_where_it_is_asked_for_them(
+    cluster, controller, address
+):
     """One member looks at each node that the controller is not on."""
-    server, address = await serve_admin(controller, "127.0.0.1:0")
     plain = await asyncio.to_thread(admin.status, address)
     assert plain.local and not plain.nodes
     found = await asyncio.to_thread(admin.status, address, listening=True)
     ports = {node.node_id: [(p.process, p.host) for p in node.ports] for node in found.nodes}
     assert ports == {"head": [("controller", "127.0.0.1")], "node": [("fake", "0.0.0.0")]}
-    await server.stop(0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from controller_kit import YAML, running, until, with_decode, with_gateway
+from trust_kit import AUTHORITY
 
 from crossdock.cli_cluster import what_is_wrong
 from crossdock.deploy import controller as controller_module
@@ -292,7 +293,7 @@ async def test_a_worker_that_is_stopped_while_it_is_asked_has_no_status(cluster)
     process = await cluster.launch(
         worker_launch(ClusterSpec.parse(YAML), "decode", "d-0", bytes(32))
     )
-    watched = Watched(process.launch, process, lambda: None, WatchSettings())
+    watched = Watched(process.launch, process, lambda: None, WatchSettings(), AUTHORITY)
     await until(lambda: watched.started is not None)
     port = server.sockets[0].getsockname()[1]
     there = replace(watched.started.endpoint, address=f"127.0.0.1:{port}")

@@ -6,6 +6,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from trust_kit import NO_AUTHORITY, Uncertified
 
 from crossdock.deploy import members
 from crossdock.deploy.members import Watched, WatchSettings, patience_s
@@ -49,7 +50,8 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         self._sleep = asyncio.sleep
-        monkeypatch.setattr(members, "time", SimpleNamespace(monotonic=lambda: self.now))
+        own = SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.now)
+        monkeypatch.setattr(members, "time", own)
         monkeypatch.setattr(members.asyncio, "sleep", self.sleep)
 
     async def sleep(self, seconds: float) -> None:
@@ -63,7 +65,7 @@ async def watched_gateway(clock: Clock, answers) -> tuple[Watched, list[object]]
     done: list[object] = []
     gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    class Process:
+    class Process(Uncertified):
         async def start(self):
             return Started(1, "node")
 
@@ -82,7 +84,7 @@ async def watched_gateway(clock: Clock, answers) -> tuple[Watched, list[object]]
             gone.set_result("its process died (SIGKILL)")
 
     launch = gateway_launch(SPEC, "gateway-0", 0, bytes(32))
-    watched = Watched(launch, Process(), lambda: None, WatchSettings())
+    watched = Watched(launch, Process(), lambda: None, WatchSettings(), NO_AUTHORITY)
     async with asyncio.timeout(10):
         while watched.state is not State.LOST:
             await clock._sleep(0)

@@ -204,31 +204,37 @@ def test_a_ray_that_is_joined_is_left_as_it_is(monkeypatch):
     assert dict(os.environ) == before
 
 
+KEY, TLS = "asks nobody for a key", "without gateway.tls"
+
+
 @pytest.mark.parametrize(
-    "door, auth, warned",
+    "door, tls, auth, warned",
     [
-        ("0.0.0.0:0", "", "gateway.http"),
-        ("192.0.2.7:0", "", "gateway.http"),
-        ("127.0.0.1:0", "", ""),
-        ("0.0.0.0:0", "auth: {keys: keys.json}\n", ""),
+        ("0.0.0.0:0", "", "", [KEY, TLS]),
+        ("192.0.2.7:0", "", "", [KEY, TLS]),
+        ("127.0.0.1:0", "", "", []),
+        ("0.0.0.0:0", "", "auth: {keys: keys.json}\n", [TLS]),
+        ("0.0.0.0:0", ", tls: {cert: c.pem, key: k.pem}", "auth: {keys: keys.json}\n", []),
+        ("0.0.0.0:0", ", tls: {cert: c.pem, key: k.pem}", "", [KEY]),
     ],
 )
-def test_up_warns_of_a_door_that_other_hosts_reach_without_a_key(tmp_path, door, auth, warned):
+def test_up_warns_of_what_a_door_lacks_that_other_hosts_reach(tmp_path, door, tls, auth, warned):
     path = tmp_path / "c.yaml"
     said = []
     with socket.create_server(("127.0.0.1", 0)) as taken:  # so that nothing is started
         port = taken.getsockname()[1]
         path.write_text(
             "metadata: {name: doors}\nmodel: {id: simulated}\n"
-            f'gateway: {{grpc: "127.0.0.1:0", http: "{door}"}}\n{auth}'
+            f'gateway: {{grpc: "127.0.0.1:0", http: "{door}"{tls}}}\n{auth}'
             f'controller: {{grpc: "127.0.0.1:{port}"}}\n'
             "pools: {all: {role: colocated, engine: {kind: simulated}}}\n"
         )
         with pytest.raises(ConfigError, match="cannot listen"):
             up(path, echo=said.append)
     warnings = [line for line in said if "warning" in line]
-    assert len(warnings) == bool(warned)
-    assert not warned or f"c.yaml:3: {warned}: " in warnings[0]
+    assert len(warnings) == len(warned)
+    for line, words in zip(warnings, warned, strict=True):
+        assert "c.yaml:3: gateway.http: " in line and words in line
 
 
 def test_a_token_that_others_can_read_is_named(monkeypatch, tmp_path):

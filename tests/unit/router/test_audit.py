@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
 import random
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +282,45 @@ async def test_a_replay_computes_the_same_tokens(doors: Doors, tmp_path: Path) -
         assert found == ["choice 3: differs from token 2 on"]
     with pytest.raises(NotFound):
         find_request(files, "nothing")
+
+
+async def test_one_line_each_under_chaos(tiny_model: Path, tmp_path: Path) -> None:
+    """Streams break, workers refuse, clients go away; each request has its one line."""
+    audit = AuditSettings(file=str(tmp_path / "audit"), rotate_mb=0.2)
+    counts: dict[str, Any] = {"prefills": 2, "decodes": 2, "chunk_tokens": 64, "max_batch": 8}
+    async with start_doors(tiny_model, tmp_path, audit=audit, **counts) as doors:
+        key, rng, rig = doors.key("acme"), random.Random(8), doors.rig
+        await doors.known(key)
+        room = asyncio.Semaphore(24)
+
+        async def one(session: aiohttp.ClientSession, i: int) -> None:
+            body = {"prompt": [7 + i % 100] * rng.choice([3, 40]), "max_tokens": 4}
+            body |= rng.choice([{}, {}, {"n": 2}, {"top_p": 5}, {"stream": True}])  # type: ignore[arg-type]
+            async with room:
+                asked = session.post(
+                    f"{rig.url}/v1/completions", json=body, headers={"X-Request-Id": f"r{i}"}
+                )
+                patience = rng.choice([None, None, None, 0.02])
+                with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+                    async with asyncio.timeout(patience), asked as response:
+                        await response.read()
+
+        async def faults() -> None:
+            while True:
+                await asyncio.sleep(0.05)
+                worker = rng.choice(rig.workers)
+                rng.choice([worker.break_streams, partial(worker.refusals.append, 2)])()
+
+        faulty = asyncio.create_task(faults())
+        async with aiohttp.ClientSession(headers=bearer(key)) as session:
+            await asyncio.gather(*(one(session, i) for i in range(300)))
+        faulty.cancel()
+        await until(lambda: rig.idle)
+    file = log_of(tmp_path)
+    lines = requests_in(file)
+    assert not verify(in_order([file])).wrong
+    ids = [line["id"] for line in lines if "id" in line]
+    assert len(ids) == len(set(ids)), "a request has two lines"
+    seen = sum(rig.metric("requests_total", outcome=o) for o in {e["outcome"] for e in lines})
+    assert len(lines) == seen, "a line for each outcome that was counted"
+    assert {"ok", "cancelled", "invalid"} <= {line["outcome"] for line in lines}

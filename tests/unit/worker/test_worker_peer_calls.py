@@ -43,7 +43,7 @@ class Pools:
 class Calls(GrpcPeerCalls):
     """The peer describes itself at once."""
 
-    async def describe(self, address: str) -> pb.WorkerDescription:
+    async def describe(self, incarnation: bytes, address: str) -> pb.WorkerDescription:
         return PEER
 
 

@@ -54,7 +54,7 @@ async def test_hand_off_gives_the_tokens_of_one_engine(pair: Pair, tiny_model: P
 
 
 async def test_hello_has_the_description_and_the_cache(pair: Pair) -> None:
-    assert pair.p.hello.hello == pair.prefill.description
+    assert pair.p.hello.hello == pair.prefill.public_description
     assert pair.p.hello.block_events.snapshot
     first = await pair.first("s", PROMPT)
     again = Gateway(pair.prefill.description.address)
