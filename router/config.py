@@ -30,6 +30,15 @@ class HttpSettings:
         low=0.01,
         high=65_536,
     )
+    keep_alive_s: float = setting(
+        15.0,
+        "How often a stream says that it lives until its first token; a proxy may close it else.",
+        low=0.1,
+        high=3600,
+    )
+    cors: str = setting(
+        "", "Origins, separated by spaces, whose pages may call the API; * for any."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "gateway.http_options.")

@@ -86,7 +86,7 @@ class GatewayServer:
             config.max_connection_age_s,
             certificates,
         )
-        http = HttpServer(
+        self._http = http = HttpServer(
             frontend, config.http, config.max_body_bytes, config.http_options, certificates
         )
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
