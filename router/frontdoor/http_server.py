@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -32,12 +33,12 @@ from crossdock.router.frontdoor.openai_schemas import (
     ChatBody,
     CompletionBody,
     SamplingFields,
-    messages_of,
     prompts_of,
     sampling_of,
 )
-from crossdock.router.frontdoor.structured import grammar_of
 from crossdock.router.frontdoor.tls import DoorCertificates, TlsSite
+from crossdock.router.frontdoor.tools.answer import ToolAnswer
+from crossdock.router.frontdoor.tools.chat import conversation_of, form_of, tools_of
 from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_prompts
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class HttpServer:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         async def read(body: ChatBody) -> tuple[str, list[list[int]]]:
-            return "messages", [await self._frontend.encode_chat(messages_of(body))]
+            conversation = conversation_of(body, tools_of(body))
+            return "messages", [await self._frontend.encode_chat(conversation)]
 
         return await self._serve(request, ChatBody, read, UNLIMITED, fmt.ChatAnswer)
 
@@ -123,7 +125,7 @@ class HttpServer:
             if body.echo and body.logprobs is not None:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
             frontend, given = self._frontend, prompts_of(body.prompt)
-            prompts: list[list[int]] = []
+            prompts: list[Any] = []
             check_prompts("prompt", len(given))
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"
@@ -174,7 +176,9 @@ class HttpServer:
             body = await self._read(request, arrival, kind)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
-            if (asked := grammar_of(body)) is not None:
+            offer = tools_of(body)
+            asked = form_of(body, offer, frontend.text, frontend.tool_format)
+            if asked is not None:
                 sampling = await frontend.with_grammar(sampling, *asked)
             field, prompts = await read_prompts(body)
         request_id, stream = await frontend.submit(
@@ -188,9 +192,13 @@ class HttpServer:
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             default_max_tokens=default_max_tokens,
+            offer=offer,
         )
         with contextlib.closing(stream):
-            answer = answer_kind(
+            made: Callable[..., fmt.Answer] = answer_kind
+            if offer.tools:
+                made = partial(ToolAnswer, offer=offer, how=frontend.tool_format)
+            answer = made(
                 frontend.text,
                 request_id,
                 fingerprint=self._fingerprint(),
