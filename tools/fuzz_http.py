@@ -28,9 +28,11 @@ FIELDS: dict[str, Any] = {
     "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 1,
     "frequency_penalty": -1, "logit_bias": {"5": 1.5}, "seed": 7, "stop": ["a", "b"],
     "stop_token_ids": [3], "ignore_eos": True, "priority": 1, "cache_salt": "s", "logprobs": 2,
-    "echo": True, "top_logprobs": 3, "max_completion_tokens": 2, "user": "u", "tools": [],
+    "echo": True, "top_logprobs": 3, "max_completion_tokens": 2, "user": "u",
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
     "stream_options": {"include_usage": True}, "best_of": 1, "suffix": None, "unknown": {"a": [1]},
-    "response_format": {"type": "text"}, "guided_json": {}, "add_special_tokens": True,
+    "response_format": {"type": "json_object"}, "guided_regex": "a+", "tool_choice": "auto",
+    "chat_template_kwargs": {"a": 1}, "guided_json": {}, "add_special_tokens": True,
 }  # fmt: skip
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, -(2**63), 2**64, 10**30, 1e308, -0.0, float("nan"),
