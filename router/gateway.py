@@ -22,6 +22,7 @@ from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.streams import Dialer
+from crossdock.router.frontdoor.audit import AuditLog
 from crossdock.router.frontdoor.auth import Authenticator
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.gate import Gate
@@ -167,7 +168,17 @@ class GatewayServer:
         self._closing.callback(keeping.cancel)
         limiter = Limiter(time.monotonic, time.time, config.gateways, usage.spent)
         price = config.prices.get(model_id, Price())
-        return Gate(authenticator, limiter, self.metrics, price, usage)
+        audit = None
+        if config.audit.file:
+            seed = config.audit_seed
+            audit = await asyncio.to_thread(AuditLog, config.audit, config.name, seed, registry)
+            audit.start()
+            self._closing.push_async_callback(audit.close)
+
+        def weights() -> str:
+            return self.view.weights_digest
+
+        return Gate(authenticator, limiter, self.metrics, model_id, price, usage, audit, weights)
 
     def _make_links(self) -> Links:
         config, dial = self.config, Dialer(self._credentials)

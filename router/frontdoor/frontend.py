@@ -173,6 +173,7 @@ class Frontend:
                 on_end=partial(self.gate.ended, visit),
                 shown=self.text.ids_of(self.tool_format.markers) if offer.tools else frozenset(),
             )
+            visit.request = request
             work = Work(
                 prompt_tokens=sum(len(prompt) for prompt in prompts),
                 sequences=request.num_sequences,

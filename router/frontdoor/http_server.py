@@ -150,8 +150,8 @@ class HttpServer:
     async def _read(self, request: web.Request, arrival: Arrival, kind: type[Body]) -> Body:
         check_media_type(request)
         with self._bodies.reading() as one:
-            data = await self._bodies.read(one, request, arrival.deadline)
-            return await self._frontend.aside.read_body(data, kind, self._settings.strict)
+            parts = await self._bodies.read(one, request, arrival.deadline)
+            return await self._frontend.aside.read_body(parts, kind, self._settings.strict)
 
     async def _read_small(self, request: web.Request, kind: Any) -> Any:
         """The body of a request that asks for no tokens."""

@@ -60,7 +60,7 @@ BOUNDED_OTHERWISE = {
     "router/frontdoor/grammar_check.py: asyncio.shield(asyncio.ensure_future(self._find_out(key, "
     "grammar)))": "the process that it asks has PATIENCE_S for each answer",
     "router/frontdoor/grpc_health.py: changed.wait()": _LIFE,
-    "router/frontdoor/grpc_kserve.py: room.acquire()": "each of the stream's requests has a deadline",
+    "router/frontdoor/grpc_kserve.py: room.acquire()": "its requests have deadlines",
     "router/frontdoor/grpc_kserve.py: answers.get()": _WORKLESS,
     "router/frontdoor/grpc_kserve.py: await getting": _WORKLESS,
     "router/frontdoor/grpc_kserve.py: await serving": "has ended",
