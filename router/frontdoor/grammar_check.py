@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,7 +29,7 @@ BEYOND = (
     f"is too complex: compiling it takes more than {CPU_S} s or {MEMORY_BYTES >> 20} MB of memory"
 )
 # How a process ends that ran into its limits: out of time, or out of memory in Rust or in Python.
-_ENDS = {-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV, 1}
+_ENDS = {-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV, 1}
 
 
 class GrammarChecker:
@@ -77,7 +78,7 @@ class GrammarChecker:
             self._waiting -= 1
 
     def _ask(self, grammar: Grammar) -> str:
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
             self._process = process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -90,8 +91,9 @@ class GrammarChecker:
                 raise Unavailable("the process that checks grammars does not start")
         process = self._process
         assert process.stdin is not None
-        process.stdin.write(json.dumps([grammar.kind, grammar.text]) + "\n")
-        process.stdin.flush()
+        with contextlib.suppress(OSError):  # then there is no answer either
+            process.stdin.write(json.dumps([grammar.kind, grammar.text]) + "\n")
+            process.stdin.flush()
         why = _answer(process)
         if isinstance(why, str):
             return why

@@ -143,6 +143,17 @@ async def test_a_grammar_that_explodes_is_refused_and_holds_up_nobody(rig: Rig):
     assert rig.gateway._grammars._process is process  # remembered, not tried again
 
 
+async def test_a_checking_process_that_died_is_started_again(rig: Rig):
+    known = {"max_tokens": 2}
+    assert (await post(rig, *chat(guided_regex="a", **known)))[0] == 200
+    process = rig.gateway._grammars._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert (await post(rig, *chat(guided_regex="b", **known)))[0] == 200
+    assert rig.gateway._grammars._process is not process
+
+
 async def test_too_many_new_grammars_are_turned_away(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(grammar_check, "MAX_WAITING", 0)
     status, headers, _ = await post(rig, *chat(max_tokens=2, guided_choice=["a"]))
