@@ -69,7 +69,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _read(self, frames: AsyncIterator[pb.GatewayFrame], stream: GatewayStream) -> None:
         try:
             async for frame in frames:
-                self._gateways.receive(stream, frame)
+                for each in (frame, *frame.more):
+                    self._gateways.receive(stream, each)
         finally:
             stream.close()
 

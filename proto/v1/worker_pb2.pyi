@@ -248,20 +248,22 @@ class ResyncBlocks(_message.Message):
     def __init__(self) -> None: ...
 
 class GatewayFrame(_message.Message):
-    __slots__ = ("hello", "prefill", "decode", "cancel", "resync", "hand_off")
+    __slots__ = ("hello", "prefill", "decode", "cancel", "resync", "hand_off", "more")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RESYNC_FIELD_NUMBER: _ClassVar[int]
     HAND_OFF_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     hello: GatewayHello
     prefill: PrefillRequest
     decode: DecodeRequest
     cancel: CancelRequest
     resync: ResyncBlocks
     hand_off: HandOff
-    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., resync: _Optional[_Union[ResyncBlocks, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[GatewayFrame]
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., resync: _Optional[_Union[ResyncBlocks, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., more: _Optional[_Iterable[_Union[GatewayFrame, _Mapping]]] = ...) -> None: ...
 
 class SequenceError(_message.Message):
     __slots__ = ("code", "message")

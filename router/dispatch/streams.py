@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 10.0
 KEEPALIVE_MS = 5000
 MAX_FRAME_BYTES = 256 * 2**20  # a snapshot of a large prefix cache is one frame
+MOST_TOGETHER_BYTES = 1 << 20  # of frames in one message
 CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
@@ -114,9 +115,17 @@ class GrpcWire:
             await call.write(self._link.hello)
             while True:
                 while self._outbox:
-                    await call.write(self._outbox.popleft())
+                    await call.write(self._next_frame())
                 self._outbox_filled.clear()
                 await self._outbox_filled.wait()
+
+    def _next_frame(self) -> pb.GatewayFrame:
+        """The next to send, and as many after it: a message costs as much as what is in it."""
+        first = self._outbox.popleft()
+        size = first.ByteSize()
+        while self._outbox and (size := size + self._outbox[0].ByteSize()) <= MOST_TOGETHER_BYTES:
+            first.more.append(self._outbox.popleft())
+        return first
 
     async def _read(self, call: Any) -> str:
         frame = await asyncio.wait_for(call.read(), HELLO_TIMEOUT_S)

@@ -48,7 +48,7 @@ async def send_events(
             if chunked:
                 stream.pipe(write)  # only now: the head is on its way
             batch = await stream.batch()
-        await response.write(answer.last_events())
+        await response.write_eof(answer.last_events())
     except CrossdockError as error:
         await response.write(error_event(error))
     except ConnectionResetError:

@@ -186,25 +186,29 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def _read(self, frames: Any, outbox: asyncio.Queue[pb.WorkerFrame | None]) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
-            async for frame in frames:
-                kind = frame.WhichOneof("frame")
-                if kind == "prefill":
-                    self.prefills.append(_copy(frame.prefill))
-                    self._begin(frame.prefill.sequence, self._prefill(frame.prefill.sequence))
-                elif kind == "decode":
-                    self.decodes.append(_copy(frame.decode))
-                    self._begin(frame.decode.sequence, self._decode(frame.decode))
-                elif kind == "hand_off":
-                    self.hand_offs.append(frame.hand_off)
-                    self._hand_off(frame.hand_off)
-                elif kind == "cancel":
-                    self.cancels.append(frame.cancel)
-                    if task := self.running.get(frame.cancel.sequence_id):
-                        task.cancel()
-                elif kind == "resync":
-                    self.resyncs += 1
-                    outbox.put_nowait(pb.WorkerFrame(block_events=self._snapshot()))
+            async for together in frames:
+                for frame in (together, *together.more):
+                    self._take(frame, outbox)
         outbox.put_nowait(None)
+
+    def _take(self, frame: pb.GatewayFrame, outbox: asyncio.Queue[pb.WorkerFrame | None]) -> None:
+        kind = frame.WhichOneof("frame")
+        if kind == "prefill":
+            self.prefills.append(_copy(frame.prefill))
+            self._begin(frame.prefill.sequence, self._prefill(frame.prefill.sequence))
+        elif kind == "decode":
+            self.decodes.append(_copy(frame.decode))
+            self._begin(frame.decode.sequence, self._decode(frame.decode))
+        elif kind == "hand_off":
+            self.hand_offs.append(frame.hand_off)
+            self._hand_off(frame.hand_off)
+        elif kind == "cancel":
+            self.cancels.append(frame.cancel)
+            if task := self.running.get(frame.cancel.sequence_id):
+                task.cancel()
+        elif kind == "resync":
+            self.resyncs += 1
+            outbox.put_nowait(pb.WorkerFrame(block_events=self._snapshot()))
 
     def _snapshot(self) -> pb.BlockEvents:
         events = [pb.BlockEvent(stored=True, block_hash=name) for name in self.cached]
