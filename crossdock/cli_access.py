@@ -1,7 +1,8 @@
-"""Commands about who uses a cluster: keys."""
+"""Commands about who uses a cluster: keys, usage."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,41 @@ keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     app.add_typer(keys, name="keys")
+    app.command()(usage)
+
+
+def usage(
+    cluster: Annotated[str, Option(help="The cluster's name, metadata.name.")] = "local",
+    file: Annotated[
+        Path | None, Option("--file", "-f", help="The database; the cluster's on this node.")
+    ] = None,
+    since: Annotated[str, Option(help="First day, as 2026-11-01.")] = "",
+    until: Annotated[str, Option(help="Last day.")] = "9999",
+    tenant: Annotated[str, Option(help="Of one tenant alone.")] = "",
+    by_day: Annotated[bool, Option("--by-day", help="A line for each day.")] = False,
+    by_key: Annotated[bool, Option("--by-key", help="A line for each key.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what tenants have used, as the gateways of this node have counted it."""
+    from crossdock.deploy.home import crossdock_home
+    from crossdock.router.frontdoor.usage import COLUMNS, Amounts, read_usage, usage_file
+
+    path = file or usage_file(crossdock_home(), cluster)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no gateway of this cluster has kept anything here")
+    sums: dict[tuple[str, ...], Amounts] = {}
+    for (day, who, account, model), amounts in read_usage(path, since, until).items():
+        if tenant in ("", who):
+            at = (who, model, *([day] * by_day), *([account] * by_key))
+            sums.setdefault(at, Amounts()).__iadd__(amounts)
+    names = ("tenant", "model", *["day"] * by_day, *["key"] * by_key)
+    if as_json:
+        rows = [dict(zip(names, at)) | vars(amounts) for at, amounts in sums.items()]
+        print(json.dumps(rows, indent=2))
+        return
+    lines = [(*at, *(f"{value:,.6g}" for value in vars(a).values())) for at, a in sums.items()]
+    shown = tuple(name.replace("_", " ") for name in COLUMNS)
+    console_of().print(table("", (*names, *shown), lines, figures=set(shown)))
 
 
 @keys.command("new")

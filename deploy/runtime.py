@@ -191,6 +191,7 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         slo=spec.slo,
         auth=spec.auth,
         prices=dict(spec.prices),
+        cluster="" if name == TRIAL else spec.metadata.name,
         gateways=spec.gateway.replicas,
         probe_key=probe_key(cluster_key),
         **given(spec.gateway.limits),

@@ -86,6 +86,7 @@ class LimitsSpec:
     max_body_mb: float = of(GatewayConfig, "max_body_mb")
     max_active: int = of(GatewayConfig, "max_active")
     max_active_per_tenant: int = of(GatewayConfig, "max_active_per_tenant")
+    max_request_share: float = of(GatewayConfig, "max_request_share")
     request_timeout_s: float = of(GatewayConfig, "request_timeout_s")
     max_connection_age_s: float = of(GatewayConfig, "max_connection_age_s")
     worker_wait_s: float = of(GatewayConfig, "worker_wait_s")

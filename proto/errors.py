@@ -241,21 +241,24 @@ MOST_SHOWN = 120  # characters of a value in a message
 MOST_ENTRIES = 8  # of a list or object in a message
 
 
-def show(value: object) -> str:
-    """A value as messages quote it: as JSON has it, and cut short before it is written out."""
+def show(value: object, depth: int = 3) -> str:
+    """A value as messages quote it: as JSON has it, and cut short before it is written out; what
+    is nested more than `depth` deep is left out."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, str):
         return _cut(repr(value[: 2 * MOST_SHOWN]), len(value))
+    if isinstance(value, list | tuple | dict) and value and not depth:
+        return "…"
     if isinstance(value, list | tuple):
-        shown = [show(entry) for entry in value[:MOST_ENTRIES]]
+        shown = [show(entry, depth - 1) for entry in value[:MOST_ENTRIES]]
         more = [f"… {len(value)} in all"] if len(value) > MOST_ENTRIES else []
         return _cut(f"[{', '.join(shown + more)}]")
     if isinstance(value, dict):
         entries = itertools.islice(value.items(), MOST_ENTRIES)
-        shown = [f"{show(key)}: {show(entry)}" for key, entry in entries]
+        shown = [f"{show(key)}: {show(entry, depth - 1)}" for key, entry in entries]
         more = [f"… {len(value)} in all"] if len(value) > MOST_ENTRIES else []
         return _cut(f"{{{', '.join(shown + more)}}}")
     return _cut(repr(value))

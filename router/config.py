@@ -30,6 +30,15 @@ class HttpSettings:
         low=0.01,
         high=65_536,
     )
+    keep_alive_s: float = setting(
+        15.0,
+        "How often a stream says that it lives until its first token; a proxy may close it else.",
+        low=0.1,
+        high=3600,
+    )
+    cors: str = setting(
+        "", "Origins, separated by spaces, whose pages may call the API; * for any."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "gateway.http_options.")
@@ -197,6 +206,7 @@ class GatewayConfig(Limits):
     links: LinkSettings = field(default_factory=LinkSettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
     prices: Mapping[str, Price] = field(default_factory=no_entries)  # by model
+    cluster: str = ""  # its name; empty: what was used is not kept
     gateways: int = 1  # of the cluster; each holds its share of the limits of keys
     probe_key: str = field(default="", repr=False)  # with which `up` tries this gateway
 

@@ -31,6 +31,7 @@ from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
 from crossdock.router.frontdoor.text_process import TextProcess
 from crossdock.router.frontdoor.tls import DoorCertificates
+from crossdock.router.frontdoor.usage import Usage, usage_file
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
@@ -72,7 +73,7 @@ class GatewayServer:
         )
         grammars = GrammarChecker(config.model, config.home)
         self._closing.callback(grammars.close)
-        gate = await self._make_gate(model_id)
+        gate = self._gate = await self._make_gate(model_id)
         self._frontend = frontend = Frontend(
             text, validator, dispatcher, aside, config.request_timeout_s, gate, grammars
         )
@@ -84,7 +85,7 @@ class GatewayServer:
             config.max_connection_age_s,
             certificates,
         )
-        http = HttpServer(
+        self._http = http = HttpServer(
             frontend, config.http, config.max_body_bytes, config.http_options, certificates
         )
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
@@ -100,6 +101,7 @@ class GatewayServer:
         self.metrics.watch(
             active=lambda: dispatcher.active_sequences,
             waiting=lambda: dispatcher.waiting_sequences,
+            queued=lambda: dispatcher.queued_sequences,
             workers=lambda role: sum(w.role is role for w in self.view.workers.values()),
             resyncs=lambda: links.resyncs,
         )
@@ -150,9 +152,14 @@ class GatewayServer:
         )
         watching = asyncio.get_running_loop().create_task(authenticator.watch())
         self._closing.callback(watching.cancel)
-        limiter = Limiter(time.monotonic, time.time, config.gateways)
+        file = usage_file(config.home, config.cluster) if config.cluster else None
+        usage = Usage(file, model_id, registry)
+        keeping = asyncio.get_running_loop().create_task(usage.keep())
+        self._closing.push_async_callback(usage.flush)
+        self._closing.callback(keeping.cancel)
+        limiter = Limiter(time.monotonic, time.time, config.gateways, usage.spent)
         price = config.prices.get(model_id, Price())
-        return Gate(authenticator, limiter, self.metrics, price)
+        return Gate(authenticator, limiter, self.metrics, price, usage)
 
     def _make_links(self) -> Links:
         config, dial = self.config, Dialer(self._credentials)

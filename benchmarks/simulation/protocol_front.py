@@ -186,7 +186,12 @@ class Gateway:
             links=self.links,
             timers=self.timers,
             policy=POLICIES[rng.choice(["least_latency", "least_latency", "round_robin"])],
-            limits=Limits(max_active=12, max_restarts=restarts, max_losses=rng.choice([2, 50])),
+            limits=Limits(
+                max_active=12,
+                max_request_share=1,
+                max_restarts=restarts,
+                max_losses=rng.choice([2, 50]),
+            ),
             metrics=Metrics(front.see),  # type: ignore[arg-type]
             hasher=HASHER,
             eos_token_ids=frozenset(),

@@ -22,6 +22,12 @@ class Limits:
         1024, "Sequences under way in one gateway; more are refused.", low=1, high=1_000_000
     )
     max_active_per_tenant: int = setting(512, "The same of one tenant.", low=1, high=1_000_000)
+    max_request_share: float = setting(
+        0.25,
+        "The part of either that one request's sequences (prompts × n) may be; at least 1.",
+        low=0,
+        high=1,
+    )
     worker_wait_s: float = setting(
         120.0, "How long a request waits for a worker where none is there.", low=0, high=3600
     )
@@ -38,6 +44,8 @@ class Admission:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        room = min(limits.max_active, limits.max_active_per_tenant)
+        self._most = max(1, int(limits.max_request_share * room))  # of one request
         self.active = 0
         self._by_tenant: Counter[str] = Counter()
 
@@ -45,9 +53,9 @@ class Admission:
         """Raises Overloaded, naming the bound, or InvalidRequest for more sequences than are ever
         admitted, and then counts nothing."""
         limits, mine = self._limits, self._by_tenant[tenant]
-        most = min(limits.max_active, limits.max_active_per_tenant)
-        if sequences > most:
-            limit = f"at most {most}, the lower of max_active and max_active_per_tenant"
+        if sequences > self._most:
+            share = f"{limits.max_request_share:g} of max_active and max_active_per_tenant"
+            limit = f"at most {self._most}, max_request_share = {share}"
             raise InvalidRequest("n", f"{sequences} sequences (prompts × n)", limit)
         again = f"try again in {retry_after_s:.0f} s"
         if self.active + sequences > limits.max_active:

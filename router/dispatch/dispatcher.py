@@ -9,6 +9,7 @@ out, and no task is made per request or per token.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
@@ -23,7 +24,7 @@ from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
 from crossdock.router.dispatch.delivery import detokenize
-from crossdock.router.dispatch.ended import ended
+from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.metrics import GatewayMetrics
@@ -31,9 +32,11 @@ from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of, restart_delay_s
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
+from crossdock.router.dispatch.turns import Turns
 from crossdock.router.dispatch.waiting import Step, Waiting
 from crossdock.router.placement.policy import NoWorker, Policy
-from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.room import has_room, takes_more
+from crossdock.router.placement.view import ClusterView, WorkerView
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +78,11 @@ class Dispatcher:
         self._rng = rng or random.Random()
         self._hand_offs = HandOffs(view, links, hasher, self._eos, self._rng)
         self._turn = 0
-        self._count = 0
+        self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
+        self._turns = Turns(
+            lambda: has_room(view, clock()), lambda sequence: self._guarded(sequence, self._route)
+        )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
         )
@@ -93,6 +99,10 @@ class Dispatcher:
     @property
     def waiting_sequences(self) -> int:
         return len(self._waiting)
+
+    @property
+    def queued_sequences(self) -> int:
+        return len(self._turns)
 
     @property
     def ready(self) -> bool:
@@ -114,7 +124,8 @@ class Dispatcher:
             self.metrics.outcome(error)
             raise
         span, traceparent = tracing.start(request)
-        active = ActiveRequest(request, span, traceparent)
+        self._arrivals += 1
+        active = ActiveRequest(request, span, traceparent, order=self._arrivals)
         active.stream = ResponseStream(
             lambda: self._end(active, Cancelled("the client went away"), "client gone")
         )
@@ -125,6 +136,8 @@ class Dispatcher:
             told = error if isinstance(error, CrossdockError) else CrossdockError(repr(error))
             self._end(active, told, "refused")
             raise
+        if active.error is not None:
+            raise active.error
         return active.stream
 
     def _begin(self, active: ActiveRequest, now: float) -> None:
@@ -138,9 +151,24 @@ class Dispatcher:
         active.sequences = make_sequences(active, self.hasher, layout_hash, self._detokenizer_of)
         for sequence in active.sequences:
             sequence.timeline.mark("admitted", now)
+        ahead = self._turns.tokens_of(request.tenant)
         for sequence in active.sequences:
             if sequence.phase is Phase.ROUTING:
-                self._route(sequence)
+                self._turns.add(sequence)
+        self._turns.pump()
+        first = active.sequences[0]
+        if first in self._turns and request.deadline is not None:
+            demand = first.demand(self.hasher.block_size)
+            with contextlib.suppress(NoWorker):
+                placement = self._policy(self.view, demand, now, self._rng, self._turn)
+                at = now + self.view.drained_s(ahead)
+                check_deadline(request, placement, at, retry_after_s(self.view))
+
+    def _take_turn(self, sequence: SequenceState) -> None:
+        """It is begun when its tenant's turn comes."""
+        sequence.phase = Phase.ROUTING
+        self._turns.add(sequence)
+        self._turns.pump()
 
     def _admit(self, request: Request, now: float) -> None:
         if self.draining:
@@ -168,7 +196,7 @@ class Dispatcher:
         try:
             placement = self._policy(self.view, demand, now, self._rng, self._turn)
         except NoWorker as error:
-            self._waiting.add(sequence, self._route, error)
+            self._waiting.add(sequence, self._take_turn, error)
             return
         finally:
             self.metrics.decision.observe(time.perf_counter() - started)
@@ -177,7 +205,7 @@ class Dispatcher:
         link = self._links.get(placement.prefill or placement.decode)
         if link is None:
             why = NoWorker("the chosen worker is not connected")
-            self._waiting.add(sequence, self._route, why)
+            self._waiting.add(sequence, self._take_turn, why)
             return
         self._count += 1
         sequence.sequence_id = f"{self._prefix}-{self._count}"
@@ -209,6 +237,12 @@ class Dispatcher:
         """A worker came or went: whoever waited for one is tried again."""
         self._on_ready()
         self._waiting.try_all(self._guarded)
+        self._turns.pump()
+
+    def on_load(self, worker: WorkerView) -> None:
+        """A worker said how it stands: it may take another sequence."""
+        if self._turns and takes_more(self.view, worker, self._clock()):
+            self._turns.pump()
 
     def _guarded(self, sequence: SequenceState, step: Step) -> None:
         try:
@@ -291,6 +325,7 @@ class Dispatcher:
         """Passes new tokens to the client, and the end of the sequence with the last of them."""
         if delta.token_ids:
             first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
+            self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
             self.metrics.gained(len(delta.token_ids), first, gap_s)
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
@@ -323,7 +358,7 @@ class Dispatcher:
             return
         for other in sequence.active.sequences[sequence.index + 1 : sequence.index + n]:
             if other.phase is Phase.HELD and not sequence.active.ended:
-                self._guarded(other, self._route)
+                self._guarded(other, self._take_turn)
 
     # -- errors, losses, ends -----------------------------------------------------------------
 
@@ -402,7 +437,7 @@ class Dispatcher:
         """The one way out of a request: frees what is left of it here and on the workers."""
         if active.ended:
             return
-        active.ended = True
+        active.ended, active.error = True, error
         now = self._clock()
         if active.deadline_timer is not None:
             active.deadline_timer.cancel()
@@ -419,16 +454,8 @@ class Dispatcher:
         if error is None:
             self.metrics.e2e.observe(now - active.request.received)
         tracing.end(active, error, now)
-        self._account(active, error, now)
+        tell(active, self.view, error, now)
         active.stream.end(error)
-
-    def _account(self, active: ActiveRequest, error: CrossdockError | None, now: float) -> None:
-        if active.request.on_end is None:
-            return
-        try:
-            active.request.on_end(ended(active, self.view, error, now))
-        except Exception:  # the others go on, and this one ends
-            log.exception("%s: it could not be accounted for", active.request.request_id)
 
     def _cancel_on_holders(self, sequence: SequenceState, why: str) -> None:
         cancel = pb.CancelRequest(sequence_id=sequence.sequence_id, reason=why)
@@ -439,6 +466,7 @@ class Dispatcher:
         """Forgets where a sequence is; what workers still say of it is ignored."""
         sequence.stop_timer()
         self._waiting.remove(sequence)
+        self._turns.remove(sequence)
         for name in list(sequence.holders):
             sequence.release(name)
         self._sequences.pop(sequence.sequence_id, None)

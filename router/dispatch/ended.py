@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+
 from crossdock.proto.errors import CrossdockError
 from crossdock.router.dispatch.request import Ended, EndedSequence
 from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
 from crossdock.router.placement.view import ClusterView
 
+log = logging.getLogger(__name__)
 
-def ended(
+
+def tell(
     active: ActiveRequest, view: ClusterView, error: CrossdockError | None, now: float
-) -> Ended:
-    """A request that ends `now`."""
-    return Ended(
-        error=error,
-        seconds=now - active.request.received,
-        n=active.request.n,
-        sequences=[_sequence(sequence, view) for sequence in active.sequences],
-    )
+) -> None:
+    """Tells who asked for it that a request ends `now`, and how."""
+    request = active.request
+    if request.on_end is None:
+        return
+    try:
+        sequences = [_sequence(sequence, view) for sequence in active.sequences]
+        request.on_end(Ended(error, now - request.received, request.n, sequences))
+    except Exception:  # the other requests go on, and this one ends
+        log.exception("%s: it could not be accounted for", request.request_id)
 
 
 def _sequence(sequence: SequenceState, view: ClusterView) -> EndedSequence:

@@ -193,6 +193,8 @@ class WorkerLink:
             self._take_load(self._worker, frame.load)
         if frame.outputs:
             self._owner.listener.on_outputs(self, frame.outputs)
+        if frame.HasField("load") and self._worker is not None:
+            self._owner.listener.on_load(self._worker)
         done = self.state is LinkState.RETIRING and not self.sequences
         return "it left the cluster" if done else ""
 

@@ -109,12 +109,14 @@ class GatewayMetrics:
         self,
         active: Callable[[], int],
         waiting: Callable[[], int],
+        queued: Callable[[], int],
         workers: Callable[[Role], int],
         resyncs: Callable[[], int],
     ) -> None:
         """Gauges that are read when the metrics are."""
         self.gauge("active_sequences", "Sequences admitted and not finished", active)
         self.gauge("waiting_sequences", "Of those, waiting for a worker to appear", waiting)
+        self.gauge("queued_sequences", "Of those, waiting for their tenant's turn", queued)
         self.gauge("block_resyncs", "Gaps found in workers' block events since start", resyncs)
         connected = Gauge(
             "crossdock_workers", "Connected workers", ["role"], registry=self.registry

@@ -10,6 +10,7 @@ from typing import Any
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
 from crossdock.proto.convert import sampling_to_pb
+from crossdock.proto.errors import CrossdockError
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import FinishReason
 from crossdock.proto.v1 import inference_pb2
@@ -178,9 +179,11 @@ class ActiveRequest:
     sequences: list[SequenceState] = field(default_factory=list)
     stream: ResponseStream = field(init=False)
     deadline_timer: Timer | None = None
+    order: int = 0  # of arrival
     unfinished: int = 0
     started: bool = False  # something was sent to a worker
     ended: bool = False
+    error: CrossdockError | None = None  # that ended it
 
 
 def make_sequences(

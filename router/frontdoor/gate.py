@@ -13,6 +13,7 @@ from crossdock.router.dispatch.request import Ended
 from crossdock.router.frontdoor.auth import Authenticator
 from crossdock.router.frontdoor.limits import Grant, Limiter, Work
 from crossdock.router.frontdoor.principal import Principal
+from crossdock.router.frontdoor.usage import Usage
 
 
 @dataclass(eq=False)
@@ -34,8 +35,9 @@ class Gate:
         limiter: Limiter,
         metrics: GatewayMetrics,
         price: Price,
+        usage: Usage,
     ) -> None:
-        self.authenticator, self.limiter = authenticator, limiter
+        self.authenticator, self.limiter, self._usage = authenticator, limiter, usage
         self._metrics, self._price = metrics, price
 
     def enter(self, headers: Mapping[str, str], client: str) -> Visit:
@@ -62,18 +64,20 @@ class Gate:
 
     def refused(self, visit: Visit, error: BaseException) -> None:
         """A call ended before it became a request, or as it was to become one."""
-        self._close(visit, 0, 0, 0)
+        if not visit.closed:
+            self._close(visit)
 
     def ended(self, visit: Visit, ended: Ended) -> None:
         """A request has ended, well or not."""
-        self._close(visit, ended.prompt_tokens, ended.cached_tokens, ended.generated_tokens)
+        cost = self._close(visit, ended.prompt_tokens, ended.cached_tokens, ended.generated_tokens)
+        self._usage.add(visit.principal, ended, cost)
 
-    def _close(self, visit: Visit, prompt: int, cached: int, generated: int) -> None:
-        if visit.closed:
-            return
+    def _close(self, visit: Visit, prompt: int = 0, cached: int = 0, generated: int = 0) -> float:
+        """Gives back what it held; returns what it cost."""
         visit.closed = True
-        if visit.grant is not None:
-            self.limiter.settle(visit.grant, prompt, cached, generated)
+        if visit.grant is None:
+            return 0.0
+        return self.limiter.settle(visit.grant, prompt, cached, generated)
 
     def headers(self, visit: Visit) -> dict[str, str]:
         """What every answer says of the limits."""

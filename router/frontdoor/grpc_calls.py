@@ -63,7 +63,7 @@ async def abort(context: Any, error: CrossdockError) -> None:
     if isinstance(error, Overloaded):
         trailers.append(("retry-after", f"{error.retry_after_s:.0f}"))
     if isinstance(error, InvalidRequest):
-        trailers.append(("error-field", error.field.encode("ascii", "replace").decode()))
+        trailers.append(("error-field", _printable(error.field)))
     trailers.append(("error-type", type(error).__name__))
     trailers.append(("retriable", "true" if error.retriable else "false"))
     trailers.append((DETAILS_KEY, details_of(error).SerializeToString()))
@@ -93,3 +93,8 @@ def details_of(error: CrossdockError) -> status_pb2.Status:
         retry.retry_delay.FromMilliseconds(round(1000 * getattr(error, "retry_after_s", 1.0)))
         status.details.add().Pack(retry)
     return status
+
+
+def _printable(text: str) -> str:
+    """What a trailer can hold."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)

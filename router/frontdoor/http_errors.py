@@ -116,8 +116,6 @@ def _named(request: web.Request, error: web.HTTPException) -> CrossdockError:
     what = f"{error.reason}: {request.method} {show(request.path)}"
     if isinstance(error, web.HTTPMethodNotAllowed):
         return WrongMethod(what, error.headers["Allow"])
-    if isinstance(error, web.HTTPExpectationFailed):
-        return ExpectationFailed("Expect", request.headers["Expect"], "must be 100-continue")
     return NoSuchRoute(what)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 from importlib import metadata
 
+import msgspec
 from aiohttp import web
 
+from crossdock.router.frontdoor import openapi
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.http_errors import NotOffered
 
@@ -44,6 +46,11 @@ def add_small_routes(router: web.UrlDispatcher, frontend: Frontend) -> None:
         text = frontend.dispatcher.metrics.exposition()
         return web.Response(body=text, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
+    described = msgspec.json.encode(openapi.document())
+
+    async def description(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=described, content_type="application/json")
+
     async def version(request: web.Request) -> web.StreamResponse:
         return web.json_response({"version": metadata.version("crossdock")})
 
@@ -51,6 +58,7 @@ def add_small_routes(router: web.UrlDispatcher, frontend: Frontend) -> None:
         router.add_get(path, health)
     router.add_get("/metrics", metrics)
     router.add_get("/version", version)
+    router.add_get("/openapi.json", description)
     for path, what in NOT_OFFERED.items():
         router.add_route("*", path, partial(_not_offered, what))
 

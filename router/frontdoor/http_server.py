@@ -7,23 +7,25 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
-from crossdock.proto.errors import ConfigError, InvalidRequest
+from crossdock.proto.errors import ConfigError, CrossdockError, InvalidRequest
 from crossdock.proto.settings import split_address
 from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
-from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
-from crossdock.router.frontdoor.http_errors import Handler, answered
+from crossdock.router.frontdoor.http_cors import Cors
+from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, answered, error_event
 from crossdock.router.frontdoor.http_routes import add_small_routes
-from crossdock.router.frontdoor.http_stream import HEADERS, send_events
+from crossdock.router.frontdoor.http_stream import HEADERS, first_batch, send_events
+from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -45,6 +47,9 @@ REQUEST_ID_HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)  # the client's, or one that was made for it
 
 
+Asked = TypeVar("Asked", bound=SamplingFields)
+
+
 class HttpServer:
     """Serves one Frontend over the OpenAI API, and its metrics and health."""
 
@@ -60,6 +65,7 @@ class HttpServer:
         self._settings = settings or HttpSettings()
         most_reading = int(1_000_000 * self._settings.max_reading_mb)
         self._bodies = Bodies(max_body_bytes, most_reading)
+        self._cors = Cors(self._settings.cors)
         self._created = int(time.time())
         self._runner: http_limits.Runner | None = None
         self._certificates = certificates
@@ -74,7 +80,9 @@ class HttpServer:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{id:.+}", self._model)
         add_small_routes(app.router, self._frontend)
+        add_tokenize_routes(app.router, self._frontend, self._read_small)
         metrics = self._frontend.dispatcher.metrics
+        self.routes = app.router
         self._runner = runner = http_limits.Runner(
             app, self._around, metrics.outcome, shutdown_timeout=1.0
         )
@@ -135,13 +143,27 @@ class HttpServer:
         visit_of(request).principal.check_model([self._frontend.model_id])
         return web.json_response(self._card())
 
+    # -- reading ------------------------------------------------------------------------------
+
+    async def _read(self, request: web.Request, arrival: Arrival, kind: type[Body]) -> Body:
+        check_media_type(request)
+        with self._bodies.reading() as one:
+            data = await self._bodies.read(one, request, arrival.deadline)
+            return await self._frontend.aside.read_body(data, kind, self._settings.strict)
+
+    async def _read_small(self, request: web.Request, kind: Any) -> Any:
+        """The body of a request that asks for no tokens."""
+        arrival = self._frontend.arrival(visit_of(request))
+        with self._frontend.refusals_counted(arrival):
+            return await self._read(request, arrival, kind)
+
     # -- answering ----------------------------------------------------------------------------
 
     async def _serve(
         self,
         request: web.Request,
-        kind: type[Body],
-        read_prompts: Callable[[Body], Awaitable[tuple[str, list[list[int]]]]],
+        kind: type[Asked],
+        read_prompts: Callable[[Asked], Awaitable[tuple[str, list[list[int]]]]],
         default_max_tokens: int,
         answer_kind: type[fmt.Answer],
     ) -> web.StreamResponse:
@@ -149,10 +171,7 @@ class HttpServer:
         frontend, headers = self._frontend, request.headers
         arrival = frontend.arrival(visit_of(request), tracing.context_of(headers))
         with frontend.refusals_counted(arrival):
-            check_media_type(request)
-            with self._bodies.reading() as one:
-                data = await self._bodies.read(one, request, arrival.deadline)
-                body = await frontend.aside.read_body(data, kind, self._settings.strict)
+            body = await self._read(request, arrival, kind)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
             if (asked := grammar_of(body)) is not None:
@@ -200,11 +219,17 @@ class HttpServer:
     async def _stream(
         self, request: web.Request, stream: ResponseStream, answer: fmt.Answer
     ) -> web.StreamResponse:
-        # The first token decides between an answer and an HTTP error.
-        batch = await stream.batch()
         response = web.StreamResponse(headers=HEADERS)
         self._add_headers(request, response)
-        await response.prepare(request)
+        try:
+            batch = await first_batch(request, response, stream, self._settings.keep_alive_s)
+        except CrossdockError as error:
+            if not response.prepared:
+                raise
+            await response.write(error_event(error))
+            return response
+        if not response.prepared:
+            await response.prepare(request)
         await send_events(request, response, stream, answer, batch)
         return response
 
@@ -224,11 +249,13 @@ class HttpServer:
             if given := request.headers.get(REQUEST_ID_HEADER):
                 check_label(REQUEST_ID_HEADER, given)
                 request[REQUEST_ID] = given
+            if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+                raise ExpectationFailed("Expect", request.headers["Expect"], "must be 100-continue")
             return await handler(request)
 
         request[REQUEST_ID] = uuid.uuid4().hex
         outcome = self._frontend.dispatcher.metrics.outcome
-        response = await answered(request, identified, outcome)
+        response = self._cors.preflight(request) or await answered(request, identified, outcome)
         if not response.prepared:
             self._add_headers(request, response)
         return response
@@ -236,3 +263,4 @@ class HttpServer:
     def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
         response.headers["Server"] = "crossdock"
+        self._cors.add_headers(request, response)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from aiohttp import web
@@ -14,7 +15,23 @@ from crossdock.router.frontdoor.http_errors import error_event
 log = logging.getLogger(__name__)
 
 MOST_UNSENT = 1 << 16  # bytes that a client's connection holds back; beyond, deltas merge
+KEEP_ALIVE = b": keep-alive\n\n"  # which clients of event streams skip
 HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+
+
+async def first_batch(
+    request: web.Request, response: web.StreamResponse, stream: ResponseStream, keep_alive_s: float
+) -> list[Delta]:
+    """The first batch. It decides between an answer and an HTTP error, unless it takes so long that
+    the answer has to begin without it: then a comment goes out each `keep_alive_s` seconds."""
+    while True:
+        try:
+            async with asyncio.timeout(keep_alive_s):
+                return await stream.batch()
+        except TimeoutError:
+            if not response.prepared:
+                await response.prepare(request)
+            await response.write(KEEP_ALIVE)
 
 
 async def send_events(

@@ -87,11 +87,11 @@ A_MESSAGE_IGNORES = frozenset({"name"})
 
 
 def check_fields(raw: Mapping[str, Any], known: Collection[str], strict: bool) -> None:
-    """Raises InvalidRequest for the first field that is not supported, or, where `strict`, is
-    neither in `known` nor in a table here."""
+    """Raises InvalidRequest for the first field, not in `known`, that is not supported, or, where
+    `strict`, in no table here."""
     for name, value in raw.items():
         as_asked = name == "best_of" and _same(value, raw.get("n"))
-        if name in CHANGE_THE_ANSWER and not as_asked:
+        if name in CHANGE_THE_ANSWER and name not in known and not as_asked:
             _check(name, value, CHANGE_THE_ANSWER[name])
     if strict:
         _check_known("", raw.keys() - known - CHANGE_THE_ANSWER.keys() - CHANGE_NOTHING)
@@ -104,7 +104,7 @@ def check_messages(raw: Mapping[str, Any], known: Collection[str], strict: bool)
         if not isinstance(message, dict):
             continue
         for name, value in message.items():
-            if name in CHANGE_A_MESSAGE:
+            if name in CHANGE_A_MESSAGE and name not in known:
                 _check(f"messages[{i}].{name}", value, CHANGE_A_MESSAGE[name])
         if strict:
             named = message.keys() - known - CHANGE_A_MESSAGE.keys() - A_MESSAGE_IGNORES

@@ -19,7 +19,7 @@ from crossdock.router.frontdoor.validate import UNLIMITED
 
 DEFAULT_COMPLETION_TOKENS = 16
 
-Body = TypeVar("Body", bound="SamplingFields")
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class StreamOptions(msgspec.Struct):
@@ -84,6 +84,23 @@ class ChatBody(SamplingFields, kw_only=True):
     top_logprobs: int | None = None
 
 
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """The body of POST /tokenize: a prompt as it is, or messages through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
 def read_body(body: bytes, kind: type[Body], strict: bool = False) -> Body:
     """The typed body. Raises InvalidRequest naming the first field that is not as it must be; where
     `strict`, that is also one that is not known."""
@@ -113,10 +130,10 @@ def sampling_of(body: SamplingFields, seed: int) -> SamplingParams:
     )
 
 
-def messages_of(body: ChatBody) -> list[dict[str, str]]:
+def messages_of(body: ChatBody | TokenizeBody) -> list[dict[str, str]]:
     """Messages with their text parts joined."""
     plain = []
-    for i, message in enumerate(body.messages):
+    for i, message in enumerate(body.messages or ()):
         content = message.content
         if isinstance(content, list):
             for j, part in enumerate(content):

@@ -39,6 +39,7 @@ INLINE_BYTES = 16_384  # a larger body is parsed by the process
 INLINE_CHARACTERS = 4_096  # a longer text is tokenized by it
 ANSWER_S = 60.0  # for one question
 SLICE_TOKENS = 65_536  # of which lists are made without letting others run
+MAX_TOKENS = 262_144  # to detokenize
 MAX_VALUES = 32_768  # in a large body, beside its prompt
 
 
@@ -164,6 +165,8 @@ def _read_body(files: ModelFiles, kind: str, strict: bool, data: bytes) -> bytes
 def _check_size(body: dict[str, Any]) -> None:
     """Bounds what the gateway makes objects of."""
     body.pop("prompt", None)
+    if len(body.get("tokens", ())) <= MAX_TOKENS:
+        body.pop("tokens", None)
     todo, found = list(body.values()), 0
     while todo:
         value = todo.pop()

@@ -99,6 +99,8 @@ class WorkerView:
     measured_at: float = float("-inf")  # when its prefill speed last changed
     load: LoadReport = field(default_factory=LoadReport)
     unseen: _Placed = field(default_factory=_Placed)
+    computing: dict[str, int] = field(default_factory=dict)  # prompt tokens sent, no token 0 yet
+    computing_since: float = 0.0  # the first of them
 
     @property
     def name(self) -> str:
@@ -233,11 +235,22 @@ class ClusterView:
         worker = self.workers.get(name)
         if worker is not None and key in worker.unseen:
             worker.unseen[key].sent_at = now
+            if worker.unseen[key].tokens:
+                if not worker.computing:
+                    worker.computing_since = now
+                worker.computing[key] = worker.unseen[key].tokens
+
+    def computed(self, name: str, key: str, now: float) -> None:
+        """Token 0 came: the worker goes on with the next prompt."""
+        worker = self.workers.get(name)
+        if worker is not None and worker.computing.pop(key, None) is not None:
+            worker.computing_since = now
 
     def unplace(self, name: str, key: str) -> None:
         worker = self.workers.get(name)
         if worker is not None:
             worker.unseen.drop(key)
+            worker.computing.pop(key, None)
 
     # -- what the policies ask ----------------------------------------------------------------
 
@@ -273,6 +286,15 @@ class ClusterView:
         base, slope = speed.presumed(prefill_line(worker.load), busy)
         steps = -(-tokens // (worker.facts.chunk_tokens or max(1, tokens)))
         return base * steps + slope * tokens
+
+    def drained_s(self, tokens: int) -> float:
+        """Predicted time in which all workers together compute so many prompt tokens."""
+        roles = (Role.PREFILL, Role.COLOCATED)
+        workers = [w for w in self.workers.values() if w.role in roles]
+        if not tokens or not workers:
+            return 0.0
+        each = -(-tokens // len(workers))
+        return min(self.prefill_s(worker, each) for worker in workers)
 
     def step_s(self, worker: WorkerView, batch: int) -> float:
         """Predicted time of one decode step over `batch` sequences, which is their TPOT."""

@@ -55,6 +55,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.token_0 = asyncio.Event()  # closed: prefills wait before it, their parts told
         self.token_0.set()
         self.step_s = 0.0
+        self.chunk_tokens = self.max_batch = 0  # it does not say
         self.silent = False
         self.prefills: list[pb.PrefillRequest] = []
         self.decodes: list[pb.DecodeRequest] = []
@@ -177,6 +178,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             num_blocks=self.num_blocks,
             context_length=self.limit,
             block_bytes=BLOCK_BYTES,
+            chunk_tokens=self.chunk_tokens,
+            max_batch=self.max_batch,
         )
 
     async def _beat(self) -> None:

@@ -76,6 +76,8 @@ async def start_rig(
     colocated: int = 0,
     num_blocks: int = 1000,
     certified: bool = False,
+    chunk_tokens: int = 0,
+    max_batch: int = 0,
     **config: Any,
 ) -> AsyncIterator[Rig]:
     """`certified`: gateway and workers speak mutual TLS."""
@@ -87,6 +89,8 @@ async def start_rig(
                 FakeWorker(f"{prefix}-{i}", role, num_blocks=num_blocks, certified=proof)
                 for i in range(count)
             ]
+            for worker in made:
+                worker.chunk_tokens, worker.max_batch = chunk_tokens, max_batch
             return [await stack.enter_async_context(worker) for worker in made]
 
         local = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}

@@ -150,7 +150,9 @@ async def test_a_50_mb_message(rig: Rig) -> None:
 
 
 async def test_more_than_the_bound_is_refused_with_retry_after(tiny_model: Path) -> None:
-    async with start_rig(tiny_model, max_active=3, max_active_per_tenant=2) as rig:
+    async with start_rig(
+        tiny_model, max_active=3, max_active_per_tenant=2, max_request_share=1
+    ) as rig:
         rig.prefills[0].gate.clear()
         held = [rig.stub.GenerateUnary(ask(PROMPT, max_tokens=2)) for _ in range(2)]
         await until(lambda: len(rig.prefills[0].prefills) == 2)

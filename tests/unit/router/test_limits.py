@@ -308,7 +308,7 @@ async def test_a_spent_budget(tiny_model: Path, tmp_path: Path, model: str) -> N
 
 async def test_a_refused_request_holds_nothing(tiny_model: Path, tmp_path: Path) -> None:
     """Neither one that is refused after it was counted, nor one of a gateway that is full."""
-    async with start_doors(tiny_model, tmp_path, max_active=2) as doors:
+    async with start_doors(tiny_model, tmp_path, max_active=2, max_request_share=1) as doors:
         key = await key_of(doors, max_concurrent=2, tokens_per_minute=200)
         other = await key_of(doors)
         doors.rig.prefills[0].gate.clear()

@@ -67,7 +67,7 @@ def test_closing_matters_until_the_end() -> None:
 
 
 def test_admission_counts_sequences_of_all_and_of_each_tenant() -> None:
-    admission = Admission(Limits(max_active=5, max_active_per_tenant=3))
+    admission = Admission(Limits(max_active=5, max_active_per_tenant=3, max_request_share=1))
     admission.admit("a", 3, 1.0)
     with pytest.raises(Overloaded, match="max_active_per_tenant = 3") as refused:
         admission.admit("a", 1, 7.0)
@@ -86,7 +86,9 @@ def test_admission_counts_sequences_of_all_and_of_each_tenant() -> None:
 @pytest.mark.parametrize(("of_all", "of_each"), [(3, 512), (1024, 3)])
 def test_what_is_never_admitted_is_not_to_be_tried_again(of_all: int, of_each: int) -> None:
     """Clients would send it every second for ever."""
-    admission = Admission(Limits(max_active=of_all, max_active_per_tenant=of_each))
+    admission = Admission(
+        Limits(max_active=of_all, max_active_per_tenant=of_each, max_request_share=1)
+    )
     admission.admit("a", 2, 1.0)
     with pytest.raises(InvalidRequest, match=r"^n: '4 sequences \(prompts × n\)' .* at most 3"):
         admission.admit("a", 4, 1.0)

@@ -1,0 +1,165 @@
+"""What the HTTP front door answers, as /openapi.json tells it. Tests hold the answers to it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class Error(msgspec.Struct):
+    """What went wrong. `param` is the field that is not as it must be, `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(msgspec.Struct):
+    """Of every request that is refused or fails."""
+
+    error: Error
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """Of the prompt, what was found in a prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    """Tokens, each prompt counted once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TokenLogprob(msgspec.Struct):
+    """A token with the natural logarithm of its probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    """A token that was drawn, and the most probable ones at its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """Of a chat's choice."""
+
+    content: list[ChosenLogprob]
+
+
+class ChatMessage(msgspec.Struct):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+
+
+class ChatChoice(msgspec.Struct):
+    """One answer to a chat."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(msgspec.Struct):
+    """The answer of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Of a completion's choice; an entry a token in each list."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct):
+    """One continuation of one prompt."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str
+
+
+class Completion(msgspec.Struct):
+    """The answer of POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Model(msgspec.Struct):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int
+
+
+class Models(msgspec.Struct):
+    """The answer of GET /v1/models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(msgspec.Struct):
+    """The answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(msgspec.Struct):
+    """The answer of POST /detokenize."""
+
+    prompt: str
+
+
+class Health(msgspec.Struct):
+    """The answer of GET /health and /ping."""
+
+    status: str
+
+
+class Version(msgspec.Struct):
+    """The answer of GET /version."""
+
+    version: str
+
+
+ANSWERS: tuple[Any, ...] = (
+    ErrorAnswer, ChatCompletion, Completion, Model, Models, Tokens, Text, Health, Version,
+)  # fmt: skip

@@ -1,0 +1,49 @@
+"""Whether a worker would begin another sequence at once: what is sent beyond that only waits there,
+in order of arrival, where nobody's turn counts."""
+
+from __future__ import annotations
+
+from crossdock.proto.types import Role
+from crossdock.router.placement.view import ClusterView, WorkerView
+
+AHEAD_S = 0.005  # before a prompt is expected to be done the next is sent, so that nothing idles
+FIXED_PART = 1 / 3  # of a step's time: prompts go together until its fixed part is no more
+CHUNKS_AHEAD = 2  # of prompts, whatever is expected
+STREAMS_AHEAD = 0.25  # of a batch: what is prefilled while others still decode
+
+
+def has_room(view: ClusterView, now: float) -> bool:
+    """Whether some path through the cluster has room; also where there is no path at all, since
+    that is not what turns are for."""
+    found = {
+        role: [takes_more(view, worker, now) for worker in view.usable(role, now, tokens=1)]
+        for role in Role
+    }
+    pair = found[Role.PREFILL], found[Role.DECODE]
+    if not all(pair) and not found[Role.COLOCATED]:
+        return True
+    return any(found[Role.COLOCATED]) or (all(pair) and all(any(side) for side in pair))
+
+
+def takes_more(view: ClusterView, worker: WorkerView, now: float) -> bool:
+    """Whether this worker has room. One that does not say how much it takes has."""
+    facts, load = worker.facts, worker.load
+    if worker.role is not Role.DECODE and facts.chunk_tokens and _computes(view, worker, now):
+        return False
+    if worker.role is Role.PREFILL or not facts.max_batch:
+        return True
+    ahead = max(1, int(STREAMS_AHEAD * facts.max_batch))
+    return load.waiting < ahead and worker.sequences < facts.max_batch + ahead
+
+
+def _computes(view: ClusterView, worker: WorkerView, now: float) -> bool:
+    """Whether it has prompts of this gateway for a while yet, or very many of anybody."""
+    if worker.queued_tokens >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
+        return True
+    tokens = sum(worker.computing.values())
+    if not tokens:
+        return False
+    alone_s = view.prefill_s(worker, 1)
+    if alone_s > FIXED_PART * view.prefill_s(worker, tokens):
+        return False
+    return view.prefill_s(worker, tokens) - (now - worker.computing_since) > AHEAD_S

@@ -1,0 +1,97 @@
+"""Clients that send anything: no crash, no hang, no loop held, no memory kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fuzz_grpc
+import fuzz_http
+import hypothesis
+import pytest
+import requests
+import schemathesis
+from schemathesis import checks
+from schemathesis.specs.openapi import checks as openapi_checks
+from served_rig import ServedRig
+
+pytestmark = pytest.mark.slow
+
+HTTP_CASES, GRPC_CASES, EXAMPLES = 12_000, 8_000, 40
+HELD_S = 0.05  # of the loop thread's CPU, at a stretch
+CHECKS = [
+    checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_schema_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Path) -> Iterator[ServedRig]:
+    with ServedRig.start(tiny_model) as made:
+        yield made
+
+
+def still_well(served: ServedRig, before: dict[str, Any]) -> None:
+    """It answers, was not held, has no error of its own, and no more memory than before."""
+    after = served.stats()
+    assert after["outcomes"].get("internal", 0) == 0, after
+    assert after["held_s"] < HELD_S, after
+    assert after["connections"] == 0
+    assert after["rss"] < 1.05 * before["rss"], (before, after)
+    body = {"prompt": "x", "max_tokens": 1}
+    assert requests.post(f"http://{served.http}/v1/completions", json=body, timeout=20).ok
+
+
+@pytest.mark.parametrize(("fuzz", "door", "cases"), [
+    (fuzz_http, "http", HTTP_CASES), (fuzz_grpc, "grpc", GRPC_CASES),
+])  # fmt: skip
+def test_bytes_and_messages(served: ServedRig, fuzz: Any, door: str, cases: int) -> None:
+    address = getattr(served, door)
+    warmed, wrong = asyncio.run(fuzz.run(address, cases // 2, seed=1))
+    assert not wrong, (warmed, wrong[:10])
+    before = served.stats()
+    found, wrong = asyncio.run(fuzz.run(address, cases - cases // 2, seed=2))
+    assert not wrong, (found, wrong[:10])
+    assert {"200", "400", "413", "404", "405"} <= set(found) or {"OK", "INVALID_ARGUMENT"} <= set(
+        found
+    )
+    still_well(served, before)
+
+
+def test_what_the_description_allows_and_what_it_does_not(served: ServedRig) -> None:
+    url = f"http://{served.http}"
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    before, asked = served.stats(), 0
+    with requests.Session() as session:
+        for found in schema.get_all_operations():
+            operation = found.ok()
+            for mode in schemathesis.GenerationMode:
+
+                @hypothesis.settings(
+                    max_examples=EXAMPLES if operation.method == "post" else 5,
+                    deadline=None,
+                    database=None,
+                    suppress_health_check=list(hypothesis.HealthCheck),
+                    phases=[hypothesis.Phase.generate],
+                )
+                @hypothesis.seed(1)
+                @hypothesis.given(case=operation.as_strategy(mode))
+                def ask(case: schemathesis.Case) -> None:
+                    nonlocal asked
+                    asked += 1
+                    answer = case.call(base_url=url, session=session, timeout=20)
+                    assert answer.status_code < 500 or answer.status_code == 503
+                    case.validate_response(answer, checks=CHECKS)
+
+                try:
+                    ask()
+                except hypothesis.errors.Unsatisfiable:
+                    continue  # nothing is wrong for a GET without parameters
+    assert asked > 4 * EXAMPLES
+    after = served.stats()
+    assert after["outcomes"].get("internal", 0) == 0
+    assert after["rss"] < 1.1 * before["rss"]

@@ -1,0 +1,239 @@
+"""Whose sequence is next, and whether there is room for it: by itself, and in a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from access_kit import complete
+from gateway_rig import Rig, start_rig, until
+
+from crossdock.proto.types import Role
+from crossdock.router.dispatch.turns import EXPECTED_TOKENS, OWED_TOKENS, Turns
+from crossdock.router.placement.room import has_room, takes_more
+from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts
+
+SMALL: Any = {"chunk_tokens": 32, "max_batch": 8}  # a pair that says how little it takes
+
+
+class Tape:
+    """Turns, and what was begun in which order."""
+
+    def __init__(self) -> None:
+        self.begun: list[Any] = []
+        self.room = 0
+        self.turns = Turns(self._has_room, self._begin)
+        self._orders = 0
+
+    def _has_room(self) -> bool:
+        return self.room > 0
+
+    def _begin(self, sequence: Any) -> None:
+        self.room -= 1
+        self.begun.append(sequence)
+
+    def ask(self, tenant: str, count: int = 1, prompt: int = 100, priority: int = 0) -> list[Any]:
+        """A request of so many sequences."""
+        self._orders += 1
+        request = SimpleNamespace(tenant=tenant, priority=priority)
+        active = SimpleNamespace(request=request, order=self._orders)
+        sampling = SimpleNamespace(max_tokens=10_000)
+        made = [Sequence(active, i, prompt, sampling) for i in range(count)]
+        for sequence in made:
+            self.turns.add(sequence)  # type: ignore[arg-type]
+        return made
+
+    def begin(self, count: int = 1) -> list[str]:
+        before = len(self.begun)
+        self.room = count
+        self.turns.pump()
+        return [each.active.request.tenant for each in self.begun[before:]]
+
+
+class Sequence(SimpleNamespace):
+    def __init__(self, active: Any, index: int, prompt: int, sampling: Any) -> None:
+        super().__init__(active=active, index=index, prompt_tokens=prompt, sampling=sampling)
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def test_a_flood_does_not_go_before_who_asks_for_little() -> None:
+    tape = Tape()
+    tape.ask("flood", 500)
+    tape.begin(50)
+    tape.ask("little")
+    assert "little" in tape.begin(2)
+    assert len(tape.turns) == 449
+
+
+def test_tenants_get_equal_tokens_whatever_their_prompts() -> None:
+    tape, rng = Tape(), random.Random(4)
+    tokens = Counter[str]()
+    for _ in range(400):
+        tape.ask("long", prompt=2000 + rng.randrange(500))
+        tape.ask("short", 5, prompt=50 + rng.randrange(100))
+        tape.ask("one", 2, prompt=400)
+    tape.begin(900)
+    for sequence in tape.begun:
+        tokens[sequence.active.request.tenant] += sequence.prompt_tokens + EXPECTED_TOKENS
+    assert max(tokens.values()) - min(tokens.values()) < 4 * (2500 + EXPECTED_TOKENS), tokens
+
+
+OWED = OWED_TOKENS // (100 + EXPECTED_TOKENS) + 1  # sequences of such prompts
+
+
+def test_who_was_away_is_owed_a_little() -> None:
+    tape = Tape()
+    tape.ask("always", 1000)
+    tape.begin(500)
+    tape.ask("back", 400)
+    begun = Counter(tape.begin(100))
+    assert 0 < begun["back"] - begun["always"] <= OWED + 1
+
+
+def test_who_takes_pauses_has_no_more_than_a_share() -> None:
+    """One that comes with a sequence just as the one before was begun."""
+    tape = Tape()
+    tape.ask("always", 1000)
+    begun = Counter[str]()
+    for _ in range(100):
+        tape.ask("again")
+        begun += Counter(tape.begin(1))
+        if not any(s.active.request.tenant == "again" for s in tape.turns):
+            continue
+        begun += Counter(tape.begin(1))
+    assert begun["again"] <= begun["always"] + OWED + 2
+
+
+def test_a_large_request_lets_later_ones_of_its_tenant_go_first() -> None:
+    tape = Tape()
+    large = tape.ask("t", 100)
+    tape.begin(10)
+    small = tape.ask("t")[0]
+    tape.begin(1)
+    assert tape.begun[-1] is large[1 + 9] or tape.begun[-1] is small
+    tape.begin(1)
+    assert small in tape.begun
+    tape.begin(100)
+    assert len(tape.begun) == 101, "and is not starved"
+
+
+def test_priority_counts_within_a_tenant_alone() -> None:
+    tape = Tape()
+    tape.ask("a", 3)
+    tape.ask("b", 3)
+    urgent = tape.ask("a", priority=-1)[0]
+    tape.begin(2)
+    assert urgent in tape.begun
+    assert Counter(s.active.request.tenant for s in tape.begun) == {"a": 1, "b": 1}
+
+
+def test_what_ended_meanwhile_is_not_begun() -> None:
+    tape = Tape()
+    gone, kept = tape.ask("a", 3), tape.ask("b")
+    for sequence in gone:
+        tape.turns.remove(sequence)
+        tape.turns.remove(sequence)
+    assert tape.begin(9) == ["b"]
+    assert tape.begun == kept
+    assert not tape.turns._queues
+
+
+# -- room ------------------------------------------------------------------------------------------
+
+
+def facts(name: str, role: Role, **more: int) -> WorkerFacts:
+    plain = {"num_blocks": 1000, "block_size": 16, "block_bytes": 1}
+    return WorkerFacts(name=name, role=role, incarnation=name, **(plain | more))
+
+
+@pytest.mark.parametrize(
+    ("role", "load", "room"),
+    [
+        (Role.PREFILL, {"queued_tokens": 1023}, True),
+        (Role.PREFILL, {"queued_tokens": 1024}, False),
+        (Role.DECODE, {"running": 8, "waiting": 1}, True),
+        (Role.DECODE, {"running": 8, "waiting": 2}, False),
+        (Role.DECODE, {"running": 3, "waiting": 2}, False),
+        (Role.COLOCATED, {"queued_tokens": 1024}, False),
+        (Role.COLOCATED, {"running": 10}, False),
+        (Role.COLOCATED, {"running": 9, "queued_tokens": 1023}, True),
+    ],
+)
+def test_what_a_worker_takes(role: Role, load: dict[str, int], room: bool) -> None:
+    view = ClusterView()
+    worker = view.connected(facts("w", role, chunk_tokens=512, max_batch=8), 0.0)
+    view.reported(worker, LoadReport(**load), 0.0)
+    assert takes_more(view, worker, 0.0) is room
+
+
+def test_room_is_on_a_whole_path() -> None:
+    view = ClusterView()
+    assert has_room(view, 0.0), "to wait for workers is not to wait for a turn"
+    prefill = view.connected(facts("p", Role.PREFILL, chunk_tokens=512), 0.0)
+    view.connected(facts("d", Role.DECODE, max_batch=8), 0.0)
+    assert has_room(view, 0.0)
+    view.place("p", "s1", 600, 4)
+    assert has_room(view, 0.0)
+    view.place("p", "s2", 600, 4)
+    assert not has_room(view, 0.0), "what was sent since the last report counts"
+    view.connected(facts("c", Role.COLOCATED, max_batch=8, chunk_tokens=512), 0.0)
+    assert has_room(view, 0.0)
+    assert prefill.queued_tokens == 1200
+
+
+# -- a gateway -------------------------------------------------------------------------------------
+
+
+async def test_a_flood_waits_at_the_gateway(tiny_model: Path) -> None:
+    """Another tenant's request is next after the few that the workers have."""
+    async with start_rig(tiny_model, max_active=600, **SMALL) as rig:
+        worker = rig.prefills[0]
+        worker.gate.clear()
+        flood = [
+            asyncio.create_task(complete(rig, headers={"X-Crossdock-Tenant": "flood"}, n=4))
+            for _ in range(10)
+        ]
+        await until(lambda: rig.metric("active_sequences") == 40)
+        sent = len(worker.prefills)
+        assert sent <= 3, "two chunks of 64 tokens are two prompts, and one that was before them"
+        assert rig.metric("queued_sequences") >= 8
+        little = asyncio.create_task(complete(rig, headers={"X-Crossdock-Tenant": "little"}))
+        await until(lambda: rig.metric("active_sequences") == 41)
+        worker.gate.set()
+        assert (await little).status == 200
+        assert sum(task.done() for task in flood) < 10, "it did not wait for the flood"
+        assert [answer.status for answer in await asyncio.gather(*flood)] == [200] * 10
+        assert rig.metric("queued_sequences") == 0
+
+
+async def test_who_goes_away_waits_no_more(tiny_model: Path) -> None:
+    async with start_rig(tiny_model, **SMALL) as rig:
+        rig.prefills[0].gate.clear()
+        tasks = [asyncio.create_task(complete(rig)) for _ in range(6)]
+        await until(lambda: rig.metric("queued_sequences") >= 3)
+        for task in tasks:
+            task.cancel()
+        await until(lambda: rig.idle)
+        assert rig.metric("queued_sequences") == 0
+
+
+async def test_one_request_cannot_have_the_room_of_all(rig: Rig) -> None:
+    """32 prompts, 16 times each, were the whole of what all without a tenant had."""
+    for worker in rig.workers:
+        worker.gate.clear()
+    refused = await complete(rig, prompt=[[5, 6, 7]] * 32, n=16)
+    assert (refused.status, refused.error["param"]) == (400, "n")
+    assert "at most 128" in refused.error["message"]
+    held = asyncio.create_task(complete(rig, prompt=[[5, 6, 7]] * 8, n=16))
+    await until(lambda: rig.metric("active_sequences") == 128)
+    for worker in rig.workers:
+        worker.gate.set()
+    assert (await complete(rig)).status == 200
+    assert (await held).status == 200
