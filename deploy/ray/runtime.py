@@ -163,7 +163,8 @@ def actor_options(name: str, namespace: str, placement: Placement) -> dict[str, 
     custom = dict(placement.custom)
     if placement.on_head:
         custom[HEAD_RESOURCE] = 0.001
-    env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    env = {"GRPC_VERBOSITY": "ERROR"}  # not a line for each handshake that was refused
+    env |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if HOME in env:
         env[HOME] = str(crossdock_home())  # absolute: another process has another working folder
     options: dict[str, Any] = {
