@@ -33,7 +33,7 @@ from crossdock.proto.types import WorkerEndpoint
 HEAD_RESOURCE = "node:__internal_head__"
 MANY_CALLS = 1000
 MB = 1 << 20
-PASSED_ON = (HOME, "CROSSDOCK_LOG", EVENT_LISTENER, CRASHES)
+PASSED_ON = (HOME, "CROSSDOCK_LOG", "GRPC_VERBOSITY", EVENT_LISTENER, CRASHES)
 
 
 class RayProcess:
