@@ -57,7 +57,8 @@ class GrammarCompiler:
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
-        return LLTokenizer(_Tokens(self._text), eos_token=sorted(self._text.eos_token_ids))
+        tokens: Any = _Tokens(self._text)  # as TokenizerWrapper takes them
+        return LLTokenizer(tokens, eos_token=sorted(self._text.eos_token_ids))
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """A matcher at the beginning of an answer. Raises InvalidRequest for the field "grammar"

@@ -33,7 +33,7 @@ class GcsMirror:
         self._ask("internal_kv_del", False)
 
     def _ask(self, call: str, *arguments: object) -> Any:
-        client = ray._private.worker.global_worker.gcs_client
+        client: Any = getattr(ray._private.worker.global_worker, "gcs_client")  # noqa: B009
         try:
             return getattr(client, call)(
                 self._entry, *arguments, namespace=NAMESPACE, timeout=PATIENCE_S

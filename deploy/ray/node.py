@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -14,8 +15,8 @@ def pids_here(local: bool) -> set[int]:
     """Everything of this Ray session on this node, this process among it. `local`: and whoever
     started it. Called in an actor."""
     raylet = int(os.environ["RAY_RAYLET_PID"])
-    session = ray._private.worker._global_node.session_name
-    roots = {raylet, os.getpid(), *_naming(session)}
+    node: Any = ray._private.worker._global_node
+    roots = {raylet, os.getpid(), *_naming(node.session_name)}
     if local and (parent := processes.parent_of(raylet)) is not None:
         roots.add(parent)
     return roots | {below.pid for root in roots for below in processes.descendants(root)}

@@ -14,7 +14,10 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import (  # type: ignore[attr-defined]  # compiled
+    AuthenticationTokenLoader,
+    Config,
+)
 
 from crossdock.proto.errors import Unavailable
 

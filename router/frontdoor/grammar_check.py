@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # requests whose grammar is new
 MAX_VERDICTS = 2048  # that are remembered
+ENDED_S = 10.0  # for a killed process to be gone
 PATIENCE_S = 60.0  # of the wall clock: the limits themselves are of processor time and memory
 BEYOND = (
     f"is too complex: compiling it takes more than {CPU_S} s or {MEMORY_BYTES >> 20} MB of memory"
@@ -58,7 +59,7 @@ class GrammarChecker:
         """Ends the process."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(ENDED_S)
             self._process = None
 
     async def _find_out(self, key: bytes, grammar: Grammar) -> str:
@@ -114,5 +115,5 @@ def _answer(process: subprocess.Popen[str]) -> Any:
         overdue.cancel()
     if line:
         return json.loads(line)
-    process.wait()
+    process.wait(ENDED_S)
     return None

@@ -123,7 +123,7 @@ class HttpServer:
             if body.echo and body.logprobs is not None:
                 raise InvalidRequest("echo", True, "is not supported together with logprobs")
             frontend, given = self._frontend, prompts_of(body.prompt)
-            prompts: list[list[int]] = []
+            prompts: list[Any] = []
             check_prompts("prompt", len(given))
             for i, one in enumerate(given):
                 field = "prompt" if len(given) == 1 else f"prompt[{i}]"

@@ -85,7 +85,7 @@ def _structured_outputs(given: Any) -> tuple[str, Grammar] | None:
         return None
     if not isinstance(given, Mapping):
         raise InvalidRequest("structured_outputs", given, "must be an object")
-    asked = []
+    asked: list[tuple[str, Grammar]] = []
     for name, value in given.items():
         if value is None or value is False:
             continue
@@ -93,7 +93,8 @@ def _structured_outputs(given: Any) -> tuple[str, Grammar] | None:
         if name == "json_object" and value is True:
             asked.append((field, _ANY_OBJECT))
         elif name in _KINDS:
-            asked.append(_of(field, name, value))
+            found = _of(field, name, value)
+            asked += [found] if found is not None else []
         else:
             raise InvalidRequest(field, value, "is not supported by this server")
     if len(asked) > 1:

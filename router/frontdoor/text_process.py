@@ -19,10 +19,10 @@ import struct
 import subprocess
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import msgspec
 import numpy as np
@@ -38,6 +38,7 @@ from crossdock.router.frontdoor.validate import check_prompts
 INLINE_BYTES = 16_384  # a larger body is parsed by the process
 INLINE_CHARACTERS = 4_096  # a longer text is tokenized by it
 ANSWER_S = 60.0  # for one question
+ENDED_S = 10.0  # for a killed process to be gone
 SLICE_TOKENS = 65_536  # of which lists are made without letting others run
 MAX_TOKENS = 262_144  # to detokenize
 MAX_VALUES = 32_768  # in a large body, beside its prompt
@@ -102,12 +103,12 @@ class TextProcess:
         about = [files.model_id, str(files.path), files.format, files.digest]
         command = [sys.executable, "-m", __name__, *about]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        return subprocess.Popen(command, bufsize=0, start_new_session=True, **pipes)  # type: ignore[call-overload, no-any-return]
+        return subprocess.Popen(command, bufsize=0, start_new_session=True, **pipes)  # type: ignore[call-overload]
 
     def _end(self) -> None:
         if self._child is not None:
             self._child.kill()
-            self._child.wait()
+            self._child.wait(ENDED_S)
             for pipe in (self._child.stdin, self._child.stdout):
                 if pipe is not None:
                     with contextlib.suppress(OSError):
@@ -179,7 +180,7 @@ def _check_size(body: dict[str, Any]) -> None:
             todo += inner
 
 
-def _pack(ids: Sequence[int]) -> bytes:
+def _pack(ids: Sequence[int] | np.ndarray) -> bytes:
     try:
         return array("q", ids).tobytes()
     except OverflowError:
@@ -191,7 +192,7 @@ def _call(files: ModelFiles, method: str, arguments: list[Any]) -> bytes:
     return _pack(getattr(load_text(files), method)(*arguments))
 
 
-_ANSWERS = {"read_body": _read_body, "call": _call}
+_ANSWERS: dict[str, Callable[..., bytes]] = {"read_body": _read_body, "call": _call}
 
 
 # -- frames ----------------------------------------------------------------------------------------
@@ -225,4 +226,8 @@ def _exactly(pipe: IO[bytes], size: int) -> bytes:
 
 if __name__ == "__main__":
     model_id, path, kind, digest = sys.argv[1:]
-    main(ModelFiles(model_id, Path(path), kind, digest), sys.stdin.buffer, sys.stdout.buffer)
+    main(
+        ModelFiles(model_id, Path(path), cast(Any, kind), digest),
+        sys.stdin.buffer,
+        sys.stdout.buffer,
+    )

@@ -145,6 +145,7 @@ class TlsSite(web.BaseSite):
         """Raises OSError where the port cannot be had."""
         await super().start()
         loop = asyncio.get_running_loop()
+        protocols: Any = self._runner.server
         self._server = await loop.create_server(
-            self._runner.server, *self._where, ssl=self._ssl_context, ssl_handshake_timeout=HEAD_S
+            protocols, *self._where, ssl=self._ssl_context, ssl_handshake_timeout=HEAD_S
         )

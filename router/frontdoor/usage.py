@@ -157,7 +157,7 @@ def read_usage(file: Path, since: str = "", until: str = "9999") -> dict[Row, Am
     text = "SELECT * FROM usage WHERE day >= ? AND day <= ? ORDER BY day, tenant, account, model"
     with _open(file) as base:
         found = base.execute(text, (since, until)).fetchall()
-    return {tuple(row[:4]): Amounts(*row[4:]) for row in found}  # type: ignore[misc]
+    return {tuple(row[:4]): Amounts(*row[4:]) for row in found}
 
 
 @contextmanager

@@ -57,6 +57,15 @@ BOUNDED_OTHERWISE = {
     "router/dispatch/streams.py: self._outbox_filled.wait()": _WORKLESS,
     "router/dispatch/streams.py: call.read()": "silence and keepalive break the stream",
     "router/dispatch/request.py: await self._waiter": "each request has a deadline",
+    "router/frontdoor/grammar_check.py: asyncio.shield(asyncio.ensure_future(self._find_out(key, "
+    "grammar)))": "the process that it asks has PATIENCE_S for each answer",
+    "router/frontdoor/grpc_health.py: changed.wait()": _LIFE,
+    "router/frontdoor/grpc_kserve.py: room.acquire()": "its requests have deadlines",
+    "router/frontdoor/grpc_kserve.py: answers.get()": _WORKLESS,
+    "router/frontdoor/grpc_kserve.py: await getting": _WORKLESS,
+    "router/frontdoor/grpc_kserve.py: await serving": "has ended",
+    "router/frontdoor/grpc_kserve.py: asyncio.wait({getting, serving}, "
+    "return_when=asyncio.FIRST_COMPLETED)": _WORKLESS,
     "deploy/ray/member.py: self._stopped.wait()": _LIFE,
     "deploy/ray/control_plane.py: self._started.wait()": "Watched: start_timeout_s",
     "deploy/ray/control_plane.py: asyncio.Event().wait()": _LIFE,
