@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from crossdock.model.byte_tokenizer import byte_tokenizer
 from crossdock.model.chat_template import ChatTemplate
 from crossdock.model.config import load_config
-from crossdock.model.gguf_tokenizer import read_gguf_tokenizer
 from crossdock.model.hf_tokenizer import read_hf_tokenizer
 from crossdock.model.plain_text import PlainText
 from crossdock.model.store import ModelFiles
@@ -90,9 +89,12 @@ def load_text(files: ModelFiles) -> TextModel:
     config = load_config(files)
     if files.format == "bytes":
         parts = byte_tokenizer()
+    elif files.format == "gguf":
+        from crossdock.model.gguf_tokenizer import read_gguf_tokenizer  # which loads much
+
+        parts = read_gguf_tokenizer(files.path)
     else:
-        read = read_gguf_tokenizer if files.format == "gguf" else read_hf_tokenizer
-        parts = read(files.path)
+        parts = read_hf_tokenizer(files.path)
     template = ChatTemplate(parts.template, parts.special, str(files.path))
     eos = set(config.eos_token_ids)
     if (eos_id := parts.tokenizer.token_to_id(parts.special.get("eos_token", ""))) is not None:

@@ -33,7 +33,7 @@ from crossdock.proto.types import WorkerEndpoint
 HEAD_RESOURCE = "node:__internal_head__"
 MANY_CALLS = 1000
 MB = 1 << 20
-PASSED_ON = (HOME, "CROSSDOCK_LOG", EVENT_LISTENER, CRASHES)
+PASSED_ON = (HOME, "CROSSDOCK_LOG", "GRPC_VERBOSITY", EVENT_LISTENER, CRASHES)
 
 
 class RayProcess:
@@ -163,7 +163,8 @@ def actor_options(name: str, namespace: str, placement: Placement) -> dict[str, 
     custom = dict(placement.custom)
     if placement.on_head:
         custom[HEAD_RESOURCE] = 0.001
-    env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    env = {"GRPC_VERBOSITY": "ERROR"}  # not a line for each handshake that was refused
+    env |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if HOME in env:
         env[HOME] = str(crossdock_home())  # absolute: another process has another working folder
     options: dict[str, Any] = {

@@ -91,7 +91,7 @@ class AuditLog:
             batch.append({"kind": "dropped", "time": time.time(), "count": told})
         try:
             await asyncio.to_thread(self._file.write, batch, self._settings.prompts == "keep")
-        except OSError as error:
+        except Exception as error:  # of the disk mostly; none of them ends the log in silence
             self._failed(batch[: len(batch) - bool(told)], error)
             return
         self._dropped -= told
@@ -108,13 +108,14 @@ class AuditLog:
         await self._flush()
         await asyncio.to_thread(self._file.close)
 
-    def _failed(self, batch: list[dict[str, Any]], error: OSError) -> None:
+    def _failed(self, batch: list[dict[str, Any]], error: Exception) -> None:
+        why = getattr(error, "strerror", None) or repr(error)
         if not self._full:
             then = (
                 "requests are refused" if self._settings.on_full == "refuse" else "lines are lost"
             )
-            log.error("audit log %s: %s; %s", self.path, error.strerror, then)
-        self._full = error.strerror or str(error)
+            log.error("audit log %s: %s; %s", self.path, why, then)
+        self._full = why
         if self._settings.on_full == "refuse":
             self._pending = batch + self._pending
             return

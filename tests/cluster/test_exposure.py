@@ -10,18 +10,24 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
+import ports
 import pytest
 from ports import tried, unexpected
 from ray_kit import ask, serving, temp_folders, write_spec
 
 from crossdock import cli
-from crossdock.deploy import processes
+from crossdock.deploy import credentials, processes
+from crossdock.deploy.authority import Authority
 from crossdock.deploy.listening import listening
 from crossdock.deploy.store import ClusterStore
 from crossdock.deploy.up import Cluster
+from crossdock.proto.channels import open_blocking_channel
+from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -172,3 +178,54 @@ def test_nobody_joins_without_the_token(cluster, tmp_path):
     guess = join(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64, **home)
     for refused in (nobody, guess):
         assert "refused: " in refused.stderr and "keys" not in refused.stdout, refused.stderr
+
+
+def test_no_port_has_an_answer_for_strangers(cluster):
+    """But for health, counts and the tenants' doors; and nothing ends of being asked."""
+    before = members(cluster)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [answer for some in pool.map(ports.tried, listening(ours())) for answer in some]
+    doors = (cluster.grpc, cluster.http)
+    assert ports.unexpected(answers, doors) == []
+    inside = {cluster.admin, *(worker.address for worker in cluster.status().workers)}
+    assert inside <= {answer.port.address for answer in answers}
+    given = [answer for answer in answers if answer.given and answer.port.address in inside]
+    assert given == [], "not even health"
+    assert members(cluster) == before
+    assert len(ask(cluster, salt=2).token_ids) == 8
+
+
+def test_another_clusters_certificates_open_nothing(cluster):
+    """Of one by the same name, for the very process that is dialed, in each role."""
+    name = cluster.spec.metadata.name
+    theirs = Authority(b"the key of another life of it.....", name)
+    status = cluster.status()
+    dialed = {w.address: w.worker.description.incarnation.hex() for w in status.workers}
+    for role in ("controller", "gateway", "decode", "operator"):
+        proof = theirs.credentials(role, role)
+        for address, incarnation in dialed.items():
+            with open_blocking_channel(address, proof, incarnation) as channel:
+                worker = worker_pb2_grpc.WorkerStub(channel)
+                assert refused(worker.Describe, worker_pb2.DescribeRequest())
+                assert refused(worker.GetStatus, worker_pb2.GetStatusRequest())
+        with open_blocking_channel(cluster.admin, proof, "controller") as channel:
+            admin = admin_pb2_grpc.AdminStub(channel)
+            assert refused(admin.GetClusterStatus, admin_pb2.GetClusterStatusRequest())
+            assert refused(admin.Down, admin_pb2.DownRequest())
+    operator = credentials.find(cluster.admin)
+    for address, incarnation in dialed.items():
+        with open_blocking_channel(address, operator, incarnation) as channel:
+            worker = worker_pb2_grpc.WorkerStub(channel)
+            assert refused(worker.Describe, worker_pb2.DescribeRequest(), "PERMISSION_DENIED")
+            assert worker.GetStatus(worker_pb2.GetStatusRequest(), timeout=20).uptime_s > 0
+
+
+def refused(call, request, status: str = "UNAVAILABLE") -> bool:
+    with pytest.raises(grpc.RpcError) as error:
+        call(request, timeout=20)
+    return error.value.code().name == status
+
+
+def members(cluster: Cluster) -> set[tuple[str, int, int]]:
+    status = cluster.status()
+    return {(m.name, m.pid, m.restarts) for m in (*status.workers, *status.gateways)}

@@ -57,6 +57,7 @@ BOUNDED_OTHERWISE = {
     "router/dispatch/streams.py: self._outbox_filled.wait()": _WORKLESS,
     "router/dispatch/streams.py: call.read()": "silence and keepalive break the stream",
     "router/dispatch/request.py: await self._waiter": "each request has a deadline",
+    "router/frontdoor/audit.py: await self._writing": "goes on until it is told to stop",
     "router/frontdoor/grammar_check.py: asyncio.shield(asyncio.ensure_future(self._find_out(key, "
     "grammar)))": "the process that it asks has PATIENCE_S for each answer",
     "router/frontdoor/grpc_health.py: changed.wait()": _LIFE,

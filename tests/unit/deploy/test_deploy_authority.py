@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from trust_kit import credentials as proof_of
 
-from crossdock.deploy import admin
+from crossdock.deploy import admin, members
 from crossdock.deploy import credentials as operators
 from crossdock.deploy.authority import (
     SKEW,
@@ -24,7 +24,7 @@ from crossdock.deploy.authority import (
     due,
     workers_key,
 )
-from crossdock.deploy.runtime import gateway_launch, worker_launch
+from crossdock.deploy.runtime import StartFailed, gateway_launch, worker_launch
 from crossdock.proto.channels import open_channel
 from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
 from crossdock.proto.identity import Credentials, Peer
@@ -236,3 +236,22 @@ async def test_the_credential_is_renewed_while_the_controller_runs(controller, s
     tending.cancel()
     assert isinstance(await asyncio.to_thread(admin.status, address), admin_pb2.ClusterStatus)
     assert issubclass(ConfigError, CrossdockError)
+
+
+async def test_a_request_of_the_controller_before_costs_a_member_nothing(cluster, controller):
+    """Its call was under way when it died, and made the newer request void."""
+    [decode] = cluster.alive("decode")
+    answer, overtaken = decode.certify, [True]
+
+    async def certify(certificate: bytes, authority: bytes) -> None:
+        if overtaken:
+            overtaken.pop()
+            decode.applicant.request()
+        try:
+            await answer(certificate, authority)
+        except ValueError as error:
+            raise StartFailed(str(error)) from None  # as Ray has it
+
+    decode.certify = certify
+    await members.certify(decode, decode.launch, controller.authority)
+    assert not overtaken and len(decode.identities) == 2
