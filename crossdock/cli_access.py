@@ -1,4 +1,4 @@
-"""Commands about who uses a cluster: keys, usage."""
+"""Commands about who uses a cluster: keys, usage, audit."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from crossdock.proto.settings import GATEWAY_ADDRESS
 from crossdock.tables import console_of, table
 
 KeyFile = Annotated[Path, Option("--file", "-f", help="The file that auth.keys names.")]
 
+LogFiles = Annotated[
+    list[Path], Argument(help="A gateway's log, audit.file with its name; rotated files are found.")
+]
+
+audits = typer.Typer(help="Check the audit log, and repeat what is in it.", no_args_is_help=True)
 keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     app.add_typer(keys, name="keys")
+    app.add_typer(audits, name="audit")
     app.command()(usage)
 
 
@@ -132,3 +139,56 @@ def keys_revoke(
 
     revoke_key(file, key_id)
     print(f"revoked {key_id}", file=sys.stderr)
+
+
+@audits.command("verify")
+def audit_verify(
+    files: LogFiles,
+    key: Annotated[
+        list[str] | None, Option(help="A public key that may have signed it; any if unset.")
+    ] = None,
+    partial: Annotated[
+        bool, Option("--partial", help="Its oldest files may have been deleted.")
+    ] = False,
+) -> None:
+    """Find every line that was changed, moved or taken out since it was written; exit 1 then."""
+    from crossdock.router.frontdoor.audit_chain import in_order, verify
+
+    whole = True
+    for file in files:
+        found = verify(in_order([file]), key or (), partial)
+        whole &= not found.wrong
+        for line in found.wrong:
+            print(f"error: {line}", file=sys.stderr)
+        state = "whole" if not found.wrong else "NOT whole"
+        print(f"{file}: {state}: {found.lines} lines, {found.requests} requests")
+        for signer in found.keys:
+            print(f"  signed by {signer}")
+    if not whole:
+        raise typer.Exit(1)
+
+
+@audits.command("replay")
+def audit_replay(
+    request_id: Annotated[str, Argument(help="The request's id.")],
+    files: LogFiles,
+    target: Annotated[
+        str, Option("--target", envvar="CROSSDOCK_TARGET", help="The gateway, host:port.")
+    ] = GATEWAY_ADDRESS,
+    timeout: Annotated[float, Option(help="Seconds.")] = 600.0,
+) -> None:
+    """Compute a request again, and compare its tokens with those in the log; exit 1 where they
+    differ. Needs audit.prompts: keep."""
+    from crossdock.audit_replay import replay
+    from crossdock.client import Client
+    from crossdock.router.frontdoor.audit_chain import find_request, in_order
+
+    line = find_request(in_order(files), request_id)
+    with Client(target) as client:
+        differences = replay(line, client, timeout)
+    for difference in differences:
+        print(f"error: {difference}", file=sys.stderr)
+    if differences:
+        raise typer.Exit(1)
+    tokens = sum(choice["tokens"] for choice in line["choices"])
+    print(f"{request_id}: the same {tokens} tokens")

@@ -13,6 +13,7 @@ from crossdock.proto.hashing import hash_key
 from crossdock.proto.settings import given, overlap
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.router.config import GatewayConfig, probe_key
+from crossdock.router.frontdoor.audit_chain import signing_key
 from crossdock.worker.config import WorkerConfig
 
 TRIAL = f"{GATEWAY_POOL}-trial"  # the name of a gateway that is only tried
@@ -190,6 +191,8 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         block_size=spec.kv.block_size,
         slo=spec.slo,
         auth=spec.auth,
+        audit=replace(spec.audit, file="") if name == TRIAL else spec.audit,
+        audit_seed=signing_key(cluster_key),
         prices=dict(spec.prices),
         cluster="" if name == TRIAL else spec.metadata.name,
         gateways=spec.gateway.replicas,

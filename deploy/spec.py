@@ -39,6 +39,7 @@ from crossdock.proto.settings import (
 )
 from crossdock.proto.types import Role
 from crossdock.router.config import (
+    AuditSettings,
     AuthSettings,
     GatewayConfig,
     HttpSettings,
@@ -102,6 +103,7 @@ class GatewaySpec:
     grpc: str = of(GatewayConfig, "grpc")
     http: str = of(GatewayConfig, "http")
     policy: str = of(GatewayConfig, "policy")
+    tool_parser: str = of(GatewayConfig, "tool_parser")
     http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")
     tls: TlsFiles = setting(factory=TlsFiles, doc="TLS at both front doors.")
     limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
@@ -251,6 +253,7 @@ class ClusterSpec:
     kv: KVSpec = setting(factory=KVSpec, doc="The KV pools and the hand-off.")
     slo: Slo = setting(factory=Slo, doc="What the router and the reports aim at.")
     auth: AuthSettings = setting(factory=AuthSettings, doc="Who may use the front door.")
+    audit: AuditSettings = setting(factory=AuditSettings, doc="What is written down of requests.")
     prices: Mapping[str, Price] = setting(
         factory=no_entries, doc="What tokens cost, by model; in one currency."
     )
@@ -310,7 +313,7 @@ class ClusterSpec:
         each holds its share of the limits."""
         shares = self.gateway.replicas if self.auth.required else 1
         others = (self.model, self.slo, self.telemetry, self.kv.block_size)
-        return _revision(self.gateway, *others, self.auth, self.prices, shares)
+        return _revision(self.gateway, *others, self.auth, self.audit, self.prices, shares)
 
     def gateway_addresses(self, index: int) -> tuple[str, str]:
         """gRPC and HTTP address of gateway `index`: the ports count up, 0 stays 0."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -203,6 +205,9 @@ class ClusterStore:
         """Raises Unavailable. Private even where a folder of that name was there and was not."""
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            about = folder.lstat()
+            if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "it is not a folder of this user")
             folder.chmod(0o700)
         except OSError as error:
             message = f"{folder} cannot be made: {error.strerror}"

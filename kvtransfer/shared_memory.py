@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
 import re
 import secrets
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +80,7 @@ def cleanup_stale() -> list[str]:
         if not NAME.fullmatch(path.name):
             continue
         with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = _open_own(path)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -86,6 +88,17 @@ def cleanup_stale() -> list[str]:
             finally:
                 os.close(fd)
     return removed
+
+
+def _open_own(path: Path) -> int:
+    """For reading. Raises OSError for what is no plain file of this user: under /dev/shm anybody
+    may put something, as a pipe that opening waits for, or a link to elsewhere."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    about = os.fstat(fd)
+    if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "not a pool of this user")
+    return fd
 
 
 def _create_file(nbytes: int, kv_offset: int) -> Segment:
@@ -126,7 +139,7 @@ def map_pool(
     name: str, kv_offset: int, num_blocks: int, block_bytes: int
 ) -> tuple[Generations, npt.NDArray[np.uint8]]:
     """The peer's generations and blocks, readable only."""
-    fd = os.open(_SHM / name, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _open_own(_SHM / name)
     try:
         pages = mmap.mmap(fd, kv_offset + num_blocks * block_bytes, prot=mmap.PROT_READ)
     finally:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -17,9 +20,22 @@ from crossdock.proto.errors import InvalidRequest, ModelError
 
 Message = Mapping[str, Any]
 
+_OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+_END = "\U000f0001"  # of private use: after it a final message goes on
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How a conversation is put into a template, beside its messages."""
+
+    tools: Sequence[Mapping[str, Any]] = ()  # as OpenAI has them: {"type": "function", …}
+    options: Mapping[str, Any] = field(default_factory=dict)  # variables of the template's own
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the prompt ends within the last message
+
 
 class ChatTemplate:
-    """Templates by name, of which "default" is rendered.
+    """Templates by name, of which "default" is rendered, or "tool_use" where there are tools.
 
     What templates may call follows the Hugging Face convention: raise_exception, strftime_now,
     the tojson filter, loop controls, and the special tokens as variables.
@@ -31,6 +47,7 @@ class ChatTemplate:
     ) -> None:
         environment = _environment()
         self._special = dict(special)
+        self._sources = dict(templates)
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in templates.items():
             try:
@@ -38,23 +55,51 @@ class ChatTemplate:
             except jinja2.TemplateError as error:
                 raise ModelError(f"{where}: chat template {name!r}: {error}") from error
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Raises InvalidRequest where the template does not accept the messages."""
+    @property
+    def source(self) -> str:
+        """Of the template that is rendered where there are tools."""
+        return self._sources.get("tool_use", self._sources.get("default", ""))
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template shows the model its tools, and what came of calling them."""
+        return "tools" in jinja2.meta.find_undeclared_variables(_environment().parse(self.source))
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **more: Any
+    ) -> str:
+        """Text of the prompt; `more`: other fields of Rendering. Raises InvalidRequest where the
+        template does not accept the messages."""
+        how = Rendering(add_generation_prompt=add_generation_prompt, **more)
         shown = f"{len(messages)} messages"
-        if "default" not in self._templates:
+        name = "tool_use" if how.tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
             raise InvalidRequest("messages", shown, "this model has no default chat template")
         plain = [_plain(i, message) for i, message in enumerate(messages)]
+        if how.continue_final_message:
+            plain[-1]["content"] = (plain[-1].get("content") or "") + _END
+        given = {name: value for name, value in how.options.items() if name not in _OURS}
         try:
-            return self._templates["default"].render(
-                messages=plain,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special,
+            text = self._templates[name].render(
+                **self._special
+                | given
+                | {
+                    "messages": plain,
+                    "tools": list(how.tools) or None,
+                    "documents": None,
+                    "add_generation_prompt": how.add_generation_prompt,
+                },
             )
         except Exception as error:  # a template may fail in any way on what a client sent
             limit = f"the model's chat template does not accept them: {error}"
             raise InvalidRequest("messages", shown, limit) from error
+        if not how.continue_final_message:
+            return text
+        before, found, _ = text.rpartition(_END)
+        if not found:
+            limit = "the model's chat template does not show the final message"
+            raise InvalidRequest("continue_final_message", True, limit)
+        return before
 
 
 def _plain(index: int, message: Message) -> dict[str, Any]:
@@ -66,8 +111,8 @@ def _plain(index: int, message: Message) -> dict[str, Any]:
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str):
-            field = f"messages[{index}].content"
-            raise InvalidRequest(field, part, "each part must be a text: this model takes no other")
+            where = f"messages[{index}].content"
+            raise InvalidRequest(where, part, "each part must be a text: this model takes no other")
         texts.append(text)
     return {**message, "content": "".join(texts)}
 

@@ -41,12 +41,17 @@ class IncrementalDetokenizer:
         self._stop = tuple(stop)
         self._firsts = {text[0] for text in self._stop}
         self._longest = max(map(len, self._stop), default=0)
+        self._shown: frozenset[int] = frozenset()
         self._held = ""  # text that is the beginning of a stop string
         self._stopped: str | None = None
         self._settled = False  # a token's text depends on nothing before it
         # A prompt may end inside a character, whose rest is then generated.
         tail = b"".join(self._pieces.of(id_, self._skip_special) for id_ in prompt_ids[-4:])
         self._utf8.decode(tail)
+
+    def show(self, token_ids: frozenset[int]) -> None:
+        """These have text from now on, though they are special tokens."""
+        self._shown = token_ids
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """The text that these tokens settle. After a stop string everything is dropped."""
@@ -58,7 +63,8 @@ class IncrementalDetokenizer:
             return TextDelta("", self._stopped, 0)
         said: list[str] = []
         for count, token_id in enumerate(token_ids, 1):
-            said.append(self._take(self._pieces.of(token_id, self._skip_special), final=False))
+            skip = self._skip_special and token_id not in self._shown
+            said.append(self._take(self._pieces.of(token_id, skip), final=False))
             if self._stopped is not None:
                 return TextDelta("".join(said), self._stopped, count)
         return TextDelta("".join(said), None, len(token_ids))

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import InvalidRequest
@@ -57,8 +57,9 @@ class GrammarCompiler:
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
-        tokens: Any = _Tokens(self._text)  # as TokenizerWrapper takes them
-        return LLTokenizer(tokens, eos_token=sorted(self._text.eos_token_ids))
+        return LLTokenizer(
+            TokenizerWrapper(_Tokens(self._text)), eos_token=sorted(self._text.eos_token_ids)
+        )
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """A matcher at the beginning of an answer. Raises InvalidRequest for the field "grammar"
@@ -141,7 +142,6 @@ def _json_of(grammar: Grammar) -> Any:
 class _Tokens:
     """What llguidance asks of a tokenizer; its names."""
 
-    is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, text: TextModel) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -14,9 +16,12 @@ from crossdock.model.chat_template import ChatTemplate
 from crossdock.model.config import load_config
 from crossdock.model.gguf_tokenizer import read_gguf_tokenizer
 from crossdock.model.hf_tokenizer import read_hf_tokenizer
+from crossdock.model.plain_text import PlainText
 from crossdock.model.store import ModelFiles
 from crossdock.model.token_bytes import TokenBytes
 from crossdock.proto.errors import InvalidRequest
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,32 @@ class TextModel:
         """Bytes of one id; a character may be spread over several ids."""
         return self.pieces.of(token_id, skip_special=False)
 
+    def ids_of(self, tokens: Iterable[str]) -> frozenset[int]:
+        """Ids of those of these tokens that the vocabulary has."""
+        found = (self.tokenizer.token_to_id(token) for token in tokens)
+        return frozenset(token_id for token_id in found if token_id is not None)
+
     def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        more: Mapping[str, Any] = NOTHING,
     ) -> list[int]:
-        """Ids of the prompt; the template writes BOS itself where the model wants it. Raises
-        InvalidRequest where the template does not accept `messages`, or the model has none."""
+        """Ids of the prompt; the template writes BOS itself where the model wants it, and nothing
+        that is spelled like a special token in `messages` or `more` (other fields of Rendering)
+        becomes one. Raises InvalidRequest where the template does not accept `messages`, or the
+        model has none."""
         if self.template is None:
             limit = "this model has no chat template: send a prompt instead"
             raise InvalidRequest("messages", f"{len(messages)} messages", limit)
-        text = self.template.render(messages, add_generation_prompt)
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        plain = self._plain_text
+        marked = plain.marked([dict(message) for message in messages])
+        text = self.template.render(marked, add_generation_prompt, **plain.marked(more))
+        return plain.encode(text)
+
+    @cached_property
+    def _plain_text(self) -> PlainText:
+        return PlainText(self.tokenizer)
 
 
 @functools.lru_cache(maxsize=4)

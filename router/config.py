@@ -151,6 +151,31 @@ class AuthSettings:
         return bool(self.keys or self.jwt.jwks)
 
 
+@dataclass(frozen=True)
+class AuditSettings:
+    """The YAML's `audit`: a log with one line for each request."""
+
+    file: str = setting(
+        "",
+        "Where it is; each gateway appends its name. Empty: there is none.",
+        kind="path",
+    )
+    prompts: str = setting(
+        "hash",
+        "What it has of prompts and completions: SHA-256 of their token ids, or the ids as well "
+        "(keep), which replay needs.",
+        choices=("hash", "keep"),
+    )
+    on_full: str = setting(
+        "refuse",
+        "Where it cannot be written: refuse requests, or drop lines and count them.",
+        choices=("refuse", "drop"),
+    )
+    rotate_mb: float = setting(
+        100.0, "A file larger than this is renamed, and another begun.", low=0.001, high=1_000_000
+    )
+
+
 def probe_key(cluster_key: bytes) -> str:
     """The credential with which a cluster tries its own gateways."""
     return "xd-probe-" + hmac.digest(cluster_key, b"crossdock.probe.v1", "sha256").hex()
@@ -188,6 +213,11 @@ class GatewayConfig(Limits):
         "How workers are chosen: by predicted latency (queue depth and prefix hits), or in turn.",
         choices=tuple(POLICIES),
     )
+    tool_parser: str = setting(
+        "auto",
+        "How the model writes calls of tools; auto: as its chat template does.",
+        choices=("auto", "hermes", "llama3_json", "mistral", "none"),
+    )
     block_size: int = setting(16, "Tokens of a block of the workers' pools.", low=1, high=65_536)
     max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)
     request_timeout_s: float = setting(
@@ -205,6 +235,8 @@ class GatewayConfig(Limits):
     slo: Slo = field(default_factory=Slo)
     links: LinkSettings = field(default_factory=LinkSettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
+    audit_seed: bytes = field(default=b"\0" * 32, repr=False)  # signs it, 32 bytes
     prices: Mapping[str, Price] = field(default_factory=no_entries)  # by model
     cluster: str = ""  # its name; empty: what was used is not kept
     gateways: int = 1  # of the cluster; each holds its share of the limits of keys

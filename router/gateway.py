@@ -22,6 +22,7 @@ from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.streams import Dialer
+from crossdock.router.frontdoor.audit import AuditLog
 from crossdock.router.frontdoor.auth import Authenticator
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.gate import Gate
@@ -31,6 +32,7 @@ from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
 from crossdock.router.frontdoor.text_process import TextProcess
 from crossdock.router.frontdoor.tls import DoorCertificates
+from crossdock.router.frontdoor.tools.formats import format_of
 from crossdock.router.frontdoor.usage import Usage, usage_file
 from crossdock.router.frontdoor.validate import Validator
 from crossdock.router.placement.policy import POLICIES
@@ -71,11 +73,18 @@ class GatewayServer:
         self._validator = validator = Validator(
             model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
         )
-        grammars = GrammarChecker(config.model, config.home)
+        self._grammars = grammars = GrammarChecker(config.model, config.home)
         self._closing.callback(grammars.close)
         gate = self._gate = await self._make_gate(model_id)
         self._frontend = frontend = Frontend(
-            text, validator, dispatcher, aside, config.request_timeout_s, gate, grammars
+            text,
+            validator,
+            dispatcher,
+            aside,
+            config.request_timeout_s,
+            gate,
+            grammars,
+            format_of(config.tool_parser, text),
         )
         certificates = self._door_certificates()
         self._grpc = grpc = GrpcServer(
@@ -159,7 +168,17 @@ class GatewayServer:
         self._closing.callback(keeping.cancel)
         limiter = Limiter(time.monotonic, time.time, config.gateways, usage.spent)
         price = config.prices.get(model_id, Price())
-        return Gate(authenticator, limiter, self.metrics, price, usage)
+        audit = None
+        if config.audit.file:
+            seed = config.audit_seed
+            audit = await asyncio.to_thread(AuditLog, config.audit, config.name, seed, registry)
+            audit.start()
+            self._closing.push_async_callback(audit.close)
+
+        def weights() -> str:
+            return self.view.weights_digest
+
+        return Gate(authenticator, limiter, self.metrics, model_id, price, usage, audit, weights)
 
     def _make_links(self) -> Links:
         config, dial = self.config, Dialer(self._credentials)

@@ -33,10 +33,10 @@ class GcsMirror:
         self._ask("internal_kv_del", False)
 
     def _ask(self, call: str, *arguments: object) -> Any:
-        client: Any = getattr(ray._private.worker.global_worker, "gcs_client")  # noqa: B009
+        worker: Any = ray._private.worker.global_worker
         try:
-            return getattr(client, call)(
+            return getattr(worker.gcs_client, call)(
                 self._entry, *arguments, namespace=NAMESPACE, timeout=PATIENCE_S
             )
-        except (RayError, ray.exceptions.RpcError, AttributeError) as error:
+        except (RayError, AttributeError) as error:
             raise Unavailable(f"Ray's GCS does not keep the cluster's state: {error}") from None

@@ -14,10 +14,6 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import (  # type: ignore[attr-defined]  # compiled
-    AuthenticationTokenLoader,
-    Config,
-)
 
 from crossdock.proto.errors import Unavailable
 
@@ -25,6 +21,7 @@ LOCAL_CPUS = 1024.0  # a local Ray counts workers' cpus but never refuses one fo
 VITAL = ("gcs_server", "raylet")  # of Ray's own processes: no cluster without them
 LOOPBACK = "127.0.0.1"
 
+_core: Any = ray._raylet
 _restore = contextlib.ExitStack()  # what starting a Ray of our own has changed in this process
 
 
@@ -39,11 +36,9 @@ def start_ray(address: str, object_store_mb: int, folder: str) -> None:
         # Ray's workers look for modules in the folder where this is called.
         with _own_sigterm(), contextlib.chdir("/"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones as well
         doing = f"join {address!r}" if address else "start a local Ray"
         raise Unavailable(f"ray.address: cannot {doing}: {error}") from None
-    except OSError as error:
-        raise Unavailable(f"Ray cannot start: {error}") from None
 
 
 def _local(object_store_mb: int, folder: Path) -> dict[str, Any]:
@@ -94,8 +89,8 @@ def _put(name: str, value: str | None) -> None:
 
 
 def _read_again() -> None:
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    _core.Config.initialize("")
+    _core.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager

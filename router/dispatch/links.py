@@ -171,6 +171,7 @@ class WorkerLink:
             max_batch=hello.max_batch,
             chunk_tokens=hello.chunk_tokens,
             gpus=hello.gpus,
+            weights_digest=hello.layout.weights_digest,
         )
         if facts.block_size != self._owner.block_size:
             log.warning(

@@ -81,6 +81,7 @@ class Request:
     root_hash: bytes = b""  # that the chains begin with
     chains: Sequence[list[bytes]] = ()  # by prompt, the hashes of its full blocks, where known
     deadline: float | None = None  # on the gateway's clock
+    shown: frozenset[int] = frozenset()  # special tokens whose text the client's door reads
     trace_context: Any = None  # opentelemetry Context that the client's headers carried
     on_end: Callable[[Ended], None] | None = None  # is called once, however it ends
 

@@ -204,6 +204,9 @@ def make_sequences(
         known = root == request.root_hash and len(request.chains) > position
         hashes = request.chains[position] if known else hasher.chain(ids, root)
         for i in range(request.n):
+            detokenizer = detokenizer_of(ids, request.sampling.stop)
+            if request.shown:
+                detokenizer.show(request.shown)
             sequences.append(
                 SequenceState(
                     active=active,
@@ -213,7 +216,7 @@ def make_sequences(
                     root_hash=root,
                     hashes=hashes.copy(),
                     sampling=told[i],
-                    detokenizer=detokenizer_of(ids, request.sampling.stop),
+                    detokenizer=detokenizer,
                     timeline=Timeline(request.received, request.received_unix, request.request_id),
                     phase=Phase.HELD if i and hashes else Phase.ROUTING,
                 )

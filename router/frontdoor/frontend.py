@@ -23,8 +23,12 @@ from crossdock.router.frontdoor.gate import Gate, Visit
 from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.limits import Work
 from crossdock.router.frontdoor.text_process import INLINE_CHARACTERS, TextProcess, listed
+from crossdock.router.frontdoor.tools.conversation import Conversation
+from crossdock.router.frontdoor.tools.formats import ToolFormat
+from crossdock.router.frontdoor.tools.offer import Offer
 from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
 
+NO_OFFER = Offer()
 SLICE_TOKENS = 32_768  # hashed without letting others run
 INLINE_TOKENS = 1024  # a longer prompt lets others run in between
 
@@ -51,6 +55,7 @@ class Frontend:
     timeout_s: float  # of a request that brings no deadline
     gate: Gate
     grammars: GrammarChecker
+    tool_format: ToolFormat
 
     @property
     def model_id(self) -> str:
@@ -89,17 +94,18 @@ class Frontend:
             return await self.aside.call("encode", text)
         return self.text.encode(text)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def encode_chat(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation, through the model's chat template."""
-        check_messages(messages)
-        plain = [dict(message) for message in messages]
-        size = sum(len(message["content"]) for message in plain)
+        check_messages(conversation.messages)
+        arguments = conversation.rendered(self.text, self.tool_format)
+        plain, _, more = arguments
+        size = sum(map(_size, plain)) + _size(more)
         if size > self.validator.capacity * self.validator.longest_token:
-            self.validator.check_text("messages", "".join(m["content"] for m in plain))
+            self.validator.check_text("messages", "".join(str(m["content"]) for m in plain))
         try:
             if size > INLINE_CHARACTERS:
-                return await self.aside.call("apply_chat_template", plain)
-            return self.text.apply_chat_template(plain)
+                return await self.aside.call("apply_chat_template", *arguments)
+            return self.text.apply_chat_template(*arguments)
         except CrossdockError:
             raise
         except Exception as error:  # a template is a program of the model's makers
@@ -129,6 +135,7 @@ class Frontend:
         priority: int,
         cache_salt: str,
         default_max_tokens: int = UNLIMITED,
+        offer: Offer = NO_OFFER,
     ) -> tuple[str, ResponseStream]:
         """Request id and stream. `tenant` and `priority` are what the client says, held to
         its credential. Raises InvalidRequest naming `field` for a bad prompt."""
@@ -164,7 +171,9 @@ class Frontend:
                 deadline=arrival.deadline,
                 trace_context=arrival.trace_context,
                 on_end=partial(self.gate.ended, visit),
+                shown=self.text.ids_of(self.tool_format.markers) if offer.tools else frozenset(),
             )
+            visit.request = request
             work = Work(
                 prompt_tokens=sum(len(prompt) for prompt in prompts),
                 sequences=request.num_sequences,
@@ -192,3 +201,12 @@ class Frontend:
             if len(prompt) > INLINE_TOKENS:
                 await asyncio.sleep(0)
         return hashes
+
+
+def _size(value: Any) -> int:
+    """Characters of all the texts in it."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_size, value)) + sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0

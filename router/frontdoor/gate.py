@@ -3,17 +3,23 @@ it ends, however it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from crossdock.proto.errors import CrossdockError
 from crossdock.router.config import Price
 from crossdock.router.dispatch.metrics import GatewayMetrics
-from crossdock.router.dispatch.request import Ended
+from crossdock.router.dispatch.request import Ended, Request
+from crossdock.router.frontdoor.audit import AuditLog
 from crossdock.router.frontdoor.auth import Authenticator
 from crossdock.router.frontdoor.limits import Grant, Limiter, Work
 from crossdock.router.frontdoor.principal import Principal
 from crossdock.router.frontdoor.usage import Usage
+
+APPROVAL_HEADER = "x-approval-id"
+MAX_APPROVAL = 256
 
 
 @dataclass(eq=False)
@@ -22,6 +28,9 @@ class Visit:
 
     principal: Principal
     client: str  # its address
+    received_unix: float
+    approval: str = ""  # id that the client sends of whoever approved it
+    request: Request | None = None  # once it is one
     grant: Grant | None = None
     closed: bool = False
 
@@ -34,17 +43,23 @@ class Gate:
         authenticator: Authenticator,
         limiter: Limiter,
         metrics: GatewayMetrics,
+        model: str,
         price: Price,
         usage: Usage,
+        audit: AuditLog | None,
+        weights: Callable[[], str],
     ) -> None:
+        self._audit, self._weights = audit, weights
         self.authenticator, self.limiter, self._usage = authenticator, limiter, usage
-        self._metrics, self._price = metrics, price
+        self._metrics, self._model, self._price = metrics, model, price
 
     def enter(self, headers: Mapping[str, str], client: str) -> Visit:
         """A client at this address asks with these headers, in lower case or of any. Raises
         Unauthenticated."""
         try:
-            return Visit(self.authenticator.authenticate(headers, client), client)
+            principal = self.authenticator.authenticate(headers, client)
+            approval = headers.get(APPROVAL_HEADER, "")[:MAX_APPROVAL]
+            return Visit(principal, client, time.time(), approval)
         except CrossdockError as error:
             self._metrics.outcome(error)
             raise
@@ -52,6 +67,8 @@ class Gate:
     def count(self, visit: Visit) -> None:
         """Counts a call that asks for work, before its body is read. Raises RateLimited."""
         try:
+            if self._audit is not None:
+                self._audit.check()
             self.limiter.count_request(visit.principal)
         except CrossdockError as error:
             self._metrics.outcome(error)
@@ -66,11 +83,13 @@ class Gate:
         """A call ended before it became a request, or as it was to become one."""
         if not visit.closed:
             self._close(visit)
+            self._write(visit, error, None)
 
     def ended(self, visit: Visit, ended: Ended) -> None:
         """A request has ended, well or not."""
         cost = self._close(visit, ended.prompt_tokens, ended.cached_tokens, ended.generated_tokens)
         self._usage.add(visit.principal, ended, cost)
+        self._write(visit, ended.error, ended)
 
     def _close(self, visit: Visit, prompt: int = 0, cached: int = 0, generated: int = 0) -> float:
         """Gives back what it held; returns what it cost."""
@@ -78,6 +97,28 @@ class Gate:
         if visit.grant is None:
             return 0.0
         return self.limiter.settle(visit.grant, prompt, cached, generated)
+
+    def _write(self, visit: Visit, error: BaseException | None, ended: Ended | None) -> None:
+        """The call's line of the audit log."""
+        if self._audit is None:
+            return
+        outcome = "ok" if error is None else getattr(error, "outcome", "internal")
+        if isinstance(error, asyncio.CancelledError):
+            outcome = "cancelled"
+        record = {
+            "time": visit.received_unix,
+            "tenant": visit.principal.tenant,
+            "key": visit.principal.key_id,
+            "client": visit.client,
+            "outcome": outcome,
+            "error": str(error) if error is not None else None,
+            "approval": visit.approval,
+            "model": self._model,
+            "weights": self._weights(),
+            "request": visit.request,
+            "ended": ended,
+        }
+        self._audit.add(record)
 
     def headers(self, visit: Visit) -> dict[str, str]:
         """What every answer says of the limits."""

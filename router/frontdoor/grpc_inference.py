@@ -15,6 +15,7 @@ from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_access import say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.tools.grpc_chat import conversation_of_pb
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
@@ -108,8 +109,8 @@ class InferenceService:
         if kind == "token_ids":
             return "token_ids", list(message.token_ids.ids)
         if kind == "chat":
-            plain = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-            return "chat.messages", await self._frontend.encode_chat(plain)
+            conversation = conversation_of_pb(message.chat)
+            return "chat.messages", await self._frontend.encode_chat(conversation)
         raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 

@@ -57,9 +57,10 @@ class Bodies:
             self._waiting.pop(one, None)
             self.held -= one.size
 
-    async def read(self, one: Reading, request: web.Request, deadline: float) -> bytes:
-        """The body of a request, inflated; `deadline` is on the loop's clock. Raises
-        InvalidRequest, RequestTooLarge, RequestStalled, Overloaded or DeadlineExceeded."""
+    async def read(self, one: Reading, request: web.Request, deadline: float) -> list[bytes]:
+        """The body of a request, inflated, in the parts that it came in; `deadline` is on the
+        loop's clock. Raises InvalidRequest, RequestTooLarge, RequestStalled, Overloaded or
+        DeadlineExceeded."""
         encoding = request.headers.get("Content-Encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "deflate"):
             limit = "must be gzip, deflate or identity"
@@ -68,16 +69,16 @@ class Bodies:
             raise self._too_large(f"{request.content_length} bytes")
         self._waiting[one] = None
         try:
-            data = await self._whole(one, request.content, deadline)
+            parts = await self._whole(one, request.content, deadline)
         finally:
             self._waiting.pop(one, None)
         if getattr(request.protocol, "malformed", False):
             raise InvalidRequest("body", "malformed chunks", "must be well-formed")
         if encoding == "identity":
-            return data
-        return await asyncio.to_thread(inflate, data, encoding, self._most_each)
+            return parts
+        return [await asyncio.to_thread(inflate, b"".join(parts), encoding, self._most_each)]
 
-    async def _whole(self, one: Reading, content: StreamReader, deadline: float) -> bytes:
+    async def _whole(self, one: Reading, content: StreamReader, deadline: float) -> list[bytes]:
         loop, parts = asyncio.get_running_loop(), list[bytes]()
         last = min(deadline, loop.time() + WHOLE_S)
         try:
@@ -89,7 +90,7 @@ class Bodies:
                         self._take(one, len(part))
         except TimeoutError:
             raise self._late(one, loop.time() >= deadline) from None
-        return b"".join(parts)
+        return parts
 
     def _take(self, one: Reading, size: int) -> None:
         one.size += size

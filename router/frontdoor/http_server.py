@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -32,12 +33,12 @@ from crossdock.router.frontdoor.openai_schemas import (
     ChatBody,
     CompletionBody,
     SamplingFields,
-    messages_of,
     prompts_of,
     sampling_of,
 )
-from crossdock.router.frontdoor.structured import grammar_of
 from crossdock.router.frontdoor.tls import DoorCertificates, TlsSite
+from crossdock.router.frontdoor.tools.answer import ToolAnswer
+from crossdock.router.frontdoor.tools.chat import conversation_of, form_of, tools_of
 from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_prompts
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class HttpServer:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         async def read(body: ChatBody) -> tuple[str, list[list[int]]]:
-            return "messages", [await self._frontend.encode_chat(messages_of(body))]
+            conversation = conversation_of(body, tools_of(body))
+            return "messages", [await self._frontend.encode_chat(conversation)]
 
         return await self._serve(request, ChatBody, read, UNLIMITED, fmt.ChatAnswer)
 
@@ -148,8 +150,8 @@ class HttpServer:
     async def _read(self, request: web.Request, arrival: Arrival, kind: type[Body]) -> Body:
         check_media_type(request)
         with self._bodies.reading() as one:
-            data = await self._bodies.read(one, request, arrival.deadline)
-            return await self._frontend.aside.read_body(data, kind, self._settings.strict)
+            parts = await self._bodies.read(one, request, arrival.deadline)
+            return await self._frontend.aside.read_body(parts, kind, self._settings.strict)
 
     async def _read_small(self, request: web.Request, kind: Any) -> Any:
         """The body of a request that asks for no tokens."""
@@ -174,7 +176,9 @@ class HttpServer:
             body = await self._read(request, arrival, kind)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
             frontend.validator.check_request(body.model or "", n, sampling)
-            if (asked := grammar_of(body)) is not None:
+            offer = tools_of(body)
+            asked = form_of(body, offer, frontend.text, frontend.tool_format)
+            if asked is not None:
                 sampling = await frontend.with_grammar(sampling, *asked)
             field, prompts = await read_prompts(body)
         request_id, stream = await frontend.submit(
@@ -188,9 +192,13 @@ class HttpServer:
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             default_max_tokens=default_max_tokens,
+            offer=offer,
         )
         with contextlib.closing(stream):
-            answer = answer_kind(
+            made: Callable[..., fmt.Answer] = answer_kind
+            if offer.tools:
+                made = partial(ToolAnswer, offer=offer, how=frontend.tool_format)
+            answer = made(
                 frontend.text,
                 request_id,
                 fingerprint=self._fingerprint(),

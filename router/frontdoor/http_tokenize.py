@@ -14,8 +14,9 @@ from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.openai_schemas import (
     DetokenizeBody,
     TokenizeBody,
-    messages_of,
 )
+from crossdock.router.frontdoor.tools.chat import conversation_of
+from crossdock.router.frontdoor.tools.offer import offer_of
 
 ReadBody = Callable[[web.Request, Any], Awaitable[Any]]
 
@@ -29,7 +30,8 @@ def add_tokenize_routes(router: web.UrlDispatcher, frontend: Frontend, read: Rea
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("prompt", body.prompt, "either prompt or messages must be given")
         if body.messages is not None:
-            ids = await frontend.encode_chat(messages_of(body))
+            offer = offer_of(body.tools, None, None)
+            ids = await frontend.encode_chat(conversation_of(body, offer))
         elif body.add_special_tokens is False:
             raise InvalidRequest("add_special_tokens", False, "is not supported by this server")
         else:

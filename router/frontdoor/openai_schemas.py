@@ -73,12 +73,22 @@ class Message(msgspec.Struct):
 
     role: str
     content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+    tool_call_id: str | None = None
 
 
 class ChatBody(SamplingFields, kw_only=True):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message]
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -90,6 +100,10 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
+    tools: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -128,21 +142,6 @@ def sampling_of(body: SamplingFields, seed: int) -> SamplingParams:
         max_tokens=_max_tokens(body),
         logprobs=_logprobs(body),
     )
-
-
-def messages_of(body: ChatBody | TokenizeBody) -> list[dict[str, str]]:
-    """Messages with their text parts joined."""
-    plain = []
-    for i, message in enumerate(body.messages or ()):
-        content = message.content
-        if isinstance(content, list):
-            for j, part in enumerate(content):
-                if part.type != "text":
-                    field = f"messages[{i}].content[{j}].type"
-                    raise InvalidRequest(field, part.type, 'only "text" parts are supported')
-            content = "".join(part.text or "" for part in content)
-        plain.append({"role": message.role, "content": content or ""})
-    return plain
 
 
 def prompts_of(prompt: Any) -> list[str | list[int] | np.ndarray]:

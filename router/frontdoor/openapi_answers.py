@@ -57,12 +57,28 @@ class ChatLogprobs(msgspec.Struct):
     content: list[ChosenLogprob]
 
 
+class CalledFunction(msgspec.Struct):
+    """A tool's name, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(msgspec.Struct):
-    """What the model says."""
+    """What the model says, and which tools it calls where it does."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct):

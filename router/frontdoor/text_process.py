@@ -4,9 +4,9 @@ JSON of 8 MB takes up to seconds to become Python objects, and a tokenizer a sec
 of text; either holds the interpreter for as long, whatever thread it runs on. The process is
 started at the first need, does one thing at a time, and ends with its gateway.
 
-Frames over its stdin and stdout: four bytes of length, then MessagePack. Asked is [name,
-arguments]; answered is [true, result] or [false, class, message, field]. Token ids travel as 8-byte
-integers.
+Over its stdin and stdout go pairs of frames, each four bytes of length and then as many: a head in
+MessagePack, and what is large as it is. A question's head is [name, arguments], an answer's [] or
+[class, message, field] of an error. Token ids travel as 4-byte integers.
 """
 
 from __future__ import annotations
@@ -53,57 +53,59 @@ class TextProcess:
         self._thread = ThreadPoolExecutor(1, "text-process")
         self._child: subprocess.Popen[bytes] | None = None
 
-    async def read_body(self, data: bytes, kind: type[Body], strict: bool) -> Body:
+    async def read_body(self, parts: Sequence[bytes], kind: type[Body], strict: bool) -> Body:
         """What openai_schemas.read_body returns; of a completion, ids of prompts are numpy's."""
-        if len(data) <= INLINE_BYTES:
-            return read_body(data, kind, strict)
-        packed = await self._ask("read_body", kind.__name__, strict, data)
+        if sum(map(len, parts)) <= INLINE_BYTES:
+            return read_body(b"".join(parts), kind, strict)
+        packed = await self._ask(parts, "read_body", kind.__name__, strict)
         body = msgspec.msgpack.decode(packed, type=kind)
         if isinstance(body, CompletionBody) and isinstance(body.prompt, list):
-            body.prompt = [np.frombuffer(p, "<i8") if isinstance(p, bytes) else p
-                           for p in body.prompt]  # fmt: skip
+            body.prompt = [_unpack(p) if isinstance(p, bytes) else p for p in body.prompt]
         return body
 
     async def call(self, method: str, *arguments: Any) -> list[int]:
         """The token ids that this method of TextModel returns."""
-        packed = np.frombuffer(await self._ask("call", method, list(arguments)), "<i8")
-        return await listed(packed)
+        return await listed(_unpack(await self._ask((), "call", method, list(arguments))))
 
     def close(self) -> None:
         """Ends the process; what it is asked still is not answered."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._end()
 
-    async def _ask(self, name: str, *arguments: Any) -> Any:
-        asked = msgspec.msgpack.encode([name, arguments])
+    async def _ask(self, large: Sequence[bytes], name: str, *arguments: Any) -> bytearray:
+        head = msgspec.msgpack.encode([name, arguments])
         loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self._thread, self._answer, asked)
-        good, *said = msgspec.msgpack.decode(answer)
-        if not good:
-            raise _error(*said)
-        return said[0]
+        error, found = await loop.run_in_executor(self._thread, self._answer, head, large)
+        if error:
+            raise _error(*error)
+        return found
 
-    def _answer(self, asked: bytes) -> bytes:
+    def _answer(self, head: bytes, large: Sequence[bytes]) -> tuple[list[str], bytearray]:
         """On the thread."""
         child = self._child
         if child is None or child.poll() is not None:
             child = self._child = self._start()
         assert child.stdin is not None and child.stdout is not None
-        try:
-            _write(child.stdin, asked)
-            if _readable(child.stdout, ANSWER_S) and (found := _read(child.stdout)):
-                return found
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            _write(child.stdin, [head], ANSWER_S)
+            _write(child.stdin, large, ANSWER_S)
+            if answer := _read(child.stdout, ANSWER_S):
+                return msgspec.msgpack.decode(answer), _read(child.stdout, ANSWER_S)
         self._end()
-        raise Unavailable(f"{len(asked)} bytes of a request could not be read or tokenized")
+        size = len(head) + sum(map(len, large))
+        raise Unavailable(f"{size} bytes of a request could not be read or tokenized")
 
     def _start(self) -> subprocess.Popen[bytes]:
         files = self._files
         about = [files.model_id, str(files.path), files.format, files.digest]
         command = [sys.executable, "-m", __name__, *about]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        return subprocess.Popen(command, bufsize=0, start_new_session=True, **pipes)  # type: ignore[call-overload]
+        child: subprocess.Popen[bytes] = subprocess.Popen(
+            command, bufsize=0, start_new_session=True, **pipes
+        )  # type: ignore[call-overload]
+        assert child.stdin is not None
+        os.set_blocking(child.stdin.fileno(), False)
+        return child
 
     def _end(self) -> None:
         if self._child is not None:
@@ -143,17 +145,19 @@ def main(files: ModelFiles, asked: IO[bytes], answers: IO[bytes]) -> None:
     """Answers until nobody asks."""
     while question := _read(asked):
         name, arguments = msgspec.msgpack.decode(question)
+        large, error, found = bytes(_read(asked)), [], b""
         try:
-            answer = [True, _ANSWERS[name](files, *arguments)]
-        except CrossdockError as error:
-            answer = [False, type(error).__name__, str(error), getattr(error, "field", "")]
-        except (MemoryError, RecursionError, OverflowError) as error:
-            said = InvalidRequest("body", type(error).__name__, "cannot be read")
-            answer = [False, "InvalidRequest", str(said), "body"]
-        _write(answers, msgspec.msgpack.encode(answer))
+            found = _ANSWERS[name](files, large, *arguments)
+        except CrossdockError as raised:
+            error = [type(raised).__name__, str(raised), getattr(raised, "field", "")]
+        except (MemoryError, RecursionError, OverflowError) as raised:
+            said = InvalidRequest("body", type(raised).__name__, "cannot be read")
+            error = ["InvalidRequest", str(said), "body"]
+        _write(answers, [msgspec.msgpack.encode(error)])
+        _write(answers, [found])
 
 
-def _read_body(files: ModelFiles, kind: str, strict: bool, data: bytes) -> bytes:
+def _read_body(files: ModelFiles, data: bytes, kind: str, strict: bool) -> bytes:
     body = read_body(data, getattr(openai_schemas, kind), strict)
     if isinstance(body, CompletionBody):
         check_prompts("prompt", len(prompts := prompts_of(body.prompt)))
@@ -180,15 +184,19 @@ def _check_size(body: dict[str, Any]) -> None:
             todo += inner
 
 
+def _unpack(packed: bytes | bytearray) -> np.ndarray:
+    return np.frombuffer(packed, "<u4")
+
+
 def _pack(ids: Sequence[int] | np.ndarray) -> bytes:
     try:
-        return array("q", ids).tobytes()
+        return array("I", ids).tobytes()
     except OverflowError:
-        worst = max(ids, key=abs)
+        worst = next(id_ for id_ in ids if not 0 <= id_ < 2**32)
         raise InvalidRequest("prompt", worst, "token ids must be of the vocabulary") from None
 
 
-def _call(files: ModelFiles, method: str, arguments: list[Any]) -> bytes:
+def _call(files: ModelFiles, data: bytes, method: str, arguments: list[Any]) -> bytes:
     return _pack(getattr(load_text(files), method)(*arguments))
 
 
@@ -198,30 +206,39 @@ _ANSWERS: dict[str, Callable[..., bytes]] = {"read_body": _read_body, "call": _c
 # -- frames ----------------------------------------------------------------------------------------
 
 
-def _readable(pipe: IO[bytes], timeout_s: float) -> bool:
-    poll = select.poll()  # select() takes no descriptor above 1023
-    poll.register(pipe, select.POLLIN)
-    return bool(poll.poll(1000 * timeout_s))
+def _wait(pipe: IO[bytes], event: int, timeout_s: float | None) -> None:
+    """Raises TimeoutError. Without a bound it leaves the waiting to the system."""
+    if timeout_s is not None:
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(pipe, event)
+        if not poll.poll(1000 * timeout_s):
+            raise TimeoutError
 
 
-def _write(pipe: IO[bytes], frame: bytes) -> None:
-    view = memoryview(struct.pack("<I", len(frame)) + frame)
-    while view:
-        view = view[pipe.write(view) :]
+def _write(pipe: IO[bytes], parts: Sequence[bytes], timeout_s: float | None = None) -> None:
+    for part in (struct.pack("<I", sum(map(len, parts))), *parts):
+        view = memoryview(part)
+        while view:
+            _wait(pipe, select.POLLOUT, timeout_s)
+            view = view[os.write(pipe.fileno(), view) :]
 
 
-def _read(pipe: IO[bytes]) -> bytes:
+def _read(pipe: IO[bytes], timeout_s: float | None = None) -> bytearray:
     """The next frame; empty at the end."""
-    head = _exactly(pipe, 4)
-    return _exactly(pipe, struct.unpack("<I", head)[0]) if head else b""
+    head = _exactly(pipe, 4, timeout_s)
+    return _exactly(pipe, struct.unpack("<I", head)[0], timeout_s) if head else head
 
 
-def _exactly(pipe: IO[bytes], size: int) -> bytes:
-    parts = []
-    while size and (part := os.read(pipe.fileno(), min(size, 1 << 20))):
-        parts.append(part)
-        size -= len(part)
-    return b"" if size else b"".join(parts)
+def _exactly(pipe: IO[bytes], size: int, timeout_s: float | None) -> bytearray:
+    found = bytearray(size)
+    view = memoryview(found)
+    while view:
+        _wait(pipe, select.POLLIN, timeout_s)
+        count = os.readv(pipe.fileno(), [view])
+        if not count:
+            return bytearray()
+        view = view[count:]
+    return found
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def check_label(field: str, value: str) -> None:
     check_unicode(field, value)
 
 
-def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raises InvalidRequest for a conversation that no template takes."""
     if not messages:
         raise InvalidRequest("messages", [], "must hold at least one message")
@@ -147,5 +148,5 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             limit = "must be system, developer, user, assistant or tool"
             raise InvalidRequest(f"messages[{i}].role", role, limit)
         check_unicode(f"messages[{i}].content", message["content"])
-    if not any(message["content"] for message in messages):
+    if not any(message["content"] or message.get("tool_calls") for message in messages):
         raise InvalidRequest("messages", "only empty contents", "must not be empty")

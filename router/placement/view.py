@@ -56,6 +56,7 @@ class WorkerFacts:
     max_batch: int = 0  # sequences that decode at once; more wait
     chunk_tokens: int = 0  # of one prefill step at the most
     gpus: float = 0.0  # of its engine
+    weights_digest: str = ""
 
     @property
     def most_tokens(self) -> int:
@@ -147,6 +148,7 @@ class ClusterView:
 
     def __init__(self) -> None:
         self.workers: dict[str, WorkerView] = {}
+        self.weights_digest = ""  # of who connected last
         self.layout_hash = b""  # of who connected last: block hashes begin with it
         self.index = PrefixIndex()
         # (prefill, decode) -> decayed sums of bytes and seconds, so that large pulls count most.
@@ -171,6 +173,7 @@ class ClusterView:
         worker = WorkerView(facts, slot, now)
         self.workers[facts.name] = worker
         self.layout_hash = facts.layout_hash
+        self.weights_digest = facts.weights_digest
         return worker
 
     def disconnected(self, name: str, incarnation: str) -> None:

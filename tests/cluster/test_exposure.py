@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import json
 import os
+import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import ports
 import pytest
+from ports import tried, unexpected
 from ray_kit import ask, serving, temp_folders, write_spec
 
+from crossdock import cli
 from crossdock.deploy import credentials, processes
 from crossdock.deploy.authority import Authority
 from crossdock.deploy.listening import listening
@@ -93,6 +99,44 @@ def open_files(pid: int) -> set[str]:
         return {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
     except OSError:
         return set()
+
+
+def examined(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    """The exit code of crossdock doctor and what it found."""
+    capsys.readouterr()
+    code = cli.main(["doctor", "--address", cluster.admin, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_doctor_lists_every_port_and_finds_none_that_is_wide(cluster, capsys):
+    code, found = examined(cluster, capsys)
+    assert code == 0 and found["ok"], found["problems"]
+    listed = {(port["pid"], port["host"], port["port"]) for port in found["ports"]}
+    assert listed == {(port.pid, port.host, port.port) for port in listening(ours())}
+    what = {port["what"] for port in found["ports"]}
+    assert {"Ray's GCS", "Ray's raylet", "controller.grpc", "gateway.grpc", "gateway.http"} < what
+    assert {"a worker's gRPC", "a worker's metrics", "Ray's core worker, or KV transfer"} < what
+
+
+def test_doctor_names_a_wide_port_and_exits_1(cluster, capsys):
+    with socket.create_server(("", 0)) as wide:
+        address = f"0.0.0.0:{wide.getsockname()[1]}"
+        code, found = examined(cluster, capsys)
+    [problem] = found["problems"]
+    assert code == 1 and f"{address} " in problem["what"]
+    assert f"pid {os.getpid()}" in problem["what"] and problem["do"]
+
+
+def test_a_stranger_gets_health_and_refusals_alone(cluster):
+    """Every port, by tools/ports.py. The gateway's own doors are open here: there is no `auth`."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = [answer for found in pool.map(tried, listening(ours())) for answer in found]
+    asked = {(answer.port.process, answer.asked) for answer in answers if answer.given}
+    assert ("gcs_server", "grpc.health.v1.Health/Check") in asked, "Ray was not understood"
+    assert ("ray::MemberActor", "crossdock.v1.Inference/ListModels") in asked, "nor the gateway"
+    refused = [answer.said for answer in answers if answer.asked.startswith("ray.rpc.")]
+    assert sum("InvalidAuthToken" in said for said in refused) > 10
+    assert unexpected(answers, doors=(cluster.grpc, cluster.http)) == []
 
 
 JOIN = """

@@ -29,3 +29,33 @@ def test_sums_of_tenants(tmp_path: Path, capsys: Any) -> None:
     assert code == 0 and "key 2" in out and "key 1" not in out and "key 3" not in out
     code, _, err = run(capsys, "usage", "--file", str(tmp_path / "none"))
     assert code == 1 and "has kept anything here" in err
+
+
+def test_audit_commands(tmp_path: Path, capsys: Any) -> None:
+    import asyncio
+
+    from prometheus_client import CollectorRegistry
+
+    from crossdock.router.config import AuditSettings
+    from crossdock.router.frontdoor.audit import AuditLog
+
+    async def write() -> Path:
+        log = AuditLog(
+            AuditSettings(file=str(tmp_path / "log")), "g", b"s" * 32, CollectorRegistry()
+        )
+        for i in range(5):
+            log.add({"id": f"r{i}", "prompts": [{"tokens": 3}], "error": "refused"})
+        await log.close()
+        return log.path
+
+    path = asyncio.run(write())
+    code, out, _ = run(capsys, "audit", "verify", str(path))
+    assert code == 0 and "whole: 7 lines, 5 requests" in out
+    signer = out.rpartition("signed by ")[2].strip()
+    assert run(capsys, "audit", "verify", str(path), "--key", signer)[0] == 0
+    assert run(capsys, "audit", "verify", str(path), "--key", "00" * 32)[0] == 1
+    path.write_bytes(path.read_bytes().replace(b'"r3"', b'"r4"'))
+    code, out, err = run(capsys, "audit", "verify", str(path))
+    assert code == 1 and "NOT whole" in out and "changed" in err
+    code, _, err = run(capsys, "audit", "replay", "r1", str(path))
+    assert code == 1 and "it was refused" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 
 import pytest
@@ -56,6 +57,27 @@ def test_a_folder_that_others_could_read_is_closed(tmp_path):
     store = ClusterStore("test", tmp_path)
     store.begin("a spec", "life")
     assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+
+
+def test_a_link_in_the_folders_place_is_not_followed(tmp_path):
+    """Where another user may write to CROSSDOCK_HOME: what it led to would be closed to others."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    (tmp_path / "clusters").symlink_to(elsewhere)
+    with pytest.raises(Unavailable, match="not a folder of this user"):
+        ClusterStore("test", tmp_path).begin("a spec", "life")
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o755 and not list(elsewhere.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives folders away")
+def test_a_folder_of_another_user_is_not_used(tmp_path):
+    (tmp_path / "clusters").mkdir()
+    os.chown(tmp_path / "clusters", 65534, 65534)
+    with (
+        pytest.raises(Unavailable, match="not a folder of this user"),
+        ClusterStore("test", tmp_path).locked(),
+    ):
+        pass
 
 
 def test_a_life_begins_once_and_another_with_another_key(store):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -17,7 +20,7 @@ from transport_kit import BLOCK_BYTES, NUM_BLOCKS, Pool, ProcessPeer, later
 
 from crossdock.kvtransfer.local import LocalTransport
 from crossdock.kvtransfer.registry import allocate
-from crossdock.kvtransfer.shared_memory import allocate_segment, cleanup_stale
+from crossdock.kvtransfer.shared_memory import allocate_segment, cleanup_stale, map_pool
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.kvtransfer.transport import HandleState, PoolMemory
 from crossdock.proto.errors import TransferFailed
@@ -141,3 +144,35 @@ def test_info_that_names_no_pool_is_refused(info: bytes) -> None:
         transport.add_peer(new_incarnation(), info, 1, 4096)
     transport.close()
     close()
+
+
+def test_a_pool_is_its_users_alone() -> None:
+    process, name = spawn_owner()
+    try:
+        about = path_of(name).stat()
+        assert stat.S_IMODE(about.st_mode) == 0o600 and about.st_uid == os.geteuid()
+    finally:
+        end(process)
+
+
+@pytest.mark.timeout(20)
+def test_what_another_put_under_a_pools_name_is_left_alone(tmp_path: Path) -> None:
+    """Opening a pipe waits for its writer, and so did each worker's start."""
+    pipe, link, foreign = (path_of(f"crossdock-1-{secrets.token_hex(16)}") for _ in range(3))
+    (tmp_path / "elsewhere").write_bytes(bytes(4096))
+    try:
+        os.mkfifo(pipe)
+        link.symlink_to(tmp_path / "elsewhere")
+        foreign.write_bytes(bytes(4096))
+        with contextlib.suppress(PermissionError):  # root alone gives files away
+            os.chown(foreign, 65534, 65534)
+        removed = cleanup_stale()
+        assert not {pipe.name, link.name} & set(removed)
+        assert pipe.exists() and link.is_symlink()
+        assert foreign.exists() == (os.geteuid() == 0)
+        for path in (pipe, link):
+            with pytest.raises(OSError):
+                map_pool(path.name, 0, 1, 4096)
+    finally:
+        for path in (pipe, link, foreign):
+            path.unlink(missing_ok=True)

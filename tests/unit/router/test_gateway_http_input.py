@@ -79,7 +79,7 @@ BAD = [
     (chat(priority=2**40), "priority", "1099511627776"),
     (chat(top_logprobs=3), "top_logprobs", "needs logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
-    (chat(tools=[{"type": "function"}]), "tools", "not supported"),
+    (chat(tools=[{"type": "function"}]), "tools[0].function", "an object"),
     (chat(max_completion_tokens=-1), "max_tokens", "-1"),
 ]
 
@@ -152,9 +152,8 @@ SILENT_NO_MORE = [
     complete(truncate_prompt_tokens=3), complete(prompt_logprobs=0), complete(best_of=2, n=1),
     complete(skip_special_tokens=False), complete(include_stop_str_in_output=True),
     complete(allowed_token_ids=[1]), complete(use_beam_search=True), complete(length_penalty=2),
-    chat(continue_final_message=True), chat(chat_template_kwargs={"a": 1}),
-    chat(chat_template="x"), chat(add_generation_prompt=False), chat(reasoning_effort="low"),
-    chat(add_generation_prompt=1), chat(functions=[{}]), chat(function_call={"name": "f"}),
+    chat(chat_template="x"), chat(functions=[{}]), chat(function_call={"name": "f"}),
+    complete(tools=[{}]), complete(chat_template_kwargs={"a": 1}), complete(reasoning_effort="low"),
 ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ BODIES = {
 async def test_a_large_body_is_parsed_beside_the_loop(rig: Rig, name: str) -> None:
     path, body = BODIES[name]
     started = b'{"messages":[]}' + b" " * 99_999
-    await rig.gateway._aside.read_body(started, ChatBody, False)
+    await rig.gateway._aside.read_body([started], ChatBody, False)
     begun = time.process_time()
     read_body(body, CompletionBody if "chat" not in path else ChatBody)
     alone_s = time.process_time() - begun
@@ -95,7 +95,7 @@ async def test_the_process_is_started_again_where_it_ended(rig: Rig) -> None:
 async def test_what_the_process_refuses_is_raised_as_it_was(rig: Rig) -> None:
     large = json.dumps({"prompt": "x", "n": "7", "user": "x" * 20_000}).encode()
     with pytest.raises(InvalidRequest, match="n: '7' is not allowed; must be an integer") as found:
-        await rig.gateway._aside.read_body(large, CompletionBody, False)
+        await rig.gateway._aside.read_body([large], CompletionBody, False)
     assert found.value.field == "n"
 
 

@@ -1,0 +1,180 @@
+"""The audit log's lines: each carries the hash of the one before, and checkpoints are signed.
+
+A line is a JSON object with `n`, its number, and `prev`, the SHA-256 of the line before. What is
+written together ends with a checkpoint, whose `signature` (Ed25519) is over its `prev` and so over
+all before it. FILE.head says which line was the last, signed as well, so that lines taken from the
+end are missed. Rotated files are FILE.000001 and so on; numbers and hashes go on through them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from crossdock.proto.errors import NotFound
+
+FIRST = "0" * 64  # `prev` of line 0
+MAX_FOUND = 20
+
+
+def signing_key(cluster_key: bytes) -> bytes:
+    """The seed of a cluster's audit signatures, 32 bytes."""
+    return hmac.digest(cluster_key, b"crossdock.audit.v1", "sha256")
+
+
+@dataclass
+class Chain:
+    """Makes lines one after another, from line `n` after the line with hash `prev`."""
+
+    seed: bytes = field(repr=False)
+    n: int = 0
+    prev: str = FIRST
+
+    def __post_init__(self) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(self.seed)
+        self.public = self._key.public_key().public_bytes_raw().hex()
+
+    def line(self, record: dict[str, Any]) -> bytes:
+        """The next line, with its end."""
+        data = json.dumps(
+            {"n": self.n, "prev": self.prev, **record}, ensure_ascii=False, separators=(",", ":")
+        ).encode("utf-8", "backslashreplace")
+        self.n, self.prev = self.n + 1, line_hash(data)
+        return data + b"\n"
+
+    def checkpoint(self, unix: float) -> bytes:
+        """A signed line over all before it."""
+        signature = self._key.sign(_signed("checkpoint", self.n, self.prev)).hex()
+        record = {"kind": "checkpoint", "time": unix, "key": self.public, "signature": signature}
+        return self.line(record)
+
+    def head(self) -> bytes:
+        """What FILE.head holds: the last line."""
+        signature = self._key.sign(_signed("head", self.n, self.prev)).hex()
+        head = {"lines": self.n, "hash": self.prev, "key": self.public, "signature": signature}
+        return json.dumps(head).encode() + b"\n"
+
+
+def line_hash(line: bytes) -> str:
+    """Of a line without its end."""
+    return hashlib.sha256(line).hexdigest()
+
+
+def _signed(kind: str, n: int, digest: str) -> bytes:
+    return f"crossdock.audit.v1 {kind} {n} {digest}".encode()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a log was found to be."""
+
+    lines: int
+    requests: int
+    keys: Sequence[str]  # that signed it, public, hexadecimal
+    wrong: Sequence[str]  # one sentence each; empty: it is whole
+
+
+def in_order(files: Iterable[Path]) -> list[Path]:
+    """Each file after those that were rotated out of it."""
+    found: dict[Path, None] = {}
+    for file in files:
+        rotated = [each for each in file.parent.glob(f"{file.name}.*") if each.suffix[1:].isdigit()]
+        found |= dict.fromkeys([*sorted(rotated), file])
+    return list(found)
+
+
+def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = False) -> Findings:
+    """Looks at one gateway's log, its files in order. `trusted`: the public keys that may sign it;
+    any, where there are none. `partial`: its oldest files may be gone. Raises OSError."""
+    wrong: list[str] = []
+    keys: dict[str, None] = {}
+    n, prev, requests, signed = 0, FIRST, 0, 0
+    hashes: dict[int, str] = {}
+    begun = False
+    for where, data in _lines(files):
+        if len(wrong) >= MAX_FOUND:
+            break
+        digest = line_hash(data.rstrip(b"\n"))
+        try:
+            line = json.loads(data)
+            number, before = line["n"], line["prev"]
+        except (ValueError, KeyError, TypeError):
+            wrong.append(f"{where}: is no line of an audit log, or a part of one")
+            prev, n = digest, n + 1
+            continue
+        if not begun and partial:
+            n, prev = number, before
+        begun = True
+        if number != n:
+            wrong.append(f"{where}: is line {number} where line {n} was due: missing or moved")
+        elif before != prev:
+            wrong.append(f"{where}: line {number} does not follow from the one before: changed")
+        if line.get("kind") == "checkpoint":
+            signed = number + 1
+            keys[str(line.get("key"))] = None
+            if not _holds(line, _signed("checkpoint", number, before), trusted):
+                wrong.append(f"{where}: the signature of line {number} does not hold")
+        requests += line.get("kind") == "request"
+        n, prev = number + 1, digest
+        hashes[number] = digest
+    if signed != n:
+        wrong.append(f"the last {n - signed} lines are not signed: cut off, or their gateway died")
+    if files and len(wrong) < MAX_FOUND:
+        wrong += _check_head(files[-1], hashes, n, trusted)
+    return Findings(n, requests, list(keys), wrong)
+
+
+def find_request(files: Sequence[Path], request_id: str) -> dict[str, Any]:
+    """The newest line of a request. Raises NotFound."""
+    found: dict[str, Any] = {}
+    for _, data in _lines(files):
+        if request_id.encode() in data:
+            line = json.loads(data)
+            if line.get("id") == request_id:
+                found = line
+    if not found:
+        raise NotFound(f"request {request_id!r} is not in {', '.join(map(str, files))}")
+    return found
+
+
+def _check_head(
+    file: Path, hashes: dict[int, str], lines: int, trusted: Sequence[str]
+) -> list[str]:
+    path = file.with_name(file.name + ".head")
+    try:
+        head = json.loads(path.read_bytes())
+        told, digest = head["lines"], head["hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{path}: cannot be read, so lines may be missing at the end"]
+    if not _holds(head, _signed("head", told, digest), trusted):
+        return [f"{path}: its signature does not hold"]
+    if told > lines:
+        return [f"{file}: has {lines} lines where there were {told}: cut off at the end"]
+    if hashes.get(told - 1, digest) != digest:
+        return [f"{file}: line {told - 1} is not the one that was signed: changed"]
+    return []
+
+
+def _holds(line: dict[str, Any], data: bytes, trusted: Sequence[str]) -> bool:
+    try:
+        public = str(line["key"])
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+        key.verify(bytes.fromhex(line["signature"]), data)
+    except (InvalidSignature, ValueError, KeyError, TypeError):
+        return False
+    return not trusted or public in trusted
+
+
+def _lines(files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+    for file in files:
+        with file.open("rb") as opened:
+            for number, data in enumerate(opened, 1):
+                yield f"{file}:{number}", data

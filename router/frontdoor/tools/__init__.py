@@ -1,0 +1,1 @@
+"""Tools: what a request offers, how models write calls of them, and how clients read those."""

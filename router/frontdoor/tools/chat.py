@@ -1,0 +1,86 @@
+"""A chat's body: its messages, its tools, and what both ask of the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossdock.model.text import TextModel
+from crossdock.proto.errors import InvalidRequest
+from crossdock.proto.types import Grammar
+from crossdock.router.frontdoor.openai_schemas import ChatBody, Message, TokenizeBody
+from crossdock.router.frontdoor.structured import StructuredFields, grammar_of
+from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of
+from crossdock.router.frontdoor.tools.formats import NONE, ToolFormat
+from crossdock.router.frontdoor.tools.offer import Offer, offer_of
+
+
+def tools_of(body: StructuredFields) -> Offer:
+    """What is offered. Raises InvalidRequest."""
+    if not isinstance(body, ChatBody):
+        return Offer()
+    return offer_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+
+
+def form_of(
+    body: StructuredFields, offer: Offer, text: TextModel, how: ToolFormat
+) -> tuple[str, Grammar] | None:
+    """The field that asks for a grammar, and the grammar: the answer's own, or that of calls where
+    one must be made. Raises InvalidRequest."""
+    asked = grammar_of(body)
+    if not offer.tools:
+        return asked
+    if asked is not None:
+        limit = "cannot be had together with tools, unless tool_choice is none"
+        raise InvalidRequest(asked[0], asked[1].kind, limit)
+    if not offer.must:
+        return None
+    if how is NONE:
+        raise InvalidRequest("tool_choice", "given", "calls are not read here: tool_parser is none")
+    return "tools", how.grammar(offer, text)
+
+
+def conversation_of(body: ChatBody | TokenizeBody, offer: Offer) -> Conversation:
+    """What the template is given. Raises InvalidRequest."""
+    continues = bool(body.continue_final_message)
+    prompts = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    if continues and prompts:
+        limit = "must be false where continue_final_message is true"
+        raise InvalidRequest("add_generation_prompt", True, limit)
+    effort: dict[str, Any] = {}
+    if isinstance(body, ChatBody) and body.reasoning_effort is not None:
+        effort["reasoning_effort"] = body.reasoning_effort
+    return Conversation(
+        [_plain(f"messages[{i}]", message) for i, message in enumerate(body.messages or ())],
+        offer,
+        effort | (body.chat_template_kwargs or {}),
+        prompts,
+        continues,
+    )
+
+
+def _plain(where: str, message: Message) -> dict[str, Any]:
+    plain: dict[str, Any] = {"role": message.role, "content": _content(where, message)}
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.tool_calls and message.role != "assistant":
+        limit = "only messages of the assistant have them"
+        raise InvalidRequest(f"{where}.tool_calls", message.tool_calls, limit)
+    if message.tool_calls:
+        plain["tool_calls"] = calls_of(f"{where}.tool_calls", message.tool_calls)
+    if message.tool_call_id is not None:
+        if message.role != "tool":
+            limit = "only messages of a tool have it"
+            raise InvalidRequest(f"{where}.tool_call_id", message.tool_call_id, limit)
+        plain["tool_call_id"] = message.tool_call_id
+    return plain
+
+
+def _content(where: str, message: Message) -> str:
+    content = message.content
+    if not isinstance(content, list):
+        return content or ""
+    for j, part in enumerate(content):
+        if part.type != "text":
+            field = f"{where}.content[{j}].type"
+            raise InvalidRequest(field, part.type, 'only "text" parts are supported')
+    return "".join(part.text or "" for part in content)
