@@ -175,6 +175,9 @@ class Host:
             transport_info=worker.transport.info(),
             address=state.address,
         )
+        self.public_description = worker_pb2.WorkerDescription()
+        self.public_description.CopyFrom(self.description)
+        self.public_description.ClearField("transport_info")
         self.peers = Peers(Phone(self, calls), state.clock)
         self.gateways = Gateways(self, state.clock)
         self._worked = True  # in its last turn
