@@ -313,6 +313,18 @@ def test_what_a_set_of_public_keys_may_hold() -> None:
 # -- the file of keys ------------------------------------------------------------------------------
 
 
+def test_a_changed_file_keeps_its_mode_and_its_link(tmp_path: Path) -> None:
+    """Else root, who revokes a key, takes the file from the gateway's user."""
+    (tmp_path / "there").mkdir()
+    file, link = tmp_path / "there" / "keys.yaml", tmp_path / "keys.yaml"
+    link.symlink_to(file)
+    key = keyring.add_key(link, {"tenant": "a"})
+    file.chmod(0o640)
+    keyring.revoke_key(link, key.split("-")[1])
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert link.is_symlink() and not keyring.list_keys(file)
+
+
 def test_the_file_holds_hashes_and_is_private(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     made = [keyring.add_key(file, {"tenant": t, "limits": {"budget": 2}}) for t in ("a", "b")]
