@@ -119,6 +119,32 @@ async def test_rotated_files_are_one_chain(tmp_path: Path) -> None:
     assert not verify(files[2:], partial=True).wrong, "the oldest were deleted"
 
 
+async def test_a_rotation_that_fails_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    settings = AuditSettings(file=str(tmp_path / "log"), rotate_mb=0.001)
+    log = AuditLog(settings, "g", SEED, CollectorRegistry())
+    real = os.open
+
+    def none_left(path: Any, *more: Any, **named: Any) -> int:
+        if path == log.path:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", none_left)
+        for i in range(20):
+            log.add({"id": f"r{i}"})
+            await log._flush()
+        log.check()
+    log.add({"id": "r20"})
+    await log._flush()
+    await log.close()
+    files = in_order([log.path])
+    assert len(files) == 2 and not verify(files).wrong
+    assert [line["id"] for line in requests_in(log.path)] == [f"r{i}" for i in range(21)]
+
+
 async def test_a_line_that_a_crash_left_unfinished_is_taken_off(tmp_path: Path) -> None:
     file = await make(tmp_path, 5)
     with file.open("ab") as opened:
