@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FLUSH_S = 0.2
 MAX_PENDING = 10_000  # lines that wait for a disk that takes nothing
+MAX_REFUSED = MAX_PENDING // 2  # where so many wait, none is kept of requests that were refused
 TAIL_BYTES = 1 << 16
 
 
@@ -62,12 +63,16 @@ class AuditLog:
 
     def check(self) -> None:
         """Raises Unavailable where requests are to be refused, since no line can be written."""
-        if self._full and self._settings.on_full == "refuse":
-            raise Unavailable(f"the audit log cannot be written ({self._full}); try again later")
+        if self._settings.on_full != "refuse":
+            return
+        why = self._full or ("it waits for its disk" if len(self._pending) >= MAX_REFUSED else "")
+        if why:
+            raise Unavailable(f"the audit log cannot be written ({why}); try again later")
 
     def add(self, record: dict[str, Any]) -> None:
-        """One line more, to be written soon."""
-        if len(self._pending) >= MAX_PENDING:
+        """One line more, to be written soon. What was refused leaves room for what was served."""
+        most = MAX_PENDING if record.get("ended") is not None else MAX_REFUSED
+        if len(self._pending) >= most:
             self._drop(1)
             return
         self._pending.append({"kind": "request", **record})

@@ -23,7 +23,8 @@ from crossdock.audit_replay import replay
 from crossdock.client import Client
 from crossdock.proto.errors import InvalidRequest, NotFound, Unavailable
 from crossdock.router.config import AuditSettings
-from crossdock.router.frontdoor.audit import AuditLog
+from crossdock.router.dispatch.request import Ended
+from crossdock.router.frontdoor.audit import MAX_PENDING, MAX_REFUSED, AuditLog
 from crossdock.router.frontdoor.audit_chain import find_request, in_order, verify
 
 SEED = b"s" * 32
@@ -210,6 +211,22 @@ async def test_a_full_disk(tmp_path: Path, monkeypatch: Any, caplog: Any, on_ful
         assert dropped == 3
         told = [json.loads(line) for line in log.path.open() if '"dropped"' in line]
         assert [line["count"] for line in told] == [3]
+
+
+async def test_a_disk_that_hangs_is_as_good_as_full(tmp_path: Path) -> None:
+    """What was refused meanwhile takes no room from what was served."""
+    log = AuditLog(AuditSettings(file=str(tmp_path / "log")), "g", SEED, CollectorRegistry())
+    log.check()
+    for i in range(MAX_PENDING):
+        log.add({"id": f"refused{i}", "ended": None})
+    with pytest.raises(Unavailable, match="waits for its disk"):
+        log.check()
+    log.add({"id": "served", "ended": Ended(None, 1.0, 1, [])})
+    await log._flush()
+    log.check()
+    await log.close()
+    ids = [line["id"] for line in requests_in(log.path)]
+    assert len(ids) == MAX_REFUSED and ids[-1] == "served"
 
 
 async def test_a_gateway_refuses_what_it_could_not_write_down(
