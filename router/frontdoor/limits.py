@@ -199,7 +199,9 @@ class Limiter:
     def _begin_period(self, account: Account) -> None:
         since = period_of(account.limits.budget_per, self._wall())
         if account.period != since:
-            account.period, account.spent = since, self._spent(account.name, since)
+            # Of all gateways, as the budget is: each goes on from its share of both.
+            account.spent = self._spent(account.name, since) / self._gateways
+            account.period = since
 
     def _account(self, principal: Principal) -> Account:
         account = self._accounts.get(principal.account)

@@ -182,6 +182,15 @@ def test_what_an_earlier_life_spent_counts() -> None:
     assert asked == [("key k", "2026-11-01")]
 
 
+def test_gateways_that_start_again_share_what_is_left() -> None:
+    """What all of them spent is not what each of them spent."""
+    price, who = Price(input=1e6), of(budget=100)
+    for limits in [limiter(Clock(), gateways=4, spent=lambda *_: 40.0) for _ in range(4)]:
+        limits.admit(who, Work(15, 1, 0), price)
+        with pytest.raises(BudgetSpent):
+            limits.admit(who, Work(1, 1, 0), price)
+
+
 def test_several_gateways_hold_their_shares() -> None:
     limits, who = limiter(Clock(), gateways=3), of(requests_per_minute=10)
     for _ in range(4):
