@@ -21,9 +21,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from crossdock.client import AsyncClient
 from crossdock.proto.errors import ConfigError, Forbidden, NotFound, Unauthenticated
-from crossdock.router.config import AuthSettings
+from crossdock.router.config import AuthSettings, JwtSettings
 from crossdock.router.frontdoor import keys as keyring
-from crossdock.router.frontdoor.bearer import parse_jwks
+from crossdock.router.frontdoor.bearer import parse_jwks, verify
 from crossdock.router.frontdoor.grpc_access import client_of
 
 CODE = grpc.StatusCode
@@ -297,6 +297,13 @@ async def test_a_signer_that_is_withdrawn(tiny_model: Path, tmp_path: Path) -> N
         next_one.jwks(file)
         assert await doors.answers(token, 401) < 1.0
         assert (await complete(doors.rig, next_one.token())).status == 200
+
+
+@pytest.mark.parametrize("token", ["a.b.c\udce9", "ä.b.c", "a.b.c\x80"])
+def test_a_token_that_is_not_ascii_is_refused(token: str) -> None:
+    """As any other that is none, and not by an error of the gateway's own."""
+    with pytest.raises(Unauthenticated, match="ASCII"):
+        verify(token, (), JwtSettings())
 
 
 def test_what_a_set_of_public_keys_may_hold() -> None:
