@@ -35,6 +35,12 @@ def workers_key(cluster_key: bytes) -> bytes:
     return hmac.digest(cluster_key, b"crossdock.workers.v1", "sha256")
 
 
+def gateways_key(cluster_key: bytes) -> bytes:
+    """What gateways' keys that workers have no part in are made of, 32 bytes: those of audit logs,
+    and of trying a gateway."""
+    return hmac.digest(cluster_key, b"crossdock.gateways.v1", "sha256")
+
+
 class Authority:
     """Signs for one cluster. `certificate` (PEM) is what its members trust; `controller` are the
     credentials of the controller itself."""

@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 
 from crossdock.deploy.applied import AppliedSpec, Change
-from crossdock.deploy.authority import Authority, workers_key
+from crossdock.deploy.authority import Authority, gateways_key, workers_key
 from crossdock.deploy.members import Watched, WatchSettings, certify
 from crossdock.deploy.reconcile import (
     MAX_BACKOFF_S,
@@ -72,7 +72,7 @@ class Controller:
         self._settings = settings or ControllerSettings()
         self.applied = AppliedSpec(store)
         self.authority = Authority(store.key(), self.spec.metadata.name)
-        self._key = workers_key(store.key())
+        self._key, self._gateways_key = workers_key(store.key()), gateways_key(store.key())
         self.members: list[Watched] = []
         self.decisions: deque[admin_pb2.Decision] = deque(maxlen=self._settings.decisions_kept)
         self.failure = ""  # of the last turn
@@ -201,7 +201,8 @@ class Controller:
 
     def _launch(self, action: Action) -> Launch:
         if action.pool == GATEWAY_POOL:
-            return gateway_launch(self.spec, action.name, action.slot, self._key)
+            keys = self._key, self._gateways_key
+            return gateway_launch(self.spec, action.name, action.slot, *keys)
         return worker_launch(self.spec, action.pool, action.name, self._key)
 
     def _drain_s(self, watched: Watched) -> float:
@@ -324,7 +325,7 @@ class Controller:
     async def _try_gateway(self, spec: ClusterSpec) -> None:
         """Starts and ends the first gateway of `spec`, without the ports that ours hold."""
         taken = frozenset[str]().union(*(m.holds for m in self.members))
-        launch = trial_launch(spec, taken, self._key)
+        launch = trial_launch(spec, taken, self._key, self._gateways_key)
         try:
             async with asyncio.timeout(self._settings.trial_s):
                 process = await self.runtime.launch(launch)

@@ -114,7 +114,10 @@ async def tend(controller: Controller, store: ClusterStore, address: str) -> Non
                 store.save(FILE, write(authority, address))
         except (OSError, CrossdockError) as error:
             log.warning("the operator's credential was not written: %s", error)
-        await asyncio.gather(*(member.renew() for member in controller.members))
+        renewals = [member.renew() for member in controller.members]
+        for failure in await asyncio.gather(*renewals, return_exceptions=True):
+            if isinstance(failure, Exception):  # whatever it is, the others' go on
+                log.error("a certificate was not renewed", exc_info=failure)
         await asyncio.sleep(min(LOOK_S, authority.member_life.total_seconds() / 10))
 
 

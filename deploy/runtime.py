@@ -120,9 +120,9 @@ class Runtime(Protocol):
         """What keeps a launch from being placed, empty when nothing known does."""
 
 
-def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes) -> Launch:
+def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes, own_key: bytes) -> Launch:
     """The first gateway of `spec`, on free ports in place of the addresses in `taken`."""
-    launch = gateway_launch(spec, TRIAL, 0, cluster_key)
+    launch = gateway_launch(spec, TRIAL, 0, cluster_key, own_key)
     assert launch.gateway is not None
     free: dict[str, Any] = {
         door: address.rpartition(":")[0] + ":0"
@@ -180,9 +180,11 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
     return Launch(name, pool_name, pool.role, revision, placement, traces, worker=config)
 
 
-def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes) -> Launch:
-    """How gateway `index` is started. It gets no more of the key than block hashes and
-    its own trial need."""
+def gateway_launch(
+    spec: ClusterSpec, name: str, index: int, cluster_key: bytes, own_key: bytes
+) -> Launch:
+    """How gateway `index` is started. It gets no more of the workers' `cluster_key` than block
+    hashes need, and of `own_key`, which they have no part in, what audit log and trial need."""
     grpc, http = spec.gateway_addresses(index)
     config = GatewayConfig(
         name=name,
@@ -192,11 +194,11 @@ def gateway_launch(spec: ClusterSpec, name: str, index: int, cluster_key: bytes)
         slo=spec.slo,
         auth=spec.auth,
         audit=replace(spec.audit, file="") if name == TRIAL else spec.audit,
-        audit_seed=signing_key(cluster_key),
+        audit_seed=signing_key(own_key),
         prices=dict(spec.prices),
         cluster="" if name == TRIAL else spec.metadata.name,
         gateways=spec.gateway.replicas,
-        probe_key=probe_key(cluster_key),
+        probe_key=probe_key(own_key),
         **given(spec.gateway.limits),
         http_options=spec.gateway.http_options,
         tls=spec.gateway.tls,

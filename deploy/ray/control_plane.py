@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from crossdock.deploy import credentials
-from crossdock.deploy.authority import workers_key
+from crossdock.deploy.authority import gateways_key
 from crossdock.deploy.ray.calls import CRASHES, get, kill_process
 from crossdock.deploy.ray.member import set_up_process
 from crossdock.deploy.ray.mirror import GcsMirror
@@ -99,7 +99,7 @@ class ControllerActor:
             self._started.set()
             return
         self._controller = controller
-        self._probe_key = probe_key(workers_key(store.key()))
+        self._probe_key = probe_key(gateways_key(store.key()))
         tending = credentials.tend(controller, store, self._address)
         self._tending = asyncio.get_running_loop().create_task(tending)
         self._started.set()

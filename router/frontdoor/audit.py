@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FLUSH_S = 0.2
 MAX_PENDING = 10_000  # lines that wait for a disk that takes nothing
+MAX_REFUSED = MAX_PENDING // 2  # where so many wait, none is kept of requests that were refused
 TAIL_BYTES = 1 << 16
 
 
@@ -62,12 +63,16 @@ class AuditLog:
 
     def check(self) -> None:
         """Raises Unavailable where requests are to be refused, since no line can be written."""
-        if self._full and self._settings.on_full == "refuse":
-            raise Unavailable(f"the audit log cannot be written ({self._full}); try again later")
+        if self._settings.on_full != "refuse":
+            return
+        why = self._full or ("it waits for its disk" if len(self._pending) >= MAX_REFUSED else "")
+        if why:
+            raise Unavailable(f"the audit log cannot be written ({why}); try again later")
 
     def add(self, record: dict[str, Any]) -> None:
-        """One line more, to be written soon."""
-        if len(self._pending) >= MAX_PENDING:
+        """One line more, to be written soon. What was refused leaves room for what was served."""
+        most = MAX_PENDING if record.get("ended") is not None else MAX_REFUSED
+        if len(self._pending) >= most:
             self._drop(1)
             return
         self._pending.append({"kind": "request", **record})
@@ -140,20 +145,23 @@ class _File:
         """Appends lines and a checkpoint; all of it, or nothing. Raises OSError."""
         before = self.chain.n, self.chain.prev
         size = os.fstat(self._fd).st_size
-        lines = [self.chain.line(_told(record, keep)) for record in records]
-        data = b"".join([*lines, self.chain.checkpoint(time.time())])
         try:
+            lines = [self.chain.line(_told(record, keep)) for record in records]
+            data = b"".join([*lines, self.chain.checkpoint(time.time())])
             view = memoryview(data)
             while view:
                 view = view[os.write(self._fd, view) :]
             os.fdatasync(self._fd)
             self._write_head()
-        except OSError:
+        except Exception:
             self.chain.n, self.chain.prev = before
             os.ftruncate(self._fd, size)
             raise
         if size + len(data) > self._most_bytes:
-            self._rotate()
+            try:
+                self._rotate()
+            except OSError as error:  # what was written is written: it goes on in this file
+                log.error("audit log %s: cannot be rotated: %s", self._path, error)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -206,9 +214,15 @@ class _File:
     def _rotate(self) -> None:
         taken = [int(p.suffix[1:]) for p in self._path.parent.glob(f"{self._path.name}.*")
                  if p.suffix[1:].isdigit()]  # fmt: skip
-        os.rename(self._path, f"{self._path}.{max(taken, default=0) + 1:06d}")
+        rotated = f"{self._path}.{max(taken, default=0) + 1:06d}"
+        os.rename(self._path, rotated)
+        try:
+            fresh = self._open()
+        except OSError:
+            os.rename(rotated, self._path)
+            raise
         os.close(self._fd)
-        self._fd = self._open()
+        self._fd = fresh
 
 
 def _told(record: dict[str, Any], keep: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from crossdock.proto.errors import Unauthenticated
-from crossdock.router.config import AuthSettings
+from crossdock.router.config import AuthSettings, KeyLimits
 from crossdock.router.frontdoor.bearer import parse_jwks, verify
 from crossdock.router.frontdoor.keys import PREFIX, parse_keys
 from crossdock.router.frontdoor.principal import Principal
@@ -24,7 +24,14 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.25  # a revoked key is refused within this, and the time of one read
 KEPT_TOKENS = 4096  # verified bearer tokens that are not verified again
-PROBE = Principal("crossdock", "probe", account="probe")  # `up`, which tries what it has started
+# `up`, which tries what it has started with a few tokens, and at a door whose certificate it takes
+# as it is: the key is good for no more than that.
+PROBE = Principal(
+    "crossdock",
+    "probe",
+    account="probe",
+    limits=KeyLimits(max_context_tokens=8, max_concurrent=4, requests_per_minute=600),
+)
 
 HELP = "send it as `Authorization: Bearer KEY`"
 

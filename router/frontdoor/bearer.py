@@ -73,6 +73,8 @@ def verify(token: str, signers: tuple[Signer, ...], settings: JwtSettings) -> Pr
     """Whom a token names, until it expires. Raises Unauthenticated, which says why."""
     if len(token) > MAX_TOKEN_CHARACTERS:
         raise Unauthenticated("the bearer token is too long")
+    if not token.isascii():
+        raise Unauthenticated("the bearer token is not valid: it is not ASCII")
     try:
         kid = jwt.get_unverified_header(token).get("kid")
         fitting = [signer for signer in signers if kid is None or signer.kid == kid]

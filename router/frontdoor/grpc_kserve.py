@@ -231,11 +231,13 @@ class KServeService:
 async def _first(answer: Coroutine[Any, Any, Any], serving: asyncio.Task[None]) -> Any:
     """The next answer, or what ended `serving` before there was one."""
     getting = asyncio.ensure_future(answer)
-    await asyncio.wait({getting, serving}, return_when=asyncio.FIRST_COMPLETED)
-    if not getting.done() and serving.exception() is not None:
-        getting.cancel()
-        await serving
-    return await getting
+    try:
+        await asyncio.wait({getting, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done() and serving.exception() is not None:
+            await serving
+        return await getting
+    finally:
+        getting.cancel()  # where the client is gone
 
 
 def _failed(request: Any, error: CrossdockError) -> pb.ModelStreamInferResponse:

@@ -11,6 +11,7 @@ import hmac
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,16 +117,31 @@ def _changing(path: Path, missing_ok: bool = False) -> Iterator[list[dict[str, A
     yield entries
     text = _HEAD + yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
     parse_keys(text.encode())
-    number, made = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    target = path.resolve()
+    number, made = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(number, "w", encoding="utf-8") as file:  # mkstemp: for the owner alone
+            _as_before(target, number)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(made, path.resolve())
+        os.replace(made, target)
     except BaseException:
         Path(made).unlink(missing_ok=True)
         raise
+
+
+def _as_before(path: Path, descriptor: int) -> None:
+    """Gives a new file the owner and mode of the one at `path`, if that is there: a gateway of
+    another user than who changes it is to read it again."""
+    try:
+        about = os.stat(path)
+    except FileNotFoundError:
+        return
+    made = os.fstat(descriptor)
+    if (made.st_uid, made.st_gid) != (about.st_uid, about.st_gid):
+        os.fchown(descriptor, about.st_uid, about.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(about.st_mode))
 
 
 def _data(path: Path) -> bytes:

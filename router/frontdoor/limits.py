@@ -7,12 +7,13 @@ and corrected when it ends; what came out longer than expected is owed. So is co
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from crossdock.proto.errors import BudgetSpent, InvalidRequest, RateLimited
+from crossdock.proto.errors import BudgetSpent, InvalidRequest, RateLimited, Unavailable
 from crossdock.router.config import KeyLimits, Price
 from crossdock.router.frontdoor.principal import Principal
 from crossdock.router.frontdoor.windows import Window
@@ -100,8 +101,9 @@ class Limiter:
         account.requests.add(now, 1)
 
     def admit(self, principal: Principal, work: Work, price: Price) -> Grant:
-        """Sets aside what a request may use. Raises RateLimited or BudgetSpent, or InvalidRequest
-        where it is more than the whole limit; then nothing is set aside."""
+        """Sets aside what a request may use. Raises RateLimited or BudgetSpent, InvalidRequest
+        where it is more than the whole limit, or Unavailable where a budget needs what was spent
+        and that cannot be read; then nothing is set aside."""
         account, now = self._account(principal), self._clock()
         each = min(work.max_tokens, account.expected) if work.open_ended else work.max_tokens
         tokens = work.prompt_tokens + work.sequences * each
@@ -124,7 +126,9 @@ class Limiter:
         account.tokens.correct(grant.at, self._clock(), prompt + generated - grant.tokens)
         account.reserved -= grant.cost
         cost = grant.price.cost(prompt, cached, generated)
-        self._begin_period(account)
+        if account.limits.budget:
+            with contextlib.suppress(Unavailable):  # it is read again when the account asks next
+                self._begin_period(account)
         account.spent += cost
         if generated:
             newest = generated / grant.sequences
@@ -199,7 +203,9 @@ class Limiter:
     def _begin_period(self, account: Account) -> None:
         since = period_of(account.limits.budget_per, self._wall())
         if account.period != since:
-            account.period, account.spent = since, self._spent(account.name, since)
+            # Of all gateways, as the budget is: each goes on from its share of both.
+            account.spent = self._spent(account.name, since) / self._gateways
+            account.period = since
 
     def _account(self, principal: Principal) -> Account:
         account = self._accounts.get(principal.account)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
+from crossdock.proto.errors import Unavailable
 from crossdock.router.dispatch.request import Ended
 from crossdock.router.frontdoor.limits import period_of
 from crossdock.router.frontdoor.principal import Principal
@@ -102,13 +103,17 @@ class Usage:
             self._new.setdefault(row, Amounts()).__iadd__(amounts)
 
     def spent(self, account: str, since: str) -> float:
-        """Cost of an account since a day, ISO; 0 where nothing is kept."""
+        """Cost of an account since a day, ISO; 0 where nothing is kept. Raises Unavailable."""
         mine = sum(new.cost for row, new in self._new.items() if row[2] == account)
         if self._file is None:
             return mine
-        with _open(self._file) as base:
-            text = "SELECT coalesce(sum(cost), 0) FROM usage WHERE account = ? AND day >= ?"
-            found = base.execute(text, (account, since)).fetchone()
+        text = "SELECT coalesce(sum(cost), 0) FROM usage WHERE account = ? AND day >= ?"
+        try:
+            with _open(self._file) as base:
+                found = base.execute(text, (account, since)).fetchone()
+        except (sqlite3.Error, OSError) as error:
+            log.error("%s: what %s has spent cannot be read: %s", self._file, account, error)
+            raise Unavailable("what was spent cannot be read; try again later") from None
         return float(found[0]) + mine
 
     async def keep(self) -> None:
@@ -124,7 +129,7 @@ class Usage:
         new, self._new = self._new, {}
         try:
             await asyncio.to_thread(add_rows, self._file, new)
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # of the disk mostly; none of them ends the keeping in silence
             log.error("%s: usage could not be added, and is kept: %s", self._file, error)
             for row, amounts in new.items():
                 self._new.setdefault(row, Amounts()).__iadd__(amounts)

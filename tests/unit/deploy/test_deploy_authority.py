@@ -27,8 +27,11 @@ from crossdock.deploy.authority import (
 from crossdock.deploy.runtime import StartFailed, gateway_launch, worker_launch
 from crossdock.proto.channels import open_channel
 from crossdock.proto.errors import ConfigError, CrossdockError, Unavailable
+from crossdock.proto.hashing import hash_key
 from crossdock.proto.identity import Credentials, Peer
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
+from crossdock.router.config import probe_key
+from crossdock.router.frontdoor.audit_chain import signing_key
 
 KEY = bytes(range(32))
 AUTHORITY = Authority(KEY, "c")
@@ -77,13 +80,25 @@ def twice():
 def test_workers_and_gateways_get_no_key_that_signs_certificates(cluster, controller, store):
     keys = [
         worker_launch(controller.spec, "decode", "d-0", controller._key).worker.cluster_key,
-        gateway_launch(controller.spec, "g-0", 0, controller._key).gateway.hash_key,
+        gateway_launch(
+            controller.spec, "g-0", 0, controller._key, controller._gateways_key
+        ).gateway.hash_key,
     ]
     assert store.key() not in keys and keys[0] == workers_key(store.key())
     own = x509.load_pem_x509_certificate(controller.authority.certificate).public_key()
     for key in keys:
         theirs = x509.load_pem_x509_certificate(Authority(key, "test").certificate)
         assert theirs.public_key() != own
+
+
+def test_what_workers_have_leads_to_no_key_of_gateways_alone(cluster, controller):
+    """One that was taken over signs no audit log, and tries no gateway."""
+    keys = controller._key, controller._gateways_key
+    theirs = worker_launch(controller.spec, "decode", "d-0", keys[0]).worker.cluster_key
+    gateway = gateway_launch(controller.spec, "g-0", 0, *keys).gateway
+    assert gateway.hash_key == hash_key(theirs), "that is known to both"
+    assert gateway.audit_seed != signing_key(theirs)
+    assert gateway.probe_key != probe_key(theirs)
 
 
 def test_a_request_says_nothing_but_key_and_incarnation():

@@ -159,7 +159,7 @@ async def test_a_trial_that_outlived_its_controller_ends(cluster, store):
     async with running(cluster, store) as first:
         assert await first.wait_converged(5)
         taken = frozenset(first.spec.gateway_addresses(0))
-        tried = await cluster.launch(trial_launch(first.spec, taken, bytes(32)))
+        tried = await cluster.launch(trial_launch(first.spec, taken, bytes(32), bytes(32)))
     async with running(cluster, store) as second:
         assert await second.wait_converged(5)
         assert not tried.alive and len(cluster.alive("gateway")) == 1

@@ -83,7 +83,7 @@ async def watched_gateway(clock: Clock, answers) -> tuple[Watched, list[object]]
             done.append((grace_s, watched.state, clock.now))
             gone.set_result("its process died (SIGKILL)")
 
-    launch = gateway_launch(SPEC, "gateway-0", 0, bytes(32))
+    launch = gateway_launch(SPEC, "gateway-0", 0, bytes(32), bytes(32))
     watched = Watched(launch, Process(), lambda: None, WatchSettings(), NO_AUTHORITY)
     async with asyncio.timeout(10):
         while watched.state is not State.LOST:

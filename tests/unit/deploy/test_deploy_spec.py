@@ -273,7 +273,7 @@ def test_launches_carry_what_the_spec_says():
     assert launch.placement.labels == {"zone": "east"}
     assert launch.placement.custom == {"rack-a": 1.0}
     assert launch.revision == launch.worker.revision == spec.pool_revision("prefill")
-    gateway = gateway_launch(spec, "gateway-1", 1, b"k" * 32)
+    gateway = gateway_launch(spec, "gateway-1", 1, b"k" * 32, b"g" * 32)
     assert gateway.gateway.hash_key == hash_key(b"k" * 32)
     assert "hash_key" not in repr(gateway) and "cluster_key" not in repr(launch)
     assert gateway.gateway.grpc == "127.0.0.1:50052" and gateway.placement.on_head
@@ -356,7 +356,7 @@ def test_who_may_use_it(tmp_path: Path) -> None:
     spec = ClusterSpec.load(path)
     assert spec.auth.keys == str(tmp_path / "keys.yaml")
     assert spec.auth.jwt.jwks == "/etc/jwks"
-    config = gateway_launch(spec, "gateway-1", 1, b"k" * 32).gateway
+    config = gateway_launch(spec, "gateway-1", 1, b"k" * 32, b"g" * 32).gateway
     assert config is not None
     assert pickle.loads(pickle.dumps(config)).prices["tiny"].output == 2
     assert (config.gateways, config.auth) == (2, spec.auth)

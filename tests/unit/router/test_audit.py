@@ -23,7 +23,8 @@ from crossdock.audit_replay import replay
 from crossdock.client import Client
 from crossdock.proto.errors import InvalidRequest, NotFound, Unavailable
 from crossdock.router.config import AuditSettings
-from crossdock.router.frontdoor.audit import AuditLog
+from crossdock.router.dispatch.request import Ended
+from crossdock.router.frontdoor.audit import MAX_PENDING, MAX_REFUSED, AuditLog
 from crossdock.router.frontdoor.audit_chain import find_request, in_order, verify
 
 SEED = b"s" * 32
@@ -119,6 +120,32 @@ async def test_rotated_files_are_one_chain(tmp_path: Path) -> None:
     assert not verify(files[2:], partial=True).wrong, "the oldest were deleted"
 
 
+async def test_a_rotation_that_fails_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    settings = AuditSettings(file=str(tmp_path / "log"), rotate_mb=0.001)
+    log = AuditLog(settings, "g", SEED, CollectorRegistry())
+    real = os.open
+
+    def none_left(path: Any, *more: Any, **named: Any) -> int:
+        if path == log.path:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", none_left)
+        for i in range(20):
+            log.add({"id": f"r{i}"})
+            await log._flush()
+        log.check()
+    log.add({"id": "r20"})
+    await log._flush()
+    await log.close()
+    files = in_order([log.path])
+    assert len(files) == 2 and not verify(files).wrong
+    assert [line["id"] for line in requests_in(log.path)] == [f"r{i}" for i in range(21)]
+
+
 async def test_a_line_that_a_crash_left_unfinished_is_taken_off(tmp_path: Path) -> None:
     file = await make(tmp_path, 5)
     with file.open("ab") as opened:
@@ -184,6 +211,22 @@ async def test_a_full_disk(tmp_path: Path, monkeypatch: Any, caplog: Any, on_ful
         assert dropped == 3
         told = [json.loads(line) for line in log.path.open() if '"dropped"' in line]
         assert [line["count"] for line in told] == [3]
+
+
+async def test_a_disk_that_hangs_is_as_good_as_full(tmp_path: Path) -> None:
+    """What was refused meanwhile takes no room from what was served."""
+    log = AuditLog(AuditSettings(file=str(tmp_path / "log")), "g", SEED, CollectorRegistry())
+    log.check()
+    for i in range(MAX_PENDING):
+        log.add({"id": f"refused{i}", "ended": None})
+    with pytest.raises(Unavailable, match="waits for its disk"):
+        log.check()
+    log.add({"id": "served", "ended": Ended(None, 1.0, 1, [])})
+    await log._flush()
+    log.check()
+    await log.close()
+    ids = [line["id"] for line in requests_in(log.path)]
+    assert len(ids) == MAX_REFUSED and ids[-1] == "served"
 
 
 async def test_a_gateway_refuses_what_it_could_not_write_down(

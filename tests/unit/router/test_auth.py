@@ -21,9 +21,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from crossdock.client import AsyncClient
 from crossdock.proto.errors import ConfigError, Forbidden, NotFound, Unauthenticated
-from crossdock.router.config import AuthSettings
+from crossdock.router.config import AuthSettings, JwtSettings
 from crossdock.router.frontdoor import keys as keyring
-from crossdock.router.frontdoor.bearer import parse_jwks
+from crossdock.router.frontdoor.bearer import parse_jwks, verify
 from crossdock.router.frontdoor.grpc_access import client_of
 
 CODE = grpc.StatusCode
@@ -299,6 +299,13 @@ async def test_a_signer_that_is_withdrawn(tiny_model: Path, tmp_path: Path) -> N
         assert (await complete(doors.rig, next_one.token())).status == 200
 
 
+@pytest.mark.parametrize("token", ["a.b.c\udce9", "ä.b.c", "a.b.c\x80"])
+def test_a_token_that_is_not_ascii_is_refused(token: str) -> None:
+    """As any other that is none, and not by an error of the gateway's own."""
+    with pytest.raises(Unauthenticated, match="ASCII"):
+        verify(token, (), JwtSettings())
+
+
 def test_what_a_set_of_public_keys_may_hold() -> None:
     good = Issuer().public
     assert len(parse_jwks(json.dumps({"keys": [good, {"kty": "oct", "k": "AA"}]}).encode())) == 1
@@ -311,6 +318,18 @@ def test_what_a_set_of_public_keys_may_hold() -> None:
 
 
 # -- the file of keys ------------------------------------------------------------------------------
+
+
+def test_a_changed_file_keeps_its_mode_and_its_link(tmp_path: Path) -> None:
+    """Else root, who revokes a key, takes the file from the gateway's user."""
+    (tmp_path / "there").mkdir()
+    file, link = tmp_path / "there" / "keys.yaml", tmp_path / "keys.yaml"
+    link.symlink_to(file)
+    key = keyring.add_key(link, {"tenant": "a"})
+    file.chmod(0o640)
+    keyring.revoke_key(link, key.split("-")[1])
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert link.is_symlink() and not keyring.list_keys(file)
 
 
 def test_the_file_holds_hashes_and_is_private(tmp_path: Path) -> None:

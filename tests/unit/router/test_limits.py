@@ -13,11 +13,13 @@ import grpc
 import pytest
 from access_kit import Answer, Doors, bearer, call, complete, generate, start_doors
 from gateway_rig import until
+from prometheus_client import CollectorRegistry
 
-from crossdock.proto.errors import BudgetSpent, InvalidRequest, RateLimited
+from crossdock.proto.errors import BudgetSpent, InvalidRequest, RateLimited, Unavailable
 from crossdock.router.config import KeyLimits, Price
 from crossdock.router.frontdoor.limits import Limiter, Work, duration, period_of
 from crossdock.router.frontdoor.principal import Principal
+from crossdock.router.frontdoor.usage import Usage
 from crossdock.router.frontdoor.windows import Window
 
 NOON = 1_795_348_800.0  # 2026-11-22, 12:00 UTC
@@ -180,6 +182,27 @@ def test_what_an_earlier_life_spent_counts() -> None:
     with pytest.raises(BudgetSpent):
         limits.admit(of(budget=100), Work(10, 1, 0), Price(input=1e6))
     assert asked == [("key k", "2026-11-01")]
+
+
+def test_gateways_that_start_again_share_what_is_left() -> None:
+    """What all of them spent is not what each of them spent."""
+    price, who = Price(input=1e6), of(budget=100)
+    for limits in [limiter(Clock(), gateways=4, spent=lambda *_: 40.0) for _ in range(4)]:
+        limits.admit(who, Work(15, 1, 0), price)
+        with pytest.raises(BudgetSpent):
+            limits.admit(who, Work(1, 1, 0), price)
+
+
+def test_a_database_that_cannot_be_read_refuses_budgets_alone(tmp_path: Path) -> None:
+    """What ends meanwhile is accounted for all the same."""
+    (tmp_path / "usage.db").write_bytes(b"no database " * 500)
+    usage = Usage(tmp_path / "usage.db", "m", CollectorRegistry())
+    limits, price = limiter(Clock(), spent=usage.spent), Price(input=1e6)
+    free, bound = of(max_concurrent=1), of(budget=100)
+    with pytest.raises(Unavailable, match="cannot be read"):
+        limits.admit(bound, Work(1, 1, 0), price)
+    for _ in range(2):
+        assert limits.settle(limits.admit(free, Work(3, 1, 0), price), 3, 0, 0) == 3
 
 
 def test_several_gateways_hold_their_shares() -> None:
