@@ -55,7 +55,8 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """The text that these tokens settle. After a stop string everything is dropped."""
-        if self._settled and len(token_ids) == 1:  # the most of what is ever pushed
+        if self._settled and len(token_ids) == 1 and token_ids[0] not in self._shown:
+            # The most of what is ever pushed.
             raw = self._pieces.of(token_ids[0], self._skip_special)
             if raw.isascii():
                 return TextDelta(raw.decode("ascii"), None, 1)

@@ -23,6 +23,7 @@ from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_access import say_limits
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
 from crossdock.router.frontdoor.openai_schemas import DEFAULT_COMPLETION_TOKENS, sampling_of
+from crossdock.router.frontdoor.structured import grammar_of
 from crossdock.router.frontdoor.validate import check_prompts
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,8 @@ class KServeService:
                 arrival = replace(arrival, deadline=deadline)
             n, sampling = ask.n, sampling_of(ask.body, frontend.draw_seed())
             frontend.validator.check_request("", n, sampling)
+            if (asked := grammar_of(ask.body)) is not None:
+                sampling = await frontend.with_grammar(sampling, *asked)
             check_prompts(ask.field, len(ask.prompts))
             prompts = [
                 await frontend.encode(ask.field, each) if isinstance(each, str) else each
@@ -215,7 +218,7 @@ class KServeService:
             arrival,
             request_id=message.id,
             tenant=_tenant(context),
-            priority=ask.priority,
+            priority=ask.priority or ask.body.priority or 0,
             cache_salt=ask.body.cache_salt or "",
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         )

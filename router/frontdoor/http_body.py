@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from aiohttp import StreamReader, web
 
@@ -34,7 +34,8 @@ class Reading:
         """Ends the wait for its bytes."""
         self.crowded_out = True
         if self.timeout is not None:
-            self.timeout.reschedule(0.0)
+            with contextlib.suppress(RuntimeError):  # it is late anyway
+                self.timeout.reschedule(0.0)
 
 
 class Bodies:
@@ -47,7 +48,7 @@ class Bodies:
         self._waiting: dict[Reading, None] = {}  # oldest first
         self.held = 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def reading(self) -> Iterator[Reading]:
         """Around the reading and parsing of one body: what it holds is counted until the end."""
         one = Reading()
@@ -84,6 +85,8 @@ class Bodies:
         try:
             async with asyncio.timeout(None) as one.timeout:
                 while not content.at_eof():
+                    if one.crowded_out:  # not while it waited: more of it had come
+                        raise TimeoutError
                     one.timeout.reschedule(min(last, loop.time() + STALL_S))
                     if part := await content.readany():
                         parts.append(part)

@@ -24,6 +24,7 @@ Around = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 HEAD_S = 10.0  # from connecting to the end of the first request's head
 IDLE_S = 75.0  # from an answer to the end of the next head; proxies commonly keep theirs for 60
 WRITE_S = 30.0  # for a client to make room for more of its answer
+LEAST_READ = 1 << 15  # bytes that it reads of a longer answer meanwhile
 LINGER_S = 2.0  # for the rest of a body that was refused
 READ_BYTES = 1 << 16  # of a body that nobody takes, about
 SEND_BYTES = 1 << 18  # of answers on their way that the kernel holds for a connection, about
@@ -62,7 +63,7 @@ class Connection(web.RequestHandler):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._timer = self._loop.call_later(WRITE_S, self._abort)
+        self._wait_for_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -109,10 +110,21 @@ class Connection(web.RequestHandler):
             return
         self._probing = self._loop.call_later(wait_s, self._probe, min(2 * wait_s, _PROBE_S[1]))
 
-    def _abort(self) -> None:
-        log.info("%s reads no answer: closed", _peer(self))
+    def _wait_for_reader(self) -> None:
         if self.transport is not None:
-            self.transport.abort()
+            unsent = self.transport.get_write_buffer_size()
+            self._timer = self._loop.call_later(WRITE_S, self._give_up, unsent)
+
+    def _give_up(self, unsent: int) -> None:
+        """Unless the client has read some of what was unsent: a large answer takes its time."""
+        transport = self.transport
+        if transport is None:
+            return
+        if transport.get_write_buffer_size() <= unsent - LEAST_READ:
+            self._wait_for_reader()
+            return
+        log.info("%s reads no answer: closed", _peer(self))
+        transport.abort()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

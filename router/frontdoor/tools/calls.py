@@ -63,10 +63,8 @@ class CallReader:
         while self._at < len(self.text) and not self.done and not self.failed:
             self._take(self.text[self._at])
             self._at += 1
-        if self.failed:
-            return [], ""
         rest, self.text = self.text[self._at :], self.text[: self._at]
-        return self._news(), rest
+        return ([] if self.failed else self._news()), rest
 
     def _news(self) -> list[Event]:
         events: list[Event] = []

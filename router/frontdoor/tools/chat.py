@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from crossdock.model.text import TextModel
@@ -9,7 +10,7 @@ from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import Grammar
 from crossdock.router.frontdoor.openai_schemas import ChatBody, Message, TokenizeBody
 from crossdock.router.frontdoor.structured import StructuredFields, grammar_of
-from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of
+from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of, check_json
 from crossdock.router.frontdoor.tools.formats import NONE, ToolFormat
 from crossdock.router.frontdoor.tools.offer import Offer, offer_of
 
@@ -46,6 +47,7 @@ def conversation_of(body: ChatBody | TokenizeBody, offer: Offer) -> Conversation
     if continues and prompts:
         limit = "must be false where continue_final_message is true"
         raise InvalidRequest("add_generation_prompt", True, limit)
+    check_json("messages.tool_calls", _arguments(body.messages or ()))
     effort: dict[str, Any] = {}
     if isinstance(body, ChatBody) and body.reasoning_effort is not None:
         effort["reasoning_effort"] = body.reasoning_effort
@@ -56,6 +58,15 @@ def conversation_of(body: ChatBody | TokenizeBody, offer: Offer) -> Conversation
         prompts,
         continues,
     )
+
+
+def _arguments(messages: Sequence[Message]) -> Iterator[str]:
+    """Those that are texts, as they should be."""
+    for message in messages:
+        for call in message.tool_calls if isinstance(message.tool_calls, list) else ():
+            function = call.get("function") if isinstance(call, Mapping) else None
+            if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+                yield function["arguments"]
 
 
 def _plain(where: str, message: Message) -> dict[str, Any]:

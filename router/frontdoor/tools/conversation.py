@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from crossdock.model.text import TextModel
 from crossdock.proto.errors import InvalidRequest
 from crossdock.router.frontdoor.tools.formats import ToolFormat
 from crossdock.router.frontdoor.tools.offer import Offer
+
+MAX_MARKS = 131_072  # in JSON that comes within texts: as many values at the most
 
 _INTRODUCTION = """\
 You may call functions. Their signatures:
@@ -46,6 +48,15 @@ class Conversation:
             "continue_final_message": self.continue_final_message,
         }
         return messages, self.add_generation_prompt, more
+
+
+def check_json(field: str, texts: Iterable[str]) -> None:
+    """Bounds what JSON that comes within texts is made objects of, which nothing else does. Raises
+    InvalidRequest."""
+    found = sum(text.count(mark) for text in texts for mark in "{[,")
+    if found > MAX_MARKS:
+        limit = f"at most {MAX_MARKS} of {{, [ and , in all of a request's"
+        raise InvalidRequest(field, f"{found} of {{, [ and ,", limit)
 
 
 def calls_of(where: str, given: Any) -> list[dict[str, Any]]:

@@ -7,11 +7,13 @@ from typing import Any
 
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
-from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of
+from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of, check_json
 
 
 def conversation_of_pb(chat: pb.Chat) -> Conversation:
     """What the template is given. Raises InvalidRequest."""
+    arguments = [call.arguments for message in chat.messages for call in message.tool_calls]
+    check_json("chat", [*arguments, chat.template_kwargs])
     options: Any = {}
     if chat.template_kwargs:
         try:

@@ -44,7 +44,7 @@ class MarkedParser:
         """See Parser.finish. A call that was begun and cut short stays as it is."""
         reader, self._reader = self._reader, None
         if reader is not None:
-            held = reader.text if reader.name is None or reader.failed else ""
+            held = "" if self._has_begun(reader) else reader.text
         else:
             held = "" if self._inside else self._held
         self._held = ""

@@ -153,6 +153,15 @@ def test_special_tokens_are_skipped_or_shown():
     assert shown.push([97, 256, 98]).text == "a<eos>b"
 
 
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_special_tokens_that_are_shown_have_text_wherever_they_come(step: int):
+    detokenizer = IncrementalDetokenizer(Letters())
+    detokenizer.show(frozenset({256}))
+    ids = [256, 97, 256, 98, 256]
+    cut = [ids[at : at + step] for at in range(0, len(ids), step)]
+    assert "".join(detokenizer.push(part).text for part in cut) == "<eos>a<eos>b<eos>"
+
+
 def test_a_character_that_the_prompt_began_is_finished():
     raw = list("🙂".encode())
     assert IncrementalDetokenizer(Letters(), [97, *raw[:2]]).push([*raw[2:], 98]).text == "🙂b"

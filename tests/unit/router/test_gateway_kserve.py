@@ -109,6 +109,14 @@ async def test_texts_in_and_out(client: Any, model: str, text: Any) -> None:
     assert [f[:2] for f in found] == [e[:2] for e in expected]
 
 
+async def test_a_form_of_the_answer(rig: Rig, client: Any, model: str) -> None:
+    given = [text_input("hello"), sampling(max_tokens=2, guided_choice=["a", "b"])]
+    await client.infer(model, given)
+    assert rig.prefills[0].prefills[-1].sequence.sampling.grammar.text == '["a", "b"]'
+    error = await refused(client.infer(model, given[:1], parameters={"guided_regex": "(a"}))
+    assert error.status() == "StatusCode.INVALID_ARGUMENT" and "guided_regex" in error.message()
+
+
 async def test_the_prompt_before_its_answer(client: Any, model: str) -> None:
     whole = tensor("exclude_input_in_output", "BOOL", np.array([False]))
     parameters = sampling(max_tokens=2, seed=3)

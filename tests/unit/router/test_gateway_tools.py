@@ -130,6 +130,9 @@ REFUSED = [
      "messages[0].tool_call_id"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
      "messages[0].tool_calls[0]"),
+    ({"messages": [{"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": "[" + "{}," * 70_000 + "{}]"}}]}]},
+     "messages.tool_calls"),
     ({"add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt"),
     ({"tool_choice": "required", "tools": [{"type": "function", "function": {
         "name": "x", "strict": True, "parameters": {"not": {}}}}]}, "tools"),

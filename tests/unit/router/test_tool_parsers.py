@@ -60,6 +60,10 @@ CASES = [
     (HERMES, '<tool_call>\n{"name": "time", "arguments": {"a', "", [("time", '{"a')]),
     (HERMES, '<tool_call>{"x": 1}</tool_call>', '<tool_call>{"x": 1}</tool_call>', []),
     (HERMES, "<tool_call>no call</tool_call>", "<tool_call>no call</tool_call>", []),
+    (HERMES, f'<tool_call>{{"name": "time", "arguments": 1, "arguments": ""}}</tool_call>\n'
+     f"<tool_call>{ONE}</tool_call>",
+     '<tool_call>{"name": "time", "arguments": 1, "arguments": ""}</tool_call>', [WEATHER]),
+    (HERMES, 'So: <tool_call>{"name": "time"', 'So:<tool_call>{"name": "time"', []),
     (HERMES, '{"name": "weather"}', '{"name": "weather"}', []),
     (MISTRAL, f"[TOOL_CALLS][{ONE}, {TWO}]", "", [WEATHER, ("time", "{}")]),
     (MISTRAL, f"[TOOL_CALLS] [{ONE}]", "", [WEATHER]),
