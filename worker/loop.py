@@ -178,7 +178,8 @@ class EngineLoop:
         if isinstance(outcome, Failure):
             self._step_failed(plan, outcome)
             return
-        self._role.observe_step(plan, clock() - started)
+        if all(drawn or not chunk.sample for chunk, drawn in zip(plan.chunks, outcome)):
+            self._role.observe_step(plan, clock() - started)  # else it waited for a grammar
         self._role.apply(plan, outcome)
 
     def _try(self, plan: StepPlan) -> list[list[SampledToken]] | Failure:

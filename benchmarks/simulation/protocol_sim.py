@@ -77,7 +77,8 @@ class Simulation:
         self.paused: dict[Worker, None] = {}
         self.counter = 0
         self.fine = self.rng.random() < 0.5  # small steps, and more of them
-        self.tight = self.rng.random() < 0.3  # long answers, and little room for them
+        # Long answers, little room for them, and gateways that send all the same.
+        self.tight = self.rng.random() < 0.3
         self.touched: dict[Worker, None] = {}
         roles = [Role.PREFILL] * self.rng.choice([1, 2])
         roles += [Role.DECODE] * self.rng.choice([1, 2])
@@ -183,7 +184,7 @@ class Simulation:
         state = worker.role.state
         worker.transport.pool = state.pool
         self.network.homes[state.incarnation] = state.address
-        worker.host = Host(worker, self.calls, self._see)
+        worker.host = Host(worker, self.calls, self._see, not self.tight)
         worker.loop = StrictLoop(worker.role, worker.runner, lambda turn: self._made(worker, turn))
         worker.transport.set_wakeup(worker.loop.wake)
         self._watch(worker)

@@ -156,7 +156,10 @@ class Host:
     vocab_size = VOCAB
     hasher = HASHER
 
-    def __init__(self, worker: Worker, calls: Calls, see: Callable[[str], None]) -> None:
+    def __init__(
+        self, worker: Worker, calls: Calls, see: Callable[[str], None], says_room: bool
+    ) -> None:
+        """`says_room`: gateways learn how much it takes at once, and keep the rest back."""
         state = worker.role.state
         self.worker, self.see = worker, see
         self.alive = True
@@ -168,8 +171,8 @@ class Host:
             layout=worker_pb2.KVLayout(block_size=state.config.block_size),
             layout_hash=state.layout_hash,
             context_length=CONTEXT,
-            max_batch=state.config.max_batch,
-            chunk_tokens=state.config.chunk_tokens,
+            max_batch=state.config.max_batch if says_room else 0,
+            chunk_tokens=state.config.chunk_tokens if says_room else 0,
             num_blocks=state.memory.num_blocks,
             block_bytes=state.memory.block_bytes,
             transport_info=worker.transport.info(),

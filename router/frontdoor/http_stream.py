@@ -68,5 +68,10 @@ async def send_events(
         await response.write_eof(answer.last_events())
     except CrossdockError as error:
         await response.write(error_event(error))
-    except ConnectionResetError:
+    except ConnectionError:
         log.debug("%s: the client went away", answer.request_id)
+    except Exception:  # the head is out: an answer of its own would be read as part of this one
+        log.exception("%s: an event could not be made", answer.request_id)
+        await response.write(
+            error_event(CrossdockError("internal error; the gateway's log has it"))
+        )

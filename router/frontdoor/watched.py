@@ -41,7 +41,7 @@ class WatchedFile(Generic[T]):
             return None
         self._seen = found
         try:
-            self.value = self._read(self.path.read_bytes())
+            self.value = self._read(self._whole())
         except (OSError, ConfigError) as error:
             self.stale = True
             log.error("%s: %s; what it said before stays in force", self.path, error)
@@ -49,6 +49,13 @@ class WatchedFile(Generic[T]):
         self.stale = False
         log.info("%s: read again", self.path)
         return True
+
+    def _whole(self) -> bytes:
+        """Raises ConfigError for an empty file: it is about to be written."""
+        data = self.path.read_bytes()
+        if not data.strip():
+            raise ConfigError("file", "is empty")
+        return data
 
     def _signature(self) -> Signature:
         try:
