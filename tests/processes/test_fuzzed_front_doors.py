@@ -20,9 +20,7 @@ from served_rig import ServedRig
 pytestmark = pytest.mark.slow
 
 HTTP_CASES, GRPC_CASES, EXAMPLES = 12_000, 8_000, 40
-HELD_S = (
-    0.15  # of the loop thread's CPU at a stretch; the aim is 0.05, and a slow machine takes thrice
-)
+HELD_S = 0.15  # of the loop thread's CPU at a stretch; the aim is 0.05, on a quiet machine
 CHECKS = [
     checks.not_a_server_error,
     openapi_checks.status_code_conformance,
