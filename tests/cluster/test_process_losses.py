@@ -132,7 +132,7 @@ def test_a_cluster_behind_a_proxy_serves(own_spec):
 
 def test_ready_means_that_tokens_came_out(own_spec, monkeypatch):
     """Workers that are connected and compute nothing are no cluster that serves."""
-    monkeypatch.setattr("crossdock.deploy.up.FIRST_TOKENS_S", 3.0, raising=False)
+    monkeypatch.setattr("crossdock.deploy.first_request.FIRST_TOKENS_S", 3.0)
     said: list[str] = []
     cluster = Cluster(own_spec, echo=said.append)
     announce, status = cluster._await_ready, cluster.status
