@@ -7,6 +7,7 @@ from crossdock.proto.types import Role
 from crossdock.router.placement.view import ClusterView, WorkerView
 
 AHEAD_S = 0.005  # before a prompt is expected to be done the next is sent, so that nothing idles
+AHEAD_PART = 0.1  # of a whole chunk's time, where that is longer: so much is an estimate off
 FIXED_PART = 1 / 3  # of a step's time: prompts go together until its fixed part is no more
 CHUNKS_AHEAD = 2  # of prompts, whatever is expected
 STREAMS_AHEAD = 0.25  # of a batch: what is prefilled while others still decode
@@ -46,4 +47,5 @@ def _computes(view: ClusterView, worker: WorkerView, now: float) -> bool:
     alone_s = view.prefill_s(worker, 1)
     if alone_s > FIXED_PART * view.prefill_s(worker, tokens):
         return False
-    return view.prefill_s(worker, tokens) - (now - worker.computing_since) > AHEAD_S
+    ahead_s = max(AHEAD_S, AHEAD_PART * view.prefill_s(worker, worker.facts.chunk_tokens))
+    return view.prefill_s(worker, tokens) - (now - worker.computing_since) > ahead_s
