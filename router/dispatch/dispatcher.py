@@ -379,6 +379,7 @@ class Dispatcher:
         if error.code not in RESTARTED:
             raise failure
         if error.code == pb.ERROR_CODE_DEVICE:
+            self.view.device_failed(link.name, self._clock())
             count_loss(sequence, failure, self._limits)
         if error.code == pb.ERROR_CODE_PULL_FAILED:
             sequence.avoid.add(sequence.prefill_worker)  # either of the pair may be broken

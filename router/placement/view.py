@@ -24,6 +24,7 @@ from crossdock.router.placement.speed import (
 
 STALE_AFTER_S = 2.5  # workers report at least once a second
 STALE_AT_WORK_AFTER_S = 1.5  # and after each step where they have work
+FAILED_FOR_S = 2.0  # a device that failed a step is left alone for so long while there are others
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
 REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
 MEASURED_FOR_S = 10.0  # what was measured longer ago refuses nobody
@@ -102,6 +103,7 @@ class WorkerView:
     unseen: _Placed = field(default_factory=_Placed)
     computing: dict[str, int] = field(default_factory=dict)  # prompt tokens sent, no token 0 yet
     computing_since: float = 0.0  # the first of them
+    failed_at: float = float("-inf")  # its device failed a step and nothing shows why
 
     @property
     def name(self) -> str:
@@ -131,7 +133,9 @@ class WorkerView:
         return not self.load.draining and tokens <= self.facts.most_tokens
 
     def is_stale(self, now: float) -> bool:
-        """It hangs or is cut off, as far as can be told."""
+        """It hangs, is cut off or has a broken device, as far as can be told."""
+        if now - self.failed_at < FAILED_FOR_S:
+            return True
         limit_s = STALE_AT_WORK_AFTER_S if self.sequences else STALE_AFTER_S
         return self.load.late or now - self.reported_at > limit_s
 
@@ -261,11 +265,18 @@ class ClusterView:
         self, role: Role, now: float, avoid: Iterable[str] = (), tokens: int = 0
     ) -> list[WorkerView]:
         """Workers of a role that may get a sequence of `tokens`: the fresh ones not to be avoided,
-        or, where there are none, whoever is left, can hold it and is not draining."""
+        or, where there are none, whoever is left, can hold it and is not draining; of those that
+        are all stale (the gateway itself was held up, say) the ones not to be avoided."""
         alive = [w for w in self.workers.values() if w.role is role and w.takes(tokens)]
         avoided = frozenset(avoid)
-        preferred = [w for w in alive if w.name not in avoided and not w.is_stale(now)]
-        return preferred or [w for w in alive if not w.is_stale(now)] or alive
+        fresh = [w for w in alive if not w.is_stale(now)]
+        untried = [w for w in alive if w.name not in avoided]
+        return [w for w in fresh if w.name not in avoided] or fresh or untried or alive
+
+    def device_failed(self, name: str, now: float) -> None:
+        """An engine step failed there, and nothing shows that a request is why."""
+        if name in self.workers:
+            self.workers[name].failed_at = now
 
     def backs_off(self, prefill: str, decode: str, now: float) -> bool:
         """Whether a pull between the two failed lately, and none succeeded since."""

@@ -79,7 +79,7 @@ def test_an_error_on_the_owners_side_fails_the_readers_handles(
     read = reader.read(owner, [1], [10])
     assert settled(read) == [HandleState.FAILED]
     assert "unhandled system error" in str(read.error)  # it says why
-    assert all(made.aborted for made in owner.nccl.made)
+    until(lambda: all(made.aborted for made in owner.nccl.made))  # soon after it said so
     owner.nccl.fault = None
     until(lambda: reader.reads_again(owner))
 

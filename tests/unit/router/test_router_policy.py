@@ -17,6 +17,7 @@ from crossdock.router.placement.policy import (
     round_robin,
 )
 from crossdock.router.placement.view import (
+    FAILED_FOR_S,
     MEASURED_FOR_S,
     PAIR_BACK_OFF_S,
     STALE_AFTER_S,
@@ -244,6 +245,20 @@ def test_draining_stale_and_avoided_workers(rng: random.Random) -> None:
     assert {least_latency(view, shy, 0.0, rng).prefill for _ in range(20)} == {"p1"}
     nobody = demand(avoid=frozenset({"p0", "p1"}))
     assert least_latency(view, nobody, 0.0, rng).prefill in {"p0", "p1"}, "better than nobody"
+
+
+def test_a_broken_device_comes_after_all_others(rng: random.Random) -> None:
+    view, shy = two_and_two(), demand(avoid=frozenset({"d0"}))
+    late = STALE_AFTER_S + 1
+    for name in ("p0", "p1", "d0"):  # d0 answers, since it fails every step at once
+        report(view, name, now=late)
+    assert least_latency(view, shy, late, rng).decode == "d0", "it was one failure"
+    view.device_failed("d0", late)
+    assert least_latency(view, shy, late, rng).decode == "d1"
+    report(view, "d1", now=late)
+    assert {least_latency(view, demand(), late, rng).decode for _ in range(20)} == {"d1"}
+    later = late + FAILED_FOR_S
+    assert {least_latency(view, demand(), later, rng).decode for _ in range(20)} == {"d0", "d1"}
 
 
 def test_a_missing_role_is_named(rng: random.Random) -> None:
