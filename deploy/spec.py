@@ -103,6 +103,7 @@ class GatewaySpec:
     grpc: str = of(GatewayConfig, "grpc")
     http: str = of(GatewayConfig, "http")
     policy: str = of(GatewayConfig, "policy")
+    local_prompt_tokens: int = of(GatewayConfig, "local_prompt_tokens")
     tool_parser: str = of(GatewayConfig, "tool_parser")
     http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")
     tls: TlsFiles = setting(factory=TlsFiles, doc="TLS at both front doors.")

@@ -34,7 +34,7 @@ from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
 from crossdock.router.dispatch.waiting import Step, Waiting
-from crossdock.router.placement.policy import NoWorker, Policy
+from crossdock.router.placement.policy import Demand, NoWorker, Policy
 from crossdock.router.placement.room import has_room, takes_more
 from crossdock.router.placement.view import ClusterView, WorkerView
 
@@ -158,7 +158,7 @@ class Dispatcher:
         self._turns.pump()
         first = active.sequences[0]
         if first in self._turns and request.deadline is not None:
-            demand = first.demand(self.hasher.block_size)
+            demand = self._demand(first)
             with contextlib.suppress(NoWorker):
                 placement = self._policy(self.view, demand, now, self._rng, self._turn)
                 at = now + self.view.drained_s(ahead)
@@ -190,7 +190,7 @@ class Dispatcher:
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
         sequence.extend_hashes(self.hasher, self.view.layout_hash)
-        demand, now = sequence.demand(self.hasher.block_size), self._clock()
+        demand, now = self._demand(sequence), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:
@@ -232,6 +232,9 @@ class Dispatcher:
             prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)
             link.send(pb.GatewayFrame(prefill=prefill))
         self.view.sent(link.name, sid, now)
+
+    def _demand(self, sequence: SequenceState) -> Demand:
+        return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""
