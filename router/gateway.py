@@ -30,6 +30,7 @@ from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
+from crossdock.router.frontdoor.responses_store import ResponseStore
 from crossdock.router.frontdoor.text_process import TextProcess
 from crossdock.router.frontdoor.tls import DoorCertificates
 from crossdock.router.frontdoor.tools.formats import format_of
@@ -94,8 +95,15 @@ class GatewayServer:
             config.max_connection_age_s,
             certificates,
         )
+        responses = ResponseStore(links.reached, config.responses, self._credentials)
+        self._closing.push_async_callback(responses.close)
         self._http = http = HttpServer(
-            frontend, config.http, config.max_body_bytes, config.http_options, certificates
+            frontend,
+            config.http,
+            config.max_body_bytes,
+            config.http_options,
+            certificates,
+            responses,
         )
         self._closing.push_async_callback(grpc.stop, grace_s=0.5)
         self._closing.push_async_callback(http.stop)

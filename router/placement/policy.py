@@ -77,8 +77,8 @@ def least_latency(
     the wait for a place in the batch take longer than on the best decode worker. So queue depth,
     prefix hits, links and batches are one number. Near ties of either side go to the better of two
     at random, so that gateways with slightly old views do not herd. Pairs whose pulls fail back
-    off while there are others. A decode worker that has more of the sequence cached than any prefill
-    worker, as it has of a chat that it answered, may go on by itself. Raises NoWorker.
+    off while there are others. A decode worker that has more of the sequence cached than any
+    prefill worker, as it has of a chat that it answered, may go on by itself. Raises NoWorker.
     """
     choice = _Choice(view, demand, now, rng)
     best = choice.local() if choice.pairs else []
