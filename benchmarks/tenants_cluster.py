@@ -88,7 +88,7 @@ class Load:
         self, client: AsyncClient, prompt: list[int], steady: bool, counted: bool
     ) -> None:
         began = time.monotonic()
-        stream = client.stream(token_ids=prompt, max_tokens=TOKENS, ignore_eos=True)
+        stream = client.stream(prompt, max_tokens=TOKENS, ignore_eos=True)
         try:
             async for _ in stream:
                 if counted:
