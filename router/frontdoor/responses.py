@@ -166,16 +166,15 @@ class ResponsesDoor:
             async def keep(answer: ResponseAnswer) -> bool:
                 return await self._store.put(turn.tenant, answer.id, turn.kept(answer))
 
-            return ResponseAnswer(
-                *shared,
-                **more,
-                offer=turn.offer,
-                how=self._frontend.tool_format,
-                about=turn.about(),
-                draw_id=self._store.new_id,
-                keep=keep,
-                stored=turn.body.store is not False,
-            )
+            own: dict[str, Any] = {
+                "offer": turn.offer,
+                "how": self._frontend.tool_format,
+                "about": turn.about(),
+                "draw_id": self._store.new_id,
+                "keep": keep,
+                "stored": turn.body.store is not False,
+            }
+            return ResponseAnswer(*shared, **more | own)
 
         try:
             return await self._serve(request, read, read_prompts, UNLIMITED, answer)

@@ -124,14 +124,14 @@ class ResponseAnswer(ToolAnswer):
         if delta.finish_reason is not None:
             self._finish = delta.finish_reason
             if not self.output:
-                self._message()
+                self._begin_message()
             self._close(self.status)
 
     def _item(self, event: Event) -> None:
         """Takes text, or something of a call."""
         if isinstance(event, Content):
             if not self._open or self.output[-1]["type"] != "message":
-                self._message()
+                self._begin_message()
             self._say(event.text)
         elif isinstance(event, CallBegun):
             self._close()
@@ -150,9 +150,9 @@ class ResponseAnswer(ToolAnswer):
             kind = "response.function_call_arguments.delta"
             self._emit(kind, **self._where(item), delta=event.text)
 
-    def _message(self) -> None:
+    def _begin_message(self) -> None:
         self._close()
-        item = {"id": new_id("msg"), "type": "message", "status": "in_progress"}
+        item: Item = {"id": new_id("msg"), "type": "message", "status": "in_progress"}
         item |= {"role": "assistant", "content": []}
         self._add(item)
         part: Item = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
