@@ -39,7 +39,6 @@ class Failure:
     code: pb.ErrorCode  # DEVICE: of the device as far as is known, else of its sequences
     suspects: frozenset[str]  # sequences
 
-
     @property
     def own(self) -> bool:
         """Whether it is its sequences' own."""
