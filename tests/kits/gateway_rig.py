@@ -21,6 +21,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
 from crossdock.router.gateway import GatewayConfig, GatewayServer
+from crossdock.router.served import Served
 
 FINISH = pb.FinishReason
 HASH_KEY = b"the key of these tests"
@@ -39,6 +40,12 @@ class Rig:
     @property
     def workers(self) -> list[FakeWorker]:
         return [*self.prefills, *self.decodes, *self.colocated]
+
+    @property
+    def only(self) -> Served:
+        """The gateway's one model."""
+        (served,) = self.gateway._served.values()
+        return served
 
     @property
     def url(self) -> str:
