@@ -124,7 +124,7 @@ class GatewayServer:
                 self._forget(served)
                 served.close()
             for served in gone:
-                self._leaving[served] = asyncio.create_task(self._let_go(served))
+                self._leaving[served] = asyncio.create_task(self._release(served))
             self._tell()
             self._health_changed.set()
 
@@ -170,7 +170,7 @@ class GatewayServer:
         for served in self._all():
             served.update(self._endpoints)
 
-    async def _let_go(self, served: Served) -> None:
+    async def _release(self, served: Served) -> None:
         log.info("gateway %s: %s is served no more", self.config.name, served.name)
         await served.ended()
         del self._leaving[served]
