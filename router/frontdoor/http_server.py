@@ -138,13 +138,16 @@ class HttpServer:
         )
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
-        mine = self._models.of(visit_of(request).principal)
-        cards = [self._card(frontend) for frontend in mine]
+        principal = visit_of(request).principal
+        cards = [self._card(frontend) for frontend in self._models.of(principal)]
+        cards += [self._route_card(name) for name in self._models.routes_of(principal)]
         return web.json_response({"object": "list", "data": cards})
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
-        asked = request.match_info["id"], visit_of(request).principal
-        return web.json_response(self._card(self._models.seen(*asked)))
+        name, principal = request.match_info["id"], visit_of(request).principal
+        if name in self._models.routes_of(principal):
+            return web.json_response(self._route_card(name))
+        return web.json_response(self._card(self._models.seen(name, principal)))
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -238,12 +241,13 @@ class HttpServer:
         await send_events(request, response, stream, answer, batch)
         return response
 
+    def _route_card(self, name: str) -> dict[str, Any]:
+        """What is true of any model."""
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "crossdock"}
+
     def _card(self, frontend: Frontend) -> dict[str, Any]:
         return {
-            "id": frontend.model_id,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "crossdock",
+            **self._route_card(frontend.model_id),
             "context_length": frontend.text.context_length,
             "aliases": list(frontend.aliases),
         }

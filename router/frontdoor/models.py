@@ -53,10 +53,15 @@ class Models:
         """Whether any of them could serve a prompt from its first token to its last."""
         return any(frontend.dispatcher.ready for frontend in self._by_name.values())
 
-    @property
-    def routes(self) -> Sequence[str]:
-        """Names that stand for a choice by rules."""
-        return list(self._routes)
+    def routes_of(self, principal: Principal) -> list[str]:
+        """Names for which rules choose a model, where a credential may use one that they lead to.
+        Without those that are a model's or an alias as well."""
+        return [
+            name
+            for name, rules in self._routes.items()
+            if name not in self._names
+            and any(map(principal.may_use, (m for r in rules for m in (r.use, *r.fallback))))
+        ]
 
     def of(self, principal: Principal) -> list[Frontend]:
         """Those that a credential may use, in their order."""

@@ -12,6 +12,8 @@ from crossdock.router.frontdoor.frontend import Frontend, Prepared
 from crossdock.router.frontdoor.principal import Principal
 from crossdock.router.serving import Rule, When
 
+TOO_LONG = float("inf")
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -40,14 +42,15 @@ class Candidate:
     async def tokens(self) -> float:
         """Of the longest prompt; infinite where it is longer than this model takes."""
         try:
-            return (await self.prepared()).longest
+            longest = (await self.prepared()).longest
         except ContextLengthExceeded:
-            return float("inf")
+            return TOO_LONG
+        return longest if longest < self.frontend.validator.capacity else TOO_LONG
 
     async def why_full(self, rule: Rule, asked: Asked) -> str:
         """Why it had better not be this model; empty where it may be."""
         tokens = await self.tokens()
-        if tokens == float("inf"):
+        if tokens == TOO_LONG:
             return "the prompt is too long for it"
         latest = asked.deadline
         if rule.max_wait_s:
