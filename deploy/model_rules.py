@@ -37,6 +37,10 @@ def _check_names(spec: ClusterSpec) -> None:
             if alias in taken:
                 raise ConfigError(path, f"{alias!r} is {taken[alias]} already")
             taken[alias] = f"an alias of {name!r}"
+    for name in spec.prices if spec.models else ():
+        if name not in spec.models:
+            what = f"is {taken[name]}" if name in taken else "is not among models"
+            raise ConfigError(f"prices.{name}", f"{name!r} {what}; one of {', '.join(spec.models)}")
     for name in spec.routes:
         check_name(f"routes.{name}", name)
         if taken.get(name, "a model") != "a model":
