@@ -36,6 +36,7 @@ from crossdock.router.frontdoor.responses_input import (
 from crossdock.router.frontdoor.responses_store import Kept, ResponseStore
 from crossdock.router.frontdoor.tools.chat import conversation_of, tools_of
 from crossdock.router.frontdoor.tools.conversation import Conversation
+from crossdock.router.frontdoor.tools.formats import ToolFormat
 from crossdock.router.frontdoor.tools.offer import Offer
 from crossdock.router.frontdoor.validate import UNLIMITED
 
@@ -57,6 +58,15 @@ class ReadBody(Protocol):
     async def __call__(self, request: web.Request, arrival: Arrival, kind: Any) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A turn as one model takes it."""
+
+    token_ids: Sequence[int]
+    context: bytes  # what it was rendered from beside the items, hashed
+    how: ToolFormat
+
+
 @dataclass
 class Turn:
     """One turn of a conversation, from its body to what is kept of it."""
@@ -68,21 +78,23 @@ class Turn:
     first: int  # where that begins
     chat: ChatBody
     offer: Offer
-    prompt: Sequence[int] = field(default=())
-    context: bytes = b""
+    prompts: dict[str, Prompt] = field(default_factory=dict)  # by model, of those that were tried
 
-    async def read(self, frontend: Frontend) -> Sequence[int]:
+    async def read(self, frontend: Frontend) -> list[int]:
         """The prompt's token ids. Raises InvalidRequest."""
         conversation = conversation_of(self.chat, self.offer)
-        self.context = _context(self.body, conversation, frontend.model_id)
-        self.prompt = await self._gone_on(frontend, conversation)
-        self.prompt = self.prompt or await frontend.encode_chat(conversation)
-        return self.prompt
+        context = _context(self.body, conversation, frontend.model_id)
+        ids = await self._gone_on(frontend, conversation, context)
+        ids = ids or await frontend.encode_chat(conversation)
+        self.prompts[frontend.model_id] = Prompt(ids, context, frontend.tool_format)
+        return ids
 
-    async def _gone_on(self, frontend: Frontend, conversation: Conversation) -> list[int]:
+    async def _gone_on(
+        self, frontend: Frontend, conversation: Conversation, context: bytes
+    ) -> list[int]:
         """Empty where the previous turn's tokens cannot be gone on from."""
         kept = self.previous
-        if kept is None or kept.context != self.context:
+        if kept is None or kept.context != context:
             return []
         system, messages = len(system_of(self.body)), conversation.messages
         before = system + len(messages_of(self.items[: kept.answered]))
@@ -121,7 +133,8 @@ class Turn:
 
     def kept(self, answer: ResponseAnswer) -> Kept:
         """What the next turn needs."""
-        ids = array("I", self.prompt)
+        prompt = self.prompts[answer.model]
+        ids = array("I", prompt.token_ids)
         ids.extend(answer.token_ids)
         return Kept(
             response=msgspec.json.encode(answer.response(answer.status)),
@@ -129,18 +142,15 @@ class Turn:
             first=self.first,
             answered=len(self.items),
             token_ids=ids.tobytes(),
-            context=self.context,
+            context=prompt.context,
         )
 
 
 class ResponsesDoor:
     """The routes under /v1/responses. `serve` answers a request for tokens, as for a chat."""
 
-    def __init__(
-        self, frontend: Frontend, store: ResponseStore, read: ReadBody, serve: Serve
-    ) -> None:
-        self._frontend, self._store = frontend, store
-        self._read, self._serve = read, serve
+    def __init__(self, store: ResponseStore, read: ReadBody, serve: Serve) -> None:
+        self._store, self._read, self._serve = store, read, serve
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """All of them."""
@@ -157,10 +167,10 @@ class ResponsesDoor:
             turns.append(await self._turn(request, body))
             return turns[0].chat
 
-        async def read_prompts(chat: ChatBody) -> tuple[str, list[Sequence[int]]]:
-            return "input", [await turns[0].read(self._frontend)]
+        async def read_prompts(frontend: Frontend, chat: ChatBody) -> tuple[str, list[list[int]]]:
+            return "input", [await turns[0].read(frontend)]
 
-        def answer(*shared: Any, **more: Any) -> Answer:
+        def answer(*shared: Any, model: str, **more: Any) -> Answer:
             turn = turns[0]
 
             async def keep(answer: ResponseAnswer) -> bool:
@@ -168,7 +178,8 @@ class ResponsesDoor:
 
             own: dict[str, Any] = {
                 "offer": turn.offer,
-                "how": self._frontend.tool_format,
+                "model": model,
+                "how": turn.prompts[model].how,
                 "about": turn.about(),
                 "draw_id": self._store.new_id,
                 "keep": keep,
