@@ -12,9 +12,10 @@ from crossdock.proto.convert import FINISH_TO_PB, sampling_from_pb
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
-from crossdock.router.frontdoor.frontend import Frontend
-from crossdock.router.frontdoor.grpc_access import say_limits, who
+from crossdock.router.frontdoor.frontend import Frontend, Prepared
+from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.tools.grpc_chat import conversation_of_pb
 from crossdock.router.frontdoor.validate import UNLIMITED
 
@@ -22,10 +23,10 @@ SERVICE = "crossdock.v1.Inference"
 
 
 class InferenceService:
-    """Serves one Frontend; messages of more than `max_body_bytes` are refused."""
+    """Serves models; messages of more than `max_body_bytes` are refused."""
 
-    def __init__(self, frontend: Frontend, max_body_bytes: int) -> None:
-        self._frontend = frontend
+    def __init__(self, models: Models, max_body_bytes: int) -> None:
+        self._models = models
         self._max_body_bytes = max_body_bytes
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -49,7 +50,7 @@ class InferenceService:
 
     async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         try:
-            request_id, stream = await self._submit(request, context)
+            _, request_id, stream = await self._submit(request, context)
             with contextlib.closing(stream):
                 async for delta in stream:
                     yield _response(request_id, delta)
@@ -58,60 +59,74 @@ class InferenceService:
 
     async def _generate_unary(self, request: Any, context: Any) -> pb.GenerateUnaryResponse:
         try:
-            request_id, stream = await self._submit(request, context)
+            model, request_id, stream = await self._submit(request, context)
             with contextlib.closing(stream):
-                return _unary(request_id, self._frontend.model_id, await stream.whole())
+                return _unary(request_id, model, await stream.whole())
         except CrossdockError as error:
             await abort(context, error)
             raise
 
     async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
-        frontend = self._frontend
         try:
             checked(request)
-            if not who(frontend.gate, context).principal.may_use(frontend.model_id):
-                return pb.ListModelsResponse()
+            mine = self._models.of(who(self._models.gate, context).principal)
         except CrossdockError as error:
             await abort(context, error)
-        model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
-        return pb.ListModelsResponse(models=[model])
+        models = [
+            pb.Model(
+                id=each.model_id, context_length=each.text.context_length, aliases=each.aliases
+            )
+            for each in mine
+        ]
+        return pb.ListModelsResponse(models=models)
 
-    async def _submit(self, request: Any, context: Any) -> tuple[str, ResponseStream]:
-        frontend = self._frontend
-        arrival = arrival_of(frontend, context)
-        with frontend.refusals_counted(arrival):
+    async def _submit(self, request: Any, context: Any) -> tuple[str, str, ResponseStream]:
+        """The model's name, the request's id and its stream."""
+        common = self._models.default
+        arrival = arrival_of(common, context)
+        with common.refusals_counted(arrival):
             message: pb.GenerateRequest = checked(request)
             sampling = sampling_from_pb(
-                message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
+                message.sampling, max_tokens=UNLIMITED, seed=common.draw_seed()
             )
-            frontend.validator.check_request(message.model, message.n or 1, sampling)
-            if (grammar := sampling.grammar) is not None:
-                sampling = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
-            field, prompt = await self._prompt(message)
-        submitted = await frontend.submit(
-            field,
-            [prompt],
-            sampling,
-            message.n or 1,
+
+            async def prepare(frontend: Frontend) -> Prepared:
+                guided, n = sampling, message.n or 1
+                frontend.validator.check_request(n, sampling)
+                if (grammar := sampling.grammar) is not None:
+                    guided = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
+                field, prompt = await _prompt(frontend, message)
+                return Prepared(field, [prompt], guided, n)
+
+            chosen = await self._models.choose(
+                message.model,
+                arrival,
+                prepare,
+                headers=metadata_of(context),
+                tenant=message.tenant,
+            )
+        submitted = await chosen.frontend.submit(
+            chosen.prepared,
             arrival,
             request_id=message.request_id,
             tenant=message.tenant,
             priority=message.priority,
             cache_salt=message.cache_salt,
         )
-        say_limits(frontend.gate, context, arrival.visit)
-        return submitted
+        say_limits(common.gate, context, arrival.visit)
+        return chosen.frontend.model_id, *submitted
 
-    async def _prompt(self, message: pb.GenerateRequest) -> tuple[str, list[int]]:
-        kind = message.WhichOneof("input")
-        if kind == "text":
-            return "text", await self._frontend.encode("text", message.text)
-        if kind == "token_ids":
-            return "token_ids", list(message.token_ids.ids)
-        if kind == "chat":
-            conversation = conversation_of_pb(message.chat)
-            return "chat.messages", await self._frontend.encode_chat(conversation)
-        raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
+
+async def _prompt(frontend: Frontend, message: pb.GenerateRequest) -> tuple[str, list[int]]:
+    kind = message.WhichOneof("input")
+    if kind == "text":
+        return "text", await frontend.encode("text", message.text)
+    if kind == "token_ids":
+        return "token_ids", list(message.token_ids.ids)
+    if kind == "chat":
+        conversation = conversation_of_pb(message.chat)
+        return "chat.messages", await frontend.encode_chat(conversation)
+    raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 
 def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
