@@ -9,11 +9,12 @@ from crossdock.proto.errors import BudgetSpent, Forbidden, RateLimited, Unauthen
 
 def access_error_body(error: Unauthenticated | Forbidden | RateLimited) -> dict[str, Any]:
     """The body of a 401, 403 or 429."""
-    message, param, code = str(error), None, None
-    kind = "invalid_request_error"
+    message, kind = str(error), "invalid_request_error"
+    param = code = None
     if isinstance(error, Unauthenticated):
         if not error.missing:  # litellm tells it from a wrong request by OpenAI's words alone
-            message, code = f"Incorrect API key provided: {message}", "invalid_api_key"
+            message = f"Incorrect API key provided: {message}"
+            code = "invalid_api_key"
     elif isinstance(error, Forbidden):
         param = error.param or None
         code = "model_not_found" if param == "model" else "permission_denied"
