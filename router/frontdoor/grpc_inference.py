@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -12,6 +14,8 @@ from crossdock.proto.convert import FINISH_TO_PB, sampling_from_pb
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
+from crossdock.router.dispatch.scored import ScoredPrompt
+from crossdock.router.frontdoor.best_of import best, made_of, ranked
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_access import say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
@@ -19,6 +23,7 @@ from crossdock.router.frontdoor.tools.grpc_chat import conversation_of_pb
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
+SLICE_ENTRIES = 4096  # tokens of a prompt, and alternatives, in one response
 
 
 class InferenceService:
@@ -49,9 +54,14 @@ class InferenceService:
 
     async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         try:
-            request_id, stream = await self._submit(request, context)
+            request_id, stream = await self._submit(request, context, streams=True)
             with contextlib.closing(stream):
                 async for delta in stream:
+                    if delta.prompt is not None:
+                        for scored in sliced(delta.prompt):
+                            yield pb.GenerateResponse(
+                                request_id=request_id, index=delta.index, prompt_logprobs=scored
+                            )
                     yield _response(request_id, delta)
         except CrossdockError as error:
             await abort(context, error)
@@ -60,7 +70,19 @@ class InferenceService:
         try:
             request_id, stream = await self._submit(request, context)
             with contextlib.closing(stream):
-                return _unary(request_id, self._frontend.model_id, await stream.whole())
+                deltas = await stream.whole()
+                n = request.n or 1
+                if request.best_of > n:
+                    deltas = best(deltas, n, request.best_of)
+                answer = _unary(request_id, self._frontend.model_id, deltas)
+                if not request.sampling.HasField("logprobs"):  # then they are best_of's alone
+                    for completion in answer.completions:
+                        completion.ClearField("logprobs")
+                for completion, delta in zip(answer.completions, deltas):
+                    for scored in sliced(delta.prompt) if delta.prompt is not None else ():
+                        completion.prompt_logprobs.extend(scored)
+                        await asyncio.sleep(0)
+                return answer
         except CrossdockError as error:
             await abort(context, error)
             raise
@@ -76,7 +98,9 @@ class InferenceService:
         model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
         return pb.ListModelsResponse(models=[model])
 
-    async def _submit(self, request: Any, context: Any) -> tuple[str, ResponseStream]:
+    async def _submit(
+        self, request: Any, context: Any, streams: bool = False
+    ) -> tuple[str, ResponseStream]:
         frontend = self._frontend
         arrival = arrival_of(frontend, context)
         with frontend.refusals_counted(arrival):
@@ -84,7 +108,11 @@ class InferenceService:
             sampling = sampling_from_pb(
                 message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
             )
-            frontend.validator.check_request(message.model, message.n or 1, sampling)
+            n = message.n or 1
+            frontend.validator.check_request(message.model, n, sampling)
+            made = made_of(message.best_of or None, n, sampling, streams)
+            if made > n:
+                sampling = ranked(sampling)
             if (grammar := sampling.grammar) is not None:
                 sampling = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
             field, prompt = await self._prompt(message)
@@ -92,7 +120,7 @@ class InferenceService:
             field,
             [prompt],
             sampling,
-            message.n or 1,
+            made,
             arrival,
             request_id=message.request_id,
             tenant=message.tenant,
@@ -112,6 +140,14 @@ class InferenceService:
             conversation = conversation_of_pb(message.chat)
             return "chat.messages", await self._frontend.encode_chat(conversation)
         raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
+
+
+def sliced(prompt: ScoredPrompt) -> Iterator[list[pb.TokenLogprobs]]:
+    """Log-probabilities of a prompt in parts, made as they are asked for."""
+    tokens = prompt.tokens()
+    top = max((part.top for part in prompt.parts), default=0)
+    while scored := list(islice(tokens, max(1, SLICE_ENTRIES // (1 + top)))):
+        yield scored
 
 
 def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:

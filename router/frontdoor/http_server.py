@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from crossdock.proto.errors import ConfigError, CrossdockError, InvalidRequest
+from crossdock.proto.errors import ConfigError, CrossdockError
 from crossdock.proto.settings import split_address
 from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
+from crossdock.router.frontdoor.best_of import best, made_of, ranked
 from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
@@ -27,6 +28,7 @@ from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, a
 from crossdock.router.frontdoor.http_routes import add_small_routes
 from crossdock.router.frontdoor.http_stream import HEADERS, first_batch, send_events
 from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
+from crossdock.router.frontdoor.openai_prompt import PromptAnswers
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -122,8 +124,6 @@ class HttpServer:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         async def read(body: CompletionBody) -> tuple[str, list[list[int]]]:
-            if body.echo and body.logprobs is not None:
-                raise InvalidRequest("echo", True, "is not supported together with logprobs")
             frontend, given = self._frontend, prompts_of(body.prompt)
             prompts: list[Any] = []
             check_prompts("prompt", len(given))
@@ -175,7 +175,8 @@ class HttpServer:
         with frontend.refusals_counted(arrival):
             body = await self._read(request, arrival, kind)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
-            frontend.validator.check_request(body.model or "", n, sampling)
+            frontend.validator.check_request(body.model or "", n, sampling, body.echoes)
+            chosen_of = made_of(body.made, n, sampling, bool(body.stream))
             offer = tools_of(body)
             asked = form_of(body, offer, frontend.text, frontend.tool_format)
             if asked is not None:
@@ -184,8 +185,8 @@ class HttpServer:
         request_id, stream = await frontend.submit(
             field,
             prompts,
-            sampling,
-            n,
+            ranked(sampling) if chosen_of > n else sampling,
+            chosen_of,
             arrival,
             request_id=request[REQUEST_ID],
             tenant=headers.get(TENANT_HEADER, ""),
@@ -207,22 +208,28 @@ class HttpServer:
                 n=n,
                 logprobs=sampling.logprobs is not None,
                 include_usage=bool(body.stream_options and body.stream_options.include_usage),
-                echo=self._echo(body),
+                prompts=self._told_of_prompts(body, n),
             )
             if body.stream:
                 return await self._stream(request, stream, answer)
-            data = answer.whole(await stream.whole())
+            deltas = await stream.whole()
+            if chosen_of > n:
+                deltas = best(deltas, n, chosen_of)
+            await answer.prepare(deltas)
+            data = answer.whole(deltas)
             return web.Response(body=data, content_type="application/json")
 
     def _fingerprint(self) -> str:
         """Differs where model, weights or KV layout do."""
         return f"fp_{self._frontend.dispatcher.view.layout_hash.hex()[:12]}"
 
-    def _echo(self, body: SamplingFields) -> list[str]:
-        if not (isinstance(body, CompletionBody) and body.echo):
-            return []
-        text = self._frontend.text
-        return [p if isinstance(p, str) else text.decode(p) for p in prompts_of(body.prompt)]
+    def _told_of_prompts(self, body: SamplingFields, n: int) -> PromptAnswers:
+        text, whole = self._frontend.text, body.prompt_logprobs
+        if not (isinstance(body, CompletionBody) and body.echoes):
+            return PromptAnswers(text, n, whole=whole)
+        given = prompts_of(body.prompt)
+        texts = [each if isinstance(each, str) else text.decode(each) for each in given]
+        return PromptAnswers(text, n, texts, body.echo_logprobs, whole)
 
     async def _stream(
         self, request: web.Request, stream: ResponseStream, answer: fmt.Answer
