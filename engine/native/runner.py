@@ -130,7 +130,10 @@ class ModelRunner(Engine):
                 finite[batch.scored] &= scored.finite
         if not finite.all():
             chunks = np.unique(batch.chunk_of_row[~finite])
-            raise NotFinite([plan.chunks[index].sequence.sequence_id for index in chunks])
+            raise NotFinite(
+                "KV or logits are not finite: out of the range of the model's dtype?",
+                [plan.chunks[index].sequence.sequence_id for index in chunks],
+            )
         if scored is not None:
             scored.spread(plan)
         return computed.logits

@@ -16,9 +16,10 @@ from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.dispatch.scored import ScoredPrompt
 from crossdock.router.frontdoor.best_of import best, made_of, ranked
-from crossdock.router.frontdoor.frontend import Frontend
-from crossdock.router.frontdoor.grpc_access import say_limits, who
+from crossdock.router.frontdoor.frontend import Frontend, Prepared
+from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.tools.grpc_chat import conversation_of_pb
 from crossdock.router.frontdoor.validate import UNLIMITED
 
@@ -27,10 +28,10 @@ SLICE_ENTRIES = 4096  # tokens of a prompt, and alternatives, in one response
 
 
 class InferenceService:
-    """Serves one Frontend; messages of more than `max_body_bytes` are refused."""
+    """Serves models; messages of more than `max_body_bytes` are refused."""
 
-    def __init__(self, frontend: Frontend, max_body_bytes: int) -> None:
-        self._frontend = frontend
+    def __init__(self, models: Models, max_body_bytes: int) -> None:
+        self._models = models
         self._max_body_bytes = max_body_bytes
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -54,7 +55,7 @@ class InferenceService:
 
     async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         try:
-            request_id, stream = await self._submit(request, context, streams=True)
+            _, request_id, stream = await self._submit(request, context, streams=True)
             with contextlib.closing(stream):
                 async for delta in stream:
                     if delta.prompt is not None:
@@ -68,78 +69,83 @@ class InferenceService:
 
     async def _generate_unary(self, request: Any, context: Any) -> pb.GenerateUnaryResponse:
         try:
-            request_id, stream = await self._submit(request, context)
+            model, request_id, stream = await self._submit(request, context)
             with contextlib.closing(stream):
                 deltas = await stream.whole()
-                n = request.n or 1
-                if request.best_of > n:
+                if request.best_of > (n := request.n or 1):
                     deltas = best(deltas, n, request.best_of)
-                answer = _unary(request_id, self._frontend.model_id, deltas)
-                if not request.sampling.HasField("logprobs"):  # then they are best_of's alone
-                    for completion in answer.completions:
-                        completion.ClearField("logprobs")
-                for completion, delta in zip(answer.completions, deltas):
-                    for scored in sliced(delta.prompt) if delta.prompt is not None else ():
-                        completion.prompt_logprobs.extend(scored)
-                        await asyncio.sleep(0)
-                return answer
+                return await _unary(request, request_id, model, deltas)
         except CrossdockError as error:
             await abort(context, error)
             raise
 
     async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
-        frontend = self._frontend
         try:
             checked(request)
-            if not who(frontend.gate, context).principal.may_use(frontend.model_id):
-                return pb.ListModelsResponse()
+            mine = self._models.of(who(self._models.gate, context).principal)
         except CrossdockError as error:
             await abort(context, error)
-        model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
-        return pb.ListModelsResponse(models=[model])
+        models = [
+            pb.Model(
+                id=each.model_id, context_length=each.text.context_length, aliases=each.aliases
+            )
+            for each in mine
+        ]
+        return pb.ListModelsResponse(models=models)
 
     async def _submit(
         self, request: Any, context: Any, streams: bool = False
-    ) -> tuple[str, ResponseStream]:
-        frontend = self._frontend
-        arrival = arrival_of(frontend, context)
-        with frontend.refusals_counted(arrival):
+    ) -> tuple[str, str, ResponseStream]:
+        """The model's name, the request's id and its stream."""
+        common = self._models.default
+        arrival = arrival_of(common, context)
+        with common.refusals_counted(arrival):
             message: pb.GenerateRequest = checked(request)
             sampling = sampling_from_pb(
-                message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
+                message.sampling, max_tokens=UNLIMITED, seed=common.draw_seed()
             )
             n = message.n or 1
-            frontend.validator.check_request(message.model, n, sampling)
             made = made_of(message.best_of or None, n, sampling, streams)
-            if made > n:
-                sampling = ranked(sampling)
-            if (grammar := sampling.grammar) is not None:
-                sampling = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
-            field, prompt = await self._prompt(message)
-        submitted = await frontend.submit(
-            field,
-            [prompt],
-            sampling,
-            made,
+
+            async def prepare(frontend: Frontend) -> Prepared:
+                guided = sampling
+                frontend.validator.check_request(n, sampling)
+                if (grammar := sampling.grammar) is not None:
+                    guided = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
+                if made > n:
+                    guided = ranked(guided)
+                field, prompt = await _prompt(frontend, message)
+                return Prepared(field, [prompt], guided, made)
+
+            chosen = await self._models.choose(
+                message.model,
+                arrival,
+                prepare,
+                headers=metadata_of(context),
+                tenant=message.tenant,
+            )
+        submitted = await chosen.frontend.submit(
+            chosen.prepared,
             arrival,
             request_id=message.request_id,
             tenant=message.tenant,
             priority=message.priority,
             cache_salt=message.cache_salt,
         )
-        say_limits(frontend.gate, context, arrival.visit)
-        return submitted
+        say_limits(common.gate, context, arrival.visit)
+        return chosen.frontend.model_id, *submitted
 
-    async def _prompt(self, message: pb.GenerateRequest) -> tuple[str, list[int]]:
-        kind = message.WhichOneof("input")
-        if kind == "text":
-            return "text", await self._frontend.encode("text", message.text)
-        if kind == "token_ids":
-            return "token_ids", list(message.token_ids.ids)
-        if kind == "chat":
-            conversation = conversation_of_pb(message.chat)
-            return "chat.messages", await self._frontend.encode_chat(conversation)
-        raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
+
+async def _prompt(frontend: Frontend, message: pb.GenerateRequest) -> tuple[str, list[int]]:
+    kind = message.WhichOneof("input")
+    if kind == "text":
+        return "text", await frontend.encode("text", message.text)
+    if kind == "token_ids":
+        return "token_ids", list(message.token_ids.ids)
+    if kind == "chat":
+        conversation = conversation_of_pb(message.chat)
+        return "chat.messages", await frontend.encode_chat(conversation)
+    raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 
 def sliced(prompt: ScoredPrompt) -> Iterator[list[pb.TokenLogprobs]]:
@@ -167,10 +173,17 @@ def _gained(delta: Delta) -> dict[str, Any]:
     }
 
 
-def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryResponse:
+async def _unary(
+    request: pb.GenerateRequest, request_id: str, model: str, whole: list[Delta]
+) -> pb.GenerateUnaryResponse:
     answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
     for delta in whole:
-        answer.completions.add(**_gained(delta))
+        completion = answer.completions.add(**_gained(delta))
+        if not request.sampling.HasField("logprobs"):  # then they are best_of's alone
+            completion.ClearField("logprobs")
+        for scored in sliced(delta.prompt) if delta.prompt is not None else ():
+            completion.prompt_logprobs.extend(scored)
+            await asyncio.sleep(0)
         if delta.usage is not None:
             answer.usage.completion_tokens += delta.usage.completion_tokens
     if whole and whole[0].usage is not None:  # of all, the prompt is one

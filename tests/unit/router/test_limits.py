@@ -196,7 +196,7 @@ def test_gateways_that_start_again_share_what_is_left() -> None:
 def test_a_database_that_cannot_be_read_refuses_budgets_alone(tmp_path: Path) -> None:
     """What ends meanwhile is accounted for all the same."""
     (tmp_path / "usage.db").write_bytes(b"no database " * 500)
-    usage = Usage(tmp_path / "usage.db", "m", CollectorRegistry())
+    usage = Usage(tmp_path / "usage.db", CollectorRegistry())
     limits, price = limiter(Clock(), spent=usage.spent), Price(input=1e6)
     free, bound = of(max_concurrent=1), of(budget=100)
     with pytest.raises(Unavailable, match="cannot be read"):

@@ -141,7 +141,12 @@ async def test_what_a_lost_worker_scored_is_told_once(tiny_model: Any) -> None:
         call = rig.stub.Generate(ask(IDS, max_tokens=4, prompt_logprobs=1, temperature=0.0))
         await until(lambda: any(worker.prefills for worker in rig.prefills))
         first = next(worker for worker in rig.prefills if worker.prefills)
-        (state,) = [s for a in rig.gateway._dispatcher._requests for s in a.sequences]
+        (state,) = [
+            s
+            for served in rig.gateway._all()
+            for a in served.dispatcher._requests
+            for s in a.sequences
+        ]
         await until(lambda: state.scored == 20)
         for worker in rig.prefills:
             worker.token_0.set()
