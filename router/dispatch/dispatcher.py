@@ -313,7 +313,10 @@ class Dispatcher:
                 return
             if sequence.progress.HasField("ticket") and output.token_ids:
                 self._joined(sequence, output.transfer)
-        if sequence.cached_tokens is None and output.token_ids:
+        if output.HasField("prompt_logprobs"):
+            sequence.score(output.prompt_logprobs)
+            return
+        if sequence.cached_tokens is None and (output.token_ids or output.finish_reason):
             sequence.cached_tokens = output.cached_tokens
         if output.token_ids or output.finish_reason:
             self._deliver(sequence, detokenize(sequence, output, self._eos), now)
@@ -337,6 +340,7 @@ class Dispatcher:
 
     def _deliver(self, sequence: SequenceState, delta: Delta, now: float) -> None:
         """Passes new tokens to the client, and the end of the sequence with the last of them."""
+        delta.prompt = sequence.prompt_to_tell()
         if delta.token_ids:
             first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
             self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
@@ -355,7 +359,8 @@ class Dispatcher:
             self._release_held(sequence)
 
     def _finish(self, sequence: SequenceState, now: float) -> None:
-        events.emit("last_token", sequence.active.request.request_id)
+        if sequence.generated:
+            events.emit("last_token", sequence.active.request.request_id)
         sequence.timeline.mark("finished", now)
         self._release_holders(sequence)
         sequence.phase = Phase.DONE
