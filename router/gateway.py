@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 
 from crossdock.proto.identity import Credentials
@@ -47,6 +47,8 @@ class GatewayServer:
         self._admission = Admission(config)
         self._health_changed = asyncio.Event()
         self._served: dict[str, Served] = {}  # by key
+        self._serving = Serving()
+        self._draining = False
         self._leaving: dict[Served, asyncio.Task[None]] = {}  # their last requests run
         self._endpoints: Sequence[WorkerEndpoint] = ()
         self._made = 0  # models, of all times
@@ -99,6 +101,8 @@ class GatewayServer:
         them is finished. Raises ModelError for one that cannot be read, and then nothing is
         changed."""
         async with self._changing:
+            if serving == self._serving:
+                return
             home, known = self.config.home, {**self._served}
             known |= {each.key: each for each in self._leaving if each.key not in known}
             loaded = {
@@ -116,9 +120,9 @@ class GatewayServer:
                 else:
                     now[key] = known[key]
                     now[key].become(model)
-                    if leaving := self._leaving.pop(known[key], None):
-                        leaving.cancel()
-            self._served = now
+                    self._forget(now[key])
+                now[key].dispatcher.draining = self._draining
+            self._served, self._serving = now, serving
             self._models.become([each.frontend for each in now.values()], serving.routes)
             for served in changed:  # other weights by the same name: its workers go as well
                 self._forget(served)
@@ -128,7 +132,7 @@ class GatewayServer:
             self._tell()
             self._health_changed.set()
 
-    async def update_members(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+    async def update_members(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """Follows the controller's membership: links to who is new, and to nobody who left."""
         assert self._served, "start() comes first"
         self._endpoints = list(endpoints)
@@ -136,7 +140,8 @@ class GatewayServer:
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and waits for what runs. True when all of it ended."""
-        for served in self._served.values():
+        self._draining = True
+        for served in self._all():
             served.dispatcher.draining = True
         self._health_changed.set()
         deadline = time.monotonic() + timeout_s

@@ -240,6 +240,15 @@ async def test_a_model_that_comes_back_goes_on(both: Rig, models: dict[str, Serv
     assert len(decode.hellos) == 1, "over the link that it had"
 
 
+async def test_a_gateway_that_drains_takes_no_work_for_new_models(
+    both: Rig, models: dict[str, ServedModel]
+) -> None:
+    assert await both.gateway.drain(0.0)
+    await both.gateway.update_serving(Serving(models | {"third": ServedModel("simulated")}))
+    for model in ("small", "third"):
+        assert (await complete(both, model=model)).status == 503
+
+
 async def test_a_model_that_cannot_be_read_changes_nothing(
     both: Rig, models: dict[str, ServedModel], tmp_path: Path
 ) -> None:
