@@ -18,6 +18,8 @@ from access_kit import call, complete, generate
 from fake_worker import FakeWorker
 from gateway_rig import PROMPT, Rig, ask, collect, ids_of, start_models, until
 
+from crossdock.audit_replay import replay
+from crossdock.client import Client
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
 from crossdock.proto.errors import ModelError
@@ -25,7 +27,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.config import AuditSettings, AuthSettings, Price
 from crossdock.router.frontdoor.keys import add_key
-from crossdock.router.serving import ServedModel, Serving
+from crossdock.router.serving import Rule, ServedModel, Serving
 
 CODE = grpc.StatusCode
 
@@ -162,6 +164,24 @@ async def test_a_key_may_use_the_models_that_it_names(
         ("ok", "large", "l"),
         ("forbidden", "small", "gpt-4o-mini"),
     ]
+
+
+async def test_a_replay_is_by_the_model_that_served(
+    models: dict[str, ServedModel], tmp_path: Path
+) -> None:
+    audit = AuditSettings(file=str(tmp_path / "audit"), prompts="keep")
+    async with start_models(models, audit=audit) as rig:
+        await complete(rig, model="l")
+        await until(lambda: "large" in (tmp_path / "audit.gateway-0").read_text())
+        lines = map(json.loads, (tmp_path / "audit.gateway-0").read_text().splitlines())
+        (line,) = [line for line in lines if line.get("model") == "large"]
+        with Client(rig.gateway.grpc_address) as client:
+            assert await asyncio.to_thread(replay, line, client, 10.0) == []
+            routes = {"large": (Rule("small"),)}
+            await rig.gateway.update_serving(Serving(models, routes))
+            differences = await asyncio.to_thread(replay, line, client, 10.0)
+        assert differences == ["'large' is a route now, which led to 'small'"]
+        assert (len(prompts(rig, "large")), len(prompts(rig, "small"))) == (2, 1)
 
 
 async def test_one_model_without_workers_does_not_hold_up_the_other(both: Rig) -> None:
