@@ -118,7 +118,10 @@ class ModelRunner(Engine):
             finite[batch.sampled] &= logits.sum(-1).isfinite().cpu().numpy()
         if not finite.all():
             chunks = np.unique(batch.chunk_of_row[~finite])
-            raise NotFinite([plan.chunks[index].sequence.sequence_id for index in chunks])
+            raise NotFinite(
+                "KV or logits are not finite: out of the range of the model's dtype?",
+                [plan.chunks[index].sequence.sequence_id for index in chunks],
+            )
         return logits
 
     def close(self) -> None:

@@ -27,6 +27,8 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
     ERROR_CODE_INTERNAL: _ClassVar[ErrorCode]
     ERROR_CODE_DEVICE: _ClassVar[ErrorCode]
+    ERROR_CODE_NOT_FINITE: _ClassVar[ErrorCode]
+    ERROR_CODE_GRAMMAR: _ClassVar[ErrorCode]
 
 class LinkOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -50,6 +52,8 @@ ERROR_CODE_CANCELLED: ErrorCode
 ERROR_CODE_DRAINING: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
 ERROR_CODE_DEVICE: ErrorCode
+ERROR_CODE_NOT_FINITE: ErrorCode
+ERROR_CODE_GRAMMAR: ErrorCode
 LINK_OUTCOME_UNSPECIFIED: LinkOutcome
 LINK_OUTCOME_OK: LinkOutcome
 LINK_OUTCOME_UNREACHABLE: LinkOutcome

@@ -28,7 +28,7 @@ from crossdock.proto.errors import (
 )
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.router.dispatch import tracing
+from crossdock.router.dispatch import attempts, tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
@@ -240,30 +240,12 @@ class Dispatcher:
             self._waiting.add(sequence, self._take_turn, why)
             return
         self._count += 1
-        sequence.sequence_id = f"{self._prefix}-{self._count}"
-        sequence.placement = placement
-        sequence.decode_worker = ""
-        sequence.progress.Clear()
-        sequence.lost_early.clear()
-        sequence.active.started = True
+        sequence.placed(f"{self._prefix}-{self._count}", placement)
         self._sequences[sequence.sequence_id] = sequence
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
-        message, sid = sequence.request_message(self._eos), sequence.sequence_id
-        if placement.prefill is None:
-            sequence.phase = Phase.DECODE
-            sequence.decode_worker = sequence.prefill_worker = placement.decode
-            self.view.place(placement.decode, sid, placement.uncached_tokens, demand.blocks)
-            link.send(pb.GatewayFrame(decode=pb.DecodeRequest(sequence=message)))
-        else:
-            sequence.phase = Phase.PREFILL
-            sequence.prefill_worker = placement.prefill
-            self.view.place(placement.prefill, sid, placement.uncached_tokens, demand.blocks)
-            self.view.place(placement.decode, sid, 0, demand.blocks)
-            prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)
-            link.send(pb.GatewayFrame(prefill=prefill))
-        self.view.sent(link.name, sid, now)
+        attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""
@@ -362,7 +344,7 @@ class Dispatcher:
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
             if delta.cut_short or reserved_early:
-                self._cancel_on_holders(sequence, "finished")
+                attempts.cancel(sequence, "finished")
             sequence.finish_reason = delta.finish_reason
             self._finish(sequence, now)
             delta.usage, delta.timings = sequence.usage(), sequence.timings()
@@ -423,7 +405,7 @@ class Dispatcher:
         """Prompt and delivered tokens are prefilled again, elsewhere if there is an elsewhere; a
         token depends on nothing else, so the stream goes on as if nothing had happened."""
         delay_s = restart_delay_s(sequence, cause, failure, self._limits)
-        self._cancel_on_holders(sequence, cause)
+        attempts.cancel(sequence, cause)
         self._release_holders(sequence)
         sequence.avoid.add(culprit)
         sequence.phase = Phase.ROUTING
@@ -476,7 +458,7 @@ class Dispatcher:
             active.deadline_timer.cancel()
         for sequence in active.sequences:
             if sequence.phase is not Phase.DONE:
-                self._cancel_on_holders(sequence, why)
+                attempts.cancel(sequence, why)
                 self._release_holders(sequence)
                 sequence.phase = Phase.DONE
                 sequence.timeline.mark("finished", now)
@@ -490,20 +472,10 @@ class Dispatcher:
         tell(active, self.view, error, now)
         active.stream.end(error)
 
-    def _cancel_on_holders(self, sequence: SequenceState, why: str) -> None:
-        cancel = pb.CancelRequest(sequence_id=sequence.sequence_id, reason=why)
-        for link in sequence.holders.values():
-            link.send(pb.GatewayFrame(cancel=cancel))
-
     def _release_holders(self, sequence: SequenceState) -> None:
         """Forgets where a sequence is; what workers still say of it is ignored."""
         sequence.stop_timer()
         self._waiting.remove(sequence)
         self._turns.remove(sequence)
-        for name in list(sequence.holders):
-            sequence.release(name)
         self._sequences.pop(sequence.sequence_id, None)
-        placed = sequence.placement.prefill, sequence.placement.decode
-        for worker in {*placed, sequence.decode_worker}:
-            if worker:
-                self.view.unplace(worker, sequence.sequence_id)
+        attempts.forget(sequence, self.view)

@@ -84,6 +84,13 @@ class SequenceState:
             self.root_hash, self.hashes = root, []
         hasher.extend(self.hashes, self.token_ids, root)
 
+    def placed(self, sequence_id: str, placement: Placement) -> None:
+        """A new attempt begins, under another id."""
+        self.sequence_id, self.placement, self.decode_worker = sequence_id, placement, ""
+        self.progress.Clear()
+        self.lost_early.clear()
+        self.active.started = True
+
     def hold(self, link: WorkerLink) -> None:
         self.holders[link.name] = link
         link.sequences[self.sequence_id] = None

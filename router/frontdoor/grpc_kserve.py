@@ -133,10 +133,8 @@ class KServeService:
     # -- inference ----------------------------------------------------------------------------
 
     async def _infer(self, request: Any, context: Any) -> pb.ModelInferResponse:
-        ask, stream = await self._submit(request, context)
+        ask, stream = await self._submit(request, context, streams=False)
         with contextlib.closing(stream):
-            if ask.stream:
-                raise InvalidRequest("stream", True, "is for ModelStreamInfer")
             return ask.answer(request, await stream.whole())
 
     async def _stream_infer(
@@ -164,7 +162,7 @@ class KServeService:
     async def _answer(self, request: Any, context: Any, put: Answer) -> None:
         """Answers one request of a stream, whatever becomes of it."""
         try:
-            ask, stream = await self._submit(request, context)
+            ask, stream = await self._submit(request, context, streams=True)
             with contextlib.closing(stream):
                 if ask.stream:
                     await self._put_deltas(ask, request, stream, put)
@@ -193,13 +191,15 @@ class KServeService:
             last.parameters[fmt.FINAL].bool_param = True
             await put(pb.ModelStreamInferResponse(infer_response=last))
 
-    async def _submit(self, request: Any, context: Any) -> tuple[fmt.Ask, ResponseStream]:
+    async def _submit(
+        self, request: Any, context: Any, *, streams: bool
+    ) -> tuple[fmt.Ask, ResponseStream]:
         common = self._models.default
         arrival = arrival_of(common, context)
         with common.refusals_counted(arrival):
             message: pb.ModelInferRequest = checked(request)
             _check_version(message.model_version)
-            ask = fmt.Ask.read(message)
+            ask = fmt.Ask.read(message, streams)
             if ask.timeout_s is not None:
                 deadline = min(arrival.deadline, arrival.received + ask.timeout_s)
                 arrival = replace(arrival, deadline=deadline)
@@ -264,6 +264,7 @@ async def _first(answer: Coroutine[Any, Any, Any], serving: asyncio.Task[None]) 
 def _failed(request: Any, error: CrossdockError) -> pb.ModelStreamInferResponse:
     failed = pb.ModelStreamInferResponse(error_message=str(error))
     failed.infer_response.id = getattr(request, "id", "")
+    failed.infer_response.parameters[fmt.FINAL].bool_param = True  # nothing follows of this one
     return failed
 
 

@@ -79,7 +79,7 @@ def error_response(error: CrossdockError, path: str = "") -> web.Response:
     body = error_body(error)
     if path.startswith(KSERVE):  # whose clients take the text alone
         body = {"error": body["error"]["message"]}
-    headers = {}
+    headers = {"X-Should-Retry": "true" if error.retriable else "false"}  # OpenAI's clients look
     if isinstance(error, Overloaded):
         headers["Retry-After"] = f"{error.retry_after_s:.0f}"
     elif error.retriable:

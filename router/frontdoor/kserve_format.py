@@ -67,14 +67,17 @@ class Ask:
         return 1 if self.body.n is None else self.body.n
 
     @classmethod
-    def read(cls, request: pb.ModelInferRequest) -> Ask:
-        """Raises InvalidRequest naming the tensor or parameter that is wrong."""
+    def read(cls, request: pb.ModelInferRequest, streams: bool = True) -> Ask:
+        """`streams`: it came where an answer may be several responses. Raises InvalidRequest naming
+        the tensor or parameter that is wrong."""
         inputs = read_inputs(request)
         for name in inputs:
             if name not in INPUTS:
                 raise InvalidRequest("inputs", name, f"the inputs are {', '.join(INPUTS)}")
         parameters = {name: _value(given) for name, given in request.parameters.items()}
         empty_final = bool(parameters.pop(EMPTY_FINAL, False))
+        if empty_final and not streams:
+            raise InvalidRequest(EMPTY_FINAL, True, "may be true only over ModelStreamInfer")
         timeout_us, priority = parameters.pop("timeout", 0), parameters.pop("priority", 0)
         for name, value in (("timeout", timeout_us), ("priority", priority)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -87,6 +90,8 @@ class Ask:
                 raise InvalidRequest("outputs", name, f"the outputs are {', '.join(OUTPUTS)}")
         by_default = ("text_output",) if field == "text_input" else ("output_ids",)
         stream = _flag(inputs, "stream", False)
+        if stream and not streams:
+            raise InvalidRequest("stream", True, "may be true only over ModelStreamInfer")
         echo = not _flag(inputs, "exclude_input_in_output", True)
         if echo and (stream or field != "text_input"):
             limit = "may be false only for text_input, without stream"
