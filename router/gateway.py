@@ -122,6 +122,10 @@ class GatewayServer:
                     now[key].become(model)
                     self._forget(now[key])
                 now[key].dispatcher.draining = self._draining
+            for name in {each.name for each in self._served.values()}:
+                self.metrics.forget_model(name)
+            for each in now.values():
+                self.metrics.watch_model(each.name, each.view.count)
             self._served, self._serving = now, serving
             self._models.become([each.frontend for each in now.values()], serving.routes)
             for served in changed:  # other weights by the same name: its workers go as well
@@ -202,9 +206,7 @@ class GatewayServer:
             active=lambda: self._admission.active,
             waiting=total(lambda served: served.dispatcher.waiting_sequences),
             queued=total(lambda served: served.dispatcher.queued_sequences),
-            workers=lambda role: sum(
-                worker.role is role for each in self._all() for worker in each.view.workers.values()
-            ),
+            workers=lambda role: sum(each.view.count(role) for each in self._all()),
             resyncs=total(lambda served: served.links.resyncs),
         )
 

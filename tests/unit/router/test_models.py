@@ -156,6 +156,7 @@ async def test_a_key_may_use_the_models_that_it_names(
         listed = (await call(rig, "GET", "/v1/models", key)).body["data"]
         assert [card["id"] for card in listed] == ["large"]
         assert rig.metric("tenant_cost_total", tenant="acme", model="large") == 4
+        assert rig.metric("model_requests_total", outcome="ok", model="large") == 1
         assert not rig.metric("tenant_cost_total", tenant="acme", model="small")
     log = tmp_path / "audit.gateway-0"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -189,6 +190,8 @@ async def test_one_model_without_workers_does_not_hold_up_the_other(both: Rig) -
     small = next(iter(both.gateway._served.values()))
     await until(lambda: not small.view.workers)
     assert both.gateway.ready
+    workers = [both.metric("model_workers", model=m, role="decode") for m in ("small", "large")]
+    assert workers == [0, 1]
     assert (await complete(both, model="large")).status == 200
     async with triton.InferenceServerClient(both.gateway.grpc_address) as kserve:
         ready = [await kserve.is_model_ready(name) for name in ("small", "large")]
@@ -225,6 +228,7 @@ async def test_a_model_that_goes_finishes_what_it_has(
     await until(lambda: decode.decodes)
     await both.gateway.update_serving(Serving({"small": models["small"]}))
     assert (await complete(both, model="large")).status == 404
+    assert b'model_workers{model="large"' not in both.gateway.metrics.exposition()
     assert both.gateway.active_requests == 1
     decode.gate.set()
     answer = await running
