@@ -72,6 +72,7 @@ class Dispatcher:
         self.view = view
         self.metrics = metrics
         self.draining = False
+        self.retired = ""  # why it takes nothing new
         self._links = links
         self._timers = timers
         self._policy = policy
@@ -179,6 +180,8 @@ class Dispatcher:
         self._turns.pump()
 
     def _admit(self, request: Request, now: float) -> None:
+        if self.retired:
+            raise NotFound(self.retired)
         if self.draining:
             raise Draining("this gateway is shutting down; send the request again")
         if request.deadline is not None and request.deadline <= now:
@@ -201,8 +204,8 @@ class Dispatcher:
         return f"the first token is predicted in {waits_s:.2f} s" if late else ""
 
     def retire(self, why: str) -> None:
-        """Takes nothing new and ends what no worker has begun; the rest goes on."""
-        self.draining = True
+        """Refuses what comes, by NotFound, and ends what no worker has begun; the rest goes on."""
+        self.retired = why
         for active in [active for active in self._requests if not active.started]:
             self._end(active, NotFound(why), "retired")
 
