@@ -49,6 +49,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool. In a chunk, what it gained: id and name come with the first of a call."""
+
+    id: str
+    name: str
+    arguments: str  # JSON, whole only where the answer is not cut short
+    index: int = 0  # of the answer's calls
+
+
+@dataclass(frozen=True)
 class Completion:
     """One continuation of the prompt."""
 
@@ -59,6 +69,7 @@ class Completion:
     stop_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     timings: Timings | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,11 @@ class Result:
     def token_ids(self) -> tuple[int, ...]:
         """Of the first completion."""
         return self.completions[0].token_ids
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Of the first completion, where tools were offered."""
+        return self.completions[0].tool_calls
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -150,6 +166,7 @@ def _continuation(message: pb.GenerateResponse | pb.Completion) -> dict[str, Any
         "token_ids": tuple(message.token_ids),
         "logprobs": tuple(map(_logprobs, message.logprobs)),
         "finish_reason": FINISH_FROM_PB.get(message.finish_reason),
+        "tool_calls": tuple(read_as(ToolCall, call) for call in message.tool_calls),
         "timings": _timings(message.timings) if message.HasField("timings") else None,
     }
 

@@ -216,7 +216,7 @@ class GatewayConfig(Limits):
     tool_parser: str = setting(
         "auto",
         "How the model writes calls of tools; auto: as its chat template does.",
-        choices=("auto", "hermes", "llama3_json", "mistral", "none"),
+        choices=("auto", "hermes", "llama3_json", "mistral", "mistral_args", "none"),
     )
     block_size: int = setting(16, "Tokens of a block of the workers' pools.", low=1, high=65_536)
     max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)

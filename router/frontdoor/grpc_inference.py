@@ -12,10 +12,13 @@ from crossdock.proto.convert import FINISH_TO_PB, sampling_from_pb
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
-from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.frontend import NO_OFFER, Frontend
 from crossdock.router.frontdoor.grpc_access import say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
-from crossdock.router.frontdoor.tools.grpc_chat import conversation_of_pb
+from crossdock.router.frontdoor.tools.chat import form
+from crossdock.router.frontdoor.tools.grpc_chat import calls_to_pb, conversation_of_pb, offer_of_pb
+from crossdock.router.frontdoor.tools.offer import Offer
+from crossdock.router.frontdoor.tools.reading import Reading
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
@@ -49,18 +52,18 @@ class InferenceService:
 
     async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         try:
-            request_id, stream = await self._submit(request, context)
+            request_id, stream, reading = await self._submit(request, context)
             with contextlib.closing(stream):
                 async for delta in stream:
-                    yield _response(request_id, delta)
+                    yield _response(request_id, delta, reading)
         except CrossdockError as error:
             await abort(context, error)
 
     async def _generate_unary(self, request: Any, context: Any) -> pb.GenerateUnaryResponse:
         try:
-            request_id, stream = await self._submit(request, context)
+            request_id, stream, reading = await self._submit(request, context)
             with contextlib.closing(stream):
-                return _unary(request_id, self._frontend.model_id, await stream.whole())
+                return _unary(request_id, self._frontend.model_id, await stream.whole(), reading)
         except CrossdockError as error:
             await abort(context, error)
             raise
@@ -76,7 +79,10 @@ class InferenceService:
         model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
         return pb.ListModelsResponse(models=[model])
 
-    async def _submit(self, request: Any, context: Any) -> tuple[str, ResponseStream]:
+    async def _submit(
+        self, request: Any, context: Any
+    ) -> tuple[str, ResponseStream, Reading | None]:
+        """Request id and stream, and who reads calls out of it where tools are offered."""
         frontend = self._frontend
         arrival = arrival_of(frontend, context)
         with frontend.refusals_counted(arrival):
@@ -85,10 +91,13 @@ class InferenceService:
                 message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
             )
             frontend.validator.check_request(message.model, message.n or 1, sampling)
-            if (grammar := sampling.grammar) is not None:
-                sampling = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
-            field, prompt = await self._prompt(message)
-        submitted = await frontend.submit(
+            own, how = sampling.grammar, frontend.tool_format
+            offer = offer_of_pb(message.chat) if message.HasField("chat") else NO_OFFER
+            asked = ("sampling.grammar", own) if own is not None else None
+            if (wanted := form(asked, offer, frontend.text, how, "chat.")) is not None:
+                sampling = await frontend.with_grammar(sampling, *wanted)
+            field, prompt = await self._prompt(message, offer)
+        request_id, stream = await frontend.submit(
             field,
             [prompt],
             sampling,
@@ -98,43 +107,53 @@ class InferenceService:
             tenant=message.tenant,
             priority=message.priority,
             cache_salt=message.cache_salt,
+            offer=offer,
         )
         say_limits(frontend.gate, context, arrival.visit)
-        return submitted
+        return request_id, stream, Reading(offer, how) if offer.tools else None
 
-    async def _prompt(self, message: pb.GenerateRequest) -> tuple[str, list[int]]:
+    async def _prompt(self, message: pb.GenerateRequest, offer: Offer) -> tuple[str, list[int]]:
         kind = message.WhichOneof("input")
         if kind == "text":
             return "text", await self._frontend.encode("text", message.text)
         if kind == "token_ids":
             return "token_ids", list(message.token_ids.ids)
         if kind == "chat":
-            conversation = conversation_of_pb(message.chat)
+            conversation = conversation_of_pb(message.chat, offer)
             return "chat.messages", await self._frontend.encode_chat(conversation)
         raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 
-def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
-    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **_gained(delta))
+def _response(request_id: str, delta: Delta, reading: Reading | None) -> pb.GenerateResponse:
+    gained = _gained(delta, reading)
+    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **gained)
 
 
-def _gained(delta: Delta) -> dict[str, Any]:
+def _gained(delta: Delta, reading: Reading | None) -> dict[str, Any]:
     """What a streamed response and a completion have in common."""
+    calls: list[pb.ToolCall] = []
+    text, reason = delta.text, delta.finish_reason
+    if reading is not None:
+        said = reading.take(delta)
+        text, reason, calls = said.text, said.finish_reason, calls_to_pb(said.calls)
     return {
         "index": delta.index,
-        "text": delta.text,
+        "text": text,
+        "tool_calls": calls,
         "token_ids": delta.token_ids,
         "logprobs": delta.logprobs,
-        "finish_reason": FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
+        "finish_reason": FINISH_TO_PB[reason] if reason else None,
         "stop_reason": delta.stop_reason,
         "timings": delta.timings,
     }
 
 
-def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryResponse:
+def _unary(
+    request_id: str, model: str, whole: list[Delta], reading: Reading | None
+) -> pb.GenerateUnaryResponse:
     answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
     for delta in whole:
-        answer.completions.add(**_gained(delta))
+        answer.completions.add(**_gained(delta, reading))
         if delta.usage is not None:
             answer.usage.completion_tokens += delta.usage.completion_tokens
     if whole and whole[0].usage is not None:  # of all, the prompt is one
