@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from crossdock.proto.errors import CrossdockError
+from crossdock.proto.errors import Cancelled, CrossdockError, DeadlineExceeded
 from crossdock.proto.types import FinishReason, SamplingParams
 from crossdock.proto.v1 import inference_pb2
 
@@ -26,6 +26,7 @@ class EndedSequence:
     events: Mapping[str, float]  # life-cycle event -> seconds since the request was received
     worker_seconds: float  # of the engines that served it, as far as they worked for it
     gpu_seconds: float  # the same, of each of an engine's GPUs
+    started: bool = False  # its prompt was sent to a worker, which is done when one would begin it
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Ended:
 
     @property
     def charged(self) -> Sequence[EndedSequence]:
-        """Those that had a token, unless the client is to send the request again."""
+        """Those that had a token, unless the client is to send the request again; and of a client
+        that gave up those whose prompt was started."""
         if self.error is not None and self.error.retriable:
             return ()
-        return [sequence for sequence in self.sequences if sequence.token_ids]
+        gave_up = isinstance(self.error, Cancelled | DeadlineExceeded)
+        return [each for each in self.sequences if each.token_ids or (gave_up and each.started)]
 
     @property
     def prompt_tokens(self) -> int:
