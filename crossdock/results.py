@@ -134,6 +134,7 @@ class ModelInfo:
 
     id: str
     context_length: int  # tokens
+    aliases: tuple[str, ...] = ()  # other names that requests may have for it
 
 
 def read_chunk(message: pb.GenerateResponse) -> Chunk:
@@ -151,7 +152,7 @@ def read_result(message: pb.GenerateUnaryResponse) -> Result:
 
 def read_models(message: pb.ListModelsResponse) -> list[ModelInfo]:
     """The models from their message."""
-    return [read_as(ModelInfo, model) for model in message.models]
+    return [read_as(ModelInfo, model, aliases=tuple(model.aliases)) for model in message.models]
 
 
 def read_as(kind: type[T], message: Any, **known: Any) -> T:

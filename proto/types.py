@@ -160,6 +160,7 @@ class WorkerEndpoint:
     address: str
     incarnation: str  # hexadecimal, 32 characters
     revision: str = ""
+    model: str = ""  # its name where a cluster has several; gateways are told it
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -18,7 +18,14 @@ from functools import partial
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
-from crossdock.proto.errors import Cancelled, CrossdockError, DeadlineExceeded, Draining, WorkerLost
+from crossdock.proto.errors import (
+    Cancelled,
+    CrossdockError,
+    DeadlineExceeded,
+    Draining,
+    NotFound,
+    WorkerLost,
+)
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import attempts, tracing
@@ -34,8 +41,8 @@ from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
 from crossdock.router.dispatch.waiting import Step, Waiting
-from crossdock.router.placement.policy import NoWorker, Policy
-from crossdock.router.placement.room import has_room, takes_more
+from crossdock.router.placement.policy import Demand, NoWorker, Policy
+from crossdock.router.placement.room import has_place, has_room, takes_more
 from crossdock.router.placement.view import ClusterView, WorkerView
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,7 @@ class Dispatcher:
         timers: Timers,
         policy: Policy,
         limits: Limits,
+        admission: Admission | None = None,
         metrics: GatewayMetrics,
         hasher: BlockHasher,
         eos_token_ids: frozenset[int],
@@ -68,7 +76,7 @@ class Dispatcher:
         self._timers = timers
         self._policy = policy
         self._limits = limits
-        self._admission = Admission(limits)
+        self._admission = admission or Admission(limits)  # of all dispatchers of a gateway
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
@@ -176,6 +184,27 @@ class Dispatcher:
         if request.deadline is not None and request.deadline <= now:
             raise DeadlineExceeded("the deadline passed before any work started")
         self._admission.admit(request.tenant, request.num_sequences, retry_after_s(self.view))
+
+    def why_full(self, tenant: str, tokens: int, latest: float) -> str:
+        """Why a prompt of so many tokens would have to wait here, be it for a place or until after
+        `latest`, on this clock, for its first token; empty where it would not."""
+        now = self._clock()
+        demand = Demand(tokens, (), self.hasher.block_size)
+        try:
+            placement = self._policy(self.view, demand, now, self._rng, self._turn)
+        except NoWorker as error:
+            return str(error)
+        if not has_place(self.view, demand, now):
+            return "every worker that decodes has all that it takes"
+        waits_s = placement.predicted_ttft_s + self.view.drained_s(self._turns.tokens_of(tenant))
+        late = placement.measured and now + waits_s > latest
+        return f"the first token is predicted in {waits_s:.2f} s" if late else ""
+
+    def retire(self, why: str) -> None:
+        """Takes nothing new and ends what no worker has begun; the rest goes on."""
+        self.draining = True
+        for active in [active for active in self._requests if not active.started]:
+            self._end(active, NotFound(why), "retired")
 
     def close(self) -> None:
         """Ends everything that is under way, and takes nothing new."""

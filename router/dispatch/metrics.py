@@ -82,6 +82,9 @@ class GatewayMetrics:
         )
         self.stage = {name: stage.labels(name) for name in (*TTFT_STAGES, *STALL_STAGES)}
         self.requests = self._counter("requests", "Requests by how they ended", ["outcome"])
+        self.routed = self._counter(
+            "routed_requests", "Requests by a route's name, by the model chosen", ["route", "model"]
+        )
         self.within_slo = self._counter(
             "sequences_by_slo", "Finished sequences within both TTFT and TPOT aims", ["met"]
         )

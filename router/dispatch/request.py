@@ -78,6 +78,9 @@ class Request:
     received: float  # on the gateway's clock, seconds
     received_unix: float  # the same moment, wall clock
     n: int = 1
+    model: str = ""  # that serves it, by its own name
+    asked_model: str = ""  # what the client called it: its name, an alias, a route, or nothing
+    route: str = ""  # why that model, where a route chose
     tenant: str = ""  # who takes turns with others, and has one share of the room
     priority: int = 0
     cache_salt: bytes = b""

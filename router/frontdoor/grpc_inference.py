@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -12,9 +13,10 @@ from crossdock.proto.convert import FINISH_TO_PB, sampling_from_pb
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
-from crossdock.router.frontdoor.frontend import NO_OFFER, Frontend
-from crossdock.router.frontdoor.grpc_access import say_limits, who
+from crossdock.router.frontdoor.frontend import NO_OFFER, Frontend, Prepared
+from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.tools.chat import form
 from crossdock.router.frontdoor.tools.grpc_chat import calls_to_pb, conversation_of_pb, offer_of_pb
 from crossdock.router.frontdoor.tools.offer import Offer
@@ -24,11 +26,21 @@ from crossdock.router.frontdoor.validate import UNLIMITED
 SERVICE = "crossdock.v1.Inference"
 
 
-class InferenceService:
-    """Serves one Frontend; messages of more than `max_body_bytes` are refused."""
+@dataclass(frozen=True)
+class Submitted:
+    """A request under way."""
 
-    def __init__(self, frontend: Frontend, max_body_bytes: int) -> None:
-        self._frontend = frontend
+    model: str
+    request_id: str
+    stream: ResponseStream
+    reading: Reading | None  # who reads calls out of it, where tools are offered
+
+
+class InferenceService:
+    """Serves models; messages of more than `max_body_bytes` are refused."""
+
+    def __init__(self, models: Models, max_body_bytes: int) -> None:
+        self._models = models
         self._max_body_bytes = max_body_bytes
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -52,7 +64,8 @@ class InferenceService:
 
     async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         try:
-            request_id, stream, reading = await self._submit(request, context)
+            submitted = await self._submit(request, context)
+            request_id, stream, reading = submitted.request_id, submitted.stream, submitted.reading
             with contextlib.closing(stream):
                 async for delta in stream:
                     yield _response(request_id, delta, reading)
@@ -61,67 +74,80 @@ class InferenceService:
 
     async def _generate_unary(self, request: Any, context: Any) -> pb.GenerateUnaryResponse:
         try:
-            request_id, stream, reading = await self._submit(request, context)
-            with contextlib.closing(stream):
-                return _unary(request_id, self._frontend.model_id, await stream.whole(), reading)
+            submitted = await self._submit(request, context)
+            with contextlib.closing(submitted.stream):
+                return _unary(submitted, await submitted.stream.whole())
         except CrossdockError as error:
             await abort(context, error)
             raise
 
     async def _list_models(self, request: Any, context: Any) -> pb.ListModelsResponse:
-        frontend = self._frontend
         try:
             checked(request)
-            if not who(frontend.gate, context).principal.may_use(frontend.model_id):
-                return pb.ListModelsResponse()
+            mine = self._models.of(who(self._models.gate, context).principal)
         except CrossdockError as error:
             await abort(context, error)
-        model = pb.Model(id=frontend.model_id, context_length=frontend.text.context_length)
-        return pb.ListModelsResponse(models=[model])
+        models = [
+            pb.Model(
+                id=each.model_id, context_length=each.text.context_length, aliases=each.aliases
+            )
+            for each in mine
+        ]
+        return pb.ListModelsResponse(models=models)
 
-    async def _submit(
-        self, request: Any, context: Any
-    ) -> tuple[str, ResponseStream, Reading | None]:
-        """Request id and stream, and who reads calls out of it where tools are offered."""
-        frontend = self._frontend
-        arrival = arrival_of(frontend, context)
-        with frontend.refusals_counted(arrival):
+    async def _submit(self, request: Any, context: Any) -> Submitted:
+        common = self._models.default
+        arrival = arrival_of(common, context)
+        with common.refusals_counted(arrival):
             message: pb.GenerateRequest = checked(request)
             sampling = sampling_from_pb(
-                message.sampling, max_tokens=UNLIMITED, seed=frontend.draw_seed()
+                message.sampling, max_tokens=UNLIMITED, seed=common.draw_seed()
             )
-            frontend.validator.check_request(message.model, message.n or 1, sampling)
-            own, how = sampling.grammar, frontend.tool_format
             offer = offer_of_pb(message.chat) if message.HasField("chat") else NO_OFFER
-            asked = ("sampling.grammar", own) if own is not None else None
-            if (wanted := form(asked, offer, frontend.text, how, "chat.")) is not None:
-                sampling = await frontend.with_grammar(sampling, *wanted)
-            field, prompt = await self._prompt(message, offer)
+
+            async def prepare(frontend: Frontend) -> Prepared:
+                guided, n = sampling, message.n or 1
+                frontend.validator.check_request(n, sampling)
+                own, how = sampling.grammar, frontend.tool_format
+                asked = ("sampling.grammar", own) if own is not None else None
+                if (wanted := form(asked, offer, frontend.text, how, "chat.")) is not None:
+                    guided = await frontend.with_grammar(sampling, *wanted)
+                field, prompt = await _prompt(frontend, message, offer)
+                return Prepared(field, [prompt], guided, n, offer)
+
+            chosen = await self._models.choose(
+                message.model,
+                arrival,
+                prepare,
+                headers=metadata_of(context),
+                tenant=message.tenant,
+            )
+        frontend = chosen.frontend
         request_id, stream = await frontend.submit(
-            field,
-            [prompt],
-            sampling,
-            message.n or 1,
+            chosen.prepared,
             arrival,
             request_id=message.request_id,
             tenant=message.tenant,
             priority=message.priority,
             cache_salt=message.cache_salt,
-            offer=offer,
         )
-        say_limits(frontend.gate, context, arrival.visit)
-        return request_id, stream, Reading(offer, how) if offer.tools else None
+        say_limits(common.gate, context, arrival.visit)
+        reading = Reading(offer, frontend.tool_format) if offer.tools else None
+        return Submitted(frontend.model_id, request_id, stream, reading)
 
-    async def _prompt(self, message: pb.GenerateRequest, offer: Offer) -> tuple[str, list[int]]:
-        kind = message.WhichOneof("input")
-        if kind == "text":
-            return "text", await self._frontend.encode("text", message.text)
-        if kind == "token_ids":
-            return "token_ids", list(message.token_ids.ids)
-        if kind == "chat":
-            conversation = conversation_of_pb(message.chat, offer)
-            return "chat.messages", await self._frontend.encode_chat(conversation)
-        raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
+
+async def _prompt(
+    frontend: Frontend, message: pb.GenerateRequest, offer: Offer
+) -> tuple[str, list[int]]:
+    kind = message.WhichOneof("input")
+    if kind == "text":
+        return "text", await frontend.encode("text", message.text)
+    if kind == "token_ids":
+        return "token_ids", list(message.token_ids.ids)
+    if kind == "chat":
+        conversation = conversation_of_pb(message.chat, offer)
+        return "chat.messages", await frontend.encode_chat(conversation)
+    raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 
 def _response(request_id: str, delta: Delta, reading: Reading | None) -> pb.GenerateResponse:
@@ -148,12 +174,10 @@ def _gained(delta: Delta, reading: Reading | None) -> dict[str, Any]:
     }
 
 
-def _unary(
-    request_id: str, model: str, whole: list[Delta], reading: Reading | None
-) -> pb.GenerateUnaryResponse:
-    answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
+def _unary(submitted: Submitted, whole: list[Delta]) -> pb.GenerateUnaryResponse:
+    answer = pb.GenerateUnaryResponse(request_id=submitted.request_id, model=submitted.model)
     for delta in whole:
-        answer.completions.add(**_gained(delta, reading))
+        answer.completions.add(**_gained(delta, submitted.reading))
         if delta.usage is not None:
             answer.usage.completion_tokens += delta.usage.completion_tokens
     if whole and whole[0].usage is not None:  # of all, the prompt is one

@@ -59,6 +59,7 @@ class Ask:
     empty_final: bool  # a stream's end comes as a response of its own
     timeout_s: float | None
     priority: int
+    model: str = ""  # that serves it, once it is chosen
 
     @property
     def n(self) -> int:
@@ -110,9 +111,7 @@ class Ask:
 
     def answer(self, request: pb.ModelInferRequest, deltas: Sequence[Delta]) -> Any:
         """What these sequences gained, one element of each tensor a delta."""
-        answer = pb.ModelInferResponse(
-            model_name=request.model_name, model_version="1", id=request.id
-        )
+        answer = pb.ModelInferResponse(model_name=self.model, model_version="1", id=request.id)
         for name in self.outputs:
             values: list[Any] = [_output(name, delta) for delta in deltas]
             if name == "output_ids":

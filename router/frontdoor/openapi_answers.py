@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 
 class Error(msgspec.Struct):
@@ -133,13 +134,14 @@ class Completion(msgspec.Struct):
 
 
 class Model(msgspec.Struct):
-    """A model that is served."""
+    """A model that is served, or a route to some, which has neither context nor aliases."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    context_length: int
+    context_length: int | UnsetType = UNSET
+    aliases: list[str] | UnsetType = UNSET
 
 
 class Models(msgspec.Struct):

@@ -56,16 +56,15 @@ KEYS = ("day", "tenant", "account", "model")
 
 
 class Usage:
-    """Counts for one gateway that serves `model`. `file`: None keeps nothing but the metrics."""
+    """Counts for one gateway. `file`: None keeps nothing but the metrics."""
 
     def __init__(
         self,
         file: Path | None,
-        model: str,
         registry: CollectorRegistry,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._file, self._model, self._wall = file, model, wall
+        self._file, self._wall = file, wall
         self._new: dict[Row, Amounts] = {}  # not in the database yet
         self._labels: dict[str, str] = {}
         about = {
@@ -82,8 +81,8 @@ class Usage:
             for name, text in about.items()
         }
 
-    def add(self, principal: Principal, ended: Ended, cost: float) -> None:
-        """A request has ended."""
+    def add(self, principal: Principal, model: str, ended: Ended, cost: float) -> None:
+        """A request of this model has ended."""
         charged = ended.charged
         amounts = Amounts(
             requests=1 if charged else 0,
@@ -96,10 +95,10 @@ class Usage:
         )
         label = self._label(principal.tenant)
         for name, counter in self._counters.items():
-            counter.labels(label, self._model).inc(getattr(amounts, name))
+            counter.labels(label, model).inc(getattr(amounts, name))
         if self._file is not None:
             day = period_of("day", self._wall())
-            row = (day, principal.tenant, principal.account, self._model)
+            row = (day, principal.tenant, principal.account, model)
             self._new.setdefault(row, Amounts()).__iadd__(amounts)
 
     def spent(self, account: str, since: str) -> float:

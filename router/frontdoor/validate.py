@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from crossdock.model.text import TextModel
-from crossdock.proto.errors import ContextLengthExceeded, InvalidRequest, NotFound
+from crossdock.proto.errors import ContextLengthExceeded, InvalidRequest
 from crossdock.proto.types import MAX_N, SamplingParams
 from crossdock.router.frontdoor.json_body import check_unicode
 
@@ -34,14 +34,6 @@ class Validator:
         pool = self.pool_tokens()
         context = self.text.context_length
         return context if pool is None else min(context, pool)
-
-    def check_model(self, name: str) -> None:
-        """Raises where another model is served."""
-        if name and name != self.model_id:
-            raise NotFound(
-                f"model: {name!r} is not served here; the model of this cluster is "
-                f"{self.model_id!r}"
-            )
 
     def check_text(self, field: str, text: str) -> None:
         """Before tokenization, so that what cannot fit costs nothing."""
@@ -68,9 +60,8 @@ class Validator:
             limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
             raise InvalidRequest(field, wrong, limit)
 
-    def check_request(self, model: str, n: int, sampling: SamplingParams) -> None:
-        """What can be known before the prompt is tokenized. Raises InvalidRequest or NotFound."""
-        self.check_model(model)
+    def check_request(self, n: int, sampling: SamplingParams) -> None:
+        """What can be known before the prompt is tokenized. Raises InvalidRequest."""
         if not 1 <= n <= MAX_N:
             raise InvalidRequest("n", n, f"must be from 1 to {MAX_N}")
         sampling.validate(self.text.vocab_size)

@@ -38,10 +38,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         num_blocks: int = 1000,
         block_size: int = 16,
         port: int = 0,
+        model: str = "",
         certified: Callable[[], Credentials] | None = None,  # for each of its lives
     ) -> None:
         self.name, self.role, self.port = name, role, port
-        self.certified = certified
+        self.certified, self.model = certified, model
         self.num_blocks, self.block_size = num_blocks, block_size
         self.incarnation = os.urandom(16)
         self.layout_hash = b"a layout's hash."
@@ -104,7 +105,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     @property
     def endpoint(self) -> WorkerEndpoint:
         return WorkerEndpoint(
-            self.name, "pool", self.role, f"127.0.0.1:{self.port}", self.incarnation.hex()
+            self.name,
+            "pool",
+            self.role,
+            f"127.0.0.1:{self.port}",
+            self.incarnation.hex(),
+            model=self.model,
         )
 
     @property

@@ -196,7 +196,7 @@ def test_gateways_that_start_again_share_what_is_left() -> None:
 def test_a_database_that_cannot_be_read_refuses_budgets_alone(tmp_path: Path) -> None:
     """What ends meanwhile is accounted for all the same."""
     (tmp_path / "usage.db").write_bytes(b"no database " * 500)
-    usage = Usage(tmp_path / "usage.db", "m", CollectorRegistry())
+    usage = Usage(tmp_path / "usage.db", CollectorRegistry())
     limits, price = limiter(Clock(), spent=usage.spent), Price(input=1e6)
     free, bound = of(max_concurrent=1), of(budget=100)
     with pytest.raises(Unavailable, match="cannot be read"):
@@ -314,7 +314,7 @@ async def test_who_goes_away_uses_a_prompt_that_was_started_and_no_other(
         rig.prefills[0].gate.clear()
         await gone_once(lambda: rig.prefills[0].prefills, rig, key)
         await rig.members(rig.decodes[0])  # nobody computes prompts now
-        await gone_once(lambda: rig.gateway._dispatcher.waiting_sequences, rig, key)
+        await gone_once(lambda: rig.only.dispatcher.waiting_sequences, rig, key)
         rig.prefills[0].gate.set()
         await rig.members()
         answer = await complete(rig, key, prompt=[7, 8], max_tokens=1)

@@ -59,10 +59,10 @@ def test_who_gives_up_is_charged_the_prompts_that_were_started(error: CrossdockE
 async def test_gateways_add_to_the_same_rows(tmp_path: Path) -> None:
     file = usage_file(tmp_path, "c")
     for _ in range(2):  # two gateways, or two lives of one
-        usage = Usage(file, "m", CollectorRegistry(), lambda: NOON)
-        usage.add(ACME, Ended(None, 1.0, 1, [sequence(0, 5, 64)]), 1.5)
+        usage = Usage(file, CollectorRegistry(), lambda: NOON)
+        usage.add(ACME, "m", Ended(None, 1.0, 1, [sequence(0, 5, 64)]), 1.5)
         await usage.flush()
-        usage.add(ACME, Ended(None, 1.0, 1, [sequence(0, 5)]), 1.0)
+        usage.add(ACME, "m", Ended(None, 1.0, 1, [sequence(0, 5)]), 1.0)
         await usage.flush()
     (row, amounts), *more = read_usage(file).items()
     assert not more and row == ("2026-11-22", "acme", "key k", "m")
@@ -77,8 +77,8 @@ async def test_what_the_database_does_not_take_is_kept(tmp_path: Path, monkeypat
     from crossdock.router.frontdoor import usage as module
 
     file = usage_file(tmp_path, "c")
-    usage = Usage(file, "m", CollectorRegistry())
-    usage.add(ACME, Ended(None, 1.0, 1, [sequence(0, 5)]), 2.0)
+    usage = Usage(file, CollectorRegistry())
+    usage.add(ACME, "m", Ended(None, 1.0, 1, [sequence(0, 5)]), 2.0)
 
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
@@ -86,16 +86,16 @@ async def test_what_the_database_does_not_take_is_kept(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(module, "add_rows", full)
         await usage.flush()
-    usage.add(ACME, Ended(None, 1.0, 1, [sequence(0, 5)]), 3.0)
+    usage.add(ACME, "m", Ended(None, 1.0, 1, [sequence(0, 5)]), 3.0)
     await usage.flush()
     assert [amounts.cost for amounts in read_usage(file).values()] == [5.0]
 
 
 def test_labels_are_bounded() -> None:
     registry = CollectorRegistry()
-    usage = Usage(None, "m", registry)
+    usage = Usage(None, registry)
     for i in range(LABELLED + 50):
-        usage.add(Principal(f"t{i}"), Ended(None, 1.0, 1, [sequence(0, 5)]), 0.0)
+        usage.add(Principal(f"t{i}"), "m", Ended(None, 1.0, 1, [sequence(0, 5)]), 0.0)
 
     def tokens(tenant: str) -> float | None:
         labels = {"tenant": tenant, "model": "m"}
