@@ -22,6 +22,7 @@ from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
 from crossdock.router.frontdoor.models import Models
+from crossdock.router.frontdoor.responses_store import ResponseStore
 from crossdock.router.frontdoor.tls import DoorCertificates
 from crossdock.router.frontdoor.usage import Usage, usage_file
 from crossdock.router.placement.view import ClusterView
@@ -75,8 +76,15 @@ class GatewayServer:
                 config.max_connection_age_s,
                 certificates,
             )
+            responses = ResponseStore(self._reached, config.responses, self._credentials)
+            self._closing.push_async_callback(responses.close)
             self._http = http = HttpServer(
-                models, config.http, config.max_body_bytes, config.http_options, certificates
+                models,
+                config.http,
+                config.max_body_bytes,
+                config.http_options,
+                certificates,
+                responses,
             )
             self._closing.push_async_callback(grpc.stop, grace_s=0.5)
             self._closing.push_async_callback(http.stop)
@@ -165,6 +173,10 @@ class GatewayServer:
 
     def _all(self) -> list[Served]:
         return [*self._served.values(), *self._leaving]
+
+    def _reached(self) -> list[WorkerEndpoint]:
+        """The workers whose streams are open, of all models."""
+        return [endpoint for served in self._all() for endpoint in served.links.reached()]
 
     def _tell(self) -> None:
         for served in self._all():

@@ -166,7 +166,7 @@ class Dispatcher:
         self._turns.pump()
         first = active.sequences[0]
         if first in self._turns and request.deadline is not None:
-            demand = first.demand(self.hasher.block_size)
+            demand = self._demand(first)
             with contextlib.suppress(NoWorker):
                 placement = self._policy(self.view, demand, now, self._rng, self._turn)
                 at = now + self.view.drained_s(ahead)
@@ -219,7 +219,7 @@ class Dispatcher:
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
         sequence.extend_hashes(self.hasher, self.view.layout_hash)
-        demand, now = sequence.demand(self.hasher.block_size), self._clock()
+        demand, now = self._demand(sequence), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:
@@ -243,6 +243,9 @@ class Dispatcher:
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
         attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
+
+    def _demand(self, sequence: SequenceState) -> Demand:
+        return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""

@@ -145,13 +145,15 @@ class SequenceState:
         timings.recomputed_tokens = self.transfer.recomputed_tokens
         return timings
 
-    def demand(self, block_size: int) -> Demand:
+    def demand(self, block_size: int, local_tokens: int = 0) -> Demand:
+        """What it asks of the cluster; `local_tokens`: as Demand has them."""
         return Demand(
             num_tokens=len(self.token_ids),
             block_hashes=self.hashes,
             block_size=block_size,
             most_tokens=self.prompt_tokens + self.sampling.max_tokens,
             avoid=frozenset(self.avoid),
+            local_tokens=local_tokens,
         )
 
     def request_message(self, eos: list[int]) -> pb.SequenceRequest:

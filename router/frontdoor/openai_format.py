@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import msgspec
 
 from crossdock.model.text import TextModel
+from crossdock.proto.errors import CrossdockError
 from crossdock.proto.v1 import inference_pb2
 from crossdock.router.dispatch.request import Delta
+from crossdock.router.frontdoor.http_errors import error_event
 
 _encode = msgspec.json.encode
 PLAIN_END = b',"logprobs":null,"finish_reason":null}]}\n\n'
@@ -90,6 +92,18 @@ class Answer(ABC):
                 }
             )
         return _encode(self._head(self.kind) | {"choices": choices, "usage": self._usage()})
+
+    async def told(self, deltas: Sequence[Delta]) -> bytes:
+        """`whole`, once what must come before it is done."""
+        return self.whole(deltas)
+
+    async def end(self) -> bytes:
+        """`last_events`, likewise."""
+        return self.last_events()
+
+    def failed(self, error: CrossdockError) -> bytes:
+        """The end of a stream that failed."""
+        return error_event(error)
 
     def _head(self, kind: str) -> dict[str, Any]:
         id_ = f"{self.id_prefix}-{self.request_id}"
