@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from crossdock.proto import errors
@@ -85,12 +85,11 @@ def _tools(given: Sequence[Mapping[str, Any]]) -> pb.Chat:
 
 def _choice(given: str | Mapping[str, Any]) -> pb.Chat:
     if isinstance(given, str):
-        mode = pb.ToolChoice.Mode.Value(given.upper())
-        return pb.Chat(tool_choice=pb.ToolChoice(mode=mode))
+        return pb.Chat(tool_choice=pb.ToolChoice(mode=given.upper()))
     return pb.Chat(tool_choice=pb.ToolChoice(name=given["function"]["name"]))
 
 
-_SETTERS = {
+_SETTERS: dict[str, Callable[[Any], pb.Chat]] = {
     "tools": _tools,
     "tool_choice": _choice,
     "parallel_tool_calls": lambda given: pb.Chat(parallel_tool_calls=given),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
+import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from crossdock.router.frontdoor.tools.parsers import (
     Parser,
 )
 
+_ALPHABET = string.ascii_letters + string.digits
 MOST_CALLS = 16  # of an answer that must be calls
 
 
@@ -36,6 +39,12 @@ class ToolFormat:
     several: bool = True  # an answer may hold more than one call
     id_characters: int = 24  # of a call's id
     markers: tuple[str, ...] = ()  # shown to the parser also where they are special tokens
+
+    def new_id(self) -> str:
+        """Of a call that a model made."""
+        length = self.id_characters
+        drawn = "".join(secrets.choice(_ALPHABET) for _ in range(length))
+        return drawn if length < 20 else f"call_{drawn}"
 
     def written(self, calls: Iterable[Mapping[str, Any]]) -> str:
         """Calls ({"name", "arguments"}) as the model itself would write them."""

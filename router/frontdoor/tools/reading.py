@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 from dataclasses import dataclass, field
 
 from crossdock.proto.types import FinishReason
@@ -12,8 +10,6 @@ from crossdock.router.frontdoor.tools.calls import CallArguments, CallBegun, Con
 from crossdock.router.frontdoor.tools.formats import ToolFormat
 from crossdock.router.frontdoor.tools.offer import Offer
 from crossdock.router.frontdoor.tools.parsers import Parser
-
-_ALPHABET = string.ascii_letters + string.digits
 
 
 @dataclass
@@ -61,12 +57,7 @@ class Reading:
         calls: dict[int, CallPiece] = {}
         for event in events:
             if isinstance(event, CallBegun):
-                calls[event.index] = CallPiece(event.index, self._new_id(), event.name)
+                calls[event.index] = CallPiece(event.index, self.how.new_id(), event.name)
             elif isinstance(event, CallArguments):
                 calls.setdefault(event.index, CallPiece(event.index)).arguments += event.text
         return tuple(calls.values())
-
-    def _new_id(self) -> str:
-        length = self.how.id_characters
-        drawn = "".join(secrets.choice(_ALPHABET) for _ in range(length))
-        return drawn if length < 20 else f"call_{drawn}"
