@@ -215,6 +215,7 @@ def gateway_launch(
         probe_key=probe_key(own_key),
         **given(spec.gateway.limits),
         http_options=spec.gateway.http_options,
+        responses=spec.gateway.responses,
         tls=spec.gateway.tls,
         **given(spec.gateway) | {"grpc": grpc, "http": http},
     )

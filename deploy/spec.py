@@ -44,6 +44,7 @@ from crossdock.router.config import (
     GatewayConfig,
     HttpSettings,
     Price,
+    ResponsesSettings,
     Slo,
     TlsFiles,
 )
@@ -117,8 +118,12 @@ class GatewaySpec:
     grpc: str = of(GatewayConfig, "grpc")
     http: str = of(GatewayConfig, "http")
     policy: str = of(GatewayConfig, "policy")
+    local_prompt_tokens: int = of(GatewayConfig, "local_prompt_tokens")
     tool_parser: str = of(GatewayConfig, "tool_parser")
     http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")
+    responses: ResponsesSettings = setting(
+        factory=ResponsesSettings, doc="What is kept of /v1/responses."
+    )
     tls: TlsFiles = setting(factory=TlsFiles, doc="TLS at both front doors.")
     limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
     drain_s: float = setting(

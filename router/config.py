@@ -46,6 +46,27 @@ class HttpSettings:
 
 
 @dataclass(frozen=True)
+class ResponsesSettings:
+    """The YAML's `responses` of a gateway: what is kept of /v1/responses, on two workers each."""
+
+    ttl_s: float = setting(
+        3600.0, "How long a response can be gone on from, or looked at.", low=1, high=2_592_000
+    )
+    max_tenant_mb: float = setting(
+        64.0,
+        "What one worker keeps of one tenant's, MB; the oldest make room.",
+        low=0.01,
+        high=65_536,
+    )
+    max_mb: float = setting(
+        256.0,
+        "What it keeps of all; who has the most makes room. Host memory beside the engine's.",
+        low=0.01,
+        high=1_048_576,
+    )
+
+
+@dataclass(frozen=True)
 class TlsFiles:
     """The YAML's `tls` of a gateway: PEM files on each gateway's node."""
 
@@ -225,6 +246,7 @@ class GatewayConfig(Limits):
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
     )
     http_options: HttpSettings = field(default_factory=HttpSettings)
+    responses: ResponsesSettings = field(default_factory=ResponsesSettings)
     tls: TlsFiles = field(default_factory=TlsFiles)
     max_connection_age_s: float = setting(
         0.0,

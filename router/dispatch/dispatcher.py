@@ -72,6 +72,7 @@ class Dispatcher:
         self.view = view
         self.metrics = metrics
         self.draining = False
+        self.retired = ""  # why it takes nothing new
         self._links = links
         self._timers = timers
         self._policy = policy
@@ -166,7 +167,7 @@ class Dispatcher:
         self._turns.pump()
         first = active.sequences[0]
         if first in self._turns and request.deadline is not None:
-            demand = first.demand(self.hasher.block_size)
+            demand = self._demand(first)
             with contextlib.suppress(NoWorker):
                 placement = self._policy(self.view, demand, now, self._rng, self._turn)
                 at = now + self.view.drained_s(ahead)
@@ -179,6 +180,8 @@ class Dispatcher:
         self._turns.pump()
 
     def _admit(self, request: Request, now: float) -> None:
+        if self.retired:
+            raise NotFound(self.retired)
         if self.draining:
             raise Draining("this gateway is shutting down; send the request again")
         if request.deadline is not None and request.deadline <= now:
@@ -201,8 +204,8 @@ class Dispatcher:
         return f"the first token is predicted in {waits_s:.2f} s" if late else ""
 
     def retire(self, why: str) -> None:
-        """Takes nothing new and ends what no worker has begun; the rest goes on."""
-        self.draining = True
+        """Refuses what comes, by NotFound, and ends what no worker has begun; the rest goes on."""
+        self.retired = why
         for active in [active for active in self._requests if not active.started]:
             self._end(active, NotFound(why), "retired")
 
@@ -219,7 +222,7 @@ class Dispatcher:
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
         sequence.extend_hashes(self.hasher, self.view.layout_hash)
-        demand, now = sequence.demand(self.hasher.block_size), self._clock()
+        demand, now = self._demand(sequence), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:
@@ -243,6 +246,9 @@ class Dispatcher:
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
         attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
+
+    def _demand(self, sequence: SequenceState) -> Demand:
+        return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""

@@ -175,8 +175,9 @@ class SequenceState:
         timings.recomputed_tokens = self.transfer.recomputed_tokens
         return timings
 
-    def demand(self, block_size: int) -> Demand:
-        # What is to be scored is computed, whatever is cached.
+    def demand(self, block_size: int, local_tokens: int = 0) -> Demand:
+        """What it asks of the cluster; `local_tokens`: as Demand has them."""
+        # What is to be scored is computed, whatever is cached, and where prompts are.
         reusable = (self.scored - 1) // block_size if self.unscored else None
         return Demand(
             num_tokens=len(self.token_ids),
@@ -184,6 +185,7 @@ class SequenceState:
             block_size=block_size,
             most_tokens=self.prompt_tokens + self.sampling.max_tokens,
             avoid=frozenset(self.avoid),
+            local_tokens=0 if self.unscored else local_tokens,
         )
 
     def request_message(self, eos: list[int], handed_off: bool = False) -> pb.SequenceRequest:

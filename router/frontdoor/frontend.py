@@ -134,6 +134,23 @@ class Frontend:
             refusal = f"the model's chat template refused them: {error}"
             raise InvalidRequest("messages", f"{len(plain)} messages", refusal) from error
 
+    async def encode_next(
+        self, history: Sequence[int], conversation: Conversation, after: int
+    ) -> list[int]:
+        """Token ids of a conversation whose last `after` messages follow one that stands for an
+        answer; `history` are the ids of its prompt and of the answer as it was drawn. Empty where
+        the model's chat template does not simply go on from there."""
+        messages, _, more = conversation.rendered(self.text, self.tool_format)
+        split = len(messages) - after
+        arguments = messages[: split - 1], messages[split:], more
+        if sum(map(_size, arguments)) > INLINE_CHARACTERS:
+            ids = await self.aside.call("next_turn", *arguments)
+        else:
+            ids = self.text.next_turn(*arguments)
+        if history and history[-1] in self.text.eos_token_ids:
+            history = history[:-1]  # the template writes the end of a turn itself
+        return [*history, *ids] if ids else []
+
     async def with_grammar(
         self, sampling: SamplingParams, field: str, grammar: Grammar
     ) -> SamplingParams:

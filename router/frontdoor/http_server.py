@@ -21,10 +21,10 @@ from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
 from crossdock.router.frontdoor.best_of import best, made_of, ranked
 from crossdock.router.frontdoor.frontend import Arrival, Frontend, Prepared
-from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
+from crossdock.router.frontdoor.http_access import TENANT_HEADER, guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
 from crossdock.router.frontdoor.http_cors import Cors
-from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, answered, error_event
+from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, answered
 from crossdock.router.frontdoor.http_routes import add_small_routes
 from crossdock.router.frontdoor.http_stream import HEADERS, first_batch, send_events
 from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
@@ -39,6 +39,8 @@ from crossdock.router.frontdoor.openai_schemas import (
     prompts_of,
     sampling_of,
 )
+from crossdock.router.frontdoor.responses import ResponsesDoor
+from crossdock.router.frontdoor.responses_store import ResponseStore
 from crossdock.router.frontdoor.tls import DoorCertificates, TlsSite
 from crossdock.router.frontdoor.tools.answer import ToolAnswer
 from crossdock.router.frontdoor.tools.chat import conversation_of, form_of, tools_of
@@ -46,7 +48,6 @@ from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_pr
 
 log = logging.getLogger(__name__)
 
-TENANT_HEADER = "X-Crossdock-Tenant"
 REQUEST_ID_HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)  # the client's, or one that was made for it
 
@@ -64,6 +65,7 @@ class HttpServer:
         max_body_bytes: int,
         settings: HttpSettings | None = None,
         certificates: DoorCertificates | None = None,
+        responses: ResponseStore | None = None,
     ) -> None:
         self._models = models
         self._settings = settings or HttpSettings()
@@ -72,7 +74,7 @@ class HttpServer:
         self._cors = Cors(self._settings.cors)
         self._created = int(time.time())
         self._runner: http_limits.Runner | None = None
-        self._certificates = certificates
+        self._certificates, self._responses = certificates, responses
         self.address = address
 
     async def start(self) -> None:
@@ -82,6 +84,8 @@ class HttpServer:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/v1/models", self._list)
+        if self._responses is not None:
+            ResponsesDoor(self._responses, self._read, self._serve).add_routes(app.router)
         app.router.add_get("/v1/models/{id:.+}", self._model)
         add_small_routes(app.router, self._models)
         add_tokenize_routes(app.router, self._models, self._read_small)
@@ -121,7 +125,8 @@ class HttpServer:
             conversation = conversation_of(body, tools_of(body))
             return "messages", [await frontend.encode_chat(conversation)]
 
-        return await self._serve(request, ChatBody, read, UNLIMITED, fmt.ChatAnswer)
+        body = partial(self._read, request, kind=ChatBody)
+        return await self._serve(request, body, read, UNLIMITED, fmt.ChatAnswer)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         async def read(frontend: Frontend, body: CompletionBody) -> tuple[str, list[list[int]]]:
@@ -133,8 +138,9 @@ class HttpServer:
                 prompts.append(await frontend.encode(field, one) if isinstance(one, str) else one)
             return "prompt", prompts
 
+        body = partial(self._read, request, kind=CompletionBody)
         return await self._serve(
-            request, CompletionBody, read, DEFAULT_COMPLETION_TOKENS, fmt.CompletionAnswer
+            request, body, read, DEFAULT_COMPLETION_TOKENS, fmt.CompletionAnswer
         )
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
@@ -169,17 +175,17 @@ class HttpServer:
     async def _serve(
         self,
         request: web.Request,
-        kind: type[Asked],
+        read_body: Callable[[Arrival], Awaitable[Asked]],
         read_prompts: Callable[[Frontend, Asked], Awaitable[tuple[str, list[list[int]]]]],
         default_max_tokens: int,
-        answer_kind: type[fmt.Answer],
+        answer_kind: Callable[..., fmt.Answer],
     ) -> web.StreamResponse:
         """Answers a request for tokens; `read_prompts` gives the prompts' ids and their field."""
         common, headers = self._models.default, request.headers
         arrival = common.arrival(visit_of(request), tracing.context_of(headers))
         tenant = headers.get(TENANT_HEADER, "")
         with common.refusals_counted(arrival):
-            body = await self._read(request, arrival, kind)
+            body = await read_body(arrival)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, common.draw_seed())
             made_each = made_of(body.made, n, sampling, bool(body.stream))
             offer = tools_of(body)
@@ -208,8 +214,8 @@ class HttpServer:
             default_max_tokens=default_max_tokens,
         )
         with contextlib.closing(stream):
-            made: Callable[..., fmt.Answer] = answer_kind
-            if offer.tools:
+            made = answer_kind
+            if offer.tools and made is fmt.ChatAnswer:
                 made = partial(ToolAnswer, offer=offer, how=frontend.tool_format)
             answer = made(
                 frontend.text,
@@ -227,8 +233,7 @@ class HttpServer:
             deltas = await stream.whole()
             if made_each > n:
                 deltas = best(deltas, n, made_each)
-            await answer.prepare(deltas)
-            data = answer.whole(deltas)
+            data = await answer.told(deltas)
             return web.Response(body=data, content_type="application/json")
 
     async def _stream(
@@ -241,7 +246,7 @@ class HttpServer:
         except CrossdockError as error:
             if not response.prepared:
                 raise
-            await response.write(error_event(error))
+            await response.write(answer.failed(error))
             return response
         if not response.prepared:
             await response.prepare(request)

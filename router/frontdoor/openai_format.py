@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import msgspec
 
 from crossdock.model.text import TextModel
+from crossdock.proto.errors import CrossdockError
 from crossdock.proto.v1 import inference_pb2
 from crossdock.router.dispatch.request import Delta
+from crossdock.router.frontdoor.http_errors import error_event
 from crossdock.router.frontdoor.openai_logprobs import Offsets, token_name, top_by_name
 from crossdock.router.frontdoor.openai_prompt import PromptAnswers
 
@@ -98,6 +100,19 @@ class Answer(ABC):
 
     def _body(self, choices: Sequence[Any]) -> bytes:
         return _encode(self._head(self.kind) | {"choices": choices, "usage": self._usage()})
+
+    async def told(self, deltas: Sequence[Delta]) -> bytes:
+        """`whole`, once what must come before it is done."""
+        await self.prepare(deltas)
+        return self.whole(deltas)
+
+    async def end(self) -> bytes:
+        """`last_events`, likewise."""
+        return self.last_events()
+
+    def failed(self, error: CrossdockError) -> bytes:
+        """The end of a stream that failed."""
+        return error_event(error)
 
     def _head(self, kind: str) -> dict[str, Any]:
         id_ = f"{self.id_prefix}-{self.request_id}"

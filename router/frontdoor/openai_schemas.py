@@ -119,6 +119,35 @@ class ChatBody(SamplingFields, kw_only=True):
     top_logprobs: int | None = None
 
 
+class ResponseBody(SamplingFields, kw_only=True):
+    """The body of POST /v1/responses, with what completions know beside it."""
+
+    input: Any = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    text: Any = None
+    reasoning: Any = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    truncation: str | None = None
+    metadata: dict[str, str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+    context_management: Any = None
+    moderation: Any = None
+    max_tool_calls: int | None = None
+
+
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """The body of POST /tokenize: a prompt as it is, or messages through the chat template."""
 

@@ -147,6 +147,69 @@ class Completion(msgspec.Struct):
     usage: Usage
 
 
+class ResponseInputDetails(msgspec.Struct):
+    """Of the input, what was found in a prefix cache."""
+
+    cached_tokens: int
+
+
+class ResponseOutputDetails(msgspec.Struct):
+    """Of the output, what is thought and not shown: nothing."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(msgspec.Struct):
+    """Tokens of one turn; the input has those of the turns before it."""
+
+    input_tokens: int
+    input_tokens_details: ResponseInputDetails
+    output_tokens: int
+    output_tokens_details: ResponseOutputDetails
+    total_tokens: int
+
+
+class IncompleteDetails(msgspec.Struct):
+    """Why a response is not complete."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class Response(msgspec.Struct):
+    """The answer of POST /v1/responses, and what is kept of it. Beside these it repeats its
+    request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    error: None
+    incomplete_details: IncompleteDetails | None
+    model: str
+    output: list[dict[str, Any]]
+    usage: ResponseUsage
+    store: bool
+    previous_response_id: str | None
+
+
+class ResponseItems(msgspec.Struct):
+    """The answer of GET /v1/responses/{id}/input_items."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResponseDeleted(msgspec.Struct):
+    """The answer of DELETE /v1/responses/{id}."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
 class Model(msgspec.Struct):
     """A model that is served, or a route to some, which has neither context nor aliases."""
 
@@ -193,5 +256,6 @@ class Version(msgspec.Struct):
 
 
 ANSWERS: tuple[Any, ...] = (
-    ErrorAnswer, ChatCompletion, Completion, Model, Models, Tokens, Text, Health, Version,
+    ErrorAnswer, ChatCompletion, Completion, Response, ResponseItems, ResponseDeleted, Model,
+    Models, Tokens, Text, Health, Version,
 )  # fmt: skip
