@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -12,14 +15,30 @@ from crossdock.proto.convert import FINISH_TO_PB, sampling_from_pb
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
-from crossdock.router.frontdoor.frontend import Frontend, Prepared
+from crossdock.router.dispatch.scored import ScoredPrompt
+from crossdock.router.frontdoor.best_of import best, made_of, ranked
+from crossdock.router.frontdoor.frontend import NO_OFFER, Frontend, Prepared
 from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
 from crossdock.router.frontdoor.models import Models
-from crossdock.router.frontdoor.tools.grpc_chat import conversation_of_pb
+from crossdock.router.frontdoor.tools.chat import form
+from crossdock.router.frontdoor.tools.grpc_chat import calls_to_pb, conversation_of_pb, offer_of_pb
+from crossdock.router.frontdoor.tools.offer import Offer
+from crossdock.router.frontdoor.tools.reading import Reading
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
+SLICE_ENTRIES = 4096  # tokens of a prompt, and alternatives, in one response
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A request under way."""
+
+    model: str
+    request_id: str
+    stream: ResponseStream
+    reading: Reading | None  # who reads calls out of it, where tools are offered
 
 
 class InferenceService:
@@ -50,18 +69,27 @@ class InferenceService:
 
     async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         try:
-            _, request_id, stream = await self._submit(request, context)
+            submitted = await self._submit(request, context, streams=True)
+            request_id, stream, reading = submitted.request_id, submitted.stream, submitted.reading
             with contextlib.closing(stream):
                 async for delta in stream:
-                    yield _response(request_id, delta)
+                    if delta.prompt is not None:
+                        for scored in sliced(delta.prompt):
+                            yield pb.GenerateResponse(
+                                request_id=request_id, index=delta.index, prompt_logprobs=scored
+                            )
+                    yield _response(request_id, delta, reading)
         except CrossdockError as error:
             await abort(context, error)
 
     async def _generate_unary(self, request: Any, context: Any) -> pb.GenerateUnaryResponse:
         try:
-            model, request_id, stream = await self._submit(request, context)
-            with contextlib.closing(stream):
-                return _unary(request_id, model, await stream.whole())
+            submitted = await self._submit(request, context)
+            with contextlib.closing(submitted.stream):
+                deltas = await submitted.stream.whole()
+                if request.best_of > (n := request.n or 1):
+                    deltas = best(deltas, n, request.best_of)
+                return await _unary(request, submitted, deltas)
         except CrossdockError as error:
             await abort(context, error)
             raise
@@ -80,8 +108,7 @@ class InferenceService:
         ]
         return pb.ListModelsResponse(models=models)
 
-    async def _submit(self, request: Any, context: Any) -> tuple[str, str, ResponseStream]:
-        """The model's name, the request's id and its stream."""
+    async def _submit(self, request: Any, context: Any, streams: bool = False) -> Submitted:
         common = self._models.default
         arrival = arrival_of(common, context)
         with common.refusals_counted(arrival):
@@ -89,14 +116,21 @@ class InferenceService:
             sampling = sampling_from_pb(
                 message.sampling, max_tokens=UNLIMITED, seed=common.draw_seed()
             )
+            n = message.n or 1
+            made = made_of(message.best_of or None, n, sampling, streams)
+            offer = offer_of_pb(message.chat) if message.HasField("chat") else NO_OFFER
 
             async def prepare(frontend: Frontend) -> Prepared:
-                guided, n = sampling, message.n or 1
+                guided = sampling
                 frontend.validator.check_request(n, sampling)
-                if (grammar := sampling.grammar) is not None:
-                    guided = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
-                field, prompt = await _prompt(frontend, message)
-                return Prepared(field, [prompt], guided, n)
+                own, how = sampling.grammar, frontend.tool_format
+                asked = ("sampling.grammar", own) if own is not None else None
+                if (wanted := form(asked, offer, frontend.text, how, "chat.")) is not None:
+                    guided = await frontend.with_grammar(sampling, *wanted)
+                if made > n:
+                    guided = ranked(guided)
+                field, prompt = await _prompt(frontend, message, offer)
+                return Prepared(field, [prompt], guided, made, offer)
 
             chosen = await self._models.choose(
                 message.model,
@@ -105,7 +139,8 @@ class InferenceService:
                 headers=metadata_of(context),
                 tenant=message.tenant,
             )
-        submitted = await chosen.frontend.submit(
+        frontend = chosen.frontend
+        request_id, stream = await frontend.submit(
             chosen.prepared,
             arrival,
             request_id=message.request_id,
@@ -114,42 +149,67 @@ class InferenceService:
             cache_salt=message.cache_salt,
         )
         say_limits(common.gate, context, arrival.visit)
-        return chosen.frontend.model_id, *submitted
+        reading = Reading(offer, frontend.tool_format) if offer.tools else None
+        return Submitted(frontend.model_id, request_id, stream, reading)
 
 
-async def _prompt(frontend: Frontend, message: pb.GenerateRequest) -> tuple[str, list[int]]:
+async def _prompt(
+    frontend: Frontend, message: pb.GenerateRequest, offer: Offer
+) -> tuple[str, list[int]]:
     kind = message.WhichOneof("input")
     if kind == "text":
         return "text", await frontend.encode("text", message.text)
     if kind == "token_ids":
         return "token_ids", list(message.token_ids.ids)
     if kind == "chat":
-        conversation = conversation_of_pb(message.chat)
+        conversation = conversation_of_pb(message.chat, offer)
         return "chat.messages", await frontend.encode_chat(conversation)
     raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 
-def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
-    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **_gained(delta))
+def sliced(prompt: ScoredPrompt) -> Iterator[list[pb.TokenLogprobs]]:
+    """Log-probabilities of a prompt in parts, made as they are asked for."""
+    tokens = prompt.tokens()
+    top = max((part.top for part in prompt.parts), default=0)
+    while scored := list(islice(tokens, max(1, SLICE_ENTRIES // (1 + top)))):
+        yield scored
 
 
-def _gained(delta: Delta) -> dict[str, Any]:
+def _response(request_id: str, delta: Delta, reading: Reading | None) -> pb.GenerateResponse:
+    gained = _gained(delta, reading)
+    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **gained)
+
+
+def _gained(delta: Delta, reading: Reading | None) -> dict[str, Any]:
     """What a streamed response and a completion have in common."""
+    calls: list[pb.ToolCall] = []
+    text, reason = delta.text, delta.finish_reason
+    if reading is not None:
+        said = reading.take(delta)
+        text, reason, calls = said.text, said.finish_reason, calls_to_pb(said.calls)
     return {
         "index": delta.index,
-        "text": delta.text,
+        "text": text,
+        "tool_calls": calls,
         "token_ids": delta.token_ids,
         "logprobs": delta.logprobs,
-        "finish_reason": FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
+        "finish_reason": FINISH_TO_PB[reason] if reason else None,
         "stop_reason": delta.stop_reason,
         "timings": delta.timings,
     }
 
 
-def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryResponse:
-    answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
+async def _unary(
+    request: pb.GenerateRequest, submitted: Submitted, whole: list[Delta]
+) -> pb.GenerateUnaryResponse:
+    answer = pb.GenerateUnaryResponse(request_id=submitted.request_id, model=submitted.model)
     for delta in whole:
-        answer.completions.add(**_gained(delta))
+        completion = answer.completions.add(**_gained(delta, submitted.reading))
+        if not request.sampling.HasField("logprobs"):  # then they are best_of's alone
+            completion.ClearField("logprobs")
+        for scored in sliced(delta.prompt) if delta.prompt is not None else ():
+            completion.prompt_logprobs.extend(scored)
+            await asyncio.sleep(0)
         if delta.usage is not None:
             answer.usage.completion_tokens += delta.usage.completion_tokens
     if whole and whole[0].usage is not None:  # of all, the prompt is one
