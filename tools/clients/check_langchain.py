@@ -77,6 +77,14 @@ def schema() -> None:
 
 
 @check
+def responses() -> None:
+    """use_responses_api, and its stream"""
+    other = ChatOpenAI(model=MODEL, temperature=0, max_tokens=16, use_responses_api=True)
+    assert "Paris" in other.invoke(QUESTION).text
+    assert "Paris" in "".join(chunk.text for chunk in other.stream(QUESTION))
+
+
+@check
 def logprobs() -> None:
     """log-probabilities"""
     answer = chat_model.bind(logprobs=True, top_logprobs=2, max_tokens=3).invoke(QUESTION)

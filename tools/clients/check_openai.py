@@ -162,6 +162,47 @@ def parsed_tool() -> None:
 
 
 @check
+def responses() -> None:
+    """responses in two turns, streamed, parsed, deleted"""
+    asked = {"model": MODEL, "temperature": 0, "max_output_tokens": 80}
+    first = client.responses.create(**asked, input="What is the capital of France?")
+    assert "Paris" in first.output_text
+    turn = asked | {"input": "And of Italy?", "previous_response_id": first.id}
+    second = client.responses.create(**turn)
+    assert second.usage.input_tokens > first.usage.total_tokens
+    events = list(client.responses.create(**turn, stream=True))
+    text = "".join(each.delta for each in events if each.type == "response.output_text.delta")
+    assert text == second.output_text == events[-1].response.output_text
+    with client.responses.stream(**turn) as stream:
+        assert stream.get_final_response().output_text == text
+    parsed = client.responses.parse(**asked, input="Tell me of a city.", text_format=City)
+    assert isinstance(parsed.output_parsed, City)
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    assert client.responses.input_items.list(first.id).data
+    client.responses.delete(first.id)
+    raises(openai.NotFoundError, lambda: client.responses.retrieve(first.id))
+
+
+@check
+def response_tools() -> None:
+    """tools of responses in two turns"""
+    asked = {"model": MODEL, "temperature": 0, "max_output_tokens": 60}
+    tool = {"type": "function", **WEATHER["function"]}
+    first = client.responses.create(
+        **asked,
+        input="What is the weather in Paris?",
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+    )
+    call = next(item for item in first.output if item.type == "function_call")
+    assert set(json.loads(call.arguments)) == {"city"}
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "18, sunny"}
+    second = client.responses.create(**asked, input=[result], previous_response_id=first.id)
+    assert second.output_text
+
+
+@check
 def errors() -> None:
     """errors by class"""
     asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 1}

@@ -73,6 +73,18 @@ const checks = {
     assert.equal(typeof answer.choices[0].message.parsed.name, "string");
   },
 
+  async "responses in two turns, streamed"() {
+    const common = { model, temperature: 0, max_output_tokens: 16 };
+    const first = await client.responses.create({ ...common, input: "What is the capital of France?" });
+    assert.match(first.output_text, /Paris/);
+    const turn = { ...common, input: "And of Italy?", previous_response_id: first.id };
+    const second = await client.responses.create(turn);
+    const stream = await client.responses.create({ ...turn, stream: true });
+    let text = "";
+    for await (const event of stream) if (event.type === "response.output_text.delta") text += event.delta;
+    assert.equal(text, second.output_text);
+  },
+
   async "errors by class"() {
     await assert.rejects(client.chat.completions.create({ ...asked, model: "no" }), OpenAI.NotFoundError);
     await assert.rejects(

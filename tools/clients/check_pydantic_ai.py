@@ -5,7 +5,7 @@ from __future__ import annotations
 from checking import MODEL, check, run
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_ai import Agent, ModelSettings, NativeOutput, ToolOutput
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 
 chat_model = OpenAIChatModel(MODEL, settings=ModelSettings(temperature=0, max_tokens=80))
 QUESTION = "What is the capital of France?"
@@ -43,6 +43,15 @@ def native() -> None:
 def by_tool() -> None:
     """a schema as a required tool"""
     result = Agent(chat_model, output_type=ToolOutput(City)).run_sync(QUESTION)
+    assert isinstance(result.output, City)
+
+
+@check
+def responses() -> None:
+    """an agent over responses, with a schema"""
+    other = OpenAIResponsesModel(MODEL, settings=ModelSettings(temperature=0, max_tokens=80))
+    assert "Paris" in Agent(other).run_sync(QUESTION).output
+    result = Agent(other, output_type=NativeOutput(City)).run_sync(QUESTION)
     assert isinstance(result.output, City)
 
 

