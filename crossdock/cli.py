@@ -241,7 +241,7 @@ def _show_result(result: Result, as_json: bool) -> None:
         print(completion.text)
 
 
-def _system(words: str) -> list[dict[str, str]]:
+def _system(words: str) -> list[dict[str, Any]]:
     return [{"role": "system", "content": words}] if words else []
 
 

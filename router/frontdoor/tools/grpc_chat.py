@@ -45,7 +45,7 @@ def _mode(given: int) -> Choice:
     kind = pb.ToolChoice.Mode
     if given not in kind.values():
         raise InvalidRequest("chat.tool_choice.mode", given, f"must be of {', '.join(kind.keys())}")
-    return Choice(kind.Name(given).lower())  # type: ignore[arg-type]
+    return Choice(kind.Name(given).lower())
 
 
 def _tool(where: str, tool: pb.Tool) -> Tool:
