@@ -70,9 +70,11 @@ class RequestFields(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     logprobs: int
+    prompt_logprobs: int
+    best_of: int
 
 
-_PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_salt"})
+_PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_salt", "best_of"})
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), the likeliest first
+    rank: int = 0  # of a prompt's token: among all tokens, from 1; else 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt, from its second token on
     timings: Timings | None = None
 
 
@@ -107,6 +109,11 @@ class Result:
         return self.completions[0].logprobs
 
     @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """Of the prompt's tokens from the second on, where they were asked for."""
+        return self.completions[0].prompt_logprobs
+
+    @property
     def timings(self) -> Timings | None:
         """Of the first completion, in seconds."""
         return self.completions[0].timings
@@ -150,6 +157,7 @@ def _continuation(message: pb.GenerateResponse | pb.Completion) -> dict[str, Any
     return {
         "token_ids": tuple(message.token_ids),
         "logprobs": tuple(map(_logprobs, message.logprobs)),
+        "prompt_logprobs": tuple(map(_logprobs, message.prompt_logprobs)),
         "finish_reason": FINISH_FROM_PB.get(message.finish_reason),
         "timings": _timings(message.timings) if message.HasField("timings") else None,
     }

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 
 from crossdock.proto.identity import Credentials
@@ -48,6 +48,8 @@ class GatewayServer:
         self._admission = Admission(config)
         self._health_changed = asyncio.Event()
         self._served: dict[str, Served] = {}  # by key
+        self._serving = Serving()
+        self._draining = False
         self._leaving: dict[Served, asyncio.Task[None]] = {}  # their last requests run
         self._endpoints: Sequence[WorkerEndpoint] = ()
         self._made = 0  # models, of all times
@@ -107,6 +109,8 @@ class GatewayServer:
         them is finished. Raises ModelError for one that cannot be read, and then nothing is
         changed."""
         async with self._changing:
+            if serving == self._serving:
+                return
             home, known = self.config.home, {**self._served}
             known |= {each.key: each for each in self._leaving if each.key not in known}
             loaded = {
@@ -124,9 +128,13 @@ class GatewayServer:
                 else:
                     now[key] = known[key]
                     now[key].become(model)
-                    if leaving := self._leaving.pop(known[key], None):
-                        leaving.cancel()
-            self._served = now
+                    self._forget(now[key])
+                now[key].dispatcher.draining = self._draining
+            for name in {each.name for each in self._served.values()}:
+                self.metrics.forget_model(name)
+            for each in now.values():
+                self.metrics.watch_model(each.name, each.view.count)
+            self._served, self._serving = now, serving
             self._models.become([each.frontend for each in now.values()], serving.routes)
             for served in changed:  # other weights by the same name: its workers go as well
                 self._forget(served)
@@ -136,7 +144,7 @@ class GatewayServer:
             self._tell()
             self._health_changed.set()
 
-    async def update_members(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+    async def update_members(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """Follows the controller's membership: links to who is new, and to nobody who left."""
         assert self._served, "start() comes first"
         self._endpoints = list(endpoints)
@@ -144,7 +152,8 @@ class GatewayServer:
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and waits for what runs. True when all of it ended."""
-        for served in self._served.values():
+        self._draining = True
+        for served in self._all():
             served.dispatcher.draining = True
         self._health_changed.set()
         deadline = time.monotonic() + timeout_s
@@ -209,9 +218,7 @@ class GatewayServer:
             active=lambda: self._admission.active,
             waiting=total(lambda served: served.dispatcher.waiting_sequences),
             queued=total(lambda served: served.dispatcher.queued_sequences),
-            workers=lambda role: sum(
-                worker.role is role for each in self._all() for worker in each.view.workers.values()
-            ),
+            workers=lambda role: sum(each.view.count(role) for each in self._all()),
             resyncs=total(lambda served: served.links.resyncs),
         )
 

@@ -37,6 +37,7 @@ from crossdock.router.serving import ServedModel
 log = logging.getLogger(__name__)
 
 ENDED_POLL_S = 0.1
+CHOSEN_S = 1.0  # for requests that have chosen the model and are read yet to be refused
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,11 @@ class Served:
         """What clients call it."""
         return self.frontend.model_id
 
-    def become(self, model: ServedModel) -> Frontend:
-        """Takes other settings of the same model, also one that was retired. Returns its frontend,
-        which is another where the settings are."""
-        self.dispatcher.draining = False
+    def become(self, model: ServedModel) -> None:
+        """Takes other settings of the same model, also of one that was to go."""
+        self.dispatcher.retired = ""
         parser = format_of(model.tool_parser or self._config.tool_parser, self._text)
         self.frontend = self.frontend.known_as(model.aliases, parser)
-        return self.frontend
 
     def update(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """The cluster's workers, of which it takes those of this model."""
@@ -143,6 +142,7 @@ class Served:
     async def ended(self) -> None:
         """Ends what was not begun, and returns once what was is over. Nothing new comes."""
         self.dispatcher.retire(f"model: {self.name!r} is not served here any more")
+        await asyncio.sleep(CHOSEN_S)
         while self.dispatcher.active_requests:
             await asyncio.sleep(ENDED_POLL_S)
 

@@ -28,7 +28,8 @@ def send(
         sequence.phase = Phase.PREFILL
         sequence.prefill_worker = placement.prefill
         view.place(placement.prefill, sequence_id, placement.uncached_tokens, blocks)
-        view.place(placement.decode, sequence_id, 0, blocks)
+        if sequence.sampling.max_tokens:
+            view.place(placement.decode, sequence_id, 0, blocks)
         prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)
         link.send(pb.GatewayFrame(prefill=prefill))
     view.sent(link.name, sequence_id, now)

@@ -72,6 +72,7 @@ class Dispatcher:
         self.view = view
         self.metrics = metrics
         self.draining = False
+        self.retired = ""  # why it takes nothing new
         self._links = links
         self._timers = timers
         self._policy = policy
@@ -179,6 +180,8 @@ class Dispatcher:
         self._turns.pump()
 
     def _admit(self, request: Request, now: float) -> None:
+        if self.retired:
+            raise NotFound(self.retired)
         if self.draining:
             raise Draining("this gateway is shutting down; send the request again")
         if request.deadline is not None and request.deadline <= now:
@@ -201,8 +204,8 @@ class Dispatcher:
         return f"the first token is predicted in {waits_s:.2f} s" if late else ""
 
     def retire(self, why: str) -> None:
-        """Takes nothing new and ends what no worker has begun; the rest goes on."""
-        self.draining = True
+        """Refuses what comes, by NotFound, and ends what no worker has begun; the rest goes on."""
+        self.retired = why
         for active in [active for active in self._requests if not active.started]:
             self._end(active, NotFound(why), "retired")
 
@@ -313,7 +316,10 @@ class Dispatcher:
                 return
             if sequence.progress.HasField("ticket") and output.token_ids:
                 self._joined(sequence, output.transfer)
-        if sequence.cached_tokens is None and output.token_ids:
+        if output.HasField("prompt_logprobs"):
+            sequence.score(output.prompt_logprobs)
+            return
+        if sequence.cached_tokens is None and (output.token_ids or output.finish_reason):
             sequence.cached_tokens = output.cached_tokens
         if output.token_ids or output.finish_reason:
             self._deliver(sequence, detokenize(sequence, output, self._eos), now)
@@ -337,6 +343,7 @@ class Dispatcher:
 
     def _deliver(self, sequence: SequenceState, delta: Delta, now: float) -> None:
         """Passes new tokens to the client, and the end of the sequence with the last of them."""
+        delta.prompt = sequence.prompt_to_tell()
         if delta.token_ids:
             first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
             self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
@@ -355,7 +362,8 @@ class Dispatcher:
             self._release_held(sequence)
 
     def _finish(self, sequence: SequenceState, now: float) -> None:
-        events.emit("last_token", sequence.active.request.request_id)
+        if sequence.generated:
+            events.emit("last_token", sequence.active.request.request_id)
         sequence.timeline.mark("finished", now)
         self._release_holders(sequence)
         sequence.phase = Phase.DONE

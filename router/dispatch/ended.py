@@ -50,8 +50,11 @@ def _used(
     step of decoding belongs to each of its batch in equal parts, which is taken to be as large as
     the worker says at the end. A worker that is gone is not known any more."""
     found = [0.0, 0.0]
+    computed = events.get("first_token")
+    if computed is None and sequence.finish_reason is not None:  # it asked for no token
+        computed = events.get("finished")
     spans = [
-        (sequence.prefill_worker, events.get("prefill_started"), events.get("first_token"), False),
+        (sequence.prefill_worker, events.get("prefill_started"), computed, False),
         (sequence.decode_worker, events.get("first_token"), events.get("last_token"), True),
     ]
     for name, begin, end, shared in spans:

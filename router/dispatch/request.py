@@ -10,6 +10,7 @@ from typing import Any
 from crossdock.proto.errors import CrossdockError
 from crossdock.proto.types import FinishReason, SamplingParams
 from crossdock.proto.v1 import inference_pb2
+from crossdock.router.dispatch.scored import ScoredPrompt
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class Ended:
 
     @property
     def charged(self) -> Sequence[EndedSequence]:
-        """Those that had a token, unless the client is to send the request again."""
+        """Those that had a token, or asked for none and ended well; none at all where the client is
+        to send the request again."""
         if self.error is not None and self.error.retriable:
             return ()
-        return [sequence for sequence in self.sequences if sequence.token_ids]
+        return [each for each in self.sequences if each.token_ids or each.finish_reason]
 
     @property
     def prompt_tokens(self) -> int:
@@ -106,6 +108,7 @@ class Delta:
     cut_short: bool = False  # a stop string was found while the worker goes on
     usage: inference_pb2.Usage | None = None  # with finish_reason
     timings: inference_pb2.Timings | None = None  # with finish_reason
+    prompt: ScoredPrompt | None = None  # with the first delta of an index, where asked for
 
     def absorb(self, later: Delta) -> None:
         """Appends what the same index gained next."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -12,6 +14,8 @@ from crossdock.proto.convert import FINISH_TO_PB, sampling_from_pb
 from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
+from crossdock.router.dispatch.scored import ScoredPrompt
+from crossdock.router.frontdoor.best_of import best, made_of, ranked
 from crossdock.router.frontdoor.frontend import Frontend, Prepared
 from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
@@ -20,6 +24,7 @@ from crossdock.router.frontdoor.tools.grpc_chat import conversation_of_pb
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
+SLICE_ENTRIES = 4096  # tokens of a prompt, and alternatives, in one response
 
 
 class InferenceService:
@@ -50,9 +55,14 @@ class InferenceService:
 
     async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         try:
-            _, request_id, stream = await self._submit(request, context)
+            _, request_id, stream = await self._submit(request, context, streams=True)
             with contextlib.closing(stream):
                 async for delta in stream:
+                    if delta.prompt is not None:
+                        for scored in sliced(delta.prompt):
+                            yield pb.GenerateResponse(
+                                request_id=request_id, index=delta.index, prompt_logprobs=scored
+                            )
                     yield _response(request_id, delta)
         except CrossdockError as error:
             await abort(context, error)
@@ -61,7 +71,10 @@ class InferenceService:
         try:
             model, request_id, stream = await self._submit(request, context)
             with contextlib.closing(stream):
-                return _unary(request_id, model, await stream.whole())
+                deltas = await stream.whole()
+                if request.best_of > (n := request.n or 1):
+                    deltas = best(deltas, n, request.best_of)
+                return await _unary(request, request_id, model, deltas)
         except CrossdockError as error:
             await abort(context, error)
             raise
@@ -80,7 +93,9 @@ class InferenceService:
         ]
         return pb.ListModelsResponse(models=models)
 
-    async def _submit(self, request: Any, context: Any) -> tuple[str, str, ResponseStream]:
+    async def _submit(
+        self, request: Any, context: Any, streams: bool = False
+    ) -> tuple[str, str, ResponseStream]:
         """The model's name, the request's id and its stream."""
         common = self._models.default
         arrival = arrival_of(common, context)
@@ -89,14 +104,18 @@ class InferenceService:
             sampling = sampling_from_pb(
                 message.sampling, max_tokens=UNLIMITED, seed=common.draw_seed()
             )
+            n = message.n or 1
+            made = made_of(message.best_of or None, n, sampling, streams)
 
             async def prepare(frontend: Frontend) -> Prepared:
-                guided, n = sampling, message.n or 1
+                guided = sampling
                 frontend.validator.check_request(n, sampling)
                 if (grammar := sampling.grammar) is not None:
                     guided = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
+                if made > n:
+                    guided = ranked(guided)
                 field, prompt = await _prompt(frontend, message)
-                return Prepared(field, [prompt], guided, n)
+                return Prepared(field, [prompt], guided, made)
 
             chosen = await self._models.choose(
                 message.model,
@@ -129,6 +148,14 @@ async def _prompt(frontend: Frontend, message: pb.GenerateRequest) -> tuple[str,
     raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 
+def sliced(prompt: ScoredPrompt) -> Iterator[list[pb.TokenLogprobs]]:
+    """Log-probabilities of a prompt in parts, made as they are asked for."""
+    tokens = prompt.tokens()
+    top = max((part.top for part in prompt.parts), default=0)
+    while scored := list(islice(tokens, max(1, SLICE_ENTRIES // (1 + top)))):
+        yield scored
+
+
 def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
     return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **_gained(delta))
 
@@ -146,10 +173,17 @@ def _gained(delta: Delta) -> dict[str, Any]:
     }
 
 
-def _unary(request_id: str, model: str, whole: list[Delta]) -> pb.GenerateUnaryResponse:
+async def _unary(
+    request: pb.GenerateRequest, request_id: str, model: str, whole: list[Delta]
+) -> pb.GenerateUnaryResponse:
     answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
     for delta in whole:
-        answer.completions.add(**_gained(delta))
+        completion = answer.completions.add(**_gained(delta))
+        if not request.sampling.HasField("logprobs"):  # then they are best_of's alone
+            completion.ClearField("logprobs")
+        for scored in sliced(delta.prompt) if delta.prompt is not None else ():
+            completion.prompt_logprobs.extend(scored)
+            await asyncio.sleep(0)
         if delta.usage is not None:
             answer.usage.completion_tokens += delta.usage.completion_tokens
     if whole and whole[0].usage is not None:  # of all, the prompt is one

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from crossdock.proto.errors import ConfigError, CrossdockError, InvalidRequest
+from crossdock.proto.errors import ConfigError, CrossdockError
 from crossdock.proto.settings import split_address
 from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
+from crossdock.router.frontdoor.best_of import best, made_of, ranked
 from crossdock.router.frontdoor.frontend import Arrival, Frontend, Prepared
 from crossdock.router.frontdoor.http_access import TENANT_HEADER, guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
@@ -28,6 +29,7 @@ from crossdock.router.frontdoor.http_routes import add_small_routes
 from crossdock.router.frontdoor.http_stream import HEADERS, first_batch, send_events
 from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
 from crossdock.router.frontdoor.models import Models
+from crossdock.router.frontdoor.openai_prompt import PromptAnswers
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -128,8 +130,6 @@ class HttpServer:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         async def read(frontend: Frontend, body: CompletionBody) -> tuple[str, list[list[int]]]:
-            if body.echo and body.logprobs is not None:
-                raise InvalidRequest("echo", True, "is not supported together with logprobs")
             given = prompts_of(body.prompt)
             prompts: list[Any] = []
             check_prompts("prompt", len(given))
@@ -187,15 +187,18 @@ class HttpServer:
         with common.refusals_counted(arrival):
             body = await read_body(arrival)
             n, sampling = 1 if body.n is None else body.n, sampling_of(body, common.draw_seed())
+            made_each = made_of(body.made, n, sampling, bool(body.stream))
             offer = tools_of(body)
 
             async def prepare(frontend: Frontend) -> Prepared:
-                frontend.validator.check_request(n, sampling)
+                frontend.validator.check_request(n, sampling, body.echoes)
                 asked, guided = form_of(body, offer, frontend.text, frontend.tool_format), sampling
                 if asked is not None:
                     guided = await frontend.with_grammar(sampling, *asked)
                 field, prompts = await read_prompts(frontend, body)
-                return Prepared(field, prompts, guided, n, offer)
+                if made_each > n:
+                    guided = ranked(guided)
+                return Prepared(field, prompts, guided, made_each, offer)
 
             chosen = await self._models.choose(
                 body.model or "", arrival, prepare, headers=headers, tenant=tenant
@@ -223,11 +226,14 @@ class HttpServer:
                 n=n,
                 logprobs=sampling.logprobs is not None,
                 include_usage=bool(body.stream_options and body.stream_options.include_usage),
-                echo=_echo(frontend, body),
+                prompts=_told_of_prompts(frontend, body, n),
             )
             if body.stream:
                 return await self._stream(request, stream, answer)
-            data = await answer.told(await stream.whole())
+            deltas = await stream.whole()
+            if made_each > n:
+                deltas = best(deltas, n, made_each)
+            data = await answer.told(deltas)
             return web.Response(body=data, content_type="application/json")
 
     async def _stream(
@@ -287,8 +293,10 @@ def _fingerprint(frontend: Frontend) -> str:
     return f"fp_{frontend.dispatcher.view.layout_hash.hex()[:12]}"
 
 
-def _echo(frontend: Frontend, body: SamplingFields) -> list[str]:
-    if not (isinstance(body, CompletionBody) and body.echo):
-        return []
-    text = frontend.text
-    return [p if isinstance(p, str) else text.decode(p) for p in prompts_of(body.prompt)]
+def _told_of_prompts(frontend: Frontend, body: SamplingFields, n: int) -> PromptAnswers:
+    text, whole = frontend.text, body.prompt_logprobs
+    if not (isinstance(body, CompletionBody) and body.echoes):
+        return PromptAnswers(text, n, whole=whole)
+    given = prompts_of(body.prompt)
+    texts = [each if isinstance(each, str) else text.decode(each) for each in given]
+    return PromptAnswers(text, n, texts, body.echo_logprobs, whole)

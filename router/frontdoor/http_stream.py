@@ -51,7 +51,7 @@ async def send_events(
     def write(delta: Delta) -> bool:
         if transport is None or transport.is_closing():
             return False
-        if transport.get_write_buffer_size() > MOST_UNSENT:
+        if transport.get_write_buffer_size() > MOST_UNSENT or delta.prompt is not None:
             return False
         if data := answer.event(delta):
             transport.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -59,6 +59,7 @@ async def send_events(
 
     try:
         while batch:
+            await answer.prepare(batch)
             if data := b"".join([answer.event(delta) for delta in batch]):
                 await response.write(data)
             if chunked:

@@ -42,6 +42,8 @@ ELSEWHERE = {  # sampling parameters that this protocol has another place for, o
     "stream_options": "is not offered over this protocol",
     "echo": "comes as exclude_input_in_output",
     "logprobs": "is not offered over this protocol",
+    "prompt_logprobs": "is not offered over this protocol",
+    "best_of": "is not offered over this protocol",
 }
 
 

@@ -91,6 +91,18 @@ class ChatChoice(msgspec.Struct):
     finish_reason: str
 
 
+class PromptLogprob(msgspec.Struct):
+    """A token at a place of the prompt. `rank`: among all tokens, 1 the most probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# By token of the prompt, null for the first: by token id, that of the prompt and the best.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class ChatCompletion(msgspec.Struct):
     """The answer of POST /v1/chat/completions."""
 
@@ -101,6 +113,7 @@ class ChatCompletion(msgspec.Struct):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -119,6 +132,7 @@ class CompletionChoice(msgspec.Struct):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct):

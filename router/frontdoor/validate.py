@@ -10,7 +10,7 @@ import numpy as np
 
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import ContextLengthExceeded, InvalidRequest
-from crossdock.proto.types import MAX_N, SamplingParams
+from crossdock.proto.types import LEAST_MAX_TOKENS, MAX_N, SamplingParams
 from crossdock.router.frontdoor.json_body import check_unicode
 
 MAX_PROMPTS = 64
@@ -60,11 +60,14 @@ class Validator:
             limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
             raise InvalidRequest(field, wrong, limit)
 
-    def check_request(self, n: int, sampling: SamplingParams) -> None:
-        """What can be known before the prompt is tokenized. Raises InvalidRequest."""
+    def check_request(self, n: int, sampling: SamplingParams, echo: bool = False) -> None:
+        """What can be known before the prompt is tokenized. `echo`: it is part of the answer.
+        Raises InvalidRequest."""
         if not 1 <= n <= MAX_N:
             raise InvalidRequest("n", n, f"must be from 1 to {MAX_N}")
         sampling.validate(self.text.vocab_size)
+        if not (sampling.max_tokens or echo or sampling.prompt_logprobs is not None):
+            raise InvalidRequest("max_tokens", 0, LEAST_MAX_TOKENS)
         for text in sampling.stop:
             check_unicode("stop", text)
         if sampling.max_tokens != UNLIMITED and sampling.max_tokens >= self.capacity:

@@ -54,6 +54,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.gate = asyncio.Event()  # closed: sequences wait before each token
         self.gate.set()
         self.parts: list[int] = []  # ready blocks that a prefill tells of before token 0
+        self.scored_early = 0  # prompt tokens whose scores a prefill tells before all else
         self.token_0 = asyncio.Event()  # closed: prefills wait before it, their parts told
         self.token_0.set()
         self.step_s = 0.0
@@ -249,9 +250,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if self._refused(sequence):
             return
         await self._pace()
+        self._score(sequence, before=self.scored_early)
         hits = 0
         for name in sequence.block_hashes:
-            if name not in self.cached:
+            if name not in self.cached or sequence.sampling.HasField("prompt_logprobs"):
                 break
             hits += 1
         cached = min(hits * self.block_size, len(sequence.token_ids) - 1)
@@ -271,6 +273,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 progress.ticket.CopyFrom(ticket)
             self._emit(pb.SequenceOutput(sequence_id=sequence.sequence_id, progress=progress))
         await self.token_0.wait()
+        self._score(sequence)
         output = self._token(sequence)
         output.cached_tokens = cached
         now = self._now_ms()
@@ -293,6 +296,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self._reading[sequence.sequence_id] = token_0 = asyncio.Future[int]()
             sequence.token_ids.append(await token_0)
         first = True
+        self._score(sequence)
         while True:
             await self._pace()
             code = self.fail_after.pop(len(sequence.token_ids) - sequence.prompt_tokens, None)
@@ -345,7 +349,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         return True
 
     def _token(self, sequence: pb.SequenceRequest) -> pb.SequenceOutput:
-        """The next token, appended to the request's own token_ids."""
+        """The next token, appended to the request's own token_ids; none where none is asked for."""
+        if not sequence.sampling.max_tokens:
+            return pb.SequenceOutput(
+                sequence_id=sequence.sequence_id, finish_reason=inference_pb2.FINISH_REASON_LENGTH
+            )
         prompt = self.script or list(sequence.token_ids[: sequence.prompt_tokens])
         k = len(sequence.token_ids) - sequence.prompt_tokens
         token_id = prompt[k % len(prompt)]
@@ -364,11 +372,37 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             output.logprobs.add(chosen=chosen, top=[chosen] * sampling.logprobs)
         return output
 
+    def _score(self, sequence: pb.SequenceRequest, before: int | None = None) -> None:
+        """Log-probabilities of the prompt, where asked for and not told: see `score_of`."""
+        if not sequence.sampling.HasField("prompt_logprobs"):
+            return
+        first, top = max(1, sequence.scored_tokens), sequence.sampling.prompt_logprobs
+        end = sequence.prompt_tokens if before is None else min(before, sequence.prompt_tokens)
+        if first >= end:
+            return
+        places = range(first, end)
+        scores = pb.PromptLogprobs(
+            first=first,
+            logprobs=[score_of(sequence.token_ids[at], at) for at in places],
+            ranks=[2] * len(places),
+            top=top,
+            top_ids=[(at + i) % 100 for at in places for i in range(top)],
+            top_logprobs=[-0.125 * (i + 1) for _ in places for i in range(top)],
+        )
+        sequence.scored_tokens = end
+        output = pb.SequenceOutput(sequence_id=sequence.sequence_id, prompt_logprobs=scores)
+        self._emit(output)
+
     def _emit(self, output: pb.SequenceOutput) -> None:
         self.send(pb.WorkerFrame(outputs=[output], load=self.load))
 
     def _now_ms(self) -> float:
         return time.time() * 1000
+
+
+def score_of(token_id: int, position: int) -> float:
+    """The log-probability that a fake worker gives a prompt's token."""
+    return -0.5 - token_id / 1024 - position / 16384
 
 
 def _copy(message: Any) -> Any:

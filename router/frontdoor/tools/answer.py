@@ -69,7 +69,7 @@ class ToolAnswer(ChatAnswer):
                     "finish_reason": _reason(delta, parser),
                 }
             )
-        return _encode(self._head(self.kind) | {"choices": choices, "usage": self._usage()})
+        return self._body(choices)
 
     def _message(self, events: Sequence[Event]) -> dict[str, Any]:
         gained = self._delta(events)

@@ -18,6 +18,8 @@ from access_kit import call, complete, generate
 from fake_worker import FakeWorker
 from gateway_rig import PROMPT, Rig, ask, collect, ids_of, start_models, until
 
+from crossdock.audit_replay import replay
+from crossdock.client import Client
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
 from crossdock.proto.errors import ModelError
@@ -25,7 +27,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.config import AuditSettings, AuthSettings, Price
 from crossdock.router.frontdoor.keys import add_key
-from crossdock.router.serving import ServedModel, Serving
+from crossdock.router.serving import Rule, ServedModel, Serving
 
 CODE = grpc.StatusCode
 
@@ -154,6 +156,7 @@ async def test_a_key_may_use_the_models_that_it_names(
         listed = (await call(rig, "GET", "/v1/models", key)).body["data"]
         assert [card["id"] for card in listed] == ["large"]
         assert rig.metric("tenant_cost_total", tenant="acme", model="large") == 4
+        assert rig.metric("model_requests_total", outcome="ok", model="large") == 1
         assert not rig.metric("tenant_cost_total", tenant="acme", model="small")
     log = tmp_path / "audit.gateway-0"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -164,11 +167,31 @@ async def test_a_key_may_use_the_models_that_it_names(
     ]
 
 
+async def test_a_replay_is_by_the_model_that_served(
+    models: dict[str, ServedModel], tmp_path: Path
+) -> None:
+    audit = AuditSettings(file=str(tmp_path / "audit"), prompts="keep")
+    async with start_models(models, audit=audit) as rig:
+        await complete(rig, model="l")
+        await until(lambda: "large" in (tmp_path / "audit.gateway-0").read_text())
+        lines = map(json.loads, (tmp_path / "audit.gateway-0").read_text().splitlines())
+        (line,) = [line for line in lines if line.get("model") == "large"]
+        with Client(rig.gateway.grpc_address) as client:
+            assert await asyncio.to_thread(replay, line, client, 10.0) == []
+            routes = {"large": (Rule("small"),)}
+            await rig.gateway.update_serving(Serving(models, routes))
+            differences = await asyncio.to_thread(replay, line, client, 10.0)
+        assert differences == ["'large' is a route now, which led to 'small'"]
+        assert (len(prompts(rig, "large")), len(prompts(rig, "small"))) == (2, 1)
+
+
 async def test_one_model_without_workers_does_not_hold_up_the_other(both: Rig) -> None:
     await both.gateway.update_members([w.endpoint for w in both.workers if w.model == "large"])
     small = next(iter(both.gateway._served.values()))
     await until(lambda: not small.view.workers)
     assert both.gateway.ready
+    workers = [both.metric("model_workers", model=m, role="decode") for m in ("small", "large")]
+    assert workers == [0, 1]
     assert (await complete(both, model="large")).status == 200
     async with triton.InferenceServerClient(both.gateway.grpc_address) as kserve:
         ready = [await kserve.is_model_ready(name) for name in ("small", "large")]
@@ -205,6 +228,7 @@ async def test_a_model_that_goes_finishes_what_it_has(
     await until(lambda: decode.decodes)
     await both.gateway.update_serving(Serving({"small": models["small"]}))
     assert (await complete(both, model="large")).status == 404
+    assert b'model_workers{model="large"' not in both.gateway.metrics.exposition()
     assert both.gateway.active_requests == 1
     decode.gate.set()
     answer = await running
@@ -238,6 +262,15 @@ async def test_a_model_that_comes_back_goes_on(both: Rig, models: dict[str, Serv
     assert (await running).status == 200
     assert (await complete(both, model="large")).status == 200
     assert len(decode.hellos) == 1, "over the link that it had"
+
+
+async def test_a_gateway_that_drains_takes_no_work_for_new_models(
+    both: Rig, models: dict[str, ServedModel]
+) -> None:
+    assert await both.gateway.drain(0.0)
+    await both.gateway.update_serving(Serving(models | {"third": ServedModel("simulated")}))
+    for model in ("small", "third"):
+        assert (await complete(both, model=model)).status == 503
 
 
 async def test_a_model_that_cannot_be_read_changes_nothing(
