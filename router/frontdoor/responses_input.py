@@ -165,7 +165,7 @@ def system_of(body: ResponseBody) -> list[Message]:
 
 def _check_supported(body: ResponseBody) -> None:
     """Raises InvalidRequest for what would change the answer and is not done here."""
-    never = "conversation", "prompt", "context_management", "moderation"
+    never = "conversation", "prompt", "context_management", "moderation", "prompt_logprobs"
     given: dict[str, Any] = {name: getattr(body, name) for name in never}
     given["background"] = body.background or None
     given["n"] = None if body.n == 1 else body.n

@@ -425,6 +425,7 @@ async def test_the_request_comes_back(rig: Rig, client: openai.AsyncOpenAI, text
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"best_of": 3}, "best_of"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ],
 )
 async def test_what_cannot_be_is_refused_by_name(rig: Rig, body: Any, field: str) -> None:
