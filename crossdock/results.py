@@ -50,6 +50,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool. In a chunk, what it gained: id and name come with the first of a call."""
+
+    id: str
+    name: str
+    arguments: str  # JSON, whole only where the answer is not cut short
+    index: int = 0  # of the answer's calls
+
+
+@dataclass(frozen=True)
 class Completion:
     """One continuation of the prompt."""
 
@@ -61,6 +71,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt, from its second token on
     timings: Timings | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,11 @@ class Result:
     def token_ids(self) -> tuple[int, ...]:
         """Of the first completion."""
         return self.completions[0].token_ids
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Of the first completion, where tools were offered."""
+        return self.completions[0].tool_calls
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -159,6 +175,7 @@ def _continuation(message: pb.GenerateResponse | pb.Completion) -> dict[str, Any
         "logprobs": tuple(map(_logprobs, message.logprobs)),
         "prompt_logprobs": tuple(map(_logprobs, message.prompt_logprobs)),
         "finish_reason": FINISH_FROM_PB.get(message.finish_reason),
+        "tool_calls": tuple(read_as(ToolCall, call) for call in message.tool_calls),
         "timings": _timings(message.timings) if message.HasField("timings") else None,
     }
 

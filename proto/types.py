@@ -52,6 +52,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    TOOL_CALLS = "tool_calls"  # at the front door: it ended well, and it calls
 
 
 class GrammarKind(enum.StrEnum):

@@ -66,6 +66,8 @@ class LoadedText:
         """Reads them; for a thread. Raises ModelError."""
         files = resolve(source, home)
         text = load_text(files)
+        if text.template is not None:
+            _ = text.template.takes_tools  # looked up once: parsing a template holds the loop
         longest = max(len(text.token_text(token_id)) for token_id in range(text.vocab_size))
         return cls(files, text, max(1, longest))
 

@@ -18,7 +18,7 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 MODEL_NAME_RULE = (
     "must be 1 to 128 of letters, digits and . _ : / @ -, beginning with one of the former"
 )
-TOOL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "none")
+TOOL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "mistral_args", "none")
 
 
 def check_name(path: str, name: str) -> None:

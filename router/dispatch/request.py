@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from crossdock.proto.errors import CrossdockError
+from crossdock.proto.errors import Cancelled, CrossdockError, DeadlineExceeded
 from crossdock.proto.types import FinishReason, SamplingParams
 from crossdock.proto.v1 import inference_pb2
 from crossdock.router.dispatch.scored import ScoredPrompt
@@ -27,6 +27,7 @@ class EndedSequence:
     events: Mapping[str, float]  # life-cycle event -> seconds since the request was received
     worker_seconds: float  # of the engines that served it, as far as they worked for it
     gpu_seconds: float  # the same, of each of an engine's GPUs
+    started: bool = False  # its prompt was sent to a worker, which is done when one would begin it
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,15 @@ class Ended:
     @property
     def charged(self) -> Sequence[EndedSequence]:
         """Those that had a token, or asked for none and ended well; none at all where the client is
-        to send the request again."""
+        to send the request again. Of a client that gave up, also those whose prompt was started."""
         if self.error is not None and self.error.retriable:
             return ()
-        return [each for each in self.sequences if each.token_ids or each.finish_reason]
+        gave_up = isinstance(self.error, Cancelled | DeadlineExceeded)
+        return [
+            each
+            for each in self.sequences
+            if each.token_ids or each.finish_reason or (gave_up and each.started)
+        ]
 
     @property
     def prompt_tokens(self) -> int:

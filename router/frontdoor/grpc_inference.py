@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -16,15 +17,28 @@ from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.dispatch.scored import ScoredPrompt
 from crossdock.router.frontdoor.best_of import best, made_of, ranked
-from crossdock.router.frontdoor.frontend import Frontend, Prepared
+from crossdock.router.frontdoor.frontend import NO_OFFER, Frontend, Prepared
 from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
 from crossdock.router.frontdoor.models import Models
-from crossdock.router.frontdoor.tools.grpc_chat import conversation_of_pb
+from crossdock.router.frontdoor.tools.chat import form
+from crossdock.router.frontdoor.tools.grpc_chat import calls_to_pb, conversation_of_pb, offer_of_pb
+from crossdock.router.frontdoor.tools.offer import Offer
+from crossdock.router.frontdoor.tools.reading import Reading
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 SERVICE = "crossdock.v1.Inference"
 SLICE_ENTRIES = 4096  # tokens of a prompt, and alternatives, in one response
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A request under way."""
+
+    model: str
+    request_id: str
+    stream: ResponseStream
+    reading: Reading | None  # who reads calls out of it, where tools are offered
 
 
 class InferenceService:
@@ -55,7 +69,8 @@ class InferenceService:
 
     async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         try:
-            _, request_id, stream = await self._submit(request, context, streams=True)
+            submitted = await self._submit(request, context, streams=True)
+            request_id, stream, reading = submitted.request_id, submitted.stream, submitted.reading
             with contextlib.closing(stream):
                 async for delta in stream:
                     if delta.prompt is not None:
@@ -63,18 +78,18 @@ class InferenceService:
                             yield pb.GenerateResponse(
                                 request_id=request_id, index=delta.index, prompt_logprobs=scored
                             )
-                    yield _response(request_id, delta)
+                    yield _response(request_id, delta, reading)
         except CrossdockError as error:
             await abort(context, error)
 
     async def _generate_unary(self, request: Any, context: Any) -> pb.GenerateUnaryResponse:
         try:
-            model, request_id, stream = await self._submit(request, context)
-            with contextlib.closing(stream):
-                deltas = await stream.whole()
+            submitted = await self._submit(request, context)
+            with contextlib.closing(submitted.stream):
+                deltas = await submitted.stream.whole()
                 if request.best_of > (n := request.n or 1):
                     deltas = best(deltas, n, request.best_of)
-                return await _unary(request, request_id, model, deltas)
+                return await _unary(request, submitted, deltas)
         except CrossdockError as error:
             await abort(context, error)
             raise
@@ -93,10 +108,7 @@ class InferenceService:
         ]
         return pb.ListModelsResponse(models=models)
 
-    async def _submit(
-        self, request: Any, context: Any, streams: bool = False
-    ) -> tuple[str, str, ResponseStream]:
-        """The model's name, the request's id and its stream."""
+    async def _submit(self, request: Any, context: Any, streams: bool = False) -> Submitted:
         common = self._models.default
         arrival = arrival_of(common, context)
         with common.refusals_counted(arrival):
@@ -106,16 +118,19 @@ class InferenceService:
             )
             n = message.n or 1
             made = made_of(message.best_of or None, n, sampling, streams)
+            offer = offer_of_pb(message.chat) if message.HasField("chat") else NO_OFFER
 
             async def prepare(frontend: Frontend) -> Prepared:
                 guided = sampling
                 frontend.validator.check_request(n, sampling)
-                if (grammar := sampling.grammar) is not None:
-                    guided = await frontend.with_grammar(sampling, "sampling.grammar", grammar)
+                own, how = sampling.grammar, frontend.tool_format
+                asked = ("sampling.grammar", own) if own is not None else None
+                if (wanted := form(asked, offer, frontend.text, how, "chat.")) is not None:
+                    guided = await frontend.with_grammar(sampling, *wanted)
                 if made > n:
                     guided = ranked(guided)
-                field, prompt = await _prompt(frontend, message)
-                return Prepared(field, [prompt], guided, made)
+                field, prompt = await _prompt(frontend, message, offer)
+                return Prepared(field, [prompt], guided, made, offer)
 
             chosen = await self._models.choose(
                 message.model,
@@ -124,7 +139,8 @@ class InferenceService:
                 headers=metadata_of(context),
                 tenant=message.tenant,
             )
-        submitted = await chosen.frontend.submit(
+        frontend = chosen.frontend
+        request_id, stream = await frontend.submit(
             chosen.prepared,
             arrival,
             request_id=message.request_id,
@@ -133,17 +149,20 @@ class InferenceService:
             cache_salt=message.cache_salt,
         )
         say_limits(common.gate, context, arrival.visit)
-        return chosen.frontend.model_id, *submitted
+        reading = Reading(offer, frontend.tool_format) if offer.tools else None
+        return Submitted(frontend.model_id, request_id, stream, reading)
 
 
-async def _prompt(frontend: Frontend, message: pb.GenerateRequest) -> tuple[str, list[int]]:
+async def _prompt(
+    frontend: Frontend, message: pb.GenerateRequest, offer: Offer
+) -> tuple[str, list[int]]:
     kind = message.WhichOneof("input")
     if kind == "text":
         return "text", await frontend.encode("text", message.text)
     if kind == "token_ids":
         return "token_ids", list(message.token_ids.ids)
     if kind == "chat":
-        conversation = conversation_of_pb(message.chat)
+        conversation = conversation_of_pb(message.chat, offer)
         return "chat.messages", await frontend.encode_chat(conversation)
     raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
@@ -156,29 +175,36 @@ def sliced(prompt: ScoredPrompt) -> Iterator[list[pb.TokenLogprobs]]:
         yield scored
 
 
-def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
-    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **_gained(delta))
+def _response(request_id: str, delta: Delta, reading: Reading | None) -> pb.GenerateResponse:
+    gained = _gained(delta, reading)
+    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **gained)
 
 
-def _gained(delta: Delta) -> dict[str, Any]:
+def _gained(delta: Delta, reading: Reading | None) -> dict[str, Any]:
     """What a streamed response and a completion have in common."""
+    calls: list[pb.ToolCall] = []
+    text, reason = delta.text, delta.finish_reason
+    if reading is not None:
+        said = reading.take(delta)
+        text, reason, calls = said.text, said.finish_reason, calls_to_pb(said.calls)
     return {
         "index": delta.index,
-        "text": delta.text,
+        "text": text,
+        "tool_calls": calls,
         "token_ids": delta.token_ids,
         "logprobs": delta.logprobs,
-        "finish_reason": FINISH_TO_PB[delta.finish_reason] if delta.finish_reason else None,
+        "finish_reason": FINISH_TO_PB[reason] if reason else None,
         "stop_reason": delta.stop_reason,
         "timings": delta.timings,
     }
 
 
 async def _unary(
-    request: pb.GenerateRequest, request_id: str, model: str, whole: list[Delta]
+    request: pb.GenerateRequest, submitted: Submitted, whole: list[Delta]
 ) -> pb.GenerateUnaryResponse:
-    answer = pb.GenerateUnaryResponse(request_id=request_id, model=model)
+    answer = pb.GenerateUnaryResponse(request_id=submitted.request_id, model=submitted.model)
     for delta in whole:
-        completion = answer.completions.add(**_gained(delta))
+        completion = answer.completions.add(**_gained(delta, submitted.reading))
         if not request.sampling.HasField("logprobs"):  # then they are best_of's alone
             completion.ClearField("logprobs")
         for scored in sliced(delta.prompt) if delta.prompt is not None else ():

@@ -139,7 +139,7 @@ class ResponseAnswer(ToolAnswer):
                 "id": new_id("fc"),
                 "type": "function_call",
                 "status": "in_progress",
-                "call_id": self._new_id(),
+                "call_id": self.how.new_id(),
                 "name": event.name,
                 "arguments": "",
             }

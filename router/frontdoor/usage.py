@@ -68,7 +68,7 @@ class Usage:
         self._new: dict[Row, Amounts] = {}  # not in the database yet
         self._labels: dict[str, str] = {}
         about = {
-            "requests": "Requests that had a token, by tenant",
+            "requests": "Requests that were charged, by tenant",
             "prompt_tokens": "Prompt tokens, by tenant",
             "cached_tokens": "Of those, found in a cache",
             "generated_tokens": "Tokens delivered, by tenant",

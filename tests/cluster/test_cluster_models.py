@@ -81,13 +81,13 @@ def test_a_second_model_comes_and_goes(tiny_model: Path, tmp_path: Path) -> None
 def fall_back(cluster: Cluster, client: Client) -> None:
     """The long prompts of `auto` are served by the other model while the first has no decode
     worker. A new one comes soon: where it was there before the question, it is killed as well."""
-    kserve = triton.InferenceServerClient(cluster.grpc)
     for _ in range(10):
         assert admin.apply(two_of(cluster), cluster.admin).converged
         (victim,) = [w for w in admin.status(cluster.admin).workers if w.pool == "large-d"]
         os.kill(victim.pid, signal.SIGKILL)
-        while kserve.is_model_ready("large"):
-            pass
+        with triton.InferenceServerClient(cluster.grpc) as kserve:
+            while kserve.is_model_ready("large"):
+                pass
         if client.generate(LONG, model="auto", max_tokens=2).model == "small":
             return
     pytest.fail("the fallback was never taken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from controller_kit import FakeCluster, running, until
 
 from crossdock.deploy.reconcile import Do, Losses, Member, State, Target, reconcile
-from crossdock.deploy.runtime import gateway_launch, worker_launch
+from crossdock.deploy.runtime import Membership, gateway_launch, worker_launch
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
@@ -66,6 +67,9 @@ def test_launches_say_the_model() -> None:
     assert launch.worker is not None and launch.worker.model == "simulated"
     gateway = gateway_launch(spec, "gateway-0", 0, KEY, KEY).gateway
     assert gateway is not None and gateway.first_serving == spec.serving
+    told = Membership([], spec.serving)
+    for sent in (launch, gateway, told):
+        assert pickle.loads(pickle.dumps(sent)) == sent, "it goes to another process"
     one = ClusterSpec.parse(
         "metadata: {name: one}\nmodel: {id: simulated}\n"
         "pools: {c: {role: colocated, engine: {kind: simulated}}}"

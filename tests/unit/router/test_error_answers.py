@@ -50,7 +50,7 @@ async def test_each_class_has_its_status_its_name_and_its_advice_at_both_doors(
     def submit(request: Any) -> Any:
         raise made(kind)
 
-    monkeypatch.setattr(rig.gateway._dispatcher, "submit", submit)
+    monkeypatch.setattr(rig.only.dispatcher, "submit", submit)
     status, headers, body = await post(rig, *complete())
     assert status == kind.http_status
     assert body["error"]["code"] == CODES.get(kind, snake(kind.__name__))

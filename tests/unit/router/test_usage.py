@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from access_kit import complete, start_doors
 from gateway_rig import Rig
 from prometheus_client import CollectorRegistry
 
-from crossdock.proto.errors import BudgetSpent, WorkerLost
+from crossdock.proto.errors import (
+    BudgetSpent,
+    Cancelled,
+    CrossdockError,
+    DeadlineExceeded,
+    WorkerLost,
+)
 from crossdock.router.config import Price
 from crossdock.router.dispatch.request import Ended, EndedSequence
 from crossdock.router.frontdoor.principal import Principal
@@ -37,6 +44,16 @@ def test_what_is_to_be_sent_again_costs_nothing() -> None:
     assert (ended.prompt_tokens, ended.generated_tokens) == (0, 0)
     none = Ended(None, 1.0, 1, [sequence(0, 0)])
     assert none.prompt_tokens == 0, "nothing came"
+
+
+@pytest.mark.parametrize("error", [Cancelled("gone"), DeadlineExceeded("too late")])
+def test_who_gives_up_is_charged_the_prompts_that_were_started(error: CrossdockError) -> None:
+    started = [replace(sequence(i, 0, 32), started=i < 3) for i in range(4)]
+    ended = Ended(error, 1.0, 2, started)
+    assert (ended.prompt_tokens, ended.cached_tokens, ended.generated_tokens) == (200, 64, 0)
+    ended = Ended(error, 1.0, 2, [replace(each, started=each.index < 2) for each in started])
+    assert ended.prompt_tokens == 100, "of the second prompt nothing was started"
+    assert Ended(CrossdockError("broken"), 1.0, 2, started).prompt_tokens == 0
 
 
 async def test_gateways_add_to_the_same_rows(tmp_path: Path) -> None:
