@@ -39,7 +39,7 @@ ODD: list[Any] = [
     float("inf"), "", "x", "\ud800", "\udfff", "\x00", "é🙂", "a" * 5000, [], [[]], {}, {"a": 1},
     [None], [1, "a"], [[1], "b"], {"\ud800": 1}, [1] * 300, ["x"] * 70, [[5] * 40] * 3,
 ]  # fmt: skip
-ROUTES = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+ROUTES = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
 OTHERS = ["/health", "/metrics", "/v1/models", "/v1/models/x", "/openapi.json", "/v1/embeddings",
           "/v2/models/x/infer", "/nothing", "/%ff", "/" + "a" * 9000, "*"]  # fmt: skip
 
@@ -52,6 +52,7 @@ def body_of(rng: random.Random) -> tuple[str, bytes]:
     path = rng.choice(ROUTES)
     body: dict[Any, Any] = {
         "/v1/completions": {"prompt": "hello"},
+        "/v1/responses": {"input": "hello"},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
         "/tokenize": {"prompt": "hello"},
         "/detokenize": {"tokens": [1, 2, 3]},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -15,8 +15,8 @@ from crossdock.worker.role import WorkerRole
 class WorkerCollector(Collector):
     """Reads another thread's integers without a lock: each is right at some recent moment."""
 
-    def __init__(self, role: WorkerRole) -> None:
-        self._role = role
+    def __init__(self, role: WorkerRole, kept_bytes: Callable[[], int]) -> None:
+        self._role, self._kept_bytes = role, kept_bytes
 
     def collect(self) -> Iterator[Metric]:
         """The role's counters and gauges at this moment, read without a lock."""
@@ -47,11 +47,17 @@ class WorkerCollector(Collector):
         jobs = GaugeMetricFamily("crossdock_worker_sequences", "Sequences held.", labels=names)
         jobs.add_metric(values, len(self._role.jobs))
         yield jobs
+        kept = GaugeMetricFamily(
+            "crossdock_worker_kept_bytes", "Held of /v1/responses, for gateways.", labels=names
+        )
+        kept.add_metric(values, self._kept_bytes())
+        yield kept
 
 
-def serve(role: WorkerRole, host: str) -> str:
-    """Serves /metrics on a free port of `host`; returns host:port."""
+def serve(role: WorkerRole, host: str, kept_bytes: Callable[[], int] = lambda: 0) -> str:
+    """Serves /metrics on a free port of `host`; returns host:port. `kept_bytes`: what the worker
+    keeps for gateways."""
     registry = CollectorRegistry()
-    registry.register(WorkerCollector(role))
+    registry.register(WorkerCollector(role, kept_bytes))
     server, _ = start_http_server(0, addr=host, registry=registry)
     return f"{host}:{server.server_port}"

@@ -99,7 +99,9 @@ class WorkerServer:
         self.peer_calls = GrpcPeerCalls(layout, self._transport, self.credentials)
         self.peers = Peers(self.peer_calls, self._state.clock)
         self.prober = Prober(self, self._transport, self._state.memory.memory_type)
-        self.description.metrics_address = metrics.serve(self._role, self.config.host)
+        self.description.metrics_address = metrics.serve(
+            self._role, self.config.host, lambda: self.states.held
+        )
         self._loop.start()
         await self._grpc.start()
         self._tasks = [

@@ -9,7 +9,6 @@ made of if it were tokenized again.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,16 +28,19 @@ from crossdock.router.frontdoor.responses_format import ResponseAnswer
 from crossdock.router.frontdoor.responses_input import (
     Item,
     chat_of,
+    choice_of,
+    form_of,
     items_of,
     messages_of,
     system_of,
 )
 from crossdock.router.frontdoor.responses_store import Kept, ResponseStore
+from crossdock.router.frontdoor.structured import dump
 from crossdock.router.frontdoor.tools.chat import conversation_of, tools_of
 from crossdock.router.frontdoor.tools.conversation import Conversation
 from crossdock.router.frontdoor.tools.formats import ToolFormat
 from crossdock.router.frontdoor.tools.offer import Offer
-from crossdock.router.frontdoor.validate import UNLIMITED
+from crossdock.router.frontdoor.validate import UNLIMITED, check_label
 
 MAX_LISTED = 100
 _RENAMED = (  # what the chat calls them
@@ -108,7 +110,6 @@ class Turn:
     def about(self) -> dict[str, Any]:
         """What a response repeats of its request."""
         body = self.body
-        form = body.text if isinstance(body.text, dict) else {}
         return {
             "background": False,
             "instructions": body.instructions,
@@ -122,8 +123,8 @@ class Turn:
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": form.get("format") or {"type": "text"}, "verbosity": "medium"},
-            "tool_choice": body.tool_choice or "auto",
+            "text": {"format": form_of(body.text), "verbosity": "medium"},
+            "tool_choice": choice_of(body.tool_choice),
             "tools": [{"parameters": None, "strict": None} | tool for tool in body.tools or []],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
@@ -256,9 +257,10 @@ class ResponsesDoor:
 
 
 def _tenant(request: web.Request) -> str:
-    """Whose responses these are. Raises Forbidden."""
-    principal = visit_of(request).principal
-    return principal.named(request.headers.get(TENANT_HEADER, "")).tenant
+    """Whose responses these are. Raises Forbidden or InvalidRequest."""
+    named = request.headers.get(TENANT_HEADER, "")
+    check_label("tenant", named)
+    return visit_of(request).principal.named(named).tenant
 
 
 def _one_of(field: str, value: str, allowed: Sequence[str]) -> str:
@@ -272,7 +274,7 @@ def _context(body: ResponseBody, conversation: Conversation, model: str) -> byte
     anew."""
     tools = [tool.given for tool in conversation.offer.tools]
     told = [model, body.instructions, tools, dict(conversation.options)]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).digest()
+    return hashlib.sha256(dump("tools", told).encode()).digest()
 
 
 def _renamed(error: InvalidRequest) -> InvalidRequest:

@@ -165,7 +165,7 @@ def system_of(body: ResponseBody) -> list[Message]:
 
 def _check_supported(body: ResponseBody) -> None:
     """Raises InvalidRequest for what would change the answer and is not done here."""
-    never = "conversation", "prompt", "context_management", "moderation"
+    never = "conversation", "prompt", "context_management", "moderation", "prompt_logprobs"
     given: dict[str, Any] = {name: getattr(body, name) for name in never}
     given["background"] = body.background or None
     given["n"] = None if body.n == 1 else body.n
@@ -238,3 +238,23 @@ def _choice(choice: Any) -> Any:
         limit = "must be none, auto, required or {type: function, name}"
         raise InvalidRequest("tool_choice", choice, limit)
     return {"type": "function", "function": {"name": choice.get("name")}}
+
+
+# -- as a response repeats it ------------------------------------------------------------------
+
+
+def form_of(text: Any) -> dict[str, Any]:
+    """The form of the answer that a body's `text` asked for."""
+    form = (text or {}).get("format") or {"type": "text"}
+    if form["type"] != "json_schema":
+        return {"type": form["type"]}
+    told = {name: form.get(name) for name in ("name", "description", "strict")}
+    plain = {name: value for name, value in told.items() if isinstance(value, str | bool)}
+    return {"type": "json_schema", "schema": form["schema"]} | plain
+
+
+def choice_of(choice: Any) -> Any:
+    """A body's `tool_choice`."""
+    if isinstance(choice, Mapping):
+        return {"type": "function", "name": choice["name"]}
+    return choice or "auto"

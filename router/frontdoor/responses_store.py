@@ -93,6 +93,8 @@ class ResponseStore:
     async def get(self, tenant: str, id_: str) -> Kept | None:
         """None: nobody has it, or not any more. Raises Unavailable where one who may have it did
         not answer."""
+        if not _ID.fullmatch(id_):
+            return None
         answers = await self._ask(id_, "FetchState", pb.FetchStateRequest(tenant=tenant, id=id_))
         for answer in answers:
             if answer is not None and answer.HasField("data"):
@@ -102,6 +104,8 @@ class ResponseStore:
 
     async def drop(self, tenant: str, id_: str) -> bool:
         """Whether it was there. Raises Unavailable, as `get` does."""
+        if not _ID.fullmatch(id_):
+            return False
         answers = await self._ask(id_, "DropState", pb.DropStateRequest(tenant=tenant, id=id_))
         _check_answered(answers)
         return any(answer.dropped for answer in answers)

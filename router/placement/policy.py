@@ -163,6 +163,8 @@ class _Choice:
         few tokens, those that wait there already included, so that no stream waits for long. That
         is presumed to take as long as on the fastest prefill worker."""
         demand, prefills = self.demand, self.usable[Role.PREFILL]
+        if not self.depths or not demand.local_tokens:
+            return []
         held = max(self.depths.get(worker.slot, 0) for worker in prefills)
         able = [
             worker

@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
+import yarl
 from gateway_rig import Rig, start_rig
 from http_kit import SAID, post, say
 
@@ -352,6 +354,38 @@ async def test_input_items(rig: Rig, client: openai.AsyncOpenAI, text: Any) -> N
     assert len((await client.responses.input_items.list(second.id)).data) == 1
 
 
+@pytest.mark.parametrize("id_", ["x", "resp_", "resp_" + "0" * 36, "%00", "%ff", "r%C3%A9sp"])
+async def test_an_id_that_is_none_is_not_found(rig: Rig, id_: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        for method in ("GET", "DELETE"):
+            url = yarl.URL(f"{rig.url}{PATH}/{id_}", encoded=True)
+            async with session.request(method, url) as answer:
+                assert answer.status == 404
+
+
+async def test_a_large_conversation_is_gone_on_from_beside_the_loop(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any
+) -> None:
+    ending(rig, text, SAID)
+    long = "The capital of France is Paris. " * 140
+    first = await client.responses.create(model="", input=long)
+    await client.responses.create(model="", input="Sure?", previous_response_id=first.id)
+    one, two = prompts(rig)
+    assert two[: len(one)] == one and len(one) > 1000
+
+
+async def test_the_request_comes_back(rig: Rig, client: openai.AsyncOpenAI, text: Any) -> None:
+    ending(rig, text, CALL)
+    choice: Any = {"type": "function", "name": "get_weather"}
+    made = await client.responses.create(
+        model="", input="x", tools=[TOOL], tool_choice=choice, parallel_tool_calls=False
+    )
+    told = made.to_dict()
+    assert (told["tools"], told["tool_choice"]) == ([TOOL], choice)
+    assert told["parallel_tool_calls"] is False
+    assert told["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
 
@@ -391,6 +425,7 @@ async def test_input_items(rig: Rig, client: openai.AsyncOpenAI, text: Any) -> N
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"best_of": 3}, "best_of"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ],
 )
 async def test_what_cannot_be_is_refused_by_name(rig: Rig, body: Any, field: str) -> None:

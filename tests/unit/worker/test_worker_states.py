@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import Mock
+
+from worker_kit import config
+
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.proto.types import Role
+from crossdock.worker.metrics import WorkerCollector
+from crossdock.worker.role import Counters
 from crossdock.worker.states import OVERHEAD_BYTES, Bounds, States
 
 EACH = 100 + OVERHEAD_BYTES
@@ -72,3 +81,13 @@ def test_what_no_room_is_ever_large_enough_for_is_not_kept() -> None:
     states = States()
     assert not states.store("a", "1", DATA * 20, bounds(tenant=2))
     assert states.fetch("a", "1") is None and states.held == 0
+
+
+def test_the_page_of_metrics_says_how_much_is_kept(tiny_model: Path) -> None:
+    role = Mock(jobs={})
+    role.state.counters, role.state.config = Counters(), config("p", Role.PREFILL, tiny_model)
+    role.state.pool = BlockPool(4, 16)
+    states = States()
+    states.store("a", "1", DATA, bounds())
+    found = {metric.name: metric for metric in WorkerCollector(role, lambda: states.held).collect()}
+    assert found["crossdock_worker_kept_bytes"].samples[0].value == EACH
