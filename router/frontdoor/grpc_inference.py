@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -47,12 +46,23 @@ class InferenceService:
             },
         )
 
-    async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def _generate(self, request: Any, context: Any) -> None:
+        """While the client reads, a response is sent where its delta is pushed, without a task's
+        turn for each token; for one that does not, deltas merge until it does."""
         try:
             request_id, stream = await self._submit(request, context)
+            response, behind = Responses(request_id), False
+
+            def send(delta: Delta) -> bool:
+                return not behind and context.offer(response(delta))
+
             with contextlib.closing(stream):
-                async for delta in stream:
-                    yield _response(request_id, delta)
+                stream.pipe(send)
+                while batch := await stream.batch():
+                    behind = True
+                    for delta in batch:
+                        await context.write(response(delta))
+                    behind = False
         except CrossdockError as error:
             await abort(context, error)
 
@@ -114,8 +124,23 @@ class InferenceService:
         raise InvalidRequest("input", None, "one of text, token_ids and chat must be set")
 
 
-def _response(request_id: str, delta: Delta) -> pb.GenerateResponse:
-    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **_gained(delta))
+class Responses:
+    """Makes the responses of one stream. Those that bring tokens alone, which most do, are one
+    message that is filled again and again."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._plain = pb.GenerateResponse(request_id=request_id)
+
+    def __call__(self, delta: Delta) -> pb.GenerateResponse:
+        """What the client gets of a delta; to be serialized before the next one is made."""
+        if delta.finish_reason or delta.logprobs:
+            return pb.GenerateResponse(
+                request_id=self._request_id, usage=delta.usage, **_gained(delta)
+            )
+        plain = self._plain
+        plain.index, plain.text, plain.token_ids[:] = delta.index, delta.text, delta.token_ids
+        return plain
 
 
 def _gained(delta: Delta) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from functools import partial
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.settings import split_address
 from crossdock.proto.v1 import inference_pb2, kserve_pb2
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_access import admit
