@@ -181,7 +181,7 @@ def unprioritized(flags: int, payload: bytes, stream_id: int) -> bytes:
     return payload[5:]
 
 
-def number(payload: bytes, at: int = 0) -> int:
+def number(payload: bytes | bytearray, at: int = 0) -> int:
     """The 32 bits at an offset."""
     return int(_ONE.unpack_from(payload, at)[0])
 

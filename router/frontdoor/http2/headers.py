@@ -167,7 +167,7 @@ def timeout_s(value: str) -> float:
 
 def block(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
     """Fields as literals. A name that ends in -bin has base64 of its bytes."""
-    parts = []
+    parts: list[bytes] = []
     for name, value in fields:
         raw = (
             b64encode(value).rstrip(b"=")

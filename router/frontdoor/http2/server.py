@@ -59,10 +59,16 @@ class Server:
 
     async def listen(self, address: str, tls: ssl.SSLContext | None) -> int:
         """Serves from now on; returns the port. Raises OSError."""
-        options = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": bounds.HEAD_S}
+        handshake_s = None if tls is None else bounds.HEAD_S
         loop, sockets = asyncio.get_running_loop(), open_sockets(address)
         for sock in sockets:
-            server = await loop.create_server(self._accept, sock=sock, backlog=BACKLOG, **options)
+            server = await loop.create_server(
+                self._accept,
+                sock=sock,
+                backlog=BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=handshake_s,
+            )
             self._listening.append(server)
         self._ticking = loop.call_later(bounds.TICK_S, self._tick)
         return int(sockets[0].getsockname()[1])
