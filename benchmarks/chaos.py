@@ -165,6 +165,7 @@ class Load:
 
 
 async def chaos(options: argparse.Namespace, wire: Path, target: str, address: str) -> Outcome:
+    """Load and faults until all faults have struck and enough was asked; then all falls quiet."""
     rng, journal = random.Random(options.seed), Journal(wire / "journal")
     async with AsyncClient(target) as client:
         load = Load(
@@ -175,7 +176,7 @@ async def chaos(options: argparse.Namespace, wire: Path, target: str, address: s
         began = time.monotonic()
         running_load = asyncio.create_task(load.run(options.clients))
         await faults.run(plan(rng, options.rounds), began + options.limit_s)
-        while len(load.asked) < MIN_REQUESTS and time.monotonic() < began + options.limit_s:
+        while len(load.asked) < options.requests and time.monotonic() < began + options.limit_s:
             await asyncio.sleep(0.1)
         load.stopping = True
         await running_load
@@ -233,8 +234,9 @@ def held_by(member: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def own_cluster(options: argparse.Namespace) -> Iterator[tuple[Path, str, str]]:
-    """(the wire's folder, the gateway's address, the controller's) of a cluster for this run."""
+def own_cluster(options: argparse.Namespace, more: str = "") -> Iterator[tuple[Path, str, str]]:
+    """(the wire's folder, the gateway's address, the controller's) of a cluster for this run, with
+    `more` at the end of its YAML."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {
@@ -244,7 +246,7 @@ def own_cluster(options: argparse.Namespace) -> Iterator[tuple[Path, str, str]]:
         }
         simulated = options.model == "simulated"
         pools = POOLS.format(engine=SIMULATED if simulated else "engine: {kind: native}")
-        yaml = spec(f"chaos-{os.getpid()}", pools, options.model)
+        yaml = spec(f"chaos-{os.getpid()}", pools + more, options.model)
         with running(yaml, verbose=options.verbose, env=env) as cluster:
             yield Path(folder), cluster.grpc, cluster.admin
 
@@ -261,6 +263,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=1, help="of 114 faults each")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--clients", type=int, default=8, help="requests under way at once")
+    made.add_argument("--requests", type=int, default=MIN_REQUESTS, help="at least")
     made.add_argument("--think-s", type=float, default=1.5, help="between two of a client's")
     made.add_argument("--limit-s", type=float, default=0.0, help="default: 1200 s a round")
     made.add_argument("--hang-s", type=float, default=60.0, help="without a token: it hangs")
