@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 HEAD_S = 10.0  # from connecting to the first settings, and for the rest of a head that has begun
 WHOLE_S = 60.0  # from the head of a call to the end of its only message
+FIRST_S = 0.2  # for the first message of a stream that is refused
 WRITE_S = 30.0  # for a client to read more of what waits for it
+ROOM_S = 300.0  # for a client to make room in a stream's window while it reads others
 LEAST_READ = 1 << 15  # bytes that it reads meanwhile
 LINGER_S = 1.0  # so that who is told why the connection ends can read it
 MAX_STREAMS = 4096  # calls at once of a connection

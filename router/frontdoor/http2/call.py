@@ -15,7 +15,7 @@ import grpc
 
 from crossdock.router.frontdoor.http2 import bounds, headers
 from crossdock.router.frontdoor.http2.headers import Head, Metadata
-from crossdock.router.frontdoor.http2.stream import Outbox, Stream
+from crossdock.router.frontdoor.http2.stream import Outbox, Stream, Unread
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +136,8 @@ class Context:
             await self._serve()
         except Aborted:
             pass
+        except Unread as unread:
+            log.info("%s, %s: %s", self._peer, self._head.path, unread)
         except asyncio.CancelledError:
             self.refuse(grpc.StatusCode.CANCELLED, "the call was cancelled", ())
         except Exception as error:
@@ -154,6 +156,8 @@ class Context:
             self._rules.admit(self)
         except Exception as error:
             self._rules.refuse(self, error)
+            if handler.request_streaming:
+                await self._begun()
             return
         parse, self._serialize = handler.request_deserializer, handler.response_serializer
         given = self._messages(parse) if handler.request_streaming else await self._message(parse)
@@ -169,6 +173,13 @@ class Context:
         async with contextlib.aclosing(answers):
             async for answer in answers:
                 await self.write(answer)
+
+    async def _begun(self) -> None:
+        """Waits a moment for a client's first message: one that is answered before it has sent
+        anything, gRPC's own client takes for broken."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(bounds.FIRST_S):
+                await self._stream.heard()
 
     async def _message(self, parse: Callable[[bytes], Any]) -> Any:
         """The only message of a call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import logging
 import socket
 import time
@@ -40,6 +41,14 @@ OUR_SETTINGS = (
 )
 KEEPALIVE = b"crossdoc"  # 8 bytes, which come back
 RECENT = 256  # streams that are over and of which it is known by whom
+
+
+class Ender(enum.Enum):
+    """Who has ended a stream."""
+
+    CLIENT = "client"  # both have
+    SERVER = "server"  # by trailers; a client that sends on is told that nobody reads it
+    RESET = "reset"  # by RST_STREAM: what still comes was on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +89,7 @@ class Connection(asyncio.Protocol):
         self._streams: dict[int, Stream] = {}
         self._calls: dict[int, Context] = {}
         self._last_id = 0  # the newest stream of the client
-        self._recent: dict[int, bool] = {}  # streams that are over; whether the client ended them
+        self._recent: dict[int, Ender] = {}  # streams that are over
         self._room = FIRST_WINDOW  # that the client may use now, of all streams
         self._resets = Patience(bounds.RESETS, bounds.RESETS_PER_S, time.monotonic)
         self._idle_frames = Patience(bounds.IDLE_FRAMES, bounds.IDLE_FRAMES_PER_S, time.monotonic)
@@ -232,8 +241,12 @@ class Connection(asyncio.Protocol):
         stream = self._streams.get(stream_id)
         if stream is None:
             self._check_known(stream_id, "DATA")
-            if self._recent.get(stream_id, True):
+            ender = self._recent.get(stream_id, Ender.CLIENT)
+            if ender is Ender.CLIENT:
                 raise StreamFault(Code.STREAM_CLOSED, stream_id, "DATA after its end")
+            if ender is Ender.SERVER and not flags & END_STREAM:
+                self._over(stream_id, Ender.RESET)
+                self._out.add(frames.rst_stream(stream_id, Code.NO_ERROR))
             return  # it was on its way when we ended the stream
         if stream.ended:
             raise StreamFault(Code.STREAM_CLOSED, stream_id, "DATA after its end")
@@ -279,9 +292,7 @@ class Connection(asyncio.Protocol):
             head = self._decoder.head(block, stream_id)
         except headers.BadHead as bad:
             self._out.head(stream_id, headers.refusal(bad), end=True)
-            self._over(stream_id, bool(flags & END_STREAM))
-            if not flags & END_STREAM:
-                self._out.add(frames.rst_stream(stream_id, Code.NO_ERROR))
+            self._over(stream_id, Ender.CLIENT if flags & END_STREAM else Ender.SERVER)
             return
         if len(self._streams) >= bounds.MAX_STREAMS:
             raise StreamFault(Code.REFUSED_STREAM, stream_id, "too many calls at once")
@@ -298,7 +309,7 @@ class Connection(asyncio.Protocol):
         if stream is None:
             if stream_id not in self._recent:
                 raise ConnectionFault(Code.PROTOCOL_ERROR, f"stream {stream_id} is not a new one")
-            if self._recent[stream_id]:
+            if self._recent[stream_id] is Ender.CLIENT:
                 raise ConnectionFault(Code.STREAM_CLOSED, f"HEADERS on closed stream {stream_id}")
         elif stream.ended:
             raise StreamFault(Code.STREAM_CLOSED, stream_id, "HEADERS after its end")
@@ -395,12 +406,12 @@ class Connection(asyncio.Protocol):
         """A call is over."""
         stream = self._streams.pop(stream_id)
         del self._calls[stream_id]
-        self._over(stream_id, stream.ended)
+        self._over(stream_id, Ender.CLIENT if stream.ended else Ender.SERVER)
         if not self._calls and self._refuses_after < MAX_WINDOW:
             self._loop.call_soon(self._close)
 
-    def _over(self, stream_id: int, by_client: bool) -> None:
-        self._recent[stream_id] = by_client
+    def _over(self, stream_id: int, ender: Ender) -> None:
+        self._recent[stream_id] = ender
         if len(self._recent) > RECENT:
             del self._recent[next(iter(self._recent))]
 
@@ -413,8 +424,7 @@ class Connection(asyncio.Protocol):
         call = self._calls.get(fault.stream_id)
         if call is not None:
             call.end(None)
-        else:
-            self._over(fault.stream_id, False)
+        self._over(fault.stream_id, Ender.RESET)
 
     def _fail(self, code: Code, why: str) -> None:
         """The client broke the protocol of the connection: it is told, and that was it."""

@@ -9,6 +9,7 @@ from functools import partial
 from crossdock.router.frontdoor.http2 import frames
 from crossdock.router.frontdoor.http2.bounds import (
     CONTROL_BYTES,
+    ROOM_S,
     WINDOW_BYTES,
     Held,
 )
@@ -22,6 +23,10 @@ from crossdock.router.frontdoor.http2.frames import (
     Kind,
     StreamFault,
 )
+
+
+class Unread(Exception):
+    """A client makes no room for what it asked for."""
 
 
 class Outbox:
@@ -130,14 +135,18 @@ class Stream:
         return True
 
     async def send(self, message: bytes) -> None:
-        """Sends a message, in parts as the client takes them; returns once it is on its way."""
+        """Sends a message, in parts as the client takes them; returns once it is on its way.
+        Raises Unread where the client makes no room for it."""
         if self.offer(message) or not self.open:
             return
         self._unsent += b"\0" + len(message).to_bytes(4, "big") + message
         self._out.block(self)
         while self._unsent and self.open:
             self._sent = asyncio.get_running_loop().create_future()
-            await self._sent
+            try:
+                await asyncio.wait_for(self._sent, ROOM_S)
+            except TimeoutError:
+                raise Unread(f"no room in its window for {ROOM_S:g} s") from None
 
     def send_some(self) -> bool:
         """Sends one frame of what is unsent; whether more may follow."""
@@ -163,8 +172,6 @@ class Stream:
             self._out.add(frames.rst_stream(self.id, Code.CANCEL))
             return
         self._out.head(self.id, trailers, end=True)
-        if not self.ended:
-            self._out.add(frames.rst_stream(self.id, Code.NO_ERROR))  # nobody reads the rest
 
     def widen(self, increment: int) -> None:
         """The client takes more. Raises StreamFault."""
@@ -233,12 +240,16 @@ class Stream:
         """One is here, or none will come."""
         return bool(self._messages) or self.ended or self.failure is not None
 
-    async def message(self) -> tuple[bool, bytes] | None:
-        """Whether the next message is compressed, and its bytes; None after the last one, and
-        where `failure` says what is wrong."""
+    async def heard(self) -> None:
+        """Waits until there is a message, or it is known that none comes."""
         while not self.has_message:
             self._arrived = asyncio.get_running_loop().create_future()
             await self._arrived
+
+    async def message(self) -> tuple[bool, bytes] | None:
+        """Whether the next message is compressed, and its bytes; None after the last one, and
+        where `failure` says what is wrong."""
+        await self.heard()
         if not self._messages:
             return None
         found = self._messages.popleft()

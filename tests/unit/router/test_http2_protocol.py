@@ -13,7 +13,7 @@ import pytest
 from gateway_rig import Rig, ask, start_rig, until
 from raw_http2 import EMPTY, GRPC, HELLO, OPEN, PSEUDO, WATCH, call, data, head, peer
 
-from crossdock.router.frontdoor.http2 import bounds, headers
+from crossdock.router.frontdoor.http2 import bounds, headers, stream
 from crossdock.router.frontdoor.http2.connection import Connection
 from crossdock.router.frontdoor.http2.frames import (
     ACK,
@@ -151,6 +151,17 @@ async def test_a_client_gets_no_more_than_its_windows_allow(tiny_model: Path) ->
             sizes += len(payload)
         assert dict(client.decoder.decode(payload))["grpc-status"] == "0"
         assert 7 < sizes < 20_000, "tokens that wait are one message"
+
+
+async def test_who_makes_no_room_is_not_waited_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "ROOM_S", 0.05)
+    async with start_rig(tiny_model) as rig, peer(rig) as client:
+        client.say(PREFACE, settings([(Setting.INITIAL_WINDOW_SIZE, 0)]))
+        client.say(head(GENERATE), data(asked(2000)))
+        assert await client.fault() == ("stream", Code.CANCEL)
+        await until(lambda: rig.idle)
 
 
 async def test_a_connection_has_one_window(tiny_model: Path) -> None:
