@@ -69,7 +69,7 @@ class Peer:
     async def see(self, wanted: Callable[[int, int, int, bytes], bool]) -> tuple[int, int, bytes]:
         """The first frame that is wanted, as flags, stream and payload. Raises ConnectionError
         where the server closes before."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             while True:
                 for i, each in enumerate(self.seen):
                     if wanted(*each):
@@ -99,7 +99,7 @@ class Peer:
         found = await self.see(lambda k, f, s, p: k in kinds)
         if len(found[2]) == 4:
             return "stream", Code(struct.unpack(">I", found[2])[0])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             while await self.reader.read(1 << 16):
                 pass  # it closes after a GOAWAY
         return "connection", Code(struct.unpack_from(">I", found[2], 4)[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-HEAD_S = 10.0  # from connecting to the first settings, and for the rest of a head that has begun
 WHOLE_S = 60.0  # from the head of a call to the end of its only message
 FIRST_S = 0.2  # for the first message of a stream that is refused
 WRITE_S = 30.0  # for a client to read more of what waits for it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import logging
 import socket
 import time
@@ -14,8 +13,9 @@ from typing import Any
 
 import grpc
 
+from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor.http2 import bounds, frames, headers
-from crossdock.router.frontdoor.http2.bounds import Held, Patience
+from crossdock.router.frontdoor.http2.bounds import Held
 from crossdock.router.frontdoor.http2.call import Context, Rules
 from crossdock.router.frontdoor.http2.frames import (
     ACK,
@@ -30,6 +30,7 @@ from crossdock.router.frontdoor.http2.frames import (
     Setting,
     StreamFault,
 )
+from crossdock.router.frontdoor.http2.manners import Block, Ender, Manners, peer_name
 from crossdock.router.frontdoor.http2.stream import Outbox, Stream
 
 log = logging.getLogger(__name__)
@@ -40,15 +41,6 @@ OUR_SETTINGS = (
     (Setting.MAX_HEADER_LIST_SIZE, bounds.HEAD_LIST_BYTES),
 )
 KEEPALIVE = b"crossdoc"  # 8 bytes, which come back
-RECENT = 256  # streams that are over and of which it is known by whom
-
-
-class Ender(enum.Enum):
-    """Who has ended a stream."""
-
-    CLIENT = "client"  # both have
-    SERVER = "server"  # by trailers; a client that sends on is told that nobody reads it
-    RESET = "reset"  # by RST_STREAM: what still comes was on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +52,6 @@ class Shared:
     opened: Callable[[Connection], object]
     greeted: Callable[[Connection], object]  # it has said its first word
     closed: Callable[[Connection], object]
-
-
-@dataclass(slots=True)
-class Block:
-    """A head that is not whole yet."""
-
-    stream_id: int
-    flags: int
-    data: bytes
-    since: float
 
 
 class Connection(asyncio.Protocol):
@@ -89,12 +71,8 @@ class Connection(asyncio.Protocol):
         self._streams: dict[int, Stream] = {}
         self._calls: dict[int, Context] = {}
         self._last_id = 0  # the newest stream of the client
-        self._recent: dict[int, Ender] = {}  # streams that are over
+        self._manners = Manners()
         self._room = FIRST_WINDOW  # that the client may use now, of all streams
-        self._resets = Patience(bounds.RESETS, bounds.RESETS_PER_S, time.monotonic)
-        self._idle_frames = Patience(bounds.IDLE_FRAMES, bounds.IDLE_FRAMES_PER_S, time.monotonic)
-        self._pinged = -bounds.PING_S, -1  # when the client did, and what had been sent then
-        self._early_pings = 0
         self._heard = time.monotonic()
         self._asked: float | None = None  # our own ping
         self._refuses_after = MAX_WINDOW  # streams beyond are not served: GOAWAY says so
@@ -217,14 +195,9 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(Code.PROTOCOL_ERROR, "the first frame is to be SETTINGS")
         take = self._by_kind.get(kind)  # type: ignore[call-overload]
         if take is None:
-            self._is_idle("frames of unknown types")
+            self._manners.idle("frames of unknown types")
         else:
             take(flags, stream_id, payload)
-
-    def _is_idle(self, what: str) -> None:
-        """A frame that asks for nothing: so many are an attack."""
-        if self._idle_frames.tried():
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"too many {what}")
 
     def _data(self, flags: int, stream_id: int, payload: bytes) -> None:
         size = len(payload)
@@ -237,15 +210,15 @@ class Connection(asyncio.Protocol):
             self._out.add(frames.window_update(0, more))
         data = frames.unpadded(flags, payload, stream_id)
         if not data and not flags & END_STREAM:
-            self._is_idle("empty DATA frames")
+            self._manners.idle("empty DATA frames")
         stream = self._streams.get(stream_id)
         if stream is None:
             self._check_known(stream_id, "DATA")
-            ender = self._recent.get(stream_id, Ender.CLIENT)
+            ender = self._manners.ender(stream_id) or Ender.CLIENT
             if ender is Ender.CLIENT:
                 raise StreamFault(Code.STREAM_CLOSED, stream_id, "DATA after its end")
             if ender is Ender.SERVER and not flags & END_STREAM:
-                self._over(stream_id, Ender.RESET)
+                self._manners.ended(stream_id, Ender.RESET)
                 self._out.add(frames.rst_stream(stream_id, Code.NO_ERROR))
             return  # it was on its way when we ended the stream
         if stream.ended:
@@ -270,7 +243,7 @@ class Connection(asyncio.Protocol):
         if block is None:
             raise ConnectionFault(Code.PROTOCOL_ERROR, "CONTINUATION of nothing")
         if not payload:
-            self._is_idle("empty CONTINUATION frames")
+            self._manners.idle("empty CONTINUATION frames")
         block.data += payload
         if len(block.data) > bounds.HEAD_LIST_BYTES:
             raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "a head that is too long")
@@ -292,7 +265,7 @@ class Connection(asyncio.Protocol):
             head = self._decoder.head(block, stream_id)
         except headers.BadHead as bad:
             self._out.head(stream_id, headers.refusal(bad), end=True)
-            self._over(stream_id, Ender.CLIENT if flags & END_STREAM else Ender.SERVER)
+            self._manners.ended(stream_id, Ender.CLIENT if flags & END_STREAM else Ender.SERVER)
             return
         if len(self._streams) >= bounds.MAX_STREAMS:
             raise StreamFault(Code.REFUSED_STREAM, stream_id, "too many calls at once")
@@ -307,9 +280,10 @@ class Connection(asyncio.Protocol):
     def _trailers(self, flags: int, stream_id: int) -> None:
         stream = self._streams.get(stream_id)
         if stream is None:
-            if stream_id not in self._recent:
+            ender = self._manners.ender(stream_id)
+            if ender is None:
                 raise ConnectionFault(Code.PROTOCOL_ERROR, f"stream {stream_id} is not a new one")
-            if self._recent[stream_id] is Ender.CLIENT:
+            if ender is Ender.CLIENT:
                 raise ConnectionFault(Code.STREAM_CLOSED, f"HEADERS on closed stream {stream_id}")
         elif stream.ended:
             raise StreamFault(Code.STREAM_CLOSED, stream_id, "HEADERS after its end")
@@ -323,14 +297,13 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(Code.PROTOCOL_ERROR, "PRIORITY on stream 0")
         if len(payload) != 5:
             raise StreamFault(Code.FRAME_SIZE_ERROR, stream_id, "PRIORITY")
-        self._is_idle("PRIORITY frames")
+        self._manners.idle("PRIORITY frames")
 
     def _rst_stream(self, flags: int, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:
             raise ConnectionFault(Code.FRAME_SIZE_ERROR, "RST_STREAM")
         self._check_known(stream_id, "RST_STREAM")
-        if self._resets.tried():
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "too many streams are reset")
+        self._manners.reset()
         call = self._calls.get(stream_id)
         if call is not None:
             self._streams[stream_id].ended = True
@@ -345,7 +318,7 @@ class Connection(asyncio.Protocol):
             return
         given = frames.parse_settings(payload)
         if self._settled:
-            self._is_idle("SETTINGS frames")
+            self._manners.idle("SETTINGS frames")
         else:
             self._settled = True
             self._shared.greeted(self)
@@ -367,20 +340,13 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(Code.FRAME_SIZE_ERROR, "PING")
         if flags & ACK:
             return
-        (before, sent), now = self._pinged, time.monotonic()
-        self._pinged = now, self._out.sent
-        if sent != self._out.sent:
-            self._early_pings = 0  # it measures what it gets
-        elif now - before < bounds.PING_S:
-            self._early_pings += 1
-            if self._early_pings > bounds.MAX_EARLY_PINGS:
-                raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "too_many_pings")
+        self._manners.pinged(self._out.sent)
         self._out.add(frames.frame(Kind.PING, ACK, 0, payload))
 
     def _goaway(self, flags: int, stream_id: int, payload: bytes) -> None:
         if stream_id:
             raise ConnectionFault(Code.PROTOCOL_ERROR, "GOAWAY on a stream")
-        self._is_idle("GOAWAY frames")
+        self._manners.idle("GOAWAY frames")
 
     def _window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:
@@ -406,25 +372,19 @@ class Connection(asyncio.Protocol):
         """A call is over."""
         stream = self._streams.pop(stream_id)
         del self._calls[stream_id]
-        self._over(stream_id, Ender.CLIENT if stream.ended else Ender.SERVER)
+        self._manners.ended(stream_id, Ender.CLIENT if stream.ended else Ender.SERVER)
         if not self._calls and self._refuses_after < MAX_WINDOW:
             self._loop.call_soon(self._close)
-
-    def _over(self, stream_id: int, ender: Ender) -> None:
-        self._recent[stream_id] = ender
-        if len(self._recent) > RECENT:
-            del self._recent[next(iter(self._recent))]
 
     def _reset(self, fault: StreamFault) -> None:
         """Ends a stream on which the client broke the protocol."""
         log.info("%s, stream %d: %s: %s", self._peer, fault.stream_id, fault.code.name, fault)
-        if self._resets.tried():  # who makes us reset streams costs what its own resets would
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "too many streams are reset")
+        self._manners.reset()
         self._out.add(frames.rst_stream(fault.stream_id, fault.code))
         call = self._calls.get(fault.stream_id)
         if call is not None:
             call.end(None)
-        self._over(fault.stream_id, Ender.RESET)
+        self._manners.ended(fault.stream_id, Ender.RESET)
 
     def _fail(self, code: Code, why: str) -> None:
         """The client broke the protocol of the connection: it is told, and that was it."""
@@ -475,9 +435,9 @@ class Connection(asyncio.Protocol):
     def tick(self, now: float) -> None:
         """Looks whether the client is there still."""
         block, quiet_s = self._block, now - self._heard
-        if block is not None and now - block.since > bounds.HEAD_S:
+        if block is not None and now - block.since > http_limits.HEAD_S:
             self._fail(Code.ENHANCE_YOUR_CALM, "the rest of a head does not come")
-        elif self._reader.waits and quiet_s > bounds.HEAD_S:
+        elif self._reader.waits and quiet_s > http_limits.HEAD_S:
             self._fail(Code.ENHANCE_YOUR_CALM, "the rest of a frame does not come")
         elif self._asked is not None and now - self._asked > bounds.PONG_S:
             log.info("%s does not answer: closed", self._peer)
@@ -485,11 +445,3 @@ class Connection(asyncio.Protocol):
         elif self._asked is None and self._calls and quiet_s >= bounds.KEEPALIVE_S:
             self._asked = now
             self._out.add(frames.frame(Kind.PING, 0, 0, KEEPALIVE))
-
-
-def peer_name(address: Any) -> str:
-    """An address as gRPC writes it."""
-    if not isinstance(address, tuple):
-        return "unix:"
-    host, port = address[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

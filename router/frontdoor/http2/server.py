@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 
 from crossdock.proto.settings import split_address
+from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor.http2 import bounds
 from crossdock.router.frontdoor.http2.bounds import Held
 from crossdock.router.frontdoor.http2.call import Context, Rules
@@ -59,7 +60,7 @@ class Server:
 
     async def listen(self, address: str, tls: ssl.SSLContext | None) -> int:
         """Serves from now on; returns the port. Raises OSError."""
-        handshake_s = None if tls is None else bounds.HEAD_S
+        handshake_s = None if tls is None else http_limits.HEAD_S
         loop, sockets = asyncio.get_running_loop(), open_sockets(address)
         for sock in sockets:
             server = await loop.create_server(
@@ -108,7 +109,7 @@ class Server:
     def _opened(self, connection: Connection) -> None:
         self._connections.add(connection)
         loop = asyncio.get_running_loop()
-        self._silent[connection] = loop.call_later(bounds.HEAD_S, connection.abort)
+        self._silent[connection] = loop.call_later(http_limits.HEAD_S, connection.abort)
         if len(self._silent) > bounds.MAX_SILENT:
             next(iter(self._silent)).abort()
         if self._age_s:

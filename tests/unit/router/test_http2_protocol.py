@@ -13,6 +13,7 @@ import pytest
 from gateway_rig import Rig, ask, start_rig, until
 from raw_http2 import EMPTY, GRPC, HELLO, OPEN, PSEUDO, WATCH, call, data, head, peer
 
+from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor.http2 import bounds, headers, stream
 from crossdock.router.frontdoor.http2.connection import Connection
 from crossdock.router.frontdoor.http2.frames import (
@@ -185,7 +186,7 @@ async def test_a_connection_has_one_window(tiny_model: Path) -> None:
 async def test_who_says_nothing_is_left(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
-    monkeypatch.setattr(bounds, "HEAD_S", 0.05)
+    monkeypatch.setattr(http_limits, "HEAD_S", 0.05)
     async with peer(rig) as client:
         client.say(said)
         with pytest.raises(ConnectionError):
@@ -206,7 +207,7 @@ async def test_the_rest_of_a_head_is_not_waited_for(rig: Rig, said: bytes) -> No
         client.say(HELLO, said)
         served = await connected(rig)
         await until(lambda: served._block or served._reader.waits)
-        served.tick(time.monotonic() + bounds.HEAD_S + 1)
+        served.tick(time.monotonic() + http_limits.HEAD_S + 1)
         assert await client.fault() == ("connection", Code.ENHANCE_YOUR_CALM)
 
 
