@@ -1,5 +1,6 @@
 # make serve    a local cluster: environment, model, Ray, one gateway, one prefill and one decode worker
 # make test     environment and the whole test suite      make test-fast   without Ray and network
+# make clients  client libraries, unmodified, against a cluster with TLS and keys; CLIENTS="openai curl"
 # make lint     ruff, mypy, import-linter, words          make proto       generated protobuf code
 PYTHON  ?= python3
 VENV    := .venv
@@ -10,7 +11,7 @@ SHARED  := tests/unit tests/contract tests/simulation -n 2 --dist worksteal
 ALONE   := tests/processes tests/cluster
 TORCH   := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: serve test test-fast lint proto docs clean
+.PHONY: serve test test-fast clients lint proto docs clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -25,6 +26,10 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest $(SHARED) -m 'not slow' --hypothesis-profile=fast $(PYTEST_ARGS)
+
+clients: $(VENV)/.dev
+	@$(BIN)/crossdock model fetch smollm2-135m-instruct
+	PYTHONPATH=benchmarks PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/clients/run.py $(CLIENTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python tools/words.py

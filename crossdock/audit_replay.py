@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
@@ -32,9 +33,17 @@ def _of(line: Mapping[str, Any], i: int, client: Client, timeout_s: float) -> It
     n = line["choices_per_prompt"]
     message = ParseDict(dict(line["parameters"]), inference_pb2.SamplingParams())
     sampling = sampling_from_pb(message, max_tokens=message.max_tokens, seed=message.seed)
+    sampling = replace(sampling, prompt_logprobs=None if sampling.max_tokens else 0)
     again = client.generate(
-        token_ids=line["prompts"][i]["token_ids"], n=n, sampling=sampling, timeout=timeout_s
+        token_ids=line["prompts"][i]["token_ids"],
+        model=line["model"],
+        n=n,
+        sampling=sampling,
+        timeout=timeout_s,
     )
+    if again.model != line["model"]:
+        yield f"{line['model']!r} is a route now, which led to {again.model!r}"
+        return
     told = {choice["index"]: choice for choice in line["choices"]}
     for completion in again.completions:
         choice = told[i * n + completion.index]

@@ -9,19 +9,20 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from crossdock import cli_access, cli_bench, cli_cluster
-from crossdock.proto.errors import CrossdockError, Overloaded
+from crossdock.proto.errors import CrossdockError, InvalidRequest, Overloaded
 from crossdock.proto.settings import GATEWAY_ADDRESS
 
 if TYPE_CHECKING:
     from crossdock.client import Client, RequestFields
-    from crossdock.results import Chunk, Result
+    from crossdock.results import Chunk, Result, ToolCall
 
 app = typer.Typer(
     name="crossdock",
@@ -69,6 +70,9 @@ MinP = Annotated[float | None, Option(help="Drop tokens below this share of the 
 Seed = Annotated[int | None, Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, Option(help="End before this text; may be repeated.")]
 Timeout = Annotated[float | None, Option(help="Deadline of the request in seconds.")]
+Tools = Annotated[
+    Path | None, Option("--tools", help="A JSON list of tools, as OpenAI's clients write them.")
+]
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -143,32 +147,44 @@ def chat(
     top_k: TopK = None,
     min_p: MinP = None,
     seed: Seed = None,
+    tools: Tools = None,
     timeout: Timeout = None,
 ) -> None:
-    """Talk with the model. /reset forgets what was said, /exit ends, Ctrl-C stops an answer."""
-    fields: RequestFields = {"model": model}
+    """Talk with the model. /reset forgets what was said, /exit ends, Ctrl-C stops an answer. Where
+    it calls tools, what you say next are their results, a line for each call."""
+    fields: RequestFields = {"model": model, "tools": _tools(tools)}
     fields |= _sampling(context)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  input() edits lines with it
     messages = _system(system)
+    calls: list[ToolCall] = []  # that have no result yet
     with _client(target, ca, cert) as client:
         for said in _lines("> " if interactive else ""):
             if said == "/exit":
                 return
             if said == "/reset":
-                messages = _system(system)
+                messages, calls = _system(system), []
                 continue
-            messages.append({"role": "user", "content": said})
+            call = calls.pop(0) if calls else None
+            messages.append(
+                {"role": "user", "content": said}
+                if call is None
+                else {"role": "tool", "tool_call_id": call.id, "content": said}
+            )
+            if calls:
+                continue
             try:
-                answer = _print_answer(client.stream(messages, timeout=timeout, **fields))
+                answer, calls = _print_answer(client.stream(messages, timeout=timeout, **fields))
             except CrossdockError as error:
                 if not interactive:
                     raise
                 messages.pop()
+                calls = [call] if call is not None else []
                 print(f"error: {error}", file=sys.stderr)
             else:
-                messages.append({"role": "assistant", "content": answer})
+                told = {"role": "assistant", "content": answer}
+                messages.append(told | ({"tool_calls": list(calls)} if calls else {}))
 
 
 def _lines(prompt: str) -> Iterator[str]:
@@ -182,18 +198,37 @@ def _lines(prompt: str) -> Iterator[str]:
             yield said
 
 
-def _print_answer(chunks: Iterator[Chunk]) -> str:
-    """The answer, or as much of it as came before Ctrl-C; leaving the iterator cancels the rest."""
+def _tools(file: Path | None) -> Any:
+    """The tools of a file. Raises InvalidRequest."""
+    if file is None:
+        return None
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("tools", str(file), f"must be a file of JSON: {error}") from None
+
+
+def _print_answer(chunks: Iterator[Chunk]) -> tuple[str, list[ToolCall]]:
+    """The answer and its calls, or as much of it as came before Ctrl-C, which has no calls; leaving
+    the iterator cancels the rest."""
     said: list[str] = []
+    calls: dict[int, ToolCall] = {}
     try:
         for chunk in chunks:
             said.append(chunk.text)
             print(chunk.text, end="", flush=True)
+            for piece in chunk.tool_calls:
+                before = calls.get(piece.index)
+                whole = f"{before.arguments}{piece.arguments}" if before else piece.arguments
+                calls[piece.index] = replace(before or piece, arguments=whole)
     except KeyboardInterrupt:
         chunks.close()  # type: ignore[attr-defined]
+        calls.clear()
     finally:
+        for call in calls.values():
+            print(f"\n{call.name}({call.arguments})", end="")
         print(flush=True)
-    return "".join(said)
+    return "".join(said), list(calls.values())
 
 
 def _show_result(result: Result, as_json: bool) -> None:

@@ -246,9 +246,11 @@ def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
     as_specified = "as specified" if cluster.converged else "changing"
     generation = f"generation {cluster.generation}  {as_specified}"
     console.print(f"cluster [bold]{cluster.name}[/bold]  model {cluster.model}  {generation}")
-    left = ("worker", "pool", "role", "state", "node")
+    several = any(member.model for member in cluster.workers)
+    left = ("worker", "pool", *["model"] * several, "role", "state", "node")
     figures = (*FIGURES, "restarts")
-    console.print(table("workers", left + figures, map(_worker_row, cluster.workers), figures))
+    rows = [_worker_row(member, several) for member in cluster.workers]
+    console.print(table("workers", left + figures, rows, figures))
     gateways = [(g.name, g.state, g.grpc, g.http, g.active_requests) for g in cluster.gateways]
     columns = ("gateway", "state", "gRPC", "HTTP", "active")
     console.print(table("gateways", columns, gateways, figures={"active"}))
@@ -260,11 +262,12 @@ def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
         console.print(f"{at}  {decision.action}: {decision.reason}", markup=False)
 
 
-def _worker_row(member: admin_pb2.MemberStatus) -> tuple[object, ...]:
+def _worker_row(member: admin_pb2.MemberStatus, several: bool) -> tuple[object, ...]:
     from crossdock.proto.convert import ROLE_FROM_PB
 
     role = ROLE_FROM_PB.get(member.role, "")
-    known = (member.name, member.pool, role, member.state, member.node_id[:8])
+    place = (member.name, member.pool, *[member.model] * several)
+    known = (*place, role, member.state, member.node_id[:8])
     figures = _figures(member.worker) if member.HasField("worker") else [""] * len(FIGURES)
     return (*known, *figures, member.restarts)
 

@@ -20,11 +20,12 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from crossdock.chat_request import CHAT_FIELDS, set_chat
 from crossdock.proto import errors
 from crossdock.proto.channels import internal
-from crossdock.proto.convert import sampling_to_pb, wire_seed
+from crossdock.proto.convert import grammar_to_pb, sampling_to_pb, wire_seed
 from crossdock.proto.settings import GATEWAY_ADDRESS, is_loopback
-from crossdock.proto.types import SamplingParams
+from crossdock.proto.types import Grammar, SamplingParams
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
 from crossdock.results import Chunk, ModelInfo, Result, read_chunk, read_models, read_result
@@ -40,14 +41,19 @@ CHANNEL_OPTIONS = (
 InferenceStub: Any = inference_pb2_grpc.InferenceStub  # generated code has no types
 
 API_KEY = "CROSSDOCK_API_KEY"  # of the environment
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class RequestFields(TypedDict, total=False):
     """Keywords of generate() and stream(). Whatever is not given, the gateway decides."""
 
     token_ids: Sequence[int]
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]]  # of a chat, as OpenAI's clients write them
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
+    template_kwargs: Mapping[str, Any]
+    continue_final_message: bool
     model: str
     request_id: str
     n: int
@@ -70,9 +76,12 @@ class RequestFields(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     logprobs: int
+    prompt_logprobs: int
+    best_of: int
+    grammar: Grammar  # that the answer must match
 
 
-_PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_salt"})
+_PLAIN = frozenset({"model", "request_id", "n", "tenant", "priority", "cache_salt", "best_of"})
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,8 @@ class Client:
     ) -> Result:
         """The whole continuation at once. `timeout` in seconds is the request's deadline.
 
-        `prompt` is text, a list of token ids, or a list of {"role", "content"} messages.
+        `prompt` is text, a list of token ids, or a list of messages, {"role", "content"} and, of
+        chats with tools, "tool_calls" and "tool_call_id" as OpenAI has them.
         """
         request = build_request(prompt, **fields)
         with _translated():
@@ -291,7 +301,8 @@ def build_request(prompt: Prompt | None = None, **fields: Unpack[RequestFields])
         raise TypeError(f"no request field is called {', '.join(unknown)}")
     given: dict[str, Any] = dict(fields)
     request = pb.GenerateRequest()
-    _set_input(request, prompt, given.pop("token_ids", None), given.pop("messages", None))
+    chat = {name: given.pop(name) for name in CHAT_FIELDS if name in given}
+    _set_input(request, prompt, given.pop("token_ids", None), given.pop("messages", None), chat)
     if (sampling := given.pop("sampling", None)) is not None:
         request.sampling.CopyFrom(sampling_to_pb(sampling))
     for name, value in given.items():
@@ -304,24 +315,21 @@ def _set_input(
     request: pb.GenerateRequest,
     prompt: Prompt | None,
     token_ids: Sequence[int] | None,
-    messages: Sequence[Mapping[str, str]] | None,
+    messages: Sequence[Mapping[str, Any]] | None,
+    more: Mapping[str, Any],  # of a chat
 ) -> None:
     if sum(each is not None for each in (prompt, token_ids, messages)) != 1:
         raise TypeError("give exactly one of prompt, token_ids and messages")
-    if isinstance(prompt, str):
-        _set_field(request, "text", prompt)
-        return
-    if prompt is not None:
+    if prompt is not None and not isinstance(prompt, str):
         chat = len(prompt) > 0 and isinstance(prompt[0], Mapping)
         messages, token_ids = (prompt, None) if chat else (None, prompt)  # type: ignore[assignment]
+        prompt = None
     if messages is not None:
-        request.chat.SetInParent()
-        for message in messages:
-            try:
-                request.chat.messages.add(role=message["role"], content=message["content"])
-            except (KeyError, TypeError, ValueError, UnicodeError):
-                limit = "each message is a text `role` and a text `content`"
-                raise errors.InvalidRequest("messages", message, limit) from None
+        set_chat(request.chat, messages, more)
+    elif more:
+        raise TypeError(f"{', '.join(more)}: only of a chat, a list of messages")
+    elif prompt is not None:
+        _set_field(request, "text", prompt)
     else:
         request.token_ids.SetInParent()
         _set_field(request.token_ids, "ids", token_ids)
@@ -333,6 +341,8 @@ def _set_field(message: Any, name: str, value: Any) -> None:
             value = [value]
         if name == "seed":
             value = wire_seed(value)
+        if isinstance(value, Grammar):
+            value = grammar_to_pb(value)
         given = type(message)(**{name: value})
     except (TypeError, ValueError, UnicodeError) as error:
         field = "token_ids" if name == "ids" else name

@@ -61,6 +61,7 @@ class WorkerFacts:
     rdma_devices: Sequence[str] = ()
     host: str = ""
     memory_type: str = ""
+    model: str = ""  # where the cluster has several
 
 
 @dataclass(frozen=True)
@@ -173,16 +174,30 @@ def _missing(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
         if worker.error:
             do = "see crossdock status and its log; can it be reached from here?"
             yield Finding(worker.name, worker.error, do)
-    roles = {worker.role for worker in workers}
-    if Role.COLOCATED not in roles:
-        for role in (Role.PREFILL, Role.DECODE):
-            if role not in roles:
-                yield Finding("cluster", f"there is no {role} worker", "crossdock scale")
+    for model, group in _by_model(workers).items() or [("", [])]:
+        roles = {worker.role for worker in group}
+        if Role.COLOCATED not in roles:
+            of = f" of {model}" if model else ""
+            for role in (Role.PREFILL, Role.DECODE):
+                if role not in roles:
+                    yield Finding("cluster", f"there is no {role} worker{of}", "crossdock scale")
+
+
+def _by_model(workers: Sequence[WorkerFacts]) -> dict[str, list[WorkerFacts]]:
+    found: defaultdict[str, list[WorkerFacts]] = defaultdict(list)
+    for worker in workers:
+        found[worker.model].append(worker)
+    return found
 
 
 def _layouts(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
-    """Against the layout that most have, those that differ and in what: of workers that hand KV
-    over, and of colocated ones with their kind of engine, since all serve one model."""
+    """Against the layout that most of a model have, those that differ and in what."""
+    for group in _by_model(workers).values():
+        yield from _layouts_of_one(group)
+
+
+def _layouts_of_one(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
+    """Of workers that hand KV over, and of colocated ones with their kind of engine."""
     alike: dict[str, list[WorkerFacts]] = defaultdict(list)
     for worker in sorted(workers, key=lambda worker: worker.role == Role.COLOCATED):
         kind = worker.layout.get("engine", "")
@@ -283,12 +298,13 @@ def examine(
         return _examine_pair(decode, prefill, ends, credentials)
 
     known = [worker for worker in workers if not worker.error]
-    decodes = [worker for worker in known if worker.role == Role.DECODE]
-    prefills = [worker for worker in known if worker.role == Role.PREFILL]
     pairs: list[PairFacts] = []
     with ThreadPoolExecutor(max_workers=max(1, at_once)) as pool:
-        for some in rounds(decodes, prefills):
-            pairs += pool.map(ask, some)
+        for group in _by_model(known).values():
+            decodes = [worker for worker in group if worker.role == Role.DECODE]
+            prefills = [worker for worker in group if worker.role == Role.PREFILL]
+            for some in rounds(decodes, prefills):
+                pairs += pool.map(ask, some)
     pairs.sort(key=lambda pair: (pair.decode, pair.prefill))
     return Report(cluster.name, workers, pairs, ports_of(cluster, controller), cluster.local)
 
@@ -313,6 +329,7 @@ def _examine_worker(member: admin_pb2.MemberStatus, credentials: Credentials | N
         role=str(ROLE_FROM_PB.get(member.role, "")),
         address=member.address,
         node=member.node_id,
+        model=member.model,
     )
     if member.state != "ready":
         return known(error=f"is {member.state}" + (f" ({member.error})" if member.error else ""))

@@ -46,6 +46,17 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), the likeliest first
+    rank: int = 0  # of a prompt's token: among all tokens, from 1; else 0
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool. In a chunk, what it gained: id and name come with the first of a call."""
+
+    id: str
+    name: str
+    arguments: str  # JSON, whole only where the answer is not cut short
+    index: int = 0  # of the answer's calls
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,9 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt, from its second token on
     timings: Timings | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,11 @@ class Result:
         return self.completions[0].token_ids
 
     @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Of the first completion, where tools were offered."""
+        return self.completions[0].tool_calls
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why the first completion ended."""
         return self.completions[0].finish_reason
@@ -107,6 +125,11 @@ class Result:
         return self.completions[0].logprobs
 
     @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """Of the prompt's tokens from the second on, where they were asked for."""
+        return self.completions[0].prompt_logprobs
+
+    @property
     def timings(self) -> Timings | None:
         """Of the first completion, in seconds."""
         return self.completions[0].timings
@@ -118,6 +141,7 @@ class ModelInfo:
 
     id: str
     context_length: int  # tokens
+    aliases: tuple[str, ...] = ()  # other names that requests may have for it
 
 
 def read_chunk(message: pb.GenerateResponse) -> Chunk:
@@ -135,7 +159,7 @@ def read_result(message: pb.GenerateUnaryResponse) -> Result:
 
 def read_models(message: pb.ListModelsResponse) -> list[ModelInfo]:
     """The models from their message."""
-    return [read_as(ModelInfo, model) for model in message.models]
+    return [read_as(ModelInfo, model, aliases=tuple(model.aliases)) for model in message.models]
 
 
 def read_as(kind: type[T], message: Any, **known: Any) -> T:
@@ -149,7 +173,9 @@ def _continuation(message: pb.GenerateResponse | pb.Completion) -> dict[str, Any
     return {
         "token_ids": tuple(message.token_ids),
         "logprobs": tuple(map(_logprobs, message.logprobs)),
+        "prompt_logprobs": tuple(map(_logprobs, message.prompt_logprobs)),
         "finish_reason": FINISH_FROM_PB.get(message.finish_reason),
+        "tool_calls": tuple(read_as(ToolCall, call) for call in message.tool_calls),
         "timings": _timings(message.timings) if message.HasField("timings") else None,
     }
 

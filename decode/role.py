@@ -13,6 +13,7 @@ from crossdock.kvcache.sequence import Chunk, Finish, SampledToken, Sequence, St
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.identity import Credentials
+from crossdock.proto.types import FinishReason
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
@@ -153,14 +154,20 @@ class DecodeRole(WorkerRole):
         """Passes each drawn token on; a sequence that has ended frees its blocks here."""
         for chunk, drawn in zip(plan.chunks, tokens, strict=True):
             job = self.jobs[chunk.sequence.sequence_id]
-            self._count(job, chunk, bool(drawn))
+            ends_here = chunk.end == chunk.sequence.num_tokens and not chunk.sequence.draws
+            self._count(job, chunk, bool(drawn) or ends_here)
             taken, finish = take_tokens(chunk.sequence, drawn, self.state.context_length)
             self._append(chunk.sequence)
             self._scheduler.computed(chunk, len(taken))
+            if chunk.scores is not None:
+                self.state.outbox.scores(job, chunk.scores)
             if taken:
                 self._gained(job, taken, finish)
+            elif ends_here:
+                self.state.outbox.tokens(job, [], (FinishReason.LENGTH, ""))
+                self._end(job)
 
-    def _count(self, job: Job, chunk: Chunk, drawn: bool) -> None:
+    def _count(self, job: Job, chunk: Chunk, whole: bool) -> None:
         sequence, counters = job.sequence, self.state.counters
         prompt_part = min(chunk.start + chunk.length, sequence.prompt_tokens) - chunk.start
         if prompt_part <= 0:
@@ -169,7 +176,7 @@ class DecodeRole(WorkerRole):
         if job.ticket is not None:
             job.transfer.recomputed_tokens += prompt_part
             counters.recomputed_tokens += prompt_part
-        elif drawn:
+        elif whole:
             counters.prompt_tokens += sequence.num_tokens
             counters.cached_tokens += sequence.num_cached
 

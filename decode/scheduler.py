@@ -87,7 +87,7 @@ class DecodeScheduler(Scheduler):
         chunks = []
         for sequence in sorted(self._running, key=order):
             if sequence.num_uncomputed == 1 and self._make_room(sequence, spare, preempted):
-                chunks.append(Chunk(sequence, sequence.num_computed, 1, sample=True))
+                chunks.append(Chunk(sequence, sequence.num_computed, 1, sequence.draws))
         # Decodes are never held up for a prompt, nor a prompt for good by many decodes.
         budget = max(self._chunk_tokens - len(chunks), self._chunk_tokens // PROMPT_SHARE, 1)
         for sequence in self._running.copy():
@@ -115,8 +115,7 @@ class DecodeScheduler(Scheduler):
         batch = self.running + len(self._pulling)
         if batch >= self._max_batch:
             return False
-        # A sequence computed here must compute its last token; a pulled one has it computed.
-        reusable = self._remote.get(sequence, sequence.num_tokens - 1)
+        reusable = self._remote.get(sequence, sequence.reusable)  # all of a pulled one is computed
         step = block_tables.blocks_for(1 + self._lookahead, self._pool.block_size)
         return block_tables.take(self._pool, sequence, reusable, spare=step * batch)
 

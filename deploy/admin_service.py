@@ -124,7 +124,7 @@ async def cluster_status(
     gateways.sort(key=lambda g: (len(g.name), g.name))
     return admin_pb2.ClusterStatus(
         name=controller.spec.metadata.name,
-        model=controller.spec.model.id,
+        model=", ".join(controller.spec.models) or controller.spec.model.id,
         workers=workers,
         gateways=gateways,
         decisions=controller.decisions,
@@ -168,6 +168,8 @@ async def _status_of(controller: Controller, watched: Watched, check_integrity: 
     why, revision = controller.why_not_ready(watched), watched.revision
     known = (watched.pool, watched.role, watched.name, watched.state)
     status = _status(controller, *known, revision=revision, error=why)
+    if isinstance(status, admin_pb2.MemberStatus):
+        status.model = watched.model
     if started is None:
         return status
     status.pid = started.pid
@@ -191,6 +193,7 @@ def _status(
     common: dict[str, Any] = {"name": name, "state": state.value, "restarts": restarts, **more}
     if pool == GATEWAY_POOL:
         return admin_pb2.GatewayStatus(**common)
+    common["model"] = controller.spec.pools[pool].model if pool in controller.spec.pools else ""
     return admin_pb2.MemberStatus(pool=pool, role=ROLE_TO_PB[Role(role)], **common)
 
 

@@ -68,10 +68,15 @@ class AppliedSpec:
         fixed = [(path, *map(attrgetter(path), (self.spec, spec))) for path in FIXED_FIELDS]
         # Half-way through, KV would have to go from one kind of engine to the other.
         running = [pool for each in (self.spec, self.good) if each for pool in each.pools.values()]
-        kinds = {pool.engine.kind for pool in running if pool.hands_over}
+        kinds = {(pool.model, pool.engine.kind) for pool in running if pool.hands_over}
         for name, pool in spec.pools.items():
             if pool.hands_over:
-                fixed += [(f"pools.{name}.engine.kind", kind, pool.engine.kind) for kind in kinds]
+                path, found = f"pools.{name}.engine.kind", pool.engine.kind
+                fixed += [(path, kind, found) for model, kind in kinds if model == pool.model]
+        for name in spec.models.keys() & self.spec.models.keys():
+            for about in ("id", "dtype"):
+                both = (getattr(each.models[name], about) for each in (self.spec, spec))
+                fixed.append((f"models.{name}.{about}", *both))
         for path, before, after in fixed:
             if before != after:
                 message = f"cannot change from {before!r} to {after!r} while the cluster runs"

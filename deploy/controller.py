@@ -30,6 +30,7 @@ from crossdock.deploy.runtime import (
     TRIAL,
     CannotStart,
     Launch,
+    Membership,
     Process,
     ProcessGone,
     Runtime,
@@ -42,8 +43,8 @@ from crossdock.deploy.runtime import (
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError, Overtaken, Unavailable
-from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import admin_pb2
+from crossdock.router.serving import Serving
 
 log = logging.getLogger(__name__)
 
@@ -253,17 +254,21 @@ class Controller:
                 watched.push = self._spawn(self._push(watched, wanted))
         return [m.push for m in self.members if m.push is not None and not m.push.done()]
 
-    def _membership_for(self, watched: Watched) -> list[WorkerEndpoint]:
+    def _membership_for(self, watched: Watched) -> Membership:
         """Gateways send to ready workers; workers pull from draining ones too."""
         states = (State.READY,) if watched.is_gateway else (State.READY, State.DRAINING)
-        started = [m.started for m in self.members if m.state in states and m.started]
-        return [each.endpoint for each in started if each.endpoint is not None]
+        endpoints = [
+            replace(member.started.endpoint, model=member.launch.model)
+            for member in self.members
+            if member.state in states and member.started and member.started.endpoint
+        ]
+        return Membership(endpoints, self.spec.serving if watched.is_gateway else None)
 
-    async def _push(self, watched: Watched, endpoints: Sequence[WorkerEndpoint]) -> None:
+    async def _push(self, watched: Watched, members: Membership) -> None:
         try:
             async with asyncio.timeout(self._settings.update_timeout_s):
-                await watched.process.update(endpoints)
-            watched.told = endpoints
+                await watched.process.update(members)
+            watched.told = members
             await self._notify()
             self._wake.set()  # the membership may have changed meanwhile
         except (TimeoutError, ProcessGone, StartFailed) as error:
@@ -289,7 +294,7 @@ class Controller:
         if spec != self.spec:
             generation = generation or self.applied.generation
             self.applied.check_generation(generation)
-            if spec.gateway_revision() != self.spec.gateway_revision():
+            if _tells_gateways(spec) != _tells_gateways(self.spec):
                 await self._try_gateway(spec)
                 self._check_open()
                 self.applied.check_generation(generation)
@@ -446,3 +451,8 @@ class Controller:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+
+def _tells_gateways(spec: ClusterSpec) -> tuple[str, Serving]:
+    """What a gateway is tried for before it is told, or replaced."""
+    return spec.gateway_revision(), spec.serving

@@ -25,13 +25,16 @@ def prove(
     api_key: str,
     operator: Identity | None,
     meanwhile: Callable[[], None],
+    model: str = "",
 ) -> None:
-    """Two tokens come out of this gateway: the second is a decode worker's, from the KV that it
-    pulled. Raises Unavailable saying why not, and whatever `meanwhile` raises.
+    """Two tokens of this model, or of the first, come out of this gateway: the second is a decode
+    worker's, from the KV that it pulled. Raises Unavailable saying why not, and whatever
+    `meanwhile` raises.
 
     operator: who asks, where the door is TLS; None where it is plain.
     """
-    request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[0]))
+    prompt = inference_pb2.TokenIds(ids=[0])
+    request = inference_pb2.GenerateRequest(token_ids=prompt, model=model)
     request.sampling.MergeFrom(inference_pb2.SamplingParams(max_tokens=2, ignore_eos=True))
     address = reachable(gateway.grpc)
     try:

@@ -77,7 +77,7 @@ class Watched(Member):
         authority: Authority,
     ) -> None:
         identity = (launch.name, launch.pool, launch.role, launch.revision)
-        super().__init__(*identity, State.STARTING, holds=launch.holds)
+        super().__init__(*identity, State.STARTING, holds=launch.holds, model=launch.model)
         self.launch = launch
         self.process = process
         self.started: Started | None = None

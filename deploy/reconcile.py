@@ -14,7 +14,8 @@ Rules, in the order they are applied:
   in the pool that is furthest behind, and an old one is drained when it is ready;
 - what needs a slot (a gateway's ports) starts where nobody holds any of it; if every slot is held
   by old ones, those that hold the least contended one are drained first;
-- no ready worker is drained while its role would have fewer ready workers than wanted.
+- no ready worker is drained while its role would have fewer ready workers of its model than
+  wanted, and of a model that is to go the decode workers are drained last.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from crossdock.proto.settings import overlap
+from crossdock.proto.types import Role
 
 MAX_BACKOFF_S = 30.0
 GATEWAY_ROLE = "gateway"
+Duty = tuple[str, str]  # model and role
 
 
 class State(enum.StrEnum):
@@ -50,6 +53,12 @@ class Target:
     replicas: int
     revision: str
     slots: tuple[frozenset[str], ...] = ()
+    model: str = ""  # of its workers, where there are several
+
+    @property
+    def duty(self) -> Duty:
+        """What others could do in its members' place."""
+        return self.model, self.role
 
 
 @dataclass(eq=False)
@@ -65,6 +74,12 @@ class Member:
     drain_deadline: float = float("inf")
     why: str = ""
     holds: frozenset[str] = frozenset()  # of any slot, until it has gone
+    model: str = ""  # that it serves, where there are several
+
+    @property
+    def duty(self) -> Duty:
+        """What others could do in its place."""
+        return self.model, self.role
 
     @property
     def live(self) -> bool:
@@ -144,7 +159,7 @@ class _Plan:
     def __post_init__(self) -> None:
         listed = {target.pool for target in self.targets}
         leftover = {m.pool: m for m in self.members if m.pool not in listed}
-        gone = [Target(pool, m.role, 0, "") for pool, m in leftover.items()]
+        gone = [Target(pool, m.role, 0, "", model=m.model) for pool, m in leftover.items()]
         self.targets = [*self.targets, *gone]
         self.live = {
             target.pool: [m for m in self.members if m.pool == target.pool and m.live]
@@ -152,10 +167,10 @@ class _Plan:
         }
         self.draining = {m.name: m.pool for m in self.members if m.state is State.DRAINING}
         self.held = {m.name: m.holds for m in self.members}
-        self.ready = Counter(m.role for m in self.members if m.state is State.READY)
-        self.wanted: Counter[str] = Counter()
+        self.ready = Counter(m.duty for m in self.members if m.state is State.READY)
+        self.wanted: Counter[Duty] = Counter()
         for target in self.targets:
-            self.wanted[target.role] += target.replicas
+            self.wanted[target.duty] += target.replicas
         self.used = {m.name for m in self.members if m.state is not State.LOST}
 
     def finish_departures(self) -> None:
@@ -243,13 +258,22 @@ class _Plan:
         return self.now >= self.losses.get(target.pool, Losses()).start_allowed_at
 
     def _spare(self, member: Member) -> bool:
-        """Whether its role keeps enough ready workers without it."""
-        wanted = self.wanted[member.role]
+        """Whether its role keeps enough ready workers of its model without it."""
+        wanted = self.wanted[member.duty]
         if wanted:
-            return self.ready[member.role] > wanted
-        others = [role for role, count in self.wanted.items() if count and role != GATEWAY_ROLE]
-        served_by_others = all(self.ready[role] for role in others)
-        return served_by_others or self.ready[member.role] > 1
+            return self.ready[member.duty] > wanted
+        others = [
+            (model, role)
+            for (model, role), count in self.wanted.items()
+            if count and model == member.model and role != GATEWAY_ROLE
+        ]
+        if not others:  # its model is to go: what is prefilled still is handed to somebody
+            return member.role != Role.DECODE or not self._prefills(member.model)
+        return all(self.ready[duty] for duty in others) or self.ready[member.duty] > 1
+
+    def _prefills(self, model: str) -> bool:
+        there = [m for m in self.members if m.model == model and m.state is not State.LOST]
+        return any(m.role == Role.PREFILL for m in there)
 
     def _start(self, target: Target, reason: str) -> None:
         slot = self._free_slot(target)
@@ -271,7 +295,7 @@ class _Plan:
         if member.state is State.STARTING:
             self._stop(member, reason)
             return
-        self.ready[member.role] -= 1
+        self.ready[member.duty] -= 1
         self.actions.append(Action(Do.DRAIN, member.name, member.pool, reason))
 
     def _stop(self, member: Member, reason: str) -> None:

@@ -14,6 +14,7 @@ from crossdock.proto.settings import given, overlap
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.router.config import GatewayConfig, probe_key
 from crossdock.router.frontdoor.audit_chain import signing_key
+from crossdock.router.serving import Serving
 from crossdock.worker.config import WorkerConfig
 
 TRIAL = f"{GATEWAY_POOL}-trial"  # the name of a gateway that is only tried
@@ -45,6 +46,7 @@ class Launch:
     worker: WorkerConfig | None = None
     gateway: GatewayConfig | None = None
     host: str = ""  # that a worker listens on; its node's address where empty
+    model: str = ""  # of a worker, where the cluster has several
 
     @property
     def holds(self) -> frozenset[str]:
@@ -70,6 +72,15 @@ class Started:
         return self.endpoint.address if self.endpoint else self.grpc
 
 
+@dataclass(frozen=True)
+class Membership:
+    """What a process is told of the cluster. `serving`, a gateway's alone: what clients may ask
+    for."""
+
+    endpoints: Sequence[WorkerEndpoint]
+    serving: Serving | None = None
+
+
 class Process(Protocol):
     """One worker or gateway process. Every method may raise ProcessGone."""
 
@@ -85,8 +96,8 @@ class Process(Protocol):
     async def gone(self) -> str:
         """Returns when the process is no more, and says why."""
 
-    async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
-        """The members of the cluster: a gateway's to send to, a worker's to pull from."""
+    async def update(self, members: Membership) -> None:
+        """What the cluster is now: a gateway's workers to send to, a worker's to pull from."""
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new work, finishes what it has. True when nothing is left."""
@@ -135,7 +146,7 @@ def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes, own_key
 def targets(spec: ClusterSpec) -> list[Target]:
     """The pools of `spec` as reconcile() wants them; gateways are one more pool."""
     pools = [
-        Target(name, pool.role, pool.replicas, spec.pool_revision(name))
+        Target(name, pool.role, pool.replicas, spec.pool_revision(name), model=pool.model)
         for name, pool in spec.pools.items()
     ]
     replicas = spec.gateway.replicas
@@ -159,7 +170,7 @@ class CannotStart(StartFailed):
 def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: bytes) -> Launch:
     """How one worker of a pool is started."""
     pool = spec.pools[pool_name]
-    revision = spec.pool_revision(pool_name)
+    revision, model = spec.pool_revision(pool_name), spec.model_of(pool_name)
     threads = str(pool.engine_threads)
     config = WorkerConfig(
         name=name,
@@ -169,7 +180,8 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
         gpus=pool.resources.gpus,
         threads=pool.engine_threads,
         revision=revision,
-        **given(spec.model),
+        model=model.id,
+        dtype=model.dtype,
         **given(spec.kv),
         **given(pool),
     )
@@ -177,7 +189,8 @@ def worker_launch(spec: ClusterSpec, pool_name: str, name: str, cluster_key: byt
     env |= {f"UCX_{name}": value for name, value in spec.kv.ucx.items()}
     placement = Placement(**plain(pool.resources), labels=dict(pool.nodes.labels), env=env)
     traces = plain(spec.telemetry)
-    return Launch(name, pool_name, pool.role, revision, placement, traces, worker=config)
+    about = (name, pool_name, pool.role, revision, placement, traces)
+    return Launch(*about, worker=config, model=pool.model)
 
 
 def gateway_launch(
@@ -189,6 +202,7 @@ def gateway_launch(
     config = GatewayConfig(
         name=name,
         model=spec.model.id,
+        serving=spec.serving,
         hash_key=hash_key(cluster_key),
         block_size=spec.kv.block_size,
         slo=spec.slo,
@@ -201,6 +215,7 @@ def gateway_launch(
         probe_key=probe_key(own_key),
         **given(spec.gateway.limits),
         http_options=spec.gateway.http_options,
+        responses=spec.gateway.responses,
         tls=spec.gateway.tls,
         **given(spec.gateway) | {"grpc": grpc, "http": http},
     )

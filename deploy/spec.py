@@ -18,13 +18,13 @@ from typing import Any
 
 import yaml
 
+from crossdock.deploy.model_rules import check_engines, check_gpus, check_models, check_pools
 from crossdock.deploy.ray_rules import (
     check_amount,
     check_labels,
     check_ray_address,
     check_resources,
 )
-from crossdock.model.store import SIMULATED
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import (
     CONTROLLER_ADDRESS,
@@ -44,9 +44,11 @@ from crossdock.router.config import (
     GatewayConfig,
     HttpSettings,
     Price,
+    ResponsesSettings,
     Slo,
     TlsFiles,
 )
+from crossdock.router.serving import TOOL_PARSERS, Rule, ServedModel, Serving
 from crossdock.worker.config import EngineSettings, WorkerConfig
 
 API_VERSION = "crossdock/v1"
@@ -63,10 +65,23 @@ class MetadataSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The YAML's `model`."""
+    """The YAML's `model`: the one that a cluster serves. Clients call it as its files are."""
+
+    id: str = setting("", of(WorkerConfig, "model").metadata["doc"])
+    dtype: str = of(WorkerConfig, "dtype")
+
+
+@dataclass(frozen=True)
+class NamedModelSpec:
+    """One entry of the YAML's `models`. Clients call it by the entry's name, or an alias."""
 
     id: str = of(WorkerConfig, "model")
     dtype: str = of(WorkerConfig, "dtype")
+    aliases: tuple[str, ...] = setting((), "Other names that requests may have for it.")
+    tool_parser: str = setting(
+        "", "How it writes calls of tools; where not set as gateway.tool_parser.",
+        choices=("", *TOOL_PARSERS),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,8 +118,12 @@ class GatewaySpec:
     grpc: str = of(GatewayConfig, "grpc")
     http: str = of(GatewayConfig, "http")
     policy: str = of(GatewayConfig, "policy")
+    local_prompt_tokens: int = of(GatewayConfig, "local_prompt_tokens")
     tool_parser: str = of(GatewayConfig, "tool_parser")
     http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")
+    responses: ResponsesSettings = setting(
+        factory=ResponsesSettings, doc="What is kept of /v1/responses."
+    )
     tls: TlsFiles = setting(factory=TlsFiles, doc="TLS at both front doors.")
     limits: LimitsSpec = setting(factory=LimitsSpec, doc="What one gateway takes on.")
     drain_s: float = setting(
@@ -163,6 +182,7 @@ class PoolSpec:
         doc="What its workers do: one phase, or (colocated) both.",
         choices=tuple(role.value for role in Role),
     )
+    model: str = setting("", "Which of models it serves; needed where there are models.")
     replicas: int = setting(1, "Number of workers.", low=0, high=1024)
     resources: ResourcesSpec = setting(factory=ResourcesSpec, doc="What each worker reserves.")
     nodes: NodesSpec = setting(factory=NodesSpec, doc="Which nodes its workers run on.")
@@ -242,9 +262,17 @@ class ClusterSpec:
     """One cluster. Build it with `load` or `parse`; `validate` checks one built by hand."""
 
     metadata: MetadataSpec = setting(doc="Identity.")
-    model: ModelSpec = setting(doc="The model that is served.")
     pools: Mapping[str, PoolSpec] = setting(
-        doc="Groups of like workers, by name. At least one worker of each phase."
+        doc="Groups of like workers, by name. At least one worker of each phase, of each model."
+    )
+    model: ModelSpec = setting(factory=ModelSpec, doc="The model that is served; or models.")
+    models: Mapping[str, NamedModelSpec] = setting(
+        factory=no_entries,
+        doc="Several models, by the names that clients use; the first is for requests without.",
+    )
+    routes: Mapping[str, tuple[Rule, ...]] = setting(
+        factory=no_entries,
+        doc="Names for which rules choose the model: the first rule that holds.",
     )
     apiVersion: str = setting(API_VERSION, "Version of this format.", choices=(API_VERSION,))
     kind: str = setting(KIND, "Always Cluster.", choices=(KIND,))
@@ -287,9 +315,11 @@ class ClusterSpec:
         """Raises ConfigError (without a line) at the first field that is out of its range."""
         check_settings(self)
         self.auth.check()
-        _check_pools(self.pools)
-        _check_engines(self)
-        _check_gpus(self)
+        check_models(self)
+        _check_names(self.pools)
+        check_pools(self)
+        check_engines(self)
+        check_gpus(self)
         _check_ports(self)
         _check_tls(self.gateway.tls)
         return self
@@ -306,13 +336,43 @@ class ClusterSpec:
     def pool_revision(self, pool: str) -> str:
         """Digest of all that a running worker of `pool` was started with, but not their number:
         where it changes, workers are replaced."""
-        return _revision(self.pools[pool], self.model, self.kv, self.telemetry)
+        model = self.model_of(pool)
+        return _revision(self.pools[pool], [model.id, model.dtype], self.kv, self.telemetry)
+
+    def model_of(self, pool: str) -> ModelSpec | NamedModelSpec:
+        """The model that a pool serves."""
+        return self.models[self.pools[pool].model] if self.models else self.model
+
+    @property
+    def pools_by_model(self) -> dict[str, dict[str, PoolSpec]]:
+        """The pools of each of `models`; of "" where there is but one model."""
+        found: dict[str, dict[str, PoolSpec]] = {name: {} for name in self.models or [""]}
+        for name, pool in self.pools.items():
+            found[pool.model][name] = pool
+        return found
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """By the field that says it, each model's id: known, a path, or SIMULATED."""
+        if not self.models:
+            return {"model.id": self.model.id}
+        return {f"models.{name}.id": model.id for name, model in self.models.items()}
+
+    @property
+    def serving(self) -> Serving:
+        """What clients may ask its gateways for, which may change while they run."""
+        models = {
+            name: ServedModel(model.id, model.aliases, model.tool_parser)
+            for name, model in self.models.items()
+        }
+        routes = {name: tuple(map(_plain_rule, rules)) for name, rules in self.routes.items()}
+        return Serving(models or {"": ServedModel(self.model.id)}, routes)
 
     def gateway_revision(self) -> str:
         """Differs where a gateway has to be replaced: with auth also where their number does, as
         each holds its share of the limits."""
         shares = self.gateway.replicas if self.auth.required else 1
-        others = (self.model, self.slo, self.telemetry, self.kv.block_size)
+        others = (self.model, bool(self.models), self.slo, self.telemetry, self.kv.block_size)
         return _revision(self.gateway, *others, self.auth, self.audit, self.prices, shares)
 
     def gateway_addresses(self, index: int) -> tuple[str, str]:
@@ -329,12 +389,17 @@ class ClusterSpec:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and mappings as dicts."""
+    """Dataclasses and mappings as dicts, and tuples as lists."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
-    return value
+    return [plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _plain_rule(rule: Rule) -> Rule:
+    """With headers that can be sent to another process."""
+    return replace(rule, when=replace(rule.when, header=dict(rule.when.header)))
 
 
 def _offset(address: str, index: int) -> str:
@@ -344,46 +409,12 @@ def _offset(address: str, index: int) -> str:
     return f"{host}:{port + index if port else 0}"
 
 
-def _check_pools(pools: Mapping[str, PoolSpec]) -> None:
+def _check_names(pools: Mapping[str, PoolSpec]) -> None:
     for name in pools:
         if not NAME_PATTERN.fullmatch(name):
             raise ConfigError(f"pools.{name}", f"{name!r} is not a pool name; {NAME_RULE}")
         if name == GATEWAY_POOL:
             raise ConfigError(f"pools.{name}", "is taken by the gateways; choose another name")
-    workers = {role.value: 0 for role in Role}
-    for pool in pools.values():
-        workers[pool.role] += pool.replicas
-    whole = workers[Role.PREFILL] and workers[Role.DECODE]
-    if not whole and not workers[Role.COLOCATED]:
-        counts = ", ".join(f"{count} {role}" for role, count in workers.items())
-        message = "nothing could be served: at least 1 prefill and 1 decode worker, or 1 colocated"
-        raise ConfigError("pools", f"{message}, must be there ({counts})")
-
-
-def _check_engines(spec: ClusterSpec) -> None:
-    """KV goes from every prefill pool to every decode pool, so both have one kind of engine."""
-    first: dict[str, str] = {}  # kind -> pool
-    for name, pool in spec.pools.items():
-        kind, path = pool.engine.kind, f"pools.{name}.engine.kind"
-        if pool.hands_over:
-            first.setdefault(kind, name)
-        if len(first) > 1:
-            other, of_other = next(iter(first.items()))
-            message = f"{kind!r} cannot hand KV to or from {other!r} of pools.{of_other}"
-            raise ConfigError(path, message)
-        pool.engine.check_kv_dtype(spec.kv.dtype)
-        if spec.model.id == SIMULATED != kind:
-            raise ConfigError(path, f"{kind!r} needs a model; model.id simulated has no weights")
-
-
-def _check_gpus(spec: ClusterSpec) -> None:
-    """NCCL moves GPU memory only, and never between two workers on one GPU."""
-    for name, pool in spec.pools.items():
-        if spec.kv.transport == "nccl" and pool.resources.gpus < 1:
-            found = f"{pool.resources.gpus:g} is not allowed"
-            raise ConfigError(
-                f"pools.{name}.resources.gpus", f"{found}; kv.transport nccl needs at least 1"
-            )
 
 
 def _check_ports(spec: ClusterSpec) -> None:

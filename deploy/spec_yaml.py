@@ -40,24 +40,30 @@ def parse(text: str, file: str) -> ClusterSpec:
     reader = _Reader(file)
     spec = reader.read(root, ClusterSpec, "")
     assert isinstance(spec, ClusterSpec)
-    spec = _with_model_beside(spec, file)
+    spec = _with_models_beside(spec, file)
     try:
         return spec.validate()
     except ConfigError as error:
         raise error.at(reader.where(error.field)) from None
 
 
-def _with_model_beside(spec: ClusterSpec, file: str) -> ClusterSpec:
-    """A model path made absolute: from the file's folder where it begins with . or .., from home
+def _with_models_beside(spec: ClusterSpec, file: str) -> ClusterSpec:
+    models = {
+        name: replace(model, id=_model_beside(model.id, file))
+        for name, model in spec.models.items()
+    }
+    model = replace(spec.model, id=_model_beside(spec.model.id, file))
+    return replace(spec, model=model, models=MappingProxyType(models))
+
+
+def _model_beside(model_id: str, file: str) -> str:
+    """A model's path made absolute: from the file's folder where it begins with . or .., from home
     with ~, else from the working folder. The cluster's processes have another one."""
-    model_id = spec.model.id
     if model_id.startswith(("./", "../", "~")):
-        path = _beside(file, model_id)
-    elif model_id not in ("", SIMULATED, *KNOWN_MODELS) and Path(model_id).exists():
-        path = os.path.abspath(model_id)
-    else:
-        return spec
-    return replace(spec, model=replace(spec.model, id=path))
+        return _beside(file, model_id)
+    if model_id not in ("", SIMULATED, *KNOWN_MODELS) and Path(model_id).exists():
+        return os.path.abspath(model_id)
+    return model_id
 
 
 def _beside(file: str, path: str) -> str:
@@ -84,7 +90,7 @@ class _Reader:
     def where(self, path: str) -> str:
         """file:line of `path`, or of the nearest enclosing field that the file has."""
         while path and path not in self.lines:
-            path = path.rpartition(".")[0]
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return f"{self.file}:{self.lines.get(path, 1)}"
 
     def read(self, node: yaml.Node, kind: Any, path: str) -> Any:
@@ -105,6 +111,8 @@ class _Reader:
             return MappingProxyType(
                 {key: self.read(v, entry, _join(path, key)) for key, v in self._entries(node, path)}
             )
+        if get_origin(kind) is tuple:
+            return self._list(node, get_args(kind)[0], path)
         return self._scalar(node, kind, path)
 
     def _record(self, node: yaml.Node, kind: type, path: str) -> Any:
@@ -125,6 +133,11 @@ class _Reader:
             if name not in given and required:
                 raise ConfigError(_join(path, name), "is missing", self.where(path))
         return kind(**given)
+
+    def _list(self, node: yaml.Node, kind: Any, path: str) -> tuple[Any, ...]:
+        if not isinstance(node, yaml.SequenceNode):
+            raise ConfigError(path, f"must be a list, not {_describe(node)}", self._at(node))
+        return tuple(self.read(each, kind, f"{path}[{i}]") for i, each in enumerate(node.value))
 
     def _engine_settings(self, node: yaml.Node, path: str) -> type[EngineSettings]:
         """What may be said of the kind of engine that this node names."""

@@ -90,12 +90,12 @@ class Cluster:
         self._store = ClusterStore(self.spec.metadata.name)
         self._cleanup = contextlib.ExitStack()
         self._controller: control_plane.ControllerHandle | None = None
-        self._model_name = Path(self.spec.model.id).stem.lower()
+        self._model_name = next(iter(self.spec.models), Path(self.spec.model.id).stem.lower())
 
     def start(self, timeout_s: float = 600.0) -> None:
         """Returns when the cluster serves. Raises CrossdockError saying what failed and why."""
         self._began, self._start_timeout_s = time.monotonic(), timeout_s
-        steps = (self._check_host, self._have_model, self._start_ray, self._start_controller)
+        steps = (self._check_host, self._have_models, self._start_ray, self._start_controller)
         for step in steps:
             self._unless_interrupted()
             try:
@@ -136,18 +136,20 @@ class Cluster:
         if not self.spec.gateway.tls:
             self._say(f"warning: {where}: without gateway.tls all of it can be read on the way")
 
-    def _have_model(self) -> None:
-        model_id, home = self.spec.model.id, crossdock_home()
+    def _have_models(self) -> None:
+        home = crossdock_home()
         if self.ray_address:
             return  # each node finds its own
-        try:
-            if model_id in models.KNOWN_MODELS:
-                models.fetch(model_id, home, progress=self._say)
-            found = models.resolve(model_id, home)
-            load_text(found)  # shape, tokenizer and chat template: whatever is not supported
-            self._model_name = found.model_id
-        except ModelError as error:
-            raise ModelError(f"{self._where('model.id')}: model.id: {error}") from None
+        for field, model_id in self.spec.sources.items():
+            try:
+                if model_id in models.KNOWN_MODELS:
+                    models.fetch(model_id, home, progress=self._say)
+                found = models.resolve(model_id, home)
+                load_text(found)  # shape, tokenizer and chat template: whatever is not supported
+            except ModelError as error:
+                raise ModelError(f"{self._where(field)}: {field}: {error}") from None
+            if not self.spec.models:
+                self._model_name = found.model_id
 
     def _start_ray(self) -> None:
         folder = ""
@@ -209,13 +211,14 @@ class Cluster:
             raise Unavailable(f"{after}; waited for {', '.join(waiting)}")
 
     def _prove(self, gateway: admin_pb2.GatewayStatus) -> None:
-        """A first request is served by this gateway."""
+        """A first request to each model is served by this gateway."""
         assert self._controller is not None, "not started"
         key = self._controller.probe_key() if self.spec.auth.required else ""
         operator = None
         if self.spec.gateway.tls:
             operator = credentials.read(self._store.folder / credentials.FILE).identity
-        prove(gateway, key, operator, self._unless_interrupted)
+        for model in self.spec.models or [""]:
+            prove(gateway, key, operator, self._unless_interrupted, model)
 
     def _show_progress(self, status: admin_pb2.ClusterStatus, shown: dict[str, str]) -> None:
         members: list[admin_pb2.GatewayStatus | admin_pb2.MemberStatus] = [*status.gateways]

@@ -94,7 +94,8 @@ class Engine(Protocol):
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
         """Computes the chunks and writes their KV into their block tables; what comes before a
         chunk must be in its blocks. Returns the new tokens of each chunk in plan order: none where
-        `sample` is not set, else none, one or several.
+        `sample` is not set, else none, one or several. Fills in a chunk's `scores`: log-
+        probabilities of the model's own distribution, whatever else the step computes.
 
         The KV of all but the last of a chunk's new tokens is in its blocks as well: there are at
         most tokens_per_step of them, and no more than the block table has room for. Where none

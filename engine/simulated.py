@@ -27,7 +27,7 @@ from crossdock.engine.contract import (
     EngineSettings,
 )
 from crossdock.engine.registry import kind_setting
-from crossdock.kvcache.sequence import Chunk, SampledToken, StepPlan
+from crossdock.kvcache.sequence import Chunk, PromptScores, SampledToken, StepPlan
 from crossdock.model.config import load_config
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text
@@ -182,6 +182,8 @@ class SimulatedEngine(Engine):
         sequence, end = chunk.sequence, chunk.end
         table, sampling = sequence.block_table, sequence.sampling
         self._write(table, chunk.start, sequence.token_ids[chunk.start : end])
+        if chunk.scores is not None:
+            self._score(table, sequence.token_ids, chunk.scores)
         count = self.tokens_of(chunk) if chunk.sample else 0
         if not count:
             return []
@@ -197,6 +199,16 @@ class SimulatedEngine(Engine):
             seen = (seen + kv * int(weights(position, 1)[0])) & _MASK
             tokens.append(draw(seen, position + 1, sampling, self._drawn_ids))
         return tokens
+
+    def _score(self, block_table: list[int], token_ids: list[int], scores: PromptScores) -> None:
+        first, end = scores.first, scores.first + scores.count
+        reached = self.kv_of(block_table)[: end - 1] * weights(0, end - 1)
+        seen = reached.cumsum(dtype=np.uint64)[first - 1 :].tolist()
+        vocab = self.facts.vocab_size
+        for row, (before, token_id) in enumerate(zip(seen, token_ids[first:end])):
+            logprob, rank, ids = score(before, token_id, scores.top, vocab)
+            scores.logprobs[row], scores.ranks[row], scores.top_ids[row] = logprob, rank, ids
+            scores.top_logprobs[row] = [rank_logprob(rank) for rank in range(1, scores.top + 1)]
 
     def _write(self, block_table: list[int], start: int, token_ids: list[int]) -> int:
         """Computes the KV of these tokens; returns that of the last."""
@@ -223,6 +235,19 @@ def draw(seen: int, position: int, sampling: SamplingParams, drawn_ids: int) -> 
         return SampledToken(token_id)
     others = [((token_id + i) % drawn_ids, -1.0 - i) for i in range(sampling.logprobs)]
     return SampledToken(token_id, -1.0, tuple(others))
+
+
+def score(seen: int, token_id: int, top: int, vocab: int) -> tuple[float, int, list[int]]:
+    """Log-probability and rank of a token after KV whose weighted sum is `seen`, and the ids of the
+    `top` most probable ones. By rank they are a ring that begins where `seen` says."""
+    best = _mix(seen) % vocab
+    rank = (token_id - best) % vocab + 1
+    return rank_logprob(rank), rank, [(best + i) % vocab for i in range(top)]
+
+
+def rank_logprob(rank: int) -> float:
+    """The same for each rank, exact in float32."""
+    return -rank / 64
 
 
 def draw_allowed(

@@ -16,8 +16,8 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 
 
 def uncached(pool: BlockPool, sequence: Sequence) -> int:
-    """Tokens that a waiting sequence would have to compute now; the last one always."""
-    reusable = sequence.block_hashes[: (sequence.num_tokens - 1) // pool.block_size]
+    """Tokens that a waiting sequence would have to compute now."""
+    reusable = sequence.block_hashes[: sequence.reusable // pool.block_size]
     return sequence.num_tokens - pool.peek_prefix(reusable) * pool.block_size
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from crossdock.proto.types import FinishReason, SamplingParams
 
 
@@ -26,8 +28,22 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # of num_computed, how many were found in the prefix cache
     num_sealed: int = 0  # of block_table, how many are full and hashed
+    num_scored: int = 0  # of prompt_tokens, those whose log-probabilities are not asked for
     priority: int = 0
     arrival: float = 0.0
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn after its prompt."""
+        return self.sampling.max_tokens > 0
+
+    @property
+    def reusable(self) -> int:
+        """Tokens, from the first, whose KV need not be computed. The last one always is, since its
+        logits give the next token; so is whatever precedes a token that is to be scored."""
+        if self.sampling.prompt_logprobs is not None and self.num_scored < self.prompt_tokens:
+            return min(max(0, self.num_scored - 1), self.num_tokens - 1)
+        return self.num_tokens - 1
 
     @property
     def num_tokens(self) -> int:
@@ -50,6 +66,36 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
 
+@dataclass(eq=False)
+class PromptScores:
+    """Log-probabilities of `count` tokens of a prompt from position `first` on, each given all
+    that comes before it, with those of the `top` most probable tokens. A step fills them in."""
+
+    first: int  # at least 1: nothing comes before the token at 0
+    count: int
+    top: int
+    logprobs: np.ndarray = field(init=False)  # float32 [count]
+    ranks: np.ndarray = field(init=False)  # int32 [count] among all tokens, from 1
+    top_ids: np.ndarray = field(init=False)  # int32 [count, top] the most probable first
+    top_logprobs: np.ndarray = field(init=False)  # float32 [count, top]
+
+    def __post_init__(self) -> None:
+        self.logprobs = np.zeros(self.count, np.float32)
+        self.ranks = np.zeros(self.count, np.int32)
+        self.top_ids = np.zeros((self.count, self.top), np.int32)
+        self.top_logprobs = np.zeros((self.count, self.top), np.float32)
+
+    @classmethod
+    def asked(cls, sequence: Sequence, start: int, end: int) -> PromptScores | None:
+        """What the logits of a sequence's tokens [start, end) are to give; None: nothing."""
+        top = sequence.sampling.prompt_logprobs
+        if top is None:
+            return None
+        first = max(start + 1, sequence.num_scored)
+        count = min(end + 1, sequence.prompt_tokens) - first
+        return cls(first, count, top) if count > 0 else None
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The part of one sequence that one step computes: token_ids[start : start + length]."""
@@ -58,10 +104,18 @@ class Chunk:
     start: int
     length: int
     sample: bool  # its last token is the sequence's last: draw what follows
+    scores: PromptScores | None = None  # of its tokens' successors in the prompt
 
     @property
     def end(self) -> int:
         return self.start + self.length
+
+    @classmethod
+    def of(cls, sequence: Sequence, start: int, length: int) -> Chunk:
+        """With what the sequence asks for after these tokens, and of them."""
+        last = start + length == sequence.num_tokens
+        scores = PromptScores.asked(sequence, start, start + length)
+        return cls(sequence, start, length, last and sequence.draws, scores)
 
 
 @dataclass(frozen=True)
@@ -102,7 +156,7 @@ def take_tokens(
 
 
 def finish_of(sequence: Sequence, context_length: int) -> Finish | None:
-    """Whether the last token ends the sequence."""
+    """Whether the last token ends the sequence. One that draws none ends with its prompt."""
     token_id, sampling = sequence.last_token_id, sequence.sampling
     enough = sequence.num_generated >= sampling.min_tokens
     if enough and token_id in sampling.stop_token_ids:

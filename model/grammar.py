@@ -90,12 +90,20 @@ def lark_of(grammar: Grammar) -> str:
     """The grammar as llguidance takes it. Raises InvalidRequest for the field "grammar"."""
     if grammar.kind is GrammarKind.LARK:
         return grammar.text + _OPTIONS
+    return f"start: {rule_of(grammar)}{_OPTIONS}"
+
+
+def rule_of(grammar: Grammar) -> str:
+    """What stands behind a rule's name to describe the same in Lark, with what it needs on further
+    lines. Raises InvalidRequest for the field "grammar", as for one that is Lark itself."""
+    if grammar.kind is GrammarKind.LARK:
+        raise InvalidRequest("grammar", grammar.kind, "cannot be a part of another grammar")
     if grammar.kind is GrammarKind.REGEX:
-        return f"start: /{regex_to_lark(grammar.text, '')}/{_OPTIONS}"
+        return f"/{regex_to_lark(grammar.text, '')}/"
     if grammar.kind is GrammarKind.CHOICE:
         texts = (json.dumps(text, ensure_ascii=False) for text in choices_of(grammar))
-        return f"start: CHOICE\nCHOICE: {' | '.join(texts)}{_OPTIONS}"
-    return f"start: %json {json.dumps(_schema_of(grammar))}{_OPTIONS}"
+        return f"CHOICE\nCHOICE: {' | '.join(texts)}"
+    return f"%json {json.dumps(_schema_of(grammar))}"
 
 
 def choices_of(grammar: Grammar) -> list[str]:

@@ -21,6 +21,7 @@ from crossdock.model.token_bytes import TokenBytes
 from crossdock.proto.errors import InvalidRequest
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+_ANSWER = "\U000f0002"  # of private use: stands for an answer of which only the tokens are known
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,29 @@ class TextModel:
         marked = plain.marked([dict(message) for message in messages])
         text = self.template.render(marked, add_generation_prompt, **plain.marked(more))
         return plain.encode(text)
+
+    def next_turn(
+        self,
+        before: Sequence[Mapping[str, Any]],
+        after: Sequence[Mapping[str, Any]],
+        more: Mapping[str, Any] = NOTHING,
+    ) -> list[int]:
+        """Ids of what the template writes after the assistant's answer to `before` where `after`
+        follows it: the end of that turn, `after`, and the beginning of the next answer. So prompt,
+        answer and these make the next prompt, whatever tokens the answer was made of. Empty where
+        the template does not only add: what it writes before the answer is not that prompt."""
+        if self.template is None:
+            return []
+        plain = self._plain_text
+        asked, told = ([plain.marked(dict(each)) for each in part] for part in (before, after))
+        options, answer = plain.marked(more), {"role": "assistant", "content": _ANSWER}
+        try:
+            prompt = self.template.render(asked, **options)
+            text = self.template.render([*asked, answer, *told], **options)
+        except InvalidRequest:
+            return []
+        head, _, rest = text.partition(_ANSWER)
+        return plain.encode(rest) if head == prompt and rest and _ANSWER not in rest else []
 
     @cached_property
     def _plain_text(self) -> PlainText:

@@ -11,6 +11,7 @@ from crossdock.kvtransfer.checksum import checksums
 from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.prefill.scheduler import PrefillScheduler
 from crossdock.proto.identity import Credentials
+from crossdock.proto.types import FinishReason
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
@@ -59,10 +60,14 @@ class PrefillRole(WorkerRole):
         for chunk, drawn in zip(plan.chunks, tokens, strict=True):
             self._scheduler.computed(chunk, len(drawn))
             self.state.counters.computed_tokens += chunk.length
-            if drawn:
-                self._first_tokens(self.jobs.pop(chunk.sequence.sequence_id), drawn)
-            else:
-                self._announce(self.jobs[chunk.sequence.sequence_id])
+            job = self.jobs[chunk.sequence.sequence_id]
+            if chunk.scores is not None:
+                self.state.outbox.scores(job, chunk.scores)
+            if chunk.sequence.num_uncomputed:
+                self._announce(job)
+                continue
+            del self.jobs[job.id]
+            self._first_tokens(job, drawn)
 
     def _announce(self, job: Job) -> None:
         """The blocks that are ready may be read while the rest is computed."""
@@ -91,9 +96,12 @@ class PrefillRole(WorkerRole):
 
     def _first_tokens(self, job: Job, drawn: list[SampledToken]) -> None:
         sequence, counters = job.sequence, self.state.counters
-        job.mark("first_token")
         counters.prompt_tokens += sequence.num_tokens
         tokens, finish = take_tokens(sequence, drawn, self.state.context_length)
+        if drawn:
+            job.mark("first_token")
+        else:
+            finish = FinishReason.LENGTH, ""  # it asks for no token
         counters.cached_tokens += sequence.num_cached
         counters.generated_tokens += len(tokens)
         if finish:

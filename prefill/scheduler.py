@@ -33,9 +33,8 @@ class PrefillScheduler(Scheduler):
             budget -= chunks[-1].length
         while budget and self._waiting:
             sequence = self._waiting[0]
-            # The last prompt token is always computed: its logits give token 0.
-            last = sequence.num_tokens - 1
-            if not block_tables.take(self._pool, sequence, last, lookahead=self._lookahead):
+            reusable, lookahead = sequence.reusable, self._lookahead
+            if not block_tables.take(self._pool, sequence, reusable, lookahead=lookahead):
                 break
             self._computing.append(self._waiting.pop(0))
             chunks.append(self._chunk(sequence, budget))
@@ -44,11 +43,12 @@ class PrefillScheduler(Scheduler):
 
     def computed(self, chunk: Chunk, drawn: int = 1) -> None:
         """Takes note that a chunk's KV is in its blocks, and of how many tokens were drawn after
-        it. With token 0 the sequence leaves; where there is none, its last token runs again."""
+        it. The sequence leaves with token 0, or with its prompt where it asks for no token; where
+        token 0 was not drawn, its last token runs again."""
         sequence = chunk.sequence
         sequence.num_computed = chunk.end - (chunk.sample and not drawn)
         block_tables.seal_full(self._pool, sequence)
-        if chunk.sample and drawn:
+        if not sequence.num_uncomputed:
             self._computing.remove(sequence)
 
     @property

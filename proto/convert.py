@@ -37,7 +37,7 @@ def sampling_to_pb(params: SamplingParams) -> inference_pb2.SamplingParams:
         stop_token_ids=params.stop_token_ids,
         stop=params.stop,
         ignore_eos=params.ignore_eos,
-        grammar=_grammar_to_pb(params.grammar) if params.grammar is not None else None,
+        grammar=grammar_to_pb(params.grammar) if params.grammar is not None else None,
     )
 
 
@@ -56,7 +56,8 @@ def sampling_from_pb(message: inference_pb2.SamplingParams, **defaults: int) -> 
     )
 
 
-def _grammar_to_pb(grammar: Grammar) -> inference_pb2.Grammar:
+def grammar_to_pb(grammar: Grammar) -> inference_pb2.Grammar:
+    """What an answer must match, as requests carry it."""
     return inference_pb2.Grammar(kind=GRAMMAR_TO_PB[grammar.kind], text=grammar.text)
 
 

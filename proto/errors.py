@@ -20,7 +20,7 @@ CrossdockError                      INTERNAL              500
 │   └── Draining
 ├── OfSequences                     INTERNAL              500   names the sequences
 │   ├── NotFinite
-│   └── GrammarFailed                                           a grammar ran into its limits
+│   └── GrammarFailed               INVALID_ARGUMENT      400   a grammar ran into its limits
 ├── LayoutMismatch                  FAILED_PRECONDITION   409   names both values
 ├── Overtaken                       ABORTED               409   another change came first
 ├── ConfigError                     INVALID_ARGUMENT      400   names file, line and field
@@ -185,21 +185,22 @@ class Draining(Unavailable):
 class OfSequences(CrossdockError):
     """These sequences must not go on; the others of the step can be run without them."""
 
-    def __init__(self, message: str, sequence_ids: Sequence[str]) -> None:
+    def __init__(self, message: str, sequence_ids: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.sequence_ids = frozenset(sequence_ids)
+        self.sequence_ids = frozenset(sequence_ids)  # where they are known: in the engine
 
 
 class NotFinite(OfSequences):
     """A step gave these sequences a NaN or an infinity."""
 
-    def __init__(self, sequence_ids: Sequence[str]) -> None:
-        message = "KV or logits are not finite: out of the range of the model's dtype?"
-        super().__init__(message, sequence_ids)
-
 
 class GrammarFailed(OfSequences):
-    """What these sequences must match ran into the limits of time or memory while it was used."""
+    """What these sequences must match ran into the limits of time or memory while it was used:
+    the request's own doing, so nothing is gained by sending it again."""
+
+    grpc_status = "INVALID_ARGUMENT"
+    http_status = 400
+    outcome = "invalid"
 
 
 class LayoutMismatch(CrossdockError):

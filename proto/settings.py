@@ -70,11 +70,26 @@ def walk(spec: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
         path, value = prefix + about.name, getattr(spec, about.name)
         if is_dataclass(value):
             yield from walk(value, path + ".")
-        elif isinstance(value, Mapping) and any(is_dataclass(entry) for entry in value.values()):
+        elif isinstance(value, Mapping) and any(map(_nested, value.values())):
             for key, entry in value.items():
-                yield from walk(entry, f"{path}.{key}.")
+                yield from _walk_entry(entry, f"{path}.{key}")
+        elif _nested(value):
+            yield from _walk_entry(value, path)
         else:
             yield path, about, value
+
+
+def _nested(value: Any) -> bool:
+    """Whether it is a record, or a list of some."""
+    return is_dataclass(value) or (isinstance(value, tuple) and any(map(is_dataclass, value)))
+
+
+def _walk_entry(entry: Any, path: str) -> Iterator[tuple[str, Field[Any], Any]]:
+    if isinstance(entry, tuple):
+        for number, each in enumerate(entry):
+            yield from walk(each, f"{path}[{number}].")
+    else:
+        yield from walk(entry, f"{path}.")
 
 
 def check_settings(record: Any, prefix: str = "") -> None:

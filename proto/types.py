@@ -16,6 +16,7 @@ MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_N = 16
 MAX_GRAMMAR_BYTES = 128 << 10
+LEAST_MAX_TOKENS = "must be at least 1, or 0 where something of the prompt is asked for"
 
 # The life-cycle events of a request after `received`, in the order in which they happen: one name
 # each in spans, metrics, logs and reports.
@@ -51,6 +52,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    TOOL_CALLS = "tool_calls"  # at the front door: it ended well, and it calls
 
 
 class GrammarKind(enum.StrEnum):
@@ -99,6 +101,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -137,11 +140,13 @@ class SamplingParams:
                 limit = f"each must have 1 to {MAX_STOP_CHARACTERS} characters"
                 raise InvalidRequest("stop", text, limit)
         _within("seed", self.seed, -(2**63), 2**64 - 1)
-        if self.max_tokens < 1:
-            raise InvalidRequest("max_tokens", self.max_tokens, "must be at least 1")
+        if self.max_tokens < 0:
+            raise InvalidRequest("max_tokens", self.max_tokens, LEAST_MAX_TOKENS)
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.grammar is not None:
             self.grammar.validate("grammar")
             if self.ignore_eos:
@@ -159,6 +164,7 @@ class WorkerEndpoint:
     address: str
     incarnation: str  # hexadecimal, 32 characters
     revision: str = ""
+    model: str = ""  # its name where a cluster has several; gateways are told it
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -15,6 +15,7 @@ from crossdock.router.dispatch.admission import Limits
 from crossdock.router.dispatch.lifecycle import Slo as Slo
 from crossdock.router.dispatch.links import LinkSettings
 from crossdock.router.placement.policy import POLICIES
+from crossdock.router.serving import TOOL_PARSERS, ServedModel, Serving
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,27 @@ class HttpSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "gateway.http_options.")
+
+
+@dataclass(frozen=True)
+class ResponsesSettings:
+    """The YAML's `responses` of a gateway: what is kept of /v1/responses, on two workers each."""
+
+    ttl_s: float = setting(
+        3600.0, "How long a response can be gone on from, or looked at.", low=1, high=2_592_000
+    )
+    max_tenant_mb: float = setting(
+        64.0,
+        "What one worker keeps of one tenant's, MB; the oldest make room.",
+        low=0.01,
+        high=65_536,
+    )
+    max_mb: float = setting(
+        256.0,
+        "What it keeps of all; who has the most makes room. Host memory beside the engine's.",
+        low=0.01,
+        high=1_048_576,
+    )
 
 
 @dataclass(frozen=True)
@@ -216,7 +238,7 @@ class GatewayConfig(Limits):
     tool_parser: str = setting(
         "auto",
         "How the model writes calls of tools; auto: as its chat template does.",
-        choices=("auto", "hermes", "llama3_json", "mistral", "none"),
+        choices=TOOL_PARSERS,
     )
     block_size: int = setting(16, "Tokens of a block of the workers' pools.", low=1, high=65_536)
     max_body_mb: float = setting(8.0, "Largest HTTP body or gRPC message, MB.", low=0.01, high=1024)
@@ -224,6 +246,7 @@ class GatewayConfig(Limits):
         600.0, "Deadline of a request that brings none, seconds.", low=0.1, high=86_400
     )
     http_options: HttpSettings = field(default_factory=HttpSettings)
+    responses: ResponsesSettings = field(default_factory=ResponsesSettings)
     tls: TlsFiles = field(default_factory=TlsFiles)
     max_connection_age_s: float = setting(
         0.0,
@@ -238,12 +261,18 @@ class GatewayConfig(Limits):
     audit: AuditSettings = field(default_factory=AuditSettings)
     audit_seed: bytes = field(default=b"\0" * 32, repr=False)  # signs it, 32 bytes
     prices: Mapping[str, Price] = field(default_factory=no_entries)  # by model
+    serving: Serving = field(default_factory=Serving)  # at first; with models, `model` is empty
     cluster: str = ""  # its name; empty: what was used is not kept
     gateways: int = 1  # of the cluster; each holds its share of the limits of keys
     probe_key: str = field(default="", repr=False)  # with which `up` tries this gateway
 
     def __post_init__(self) -> None:
         check_settings(self, "gateway.")
+
+    @property
+    def first_serving(self) -> Serving:
+        """What it serves until it is told otherwise: `model` alone has no name, but its files'."""
+        return self.serving if self.serving.models else Serving({"": ServedModel(self.model)})
 
     @property
     def max_body_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""One gateway: front doors, dispatcher and links, started and stopped together."""
+"""One gateway: front doors, and the models that it serves, started and stopped together."""
 
 from __future__ import annotations
 
@@ -6,43 +6,34 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 
-from crossdock.model.detokenizer import IncrementalDetokenizer
-from crossdock.model.store import ModelFiles, resolve
-from crossdock.model.text import TextModel, load_text
-from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.identity import Credentials
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.router.config import GatewayConfig as GatewayConfig
-from crossdock.router.config import Price
-from crossdock.router.dispatch.dispatcher import Dispatcher
-from crossdock.router.dispatch.links import Links
+from crossdock.router.dispatch.admission import Admission
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.frontdoor.audit import AuditLog
 from crossdock.router.frontdoor.auth import Authenticator
-from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.gate import Gate
-from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.grpc_server import GrpcServer
 from crossdock.router.frontdoor.http_server import HttpServer
 from crossdock.router.frontdoor.limits import Limiter
-from crossdock.router.frontdoor.text_process import TextProcess
+from crossdock.router.frontdoor.models import Models
+from crossdock.router.frontdoor.responses_store import ResponseStore
 from crossdock.router.frontdoor.tls import DoorCertificates
-from crossdock.router.frontdoor.tools.formats import format_of
 from crossdock.router.frontdoor.usage import Usage, usage_file
-from crossdock.router.frontdoor.validate import Validator
-from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.served import LoadedText, Served, Shared
+from crossdock.router.serving import Serving
 
 log = logging.getLogger(__name__)
 
 
 class GatewayServer:
-    """Serves a model's requests over the workers of the membership that it is told. `grpc_address`
+    """Serves models' requests over the workers of the membership that it is told. `grpc_address`
     and `http_address` are host:port, once started with the ports that were bound. Without
     credentials it reaches no worker but those that ask for none."""
 
@@ -50,84 +41,120 @@ class GatewayServer:
         self.config = config
         self._credentials = credentials
         self.grpc_address, self.http_address = config.grpc, config.http
-        self.view = ClusterView()
         self.metrics = GatewayMetrics(config.slo)
         self._incarnation = (
             bytes.fromhex(credentials.peer.incarnation) if credentials else os.urandom(16)
         )
+        self._admission = Admission(config)
         self._health_changed = asyncio.Event()
-        self._dispatcher: Dispatcher | None = None
-        self._links: Links | None = None
+        self._served: dict[str, Served] = {}  # by key
+        self._serving = Serving()
+        self._draining = False
+        self._leaving: dict[Served, asyncio.Task[None]] = {}  # their last requests run
+        self._endpoints: Sequence[WorkerEndpoint] = ()
+        self._made = 0  # models, of all times
+        self._changing = asyncio.Lock()
         self._closing = AsyncExitStack()  # undoes what `start` did, last things first
 
     async def start(self) -> None:
-        """Loads the tokenizer and opens both ports. Raises ModelError for a model that cannot be
+        """Loads the tokenizers and opens both ports. Raises ModelError for a model that cannot be
         read, ConfigError for a port that is in use."""
         config = self.config
-        files, text, longest = await asyncio.to_thread(_load, config.model, config.home)
-        model_id = files.model_id
-        self._aside = aside = TextProcess(files)
-        self._closing.callback(aside.close)
-        self._links = links = self._make_links()
-        self._dispatcher = links.listener = dispatcher = self._make_dispatcher(text, links)
-        self._validator = validator = Validator(
-            model_id, text, longest, lambda: self.view.pool_tokens(time.monotonic())
-        )
-        self._grammars = grammars = GrammarChecker(config.model, config.home)
-        self._closing.callback(grammars.close)
-        gate = self._gate = await self._make_gate(model_id)
-        self._frontend = frontend = Frontend(
-            text,
-            validator,
-            dispatcher,
-            aside,
-            config.request_timeout_s,
-            gate,
-            grammars,
-            format_of(config.tool_parser, text),
-        )
-        certificates = self._door_certificates()
-        self._grpc = grpc = GrpcServer(
-            frontend,
-            config.grpc,
-            config.max_body_bytes,
-            config.max_connection_age_s,
-            certificates,
-        )
-        self._http = http = HttpServer(
-            frontend, config.http, config.max_body_bytes, config.http_options, certificates
-        )
-        self._closing.push_async_callback(grpc.stop, grace_s=0.5)
-        self._closing.push_async_callback(http.stop)
-        self._closing.callback(dispatcher.close)
+        dial = Dialer(self._credentials)
+        self._closing.push_async_callback(dial.closed)
+        gate = self._gate = await self._make_gate()
+        self._models = models = Models(gate, self.metrics)
+        changed = self._health_changed.set
+        shared = (config, self._incarnation, dial, self._admission, self.metrics, gate, changed)
+        self._shared = Shared(*shared)
+        self._closing.callback(self._close_models)
         try:
+            await self.update_serving(config.first_serving)
+            certificates = self._door_certificates()
+            self._grpc = grpc = GrpcServer(
+                models,
+                config.grpc,
+                config.max_body_bytes,
+                config.max_connection_age_s,
+                certificates,
+            )
+            responses = ResponseStore(self._reached, config.responses, self._credentials)
+            self._closing.push_async_callback(responses.close)
+            self._http = http = HttpServer(
+                models,
+                config.http,
+                config.max_body_bytes,
+                config.http_options,
+                certificates,
+                responses,
+            )
+            self._closing.push_async_callback(grpc.stop, grace_s=0.5)
+            self._closing.push_async_callback(http.stop)
+            self._closing.callback(self._end_requests)
             await grpc.start()
             await http.start()
         except BaseException:
             await self.stop()
             raise
         self.grpc_address, self.http_address = grpc.address, http.address
-        self.metrics.watch(
-            active=lambda: dispatcher.active_sequences,
-            waiting=lambda: dispatcher.waiting_sequences,
-            queued=lambda: dispatcher.queued_sequences,
-            workers=lambda role: sum(w.role is role for w in self.view.workers.values()),
-            resyncs=lambda: links.resyncs,
-        )
+        self._watch_metrics()
         publishing = asyncio.get_running_loop().create_task(self._publish_health())
         self._closing.callback(publishing.cancel)
+        names = ", ".join(served.name for served in self._served.values())
         log.info("gateway %s serves %s at grpc %s and http %s",
-                 config.name, model_id, grpc.address, http.address)  # fmt: skip
+                 config.name, names, grpc.address, http.address)  # fmt: skip
+
+    async def update_serving(self, serving: Serving) -> None:
+        """Serves these models by these names from now on. What was begun for one that is not among
+        them is finished. Raises ModelError for one that cannot be read, and then nothing is
+        changed."""
+        async with self._changing:
+            if serving == self._serving:
+                return
+            home, known = self.config.home, {**self._served}
+            known |= {each.key: each for each in self._leaving if each.key not in known}
+            loaded = {
+                key: await asyncio.to_thread(LoadedText.of, model.source, home)
+                for key, model in serving.models.items()
+                if key not in known or known[key].source != model.source
+            }
+            gone = [each for key, each in self._served.items() if key not in serving.models]
+            changed = [known[key] for key in loaded if key in known]
+            now: dict[str, Served] = {}
+            for key, model in serving.models.items():
+                if key in loaded:
+                    now[key] = Served(key, model, loaded[key], self._shared, self._made)
+                    self._made += 1
+                else:
+                    now[key] = known[key]
+                    now[key].become(model)
+                    self._forget(now[key])
+                now[key].dispatcher.draining = self._draining
+            for name in {each.name for each in self._served.values()}:
+                self.metrics.forget_model(name)
+            for each in now.values():
+                self.metrics.watch_model(each.name, each.view.count)
+            self._served, self._serving = now, serving
+            self._models.become([each.frontend for each in now.values()], serving.routes)
+            for served in changed:  # other weights by the same name: its workers go as well
+                self._forget(served)
+                served.close()
+            for served in gone:
+                self._leaving[served] = asyncio.create_task(self._release(served))
+            self._tell()
+            self._health_changed.set()
 
     async def update_members(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """Follows the controller's membership: links to who is new, and to nobody who left."""
-        assert self._links is not None, "start() comes first"
-        self._links.update(endpoints)
+        assert self._served, "start() comes first"
+        self._endpoints = list(endpoints)
+        self._tell()
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and waits for what runs. True when all of it ended."""
-        if self._dispatcher is not None:
-            self._dispatcher.draining = True
+        self._draining = True
+        for served in self._all():
+            served.dispatcher.draining = True
         self._health_changed.set()
         deadline = time.monotonic() + timeout_s
         while self.active_requests and time.monotonic() < deadline:
@@ -139,14 +166,61 @@ class GatewayServer:
         await self._closing.aclose()
 
     @property
+    def view(self) -> ClusterView:
+        """Of the workers of the first model."""
+        return next(iter(self._served.values())).view
+
+    @property
     def active_requests(self) -> int:
         """Requests under way."""
-        return self._dispatcher.active_requests if self._dispatcher else 0
+        return sum(served.dispatcher.active_requests for served in self._all())
 
     @property
     def ready(self) -> bool:
-        """A prefill and a decode worker, or a colocated one, are connected."""
-        return self._dispatcher is not None and self._dispatcher.ready
+        """Of some model, a prefill and a decode worker, or a colocated one, are connected."""
+        return bool(self._served) and self._models.ready
+
+    def _all(self) -> list[Served]:
+        return [*self._served.values(), *self._leaving]
+
+    def _reached(self) -> list[WorkerEndpoint]:
+        """The workers whose streams are open, of all models."""
+        return [endpoint for served in self._all() for endpoint in served.links.reached()]
+
+    def _tell(self) -> None:
+        for served in self._all():
+            served.update(self._endpoints)
+
+    async def _release(self, served: Served) -> None:
+        log.info("gateway %s: %s is served no more", self.config.name, served.name)
+        await served.ended()
+        del self._leaving[served]
+        served.close()
+
+    def _forget(self, served: Served) -> None:
+        if leaving := self._leaving.pop(served, None):
+            leaving.cancel()
+
+    def _end_requests(self) -> None:
+        for served in self._all():
+            served.dispatcher.close()
+
+    def _close_models(self) -> None:
+        for served in self._all():
+            self._forget(served)
+            served.close()
+
+    def _watch_metrics(self) -> None:
+        def total(count: Callable[[Served], int]) -> Callable[[], int]:
+            return lambda: sum(map(count, self._all()))
+
+        self.metrics.watch(
+            active=lambda: self._admission.active,
+            waiting=total(lambda served: served.dispatcher.waiting_sequences),
+            queued=total(lambda served: served.dispatcher.queued_sequences),
+            workers=lambda role: sum(each.view.count(role) for each in self._all()),
+            resyncs=total(lambda served: served.links.resyncs),
+        )
 
     def _door_certificates(self) -> DoorCertificates | None:
         if not self.config.tls:
@@ -154,7 +228,7 @@ class GatewayServer:
         proof = self._credentials
         return DoorCertificates(self.config.tls, proof.identity.authority if proof else b"")
 
-    async def _make_gate(self, model_id: str) -> Gate:
+    async def _make_gate(self) -> Gate:
         config, registry = self.config, self.metrics.registry
         authenticator = await asyncio.to_thread(
             Authenticator, config.auth, registry, config.probe_key
@@ -162,12 +236,11 @@ class GatewayServer:
         watching = asyncio.get_running_loop().create_task(authenticator.watch())
         self._closing.callback(watching.cancel)
         file = usage_file(config.home, config.cluster) if config.cluster else None
-        usage = Usage(file, model_id, registry)
+        usage = Usage(file, registry)
         keeping = asyncio.get_running_loop().create_task(usage.keep())
         self._closing.push_async_callback(usage.flush)
         self._closing.callback(keeping.cancel)
         limiter = Limiter(time.monotonic, time.time, config.gateways, usage.spent)
-        price = config.prices.get(model_id, Price())
         audit = None
         if config.audit.file:
             seed = config.audit_seed
@@ -175,41 +248,10 @@ class GatewayServer:
             audit.start()
             self._closing.push_async_callback(audit.close)
 
-        def weights() -> str:
-            return self.view.weights_digest
+        def weights(model: str) -> str:
+            return next((e.view.weights_digest for e in self._all() if e.name == model), "")
 
-        return Gate(authenticator, limiter, self.metrics, model_id, price, usage, audit, weights)
-
-    def _make_links(self) -> Links:
-        config, dial = self.config, Dialer(self._credentials)
-        links = Links(
-            self.view,
-            config.name,
-            self._incarnation,
-            config.block_size,
-            dial=dial,
-            timers=asyncio.get_running_loop(),
-            clock=time.monotonic,
-            settings=config.links,
-        )
-        self._closing.push_async_callback(dial.closed)
-        self._closing.callback(links.close)
-        return links
-
-    def _make_dispatcher(self, text: TextModel, links: Links) -> Dispatcher:
-        return Dispatcher(
-            view=self.view,
-            links=links,
-            timers=asyncio.get_running_loop(),
-            policy=POLICIES[self.config.policy],
-            limits=self.config,
-            metrics=self.metrics,
-            hasher=BlockHasher(self.config.hash_key, self.config.block_size),
-            eos_token_ids=text.eos_token_ids,
-            detokenizer_of=lambda prompt, stop: IncrementalDetokenizer(text, prompt, stop),
-            prefix=f"{self.config.name}-{self._incarnation.hex()[:8]}",
-            on_ready=self._health_changed.set,
-        )
+        return Gate(authenticator, limiter, self.metrics, config.prices, usage, audit, weights)
 
     async def _publish_health(self) -> None:
         """Keeps grpc.health.v1 in step with `ready`."""
@@ -221,12 +263,3 @@ class GatewayServer:
                 told = self.ready
                 log.info("gateway %s is %s", self.config.name, "ready" if told else "not ready")
                 self._grpc.set_ready(told)
-
-
-def _load(model: str, home: Path) -> tuple[ModelFiles, TextModel, int]:
-    """The model's files, its text side, and the length of its longest token. Takes a while: runs
-    on a thread."""
-    files = resolve(model, home)
-    text = load_text(files)
-    longest = max(len(text.token_text(token_id)) for token_id in range(text.vocab_size))
-    return files, text, max(1, longest)

@@ -42,9 +42,12 @@ def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Field[Any], Any]]:
     hints = get_type_hints(kind)
     for about in sorted(fields(kind), key=_as_written):
         path, hint = prefix + about.name, hints[about.name]
-        entry = get_args(hint)[1] if get_origin(hint) is not None else None
         yield path, about, hint
-        inner, at = (hint, path) if entry is None else (entry, f"{path}.NAME")
+        inner, at = hint, path
+        while (origin := get_origin(inner)) is not None:
+            listed = origin is tuple
+            inner = get_args(inner)[0 if listed else 1]
+            at += "[]" if listed else ".NAME"
         if inner is EngineSettings:
             for name in ENGINES:
                 inside = list(_walk(settings_of(name), f"{at}."))
@@ -55,7 +58,17 @@ def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Field[Any], Any]]:
 
 def _as_written(about: Field[Any]) -> int:
     """apiVersion and kind come first in a file, pools after gateway and controller."""
-    order = ("apiVersion", "kind", "metadata", "model", "gateway", "controller", "pools")
+    order = (
+        "apiVersion",
+        "kind",
+        "metadata",
+        "model",
+        "models",
+        "routes",
+        "gateway",
+        "controller",
+        "pools",
+    )
     return order.index(about.name) if about.name in order else len(order)
 
 
@@ -63,12 +76,16 @@ def _value(about: Field[Any], hint: Any) -> str:
     limits = about.metadata
     if is_dataclass(hint):
         return "mapping"
+    if get_origin(hint) is tuple:
+        entry = get_args(hint)[0]
+        return "list of mappings" if is_dataclass(entry) else f"list of {_NAMES[entry]}s"
     if get_origin(hint) is not None:
         entry = get_args(hint)[1]
-        entries = f"{about.name} by name" if is_dataclass(entry) else f"{_NAMES[entry]}s"
+        by_name = is_dataclass(entry) or get_origin(entry) is tuple
+        entries = f"{about.name} by name" if by_name else f"{_NAMES[entry]}s"
         return f"mapping of {entries}"
     if limits["choices"]:
-        return "one of " + ", ".join(f"`{choice}`" for choice in limits["choices"])
+        return "one of " + ", ".join(f"`{choice}`" for choice in limits["choices"] if choice)
     if limits["low"] is not None:
         return f"{_NAMES[hint]}, {limits['low']:,} to {limits['high']:,}"
     return {"address": "HOST:PORT, port 0 takes a free one", "name": "name", "path": "file"}.get(
@@ -83,6 +100,8 @@ def _default(about: Field[Any], hint: Any) -> str:
         return "`{}`"
     if about.default is MISSING:
         return "required"
+    if about.default == ():
+        return "`[]`"
     if about.default == "":
         return '`""`'
     return f"`{about.default:g}`" if isinstance(about.default, float) else f"`{about.default}`"

@@ -98,6 +98,7 @@ class Job:
             eos_token_ids=frozenset(request.eos_token_ids),
             block_hashes=hashes,
             root_hash=request.root_hash,
+            num_scored=request.scored_tokens,
             priority=request.priority,
             arrival=min(request.arrival_unix_s or arrival, arrival),
         )

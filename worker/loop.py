@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from crossdock.engine.contract import Engine
 from crossdock.kvcache.sequence import SampledToken, StepPlan
-from crossdock.proto.errors import CrossdockError, OfSequences
+from crossdock.proto.errors import CrossdockError, GrammarFailed, NotFinite, OfSequences
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.role import WorkerRole
 from crossdock.worker.streams import block_events
@@ -36,8 +36,13 @@ class Failure:
     """A step that raised. Not the exception: its traceback would keep the step's tensors alive."""
 
     message: str
-    own: bool  # of its sequences, not of the device
+    code: pb.ErrorCode  # DEVICE: of the device as far as is known, else of its sequences
     suspects: frozenset[str]  # sequences
+
+    @property
+    def own(self) -> bool:
+        """Whether it is its sequences' own."""
+        return self.code != pb.ERROR_CODE_DEVICE
 
 
 @dataclass
@@ -193,7 +198,7 @@ class EngineLoop:
             all_of_them = frozenset(chunk.sequence.sequence_id for chunk in plan.chunks)
             suspects = error.sequence_ids if isinstance(error, OfSequences) else all_of_them
             message = f"an engine step failed: {type(error).__name__}: {error}"
-            failure = Failure(message, isinstance(error, CrossdockError), suspects)
+            failure = Failure(message, _code_of(error), suspects)
         try:
             if not failure.own:
                 self._runner.recover()
@@ -214,8 +219,9 @@ class EngineLoop:
         works = len(failures) < len(parts) and self._failed_steps == 0
         for part, outcome in zip(parts, outcomes):
             if isinstance(outcome, Failure):
-                own = outcome.own or (works and len(part.chunks) == 1)
-                self._role.step_failed(part, outcome.message, own)
+                shown = works and len(part.chunks) == 1 and not outcome.own
+                code = pb.ERROR_CODE_INTERNAL if shown else outcome.code
+                self._role.step_failed(part, code, outcome.message)
             else:
                 self._role.apply(part, outcome)
         if self._failed_steps >= FAILED_STEPS_LIMIT:
@@ -228,6 +234,16 @@ class EngineLoop:
         if deadline is None:
             return IDLE_WAIT_S
         return min(IDLE_WAIT_S, max(0.0, deadline - self._role.state.clock()))
+
+
+def _code_of(error: Exception) -> pb.ErrorCode:
+    """Of a step that raised this, as far as the error itself says whose it is."""
+    if isinstance(error, NotFinite):
+        return pb.ERROR_CODE_NOT_FINITE
+    if isinstance(error, GrammarFailed):
+        return pb.ERROR_CODE_GRAMMAR
+    own = isinstance(error, CrossdockError)
+    return pb.ERROR_CODE_INTERNAL if own else pb.ERROR_CODE_DEVICE
 
 
 def _exit_soon() -> None:

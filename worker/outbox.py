@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from crossdock.kvcache.sequence import SampledToken
+from crossdock.kvcache.sequence import PromptScores, SampledToken
 from crossdock.proto.convert import FINISH_TO_PB
 from crossdock.proto.types import FinishReason
 from crossdock.proto.v1 import inference_pb2
@@ -49,6 +49,19 @@ class Outbox:
             if job.ticket is not None:
                 output.transfer.CopyFrom(job.transfer)
             output.times.CopyFrom(pb.SequenceTimes(**job.times))
+        self._outputs[job.owner].append(output)
+
+    def scores(self, job: Job, scores: PromptScores) -> None:
+        """Log-probabilities of tokens of its prompt, as long as what a step computes."""
+        message = pb.PromptLogprobs(
+            first=scores.first,
+            logprobs=scores.logprobs.tolist(),
+            ranks=scores.ranks.tolist(),
+            top=scores.top,
+            top_ids=scores.top_ids.ravel().tolist(),
+            top_logprobs=scores.top_logprobs.ravel().tolist(),
+        )
+        output = pb.SequenceOutput(sequence_id=job.id, prompt_logprobs=message)
         self._outputs[job.owner].append(output)
 
     def progress(self, job: Job, progress: pb.PromptProgress) -> None:

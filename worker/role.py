@@ -192,9 +192,8 @@ class WorkerRole(ABC):
             if job.deadline_unix_s is not None and now >= job.deadline_unix_s:
                 self.fail(job, pb.ERROR_CODE_DEADLINE, "the request's deadline passed")
 
-    def step_failed(self, plan: StepPlan, message: str, own: bool) -> None:
-        """The model raised: its sequences end, with `own` for good; else they go on elsewhere."""
-        code = pb.ERROR_CODE_INTERNAL if own else pb.ERROR_CODE_DEVICE
+    def step_failed(self, plan: StepPlan, code: pb.ErrorCode, message: str) -> None:
+        """The model raised: its sequences end; of a DEVICE they go on elsewhere."""
         for chunk in plan.chunks:
             self.fail(self.jobs[chunk.sequence.sequence_id], code, message)
 

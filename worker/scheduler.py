@@ -60,8 +60,7 @@ class Scheduler(ABC):
     @staticmethod
     def _chunk(sequence: Sequence, budget: int) -> Chunk:
         length = min(sequence.num_uncomputed, budget)
-        last = length == sequence.num_uncomputed
-        return Chunk(sequence, sequence.num_computed, length, sample=last)
+        return Chunk.of(sequence, sequence.num_computed, length)
 
 
 def order(sequence: Sequence) -> tuple[int, float]:

@@ -39,6 +39,7 @@ from crossdock.worker.peers import Peers
 from crossdock.worker.probe import Prober
 from crossdock.worker.role import WorkerRole, WorkerState
 from crossdock.worker.service import WorkerService
+from crossdock.worker.states import States
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class WorkerServer:
         self.config = config
         self.credentials = credentials
         self.hasher = BlockHasher(hash_key(config.cluster_key), config.block_size)
+        self.states = States()
         self._role_type = role_type
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []

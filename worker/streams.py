@@ -23,9 +23,8 @@ class GatewayStream:
 
     def send(self, frame: pb.WorkerFrame) -> None:
         """Never blocks: frames that the network has not taken yet are merged."""
-        # Event numbers run on from frame to frame, so only a snapshot must keep to itself.
         last = self._frames[-1] if self._frames else None
-        if last is None or last.block_events.snapshot or frame.block_events.snapshot:
+        if last is None or _keeps_to_itself(last) or _keeps_to_itself(frame):
             self._frames.append(frame)
         else:
             _merge(last, frame)
@@ -38,6 +37,13 @@ class GatewayStream:
     def take(self) -> pb.WorkerFrame | None:
         """The next frame to write; None: there is none now."""
         return self._frames.popleft() if self._frames else None
+
+
+def _keeps_to_itself(frame: pb.WorkerFrame) -> bool:
+    """A snapshot, since event numbers run on from frame to frame; and log-probabilities of prompts,
+    whose frames would grow too large."""
+    scores = (output.HasField("prompt_logprobs") for output in frame.outputs)
+    return frame.block_events.snapshot or any(scores)
 
 
 def _merge(into: pb.WorkerFrame, frame: pb.WorkerFrame) -> None:

@@ -20,12 +20,13 @@ from crossdock.deploy.home import crossdock_home
 from crossdock.deploy.listening import Listening, listening
 from crossdock.deploy.ray.calls import CRASHES
 from crossdock.deploy.ray.node import pids_here
-from crossdock.deploy.runtime import CannotStart, Launch, Started, StartFailed
+from crossdock.deploy.runtime import CannotStart, Launch, Membership, Started, StartFailed
 from crossdock.proto import events
 from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
 from crossdock.proto.identity import Credentials
 from crossdock.proto.settings import loopback_host
 from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.router.serving import Serving
 
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
 
@@ -80,17 +81,29 @@ class MemberActor:
         await self._stopped.wait()
         return "stopped"
 
-    async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
+    async def update(self, members: Membership) -> None:
         """Tells it of all workers; a gateway reaches them first, or waits CONNECT_S."""
+        endpoints = list(members.endpoints)
         if self._launch.gateway is None:
-            await self._server.update_peers(list(endpoints))
+            await self._server.update_peers(endpoints)
             return
-        await self._server.update_members(list(endpoints))
+        failure = await self._serve(members.serving) if members.serving is not None else ""
+        await self._server.update_members(endpoints)
+        if failure:
+            raise StartFailed(failure)
         if _can_serve(endpoints):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CONNECT_S):
                     while not self._server.ready:
                         await asyncio.sleep(0.02)
+
+    async def _serve(self, serving: Serving) -> str:
+        """Why a gateway goes on with the models that it has; empty where it took others."""
+        try:
+            await self._server.update_serving(serving)
+        except ModelError as error:
+            return f"ModelError: {error}"
+        return ""
 
     async def drain(self, timeout_s: float) -> bool:
         """Whether it finished all it serves within `timeout_s` seconds."""

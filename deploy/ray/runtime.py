@@ -21,6 +21,7 @@ from crossdock.deploy.ray.node import pids_here
 from crossdock.deploy.runtime import (
     CannotStart,
     Launch,
+    Membership,
     Placement,
     Process,
     ProcessGone,
@@ -28,7 +29,6 @@ from crossdock.deploy.runtime import (
     StartFailed,
 )
 from crossdock.deploy.telemetry import EVENT_LISTENER
-from crossdock.proto.types import WorkerEndpoint
 
 HEAD_RESOURCE = "node:__internal_head__"
 MANY_CALLS = 1000
@@ -58,8 +58,8 @@ class RayProcess:
         except ProcessGone as error:
             return str(error)
 
-    async def update(self, endpoints: Sequence[WorkerEndpoint]) -> None:
-        await call(self._actor.update.remote(list(endpoints)))
+    async def update(self, members: Membership) -> None:
+        await call(self._actor.update.remote(members))
 
     async def drain(self, timeout_s: float) -> bool:
         return await call(self._actor.drain.remote(timeout_s))

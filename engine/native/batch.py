@@ -11,7 +11,7 @@ from crossdock.kvcache.sequence import StepPlan
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the step, T of them, of S chunks; N rows are sampled.
+    """Rows of the step, T of them, of S chunks; N rows are sampled, M scored.
 
     All arrays are int64, except the block tables (int32, padded with 0 to the longest).
     """
@@ -25,6 +25,8 @@ class Batch:
     chunk_start: np.ndarray  # [S] first row
     chunk_length: np.ndarray  # [S] rows
     sampled: np.ndarray  # [N] rows, ascending
+    scored: np.ndarray  # [M] rows whose logits score the token after them, ascending
+    successors: np.ndarray  # [M] those tokens
 
     @property
     def num_rows(self) -> int:
@@ -61,6 +63,7 @@ def make_batch(
     first = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     positions = np.arange(int(lengths.sum())) - np.repeat(starts - first, lengths)
     token_ids = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
+    scored, successors = _scored(plan, starts)
     wanted = np.array([chunk.sample for chunk in chunks])
     sampled = np.arange(len(positions)) if every_token else (starts + lengths - 1)[wanted]
     return Batch(
@@ -73,4 +76,16 @@ def make_batch(
         chunk_start=starts,
         chunk_length=lengths,
         sampled=sampled,
+        scored=scored,
+        successors=successors,
     )
+
+
+def _scored(plan: StepPlan, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows, tokens = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for chunk, start in zip(plan.chunks, starts):
+        if (scores := chunk.scores) is not None:
+            first, end = scores.first, scores.first + scores.count
+            rows.append(start + np.arange(first - 1, end - 1) - chunk.start)
+            tokens.append(np.array(chunk.sequence.token_ids[first:end], np.int64))
+    return np.concatenate(rows), np.concatenate(tokens)

@@ -15,6 +15,7 @@ from crossdock.engine.native.batch import make_batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.models.llama import LlamaModel
 from crossdock.engine.native.sampler import sample
+from crossdock.engine.native.scorer import Scored, score
 from crossdock.engine.native.weights.load import load_weights
 from crossdock.kvcache.sequence import Chunk, SampledToken, Sequence, StepPlan
 from crossdock.model.config import ModelConfig, load_config
@@ -108,18 +109,34 @@ class ModelRunner(Engine):
         ]
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
-        """As `run`, but returns the logits: float32 [sampled chunks, or all tokens; vocab].
+        """As `run`, with all scores, but returns the logits: float32 [sampled chunks, or all
+        tokens; vocab].
 
         Raises NotFinite, naming the sequences whose KV or logits hold a NaN or an infinity."""
         batch = make_batch(plan, self.kv.block_size, self.kv.num_blocks, every_token)
+        scored: Scored | None = None
         with torch.inference_mode():
-            logits, finite_kv = self._model.forward(batch, self.kv)
-            finite = finite_kv.cpu().numpy()  # waits for all that wrote KV
-            finite[batch.sampled] &= logits.sum(-1).isfinite().cpu().numpy()
+            computed = self._model.forward(batch, self.kv)
+            finite = computed.finite.cpu().numpy()  # waits for all that wrote KV
+            finite[batch.sampled] &= computed.logits.sum(-1).isfinite().cpu().numpy()
+            if len(batch.scored):
+                scored = score(
+                    self._model.logits,
+                    computed.scored,
+                    batch.successors,
+                    max(chunk.scores.top for chunk in plan.chunks if chunk.scores is not None),
+                    self.config.vocab_size,
+                )
+                finite[batch.scored] &= scored.finite
         if not finite.all():
             chunks = np.unique(batch.chunk_of_row[~finite])
-            raise NotFinite([plan.chunks[index].sequence.sequence_id for index in chunks])
-        return logits
+            raise NotFinite(
+                "KV or logits are not finite: out of the range of the model's dtype?",
+                [plan.chunks[index].sequence.sequence_id for index in chunks],
+            )
+        if scored is not None:
+            scored.spread(plan)
+        return computed.logits
 
     def close(self) -> None:
         """See contract.Engine.close."""

@@ -27,6 +27,8 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
     ERROR_CODE_INTERNAL: _ClassVar[ErrorCode]
     ERROR_CODE_DEVICE: _ClassVar[ErrorCode]
+    ERROR_CODE_NOT_FINITE: _ClassVar[ErrorCode]
+    ERROR_CODE_GRAMMAR: _ClassVar[ErrorCode]
 
 class LinkOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -50,6 +52,8 @@ ERROR_CODE_CANCELLED: ErrorCode
 ERROR_CODE_DRAINING: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
 ERROR_CODE_DEVICE: ErrorCode
+ERROR_CODE_NOT_FINITE: ErrorCode
+ERROR_CODE_GRAMMAR: ErrorCode
 LINK_OUTCOME_UNSPECIFIED: LinkOutcome
 LINK_OUTCOME_OK: LinkOutcome
 LINK_OUTCOME_UNREACHABLE: LinkOutcome
@@ -176,7 +180,7 @@ class TransferStats(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., late_bytes: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "root_hash", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids", "arrival_unix_s")
+    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "root_hash", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids", "arrival_unix_s", "scored_tokens")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +192,7 @@ class SequenceRequest(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ARRIVAL_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    SCORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
@@ -199,7 +204,8 @@ class SequenceRequest(_message.Message):
     traceparent: str
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     arrival_unix_s: float
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., root_hash: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ...) -> None: ...
+    scored_tokens: int
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., root_hash: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ..., scored_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "decode_worker")
@@ -295,8 +301,24 @@ class SequenceTimes(_message.Message):
     joined: float
     def __init__(self, prefill_queued: _Optional[float] = ..., prefill_started: _Optional[float] = ..., first_token: _Optional[float] = ..., ticket_offered: _Optional[float] = ..., decode_queued: _Optional[float] = ..., reserved: _Optional[float] = ..., pulled: _Optional[float] = ..., fenced: _Optional[float] = ..., joined: _Optional[float] = ...) -> None: ...
 
+class PromptLogprobs(_message.Message):
+    __slots__ = ("first", "logprobs", "ranks", "top", "top_ids", "top_logprobs")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    top: int
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, first: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ..., ranks: _Optional[_Iterable[int]] = ..., top: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class SequenceOutput(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "progress", "error", "times", "cached_tokens", "transfer")
+    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "progress", "error", "times", "cached_tokens", "transfer", "prompt_logprobs")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -307,6 +329,7 @@ class SequenceOutput(_message.Message):
     TIMES_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]
@@ -317,7 +340,8 @@ class SequenceOutput(_message.Message):
     times: SequenceTimes
     cached_tokens: int
     transfer: TransferStats
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: PromptLogprobs
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("waiting", "running", "queued_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "draining", "prefill_base_s", "prefill_step_tokens", "age_s", "late")
@@ -522,3 +546,53 @@ class LinkProbe(_message.Message):
     tcp_bytes: int
     rdma_bytes: int
     def __init__(self, outcome: _Optional[_Union[LinkOutcome, str]] = ..., message: _Optional[str] = ..., handshake_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., tcp_bytes: _Optional[int] = ..., rdma_bytes: _Optional[int] = ...) -> None: ...
+
+class StoreStateRequest(_message.Message):
+    __slots__ = ("tenant", "id", "data", "ttl_ms", "most_tenant_bytes", "most_bytes")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    MOST_TENANT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    id: str
+    data: bytes
+    ttl_ms: int
+    most_tenant_bytes: int
+    most_bytes: int
+    def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ..., data: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., most_tenant_bytes: _Optional[int] = ..., most_bytes: _Optional[int] = ...) -> None: ...
+
+class StoreStateResponse(_message.Message):
+    __slots__ = ("stored",)
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    stored: bool
+    def __init__(self, stored: _Optional[bool] = ...) -> None: ...
+
+class FetchStateRequest(_message.Message):
+    __slots__ = ("tenant", "id")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    id: str
+    def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
+
+class FetchStateResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class DropStateRequest(_message.Message):
+    __slots__ = ("tenant", "id")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    id: str
+    def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
+
+class DropStateResponse(_message.Message):
+    __slots__ = ("dropped",)
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    dropped: bool
+    def __init__(self, dropped: _Optional[bool] = ...) -> None: ...

@@ -64,6 +64,21 @@ class WorkerStub:
                 request_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
                 response_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeResponse.FromString,
                 _registered_method=True)
+        self.StoreState = channel.unary_unary(
+                '/crossdock.v1.Worker/StoreState',
+                request_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.StoreStateRequest.SerializeToString,
+                response_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.StoreStateResponse.FromString,
+                _registered_method=True)
+        self.FetchState = channel.unary_unary(
+                '/crossdock.v1.Worker/FetchState',
+                request_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.FetchStateRequest.SerializeToString,
+                response_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.FetchStateResponse.FromString,
+                _registered_method=True)
+        self.DropState = channel.unary_unary(
+                '/crossdock.v1.Worker/DropState',
+                request_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.DropStateRequest.SerializeToString,
+                response_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.DropStateResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -109,6 +124,25 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StoreState(self, request, context):
+        """What gateways keep of conversations, so that it outlives the gateway that made it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchState(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropState(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -141,6 +175,21 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Probe,
                     request_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeRequest.FromString,
                     response_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeResponse.SerializeToString,
+            ),
+            'StoreState': grpc.unary_unary_rpc_method_handler(
+                    servicer.StoreState,
+                    request_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.StoreStateRequest.FromString,
+                    response_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.StoreStateResponse.SerializeToString,
+            ),
+            'FetchState': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchState,
+                    request_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.FetchStateRequest.FromString,
+                    response_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.FetchStateResponse.SerializeToString,
+            ),
+            'DropState': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropState,
+                    request_deserializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.DropStateRequest.FromString,
+                    response_serializer=crossdock_dot_proto_dot_v1_dot_worker__pb2.DropStateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -305,6 +354,87 @@ class Worker:
             '/crossdock.v1.Worker/Probe',
             crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
             crossdock_dot_proto_dot_v1_dot_worker__pb2.ProbeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/crossdock.v1.Worker/StoreState',
+            crossdock_dot_proto_dot_v1_dot_worker__pb2.StoreStateRequest.SerializeToString,
+            crossdock_dot_proto_dot_v1_dot_worker__pb2.StoreStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/crossdock.v1.Worker/FetchState',
+            crossdock_dot_proto_dot_v1_dot_worker__pb2.FetchStateRequest.SerializeToString,
+            crossdock_dot_proto_dot_v1_dot_worker__pb2.FetchStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/crossdock.v1.Worker/DropState',
+            crossdock_dot_proto_dot_v1_dot_worker__pb2.DropStateRequest.SerializeToString,
+            crossdock_dot_proto_dot_v1_dot_worker__pb2.DropStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,6 +31,13 @@ class Limits:
     worker_wait_s: float = setting(
         120.0, "How long a request waits for a worker where none is there.", low=0, high=3600
     )
+    local_prompt_tokens: int = setting(
+        128,
+        "How many uncached prompt tokens a decode worker may compute itself, where it has more of "
+        "the prompt cached than any prefill worker: the next turn of a chat. 0: none.",
+        low=0,
+        high=65_536,
+    )
     max_restarts: int = 5  # of a sequence, without a token gained in between
     max_losses: int = 2  # workers that may die or fail under one sequence before it is refused
     first_backoff_s: float = 0.05  # before a refused sequence is offered again; doubles

@@ -18,10 +18,17 @@ from functools import partial
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
-from crossdock.proto.errors import Cancelled, CrossdockError, DeadlineExceeded, Draining, WorkerLost
+from crossdock.proto.errors import (
+    Cancelled,
+    CrossdockError,
+    DeadlineExceeded,
+    Draining,
+    NotFound,
+    WorkerLost,
+)
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.router.dispatch import tracing
+from crossdock.router.dispatch import attempts, tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
@@ -34,8 +41,8 @@ from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
 from crossdock.router.dispatch.waiting import Step, Waiting
-from crossdock.router.placement.policy import NoWorker, Policy
-from crossdock.router.placement.room import has_room, takes_more
+from crossdock.router.placement.policy import Demand, NoWorker, Policy
+from crossdock.router.placement.room import has_place, has_room, takes_more
 from crossdock.router.placement.view import ClusterView, WorkerView
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,7 @@ class Dispatcher:
         timers: Timers,
         policy: Policy,
         limits: Limits,
+        admission: Admission | None = None,
         metrics: GatewayMetrics,
         hasher: BlockHasher,
         eos_token_ids: frozenset[int],
@@ -64,11 +72,12 @@ class Dispatcher:
         self.view = view
         self.metrics = metrics
         self.draining = False
+        self.retired = ""  # why it takes nothing new
         self._links = links
         self._timers = timers
         self._policy = policy
         self._limits = limits
-        self._admission = Admission(limits)
+        self._admission = admission or Admission(limits)  # of all dispatchers of a gateway
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
@@ -158,7 +167,7 @@ class Dispatcher:
         self._turns.pump()
         first = active.sequences[0]
         if first in self._turns and request.deadline is not None:
-            demand = first.demand(self.hasher.block_size)
+            demand = self._demand(first)
             with contextlib.suppress(NoWorker):
                 placement = self._policy(self.view, demand, now, self._rng, self._turn)
                 at = now + self.view.drained_s(ahead)
@@ -171,11 +180,34 @@ class Dispatcher:
         self._turns.pump()
 
     def _admit(self, request: Request, now: float) -> None:
+        if self.retired:
+            raise NotFound(self.retired)
         if self.draining:
             raise Draining("this gateway is shutting down; send the request again")
         if request.deadline is not None and request.deadline <= now:
             raise DeadlineExceeded("the deadline passed before any work started")
         self._admission.admit(request.tenant, request.num_sequences, retry_after_s(self.view))
+
+    def why_full(self, tenant: str, tokens: int, latest: float) -> str:
+        """Why a prompt of so many tokens would have to wait here, be it for a place or until after
+        `latest`, on this clock, for its first token; empty where it would not."""
+        now = self._clock()
+        demand = Demand(tokens, (), self.hasher.block_size)
+        try:
+            placement = self._policy(self.view, demand, now, self._rng, self._turn)
+        except NoWorker as error:
+            return str(error)
+        if not has_place(self.view, demand, now):
+            return "every worker that decodes has all that it takes"
+        waits_s = placement.predicted_ttft_s + self.view.drained_s(self._turns.tokens_of(tenant))
+        late = placement.measured and now + waits_s > latest
+        return f"the first token is predicted in {waits_s:.2f} s" if late else ""
+
+    def retire(self, why: str) -> None:
+        """Refuses what comes, by NotFound, and ends what no worker has begun; the rest goes on."""
+        self.retired = why
+        for active in [active for active in self._requests if not active.started]:
+            self._end(active, NotFound(why), "retired")
 
     def close(self) -> None:
         """Ends everything that is under way, and takes nothing new."""
@@ -190,7 +222,7 @@ class Dispatcher:
         sequence.stop_timer()
         sequence.phase = Phase.ROUTING
         sequence.extend_hashes(self.hasher, self.view.layout_hash)
-        demand, now = sequence.demand(self.hasher.block_size), self._clock()
+        demand, now = self._demand(sequence), self._clock()
         started = time.perf_counter()
         self._turn += 1
         try:
@@ -208,30 +240,15 @@ class Dispatcher:
             self._waiting.add(sequence, self._take_turn, why)
             return
         self._count += 1
-        sequence.sequence_id = f"{self._prefix}-{self._count}"
-        sequence.placement = placement
-        sequence.decode_worker = ""
-        sequence.progress.Clear()
-        sequence.lost_early.clear()
-        sequence.active.started = True
+        sequence.placed(f"{self._prefix}-{self._count}", placement)
         self._sequences[sequence.sequence_id] = sequence
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
-        message, sid = sequence.request_message(self._eos), sequence.sequence_id
-        if placement.prefill is None:
-            sequence.phase = Phase.DECODE
-            sequence.decode_worker = sequence.prefill_worker = placement.decode
-            self.view.place(placement.decode, sid, placement.uncached_tokens, demand.blocks)
-            link.send(pb.GatewayFrame(decode=pb.DecodeRequest(sequence=message)))
-        else:
-            sequence.phase = Phase.PREFILL
-            sequence.prefill_worker = placement.prefill
-            self.view.place(placement.prefill, sid, placement.uncached_tokens, demand.blocks)
-            self.view.place(placement.decode, sid, 0, demand.blocks)
-            prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)
-            link.send(pb.GatewayFrame(prefill=prefill))
-        self.view.sent(link.name, sid, now)
+        attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
+
+    def _demand(self, sequence: SequenceState) -> Demand:
+        return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""
@@ -299,7 +316,10 @@ class Dispatcher:
                 return
             if sequence.progress.HasField("ticket") and output.token_ids:
                 self._joined(sequence, output.transfer)
-        if sequence.cached_tokens is None and output.token_ids:
+        if output.HasField("prompt_logprobs"):
+            sequence.score(output.prompt_logprobs)
+            return
+        if sequence.cached_tokens is None and (output.token_ids or output.finish_reason):
             sequence.cached_tokens = output.cached_tokens
         if output.token_ids or output.finish_reason:
             self._deliver(sequence, detokenize(sequence, output, self._eos), now)
@@ -323,6 +343,7 @@ class Dispatcher:
 
     def _deliver(self, sequence: SequenceState, delta: Delta, now: float) -> None:
         """Passes new tokens to the client, and the end of the sequence with the last of them."""
+        delta.prompt = sequence.prompt_to_tell()
         if delta.token_ids:
             first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
             self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
@@ -330,7 +351,7 @@ class Dispatcher:
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
             if delta.cut_short or reserved_early:
-                self._cancel_on_holders(sequence, "finished")
+                attempts.cancel(sequence, "finished")
             sequence.finish_reason = delta.finish_reason
             self._finish(sequence, now)
             delta.usage, delta.timings = sequence.usage(), sequence.timings()
@@ -341,7 +362,8 @@ class Dispatcher:
             self._release_held(sequence)
 
     def _finish(self, sequence: SequenceState, now: float) -> None:
-        events.emit("last_token", sequence.active.request.request_id)
+        if sequence.generated:
+            events.emit("last_token", sequence.active.request.request_id)
         sequence.timeline.mark("finished", now)
         self._release_holders(sequence)
         sequence.phase = Phase.DONE
@@ -391,7 +413,7 @@ class Dispatcher:
         """Prompt and delivered tokens are prefilled again, elsewhere if there is an elsewhere; a
         token depends on nothing else, so the stream goes on as if nothing had happened."""
         delay_s = restart_delay_s(sequence, cause, failure, self._limits)
-        self._cancel_on_holders(sequence, cause)
+        attempts.cancel(sequence, cause)
         self._release_holders(sequence)
         sequence.avoid.add(culprit)
         sequence.phase = Phase.ROUTING
@@ -444,7 +466,7 @@ class Dispatcher:
             active.deadline_timer.cancel()
         for sequence in active.sequences:
             if sequence.phase is not Phase.DONE:
-                self._cancel_on_holders(sequence, why)
+                attempts.cancel(sequence, why)
                 self._release_holders(sequence)
                 sequence.phase = Phase.DONE
                 sequence.timeline.mark("finished", now)
@@ -458,20 +480,10 @@ class Dispatcher:
         tell(active, self.view, error, now)
         active.stream.end(error)
 
-    def _cancel_on_holders(self, sequence: SequenceState, why: str) -> None:
-        cancel = pb.CancelRequest(sequence_id=sequence.sequence_id, reason=why)
-        for link in sequence.holders.values():
-            link.send(pb.GatewayFrame(cancel=cancel))
-
     def _release_holders(self, sequence: SequenceState) -> None:
         """Forgets where a sequence is; what workers still say of it is ignored."""
         sequence.stop_timer()
         self._waiting.remove(sequence)
         self._turns.remove(sequence)
-        for name in list(sequence.holders):
-            sequence.release(name)
         self._sequences.pop(sequence.sequence_id, None)
-        placed = sequence.placement.prefill, sequence.placement.decode
-        for worker in {*placed, sequence.decode_worker}:
-            if worker:
-                self.view.unplace(worker, sequence.sequence_id)
+        attempts.forget(sequence, self.view)

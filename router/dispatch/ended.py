@@ -29,10 +29,14 @@ def tell(
 def _sequence(sequence: SequenceState, view: ClusterView) -> EndedSequence:
     events = sequence.timeline.ordered()
     seconds, gpu_seconds = _used(sequence, events, view)
+    cached, started = sequence.cached_tokens, bool(sequence.sequence_id)
+    if cached is None:  # no worker has said, so what was predicted when it was sent
+        predicted = sequence.prompt_tokens - sequence.placement.uncached_tokens
+        cached = max(0, predicted) if started else 0
     return EndedSequence(
         index=sequence.index,
         prompt_tokens=sequence.prompt_tokens,
-        cached_tokens=sequence.cached_tokens or 0,
+        cached_tokens=cached,
         token_ids=sequence.token_ids[sequence.prompt_tokens :],
         finish_reason=sequence.finish_reason,
         prefill_worker=sequence.prefill_worker,
@@ -40,6 +44,7 @@ def _sequence(sequence: SequenceState, view: ClusterView) -> EndedSequence:
         events=events,
         worker_seconds=seconds,
         gpu_seconds=gpu_seconds,
+        started=started,
     )
 
 
@@ -50,8 +55,11 @@ def _used(
     step of decoding belongs to each of its batch in equal parts, which is taken to be as large as
     the worker says at the end. A worker that is gone is not known any more."""
     found = [0.0, 0.0]
+    computed = events.get("first_token")
+    if computed is None and sequence.finish_reason is not None:  # it asked for no token
+        computed = events.get("finished")
     spans = [
-        (sequence.prefill_worker, events.get("prefill_started"), events.get("first_token"), False),
+        (sequence.prefill_worker, events.get("prefill_started"), computed, False),
         (sequence.decode_worker, events.get("first_token"), events.get("last_token"), True),
     ]
     for name, begin, end, shared in spans:

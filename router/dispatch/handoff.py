@@ -87,7 +87,7 @@ class HandOffs:
     def _tell(self, sequence: SequenceState, link: WorkerLink, now: float) -> None:
         sequence.decode_worker = link.name
         sequence.hold(link)
-        message = sequence.request_message(self._eos)
+        message = sequence.request_message(self._eos, handed_off=True)
         decode = pb.DecodeRequest(sequence=message, progress=sequence.progress)
         link.send(pb.GatewayFrame(decode=decode))
         self._view.sent(link.name, sequence.sequence_id, now)

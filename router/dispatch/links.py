@@ -267,6 +267,10 @@ class Links:
         link = self._members.get((name, worker.facts.incarnation))
         return link if link is not None and link.usable else None
 
+    def reached(self) -> list[WorkerEndpoint]:
+        """The members whose streams are open."""
+        return [link.endpoint for link in self._members.values() if link.usable]
+
     def update(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """Takes a new membership: opens, keeps and retires links accordingly."""
         wanted = {(e.name, e.incarnation): e for e in endpoints}

@@ -40,6 +40,18 @@ class GatewayMetrics:
             (*TTFT_STAGES, *STALL_STAGES),
         )
         self.requests = self._counter("requests", "Requests by how they ended", ["outcome"])
+        self.routed = self._counter(
+            "routed_requests", "Requests by a route's name, by the model chosen", ["route", "model"]
+        )
+        self.model_requests = self._counter(
+            "model_requests", "Requests of a model by how they ended", ["model", "outcome"]
+        )
+        self._model_workers = Gauge(
+            "crossdock_model_workers",
+            "Connected workers of a model",
+            ["model", "role"],
+            registry=self.registry,
+        )
         self.within_slo = self._counter(
             "sequences_by_slo", "Finished sequences within both TTFT and TPOT aims", ["met"]
         )
@@ -79,6 +91,17 @@ class GatewayMetrics:
         )
         for role in Role:
             connected.labels(role.value).set_function(lambda role=role: workers(role))  # type: ignore[misc]
+
+    def watch_model(self, model: str, workers: Callable[[Role], int]) -> None:
+        """A gauge of the workers of one model, until that is forgotten."""
+        for role in Role:
+            gauge = self._model_workers.labels(model, role.value)
+            gauge.set_function(lambda role=role: workers(role))  # type: ignore[misc]
+
+    def forget_model(self, model: str) -> None:
+        """It is served no more."""
+        for role in Role:
+            self._model_workers.remove(model, role.value)
 
     def outcome(self, error: CrossdockError | None) -> None:
         """A request ended, by an error or well. An error counts once, however often it is told."""

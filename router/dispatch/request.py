@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from crossdock.proto.errors import CrossdockError
+from crossdock.proto.errors import Cancelled, CrossdockError, DeadlineExceeded
 from crossdock.proto.types import FinishReason, SamplingParams
 from crossdock.proto.v1 import inference_pb2
+from crossdock.router.dispatch.scored import ScoredPrompt
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class EndedSequence:
     events: Mapping[str, float]  # life-cycle event -> seconds since the request was received
     worker_seconds: float  # of the engines that served it, as far as they worked for it
     gpu_seconds: float  # the same, of each of an engine's GPUs
+    started: bool = False  # its prompt was sent to a worker, which is done when one would begin it
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,16 @@ class Ended:
 
     @property
     def charged(self) -> Sequence[EndedSequence]:
-        """Those that had a token, unless the client is to send the request again."""
+        """Those that had a token, or asked for none and ended well; none at all where the client is
+        to send the request again. Of a client that gave up, also those whose prompt was started."""
         if self.error is not None and self.error.retriable:
             return ()
-        return [sequence for sequence in self.sequences if sequence.token_ids]
+        gave_up = isinstance(self.error, Cancelled | DeadlineExceeded)
+        return [
+            each
+            for each in self.sequences
+            if each.token_ids or each.finish_reason or (gave_up and each.started)
+        ]
 
     @property
     def prompt_tokens(self) -> int:
@@ -75,6 +83,9 @@ class Request:
     received: float  # on the gateway's clock, seconds
     received_unix: float  # the same moment, wall clock
     n: int = 1
+    model: str = ""  # that serves it, by its own name
+    asked_model: str = ""  # what the client called it: its name, an alias, a route, or nothing
+    route: str = ""  # why that model, where a route chose
     tenant: str = ""  # who takes turns with others, and has one share of the room
     priority: int = 0
     cache_salt: bytes = b""
@@ -103,6 +114,7 @@ class Delta:
     cut_short: bool = False  # a stop string was found while the worker goes on
     usage: inference_pb2.Usage | None = None  # with finish_reason
     timings: inference_pb2.Timings | None = None  # with finish_reason
+    prompt: ScoredPrompt | None = None  # with the first delta of an index, where asked for
 
     def absorb(self, later: Delta) -> None:
         """Appends what the same index gained next."""

@@ -46,6 +46,8 @@ _FAILURES: dict[Any, type[errors.CrossdockError]] = {
     pb.ERROR_CODE_PREEMPTED: errors.Overloaded,
     pb.ERROR_CODE_DEADLINE: errors.DeadlineExceeded,
     pb.ERROR_CODE_DRAINING: errors.Draining,
+    pb.ERROR_CODE_NOT_FINITE: errors.NotFinite,
+    pb.ERROR_CODE_GRAMMAR: errors.GrammarFailed,
 }
 
 

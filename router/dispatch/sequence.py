@@ -19,6 +19,7 @@ from crossdock.router.dispatch.lifecycle import Timeline
 from crossdock.router.dispatch.links import WorkerLink
 from crossdock.router.dispatch.ports import Timer
 from crossdock.router.dispatch.request import Request, ResponseStream
+from crossdock.router.dispatch.scored import ScoredPrompt
 from crossdock.router.placement.policy import UNPLACED, Demand, Placement
 
 
@@ -65,6 +66,9 @@ class SequenceState:
     first_tokens: int = 0  # how many came at once with token 0
     steady: WorkerLink | None = None  # where it decodes, once all that comes is tokens till its end
     cached_tokens: int | None = None
+    scores: list[pb.PromptLogprobs] = field(default_factory=list)  # of its prompt, of all attempts
+    scored: int = 1  # of prompt_tokens, those whose scores are here; nothing is said of the first
+    prompt_told: bool = False  # the client has what it asked for of the prompt
     transfer: pb.TransferStats = field(default_factory=pb.TransferStats)  # of all attempts
     finish_reason: FinishReason | None = None
 
@@ -77,12 +81,45 @@ class SequenceState:
         """Nothing but its worker can end it, and its tokens are all that the client asked for."""
         return not self.active.request.sampling.stop and not self.sampling.HasField("logprobs")
 
+    @property
+    def unscored(self) -> bool:
+        """Log-probabilities of its prompt are asked for and not here."""
+        return self.sampling.HasField("prompt_logprobs") and self.scored < self.prompt_tokens
+
+    def score(self, part: pb.PromptLogprobs) -> None:
+        """Takes the next part; raises CrossdockError for any other."""
+        if part.first != self.scored:
+            message = f"log-probabilities of prompt token {part.first} came, not of {self.scored}"
+            raise CrossdockError(message)
+        self.scores.append(part)
+        self.scored += len(part.logprobs)
+
+    def prompt_to_tell(self) -> ScoredPrompt | None:
+        """What the first delta says of the prompt, where that was asked for. The continuations of
+        one prompt share what the first of them was told. Raises CrossdockError where it is not
+        whole."""
+        request = self.active.request
+        if self.prompt_told or request.sampling.prompt_logprobs is None:
+            return None
+        self.prompt_told = True
+        first = self.active.sequences[self.index - self.index % request.n]
+        if first.unscored:
+            raise CrossdockError(f"{self.prefill_worker} did not score the whole prompt")
+        return ScoredPrompt(self.token_ids[: self.prompt_tokens], first.scores)
+
     def extend_hashes(self, hasher: BlockHasher, layout_hash: bytes) -> None:
         """Hashes the blocks that tokens have filled since; all, where the layout is another."""
         root = hasher.root(layout_hash, self.active.request.cache_salt)
         if root != self.root_hash:
             self.root_hash, self.hashes = root, []
         hasher.extend(self.hashes, self.token_ids, root)
+
+    def placed(self, sequence_id: str, placement: Placement) -> None:
+        """A new attempt begins, under another id."""
+        self.sequence_id, self.placement, self.decode_worker = sequence_id, placement, ""
+        self.progress.Clear()
+        self.lost_early.clear()
+        self.active.started = True
 
     def hold(self, link: WorkerLink) -> None:
         self.holders[link.name] = link
@@ -138,17 +175,22 @@ class SequenceState:
         timings.recomputed_tokens = self.transfer.recomputed_tokens
         return timings
 
-    def demand(self, block_size: int) -> Demand:
+    def demand(self, block_size: int, local_tokens: int = 0) -> Demand:
+        """What it asks of the cluster; `local_tokens`: as Demand has them."""
+        # What is to be scored is computed, whatever is cached, and where prompts are.
+        reusable = (self.scored - 1) // block_size if self.unscored else None
         return Demand(
             num_tokens=len(self.token_ids),
-            block_hashes=self.hashes,
+            block_hashes=self.hashes[:reusable],
             block_size=block_size,
             most_tokens=self.prompt_tokens + self.sampling.max_tokens,
             avoid=frozenset(self.avoid),
+            local_tokens=0 if self.unscored else local_tokens,
         )
 
-    def request_message(self, eos: list[int]) -> pb.SequenceRequest:
-        """What a worker is told of it, as it stands now."""
+    def request_message(self, eos: list[int], handed_off: bool = False) -> pb.SequenceRequest:
+        """What a worker is told of it, as it stands now. `handed_off`: another one computes, and
+        scores, its prompt."""
         request = self.active.request
         deadline = 0
         if request.deadline is not None:
@@ -166,6 +208,7 @@ class SequenceState:
             traceparent=self.active.traceparent,
             eos_token_ids=eos,
             arrival_unix_s=request.received_unix,
+            scored_tokens=self.prompt_tokens if handed_off else self.scored,
         )
 
 
@@ -193,11 +236,15 @@ def make_sequences(
     detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
 ) -> list[SequenceState]:
     """The n continuations of each prompt. Where a prompt fills blocks, its later continuations are
-    held until the first has its token 0: then they find its KV instead of computing it again."""
+    held until the first has its token 0: then they find its KV instead of computing it again. Where
+    it is scored they are as well: that is done once."""
     request = active.request
     events.emit("received", request.request_id)
     plain = replace(request.sampling, stop=())  # workers know no text
     told = [sampling_to_pb(replace(plain, seed=(plain.seed + i) % 2**64)) for i in range(request.n)]
+    for later in told[1:]:
+        later.ClearField("prompt_logprobs")
+    scored = plain.prompt_logprobs is not None
     root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
         ids = list(prompt)
@@ -218,7 +265,7 @@ def make_sequences(
                     sampling=told[i],
                     detokenizer=detokenizer,
                     timeline=Timeline(request.received, request.received_unix, request.request_id),
-                    phase=Phase.HELD if i and hashes else Phase.ROUTING,
+                    phase=Phase.HELD if i and (hashes or scored) else Phase.ROUTING,
                 )
             )
     return sequences

@@ -34,6 +34,9 @@ def start(request: Request) -> tuple[Span, str]:
     propagate.inject(carrier, trace.set_span_in_context(span, request.trace_context))
     if span.is_recording():
         span.set_attribute("crossdock.request_id", request.request_id)
+        for name in ("model", "asked_model", "route"):
+            if value := getattr(request, name):
+                span.set_attribute(f"crossdock.{name}", value)
         span.set_attribute("crossdock.sequences", request.num_sequences)
         span.set_attribute("crossdock.prompt_tokens", sum(len(p) for p in request.prompts))
     return span, carrier.get("traceparent", "")

@@ -9,10 +9,12 @@ from crossdock.proto.errors import BudgetSpent, Forbidden, RateLimited, Unauthen
 
 def access_error_body(error: Unauthenticated | Forbidden | RateLimited) -> dict[str, Any]:
     """The body of a 401, 403 or 429."""
+    message, kind = str(error), "invalid_request_error"
     param = code = None
-    kind = "invalid_request_error"
     if isinstance(error, Unauthenticated):
-        code = None if error.missing else "invalid_api_key"
+        if not error.missing:  # litellm tells it from a wrong request by OpenAI's words alone
+            message = f"Incorrect API key provided: {message}"
+            code = "invalid_api_key"
     elif isinstance(error, Forbidden):
         param = error.param or None
         code = "model_not_found" if param == "model" else "permission_denied"
@@ -20,4 +22,4 @@ def access_error_body(error: Unauthenticated | Forbidden | RateLimited) -> dict[
         kind = code = "insufficient_quota"
     else:
         kind, code = error.limit, "rate_limit_exceeded"
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,4 +1,5 @@
-"""The audit log of one gateway: one line for each request, whatever became of it.
+"""The audit log of one gateway: one line for each request, whatever became of it; of those that
+were refused the first of a kind, see audit_refusals.py.
 
 Lines are made and written by a thread, a few times a second, and are on the disk when the thread is
 done. A disk that takes nothing makes the gateway refuse requests, or drops lines and counts them.
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from crossdock.proto.errors import ConfigError, Unavailable
 from crossdock.router.config import AuditSettings
 from crossdock.router.dispatch.request import Ended, Request
 from crossdock.router.frontdoor.audit_chain import FIRST, Chain, line_hash
+from crossdock.router.frontdoor.audit_refusals import Refusals
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +41,17 @@ class AuditLog:
     """Appends to `settings.file`.NAME, where NAME is the gateway's."""
 
     def __init__(
-        self, settings: AuditSettings, name: str, seed: bytes, registry: CollectorRegistry
+        self,
+        settings: AuditSettings,
+        name: str,
+        seed: bytes,
+        registry: CollectorRegistry,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens the file and goes on with its chain. Raises ConfigError."""
         self._settings = settings
         self._pending: list[dict[str, Any]] = []
+        self._refusals = Refusals(clock)
         self._stopped = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
         self._dropped = 0  # that no line has told of yet
@@ -70,7 +78,11 @@ class AuditLog:
             raise Unavailable(f"the audit log cannot be written ({why}); try again later")
 
     def add(self, record: dict[str, Any]) -> None:
-        """One line more, to be written soon. What was refused leaves room for what was served."""
+        """One request more, to be written soon. What was refused leaves room for what was served,
+        and may be counted only."""
+        if _is_refusal(record) and not self._refusals.separate(record):
+            self._lines.labels("counted").inc()
+            return
         most = MAX_PENDING if record.get("ended") is not None else MAX_REFUSED
         if len(self._pending) >= most:
             self._drop(1)
@@ -88,6 +100,7 @@ class AuditLog:
             await self._flush()
 
     async def _flush(self) -> None:
+        self._pending += self._refusals.told(everything=self._stopped.is_set())
         if not self._pending:
             return
         batch, self._pending = self._pending, []
@@ -124,11 +137,23 @@ class AuditLog:
         if self._settings.on_full == "refuse":
             self._pending = batch + self._pending
             return
-        self._drop(sum(record["kind"] == "request" for record in batch))
+        self._drop(sum(_requests_of(record) for record in batch))
 
     def _drop(self, count: int) -> None:
         self._dropped += count
         self._lines.labels("dropped").inc(count)
+
+
+def _is_refusal(record: dict[str, Any]) -> bool:
+    """Whether it ended badly before anything was started."""
+    ended = record.get("ended")
+    started = ended is not None and any(each.started for each in ended.sequences)
+    return record.get("outcome", "ok") != "ok" and not started
+
+
+def _requests_of(record: dict[str, Any]) -> int:
+    """How many requests a line is of."""
+    return int(record["count"]) if record["kind"] == "refused" else record["kind"] == "request"
 
 
 class _File:

@@ -45,8 +45,25 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A request's prompts as one model's tokenizer has them, `n` answers each, and how they are to
+    be answered."""
+
+    field: str  # that the prompts came in
+    prompts: Sequence[Sequence[int] | np.ndarray]
+    sampling: SamplingParams
+    n: int
+    offer: Offer = NO_OFFER
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+
+@dataclass(frozen=True)
 class Frontend:
-    """Tokenizes, validates and submits."""
+    """Tokenizes, validates and submits for one model."""
 
     text: TextModel
     validator: Validator
@@ -56,11 +73,16 @@ class Frontend:
     gate: Gate
     grammars: GrammarChecker
     tool_format: ToolFormat
+    aliases: tuple[str, ...] = ()  # other names that clients may use
 
     @property
     def model_id(self) -> str:
         """The name that clients use."""
         return self.validator.model_id
+
+    def known_as(self, aliases: tuple[str, ...], tool_format: ToolFormat) -> Frontend:
+        """The same model under these names besides its own, writing calls of tools like this."""
+        return replace(self, aliases=aliases, tool_format=tool_format)
 
     def arrival(
         self, visit: Visit, trace_context: Any = None, timeout_s: float | None = None
@@ -112,6 +134,23 @@ class Frontend:
             refusal = f"the model's chat template refused them: {error}"
             raise InvalidRequest("messages", f"{len(plain)} messages", refusal) from error
 
+    async def encode_next(
+        self, history: Sequence[int], conversation: Conversation, after: int
+    ) -> list[int]:
+        """Token ids of a conversation whose last `after` messages follow one that stands for an
+        answer; `history` are the ids of its prompt and of the answer as it was drawn. Empty where
+        the model's chat template does not simply go on from there."""
+        messages, _, more = conversation.rendered(self.text, self.tool_format)
+        split = len(messages) - after
+        arguments = messages[: split - 1], messages[split:], more
+        if sum(map(_size, arguments)) > INLINE_CHARACTERS:
+            ids = await self.aside.call("next_turn", *arguments)
+        else:
+            ids = self.text.next_turn(*arguments)
+        if history and history[-1] in self.text.eos_token_ids:
+            history = history[:-1]  # the template writes the end of a turn itself
+        return [*history, *ids] if ids else []
+
     async def with_grammar(
         self, sampling: SamplingParams, field: str, grammar: Grammar
     ) -> SamplingParams:
@@ -124,10 +163,7 @@ class Frontend:
 
     async def submit(
         self,
-        field: str,
-        prompts: Sequence[Sequence[int] | np.ndarray],
-        sampling: SamplingParams,
-        n: int,
+        prepared: Prepared,
         arrival: Arrival,
         *,
         request_id: str,
@@ -135,11 +171,11 @@ class Frontend:
         priority: int,
         cache_salt: str,
         default_max_tokens: int = UNLIMITED,
-        offer: Offer = NO_OFFER,
     ) -> tuple[str, ResponseStream]:
         """Request id and stream. `tenant` and `priority` are what the client says, held to
-        its credential. Raises InvalidRequest naming `field` for a bad prompt."""
-        visit = arrival.visit
+        its credential. Raises InvalidRequest naming the prompts' field for a bad one."""
+        visit, field, sampling = arrival.visit, prepared.field, prepared.sampling
+        prompts, offer, n = prepared.prompts, prepared.offer, prepared.n
         with self.refusals_counted(arrival):
             check_label("request_id", request_id)
             check_label("tenant", tenant)
@@ -170,6 +206,9 @@ class Frontend:
                 received_unix=arrival.received_unix,
                 deadline=arrival.deadline,
                 trace_context=arrival.trace_context,
+                model=self.model_id,
+                asked_model=visit.asked_model,
+                route=visit.route,
                 on_end=partial(self.gate.ended, visit),
                 shown=self.text.ids_of(self.tool_format.markers) if offer.tools else frozenset(),
             )

@@ -19,7 +19,9 @@ from crossdock.router.frontdoor.principal import Principal
 from crossdock.router.frontdoor.usage import Usage
 
 APPROVAL_HEADER = "x-approval-id"
+MODEL_HEADER = "x-crossdock-model"
 MAX_APPROVAL = 256
+FREE = Price()
 
 
 @dataclass(eq=False)
@@ -33,6 +35,13 @@ class Visit:
     request: Request | None = None  # once it is one
     grant: Grant | None = None
     closed: bool = False
+    model: str = ""  # that serves it, once it is chosen
+    asked_model: str = ""  # what the client called it
+    route: str = ""  # why that model, where a route chose
+
+    def chose(self, model: str, asked: str, route: str = "") -> None:
+        """The model of the call is known from now on."""
+        self.model, self.asked_model, self.route = model, asked, route
 
 
 class Gate:
@@ -43,15 +52,16 @@ class Gate:
         authenticator: Authenticator,
         limiter: Limiter,
         metrics: GatewayMetrics,
-        model: str,
-        price: Price,
+        prices: Mapping[str, Price],
         usage: Usage,
         audit: AuditLog | None,
-        weights: Callable[[], str],
+        weights: Callable[[str], str],
     ) -> None:
+        """`prices` and `weights` (their digest) are by model."""
         self._audit, self._weights = audit, weights
         self.authenticator, self.limiter, self._usage = authenticator, limiter, usage
-        self._metrics, self._model, self._price = metrics, model, price
+        self._metrics, self._prices = metrics, prices
+        self.only_model = ""  # of calls that were refused before theirs was known
 
     def enter(self, headers: Mapping[str, str], client: str) -> Visit:
         """A client at this address asks with these headers, in lower case or of any. Raises
@@ -77,7 +87,8 @@ class Gate:
 
     def admit(self, visit: Visit, work: Work) -> None:
         """Sets aside what the request may use. Raises RateLimited or InvalidRequest."""
-        visit.grant = self.limiter.admit(visit.principal, work, self._price)
+        price = self._prices.get(visit.model, FREE)
+        visit.grant = self.limiter.admit(visit.principal, work, price)
 
     def refused(self, visit: Visit, error: BaseException) -> None:
         """A call ended before it became a request, or as it was to become one."""
@@ -87,8 +98,10 @@ class Gate:
 
     def ended(self, visit: Visit, ended: Ended) -> None:
         """A request has ended, well or not."""
+        outcome = ended.error.outcome if ended.error is not None else "ok"
+        self._metrics.model_requests.labels(visit.model, outcome).inc()
         cost = self._close(visit, ended.prompt_tokens, ended.cached_tokens, ended.generated_tokens)
-        self._usage.add(visit.principal, ended, cost)
+        self._usage.add(visit.principal, visit.model, ended, cost)
         self._write(visit, ended.error, ended)
 
     def _close(self, visit: Visit, prompt: int = 0, cached: int = 0, generated: int = 0) -> float:
@@ -102,6 +115,7 @@ class Gate:
         """The call's line of the audit log."""
         if self._audit is None:
             return
+        model = visit.model or self.only_model
         outcome = "ok" if error is None else getattr(error, "outcome", "internal")
         if isinstance(error, asyncio.CancelledError):
             outcome = "cancelled"
@@ -113,13 +127,16 @@ class Gate:
             "outcome": outcome,
             "error": str(error) if error is not None else None,
             "approval": visit.approval,
-            "model": self._model,
-            "weights": self._weights(),
+            "model": model,
+            "asked_model": visit.asked_model,
+            "route": visit.route,
+            "weights": self._weights(model),
             "request": visit.request,
             "ended": ended,
         }
         self._audit.add(record)
 
     def headers(self, visit: Visit) -> dict[str, str]:
-        """What every answer says of the limits."""
-        return self.limiter.headers(visit.principal)
+        """What every answer says of the limits, and of the model that serves it."""
+        found = self.limiter.headers(visit.principal)
+        return found | {MODEL_HEADER: visit.model} if visit.model else found

@@ -18,12 +18,12 @@ from typing import Any
 from crossdock.model.grammar_process import CPU_S, MEMORY_BYTES
 from crossdock.proto.errors import InvalidRequest, Overloaded, Unavailable
 from crossdock.proto.types import Grammar
+from crossdock.router.frontdoor.child import ENDED_S, end
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # requests whose grammar is new
 MAX_VERDICTS = 2048  # that are remembered
-ENDED_S = 10.0  # for a killed process to be gone
 PATIENCE_S = 60.0  # of the wall clock: the limits themselves are of processor time and memory
 BEYOND = (
     f"is too complex: compiling it takes more than {CPU_S} s or {MEMORY_BYTES >> 20} MB of memory"
@@ -58,10 +58,8 @@ class GrammarChecker:
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(ENDED_S)
-            self._process = None
+        end(self._process)
+        self._process = None
 
     async def _find_out(self, key: bytes, grammar: Grammar) -> str:
         self._waiting += 1
@@ -87,7 +85,7 @@ class GrammarChecker:
                 text=True,
             )
             if _answer(process) is None:
-                self._process = None
+                self.close()
                 raise Unavailable("the process that checks grammars does not start")
         process = self._process
         assert process.stdin is not None
@@ -97,7 +95,7 @@ class GrammarChecker:
         why = _answer(process)
         if isinstance(why, str):
             return why
-        self._process = None
+        self.close()
         log.warning("a %s of %d characters: the process that checked it ended with %d",
                     grammar.kind, len(grammar.text), process.returncode)  # fmt: skip
         if process.returncode not in _ENDS:

@@ -19,9 +19,10 @@ from crossdock.proto.errors import CrossdockError, InvalidRequest
 from crossdock.proto.v1 import kserve_pb2 as pb
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import kserve_format as fmt
-from crossdock.router.frontdoor.frontend import Frontend
-from crossdock.router.frontdoor.grpc_access import say_limits
+from crossdock.router.frontdoor.frontend import Frontend, Prepared
+from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.openai_schemas import DEFAULT_COMPLETION_TOKENS, sampling_of
 from crossdock.router.frontdoor.structured import grammar_of
 from crossdock.router.frontdoor.validate import check_prompts
@@ -38,10 +39,10 @@ Answer = Callable[[Any], Awaitable[None]]
 
 
 class KServeService:
-    """Serves one Frontend; messages of more than `max_body_bytes` are refused."""
+    """Serves models; messages of more than `max_body_bytes` are refused."""
 
-    def __init__(self, frontend: Frontend, max_body_bytes: int) -> None:
-        self._frontend = frontend
+    def __init__(self, models: Models, max_body_bytes: int) -> None:
+        self._models = models
         self._max_body_bytes = max_body_bytes
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -84,11 +85,11 @@ class KServeService:
         return pb.ServerLiveResponse(live=True)
 
     async def _server_ready(self, request: Any, context: Any) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=self._frontend.dispatcher.ready)
+        return pb.ServerReadyResponse(ready=self._models.ready)
 
     async def _model_ready(self, request: Any, context: Any) -> pb.ModelReadyResponse:
-        self._check_model(request.name, request.version)
-        return pb.ModelReadyResponse(ready=self._frontend.dispatcher.ready)
+        frontend = self._model(request.name, request.version, context)
+        return pb.ModelReadyResponse(ready=frontend.dispatcher.ready)
 
     async def _server_metadata(self, request: Any, context: Any) -> pb.ServerMetadataResponse:
         version = importlib.metadata.version("crossdock")
@@ -97,9 +98,9 @@ class KServeService:
         )
 
     async def _model_metadata(self, request: Any, context: Any) -> pb.ModelMetadataResponse:
-        self._check_model(request.name, request.version)
+        frontend = self._model(request.name, request.version, context)
         answer = pb.ModelMetadataResponse(
-            name=self._frontend.model_id, versions=[VERSION], platform=PLATFORM
+            name=frontend.model_id, versions=[VERSION], platform=PLATFORM
         )
         for tensors, told in ((fmt.INPUTS, answer.inputs), (fmt.OUTPUTS, answer.outputs)):
             for name, (datatype, shape) in tensors.items():
@@ -107,9 +108,9 @@ class KServeService:
         return answer
 
     async def _model_config(self, request: Any, context: Any) -> pb.ModelConfigResponse:
-        self._check_model(request.name, request.version)
+        frontend = self._model(request.name, request.version, context)
         config = pb.ModelConfig(
-            name=self._frontend.model_id,
+            name=frontend.model_id,
             platform=PLATFORM,
             backend=PLATFORM,
             model_transaction_policy=pb.ModelTransactionPolicy(decoupled=True),
@@ -122,19 +123,18 @@ class KServeService:
 
     async def _repository_index(self, request: Any, context: Any) -> pb.RepositoryIndexResponse:
         answer = pb.RepositoryIndexResponse()
-        ready = self._frontend.dispatcher.ready
-        if ready or not request.ready:
-            state = "READY" if ready else "UNAVAILABLE"
-            answer.models.add(name=self._frontend.model_id, version=VERSION, state=state)
+        for frontend in self._models.of(who(self._models.gate, context).principal):
+            ready = frontend.dispatcher.ready
+            if ready or not request.ready:
+                state = "READY" if ready else "UNAVAILABLE"
+                answer.models.add(name=frontend.model_id, version=VERSION, state=state)
         return answer
 
     # -- inference ----------------------------------------------------------------------------
 
     async def _infer(self, request: Any, context: Any) -> pb.ModelInferResponse:
-        ask, stream = await self._submit(request, context)
+        ask, stream = await self._submit(request, context, streams=False)
         with contextlib.closing(stream):
-            if ask.stream:
-                raise InvalidRequest("stream", True, "is for ModelStreamInfer")
             return ask.answer(request, await stream.whole())
 
     async def _stream_infer(
@@ -162,7 +162,7 @@ class KServeService:
     async def _answer(self, request: Any, context: Any, put: Answer) -> None:
         """Answers one request of a stream, whatever becomes of it."""
         try:
-            ask, stream = await self._submit(request, context)
+            ask, stream = await self._submit(request, context, streams=True)
             with contextlib.closing(stream):
                 if ask.stream:
                     await self._put_deltas(ask, request, stream, put)
@@ -187,48 +187,66 @@ class KServeService:
             answer.parameters[fmt.FINAL].bool_param = not running and not ask.empty_final
             await put(pb.ModelStreamInferResponse(infer_response=answer))
         if ask.empty_final:
-            last = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+            last = pb.ModelInferResponse(model_name=ask.model, id=request.id)
             last.parameters[fmt.FINAL].bool_param = True
             await put(pb.ModelStreamInferResponse(infer_response=last))
 
-    async def _submit(self, request: Any, context: Any) -> tuple[fmt.Ask, ResponseStream]:
-        frontend = self._frontend
-        arrival = arrival_of(frontend, context)
-        with frontend.refusals_counted(arrival):
+    async def _submit(
+        self, request: Any, context: Any, *, streams: bool
+    ) -> tuple[fmt.Ask, ResponseStream]:
+        common = self._models.default
+        arrival = arrival_of(common, context)
+        with common.refusals_counted(arrival):
             message: pb.ModelInferRequest = checked(request)
-            self._check_model(message.model_name, message.model_version)
-            ask = fmt.Ask.read(message)
+            _check_version(message.model_version)
+            ask = fmt.Ask.read(message, streams)
             if ask.timeout_s is not None:
                 deadline = min(arrival.deadline, arrival.received + ask.timeout_s)
                 arrival = replace(arrival, deadline=deadline)
-            n, sampling = ask.n, sampling_of(ask.body, frontend.draw_seed())
-            frontend.validator.check_request("", n, sampling)
-            if (asked := grammar_of(ask.body)) is not None:
-                sampling = await frontend.with_grammar(sampling, *asked)
-            check_prompts(ask.field, len(ask.prompts))
-            prompts = [
-                await frontend.encode(ask.field, each) if isinstance(each, str) else each
-                for each in ask.prompts
-            ]
-        _, stream = await frontend.submit(
-            ask.field,
-            prompts,
-            sampling,
-            n,
+            sampling = sampling_of(ask.body, common.draw_seed())
+
+            async def prepare(frontend: Frontend) -> Prepared:
+                guided = sampling
+                frontend.validator.check_request(ask.n, sampling)
+                if (asked := grammar_of(ask.body)) is not None:
+                    guided = await frontend.with_grammar(sampling, *asked)
+                check_prompts(ask.field, len(ask.prompts))
+                prompts = [
+                    await frontend.encode(ask.field, each) if isinstance(each, str) else each
+                    for each in ask.prompts
+                ]
+                return Prepared(ask.field, prompts, guided, ask.n)
+
+            tenant = _tenant(context)
+            chosen = await self._models.choose(
+                message.model_name,
+                arrival,
+                prepare,
+                headers=metadata_of(context),
+                tenant=tenant,
+            )
+        _, stream = await chosen.frontend.submit(
+            chosen.prepared,
             arrival,
             request_id=message.id,
-            tenant=_tenant(context),
+            tenant=tenant,
             priority=ask.priority or ask.body.priority or 0,
             cache_salt=ask.body.cache_salt or "",
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         )
-        say_limits(frontend.gate, context, arrival.visit)
-        return ask, stream
+        say_limits(common.gate, context, arrival.visit)
+        return replace(ask, model=chosen.frontend.model_id), stream
 
-    def _check_model(self, name: str, version: str) -> None:
-        self._frontend.validator.check_model(name)
-        if version not in ("", VERSION):
-            raise InvalidRequest("model_version", version, f"the version is {VERSION}")
+    def _model(self, name: str, version: str, context: Any) -> Frontend:
+        """The model that is asked about. Raises NotFound, Forbidden or InvalidRequest."""
+        frontend = self._models.seen(name, who(self._models.gate, context).principal)
+        _check_version(version)
+        return frontend
+
+
+def _check_version(version: str) -> None:
+    if version not in ("", VERSION):
+        raise InvalidRequest("model_version", version, f"the version is {VERSION}")
 
 
 async def _first(answer: Coroutine[Any, Any, Any], serving: asyncio.Task[None]) -> Any:
@@ -246,6 +264,7 @@ async def _first(answer: Coroutine[Any, Any, Any], serving: asyncio.Task[None]) 
 def _failed(request: Any, error: CrossdockError) -> pb.ModelStreamInferResponse:
     failed = pb.ModelStreamInferResponse(error_message=str(error))
     failed.infer_response.id = getattr(request, "id", "")
+    failed.infer_response.parameters[fmt.FINAL].bool_param = True  # nothing follows of this one
     return failed
 
 

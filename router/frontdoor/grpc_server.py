@@ -10,30 +10,30 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.v1 import inference_pb2, kserve_pb2
-from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.grpc_access import admit
 from crossdock.router.frontdoor.grpc_calls import refuse
 from crossdock.router.frontdoor.grpc_health import HEALTH, Health, add_reflection, renamed
 from crossdock.router.frontdoor.grpc_inference import SERVICE, InferenceService
 from crossdock.router.frontdoor.grpc_kserve import KSERVE, KServeService
 from crossdock.router.frontdoor.http2.server import Server
+from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.tls import DoorCertificates
 
 HARD_LIMIT_FACTOR = 8  # beyond this many times max_body_bytes a message is not even read
 
 
 class GrpcServer:
-    """Serves one Frontend. `set_ready` is what health checks and watches see."""
+    """Serves models. `set_ready` is what health checks and watches see."""
 
     def __init__(
         self,
-        frontend: Frontend,
+        models: Models,
         address: str,
         max_body_bytes: int,
         connection_age_s: float = 0.0,
         certificates: DoorCertificates | None = None,
     ) -> None:
-        self._frontend = frontend
+        self._models = models
         self._max_body_bytes = max_body_bytes
         self._connection_age_s = connection_age_s  # 0: connections live as long as they will
         self._health = Health((SERVICE, KSERVE))
@@ -44,13 +44,13 @@ class GrpcServer:
     async def start(self) -> None:
         """Raises ConfigError naming the port when it cannot be had."""
         self._server = server = Server(
-            partial(admit, self._frontend.gate),
+            partial(admit, self._models.gate),
             refuse,
             self._max_body_bytes * HARD_LIMIT_FACTOR,
             self._connection_age_s,
         )
-        inference = InferenceService(self._frontend, self._max_body_bytes)
-        kserve = KServeService(self._frontend, self._max_body_bytes)
+        inference = InferenceService(self._models, self._max_body_bytes)
+        kserve = KServeService(self._models, self._max_body_bytes)
         server.add_generic_rpc_handlers((inference.handler(), kserve.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         files = (inference_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)

@@ -11,6 +11,7 @@ from crossdock.proto.errors import Forbidden, Unauthenticated
 from crossdock.router.frontdoor.gate import Gate, Visit
 
 OPEN = frozenset({"/health", "/ping", "/version"})
+TENANT_HEADER = "X-Crossdock-Tenant"
 VISIT = web.RequestKey("visit", Visit)
 CHALLENGE = web.RequestKey("challenge", bool)
 

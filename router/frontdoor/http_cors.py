@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-METHODS = "GET, POST, OPTIONS"
+METHODS = "GET, POST, DELETE, OPTIONS"
 ANSWERED = "X-Request-Id, Retry-After, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests"
 MAX_AGE_S = 600  # for which a browser remembers the answer
 

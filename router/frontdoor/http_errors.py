@@ -46,6 +46,14 @@ class NotOffered(NoSuchRoute):
     """A route of OpenAI's that no text model answers."""
 
 
+class ResponseNotFound(NoSuchRoute):
+    """No response of this id is kept for this tenant. `param` names the field that asked for it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class ExpectationFailed(InvalidRequest):
     """The client waits for what nobody will send."""
 
@@ -64,6 +72,8 @@ def error_body(error: CrossdockError) -> dict[str, Any]:
         kind = "rate_limit_error"
     if isinstance(error, InvalidRequest):
         param = _plain(error.field)
+    elif isinstance(error, ResponseNotFound):
+        param = error.param
     elif isinstance(error, NotFound) and not isinstance(error, NoSuchRoute):
         param, code = "model", "model_not_found"
     return {"error": {"message": _plain(str(error)), "type": kind, "param": param, "code": code}}
@@ -79,7 +89,7 @@ def error_response(error: CrossdockError, path: str = "") -> web.Response:
     body = error_body(error)
     if path.startswith(KSERVE):  # whose clients take the text alone
         body = {"error": body["error"]["message"]}
-    headers = {}
+    headers = {"X-Should-Retry": "true" if error.retriable else "false"}  # OpenAI's clients look
     if isinstance(error, Overloaded):
         headers["Retry-After"] = f"{error.retry_after_s:.0f}"
     elif error.retriable:

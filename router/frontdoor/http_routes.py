@@ -9,8 +9,8 @@ import msgspec
 from aiohttp import web
 
 from crossdock.router.frontdoor import openapi
-from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.http_errors import NotOffered
+from crossdock.router.frontdoor.models import Models
 
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NOT_OFFERED = {
@@ -22,6 +22,9 @@ NOT_OFFERED = {
     "/v1/audio/speech": "audio",
     "/v1/audio/transcriptions": "audio",
     "/v1/audio/translations": "audio",
+    "/v1/responses/input_tokens": "counting tokens (POST /tokenize does)",
+    "/v1/responses/compact": "compaction",
+    "/v1/conversations": "conversations",
     "/v1/files": "files",
     "/v1/batches": "batches",
     "/v1/fine_tuning/jobs": "fine-tuning",
@@ -34,16 +37,16 @@ NOT_OFFERED = {
 }
 
 
-def add_small_routes(router: web.UrlDispatcher, frontend: Frontend) -> None:
+def add_small_routes(router: web.UrlDispatcher, models: Models) -> None:
     """Routes that need no body."""
 
     async def health(request: web.Request) -> web.StreamResponse:
-        ready = frontend.dispatcher.ready
+        ready = models.ready
         status = "ok" if ready else "no worker of some role is connected"
         return web.json_response({"status": status}, status=200 if ready else 503)
 
     async def metrics(request: web.Request) -> web.StreamResponse:
-        text = frontend.dispatcher.metrics.exposition()
+        text = models.metrics.exposition()
         return web.Response(body=text, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     described = msgspec.json.encode(openapi.document())

@@ -12,21 +12,24 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from crossdock.proto.errors import ConfigError, CrossdockError, InvalidRequest
+from crossdock.proto.errors import ConfigError, CrossdockError
 from crossdock.proto.settings import split_address
 from crossdock.router.config import HttpSettings
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor import openai_format as fmt
-from crossdock.router.frontdoor.frontend import Arrival, Frontend
-from crossdock.router.frontdoor.http_access import guard, visit_of, with_limits
+from crossdock.router.frontdoor.best_of import best, made_of, ranked
+from crossdock.router.frontdoor.frontend import Arrival, Frontend, Prepared
+from crossdock.router.frontdoor.http_access import TENANT_HEADER, guard, visit_of, with_limits
 from crossdock.router.frontdoor.http_body import Bodies, check_media_type
 from crossdock.router.frontdoor.http_cors import Cors
-from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, answered, error_event
+from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, answered
 from crossdock.router.frontdoor.http_routes import add_small_routes
 from crossdock.router.frontdoor.http_stream import HEADERS, first_batch, send_events
 from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
+from crossdock.router.frontdoor.models import Models
+from crossdock.router.frontdoor.openai_prompt import PromptAnswers
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     Body,
@@ -36,6 +39,8 @@ from crossdock.router.frontdoor.openai_schemas import (
     prompts_of,
     sampling_of,
 )
+from crossdock.router.frontdoor.responses import ResponsesDoor
+from crossdock.router.frontdoor.responses_store import ResponseStore
 from crossdock.router.frontdoor.tls import DoorCertificates, TlsSite
 from crossdock.router.frontdoor.tools.answer import ToolAnswer
 from crossdock.router.frontdoor.tools.chat import conversation_of, form_of, tools_of
@@ -43,7 +48,6 @@ from crossdock.router.frontdoor.validate import UNLIMITED, check_label, check_pr
 
 log = logging.getLogger(__name__)
 
-TENANT_HEADER = "X-Crossdock-Tenant"
 REQUEST_ID_HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)  # the client's, or one that was made for it
 
@@ -52,37 +56,40 @@ Asked = TypeVar("Asked", bound=SamplingFields)
 
 
 class HttpServer:
-    """Serves one Frontend over the OpenAI API, and its metrics and health."""
+    """Serves models over the OpenAI API, and the gateway's metrics and health."""
 
     def __init__(
         self,
-        frontend: Frontend,
+        models: Models,
         address: str,
         max_body_bytes: int,
         settings: HttpSettings | None = None,
         certificates: DoorCertificates | None = None,
+        responses: ResponseStore | None = None,
     ) -> None:
-        self._frontend = frontend
+        self._models = models
         self._settings = settings or HttpSettings()
         most_reading = int(1_000_000 * self._settings.max_reading_mb)
         self._bodies = Bodies(max_body_bytes, most_reading)
         self._cors = Cors(self._settings.cors)
         self._created = int(time.time())
         self._runner: http_limits.Runner | None = None
-        self._certificates = certificates
+        self._certificates, self._responses = certificates, responses
         self.address = address
 
     async def start(self) -> None:
         """Raises ConfigError naming the port when it cannot be had."""
-        app = web.Application(middlewares=[guard(self._frontend.gate)])
-        app.on_response_prepare.append(with_limits(self._frontend.gate))
+        app = web.Application(middlewares=[guard(self._models.gate)])
+        app.on_response_prepare.append(with_limits(self._models.gate))
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
-        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models", self._list)
+        if self._responses is not None:
+            ResponsesDoor(self._responses, self._read, self._serve).add_routes(app.router)
         app.router.add_get("/v1/models/{id:.+}", self._model)
-        add_small_routes(app.router, self._frontend)
-        add_tokenize_routes(app.router, self._frontend, self._read_small)
-        metrics = self._frontend.dispatcher.metrics
+        add_small_routes(app.router, self._models)
+        add_tokenize_routes(app.router, self._models, self._read_small)
+        metrics = self._models.metrics
         self.routes = app.router
         self._runner = runner = http_limits.Runner(
             app, self._around, metrics.outcome, shutdown_timeout=1.0
@@ -114,17 +121,16 @@ class HttpServer:
     # -- routes -------------------------------------------------------------------------------
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        async def read(body: ChatBody) -> tuple[str, list[list[int]]]:
+        async def read(frontend: Frontend, body: ChatBody) -> tuple[str, list[list[int]]]:
             conversation = conversation_of(body, tools_of(body))
-            return "messages", [await self._frontend.encode_chat(conversation)]
+            return "messages", [await frontend.encode_chat(conversation)]
 
-        return await self._serve(request, ChatBody, read, UNLIMITED, fmt.ChatAnswer)
+        body = partial(self._read, request, kind=ChatBody)
+        return await self._serve(request, body, read, UNLIMITED, fmt.ChatAnswer)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        async def read(body: CompletionBody) -> tuple[str, list[list[int]]]:
-            if body.echo and body.logprobs is not None:
-                raise InvalidRequest("echo", True, "is not supported together with logprobs")
-            frontend, given = self._frontend, prompts_of(body.prompt)
+        async def read(frontend: Frontend, body: CompletionBody) -> tuple[str, list[list[int]]]:
+            given = prompts_of(body.prompt)
             prompts: list[Any] = []
             check_prompts("prompt", len(given))
             for i, one in enumerate(given):
@@ -132,18 +138,22 @@ class HttpServer:
                 prompts.append(await frontend.encode(field, one) if isinstance(one, str) else one)
             return "prompt", prompts
 
+        body = partial(self._read, request, kind=CompletionBody)
         return await self._serve(
-            request, CompletionBody, read, DEFAULT_COMPLETION_TOKENS, fmt.CompletionAnswer
+            request, body, read, DEFAULT_COMPLETION_TOKENS, fmt.CompletionAnswer
         )
 
-    async def _models(self, request: web.Request) -> web.StreamResponse:
-        mine = visit_of(request).principal.may_use(self._frontend.model_id)
-        return web.json_response({"object": "list", "data": [self._card()] if mine else []})
+    async def _list(self, request: web.Request) -> web.StreamResponse:
+        principal = visit_of(request).principal
+        cards = [self._card(frontend) for frontend in self._models.of(principal)]
+        cards += [self._route_card(name) for name in self._models.routes_of(principal)]
+        return web.json_response({"object": "list", "data": cards})
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
-        self._frontend.validator.check_model(request.match_info["id"])
-        visit_of(request).principal.check_model([self._frontend.model_id])
-        return web.json_response(self._card())
+        name, principal = request.match_info["id"], visit_of(request).principal
+        if name in self._models.routes_of(principal):
+            return web.json_response(self._route_card(name))
+        return web.json_response(self._card(self._models.seen(name, principal)))
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -151,12 +161,13 @@ class HttpServer:
         check_media_type(request)
         with self._bodies.reading() as one:
             parts = await self._bodies.read(one, request, arrival.deadline)
-            return await self._frontend.aside.read_body(parts, kind, self._settings.strict)
+            return await self._models.default.aside.read_body(parts, kind, self._settings.strict)
 
     async def _read_small(self, request: web.Request, kind: Any) -> Any:
         """The body of a request that asks for no tokens."""
-        arrival = self._frontend.arrival(visit_of(request))
-        with self._frontend.refusals_counted(arrival):
+        common = self._models.default
+        arrival = common.arrival(visit_of(request))
+        with common.refusals_counted(arrival):
             return await self._read(request, arrival, kind)
 
     # -- answering ----------------------------------------------------------------------------
@@ -164,65 +175,66 @@ class HttpServer:
     async def _serve(
         self,
         request: web.Request,
-        kind: type[Asked],
-        read_prompts: Callable[[Asked], Awaitable[tuple[str, list[list[int]]]]],
+        read_body: Callable[[Arrival], Awaitable[Asked]],
+        read_prompts: Callable[[Frontend, Asked], Awaitable[tuple[str, list[list[int]]]]],
         default_max_tokens: int,
-        answer_kind: type[fmt.Answer],
+        answer_kind: Callable[..., fmt.Answer],
     ) -> web.StreamResponse:
         """Answers a request for tokens; `read_prompts` gives the prompts' ids and their field."""
-        frontend, headers = self._frontend, request.headers
-        arrival = frontend.arrival(visit_of(request), tracing.context_of(headers))
-        with frontend.refusals_counted(arrival):
-            body = await self._read(request, arrival, kind)
-            n, sampling = 1 if body.n is None else body.n, sampling_of(body, frontend.draw_seed())
-            frontend.validator.check_request(body.model or "", n, sampling)
+        common, headers = self._models.default, request.headers
+        arrival = common.arrival(visit_of(request), tracing.context_of(headers))
+        tenant = headers.get(TENANT_HEADER, "")
+        with common.refusals_counted(arrival):
+            body = await read_body(arrival)
+            n, sampling = 1 if body.n is None else body.n, sampling_of(body, common.draw_seed())
+            made_each = made_of(body.made, n, sampling, bool(body.stream))
             offer = tools_of(body)
-            asked = form_of(body, offer, frontend.text, frontend.tool_format)
-            if asked is not None:
-                sampling = await frontend.with_grammar(sampling, *asked)
-            field, prompts = await read_prompts(body)
+
+            async def prepare(frontend: Frontend) -> Prepared:
+                frontend.validator.check_request(n, sampling, body.echoes)
+                asked, guided = form_of(body, offer, frontend.text, frontend.tool_format), sampling
+                if asked is not None:
+                    guided = await frontend.with_grammar(sampling, *asked)
+                field, prompts = await read_prompts(frontend, body)
+                if made_each > n:
+                    guided = ranked(guided)
+                return Prepared(field, prompts, guided, made_each, offer)
+
+            chosen = await self._models.choose(
+                body.model or "", arrival, prepare, headers=headers, tenant=tenant
+            )
+        frontend = chosen.frontend
         request_id, stream = await frontend.submit(
-            field,
-            prompts,
-            sampling,
-            n,
+            chosen.prepared,
             arrival,
             request_id=request[REQUEST_ID],
-            tenant=headers.get(TENANT_HEADER, ""),
+            tenant=tenant,
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             default_max_tokens=default_max_tokens,
-            offer=offer,
         )
         with contextlib.closing(stream):
-            made: Callable[..., fmt.Answer] = answer_kind
-            if offer.tools:
+            made = answer_kind
+            if offer.tools and made is fmt.ChatAnswer:
                 made = partial(ToolAnswer, offer=offer, how=frontend.tool_format)
             answer = made(
                 frontend.text,
                 request_id,
-                fingerprint=self._fingerprint(),
+                fingerprint=_fingerprint(frontend),
                 created=int(arrival.received_unix),
                 model=frontend.model_id,
                 n=n,
                 logprobs=sampling.logprobs is not None,
                 include_usage=bool(body.stream_options and body.stream_options.include_usage),
-                echo=self._echo(body),
+                prompts=_told_of_prompts(frontend, body, n),
             )
             if body.stream:
                 return await self._stream(request, stream, answer)
-            data = answer.whole(await stream.whole())
+            deltas = await stream.whole()
+            if made_each > n:
+                deltas = best(deltas, n, made_each)
+            data = await answer.told(deltas)
             return web.Response(body=data, content_type="application/json")
-
-    def _fingerprint(self) -> str:
-        """Differs where model, weights or KV layout do."""
-        return f"fp_{self._frontend.dispatcher.view.layout_hash.hex()[:12]}"
-
-    def _echo(self, body: SamplingFields) -> list[str]:
-        if not (isinstance(body, CompletionBody) and body.echo):
-            return []
-        text = self._frontend.text
-        return [p if isinstance(p, str) else text.decode(p) for p in prompts_of(body.prompt)]
 
     async def _stream(
         self, request: web.Request, stream: ResponseStream, answer: fmt.Answer
@@ -234,20 +246,22 @@ class HttpServer:
         except CrossdockError as error:
             if not response.prepared:
                 raise
-            await response.write(error_event(error))
+            await response.write(answer.failed(error))
             return response
         if not response.prepared:
             await response.prepare(request)
         await send_events(request, response, stream, answer, batch)
         return response
 
-    def _card(self) -> dict[str, Any]:
+    def _route_card(self, name: str) -> dict[str, Any]:
+        """What is true of any model."""
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "crossdock"}
+
+    def _card(self, frontend: Frontend) -> dict[str, Any]:
         return {
-            "id": self._frontend.model_id,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "crossdock",
-            "context_length": self._frontend.text.context_length,
+            **self._route_card(frontend.model_id),
+            "context_length": frontend.text.context_length,
+            "aliases": list(frontend.aliases),
         }
 
     # -- around every answer ------------------------------------------------------------------
@@ -262,7 +276,7 @@ class HttpServer:
             return await handler(request)
 
         request[REQUEST_ID] = uuid.uuid4().hex
-        outcome = self._frontend.dispatcher.metrics.outcome
+        outcome = self._models.metrics.outcome
         response = self._cors.preflight(request) or await answered(request, identified, outcome)
         if not response.prepared:
             self._add_headers(request, response)
@@ -272,3 +286,17 @@ class HttpServer:
         response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
         response.headers["Server"] = "crossdock"
         self._cors.add_headers(request, response)
+
+
+def _fingerprint(frontend: Frontend) -> str:
+    """Differs where model, weights or KV layout do."""
+    return f"fp_{frontend.dispatcher.view.layout_hash.hex()[:12]}"
+
+
+def _told_of_prompts(frontend: Frontend, body: SamplingFields, n: int) -> PromptAnswers:
+    text, whole = frontend.text, body.prompt_logprobs
+    if not (isinstance(body, CompletionBody) and body.echoes):
+        return PromptAnswers(text, n, whole=whole)
+    given = prompts_of(body.prompt)
+    texts = [each if isinstance(each, str) else text.decode(each) for each in given]
+    return PromptAnswers(text, n, texts, body.echo_logprobs, whole)

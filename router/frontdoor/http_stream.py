@@ -10,7 +10,6 @@ from aiohttp import web
 from crossdock.proto.errors import CrossdockError
 from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.frontdoor import openai_format as fmt
-from crossdock.router.frontdoor.http_errors import error_event
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ async def send_events(
     def write(delta: Delta) -> bool:
         if transport is None or transport.is_closing():
             return False
-        if transport.get_write_buffer_size() > MOST_UNSENT:
+        if transport.get_write_buffer_size() > MOST_UNSENT or delta.prompt is not None:
             return False
         if data := answer.event(delta):
             transport.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -60,18 +59,19 @@ async def send_events(
 
     try:
         while batch:
+            await answer.prepare(batch)
             if data := b"".join([answer.event(delta) for delta in batch]):
                 await response.write(data)
             if chunked:
                 stream.pipe(write)  # only now: the head is on its way
             batch = await stream.batch()
-        await response.write_eof(answer.last_events())
+        await response.write_eof(await answer.end())
     except CrossdockError as error:
-        await response.write(error_event(error))
+        await response.write(answer.failed(error))
     except ConnectionError:
         log.debug("%s: the client went away", answer.request_id)
     except Exception:  # the head is out: an answer of its own would be read as part of this one
         log.exception("%s: an event could not be made", answer.request_id)
         await response.write(
-            error_event(CrossdockError("internal error; the gateway's log has it"))
+            answer.failed(CrossdockError("internal error; the gateway's log has it"))
         )

@@ -10,7 +10,8 @@ import msgspec
 from aiohttp import web
 
 from crossdock.proto.errors import InvalidRequest
-from crossdock.router.frontdoor.frontend import Frontend
+from crossdock.router.frontdoor.http_access import visit_of
+from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.openai_schemas import (
     DetokenizeBody,
     TokenizeBody,
@@ -21,12 +22,12 @@ from crossdock.router.frontdoor.tools.offer import offer_of
 ReadBody = Callable[[web.Request, Any], Awaitable[Any]]
 
 
-def add_tokenize_routes(router: web.UrlDispatcher, frontend: Frontend, read: ReadBody) -> None:
+def add_tokenize_routes(router: web.UrlDispatcher, models: Models, read: ReadBody) -> None:
     """`read` reads a request's body as a struct."""
 
     async def tokenize(request: web.Request) -> web.StreamResponse:
         body: TokenizeBody = await read(request, TokenizeBody)
-        frontend.validator.check_model(body.model or "")
+        frontend = models.seen(body.model or "", visit_of(request).principal)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("prompt", body.prompt, "either prompt or messages must be given")
         if body.messages is not None:
@@ -49,7 +50,7 @@ def add_tokenize_routes(router: web.UrlDispatcher, frontend: Frontend, read: Rea
 
     async def detokenize(request: web.Request) -> web.StreamResponse:
         body: DetokenizeBody = await read(request, DetokenizeBody)
-        frontend.validator.check_model(body.model or "")
+        frontend = models.seen(body.model or "", visit_of(request).principal)
         ids = body.tokens
         if ids:
             frontend.validator.check_prompt("tokens", ids)

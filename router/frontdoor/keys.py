@@ -6,6 +6,7 @@ cannot be guessed needs no slow hash, so the file holds the SHA-256 of each whol
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import os
@@ -110,14 +111,36 @@ def list_keys(path: Path) -> list[Principal]:
 
 @contextmanager
 def _changing(path: Path, missing_ok: bool = False) -> Iterator[list[dict[str, Any]]]:
-    """The file's entries, which take its place as a whole once they are changed and in order."""
-    data = b"" if missing_ok and not path.exists() else _data(path)
-    parse_keys(data)
-    entries = [entry for _, entry in _entries(data)]
-    yield entries
-    text = _HEAD + yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
-    parse_keys(text.encode())
+    """The file's entries, which take its place as a whole once they are changed and in order. Who
+    else changes it waits meanwhile."""
     target = path.resolve()
+    with _locked(target):
+        data = b"" if missing_ok and not path.exists() else _data(path)
+        parse_keys(data)
+        entries = [entry for _, entry in _entries(data)]
+        yield entries
+        text = _HEAD + yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+        parse_keys(text.encode())
+        _replace(target, text)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Held by one process at a time, through a file beside it: the file itself is replaced."""
+    beside = target.with_name(f".{target.name}.lock")
+    try:
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError("keys", f"{beside}: {error.strerror}", str(target)) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(target: Path, text: str) -> None:
+    """Readers find the file as it was or as it is to be, never a part of it."""
     number, made = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(number, "w", encoding="utf-8") as file:  # mkstemp: for the owner alone

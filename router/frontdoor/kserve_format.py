@@ -42,6 +42,8 @@ ELSEWHERE = {  # sampling parameters that this protocol has another place for, o
     "stream_options": "is not offered over this protocol",
     "echo": "comes as exclude_input_in_output",
     "logprobs": "is not offered over this protocol",
+    "prompt_logprobs": "is not offered over this protocol",
+    "best_of": "is not offered over this protocol",
 }
 
 
@@ -59,6 +61,7 @@ class Ask:
     empty_final: bool  # a stream's end comes as a response of its own
     timeout_s: float | None
     priority: int
+    model: str = ""  # that serves it, once it is chosen
 
     @property
     def n(self) -> int:
@@ -66,14 +69,17 @@ class Ask:
         return 1 if self.body.n is None else self.body.n
 
     @classmethod
-    def read(cls, request: pb.ModelInferRequest) -> Ask:
-        """Raises InvalidRequest naming the tensor or parameter that is wrong."""
+    def read(cls, request: pb.ModelInferRequest, streams: bool = True) -> Ask:
+        """`streams`: it came where an answer may be several responses. Raises InvalidRequest naming
+        the tensor or parameter that is wrong."""
         inputs = read_inputs(request)
         for name in inputs:
             if name not in INPUTS:
                 raise InvalidRequest("inputs", name, f"the inputs are {', '.join(INPUTS)}")
         parameters = {name: _value(given) for name, given in request.parameters.items()}
         empty_final = bool(parameters.pop(EMPTY_FINAL, False))
+        if empty_final and not streams:
+            raise InvalidRequest(EMPTY_FINAL, True, "may be true only over ModelStreamInfer")
         timeout_us, priority = parameters.pop("timeout", 0), parameters.pop("priority", 0)
         for name, value in (("timeout", timeout_us), ("priority", priority)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -86,6 +92,8 @@ class Ask:
                 raise InvalidRequest("outputs", name, f"the outputs are {', '.join(OUTPUTS)}")
         by_default = ("text_output",) if field == "text_input" else ("output_ids",)
         stream = _flag(inputs, "stream", False)
+        if stream and not streams:
+            raise InvalidRequest("stream", True, "may be true only over ModelStreamInfer")
         echo = not _flag(inputs, "exclude_input_in_output", True)
         if echo and (stream or field != "text_input"):
             limit = "may be false only for text_input, without stream"
@@ -105,9 +113,7 @@ class Ask:
 
     def answer(self, request: pb.ModelInferRequest, deltas: Sequence[Delta]) -> Any:
         """What these sequences gained, one element of each tensor a delta."""
-        answer = pb.ModelInferResponse(
-            model_name=request.model_name, model_version="1", id=request.id
-        )
+        answer = pb.ModelInferResponse(model_name=self.model, model_version="1", id=request.id)
         for name in self.outputs:
             values: list[Any] = [_output(name, delta) for delta in deltas]
             if name == "output_ids":

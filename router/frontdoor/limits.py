@@ -135,6 +135,16 @@ class Limiter:
             account.expected = MEMORY * account.expected + (1 - MEMORY) * newest
         return cost
 
+    def budget_left(self, principal: Principal) -> float:
+        """The part of its budget that is neither spent nor set aside; 1.0 where it has none. Raises
+        Unavailable where what was spent cannot be read."""
+        account = self._account(principal)
+        budget = account.limits.budget / self._gateways
+        if not budget:
+            return 1.0
+        self._begin_period(account)
+        return max(0.0, 1 - (account.spent + account.reserved) / budget)
+
     def headers(self, principal: Principal) -> dict[str, str]:
         """x-ratelimit-* as OpenAI sends them, of the limits that there are."""
         found: dict[str, str] = {}

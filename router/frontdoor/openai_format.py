@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,12 @@ from typing import Any, ClassVar
 import msgspec
 
 from crossdock.model.text import TextModel
+from crossdock.proto.errors import CrossdockError
 from crossdock.proto.v1 import inference_pb2
 from crossdock.router.dispatch.request import Delta
+from crossdock.router.frontdoor.http_errors import error_event
+from crossdock.router.frontdoor.openai_logprobs import Offsets, token_name, top_by_name
+from crossdock.router.frontdoor.openai_prompt import PromptAnswers
 
 _encode = msgspec.json.encode
 PLAIN_END = b',"logprobs":null,"finish_reason":null}]}\n\n'
@@ -37,7 +40,7 @@ class Answer(ABC):
     logprobs: bool
     include_usage: bool
     fingerprint: str  # of model, weights and KV layout
-    echo: Sequence[str] = ()  # by prompt, text to put before its answers
+    prompts: PromptAnswers  # what is said of them
     _usages: dict[int, inference_pb2.Usage] = field(default_factory=dict)
     _begun: set[int] = field(default_factory=set)  # indexes of which something was sent
     _leads: dict[int, bytes] = field(default_factory=dict)  # what stands before an event's text
@@ -47,6 +50,10 @@ class Answer(ABC):
         usage = b'"usage":null,' if self.include_usage else b""
         head = _encode(self._head(self.event_kind))[:-1]
         return b"data: " + head + b"," + usage + b'"choices":['
+
+    async def prepare(self, deltas: Sequence[Delta]) -> None:
+        """Comes before `event` of any delta that says something of its prompt, and `whole`."""
+        await self.prompts.prepare(deltas)
 
     def event(self, delta: Delta) -> bytes:
         """Its server-sent event; empty where the delta holds nothing to show yet."""
@@ -89,7 +96,23 @@ class Answer(ABC):
                     "finish_reason": delta.finish_reason,
                 }
             )
+        return self._body(choices)
+
+    def _body(self, choices: Sequence[Any]) -> bytes:
         return _encode(self._head(self.kind) | {"choices": choices, "usage": self._usage()})
+
+    async def told(self, deltas: Sequence[Delta]) -> bytes:
+        """`whole`, once what must come before it is done."""
+        await self.prepare(deltas)
+        return self.whole(deltas)
+
+    async def end(self) -> bytes:
+        """`last_events`, likewise."""
+        return self.last_events()
+
+    def failed(self, error: CrossdockError) -> bytes:
+        """The end of a stream that failed."""
+        return error_event(error)
 
     def _head(self, kind: str) -> dict[str, Any]:
         id_ = f"{self.id_prefix}-{self.request_id}"
@@ -104,8 +127,8 @@ class Answer(ABC):
     def _take(self, delta: Delta, first: bool) -> None:
         if delta.usage is not None:
             self._usages[delta.index] = delta.usage
-        if first and self.echo:
-            delta.text = self.echo[delta.index // self.n] + delta.text
+        if first and self.prompts.texts:
+            delta.text = self.prompts.texts[delta.index // self.n] + delta.text
 
     def _usage(self) -> dict[str, Any]:
         """Summed over the choices, each prompt counted once."""
@@ -145,6 +168,10 @@ class ChatAnswer(Answer):
     def _content(self, delta: Delta) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
 
+    def _body(self, choices: Sequence[Any]) -> bytes:
+        body = self._head(self.kind) | {"choices": choices, "usage": self._usage()}
+        return _encode(body | self.prompts.encoded(0))
+
     def _gained(self, delta: Delta, first: bool) -> bytes:
         if first:
             return b'"delta":{"role":"assistant","content":%b}' % _encode(delta.text)
@@ -178,56 +205,22 @@ class CompletionAnswer(Answer):
     lead, tail = b'"text":', PLAIN_END
 
     def _content(self, delta: Delta) -> dict[str, Any]:
-        return {"text": delta.text}
+        return {"text": delta.text} | self.prompts.encoded(delta.index)
 
     def _gained(self, delta: Delta, first: bool) -> bytes:
         return b'"text":%b' % _encode(delta.text)
 
     def _tokens(self, index: int, found: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:
-        offsets = self._offsets.get(index)
+        offsets, echoed = self._offsets.get(index), dict[str, list[Any]]()
         if offsets is None:
-            echoed = self.echo[index // self.n] if self.echo else ""
-            offsets = self._offsets[index] = Offsets(self.names, len(echoed))
-        return {
+            texts = self.prompts.texts
+            start = len(texts[index // self.n]) if texts else 0
+            offsets = self._offsets[index] = Offsets(self.names, start)
+            echoed = self.prompts.columns(index)
+        told: dict[str, list[Any]] = {
             "tokens": [token_name(self.names, item.chosen.token_id) for item in found],
             "token_logprobs": [item.chosen.logprob for item in found],
-            "top_logprobs": [self._top(item) for item in found],
+            "top_logprobs": [top_by_name(self.names, item, len(item.top)) for item in found],
             "text_offset": [offsets.next(item.chosen.token_id) for item in found],
         }
-
-    def _top(self, item: inference_pb2.TokenLogprobs) -> dict[str, float]:
-        """By name; where two tokens have one, the less probable goes by its bytes, or its id."""
-        named: dict[str, float] = {}
-        for top in item.top:
-            id_ = top.token_id
-            names = token_name(self.names, id_), bytes_name(self.names, id_), f"token_id:{id_}"
-            named[next((name for name in names if name not in named), names[-1])] = top.logprob
-        return named
-
-
-class Offsets:
-    """Where the tokens of one completion begin in its text: of a character that several make up,
-    each where that begins."""
-
-    def __init__(self, names: TextModel, start: int) -> None:
-        self._names, self._at = names, start
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def next(self, token_id: int) -> int:
-        """The offset of the next token, in characters."""
-        at = self._at
-        self._at += len(self._utf8.decode(self._names.pieces.of(token_id, skip_special=True)))
-        return at
-
-
-def token_name(names: TextModel, token_id: int) -> str:
-    """A token as OpenAI's completions name it: by its text, where that is whole characters."""
-    try:
-        return names.token_bytes(token_id).decode("utf-8")
-    except UnicodeDecodeError:
-        return bytes_name(names, token_id)
-
-
-def bytes_name(names: TextModel, token_id: int) -> str:
-    """A token by its bytes: "bytes:", then each as \\x and two digits."""
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in names.token_bytes(token_id))
+        return {name: [*echoed.get(name, ()), *values] for name, values in told.items()}

@@ -49,8 +49,19 @@ class SamplingFields(StructuredFields, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is part of the answer."""
+        return False
+
+    @property
+    def made(self) -> int | None:
+        """Continuations of which the best are answered, where that is asked for."""
+        return None
 
 
 class CompletionBody(SamplingFields, kw_only=True):
@@ -59,6 +70,20 @@ class CompletionBody(SamplingFields, kw_only=True):
     prompt: Any = None
     logprobs: int | None = None
     echo: bool | None = None
+    best_of: int | None = None
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def made(self) -> int | None:
+        return self.best_of
+
+    @property
+    def echo_logprobs(self) -> int | None:
+        """Alternatives of the echoed prompt's tokens; None: not asked for."""
+        return self.logprobs if self.echo else None
 
 
 class ContentPart(msgspec.Struct):
@@ -92,6 +117,35 @@ class ChatBody(SamplingFields, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+
+
+class ResponseBody(SamplingFields, kw_only=True):
+    """The body of POST /v1/responses, with what completions know beside it."""
+
+    input: Any = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    text: Any = None
+    reasoning: Any = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    truncation: str | None = None
+    metadata: dict[str, str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+    context_management: Any = None
+    moderation: Any = None
+    max_tool_calls: int | None = None
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -129,7 +183,7 @@ def sampling_of(body: SamplingFields, seed: int) -> SamplingParams:
     given = {
         name: value
         for name in SAMPLING_SCALARS
-        if name not in ("seed", "max_tokens", "logprobs")
+        if name not in ("seed", "max_tokens", "logprobs", "prompt_logprobs")
         and (value := getattr(body, name)) is not None
     }
     return SamplingParams(
@@ -141,6 +195,7 @@ def sampling_of(body: SamplingFields, seed: int) -> SamplingParams:
         ignore_eos=bool(body.ignore_eos),
         max_tokens=_max_tokens(body),
         logprobs=_logprobs(body),
+        prompt_logprobs=_prompt_logprobs(body),
     )
 
 
@@ -188,6 +243,15 @@ def _max_tokens(body: SamplingFields) -> int:
         if given < 1:
             raise InvalidRequest("max_completion_tokens", given, "must be at least 1")
     return UNLIMITED if given is None else given
+
+
+def _prompt_logprobs(body: SamplingFields) -> int | None:
+    if body.prompt_logprobs is not None and body.stream:
+        limit = "cannot be had in a stream; echo with logprobs can"
+        raise InvalidRequest("prompt_logprobs", body.prompt_logprobs, limit)
+    echoed = body.echo_logprobs if isinstance(body, CompletionBody) else None
+    asked = [each for each in (body.prompt_logprobs, echoed) if each is not None]
+    return max(asked, default=None)
 
 
 def _logprobs(body: SamplingFields) -> int | None:

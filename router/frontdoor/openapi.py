@@ -14,6 +14,7 @@ from crossdock.router.frontdoor.openai_schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    ResponseBody,
     TokenizeBody,
 )
 
@@ -25,6 +26,8 @@ _PROMPTS = {
         {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _IDS]}},
     ]
 }
+_INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 _REQUEST_ID = {
     "name": "X-Request-Id",
     "in": "header",
@@ -37,7 +40,7 @@ _REQUEST_ID = {
 @functools.cache
 def document() -> dict[str, Any]:
     """The description, in OpenAPI 3.1."""
-    bodies = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+    bodies = (ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody)
     kinds = (*bodies, *answers.ANSWERS)
     _, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
@@ -45,6 +48,8 @@ def document() -> dict[str, Any]:
     completion = components["CompletionBody"]
     completion["properties"]["prompt"] = _PROMPTS
     completion["required"] = ["prompt"]
+    response = components["ResponseBody"]
+    response["properties"]["input"] = _INPUT
     return {
         "openapi": "3.1.0",
         "info": {"title": "Crossdock", "version": metadata.version("crossdock")},
@@ -55,12 +60,27 @@ def document() -> dict[str, Any]:
             "/v1/completions": {
                 "post": _asking("Continues texts.", CompletionBody, answers.Completion, stream=True)
             },
+            "/v1/responses": {
+                "post": _asking(
+                    "Answers, and keeps the conversation.",
+                    ResponseBody,
+                    answers.Response,
+                    stream=True,
+                )
+            },
+            "/v1/responses/{id}": {
+                "get": _getting("A response that is kept.", answers.Response),
+                "delete": _getting("Forgets a response.", answers.ResponseDeleted),
+                "parameters": [_ID],
+            },
+            "/v1/responses/{id}/input_items": {
+                "get": _getting("What its request brought.", answers.ResponseItems),
+                "parameters": [_ID],
+            },
             "/v1/models": {"get": _getting("What is served.", answers.Models)},
             "/v1/models/{id}": {
                 "get": _getting("One model.", answers.Model),
-                "parameters": [
-                    {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-                ],
+                "parameters": [_ID],
             },
             "/tokenize": {"post": _asking("Token ids of a text.", TokenizeBody, answers.Tokens)},
             "/detokenize": {"post": _asking("Text of token ids.", DetokenizeBody, answers.Text)},

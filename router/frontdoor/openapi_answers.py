@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 
 class Error(msgspec.Struct):
@@ -90,6 +91,18 @@ class ChatChoice(msgspec.Struct):
     finish_reason: str
 
 
+class PromptLogprob(msgspec.Struct):
+    """A token at a place of the prompt. `rank`: among all tokens, 1 the most probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# By token of the prompt, null for the first: by token id, that of the prompt and the best.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class ChatCompletion(msgspec.Struct):
     """The answer of POST /v1/chat/completions."""
 
@@ -100,6 +113,7 @@ class ChatCompletion(msgspec.Struct):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -118,6 +132,7 @@ class CompletionChoice(msgspec.Struct):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct):
@@ -132,14 +147,78 @@ class Completion(msgspec.Struct):
     usage: Usage
 
 
+class ResponseInputDetails(msgspec.Struct):
+    """Of the input, what was found in a prefix cache."""
+
+    cached_tokens: int
+
+
+class ResponseOutputDetails(msgspec.Struct):
+    """Of the output, what is thought and not shown: nothing."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(msgspec.Struct):
+    """Tokens of one turn; the input has those of the turns before it."""
+
+    input_tokens: int
+    input_tokens_details: ResponseInputDetails
+    output_tokens: int
+    output_tokens_details: ResponseOutputDetails
+    total_tokens: int
+
+
+class IncompleteDetails(msgspec.Struct):
+    """Why a response is not complete."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class Response(msgspec.Struct):
+    """The answer of POST /v1/responses, and what is kept of it. Beside these it repeats its
+    request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    error: None
+    incomplete_details: IncompleteDetails | None
+    model: str
+    output: list[dict[str, Any]]
+    usage: ResponseUsage
+    store: bool
+    previous_response_id: str | None
+
+
+class ResponseItems(msgspec.Struct):
+    """The answer of GET /v1/responses/{id}/input_items."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResponseDeleted(msgspec.Struct):
+    """The answer of DELETE /v1/responses/{id}."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
 class Model(msgspec.Struct):
-    """A model that is served."""
+    """A model that is served, or a route to some, which has neither context nor aliases."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    context_length: int
+    context_length: int | UnsetType = UNSET
+    aliases: list[str] | UnsetType = UNSET
 
 
 class Models(msgspec.Struct):
@@ -177,5 +256,6 @@ class Version(msgspec.Struct):
 
 
 ANSWERS: tuple[Any, ...] = (
-    ErrorAnswer, ChatCompletion, Completion, Model, Models, Tokens, Text, Health, Version,
+    ErrorAnswer, ChatCompletion, Completion, Response, ResponseItems, ResponseDeleted, Model,
+    Models, Tokens, Text, Health, Version,
 )  # fmt: skip

@@ -32,13 +32,13 @@ from crossdock.model.text import load_text
 from crossdock.proto import errors
 from crossdock.proto.errors import CrossdockError, InvalidRequest, Unavailable
 from crossdock.router.frontdoor import openai_schemas
+from crossdock.router.frontdoor.child import end
 from crossdock.router.frontdoor.openai_schemas import Body, CompletionBody, prompts_of, read_body
 from crossdock.router.frontdoor.validate import check_prompts
 
 INLINE_BYTES = 16_384  # a larger body is parsed by the process
 INLINE_CHARACTERS = 4_096  # a longer text is tokenized by it
 ANSWER_S = 60.0  # for one question
-ENDED_S = 10.0  # for a killed process to be gone
 SLICE_TOKENS = 65_536  # of which lists are made without letting others run
 MAX_TOKENS = 262_144  # to detokenize
 MAX_VALUES = 32_768  # in a large body, beside its prompt
@@ -70,7 +70,7 @@ class TextProcess:
     def close(self) -> None:
         """Ends the process; what it is asked still is not answered."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self._end()
+        end(self._child)
 
     async def _ask(self, large: Sequence[bytes], name: str, *arguments: Any) -> bytearray:
         head = msgspec.msgpack.encode([name, arguments])
@@ -91,7 +91,7 @@ class TextProcess:
             _write(child.stdin, large, ANSWER_S)
             if answer := _read(child.stdout, ANSWER_S):
                 return msgspec.msgpack.decode(answer), _read(child.stdout, ANSWER_S)
-        self._end()
+        end(child)
         size = len(head) + sum(map(len, large))
         raise Unavailable(f"{size} bytes of a request could not be read or tokenized")
 
@@ -106,15 +106,6 @@ class TextProcess:
         assert child.stdin is not None
         os.set_blocking(child.stdin.fileno(), False)
         return child
-
-    def _end(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait(ENDED_S)
-            for pipe in (self._child.stdin, self._child.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
 
 
 async def listed(ids: Sequence[int] | np.ndarray) -> list[int]:

@@ -57,20 +57,19 @@ KEYS = ("day", "tenant", "account", "model")
 
 
 class Usage:
-    """Counts for one gateway that serves `model`. `file`: None keeps nothing but the metrics."""
+    """Counts for one gateway. `file`: None keeps nothing but the metrics."""
 
     def __init__(
         self,
         file: Path | None,
-        model: str,
         registry: CollectorRegistry,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._file, self._model, self._wall = file, model, wall
+        self._file, self._wall = file, wall
         self._new: dict[Row, Amounts] = {}  # not in the database yet
         self._labels: dict[str, str] = {}
         about = {
-            "requests": "Requests that had a token, by tenant",
+            "requests": "Requests that were charged, by tenant",
             "prompt_tokens": "Prompt tokens, by tenant",
             "cached_tokens": "Of those, found in a cache",
             "generated_tokens": "Tokens delivered, by tenant",
@@ -83,8 +82,8 @@ class Usage:
             for name, text in about.items()
         }
 
-    def add(self, principal: Principal, ended: Ended, cost: float) -> None:
-        """A request has ended."""
+    def add(self, principal: Principal, model: str, ended: Ended, cost: float) -> None:
+        """A request of this model has ended."""
         charged = ended.charged
         amounts = Amounts(
             requests=1 if charged else 0,
@@ -97,10 +96,10 @@ class Usage:
         )
         label = self._label(principal.tenant)
         for name, counter in self._counters.items():
-            counter.inc(getattr(amounts, name), label, self._model)
+            counter.inc(getattr(amounts, name), label, model)
         if self._file is not None:
             day = period_of("day", self._wall())
-            row = (day, principal.tenant, principal.account, self._model)
+            row = (day, principal.tenant, principal.account, model)
             self._new.setdefault(row, Amounts()).__iadd__(amounts)
 
     def spent(self, account: str, since: str) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from crossdock.model.text import TextModel
-from crossdock.proto.errors import ContextLengthExceeded, InvalidRequest, NotFound
-from crossdock.proto.types import MAX_N, SamplingParams
+from crossdock.proto.errors import ContextLengthExceeded, InvalidRequest
+from crossdock.proto.types import LEAST_MAX_TOKENS, MAX_N, SamplingParams
 from crossdock.router.frontdoor.json_body import check_unicode
 
 MAX_PROMPTS = 64
@@ -34,14 +34,6 @@ class Validator:
         pool = self.pool_tokens()
         context = self.text.context_length
         return context if pool is None else min(context, pool)
-
-    def check_model(self, name: str) -> None:
-        """Raises where another model is served."""
-        if name and name != self.model_id:
-            raise NotFound(
-                f"model: {name!r} is not served here; the model of this cluster is "
-                f"{self.model_id!r}"
-            )
 
     def check_text(self, field: str, text: str) -> None:
         """Before tokenization, so that what cannot fit costs nothing."""
@@ -68,12 +60,14 @@ class Validator:
             limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
             raise InvalidRequest(field, wrong, limit)
 
-    def check_request(self, model: str, n: int, sampling: SamplingParams) -> None:
-        """What can be known before the prompt is tokenized. Raises InvalidRequest or NotFound."""
-        self.check_model(model)
+    def check_request(self, n: int, sampling: SamplingParams, echo: bool = False) -> None:
+        """What can be known before the prompt is tokenized. `echo`: it is part of the answer.
+        Raises InvalidRequest."""
         if not 1 <= n <= MAX_N:
             raise InvalidRequest("n", n, f"must be from 1 to {MAX_N}")
         sampling.validate(self.text.vocab_size)
+        if not (sampling.max_tokens or echo or sampling.prompt_logprobs is not None):
+            raise InvalidRequest("max_tokens", 0, LEAST_MAX_TOKENS)
         for text in sampling.stop:
             check_unicode("stop", text)
         if sampling.max_tokens != UNLIMITED and sampling.max_tokens >= self.capacity:

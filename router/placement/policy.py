@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from crossdock.proto.errors import Unavailable
@@ -34,6 +34,7 @@ class Demand:
     block_size: int
     most_tokens: int = 0  # that it may grow to, prompt and completion; 0: one more than it has
     avoid: frozenset[str] = frozenset()  # workers that just failed it; used only if nobody else is
+    local_tokens: int = 0  # that a decode worker which has all before them may compute itself
 
     @property
     def held(self) -> dict[Role, int]:
@@ -76,10 +77,12 @@ def least_latency(
     the wait for a place in the batch take longer than on the best decode worker. So queue depth,
     prefix hits, links and batches are one number. Near ties of either side go to the better of two
     at random, so that gateways with slightly old views do not herd. Pairs whose pulls fail back
-    off while there are others. Raises NoWorker.
+    off while there are others. A decode worker that has more of the sequence cached than any
+    prefill worker, as it has of a chat that it answered, may go on by itself. Raises NoWorker.
     """
     choice = _Choice(view, demand, now, rng)
-    best = [choice.disaggregated()] if choice.pairs else []
+    best = choice.local() if choice.pairs else []
+    best += [choice.disaggregated()] if choice.pairs else []
     best += [choice.colocated()] if choice.usable[Role.COLOCATED] else []
     if not best:
         raise NoWorker(choice.missing(Role.PREFILL, Role.DECODE))
@@ -154,6 +157,32 @@ class _Choice:
         costs = [(self.ttft_s(worker) + seconds - least_s, worker) for seconds, worker in streams]
         cost, worker = self.best_of_two(costs)
         return cost, self.placement(worker)
+
+    def local(self) -> list[tuple[float, Placement]]:
+        """The same for the decode worker that has the most of it, where it may compute the rest: a
+        few tokens, those that wait there already included, so that no stream waits for long. That
+        is presumed to take as long as on the fastest prefill worker."""
+        demand, prefills = self.demand, self.usable[Role.PREFILL]
+        held = max(self.depths.get(worker.slot, 0) for worker in prefills)
+        able = [
+            worker
+            for worker in self.usable[Role.DECODE]
+            if self.depths.get(worker.slot, 0) > held
+            and worker.queued_tokens + self.uncached(worker) <= demand.local_tokens
+            and demand.blocks - self.depths[worker.slot] <= worker.available_blocks
+        ]
+        if not able:
+            return []
+        least_s = min(self.stream_s(worker) for worker in self.usable[Role.DECODE])
+        options = []
+        for worker in able:
+            tokens = worker.queued_tokens + self.uncached(worker)
+            ttft_s = min(self.view.prefill_s(prefill, tokens) for prefill in prefills)
+            if worker.sequences:  # whose step goes before
+                ttft_s += self.view.step_s(worker, worker.sequences)
+            placement = replace(self.placement(worker), predicted_ttft_s=ttft_s)
+            options.append((ttft_s + self.stream_s(worker) - least_s, placement))
+        return [self.best_of_two(options)]
 
     def uncached(self, worker: WorkerView) -> int:
         """The last prompt token is always computed: its logits are what token 0 is drawn from."""

@@ -4,6 +4,7 @@ in order of arrival, where nobody's turn counts."""
 from __future__ import annotations
 
 from crossdock.proto.types import Role
+from crossdock.router.placement.policy import Demand
 from crossdock.router.placement.view import ClusterView, WorkerView
 
 AHEAD_S = 0.005  # before a prompt is expected to be done the next is sent, so that nothing idles
@@ -26,15 +27,33 @@ def has_room(view: ClusterView, now: float) -> bool:
     return any(found[Role.COLOCATED]) or (all(pair) and all(any(side) for side in pair))
 
 
+def has_place(view: ClusterView, demand: Demand, now: float) -> bool:
+    """Whether a worker that decodes has a place in its batch, and the blocks, for a sequence."""
+    workers = [
+        worker
+        for role in (Role.DECODE, Role.COLOCATED)
+        for worker in view.usable(role, now, tokens=demand.held[role])
+    ]
+    return any(
+        worker.available_blocks >= demand.blocks and _has_place(worker) for worker in workers
+    )
+
+
 def takes_more(view: ClusterView, worker: WorkerView, now: float) -> bool:
     """Whether this worker has room. One that does not say how much it takes has."""
-    facts, load = worker.facts, worker.load
+    facts = worker.facts
     if worker.role is not Role.DECODE and facts.chunk_tokens and _computes(view, worker, now):
         return False
-    if worker.role is Role.PREFILL or not facts.max_batch:
+    return worker.role is Role.PREFILL or _has_place(worker)
+
+
+def _has_place(worker: WorkerView) -> bool:
+    """Whether it may get a sequence to decode beside those that it has."""
+    most, load = worker.facts.max_batch, worker.load
+    if not most:
         return True
-    ahead = max(1, int(STREAMS_AHEAD * facts.max_batch))
-    return load.waiting < ahead and worker.sequences < facts.max_batch + ahead
+    ahead = max(1, int(STREAMS_AHEAD * most))
+    return load.waiting < ahead and worker.sequences < most + ahead
 
 
 def _computes(view: ClusterView, worker: WorkerView, now: float) -> bool:

@@ -277,6 +277,10 @@ class ClusterView:
         untried = [w for w in alive if w.name not in avoided]
         return [w for w in fresh if w.name not in avoided] or fresh or untried or alive
 
+    def count(self, role: Role) -> int:
+        """Connected workers of a role."""
+        return sum(worker.role is role for worker in self.workers.values())
+
     def device_failed(self, name: str, now: float) -> None:
         """An engine step failed there, and nothing shows that a request is why."""
         if name in self.workers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import os
 import socket
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import ports
 import pytest
 from ports import tried, unexpected
 from ray_kit import ask, serving, temp_folders, write_spec
@@ -128,8 +126,10 @@ def test_doctor_names_a_wide_port_and_exits_1(cluster, capsys):
 
 
 def test_a_stranger_gets_health_and_refusals_alone(cluster):
-    """Every port, by tools/ports.py. The gateway's own doors are open here: there is no `auth`."""
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    """At every port, by tools/ports.py; and nothing ends of being asked. The gateway's own doors
+    are open here: there is no `auth`."""
+    before = members(cluster)
+    with ThreadPoolExecutor(8) as pool:
         answers = [answer for found in pool.map(tried, listening(ours())) for answer in found]
     asked = {(answer.port.process, answer.asked) for answer in answers if answer.given}
     assert ("gcs_server", "grpc.health.v1.Health/Check") in asked, "Ray was not understood"
@@ -137,6 +137,12 @@ def test_a_stranger_gets_health_and_refusals_alone(cluster):
     refused = [answer.said for answer in answers if answer.asked.startswith("ray.rpc.")]
     assert sum("InvalidAuthToken" in said for said in refused) > 10
     assert unexpected(answers, doors=(cluster.grpc, cluster.http)) == []
+    inside = {cluster.admin, *(worker.address for worker in cluster.status().workers)}
+    assert inside <= {answer.port.address for answer in answers}
+    given = [answer for answer in answers if answer.given and answer.port.address in inside]
+    assert given == [], "not even health"
+    assert members(cluster) == before
+    assert len(ask(cluster, salt=2).token_ids) == 8
 
 
 JOIN = """
@@ -178,21 +184,6 @@ def test_nobody_joins_without_the_token(cluster, tmp_path):
     guess = join(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64, **home)
     for refused in (nobody, guess):
         assert "refused: " in refused.stderr and "keys" not in refused.stdout, refused.stderr
-
-
-def test_no_port_has_an_answer_for_strangers(cluster):
-    """But for health, counts and the tenants' doors; and nothing ends of being asked."""
-    before = members(cluster)
-    with ThreadPoolExecutor(8) as pool:
-        answers = [answer for some in pool.map(ports.tried, listening(ours())) for answer in some]
-    doors = (cluster.grpc, cluster.http)
-    assert ports.unexpected(answers, doors) == []
-    inside = {cluster.admin, *(worker.address for worker in cluster.status().workers)}
-    assert inside <= {answer.port.address for answer in answers}
-    given = [answer for answer in answers if answer.given and answer.port.address in inside]
-    assert given == [], "not even health"
-    assert members(cluster) == before
-    assert len(ask(cluster, salt=2).token_ids) == 8
 
 
 def test_another_clusters_certificates_open_nothing(cluster):

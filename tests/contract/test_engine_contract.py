@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,36 @@ def test_tokens_depend_on_the_prefix_and_on_the_kv_in_its_blocks(engine: Engine)
     blocks[4] = 0
     ((token,),) = engine.run(StepPlan((Chunk(moved, len(PROMPT) - 1, 1, True),)))
     assert token.token_id != right[0] or (blocks[6] != after).any()  # of the last position
+
+
+def scored(engine: Engine, blocks: tuple[int, ...], *lengths: int) -> list[tuple[Any, ...]]:
+    one = sequence(PROMPT, *blocks)
+    one.sampling = SamplingParams(max_tokens=0, prompt_logprobs=2)
+    found: list[tuple[Any, ...]] = []
+    for length in lengths:
+        other = Chunk(sequence(PROMPT[:8], 11), 0, 8, True)
+        chunk = Chunk.of(one, one.num_computed, length)
+        one.num_computed += length
+        _, drawn = engine.run(StepPlan((other, chunk)))
+        assert drawn == [] and other.scores is None
+        if (scores := chunk.scores) is not None:
+            assert scores.first == len(found) + 1
+            assert scores.top_ids.shape == scores.top_logprobs.shape == (scores.count, 2)
+            tops = zip(scores.top_ids.tolist(), scores.top_logprobs.tolist())
+            found += zip(scores.logprobs.tolist(), scores.ranks.tolist(), tops)
+    return found
+
+
+def test_prompts_are_scored_alike_in_any_chunks_and_blocks(engine: Engine) -> None:
+    """Each token by all that comes before it and nothing else; the first by nothing."""
+    whole = scored(engine, (3, 1, 2), 21)
+    assert len(whole) == len(PROMPT) - 1
+    for found in (scored(engine, (8, 9, 10), 8, 5, 7, 1), scored(engine, (3, 1, 2), 1, 20)):
+        for (logprob, rank, (ids, values)), right in zip(found, whole, strict=True):
+            assert (rank, ids) == (right[1], right[2][0])
+            assert [logprob, *values] == pytest.approx([right[0], *right[2][1]], abs=1e-4)
+            assert logprob <= values[0] and values == sorted(values, reverse=True)
+            assert (rank == 1) == (logprob == values[0])
 
 
 @pytest.mark.parametrize("blocks", [(3, 9, 2, 5), (1, 3, 2, 5), (3, 3, 2, 5), (3, 0, 2, 5)])

@@ -15,6 +15,7 @@ from crossdock.deploy.members import WatchSettings
 from crossdock.deploy.runtime import (
     CannotStart,
     Launch,
+    Membership,
     ProcessGone,
     Started,
     StartFailed,
@@ -22,6 +23,7 @@ from crossdock.deploy.runtime import (
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.proto.settings import overlap
 from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.router.serving import Serving
 
 YAML = """
 metadata: {name: test}
@@ -46,6 +48,7 @@ class FakeProcess(Applies):
         self.cut_off = False  # stopped with work left
         self.told: list[set[str]] = []
         self.serves = False
+        self.serving: Serving | None = None  # what a gateway was told of models
         self.slow_updates = 0  # so many of the next ones take their time
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -89,7 +92,8 @@ class FakeProcess(Applies):
     async def gone(self) -> str:
         return await asyncio.shield(self._gone)
 
-    async def update(self, endpoints) -> None:
+    async def update(self, members: Membership) -> None:
+        endpoints, self.serving = members.endpoints, members.serving
         if not self.alive:
             raise ProcessGone("killed")
         if self.slow_updates:

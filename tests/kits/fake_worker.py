@@ -23,6 +23,7 @@ from crossdock.proto.identity import Credentials
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import inference_pb2, worker_pb2_grpc
 from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.worker.states import Bounds, States
 
 BLOCK_BYTES = 1000
 
@@ -38,10 +39,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         num_blocks: int = 1000,
         block_size: int = 16,
         port: int = 0,
+        model: str = "",
         certified: Callable[[], Credentials] | None = None,  # for each of its lives
     ) -> None:
         self.name, self.role, self.port = name, role, port
-        self.certified = certified
+        self.certified, self.model = certified, model
         self.num_blocks, self.block_size = num_blocks, block_size
         self.incarnation = os.urandom(16)
         self.layout_hash = b"a layout's hash."
@@ -52,6 +54,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.gate = asyncio.Event()  # closed: sequences wait before each token
         self.gate.set()
         self.parts: list[int] = []  # ready blocks that a prefill tells of before token 0
+        self.scored_early = 0  # prompt tokens whose scores a prefill tells before all else
         self.token_0 = asyncio.Event()  # closed: prefills wait before it, their parts told
         self.token_0.set()
         self.step_s = 0.0
@@ -66,9 +69,21 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.running: dict[str, asyncio.Task[None]] = {}
         self.cached: dict[bytes, None] = {}
         self.next_event = 0
+        self.states = States()
         self._reading: dict[str, asyncio.Future[int]] = {}
         self._streams: dict[asyncio.Queue[pb.WorkerFrame | None], None] = {}
         self._server: Any = None
+
+    async def StoreState(self, request: pb.StoreStateRequest, context: Any) -> Any:
+        bounds = Bounds(request.ttl_ms / 1000, request.most_tenant_bytes, request.most_bytes)
+        stored = self.states.store(request.tenant, request.id, request.data, bounds)
+        return pb.StoreStateResponse(stored=stored)
+
+    async def FetchState(self, request: pb.FetchStateRequest, context: Any) -> Any:
+        return pb.FetchStateResponse(data=self.states.fetch(request.tenant, request.id))
+
+    async def DropState(self, request: pb.DropStateRequest, context: Any) -> Any:
+        return pb.DropStateResponse(dropped=self.states.drop(request.tenant, request.id))
 
     async def __aenter__(self) -> FakeWorker:
         await self.start()
@@ -104,7 +119,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     @property
     def endpoint(self) -> WorkerEndpoint:
         return WorkerEndpoint(
-            self.name, "pool", self.role, f"127.0.0.1:{self.port}", self.incarnation.hex()
+            self.name,
+            "pool",
+            self.role,
+            f"127.0.0.1:{self.port}",
+            self.incarnation.hex(),
+            model=self.model,
         )
 
     @property
@@ -230,9 +250,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if self._refused(sequence):
             return
         await self._pace()
+        self._score(sequence, before=self.scored_early)
         hits = 0
         for name in sequence.block_hashes:
-            if name not in self.cached:
+            if name not in self.cached or sequence.sampling.HasField("prompt_logprobs"):
                 break
             hits += 1
         cached = min(hits * self.block_size, len(sequence.token_ids) - 1)
@@ -252,6 +273,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 progress.ticket.CopyFrom(ticket)
             self._emit(pb.SequenceOutput(sequence_id=sequence.sequence_id, progress=progress))
         await self.token_0.wait()
+        self._score(sequence)
         output = self._token(sequence)
         output.cached_tokens = cached
         now = self._now_ms()
@@ -274,6 +296,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self._reading[sequence.sequence_id] = token_0 = asyncio.Future[int]()
             sequence.token_ids.append(await token_0)
         first = True
+        self._score(sequence)
         while True:
             await self._pace()
             code = self.fail_after.pop(len(sequence.token_ids) - sequence.prompt_tokens, None)
@@ -326,7 +349,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         return True
 
     def _token(self, sequence: pb.SequenceRequest) -> pb.SequenceOutput:
-        """The next token, appended to the request's own token_ids."""
+        """The next token, appended to the request's own token_ids; none where none is asked for."""
+        if not sequence.sampling.max_tokens:
+            return pb.SequenceOutput(
+                sequence_id=sequence.sequence_id, finish_reason=inference_pb2.FINISH_REASON_LENGTH
+            )
         prompt = self.script or list(sequence.token_ids[: sequence.prompt_tokens])
         k = len(sequence.token_ids) - sequence.prompt_tokens
         token_id = prompt[k % len(prompt)]
@@ -345,11 +372,37 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             output.logprobs.add(chosen=chosen, top=[chosen] * sampling.logprobs)
         return output
 
+    def _score(self, sequence: pb.SequenceRequest, before: int | None = None) -> None:
+        """Log-probabilities of the prompt, where asked for and not told: see `score_of`."""
+        if not sequence.sampling.HasField("prompt_logprobs"):
+            return
+        first, top = max(1, sequence.scored_tokens), sequence.sampling.prompt_logprobs
+        end = sequence.prompt_tokens if before is None else min(before, sequence.prompt_tokens)
+        if first >= end:
+            return
+        places = range(first, end)
+        scores = pb.PromptLogprobs(
+            first=first,
+            logprobs=[score_of(sequence.token_ids[at], at) for at in places],
+            ranks=[2] * len(places),
+            top=top,
+            top_ids=[(at + i) % 100 for at in places for i in range(top)],
+            top_logprobs=[-0.125 * (i + 1) for _ in places for i in range(top)],
+        )
+        sequence.scored_tokens = end
+        output = pb.SequenceOutput(sequence_id=sequence.sequence_id, prompt_logprobs=scores)
+        self._emit(output)
+
     def _emit(self, output: pb.SequenceOutput) -> None:
         self.send(pb.WorkerFrame(outputs=[output], load=self.load))
 
     def _now_ms(self) -> float:
         return time.time() * 1000
+
+
+def score_of(token_id: int, position: int) -> float:
+    """The log-probability that a fake worker gives a prompt's token."""
+    return -0.5 - token_id / 1024 - position / 16384
 
 
 def _copy(message: Any) -> Any:

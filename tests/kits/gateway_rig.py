@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,8 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import inference_pb2_grpc
 from crossdock.router.gateway import GatewayConfig, GatewayServer
+from crossdock.router.served import Served
+from crossdock.router.serving import Rule, ServedModel, Serving
 
 FINISH = pb.FinishReason
 HASH_KEY = b"the key of these tests"
@@ -41,6 +43,12 @@ class Rig:
         return [*self.prefills, *self.decodes, *self.colocated]
 
     @property
+    def only(self) -> Served:
+        """The gateway's one model."""
+        (served,) = self.gateway._served.values()
+        return served
+
+    @property
     def url(self) -> str:
         return f"http://{self.gateway.http_address}"
 
@@ -56,7 +64,8 @@ class Rig:
         await until(lambda: names.items() <= self._connected().items())
 
     def _connected(self) -> dict[str, str]:
-        return {n: w.facts.incarnation for n, w in self.gateway.view.workers.items()}
+        views = [served.view for served in self.gateway._all()]
+        return {n: w.facts.incarnation for view in views for n, w in view.workers.items()}
 
     def hashes(self, token_ids: list[int]) -> list[bytes]:
         """What this gateway calls the full blocks of a prompt that has no salt."""
@@ -112,6 +121,29 @@ async def start_rig(
         )
         if rig.workers:
             await rig.members()
+        yield rig
+
+
+@asynccontextmanager
+async def start_models(
+    models: Mapping[str, ServedModel],
+    routes: Mapping[str, tuple[Rule, ...]] | None = None,
+    **config: Any,
+) -> AsyncIterator[Rig]:
+    """A gateway of several models, a prefill and a decode worker before each: MODEL-p, MODEL-d."""
+    serving = Serving(models, routes or {})
+    async with AsyncExitStack() as stack:
+        rig = await stack.enter_async_context(
+            start_rig(Path(), prefills=0, decodes=0, serving=serving, **config)
+        )
+        for name in models:
+            for end, role, workers in (
+                ("p", Role.PREFILL, rig.prefills),
+                ("d", Role.DECODE, rig.decodes),
+            ):
+                worker = FakeWorker(f"{name}-{end}", role, model=name)
+                workers.append(await stack.enter_async_context(worker))
+        await rig.members()
         yield rig
 
 

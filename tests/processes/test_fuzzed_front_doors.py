@@ -20,7 +20,8 @@ from served_rig import ServedRig
 pytestmark = pytest.mark.slow
 
 HTTP_CASES, GRPC_CASES, EXAMPLES = 12_000, 8_000, 40
-HELD_S = 0.15  # of the loop thread's CPU at a stretch; the aim is 0.05, on a quiet machine
+HELD_S = 0.05  # of the loop thread's CPU at a stretch, on a machine as fast as that
+HELD_UNITS = 2.5  # and where it is slower: so many times what a million turns of a loop take
 CHECKS = [
     checks.not_a_server_error,
     openapi_checks.status_code_conformance,
@@ -39,7 +40,8 @@ def still_well(served: ServedRig, before: dict[str, Any]) -> None:
     """It answers, was not held, has no error of its own, and no more memory than before."""
     after = served.stats()
     assert after["outcomes"].get("internal", 0) == 0, after
-    assert after["held_s"] < HELD_S, after
+    slowest = max(before["unit_s"], after["unit_s"])
+    assert after["held_s"] < max(HELD_S, HELD_UNITS * slowest), after
     assert after["connections"] == 0
     assert after["rss"] < 1.05 * before["rss"], (before, after)
     body = {"prompt": "x", "max_tokens": 1}

@@ -321,9 +321,9 @@ def plant(stage: str, cluster: Cluster, gate: Gate, patch: pytest.MonkeyPatch) -
         threading.Thread(target=give_back, daemon=True).start()
 
     if stage == "admission":
-        around(type(gateway._grpc._frontend.text), "encode", before)
+        around(type(gateway._models.default.text), "encode", before)
     elif stage == "routing":
-        around(gateway._dispatcher, "_policy", before)
+        around(gateway._models.default.dispatcher, "_policy", before)
     elif stage == "prefill_queue":
         around(prefill._role, "_admit", after)
     elif stage == "prefill":

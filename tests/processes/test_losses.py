@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 from process_kit import Cluster, WorkerProcess, until
 
@@ -186,3 +187,36 @@ async def test_token_0_reaches_the_client_before_any_kv_moves(cluster: Cluster) 
     block_bytes = status[0].description.block_bytes
     assert sum(each.transferred_bytes for each in status) - moved == 7 * block_bytes
     await freed(cluster, time.monotonic())
+
+
+async def test_a_session_goes_on_where_its_gateway_was_killed(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten turns of /v1/responses: from the second on the history is found in a cache, and what is
+    known of the session is not the gateway's that ended."""
+    cluster.everywhere(pace_s=0, reads=True)
+    doors = []
+    for _ in range(2):
+        await asyncio.to_thread(cluster.start_gateway)
+        doors.append(f"http://{cluster.http}/v1")
+    first, second = cluster.gateways[-2:]
+    found, history, previous = [], 0, None
+    for turn in range(10):
+        if turn == 4:
+            first.signal(signal.SIGKILL)
+        door = doors[0] if turn < 4 else doors[1]
+        said = "The capital of France is Paris. " * (12 if turn == 0 else 1)
+        async with openai.AsyncOpenAI(base_url=door, api_key="none", timeout=WAIT_S) as client:
+            response = await client.responses.create(
+                model="", input=said, previous_response_id=previous, max_output_tokens=40
+            )
+        usage, previous = response.usage, response.id
+        assert usage is not None
+        if turn:
+            found.append(usage.input_tokens_details.cached_tokens / history)
+        history = usage.total_tokens
+    with capsys.disabled():
+        print(f"\ncached of the history, by turn: {' '.join(f'{part:.1%}' for part in found)}")
+    assert min(found) >= 0.9
+    for gateway in (first, second):
+        gateway.end()

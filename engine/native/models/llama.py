@@ -32,6 +32,15 @@ class Layer:
     down: Linear
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What a step computed, of T rows."""
+
+    logits: torch.Tensor  # float32 [N, vocab] of the sampled rows
+    scored: torch.Tensor  # [M, hidden] last hidden states of the scored rows
+    finite: torch.Tensor  # bool [T], whether the KV of each row is
+
+
 class LlamaModel:
     def __init__(
         self,
@@ -51,25 +60,38 @@ class LlamaModel:
         else:
             self._head = make_linear(read.tensor("lm_head.weight"))
 
-    def forward(self, batch: Batch, kv: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the KV of all rows. Logits of the sampled rows, float32 [N, vocab], and whether
-        the KV of each row is finite, bool [T]."""
+    def forward(self, batch: Batch, kv: KVCache) -> Forward:
+        """Writes the KV of all rows, and computes what is wanted of the sampled and scored ones."""
         step = self._step_ops(batch, kv)
         hidden = functional.embedding(step.token_ids, self._embedding)
+        count = len(batch.sampled)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(step.norm(hidden, layer.input_norm))
             step.store(index, qkv, layer.q_norm, layer.k_norm)
-            only_sampled = index == len(self._layers) - 1 and len(batch.sampled) < batch.num_rows
+            last = index == len(self._layers) - 1
+            # Of the other rows the last layer needs no more than keys and values.
+            only_sampled = last and count < batch.num_rows and not len(batch.scored)
             if only_sampled:
-                # Of the other rows the last layer needs no more than keys and values.
-                if not len(batch.sampled):
-                    empty = hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-                    return empty, step.finite()
+                if not count:
+                    return Forward(self.logits(hidden[:0]), hidden[:0], step.finite())
                 hidden = hidden[step.sampled]
-            hidden = layer.output.add_to(step.attend(index, qkv, only_sampled), hidden)
+            attended = step.attend(index, qkv, only_sampled)
+            if last and len(batch.scored):
+                # Scored rows are many and neighbours: cheaper attended to as whole chunks.
+                scored = torch.from_numpy(batch.scored).to(hidden.device)
+                rows = torch.cat((step.sampled, scored))
+                attended, hidden = attended[rows], hidden[rows]
+            hidden = layer.output.add_to(attended, hidden)
             gate_up = layer.gate_up(step.norm(hidden, layer.post_norm))
             hidden = layer.down.add_to(step.swiglu(gate_up), hidden)
-        return self._head(step.norm(hidden, self._norm)).float(), step.finite()
+        hidden = step.norm(hidden, self._norm)
+        return Forward(self.logits(hidden[:count]), hidden[count:], step.finite())
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, vocab] of the last hidden states [rows, hidden]."""
+        if not len(hidden):
+            return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        return self._head(hidden).float()
 
 
 class _Reader:

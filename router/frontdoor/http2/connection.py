@@ -193,7 +193,7 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(Code.PROTOCOL_ERROR, "a head is not whole")
         if not self._settled and (kind != Kind.SETTINGS or flags & ACK):
             raise ConnectionFault(Code.PROTOCOL_ERROR, "the first frame is to be SETTINGS")
-        take = self._by_kind.get(kind)  # type: ignore[call-overload]
+        take = self._by_kind.get(kind)
         if take is None:
             self._manners.idle("frames of unknown types")
         else:

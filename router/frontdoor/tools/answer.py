@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +11,11 @@ import msgspec
 from crossdock.proto.types import FinishReason
 from crossdock.router.dispatch.request import Delta
 from crossdock.router.frontdoor.openai_format import ChatAnswer
-from crossdock.router.frontdoor.tools.calls import CallArguments, CallBegun, Content, Event
 from crossdock.router.frontdoor.tools.formats import ToolFormat
 from crossdock.router.frontdoor.tools.offer import Offer
-from crossdock.router.frontdoor.tools.parsers import Parser
+from crossdock.router.frontdoor.tools.reading import CallPiece, Gained, Reading
 
-TOOL_CALLS = "tool_calls"  # the finish_reason of an answer that calls
-_ALPHABET = string.ascii_letters + string.digits
+TOOL_CALLS = FinishReason.TOOL_CALLS.value  # of an answer that calls
 _encode = msgspec.json.encode
 
 
@@ -29,18 +25,18 @@ class ToolAnswer(ChatAnswer):
 
     offer: Offer = field(kw_only=True)
     how: ToolFormat = field(kw_only=True)
-    _parsers: dict[int, Parser] = field(default_factory=dict)
+    _reading: Reading = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reading = Reading(self.offer, self.how)
 
     def event(self, delta: Delta) -> bytes:
         """See Answer.event."""
-        parser = self._parsers.setdefault(delta.index, self.how.parser(self.offer))
-        events = parser.push(delta.text)
         first = delta.index not in self._begun
         self._take(delta, first=False)
-        if delta.finish_reason is not None:
-            events += parser.finish()
-        gained = self._delta(events)
-        shown = gained or first or delta.finish_reason or (self.logprobs and delta.logprobs)
+        said = self._reading.take(delta)
+        gained = _delta(said)
+        shown = gained or first or said.finish_reason or (self.logprobs and delta.logprobs)
         if not shown:
             return b""
         if first:
@@ -51,7 +47,7 @@ class ToolAnswer(ChatAnswer):
             delta.index,
             _encode(gained),
             _encode(self._logprobs_of(delta)),
-            _encode(_reason(delta, parser)),
+            _encode(said.finish_reason),
         )
 
     def whole(self, deltas: Sequence[Delta]) -> bytes:
@@ -59,52 +55,32 @@ class ToolAnswer(ChatAnswer):
         choices = []
         for delta in deltas:
             self._take(delta, first=False)
-            parser = self.how.parser(self.offer)
-            message = self._message([*parser.push(delta.text), *parser.finish()])
+            said = self._reading.take(delta)
             choices.append(
                 {
                     "index": delta.index,
-                    "message": {"role": "assistant", "refusal": None} | message,
+                    "message": {"role": "assistant", "refusal": None} | _message(said),
                     "logprobs": self._logprobs_of(delta),
-                    "finish_reason": _reason(delta, parser),
+                    "finish_reason": said.finish_reason,
                 }
             )
-        return _encode(self._head(self.kind) | {"choices": choices, "usage": self._usage()})
-
-    def _message(self, events: Sequence[Event]) -> dict[str, Any]:
-        gained = self._delta(events)
-        calls = gained.get(TOOL_CALLS)
-        if not calls:
-            return {"content": gained.get("content", "")}
-        whole = [{key: value for key, value in call.items() if key != "index"} for call in calls]
-        return {"content": gained.get("content"), TOOL_CALLS: whole}
-
-    def _delta(self, events: Sequence[Event]) -> dict[str, Any]:
-        """What a delta says: text and calls, those of one index joined."""
-        text = "".join(event.text for event in events if isinstance(event, Content))
-        calls: dict[int, dict[str, Any]] = {}
-        for event in events:
-            if isinstance(event, CallBegun):
-                calls[event.index] = {
-                    "index": event.index,
-                    "id": self._new_id(),
-                    "type": "function",
-                    "function": {"name": event.name, "arguments": ""},
-                }
-            elif isinstance(event, CallArguments):
-                empty = {"index": event.index, "function": {"arguments": ""}}
-                call = calls.setdefault(event.index, empty)
-                call["function"]["arguments"] += event.text
-        gained: dict[str, Any] = {"content": text} if text else {}
-        return gained | ({TOOL_CALLS: list(calls.values())} if calls else {})
-
-    def _new_id(self) -> str:
-        length = self.how.id_characters
-        drawn = "".join(secrets.choice(_ALPHABET) for _ in range(length))
-        return drawn if length < 20 else f"call_{drawn}"
+        return self._body(choices)
 
 
-def _reason(delta: Delta, parser: Parser) -> str | None:
-    if delta.finish_reason is FinishReason.STOP and parser.calls:
-        return TOOL_CALLS
-    return delta.finish_reason
+def _message(said: Gained) -> dict[str, Any]:
+    if not said.calls:
+        return {"content": said.text}
+    whole = [{key: value for key, value in _call(c).items() if key != "index"} for c in said.calls]
+    return {"content": said.text or None, TOOL_CALLS: whole}
+
+
+def _delta(said: Gained) -> dict[str, Any]:
+    gained: dict[str, Any] = {"content": said.text} if said.text else {}
+    return gained | ({TOOL_CALLS: [_call(call) for call in said.calls]} if said.calls else {})
+
+
+def _call(piece: CallPiece) -> dict[str, Any]:
+    if not piece.id:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}

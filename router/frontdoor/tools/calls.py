@@ -38,13 +38,16 @@ class CallReader:
     """Reads one JSON object that is a call, {"name": …, "arguments": {…}} in whatever order, as its
     text comes; the arguments are passed on as they are written.
 
-    `known`: names that may be called; empty: any.
+    `known`: names that may be called; empty: any. `name`: where it is known, the object is its
+    arguments alone.
     """
 
-    def __init__(self, index: int, known: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, index: int, known: frozenset[str] = frozenset(), name: str | None = None
+    ) -> None:
         self.index, self.done, self.failed = index, False, False
         self.text = ""  # all that was read
-        self.name: str | None = None
+        self.name, self._named = name, name is not None
         self._known = known
         self._at = 0  # read so far
         self._depth = 0
@@ -86,21 +89,26 @@ class CallReader:
         end = len(self.text) if self._arguments_end is None else self._arguments_end
         return self.text[self._arguments_at : end]
 
+    @property
+    def _of_call(self) -> bool:
+        """Whether what stands here is the call's, and not its arguments'."""
+        return self._depth == 1 and not self._named
+
     def _take(self, character: str) -> None:
         if self._in_string:
             self._take_of_string(character)
         elif character == '"':
             self._in_string, self._string_at = True, self._at
             self.failed |= self._depth == 0
-            if self._depth == 1 and self._expects_value and self._key in ARGUMENT_KEYS:
+            if self._of_call and self._expects_value and self._key in ARGUMENT_KEYS:
                 self.failed = True  # arguments are an object
         elif character in "{[":
             self._opened(character)
         elif character in "}]":
             self._closed()
-        elif character == ":" and self._depth == 1:
+        elif character == ":" and self._of_call:
             self._key, self._expects_value = self._last_string, True
-        elif character == "," and self._depth == 1:
+        elif character == "," and self._of_call:
             self._key, self._expects_value = "", False
         elif not character.isspace():
             self.failed |= self._depth == 0
@@ -112,7 +120,7 @@ class CallReader:
             self._escaped = True
         elif character == '"':
             self._in_string = False
-            if self._depth == 1:
+            if self._of_call:
                 self._string_ended()
 
     def _string_ended(self) -> None:
@@ -129,14 +137,16 @@ class CallReader:
 
     def _opened(self, bracket: str) -> None:
         self.failed |= self._depth == 0 and bracket != "{"
-        if self._depth == 1 and self._key in ARGUMENT_KEYS and self._arguments_at is None:
+        begins = self._depth == 0 if self._named else self._key in ARGUMENT_KEYS and self._of_call
+        if begins and self._arguments_at is None:
             self._arguments_at = self._at
             self.failed |= bracket != "{"
         self._depth += 1
 
     def _closed(self) -> None:
         self._depth -= 1
-        if self._depth == 1 and self._arguments_at is not None and self._arguments_end is None:
+        ends = self._depth == (0 if self._named else 1)
+        if ends and self._arguments_at is not None and self._arguments_end is None:
             self._arguments_end = self._at + 1
         self.done = self._depth == 0
         self.failed |= self._depth < 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import InvalidRequest
-from crossdock.proto.types import Grammar
+from crossdock.proto.types import Grammar, GrammarKind
 from crossdock.router.frontdoor.openai_schemas import ChatBody, Message, TokenizeBody
 from crossdock.router.frontdoor.structured import StructuredFields, grammar_of
 from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of, check_json
@@ -25,19 +25,39 @@ def tools_of(body: StructuredFields) -> Offer:
 def form_of(
     body: StructuredFields, offer: Offer, text: TextModel, how: ToolFormat
 ) -> tuple[str, Grammar] | None:
-    """The field that asks for a grammar, and the grammar: the answer's own, or that of calls where
-    one must be made. Raises InvalidRequest."""
-    asked = grammar_of(body)
-    if not offer.tools:
+    """See `form`."""
+    return form(grammar_of(body), offer, text, how)
+
+
+def form(
+    asked: tuple[str, Grammar] | None,
+    offer: Offer,
+    text: TextModel,
+    how: ToolFormat,
+    prefix: str = "",  # of the names of fields
+) -> tuple[str, Grammar] | None:
+    """The field that asks for a grammar, and the grammar: what is `asked` for of the answer's text,
+    calls where they must be made, or either where both may be. Raises InvalidRequest."""
+    if not offer.tools or (how is NONE and not offer.must):
         return asked
-    if asked is not None:
-        limit = "cannot be had together with tools, unless tool_choice is none"
-        raise InvalidRequest(asked[0], asked[1].kind, limit)
-    if not offer.must:
-        return None
     if how is NONE:
-        raise InvalidRequest("tool_choice", "given", "calls are not read here: tool_parser is none")
-    return "tools", how.grammar(offer, text)
+        limit = "calls are not read here: tool_parser is none"
+        raise InvalidRequest(f"{prefix}tool_choice", "given", limit)
+    if offer.must:  # then there is no text that could have another form
+        return f"{prefix}tools", how.grammar(offer, text)
+    if asked is None:
+        return None
+    field, grammar = asked
+    if grammar.kind is GrammarKind.LARK or not how.begin:
+        why = (
+            "the model's calls begin like other JSON" if not how.begin else "it is a whole grammar"
+        )
+        limit = f"cannot be had together with tools that may be called, as {why}"
+        raise InvalidRequest(field, grammar.kind, limit)
+    try:
+        return field, how.grammar(offer, text, instead=grammar)
+    except InvalidRequest as error:
+        raise InvalidRequest(field, error.value, error.limit) from None
 
 
 def conversation_of(body: ChatBody | TokenizeBody, offer: Offer) -> Conversation:

@@ -28,6 +28,7 @@ class MarkedParser:
     def __init__(self, begin: str, end: str = "") -> None:
         self.calls = 0
         self._begin, self._end = begin, end
+        self._lead = begin  # what stood before what a reader has
         self._reader: CallReader | None = None
         self._inside = False
         self._held = ""
@@ -49,7 +50,7 @@ class MarkedParser:
             held = "" if self._inside else self._held
         self._held = ""
         if reader is not None and held:
-            held = self._begin + held
+            held = self._lead + held
         return [Content(held)] if held.strip() or (held and not self.calls) else []
 
     def _step(self, events: list[Event]) -> bool:
@@ -96,7 +97,7 @@ class MarkedParser:
         self.calls += bool(news) and reader.index == self.calls
         events += news
         if reader.failed and not self._has_begun(reader):
-            events.append(Content(self._begin + reader.text))
+            events.append(Content(self._lead + reader.text))
             self._reader, self._inside, self._held = None, False, rest
         elif reader.done or reader.failed:
             self._reader, self._held = None, rest
@@ -104,6 +105,38 @@ class MarkedParser:
 
     def _has_begun(self, reader: CallReader) -> bool:
         return self.calls > reader.index
+
+
+class NamedParser(MarkedParser):
+    """Calls that begin with a marker and a name, one after another, as newer models of Mistral do:
+    [TOOL_CALLS]name[ARGS]{…}. Some put [CALL_ID] and an id, which nobody needs, before [ARGS].
+    """
+
+    ID = "[CALL_ID]"
+    LONGEST = 256  # characters of a name and an id
+
+    def __init__(self, begin: str, between: str) -> None:
+        super().__init__(begin)
+        self._before_arguments = between
+
+    def _between(self, events: list[Event]) -> bool:
+        """After the marker: a name."""
+        head, found, rest = self._held.partition(self._before_arguments)
+        name = head.partition(self.ID)[0].strip()
+        if found and name and len(head) <= self.LONGEST:
+            self._reader = CallReader(self.calls, name=name)
+            self._lead, self._held = f"{self._begin}{head}{found}", rest
+            return bool(rest)
+        if not found and len(head) < self.LONGEST + len(self._before_arguments):
+            return False
+        self._inside = False  # no call after all
+        events.append(Content(self._begin))
+        return True
+
+    def _read(self, reader: CallReader, events: list[Event]) -> bool:
+        more = super()._read(reader, events)
+        self._inside = self._reader is not None
+        return more
 
 
 class BareParser:

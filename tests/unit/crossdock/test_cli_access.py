@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,37 @@ def test_a_key_that_cannot_be_changes_nothing(tmp_path: Path, capsys: Any, optio
 def test_listing_what_is_not_there(tmp_path: Path, capsys: Any) -> None:
     code, _, err = run(capsys, "keys", "list", "--file", str(tmp_path / "none"))
     assert code == 1 and "cannot be read" in err
+
+
+CHANGES = """
+import sys
+from pathlib import Path
+from crossdock.router.frontdoor.keys import add_key, revoke_key
+
+file = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(10):
+    key = add_key(file, {"tenant": sys.argv[2]})
+    if i % 2:
+        revoke_key(file, key.split("-")[1])
+"""
+
+
+def test_processes_that_change_the_file_at_once_lose_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    changing = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHANGES, str(file), tenant],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for tenant in "abc"
+    ]
+    for process in changing:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    for process in changing:
+        process.communicate(b"go\n", timeout=120)
+    assert [process.returncode for process in changing] == [0, 0, 0]
+    assert sorted(key.tenant for key in list_keys(file)) == sorted("abc" * 5)
+    assert {path.name for path in tmp_path.iterdir()} == {"keys.yaml", ".keys.yaml.lock"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ from fake_server import MODEL, FakeServer
 from crossdock import AsyncClient, Client, SamplingParams
 from crossdock.client import build_request
 from crossdock.proto import errors
-from crossdock.proto.types import FinishReason
+from crossdock.proto.types import FinishReason, Grammar, GrammarKind
+from crossdock.results import ToolCall
 
 
 @pytest.fixture
@@ -245,3 +247,35 @@ def test_importing_the_package_and_the_client_is_light() -> None:
         "assert not {'torch', 'ray', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_chat_with_tools_is_written_as_openai_s_clients_write_it() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    call = ToolCall("c1", "f", '{"a": 1}')
+    plain = {"id": "c2", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages: list[Any] = [
+        {"role": "user", "content": "x", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call, plain]},
+        {"role": "tool", "tool_call_id": "c1", "content": "y"},
+    ]
+    named = {"type": "function", "function": {"name": "f"}}
+    chat = build_request(
+        messages,
+        tools=[tool],
+        tool_choice=named,
+        parallel_tool_calls=False,
+        template_kwargs={"a": True},
+        continue_final_message=False,
+        grammar=Grammar(GrammarKind.REGEX, "a+"),
+    ).chat
+    assert [c.id for c in chat.messages[1].tool_calls] == ["c1", "c2"]
+    assert (chat.tools[0].name, chat.tools[0].HasField("strict")) == ("f", False)
+    assert json.loads(chat.tools[0].parameters) == {"type": "object"}
+    assert chat.tool_choice.name == "f" and chat.HasField("parallel_tool_calls")
+    assert json.loads(chat.template_kwargs) == {"a": True}
+    assert build_request(messages, tool_choice="required").chat.tool_choice.mode == 2
+    for wrong in ({"tools": [{"type": "web"}]}, {"tool_choice": "always"}, {"tools": 3}):
+        with pytest.raises(errors.InvalidRequest, match=next(iter(wrong))):
+            build_request(messages, **wrong)
+    with pytest.raises(TypeError, match="tools"):
+        build_request("text", tools=[tool])

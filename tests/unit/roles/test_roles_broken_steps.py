@@ -140,7 +140,7 @@ def test_sequences_that_a_step_blames_end_and_the_others_run_at_once(
 
     def run_unless_bad(plan: StepPlan) -> list[SampledToken]:
         if any(chunk.sequence is bad.sequence for chunk in plan.chunks):
-            raise NotFinite([bad.id])
+            raise NotFinite("not finite", [bad.id])
         return run(plan)
 
     monkeypatch.setattr(d.runner, "run", run_unless_bad)
@@ -154,6 +154,6 @@ def test_sequences_that_a_step_blames_end_and_the_others_run_at_once(
         mine = [o for o in outputs if o.sequence_id == one.id]
         assert tokens_of(mine) == undisturbed(prompt, 8)
     (failed,) = [o for o in outputs if o.sequence_id == bad.id]
-    assert failed.error.code == worker_pb2.ERROR_CODE_INTERNAL
+    assert failed.error.code == worker_pb2.ERROR_CODE_NOT_FINITE
     assert "not finite" in failed.error.message
     all_free(d)

@@ -26,6 +26,7 @@ from crossdock.router.config import AuditSettings
 from crossdock.router.dispatch.request import Ended
 from crossdock.router.frontdoor.audit import MAX_PENDING, MAX_REFUSED, AuditLog
 from crossdock.router.frontdoor.audit_chain import find_request, in_order, verify
+from crossdock.router.frontdoor.audit_refusals import MAX_KINDS, SEPARATE, SPAN_S, Refusals
 
 SEED = b"s" * 32
 
@@ -44,6 +45,12 @@ def log_of(tmp_path: Path) -> Path:
 def requests_in(file: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for path in in_order([file]) for line in path.open()]
     return [line for line in lines if line["kind"] == "request"]
+
+
+def refused_in(file: Path) -> list[dict[str, Any]]:
+    """The lines that count refused requests."""
+    lines = [json.loads(line) for path in in_order([file]) for line in path.open()]
+    return [line for line in lines if line["kind"] == "refused"]
 
 
 async def written(rig: Rig, count: int) -> None:
@@ -327,8 +334,52 @@ async def test_a_replay_computes_the_same_tokens(doors: Doors, tmp_path: Path) -
         find_request(files, "nothing")
 
 
+async def test_who_is_refused_all_the_time_does_not_fill_the_disk(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    audit = AuditSettings(file=str(tmp_path / "audit"))
+    async with start_doors(tiny_model, tmp_path, audit=audit) as doors:
+        key = doors.key("acme", limits={"requests_per_minute": 1})
+        other = doors.key("other")
+        await doors.known(other)
+        answers = await asyncio.gather(*(complete(doors.rig, key) for _ in range(40)))
+        assert sorted(answer.status for answer in answers) == [200] + [429] * 39
+        assert (await complete(doors.rig, other, top_p=5)).status == 400
+    file = log_of(tmp_path)
+    assert not verify(in_order([file])).wrong
+    told = [(line["tenant"], line["outcome"]) for line in requests_in(file)]
+    assert told.count(("acme", "ok")) == told.count(("other", "invalid")) == 1
+    assert told.count(("acme", "rate_limited")) == SEPARATE
+    [line] = refused_in(file)
+    assert (line["tenant"], line["outcome"], line["count"]) == ("acme", "rate_limited", 29)
+
+
+def test_refusals_are_counted_for_a_minute_and_told_then() -> None:
+    now = [0.0]
+    refusals = Refusals(lambda: now[0])
+
+    def refused(tenant: str, outcome: str = "invalid") -> bool:
+        return refusals.separate({"tenant": tenant, "outcome": outcome, "time": now[0]})
+
+    assert [refused("a") for _ in range(SEPARATE + 2)] == [True] * SEPARATE + [False] * 2
+    assert refused("b") and refused("a", "overloaded"), "each by itself"
+    now[0] = SPAN_S - 1
+    assert not refused("a") and not refusals.told()
+    now[0] = SPAN_S
+    [line] = refusals.told()
+    assert (line["tenant"], line["count"], line["since"], line["time"]) == ("a", 3, 0, SPAN_S - 1)
+    assert refused("a"), "of the next minute"
+    for i in range(2 * MAX_KINDS):
+        refused(f"tenant {i}")
+    assert not refused("one more")
+    others = refusals.told(everything=True)
+    assert [(line["tenant"], line["outcome"]) for line in others] == [("", "invalid")]
+    assert refusals.told(everything=True) == []
+
+
 async def test_one_line_each_under_chaos(tiny_model: Path, tmp_path: Path) -> None:
-    """Streams break, workers refuse, clients go away; each request has its one line."""
+    """Streams break, workers refuse, clients go away; each request has its one line, but for those
+    of which nothing was started."""
     audit = AuditSettings(file=str(tmp_path / "audit"), rotate_mb=0.2)
     counts: dict[str, Any] = {"prefills": 2, "decodes": 2, "chunk_tokens": 64, "max_batch": 8}
     async with start_doors(tiny_model, tmp_path, audit=audit, **counts) as doors:
@@ -365,5 +416,7 @@ async def test_one_line_each_under_chaos(tiny_model: Path, tmp_path: Path) -> No
     ids = [line["id"] for line in lines if "id" in line]
     assert len(ids) == len(set(ids)), "a request has two lines"
     seen = sum(rig.metric("requests_total", outcome=o) for o in {e["outcome"] for e in lines})
-    assert len(lines) == seen, "a line for each outcome that was counted"
+    counted = sum(line["count"] for line in refused_in(file))
+    assert len(lines) + counted == seen, "each is in a line, once"
+    assert counted and all(line["outcome"] != "ok" for line in refused_in(file))
     assert {"ok", "cancelled", "invalid"} <= {line["outcome"] for line in lines}

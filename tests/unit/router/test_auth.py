@@ -152,6 +152,7 @@ async def test_an_expired_key(doors: Doors) -> None:
     await doors.known(good)
     refused = await complete(doors.rig, key)
     assert (refused.status, refused.error["code"]) == (401, "invalid_api_key")
+    assert refused.error["message"].startswith("Incorrect API key provided: ")  # litellm looks
     assert "expired" in refused.error["message"]
 
 

@@ -107,7 +107,7 @@ async def test_unary_sums_what_the_stream_says(rig: Rig) -> None:
     assert [list(c.token_ids) for c in answer.completions] == [PROMPT[:4]] * 3
     assert [c.index for c in answer.completions] == [0, 1, 2]
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (40, 12)
-    assert answer.model == rig.gateway._grpc._frontend.model_id
+    assert answer.model == rig.only.name
     seeds = [p.sequence.sampling.seed for p in rig.prefills[0].prefills]
     assert seeds == [5, 6, 7]
 
@@ -245,7 +245,7 @@ async def test_block_hashes_begin_with_the_layout_of_the_workers(tiny_model: Pat
         for layout in (b"the first layout", b"the second, 16 b"):
             call = collect(rig.stub.Generate(ask(PROMPT, max_tokens=2)))
             early = asyncio.create_task(call)
-            await until(lambda: rig.gateway._dispatcher.waiting_sequences)
+            await until(lambda: rig.only.dispatcher.waiting_sequences)
             for worker in rig.workers:
                 worker.layout_hash = layout
                 await worker.restart()

@@ -178,7 +178,7 @@ async def test_a_client_that_goes_away_stops_the_decode_worker(rig: Rig) -> None
     call = rig.stub.Generate(ask(PROMPT, max_tokens=500))
     for _ in range(3):
         await call.read()
-    assert not rig.gateway._links.get("prefill-0").sequences, "released when decode joined"
+    assert not rig.only.links.get("prefill-0").sequences, "released when decode joined"
     call.cancel()
     await until(lambda: rig.decodes[0].cancels)
     await until(lambda: rig.idle)

@@ -26,7 +26,7 @@ def told(rig: Rig) -> list[tuple[str, wpb.DecodeRequest]]:
 
 
 def nobody_reads(rig: Rig) -> bool:
-    (sequence,) = rig.gateway._dispatcher._sequences.values()
+    (sequence,) = rig.only.dispatcher._sequences.values()
     return not sequence.decode_worker
 
 

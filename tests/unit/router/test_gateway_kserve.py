@@ -213,7 +213,44 @@ async def test_broken_tensors_are_refused_by_name(
     assert named in str(error.value.details())
 
 
+@pytest.mark.parametrize("of_streams", ["stream", "triton_enable_empty_final_response"])
+async def test_what_is_for_streams_is_refused_elsewhere_before_anything_starts(
+    rig: Rig, model: str, of_streams: str
+) -> None:
+    request = kserve_pb2.ModelInferRequest(model_name=model)
+    given = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    given.contents.bytes_contents.append(b"hello")
+    if of_streams == "stream":
+        flag = request.inputs.add(name=of_streams, datatype="BOOL", shape=[1])
+        flag.contents.bool_contents.append(True)
+    else:
+        request.parameters[of_streams].bool_param = True
+    call = rig.channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        request_serializer=kserve_pb2.ModelInferRequest.SerializeToString,
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call(request)
+    said = str(error.value.details())
+    assert f"{of_streams}: true" in said and "ModelStreamInfer" in said
+    assert not any(worker.prefills or worker.decodes for worker in rig.workers)
+    assert rig.metric("requests_total", outcome="invalid") == 1
+
+
 # -- streams -----------------------------------------------------------------------------------
+
+
+async def test_the_error_of_a_request_of_a_stream_is_its_last_response(
+    rig: Rig, model: str
+) -> None:
+    call = rig.channel.stream_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        request_serializer=kserve_pb2.ModelInferRequest.SerializeToString,
+        response_deserializer=kserve_pb2.ModelStreamInferResponse.FromString,
+    )([kserve_pb2.ModelInferRequest(model_name=model, id="bad")])
+    [answer] = [each async for each in call]
+    assert "text_input" in answer.error_message and answer.infer_response.id == "bad"
+    assert answer.infer_response.parameters["triton_final_response"].bool_param
 
 
 async def replies(client: Any, *requests: dict[str, Any]) -> list[tuple[Any, Any]]:

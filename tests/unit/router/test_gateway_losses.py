@@ -118,7 +118,7 @@ async def test_a_failure_here_is_of_one_request(rig: Rig, monkeypatch: pytest.Mo
     rig.decodes[0].gate.clear()
     sound = rig.stub.Generate(ask(PROMPT, max_tokens=4))
     await sound.read()
-    monkeypatch.setattr("crossdock.router.gateway.IncrementalDetokenizer", Broken)
+    monkeypatch.setattr("crossdock.router.served.IncrementalDetokenizer", Broken)
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await collect(rig.stub.Generate(ask(PROMPT)))
     assert error.value.code() is grpc.StatusCode.INTERNAL

@@ -44,7 +44,7 @@ async def test_who_leaves_the_membership_finishes_what_it_has(
         assert second.completions[0].timings.decode_worker == stays.name
         leaver.gate.set()
         assert list((await call).completions[0].token_ids) == PROMPT[:20]
-        links = rig.gateway._links
+        links = rig.only.links
         await until(lambda: not leaver.connected and links and not links._retiring)
         assert rig.metric("worker_streams_lost_total") == 0, "it ended in good order"
         assert not [r for r in caplog.records if r.name.endswith("links") and r.levelname != "INFO"]

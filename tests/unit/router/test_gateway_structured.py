@@ -137,21 +137,21 @@ async def test_a_grammar_that_explodes_is_refused_and_holds_up_nobody(rig: Rig):
     status, _, body = exploding.result()
     assert status == 400
     assert "too complex" in body["error"]["message"]
-    process = rig.gateway._grammars._process
+    process = rig.only.grammars._process
     status, _, _ = await post(rig, *chat(max_tokens=2, guided_json=EXPLODES))
     assert status == 400
-    assert rig.gateway._grammars._process is process  # remembered, not tried again
+    assert rig.only.grammars._process is process  # remembered, not tried again
 
 
 async def test_a_checking_process_that_died_is_started_again(rig: Rig):
     known = {"max_tokens": 2}
     assert (await post(rig, *chat(guided_regex="a", **known)))[0] == 200
-    process = rig.gateway._grammars._process
+    process = rig.only.grammars._process
     assert process is not None
     process.kill()
     process.wait()
     assert (await post(rig, *chat(guided_regex="b", **known)))[0] == 200
-    assert rig.gateway._grammars._process is not process
+    assert rig.only.grammars._process is not process
 
 
 async def test_too_many_new_grammars_are_turned_away(rig: Rig, monkeypatch: pytest.MonkeyPatch):
@@ -162,7 +162,7 @@ async def test_too_many_new_grammars_are_turned_away(rig: Rig, monkeypatch: pyte
 
 async def test_a_client_that_goes_away_leaves_the_check_in_order(rig: Rig):
     leaving = asyncio.create_task(post(rig, *chat(max_tokens=2, guided_regex="a")))
-    while not rig.gateway._grammars._waiting:
+    while not rig.only.grammars._waiting:
         await asyncio.sleep(0.001)
     leaving.cancel()
     status, _, body = await post(rig, *chat(max_tokens=2, guided_regex="(b"))

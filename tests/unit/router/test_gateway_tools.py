@@ -123,7 +123,7 @@ REFUSED = [
         {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
         "tool_choice.function.name",
     ),
-    ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": TOOLS, "guided_grammar": 'start: "a"'}, "guided_grammar"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
      "messages[0].tool_calls"),
     ({"messages": [{"role": "user", "content": "x", "tool_call_id": "x"}]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import aiohttp
 import grpc
 import pytest
 from access_kit import Answer, Doors, bearer, call, complete, generate, start_doors
-from gateway_rig import until
+from gateway_rig import Rig, until
 from prometheus_client import CollectorRegistry
 
 from crossdock.proto.errors import BudgetSpent, InvalidRequest, RateLimited, Unavailable
@@ -196,7 +196,7 @@ def test_gateways_that_start_again_share_what_is_left() -> None:
 def test_a_database_that_cannot_be_read_refuses_budgets_alone(tmp_path: Path) -> None:
     """What ends meanwhile is accounted for all the same."""
     (tmp_path / "usage.db").write_bytes(b"no database " * 500)
-    usage = Usage(tmp_path / "usage.db", "m", CollectorRegistry())
+    usage = Usage(tmp_path / "usage.db", CollectorRegistry())
     limits, price = limiter(Clock(), spent=usage.spent), Price(input=1e6)
     free, bound = of(max_concurrent=1), of(budget=100)
     with pytest.raises(Unavailable, match="cannot be read"):
@@ -305,18 +305,34 @@ async def test_sequences_at_once_over_http(doors: Doors) -> None:
     assert (await complete(doors.rig, key)).status == 200
 
 
-async def test_who_goes_away_gives_back_what_it_held(doors: Doors) -> None:
-    key = await key_of(doors, max_concurrent=1, tokens_per_minute=100)
-    doors.rig.prefills[0].gate.clear()
+async def test_who_goes_away_uses_a_prompt_that_was_started_and_no_other(
+    tiny_model: Path, tmp_path: Path, model: str
+) -> None:
+    prices = {model: Price(input=1e6, cached=0, output=1e6)}
+    async with start_doors(tiny_model, tmp_path, prices=prices) as doors:
+        key, rig = await key_of(doors, max_concurrent=1, tokens_per_minute=200), doors.rig
+        rig.prefills[0].gate.clear()
+        await gone_once(lambda: rig.prefills[0].prefills, rig, key)
+        await rig.members(rig.decodes[0])  # nobody computes prompts now
+        await gone_once(lambda: rig.only.dispatcher.waiting_sequences, rig, key)
+        rig.prefills[0].gate.set()
+        await rig.members()
+        answer = await complete(rig, key, prompt=[7, 8], max_tokens=1)
+        assert answer.headers["x-ratelimit-remaining-tokens"] == str(200 - 40 - 3)
+        assert (await complete(rig, key, prompt=[7, 8], max_tokens=140)).status == 200
+        told = {"tenant": "acme", "model": model}
+        assert rig.metric("tenant_prompt_tokens_total", **told) == 40 + 2 + 2
+        assert rig.metric("tenant_cost_total", **told) == 40 + 3 + 2 + 140
+
+
+async def gone_once(condition: Callable[[], object], rig: Rig, key: str) -> None:
+    """A client with a prompt of 40 tokens goes away once that is so."""
     body = {"prompt": list(range(10, 50)), "max_tokens": 20}
-    url = f"{doors.rig.url}/v1/completions"
     async with aiohttp.ClientSession(headers=bearer(key)) as session:
-        gone = asyncio.create_task(session.post(url, json=body))
-        await until(lambda: doors.rig.prefills[0].prefills)
+        gone = asyncio.create_task(session.post(f"{rig.url}/v1/completions", json=body))
+        await until(condition)
         gone.cancel()
-    await until(lambda: doors.rig.idle)
-    doors.rig.prefills[0].gate.set()
-    assert (await complete(doors.rig, key, max_tokens=20)).status == 200
+    await until(lambda: not rig.gateway.active_requests)
 
 
 async def test_a_spent_budget(tiny_model: Path, tmp_path: Path, model: str) -> None:

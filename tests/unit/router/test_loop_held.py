@@ -33,7 +33,7 @@ BODIES = {
 async def test_a_large_body_is_parsed_beside_the_loop(rig: Rig, name: str) -> None:
     path, body = BODIES[name]
     started = b'{"messages":[]}' + b" " * 99_999
-    await rig.gateway._aside.read_body([started], ChatBody, False)
+    await rig.only.aside.read_body([started], ChatBody, False)
     begun = time.process_time()
     read_body(body, CompletionBody if "chat" not in path else ChatBody)
     alone_s = time.process_time() - begun
@@ -81,7 +81,7 @@ async def test_long_texts_are_tokenized_as_short_ones_are(
 
 
 async def test_the_process_is_started_again_where_it_ended(rig: Rig) -> None:
-    aside = rig.gateway._aside
+    aside = rig.only.aside
     assert await aside.call("encode", "x")
     os.kill(aside._child.pid, signal.SIGSTOP)
     asked = asyncio.create_task(aside.call("encode", "y"))
@@ -95,7 +95,7 @@ async def test_the_process_is_started_again_where_it_ended(rig: Rig) -> None:
 async def test_what_the_process_refuses_is_raised_as_it_was(rig: Rig) -> None:
     large = json.dumps({"prompt": "x", "n": "7", "user": "x" * 20_000}).encode()
     with pytest.raises(InvalidRequest, match="n: '7' is not allowed; must be an integer") as found:
-        await rig.gateway._aside.read_body([large], CompletionBody, False)
+        await rig.only.aside.read_body([large], CompletionBody, False)
     assert found.value.field == "n"
 
 
@@ -111,7 +111,7 @@ async def test_chains_hashed_in_slices_are_those_hashed_at_once(
 
 
 async def test_ids_are_checked_all_at_once(rig: Rig) -> None:
-    validator = rig.gateway._validator
+    validator = rig.only.frontend.validator
     with pytest.raises(InvalidRequest, match="prompt: 900 is not allowed"):
         validator.check_prompt("prompt", [1, 2, 900, -1])
     with pytest.raises(InvalidRequest, match=str(10**30)):

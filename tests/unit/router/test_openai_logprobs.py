@@ -10,12 +10,13 @@ from http_kit import complete, events, post, say
 
 from crossdock.proto.v1 import inference_pb2
 from crossdock.router.frontdoor.openai_format import CompletionAnswer
+from crossdock.router.frontdoor.openai_prompt import PromptAnswers
 
 SAID = "Grüße 🙂 Paris"
 
 
 def top_of(text: Any, ids: list[int]) -> dict[str, float]:
-    answer = CompletionAnswer(text, "r", 0, "m", 1, True, False, "fp")
+    answer = CompletionAnswer(text, "r", 0, "m", 1, True, False, "fp", PromptAnswers(text, 1))
     found = inference_pb2.TokenLogprobs(chosen=inference_pb2.TokenLogprob(token_id=ids[0]))
     for rank, token_id in enumerate(ids):
         found.top.add(token_id=token_id, logprob=-rank)

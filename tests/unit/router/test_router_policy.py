@@ -362,3 +362,51 @@ def test_a_pair_whose_pull_failed_backs_off_and_its_two_workers_work_on(
     view.pull_failed("p1", "d0", first / 2)
     view.pull_failed("p1", "d1", first / 2)
     assert pairs(first / 2)  # nobody else is left
+
+
+def chat_on(view: ClusterView, name: str, prefill_blocks: int = 10) -> None:
+    """A worker answered a chat's last turn: it has all of it but the newest message."""
+    blocks = list(demand(480).block_hashes)
+    for prefill in ("p0", "p1"):
+        cache(view, prefill, blocks[:prefill_blocks])
+    cache(view, name, blocks[:27])
+
+
+def test_the_next_turn_of_a_chat_goes_to_the_decode_worker_that_has_the_last(
+    rng: random.Random,
+) -> None:
+    view, asked = two_and_two(), demand(480, local_tokens=64)
+    chat_on(view, "d1")
+    for _ in range(20):
+        placement = least_latency(view, asked, 0.0, rng)
+        assert (placement.prefill, placement.decode) == (None, "d1")
+        assert (placement.cached_blocks, placement.uncached_tokens) == (27, 48)
+        assert placement.predicted_ttft_s == pytest.approx(0.048)
+
+
+def test_a_decode_worker_computes_no_more_than_it_may(rng: random.Random) -> None:
+    view = two_and_two()
+    chat_on(view, "d1")
+    for most in (0, 47):
+        assert least_latency(view, demand(480, local_tokens=most), 0.0, rng).prefill is not None
+    report(view, "d1", queued_tokens=20)  # with its own it would be more than 64
+    assert least_latency(view, demand(480, local_tokens=64), 0.0, rng).prefill is not None
+    assert least_latency(view, demand(480, local_tokens=68), 0.0, rng).prefill is None
+
+
+def test_a_prompt_that_prefill_workers_have_as_well_is_theirs(rng: random.Random) -> None:
+    view = two_and_two()
+    chat_on(view, "d1", prefill_blocks=27)
+    assert least_latency(view, demand(480, local_tokens=64), 0.0, rng).prefill is not None
+
+
+def test_a_crowded_decode_worker_is_left_for_another(rng: random.Random) -> None:
+    view, asked = two_and_two(), demand(480, local_tokens=64)
+    chat_on(view, "d1")
+    for name in ("d0", "d1"):
+        report(view, name, step_base_s=0.01, step_per_sequence_s=0.001)
+    report(view, "d1", running=40, step_base_s=0.01, step_per_sequence_s=0.001)
+    placement = least_latency(view, asked, 0.0, rng)
+    assert placement.prefill is not None and placement.decode == "d0"
+    report(view, "d1", free_blocks=2)  # nor where there is no room for the rest
+    assert least_latency(view, asked, 0.0, rng).prefill is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from tokenizers import AddedToken, Tokenizer
 from crossdock.model.grammar import GrammarCompiler
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text
+from crossdock.proto.errors import InvalidRequest
+from crossdock.proto.types import Grammar, GrammarKind
 from crossdock.router.frontdoor.tools.calls import CallArguments, CallBegun, Content
+from crossdock.router.frontdoor.tools.chat import form
 from crossdock.router.frontdoor.tools.formats import (
     HERMES,
     LLAMA3_JSON,
     MISTRAL,
+    MISTRAL_ARGS,
     NONE,
     ToolFormat,
     format_of,
@@ -53,8 +58,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
     return load_text(resolve(str(folder)))
 
 
-def write(text: TextModel, how: ToolFormat, offer: Offer, seed: int) -> str:
-    matcher = GrammarCompiler(text).matcher(how.grammar(offer, text))
+def write(
+    text: TextModel, how: ToolFormat, offer: Offer, seed: int, instead: Grammar | None = None
+) -> str:
+    matcher = GrammarCompiler(text).matcher(how.grammar(offer, text, instead))
     rng, drawn = random.Random(seed), []
     for _ in range(2000):
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
@@ -66,7 +73,7 @@ def write(text: TextModel, how: ToolFormat, offer: Offer, seed: int) -> str:
     raise AssertionError("it did not end")
 
 
-@pytest.mark.parametrize("how", [HERMES, LLAMA3_JSON, MISTRAL])
+@pytest.mark.parametrize("how", [HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_what_the_grammar_allows_the_parser_reads(
     text: TextModel, how: ToolFormat, parallel: bool
@@ -86,6 +93,43 @@ def test_what_the_grammar_allows_the_parser_reads(
     assert (max(counts) > 1) is (parallel and how.several)
 
 
+def test_a_form_of_the_answer_beside_calls_that_cannot_be_told_from_it(text: TextModel) -> None:
+    offer, schema = offer_of(TOOLS, None, None), Grammar(GrammarKind.JSON_OBJECT)
+    lark = Grammar(GrammarKind.LARK, 'start: "a"')
+    for how, asked in ((LLAMA3_JSON, schema), (HERMES, lark)):
+        with pytest.raises(InvalidRequest, match=r"^x: .*together with tools"):
+            form(("x", asked), offer, text, how)
+    assert form(("x", schema), offer_of(TOOLS, "none", None), text, LLAMA3_JSON) == ("x", schema)
+    required = form(("x", lark), offer_of(TOOLS, "required", None), text, HERMES)
+    assert required is not None and required[0] == "tools", "no text that could have a form"
+
+
+@pytest.mark.parametrize("how", [HERMES, MISTRAL, MISTRAL_ARGS])
+@pytest.mark.parametrize("kind", [GrammarKind.JSON_SCHEMA, GrammarKind.REGEX, GrammarKind.CHOICE])
+def test_an_answer_is_calls_or_has_the_form_that_was_asked_for(
+    text: TextModel, how: ToolFormat, kind: GrammarKind
+) -> None:
+    answers = {
+        GrammarKind.JSON_SCHEMA: '{"enum": [17, {"a": "b"}]}',
+        GrammarKind.REGEX: r"[xyz]/[0-9]",
+        GrammarKind.CHOICE: '["yes", "no \\""]',
+    }
+    fits = {
+        GrammarKind.JSON_SCHEMA: lambda said: json.loads(said) in (17, {"a": "b"}),
+        GrammarKind.REGEX: re.compile(r"[xyz]/[0-9]").fullmatch,
+        GrammarKind.CHOICE: ["yes", 'no "'].__contains__,
+    }
+    offer, calls = offer_of(TOOLS, None, None), set()
+    for seed in range(16):
+        parser = how.parser(offer)
+        written = write(text, how, offer, seed, Grammar(kind, answers[kind]))
+        events = [*parser.push(written), *parser.finish()]
+        said = "".join(event.text for event in events if isinstance(event, Content))
+        assert not said if parser.calls else fits[kind](said), written
+        calls.add(bool(parser.calls))
+    assert calls == {True, False}, "either, as it is drawn"
+
+
 def test_a_named_tool_is_called_once(text: TextModel) -> None:
     choice = {"type": "function", "function": {"name": "get_time"}}
     offer = offer_of(TOOLS, choice, None)
@@ -102,6 +146,7 @@ def test_a_named_tool_is_called_once(text: TextModel) -> None:
     [
         ("{{ '<tool_call>' }}{{ tools }}", HERMES),
         ("{{ '[TOOL_CALLS]' }}{{ tools }}", MISTRAL),
+        ("{{ '[TOOL_CALLS]' }}{{ name }}{{ '[ARGS]' }}", MISTRAL_ARGS),
         ("{{ '<|python_tag|>' }}", LLAMA3_JSON),
         ("{{ messages }}", HERMES),
     ],

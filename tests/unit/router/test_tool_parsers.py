@@ -8,7 +8,13 @@ import random
 import pytest
 
 from crossdock.router.frontdoor.tools.calls import CallArguments, CallBegun, Content, Event
-from crossdock.router.frontdoor.tools.formats import HERMES, LLAMA3_JSON, MISTRAL, ToolFormat
+from crossdock.router.frontdoor.tools.formats import (
+    HERMES,
+    LLAMA3_JSON,
+    MISTRAL,
+    MISTRAL_ARGS,
+    ToolFormat,
+)
 from crossdock.router.frontdoor.tools.offer import Offer, offer_of
 
 TOOLS = [
@@ -45,6 +51,7 @@ def args(call: str) -> str:
 
 
 WEATHER = ("weather", args(ONE))
+PLAIN = json.dumps(ARGS, ensure_ascii=False)
 CASES = [
     (HERMES, "plain text", "plain text", []),
     (HERMES, "a <b> and <tool_cal", "a <b> and <tool_cal", []),
@@ -69,6 +76,15 @@ CASES = [
     (MISTRAL, f"[TOOL_CALLS] [{ONE}]", "", [WEATHER]),
     (MISTRAL, f"Sure. [TOOL_CALLS][{ONE}]", "Sure.", [WEATHER]),
     (MISTRAL, "[TOOL] [1, 2]", "[TOOL] [1, 2]", []),
+    (MISTRAL_ARGS, f"Sure. [TOOL_CALLS]weather[ARGS]{PLAIN}", "Sure.", [("weather", PLAIN)]),
+    (MISTRAL_ARGS, f"[TOOL_CALLS]weather[CALL_ID]a1[ARGS] {PLAIN}\n[TOOL_CALLS]time[ARGS]{{}}", "",
+     [("weather", PLAIN), ("time", "{}")]),
+    (MISTRAL_ARGS, '[TOOL_CALLS]time[ARGS]{"name": "x", "arguments": "y"}', "",
+     [("time", '{"name": "x", "arguments": "y"}')]),
+    (MISTRAL_ARGS, '[TOOL_CALLS]time[ARGS]{"a', "", [("time", '{"a')]),
+    (MISTRAL_ARGS, "[TOOL_CALLS]time[ARGS]{} so", " so", [("time", "{}")]),
+    (MISTRAL_ARGS, "So [TOOL_CALLS]time[ARGS]no", "So[TOOL_CALLS]time[ARGS]no", []),
+    (MISTRAL_ARGS, f"[TOOL_CALLS]{'x' * 400}[ARGS]", f"[TOOL_CALLS]{'x' * 400}[ARGS]", []),
     (LLAMA3_JSON, LLAMA, "", [("weather", args(LLAMA))]),
     (LLAMA3_JSON, f"<|python_tag|>{LLAMA}", "", [("weather", args(LLAMA))]),
     (LLAMA3_JSON, f"{LLAMA}; {LLAMA}", "", [("weather", args(LLAMA))] * 2),
@@ -104,7 +120,7 @@ def test_arguments_come_as_they_are_written(how: ToolFormat) -> None:
     assert parser.push("}") == []
 
 
-@pytest.mark.parametrize("how", [HERMES, MISTRAL, LLAMA3_JSON])
+@pytest.mark.parametrize("how", [HERMES, MISTRAL, MISTRAL_ARGS, LLAMA3_JSON])
 def test_what_a_format_writes_it_reads(how: ToolFormat) -> None:
     written = how.written([{"name": "weather", how.arguments_key: ARGS}])
     content, [(name, arguments)] = read(how, written)

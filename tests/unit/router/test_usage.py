@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from access_kit import complete, start_doors
 from gateway_rig import Rig
 from prometheus_client import CollectorRegistry
 
-from crossdock.proto.errors import BudgetSpent, WorkerLost
+from crossdock.proto.errors import (
+    BudgetSpent,
+    Cancelled,
+    CrossdockError,
+    DeadlineExceeded,
+    WorkerLost,
+)
 from crossdock.router.config import Price
 from crossdock.router.dispatch.request import Ended, EndedSequence
 from crossdock.router.frontdoor.principal import Principal
@@ -39,13 +46,23 @@ def test_what_is_to_be_sent_again_costs_nothing() -> None:
     assert none.prompt_tokens == 0, "nothing came"
 
 
+@pytest.mark.parametrize("error", [Cancelled("gone"), DeadlineExceeded("too late")])
+def test_who_gives_up_is_charged_the_prompts_that_were_started(error: CrossdockError) -> None:
+    started = [replace(sequence(i, 0, 32), started=i < 3) for i in range(4)]
+    ended = Ended(error, 1.0, 2, started)
+    assert (ended.prompt_tokens, ended.cached_tokens, ended.generated_tokens) == (200, 64, 0)
+    ended = Ended(error, 1.0, 2, [replace(each, started=each.index < 2) for each in started])
+    assert ended.prompt_tokens == 100, "of the second prompt nothing was started"
+    assert Ended(CrossdockError("broken"), 1.0, 2, started).prompt_tokens == 0
+
+
 async def test_gateways_add_to_the_same_rows(tmp_path: Path) -> None:
     file = usage_file(tmp_path, "c")
     for _ in range(2):  # two gateways, or two lives of one
-        usage = Usage(file, "m", CollectorRegistry(), lambda: NOON)
-        usage.add(ACME, Ended(None, 1.0, 1, [sequence(0, 5, 64)]), 1.5)
+        usage = Usage(file, CollectorRegistry(), lambda: NOON)
+        usage.add(ACME, "m", Ended(None, 1.0, 1, [sequence(0, 5, 64)]), 1.5)
         await usage.flush()
-        usage.add(ACME, Ended(None, 1.0, 1, [sequence(0, 5)]), 1.0)
+        usage.add(ACME, "m", Ended(None, 1.0, 1, [sequence(0, 5)]), 1.0)
         await usage.flush()
     (row, amounts), *more = read_usage(file).items()
     assert not more and row == ("2026-11-22", "acme", "key k", "m")
@@ -60,8 +77,8 @@ async def test_what_the_database_does_not_take_is_kept(tmp_path: Path, monkeypat
     from crossdock.router.frontdoor import usage as module
 
     file = usage_file(tmp_path, "c")
-    usage = Usage(file, "m", CollectorRegistry())
-    usage.add(ACME, Ended(None, 1.0, 1, [sequence(0, 5)]), 2.0)
+    usage = Usage(file, CollectorRegistry())
+    usage.add(ACME, "m", Ended(None, 1.0, 1, [sequence(0, 5)]), 2.0)
 
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
@@ -69,16 +86,16 @@ async def test_what_the_database_does_not_take_is_kept(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(module, "add_rows", full)
         await usage.flush()
-    usage.add(ACME, Ended(None, 1.0, 1, [sequence(0, 5)]), 3.0)
+    usage.add(ACME, "m", Ended(None, 1.0, 1, [sequence(0, 5)]), 3.0)
     await usage.flush()
     assert [amounts.cost for amounts in read_usage(file).values()] == [5.0]
 
 
 def test_labels_are_bounded() -> None:
     registry = CollectorRegistry()
-    usage = Usage(None, "m", registry)
+    usage = Usage(None, registry)
     for i in range(LABELLED + 50):
-        usage.add(Principal(f"t{i}"), Ended(None, 1.0, 1, [sequence(0, 5)]), 0.0)
+        usage.add(Principal(f"t{i}"), "m", Ended(None, 1.0, 1, [sequence(0, 5)]), 0.0)
 
     def tokens(tenant: str) -> float | None:
         labels = {"tenant": tenant, "model": "m"}

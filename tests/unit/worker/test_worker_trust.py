@@ -37,6 +37,9 @@ REQUESTS = {
     "ReleaseTickets": pb.ReleaseTicketsRequest(),
     "GetStatus": pb.GetStatusRequest(),
     "Probe": pb.ProbeRequest(),
+    "StoreState": pb.StoreStateRequest(),
+    "FetchState": pb.FetchStateRequest(),
+    "DropState": pb.DropStateRequest(),
 }
 
 

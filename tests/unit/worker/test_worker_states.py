@@ -1,0 +1,74 @@
+"""What gateways keep on a worker: how long, and how much of whom."""
+
+from __future__ import annotations
+
+from crossdock.worker.states import OVERHEAD_BYTES, Bounds, States
+
+EACH = 100 + OVERHEAD_BYTES
+DATA = b"x" * 100
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def bounds(ttl_s: float = 60.0, tenant: int = 10, all_: int = 100) -> Bounds:
+    """Room in entries of DATA."""
+    return Bounds(ttl_s, tenant * EACH, all_ * EACH)
+
+
+def test_an_entry_is_its_tenants_alone() -> None:
+    states = States()
+    assert states.store("a", "resp_1", DATA, bounds())
+    assert states.fetch("a", "resp_1") == DATA
+    assert states.fetch("b", "resp_1") is None
+    assert not states.drop("b", "resp_1")
+    assert states.drop("a", "resp_1") and not states.drop("a", "resp_1")
+    assert states.fetch("a", "resp_1") is None and states.held == 0
+
+
+def test_an_entry_is_kept_for_its_time() -> None:
+    states = States(clock := Clock())
+    states.store("a", "short", DATA, bounds(ttl_s=10))
+    states.store("a", "long", DATA, bounds(ttl_s=20))
+    clock.now = 9.9
+    assert states.fetch("a", "short") == DATA
+    clock.now = 10.0
+    assert states.fetch("a", "short") is None and states.held == EACH
+    clock.now = 20.0
+    assert states.fetch("a", "long") is None and states.held == 0
+
+
+def test_what_is_stored_again_counts_once() -> None:
+    states = States()
+    states.store("a", "1", DATA, bounds())
+    states.store("a", "1", b"new", bounds())
+    assert states.fetch("a", "1") == b"new" and states.held == 3 + OVERHEAD_BYTES
+
+
+def test_a_tenants_oldest_make_room_for_its_own() -> None:
+    states = States()
+    states.store("b", "0", DATA, bounds(tenant=2))
+    for i in range(4):
+        assert states.store("a", str(i), DATA, bounds(tenant=2))
+    assert [states.fetch("a", str(i)) is not None for i in range(4)] == [False, False, True, True]
+    assert states.fetch("b", "0") == DATA and states.held == 3 * EACH
+
+
+def test_who_holds_the_most_makes_room_where_all_is_taken() -> None:
+    states = States()
+    for i in range(3):
+        states.store("a", str(i), DATA, bounds(all_=4))
+    for i in range(2):
+        assert states.store("b", str(i), DATA, bounds(all_=4))
+    assert states.fetch("a", "0") is None and states.fetch("a", "1") == DATA
+    assert states.fetch("b", "0") == states.fetch("b", "1") == DATA and states.held == 4 * EACH
+
+
+def test_what_no_room_is_ever_large_enough_for_is_not_kept() -> None:
+    states = States()
+    assert not states.store("a", "1", DATA * 20, bounds(tenant=2))
+    assert states.fetch("a", "1") is None and states.held == 0
