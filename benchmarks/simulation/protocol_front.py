@@ -149,11 +149,8 @@ class Metrics:
 class _Restarts:
     see: Callable[[str], None]
 
-    def labels(self, cause: str) -> _Restarts:
+    def inc(self, amount: float, cause: str) -> None:
         self.see(f"restarted: {cause}")
-        return self
-
-    def inc(self) -> None:
         self.see("restarted")
 
 

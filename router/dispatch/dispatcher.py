@@ -417,7 +417,7 @@ class Dispatcher:
         self._release_holders(sequence)
         sequence.avoid.add(culprit)
         sequence.phase = Phase.ROUTING
-        self.metrics.restarts.labels(cause).inc()
+        self.metrics.restarts.inc(1, cause)
         log.info("%s: %s on %s after %d tokens, prefilling again",
                  sequence.sequence_id, cause, culprit, sequence.generated)  # fmt: skip
         sequence.timer = self._timers.call_later(delay_s, self._guarded, sequence, self._route)

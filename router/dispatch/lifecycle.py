@@ -17,6 +17,7 @@ from crossdock.proto.v1 import inference_pb2, worker_pb2
 WORKER_EVENTS = tuple(
     name for name in worker_pb2.SequenceTimes.DESCRIPTOR.fields_by_name if name != "first_token"
 )
+_WORKER_EVENTS = frozenset(WORKER_EVENTS)
 TTFT_STAGES = ("admission", "routing", "prefill_queue", "prefill", "delivery")
 STALL_STAGES = ("decode_queue", "reserve", "pull", "fence", "first_step")
 
@@ -45,10 +46,12 @@ class Timeline:
         self.last_token: float | None = None  # the newest that was delivered
         self._sampled: float | None = None  # token 0 was drawn on its worker
         self._second: float | None = None  # token 1 was delivered
+        self._done: dict[str, float] | None = None  # in order, once it has finished
 
     def mark(self, event: str, now: float) -> None:
         """An event that the gateway itself saw, on its clock."""
         self._at.setdefault(event, now - self._received)
+        self._done = None
         events.emit("delivered" if event == "first_token" else event, self._request_id)
 
     def mark_second_token(self, now: float) -> None:
@@ -56,10 +59,10 @@ class Timeline:
 
     def merge(self, times: worker_pb2.SequenceTimes) -> None:
         """What a worker reported; unset fields are events that did not happen there."""
-        for event in WORKER_EVENTS:
-            wall_ms = getattr(times, event)
-            if wall_ms:
-                self._at.setdefault(event, wall_ms / 1000 - self._received_unix)
+        self._done = None
+        for field, wall_ms in times.ListFields():
+            if field.name in _WORKER_EVENTS:
+                self._at.setdefault(field.name, wall_ms / 1000 - self._received_unix)
         if times.first_token and self._sampled is None:
             self._sampled = times.first_token / 1000 - self._received_unix
 
@@ -76,12 +79,20 @@ class Timeline:
         """Event -> seconds, never decreasing in the order of LIFE_CYCLE.
 
         Times of the gateway's clock are kept; a worker's time is moved to the nearest that fits
-        between the gateway's events around it.
+        between the gateway's events around it. Not to be changed.
         """
+        if self._done is not None:
+            return self._done
+        done = self._ordered()
+        if "finished" in self._at:
+            self._done = done
+        return done
+
+    def _ordered(self) -> dict[str, float]:
         known = self._at
         if self.last_token is not None:
             known = known | {"last_token": self.last_token}
-        own = {e: t for e, t in known.items() if e not in WORKER_EVENTS}
+        own = {e: t for e, t in known.items() if e not in _WORKER_EVENTS}
         limit = float("inf")
         upper: dict[str, float] = {}
         for event in reversed(LIFE_CYCLE):

@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from itertools import accumulate
+from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
-from prometheus_client.utils import INF, floatToGoString
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from crossdock.proto.errors import CrossdockError
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES, Slo, Timeline
+from crossdock.router.dispatch.plain_metrics import PlainCounter, PlainHistogram
 
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
 _SHORT = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 30)
 _DECISION = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 1e-1)
-
-
-class TokenHistogram(Collector):
-    """A histogram of what is observed for each token: no lock, no labels, for one thread alone."""
-
-    def __init__(
-        self, name: str, about: str, buckets: tuple[float, ...], registry: CollectorRegistry
-    ) -> None:
-        self._name, self._about = name, about
-        self._bounds = (*buckets, INF)
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-        registry.register(self)
-
-    def observe(self, value: float) -> None:
-        """Counts one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def collect(self) -> Iterator[Metric]:
-        """For the registry."""
-        counts = zip(map(floatToGoString, self._bounds), accumulate(self._counts), strict=True)
-        yield HistogramMetricFamily(self._name, self._about, list(counts), self._sum)
-
-
-class TokenCounter(Collector):
-    """A counter of tokens, likewise."""
-
-    def __init__(self, name: str, about: str, registry: CollectorRegistry) -> None:
-        self._name, self._about = name, about
-        self.count = 0
-        registry.register(self)
-
-    def collect(self) -> Iterator[Metric]:
-        """For the registry."""
-        yield CounterMetricFamily(self._name, self._about, self.count)
 
 
 class GatewayMetrics:
@@ -65,22 +25,20 @@ class GatewayMetrics:
         self._slo = slo
         self.registry = CollectorRegistry()
         self.ttft = self._histogram("ttft", "Received to first token delivered", _LONG)
-        self.itl = TokenHistogram(
-            "crossdock_itl_seconds", "Between two tokens of a sequence", _STEP, self.registry
-        )
+        self.itl = self._histogram("itl", "Between two tokens of a sequence", _STEP)
         self.tpot = self._histogram(
             "tpot", "(last token - first token) / (tokens - 1), per sequence", _STEP
         )
         self.e2e = self._histogram("e2e", "Received to finished", _LONG)
         self.decision = self._histogram("router_decision", "Choosing the workers", _DECISION)
-        stage = Histogram(
+        self.stage = PlainHistogram(
             "crossdock_stage_seconds",
             "Parts of TTFT and of the hand-off stall; each sums up to its whole",
-            ["stage"],
-            buckets=_SHORT,
-            registry=self.registry,
+            _SHORT,
+            self.registry,
+            "stage",
+            (*TTFT_STAGES, *STALL_STAGES),
         )
-        self.stage = {name: stage.labels(name) for name in (*TTFT_STAGES, *STALL_STAGES)}
         self.requests = self._counter("requests", "Requests by how they ended", ["outcome"])
         self.routed = self._counter(
             "routed_requests", "Requests by a route's name, by the model chosen", ["route", "model"]
@@ -105,9 +63,7 @@ class GatewayMetrics:
         self.cached_tokens = self._counter(
             "cached_tokens", "Prompt tokens whose KV was found in a prefix cache", []
         )
-        self.generated_tokens = TokenCounter(
-            "crossdock_generated_tokens", "Tokens delivered", self.registry
-        )
+        self.generated_tokens = self._counter("generated_tokens", "Tokens delivered", [])
         self.transferred_bytes = self._counter("transferred_bytes", "KV bytes pulled", [])
         self.transferred_blocks = self._counter("transferred_blocks", "KV blocks pulled", [])
         self.late_bytes = self._counter(
@@ -153,12 +109,12 @@ class GatewayMetrics:
             if error.counted:
                 return
             error.counted = True
-        self.requests.labels(error.outcome if error else "ok").inc()
+        self.requests.inc(1, error.outcome if error else "ok")
 
     def gained(self, tokens: int, first: bool, gap_s: float | None) -> None:
         """Tokens delivered together, so long after the request, where they are its first, or after
         those before."""
-        self.generated_tokens.count += tokens
+        self.generated_tokens.inc(tokens)
         if gap_s is not None:
             (self.ttft if first else self.itl).observe(gap_s)
 
@@ -179,20 +135,18 @@ class GatewayMetrics:
             tpot = (last - first) / (generated - 1)
             self.tpot.observe(tpot)
         met = first * 1000 <= self._slo.ttft_ms and tpot * 1000 <= self._slo.tpot_ms
-        self.within_slo.labels("true" if met else "false").inc()
+        self.within_slo.inc(1, "true" if met else "false")
         for name, seconds in timeline.stages().items():
-            self.stage[name].observe(seconds)
+            self.stage.observe(seconds, name)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
-            f"crossdock_{name}_seconds", about, buckets=buckets, registry=self.registry
-        )
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> PlainHistogram:
+        return PlainHistogram(f"crossdock_{name}_seconds", about, buckets, self.registry)
 
-    def _counter(self, name: str, about: str, labels: list[str]) -> Counter:
-        return Counter(f"crossdock_{name}", about, labels, registry=self.registry)
+    def _counter(self, name: str, about: str, labels: list[str]) -> PlainCounter:
+        return PlainCounter(f"crossdock_{name}", about, self.registry, labels)
 
     def gauge(self, name: str, about: str, read: Callable[[], int]) -> None:
         """One that is read when the metrics are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -135,6 +136,7 @@ def _credential(headers: Mapping[str, str]) -> str:
     raise Unauthenticated(f"an API key is needed; {HELP}", missing=True)
 
 
+@functools.lru_cache(maxsize=4096)
 def _network(client: str) -> str:
     """The address that counts as one client: of IPv6 a whole /64, which is one customer's."""
     try:

@@ -99,7 +99,7 @@ class Gate:
     def ended(self, visit: Visit, ended: Ended) -> None:
         """A request has ended, well or not."""
         outcome = ended.error.outcome if ended.error is not None else "ok"
-        self._metrics.model_requests.labels(visit.model, outcome).inc()
+        self._metrics.model_requests.inc(1, visit.model, outcome)
         cost = self._close(visit, ended.prompt_tokens, ended.cached_tokens, ended.generated_tokens)
         self._usage.add(visit.principal, visit.model, ended, cost)
         self._write(visit, ended.error, ended)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -14,6 +13,7 @@ from crossdock.proto.errors import CrossdockError, InvalidRequest, Overloaded, R
 from crossdock.router.dispatch import tracing
 from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.grpc_access import enter, metadata_of
+from crossdock.router.frontdoor.http2.call import Aborted
 
 FOREVER_S = 10 * 365 * 86400.0
 DOMAIN = "crossdock"  # of google.rpc.ErrorInfo
@@ -56,9 +56,11 @@ def checked(message: Any) -> Any:
     return message
 
 
-async def abort(context: Any, error: CrossdockError) -> None:
-    """Ends the call with the error's status. Details travel in trailing metadata: as
+def refuse(context: Any, error: Exception) -> None:
+    """Gives the call the error's status. Details travel in trailing metadata: as
     google.rpc.Status with ErrorInfo, BadRequest and RetryInfo, and as plain keys."""
+    if not isinstance(error, CrossdockError):
+        raise error
     trailers: list[tuple[str, str | bytes]] = list(context.trailing_metadata() or ())
     if isinstance(error, Overloaded):
         trailers.append(("retry-after", f"{error.retry_after_s:.0f}"))
@@ -67,10 +69,13 @@ async def abort(context: Any, error: CrossdockError) -> None:
     trailers.append(("error-type", type(error).__name__))
     trailers.append(("retriable", "true" if error.retriable else "false"))
     trailers.append((DETAILS_KEY, details_of(error).SerializeToString()))
-    with contextlib.suppress(grpc.aio.UsageError):  # the client is gone already
-        await context.abort(
-            grpc.StatusCode[error.grpc_status], str(error), trailing_metadata=tuple(trailers)
-        )
+    context.refuse(grpc.StatusCode[error.grpc_status], str(error), tuple(trailers))
+
+
+async def abort(context: Any, error: CrossdockError) -> NoReturn:
+    """Ends the call with the error's status: see `refuse`. Raises what ends its handler."""
+    refuse(context, error)
+    raise Aborted(str(error))
 
 
 def details_of(error: CrossdockError) -> status_pb2.Status:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -67,18 +67,27 @@ class InferenceService:
             },
         )
 
-    async def _generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def _generate(self, request: Any, context: Any) -> None:
+        """While the client reads, a response is sent where its delta is pushed, without a task's
+        turn for each token; for one that does not, deltas merge until it does."""
         try:
             submitted = await self._submit(request, context, streams=True)
-            request_id, stream, reading = submitted.request_id, submitted.stream, submitted.reading
+            stream, response, behind = submitted.stream, Responses(submitted), False
+
+            def send(delta: Delta) -> bool:
+                plain = not behind and delta.prompt is None
+                return plain and context.offer(response(delta))
+
             with contextlib.closing(stream):
-                async for delta in stream:
-                    if delta.prompt is not None:
-                        for scored in sliced(delta.prompt):
-                            yield pb.GenerateResponse(
-                                request_id=request_id, index=delta.index, prompt_logprobs=scored
-                            )
-                    yield _response(request_id, delta, reading)
+                if submitted.reading is None:
+                    stream.pipe(send)
+                while batch := await stream.batch():
+                    behind = True
+                    for delta in batch:
+                        for scored in sliced(delta.prompt) if delta.prompt is not None else ():
+                            await context.write(response.scored(delta.index, scored))
+                        await context.write(response(delta))
+                    behind = False
         except CrossdockError as error:
             await abort(context, error)
 
@@ -153,6 +162,28 @@ class InferenceService:
         return Submitted(frontend.model_id, request_id, stream, reading)
 
 
+class Responses:
+    """Makes the responses of one stream. Those that bring tokens alone, which most do, are one
+    message that is filled again and again."""
+
+    def __init__(self, submitted: Submitted) -> None:
+        self._request_id, self._reading = submitted.request_id, submitted.reading
+        self._plain = pb.GenerateResponse(request_id=self._request_id)
+
+    def __call__(self, delta: Delta) -> pb.GenerateResponse:
+        """What the client gets of a delta; to be serialized before the next one is made."""
+        if delta.finish_reason or delta.logprobs or self._reading is not None:
+            gained = _gained(delta, self._reading)
+            return pb.GenerateResponse(request_id=self._request_id, usage=delta.usage, **gained)
+        plain = self._plain
+        plain.index, plain.text, plain.token_ids[:] = delta.index, delta.text, delta.token_ids
+        return plain
+
+    def scored(self, index: int, part: list[pb.TokenLogprobs]) -> pb.GenerateResponse:
+        """What it gets of its prompt's log-probabilities."""
+        return pb.GenerateResponse(request_id=self._request_id, index=index, prompt_logprobs=part)
+
+
 async def _prompt(
     frontend: Frontend, message: pb.GenerateRequest, offer: Offer
 ) -> tuple[str, list[int]]:
@@ -173,11 +204,6 @@ def sliced(prompt: ScoredPrompt) -> Iterator[list[pb.TokenLogprobs]]:
     top = max((part.top for part in prompt.parts), default=0)
     while scored := list(islice(tokens, max(1, SLICE_ENTRIES // (1 + top)))):
         yield scored
-
-
-def _response(request_id: str, delta: Delta, reading: Reading | None) -> pb.GenerateResponse:
-    gained = _gained(delta, reading)
-    return pb.GenerateResponse(request_id=request_id, usage=delta.usage, **gained)
 
 
 def _gained(delta: Delta, reading: Reading | None) -> dict[str, Any]:

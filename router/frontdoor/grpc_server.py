@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import errno
-import socket
-from typing import Any
+import os
+from functools import partial
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.settings import split_address
 from crossdock.proto.v1 import inference_pb2, kserve_pb2
-from crossdock.router.frontdoor import http_limits
-from crossdock.router.frontdoor.grpc_access import Guard
+from crossdock.router.frontdoor.grpc_access import admit
+from crossdock.router.frontdoor.grpc_calls import refuse
 from crossdock.router.frontdoor.grpc_health import HEALTH, Health, add_reflection, renamed
 from crossdock.router.frontdoor.grpc_inference import SERVICE, InferenceService
 from crossdock.router.frontdoor.grpc_kserve import KSERVE, KServeService
+from crossdock.router.frontdoor.http2.server import Server
 from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.tls import DoorCertificates
 
-HARD_LIMIT_FACTOR = 8  # beyond this many times max_body_bytes gRPC itself refuses a message
-GRPC_MOST = 2**31 - 1  # an int32
-KEEPALIVE = (
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # else a client that is cut off lives on
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-)
+HARD_LIMIT_FACTOR = 8  # beyond this many times max_body_bytes a message is not even read
 
 
 class GrpcServer:
@@ -46,13 +38,16 @@ class GrpcServer:
         self._connection_age_s = connection_age_s  # 0: connections live as long as they will
         self._health = Health((SERVICE, KSERVE))
         self._certificates = certificates
-        self._server: Any = None
+        self._server: Server | None = None
         self.address = address
 
     async def start(self) -> None:
         """Raises ConfigError naming the port when it cannot be had."""
-        self._server = server = grpc.aio.server(
-            interceptors=[Guard(self._models.gate)], options=self._options()
+        self._server = server = Server(
+            partial(admit, self._models.gate),
+            refuse,
+            self._max_body_bytes * HARD_LIMIT_FACTOR,
+            self._connection_age_s,
         )
         inference = InferenceService(self._models, self._max_body_bytes)
         kserve = KServeService(self._models, self._max_body_bytes)
@@ -61,17 +56,12 @@ class GrpcServer:
         files = (inference_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)
         foreign = (renamed(kserve_pb2.DESCRIPTOR, KSERVE.rpartition(".")[0]),)
         add_reflection(server, (SERVICE, HEALTH, KSERVE), files, foreign)
+        tls = None if self._certificates is None else self._certificates.grpc()
         try:
-            if self._certificates is None:
-                bound = server.add_insecure_port(self.address)
-            else:
-                bound = server.add_secure_port(self.address, self._certificates.grpc())
-        except RuntimeError as error:
-            raise ConfigError(
-                "gateway.grpc", f"{self.address}: {_bind_error(self.address)}"
-            ) from error
+            bound = await server.listen(self.address, tls)
+        except OSError as error:
+            raise ConfigError("gateway.grpc", f"{self.address}: {_why(error)}") from error
         self.address = f"{self.address.rpartition(':')[0]}:{bound}"
-        await server.start()
 
     def set_ready(self, ready: bool) -> None:
         """What grpc.health.v1 answers from now on."""
@@ -83,30 +73,9 @@ class GrpcServer:
             self._health.set(False)
             await self._server.stop(grace_s)
 
-    def _options(self) -> list[tuple[str, int]]:
-        hard_limit = min(self._max_body_bytes * HARD_LIMIT_FACTOR, GRPC_MOST)
-        options = [
-            ("grpc.so_reuseport", 0),  # else a second gateway would share the port in silence
-            ("grpc.max_receive_message_length", hard_limit),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.server_handshake_timeout_ms", int(1000 * http_limits.HEAD_S)),
-            *KEEPALIVE,
-        ]
-        if self._connection_age_s:
-            age_ms = min(int(1000 * self._connection_age_s), GRPC_MOST)
-            options.append(("grpc.max_connection_age_ms", age_ms))  # streams under way may finish
-        return options
 
-
-def _bind_error(address: str) -> str:
-    """Why gRPC cannot listen there: it does not say, so the system is asked again."""
-    host, port = split_address(address)
-    try:
-        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
-    except OSError as error:
-        in_use = error.errno == errno.EADDRINUSE
-        return f"port {port} is in use" if in_use else f"port {port}: {error.strerror}"
-    return f"gRPC cannot listen on port {port}"
+def _why(error: OSError) -> str:
+    """Why a port cannot be had."""
+    if error.errno == errno.EADDRINUSE:
+        return "the port is in use"
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

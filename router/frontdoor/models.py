@@ -112,6 +112,6 @@ class Models:
         }
         model, why = await route(name, rules, candidates, asked)
         visit.chose(model, name, why)
-        self.metrics.routed.labels(name, model).inc()
+        self.metrics.routed.inc(1, name, model)
         candidate = candidates[model]
         return Choice(candidate.frontend, await candidate.prepared())

@@ -210,6 +210,8 @@ def prompts_of(prompt: Any) -> list[str | list[int] | np.ndarray]:
         raise InvalidRequest("prompt", prompt, limit)
     if not prompt:
         raise InvalidRequest("prompt", prompt, "must not be empty")
+    if set(map(type, prompt)) == {int}:
+        return [prompt]
     flat = _is_token(prompt[0])
     for i, item in enumerate(prompt):
         if not (_is_token(item) if flat else isinstance(item, str) or _are_tokens(item)):

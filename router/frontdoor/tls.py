@@ -11,11 +11,11 @@ import asyncio
 import logging
 import os
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 from aiohttp import web
 
 from crossdock.proto.errors import ConfigError
@@ -24,13 +24,15 @@ from crossdock.router.frontdoor.http_limits import HEAD_S
 
 log = logging.getLogger(__name__)
 
+HTTP, GRPC = "http/1.1", "h2"
+
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
     """What the files held at one time, for either door."""
 
-    context: ssl.SSLContext
-    configuration: Any  # gRPC's
+    http: ssl.SSLContext
+    grpc: ssl.SSLContext
 
 
 class DoorCertificates:
@@ -49,31 +51,24 @@ class DoorCertificates:
             self._loaded = self._load()
         except (OSError, ValueError) as error:
             raise ConfigError("gateway.tls", self._words(error)) from None
-        self._door = self._context()
-        self._door.sni_callback = self._choose  # called without a server name as well
 
     def http(self) -> ssl.SSLContext:
-        """For a listening socket."""
-        return self._door
+        """For the listening socket of HTTP."""
+        return self._door(HTTP, lambda: self._newest().http)
 
-    def grpc(self) -> grpc.ServerCredentials:
-        """For a port of a gRPC server."""
-        told = self._newest()
+    def grpc(self) -> ssl.SSLContext:
+        """For that of gRPC."""
+        return self._door(GRPC, lambda: self._newest().grpc)
 
-        def newest() -> Any:
-            nonlocal told
-            found = self._newest()
-            if found is told:
-                return None  # as it was
-            told = found
-            return told.configuration
+    def _door(self, protocol: str, newest: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+        """One that turns to the newest at each handshake."""
 
-        return grpc.dynamic_ssl_server_credentials(
-            told.configuration, newest, require_client_authentication=bool(self._files.client_ca)
-        )
+        def choose(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+            connection.context = newest()
 
-    def _choose(self, connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
-        connection.context = self._newest().context
+        door = self._context(protocol, b"")
+        door.sni_callback = choose  # called without a server name as well
+        return door
 
     def _newest(self) -> _Loaded:
         stamp = self._look()
@@ -98,26 +93,20 @@ class DoorCertificates:
         return found
 
     def _load(self) -> _Loaded:
-        key, certificate = Path(self._files.key).read_bytes(), Path(self._files.cert).read_bytes()
-        context = self._context()
-        roots = None
+        roots = b""
         if self._files.client_ca:
             roots = Path(self._files.client_ca).read_bytes() + self._authority
-            context.load_verify_locations(cadata=roots.decode("ascii"))
-        return _Loaded(
-            context,
-            grpc.ssl_server_certificate_configuration(
-                [(key, certificate)], root_certificates=roots
-            ),
-        )
+        return _Loaded(self._context(HTTP, roots), self._context(GRPC, roots))
 
-    def _context(self) -> ssl.SSLContext:
+    def _context(self, protocol: str, roots: bytes) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
+        context.set_alpn_protocols([protocol])
         context.load_cert_chain(self._files.cert, self._files.key, password=_no_password)
         if self._files.client_ca:
             context.verify_mode = ssl.CERT_REQUIRED
+        if roots:
+            context.load_verify_locations(cadata=roots.decode("ascii"))
         return context
 
     def _words(self, error: Exception) -> str:

@@ -15,9 +15,10 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
 from crossdock.proto.errors import Unavailable
+from crossdock.router.dispatch.plain_metrics import PlainCounter
 from crossdock.router.dispatch.request import Ended
 from crossdock.router.frontdoor.limits import period_of
 from crossdock.router.frontdoor.principal import Principal
@@ -77,7 +78,7 @@ class Usage:
             "cost": "By the prices of the YAML, in their currency",
         }
         self._counters = {
-            name: Counter(f"crossdock_tenant_{name}", text, ["tenant", "model"], registry=registry)
+            name: PlainCounter(f"crossdock_tenant_{name}", text, registry, ("tenant", "model"))
             for name, text in about.items()
         }
 
@@ -95,7 +96,7 @@ class Usage:
         )
         label = self._label(principal.tenant)
         for name, counter in self._counters.items():
-            counter.labels(label, model).inc(getattr(amounts, name))
+            counter.inc(getattr(amounts, name), label, model)
         if self._file is not None:
             day = period_of("day", self._wall())
             row = (day, principal.tenant, principal.account, model)

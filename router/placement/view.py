@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from crossdock.proto import events
 from crossdock.proto.types import Role
@@ -59,7 +60,7 @@ class WorkerFacts:
     gpus: float = 0.0  # of its engine
     weights_digest: str = ""
 
-    @property
+    @cached_property
     def most_tokens(self) -> int:
         """The longest sequence that it can hold."""
         pool_tokens = self.num_blocks * self.block_size
@@ -164,6 +165,8 @@ class ClusterView:
         self._decode = defaultdict[str, PoolSpeed](lambda: PoolSpeed(DEFAULT_DECODE_S))
         self._free_slots: list[int] = []
         self._gone: dict[str, WorkerView] = {}  # the last of each name that is not there now
+        self._pool_tokens: int | None = None  # see pool_tokens
+        self._pool_tokens_until = float("-inf")  # a change, or who is gone being given up
 
     # -- what the links tell ------------------------------------------------------------------
 
@@ -176,6 +179,7 @@ class ClusterView:
         self._gone.pop(facts.name, None)
         worker = WorkerView(facts, slot, now)
         self.workers[facts.name] = worker
+        self._pool_tokens_until = float("-inf")
         self.layout_hash = facts.layout_hash
         self.weights_digest = facts.weights_digest
         return worker
@@ -329,17 +333,23 @@ class ClusterView:
     def pool_tokens(self, now: float) -> int | None:
         """The longest sequence that some path through the cluster can hold, also with workers that
         may be replaced yet; None: nobody known."""
-        gone = (w for w in self._gone.values() if now - w.reported_at < REPLACED_WITHIN_S)
+        if now < self._pool_tokens_until:
+            return self._pool_tokens
+        gone = [w for w in self._gone.values() if now - w.reported_at < REPLACED_WITHIN_S]
         largest = dict.fromkeys(Role, 0)
         for worker in (*self.workers.values(), *gone):
             largest[worker.role] = max(largest[worker.role], worker.facts.most_tokens)
         pair = min(largest[Role.PREFILL], largest[Role.DECODE])
-        return max(largest[Role.COLOCATED], pair) or None
+        self._pool_tokens = max(largest[Role.COLOCATED], pair) or None
+        given_up = [worker.reported_at + REPLACED_WITHIN_S for worker in gone]
+        self._pool_tokens_until = min(given_up, default=float("inf"))
+        return self._pool_tokens
 
     # -----------------------------------------------------------------------------------------
 
     def _forget(self, name: str) -> None:
         worker = self._gone[name] = self.workers.pop(name)
+        self._pool_tokens_until = float("-inf")
         self.index.drop(worker.slot)
         self._free_slots.append(worker.slot)
         self._pulled = {pair: v for pair, v in self._pulled.items() if name not in pair}

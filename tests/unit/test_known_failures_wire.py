@@ -67,6 +67,9 @@ BOUNDED_OTHERWISE = {
     "router/frontdoor/grpc_kserve.py: await serving": "has ended",
     "router/frontdoor/grpc_kserve.py: asyncio.wait({getting, serving}, "
     "return_when=asyncio.FIRST_COMPLETED)": _WORKLESS,
+    "router/frontdoor/http2/call.py: await answers": "the handler's own waits are here",
+    "router/frontdoor/http2/stream.py: await self._arrived": "WHOLE_S, and in a stream of the "
+    "client's its life: pings and the connection's end",
     "deploy/ray/member.py: self._stopped.wait()": _LIFE,
     "deploy/ray/control_plane.py: self._started.wait()": "Watched: start_timeout_s",
     "deploy/ray/control_plane.py: asyncio.Event().wait()": _LIFE,

@@ -370,13 +370,8 @@ async def test_connections_are_made_anew_when_old(tiny_model: Path) -> None:
         rig.decodes[0].gate.clear()
         call = rig.stub.Generate(ask(PROMPT, max_tokens=4))
         await call.read()
-        states, state = [], rig.channel.get_state()
-        while len(states) < 2:  # it leaves READY, as the connection takes no new calls
-            await rig.channel.wait_for_state_change(state)
-            state = rig.channel.get_state()
-            states.append(state)
-            if state is grpc.ChannelConnectivity.IDLE:
-                break
+        while (state := rig.channel.get_state()) is grpc.ChannelConnectivity.READY:
+            await rig.channel.wait_for_state_change(state)  # it takes no new calls
         rig.decodes[0].gate.set()
         assert ids_of(await collect(call)) == PROMPT[1:4]  # its stream goes on
         assert (

@@ -1,0 +1,211 @@
+"""Heads and trailers of gRPC calls: header compression (RFC 7541), metadata, status.
+
+What is received is decoded by `hpack`. What is sent is encoded here, as literals that touch no
+table: a head is then the same bytes each time.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+from urllib.parse import quote_from_bytes
+
+import hpack
+
+from crossdock.router.frontdoor.http2.bounds import DECODED_BYTES, HEAD_LIST_BYTES
+from crossdock.router.frontdoor.http2.frames import Code, ConnectionFault, StreamFault
+
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+Fields: TypeAlias = list[tuple[bytes, bytes]]
+
+PSEUDO = {b":method", b":scheme", b":authority", b":path"}
+NEEDED = {b":method", b":scheme", b":path"}
+FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
+RESERVED = {"te", "content-type", "content-length", "host"}  # beside grpc-*: no metadata
+TABLE_BYTES = 4096  # of the usual table
+SHRUNK_TABLE = b"\x20"  # a table of 0 bytes, as who allows less than the usual is to be told
+MOST_KNOWN = 16  # heads of a connection that are kept
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+_BAD_VALUE = re.compile(rb"[\0\r\n]|^[ \t]|[ \t]$")
+_TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
+_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # of a status message
+
+
+class BadHead(Exception):
+    """A head that no gRPC call has; `status` is HTTP's, and 200 means gRPC's INVALID_ARGUMENT."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a call's head says."""
+
+    path: str
+    metadata: Metadata
+    timeout_s: float | None
+    encoding: str  # of compressed messages
+
+
+# -- what is received ------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Heads of one connection. One that is made of nothing but what the table holds is decoded once
+    until the table changes: callers repeat themselves."""
+
+    def __init__(self) -> None:
+        self._decoder = hpack.Decoder(max_header_list_size=DECODED_BYTES)
+        self._known: dict[bytes, Head] = {}
+
+    def head(self, block: bytes, stream_id: int) -> Head:
+        """What the block says. Raises BadHead, StreamFault where it is malformed, ConnectionFault
+        where the table is lost."""
+        known = self._known.get(block)
+        if known is not None:
+            return known
+        head = parse_head(self.fields(block), stream_id)
+        if _indexed(block) and len(self._known) < MOST_KNOWN:
+            self._known[block] = head
+        return head
+
+    def fields(self, block: bytes) -> Fields:
+        """The fields of any block. Raises ConnectionFault."""
+        if not _indexed(block):
+            self._known.clear()
+        try:
+            return list(self._decoder.decode(block, raw=True))
+        except hpack.OversizedHeaderListError:
+            code = Code.ENHANCE_YOUR_CALM
+            raise ConnectionFault(code, f"a head of over {DECODED_BYTES} bytes") from None
+        except (hpack.HPACKError, IndexError, ValueError) as error:
+            raise ConnectionFault(Code.COMPRESSION_ERROR, str(error)) from None
+
+
+def _indexed(block: bytes) -> bool:
+    """It is made of indices of one byte alone, and so leaves the table as it is."""
+    return bool(block) and min(block) >= 0x80 and max(block) < 0xFF
+
+
+def parse_head(fields: Fields, stream_id: int) -> Head:
+    """A call's head. Raises StreamFault for what HTTP/2 does not allow, BadHead for what no gRPC
+    call says."""
+    pseudo = _pseudo(fields, stream_id)
+    regular = [field for field in fields if field[0][:1] != b":"]
+    for name, value in regular:
+        _check_field(name, value, stream_id)
+    if sum(len(name) + len(value) + 32 for name, value in fields) > HEAD_LIST_BYTES:
+        raise BadHead(431, f"the head has more than {HEAD_LIST_BYTES} bytes")
+    if pseudo[b":method"] != b"POST":
+        raise BadHead(405, "gRPC calls are POST")
+    plain = {name: value.decode("latin-1") for name, value in regular}
+    content_type = plain.get(b"content-type", "")
+    if not re.match(r"application/grpc($|[+;])", content_type):
+        raise BadHead(415, "gRPC calls have the content type application/grpc")
+    timeout = plain.get(b"grpc-timeout")
+    return Head(
+        path=pseudo[b":path"].decode("latin-1"),
+        metadata=tuple(_metadata(regular)),
+        timeout_s=None if timeout is None else timeout_s(timeout),
+        encoding=plain.get(b"grpc-encoding", "identity"),
+    )
+
+
+def _pseudo(fields: Fields, stream_id: int) -> dict[bytes, bytes]:
+    """The pseudo-header fields, which come first and once."""
+    found: dict[bytes, bytes] = {}
+    for name, value in fields:
+        if name[:1] != b":":
+            break
+        if name in found or name not in PSEUDO:
+            raise StreamFault(Code.PROTOCOL_ERROR, stream_id, f"the field {name!r}")
+        found[name] = value
+    late = any(name[:1] == b":" for name, _ in fields[len(found) :])
+    if late or not found.keys() >= NEEDED or not found[b":path"]:
+        raise StreamFault(Code.PROTOCOL_ERROR, stream_id, "pseudo-header fields")
+    return found
+
+
+def _check_field(name: bytes, value: bytes, stream_id: int) -> None:
+    wrong = name in FORBIDDEN or (name == b"te" and value != b"trailers")
+    if wrong or not _NAME.fullmatch(name) or _BAD_VALUE.search(value):
+        raise StreamFault(Code.PROTOCOL_ERROR, stream_id, f"the field {name[:64]!r}")
+
+
+def _metadata(fields: Fields) -> Iterable[tuple[str, str | bytes]]:
+    for raw, value in fields:
+        name = raw.decode("ascii")
+        if name.startswith("grpc-") or name in RESERVED:
+            continue
+        if not name.endswith("-bin"):
+            yield name, value.decode("latin-1")
+            continue
+        for part in value.split(b","):
+            try:
+                yield name, b64decode(part.strip() + b"=" * (-len(part.strip()) % 4), validate=True)
+            except binascii.Error:
+                raise BadHead(200, f"{name} is not base64") from None
+
+
+def timeout_s(value: str) -> float:
+    """Of grpc-timeout, in seconds. Raises BadHead."""
+    match = _TIMEOUT.fullmatch(value)
+    if match is None:
+        raise BadHead(200, f"grpc-timeout is up to 8 digits and a unit, not {value[:32]!r}")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+# -- what is sent ----------------------------------------------------------------------------------
+
+
+def block(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
+    """Fields as literals. A name that ends in -bin has base64 of its bytes."""
+    parts: list[bytes] = []
+    for name, value in fields:
+        raw = (
+            b64encode(value).rstrip(b"=")
+            if isinstance(value, bytes)
+            else value.encode("latin-1", "replace")
+        )
+        parts += (b"\0", _length(len(name)), name.encode("ascii"), _length(len(raw)), raw)
+    return b"".join(parts)
+
+
+def _length(value: int) -> bytes:
+    """An integer with a prefix of 7 bits (RFC 7541, 5.1)."""
+    if value < 127:
+        return bytes((value,))
+    value, made = value - 127, bytearray(b"\x7f")
+    while value >= 128:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    made.append(value)
+    return bytes(made)
+
+
+HEAD = b"\x88" + block(  # 0x88 is :status 200
+    [("content-type", "application/grpc"), ("grpc-accept-encoding", "identity, gzip")]
+)
+DONE = block([("grpc-status", "0")])
+
+
+def trailers(code: int, details: str, metadata: Metadata) -> bytes:
+    """The status of a call, and its trailing metadata."""
+    made = DONE if code == 0 else block([("grpc-status", str(code))])
+    if details:
+        message = quote_from_bytes(details.encode("utf-8", "replace"), safe=_PLAIN)
+        made += block([("grpc-message", message)])
+    return made + block(metadata)
+
+
+def refusal(bad: BadHead) -> bytes:
+    """The answer to what is no gRPC call."""
+    fields = [(":status", str(bad.status)), ("content-type", "application/grpc")]
+    return block(fields) + trailers(3 if bad.status == 200 else 2, str(bad), ())
