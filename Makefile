@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 CLUSTER ?= deploy/manifests/local-cpu.yaml
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SHARED  := tests/unit tests/contract tests/simulation -n 2 --dist worksteal
-ALONE   := tests/processes tests/cluster
+ALONE   := tests/processes tests/cluster -n 2 --dist loadfile
 TORCH   := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: serve test test-fast clients lint proto docs clean

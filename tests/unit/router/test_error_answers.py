@@ -54,7 +54,8 @@ async def test_each_class_has_its_status_its_name_and_its_advice_at_both_doors(
     status, headers, body = await post(rig, *complete())
     assert status == kind.http_status
     assert body["error"]["code"] == CODES.get(kind, snake(kind.__name__))
-    assert body["error"]["message"] == str(made(kind))
+    openais = "Incorrect API key provided: " if kind is errors.Unauthenticated else ""
+    assert body["error"]["message"] == openais + str(made(kind))
     assert headers["X-Should-Retry"] == ("true" if kind.retriable else "false")
     error = await refusal(rig, ask())
     assert error.code() is grpc.StatusCode[kind.grpc_status]
