@@ -135,6 +135,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if unknown := set(chosen.clients) - set(names):
         parser.error(f"no such client: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the cluster ends with it
     reports = []
     with secured_cluster() as variables:
         if chosen.serve:

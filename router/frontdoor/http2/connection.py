@@ -78,7 +78,7 @@ class Connection(asyncio.Protocol):
         self._refuses_after = MAX_WINDOW  # streams beyond are not served: GOAWAY says so
         self._failed = False
         self._unread: asyncio.TimerHandle | None = None
-        self._by_kind = {
+        self._by_kind: dict[int, Callable[[int, int, bytes], None]] = {
             Kind.DATA: self._data,
             Kind.HEADERS: self._headers,
             Kind.PRIORITY: self._priority,
