@@ -9,6 +9,7 @@ import pytest
 
 from crossdock.kvtransfer.pull import Puller
 from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.router.dispatch import attempts
 from crossdock.router.dispatch.admission import Admission
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.dispatcher import Dispatcher
@@ -173,13 +174,13 @@ def hand_off_before_token_0(patch: pytest.MonkeyPatch) -> None:
 
 def holders_not_cancelled(patch: pytest.MonkeyPatch) -> None:
     """The client is gone, and the workers go on."""
-    cancel = Dispatcher._cancel_on_holders
+    cancel = attempts.cancel
 
-    def unless_gone(self: Dispatcher, sequence: SequenceState, why: str) -> None:
+    def unless_gone(sequence: SequenceState, why: str) -> None:
         if why != "client gone":
-            cancel(self, sequence, why)
+            cancel(sequence, why)
 
-    patch.setattr(Dispatcher, "_cancel_on_holders", unless_gone)
+    patch.setattr(attempts, "cancel", unless_gone)
 
 
 def deadline_timer_not_cancelled(patch: pytest.MonkeyPatch) -> None:
