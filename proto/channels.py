@@ -87,6 +87,11 @@ class Channels:
         self._made[address] = _Made(channel, whom, identity)
         return channel
 
+    def retire(self, addresses: Iterable[str]) -> None:
+        """Closes the channels to all but `addresses` once the calls that they have are over."""
+        for address in self._made.keys() - set(addresses):
+            self._retire(self._made.pop(address).channel)
+
     async def keep(self, addresses: Iterable[str]) -> None:
         """Closes the channels to all others, and what calls they have."""
         for address in self._made.keys() - set(addresses):

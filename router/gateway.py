@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 from crossdock.proto.identity import Credentials
@@ -78,7 +78,9 @@ class GatewayServer:
                 config.max_connection_age_s,
                 certificates,
             )
-            responses = ResponseStore(self._reached, config.responses, self._credentials)
+            responses = ResponseStore(
+                self._reached, lambda: self._endpoints, config.responses, self._credentials
+            )
             self._closing.push_async_callback(responses.close)
             self._http = http = HttpServer(
                 models,
@@ -111,13 +113,13 @@ class GatewayServer:
         async with self._changing:
             if serving == self._serving:
                 return
-            home, known = self.config.home, {**self._served}
-            known |= {each.key: each for each in self._leaving if each.key not in known}
-            loaded = {
-                key: await asyncio.to_thread(LoadedText.of, model.source, home)
-                for key, model in serving.models.items()
-                if key not in known or known[key].source != model.source
-            }
+            loaded: dict[str, LoadedText] = {}
+            while missing := self._not_loaded(serving, loaded):  # one may leave meanwhile
+                source = serving.models[missing[0]].source
+                loaded[missing[0]] = await asyncio.to_thread(
+                    LoadedText.of, source, self.config.home
+                )
+            known = self._known()
             gone = [each for key, each in self._served.items() if key not in serving.models]
             changed = [known[key] for key in loaded if key in known]
             now: dict[str, Served] = {}
@@ -196,6 +198,19 @@ class GatewayServer:
         await served.ended()
         del self._leaving[served]
         served.close()
+
+    def _known(self) -> dict[str, Served]:
+        """Models by key, those that are leaving included."""
+        return {each.key: each for each in self._leaving} | self._served
+
+    def _not_loaded(self, serving: Serving, loaded: Mapping[str, LoadedText]) -> list[str]:
+        """Keys of the models whose text side is to be loaded yet."""
+        known = self._known()
+        return [
+            key
+            for key, model in serving.models.items()
+            if key not in loaded and (key not in known or known[key].source != model.source)
+        ]
 
     def _forget(self, served: Served) -> None:
         if leaving := self._leaving.pop(served, None):

@@ -11,7 +11,7 @@ SPAN_S = 60.0
 SEPARATE = 10  # lines of one credential's refusals of one outcome within a span
 MAX_KINDS = 1000  # told apart at once; those beyond them are counted by outcome alone
 
-Kind = tuple[str, str, str]  # tenant, key, outcome
+Kind = tuple[str | None, str | None, str]  # tenant, key, outcome; None: of many
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Refusals:
 
     def separate(self, record: dict[str, Any]) -> bool:
         """Whether a refused request gets a line of its own; it is counted where it does not."""
-        kind = record.get("tenant", ""), record.get("key", ""), record.get("outcome", "")
+        kind: Kind = record.get("tenant", ""), record.get("key", ""), record.get("outcome", "")
         if kind not in self._spans and len(self._spans) >= MAX_KINDS:
-            kind = "", "", kind[2]
+            kind = None, None, kind[2]
         span = self._spans.setdefault(kind, _Span(self._clock()))
-        if span.lines < SEPARATE and any(kind[:2]):
+        if span.lines < SEPARATE and kind[0] is not None:
             span.lines += 1
             return True
         span.last = record.get("time", 0.0)
@@ -54,7 +54,7 @@ class Refusals:
                 break
             del self._spans[kind]
             if span.counted:
-                about = dict(zip(("tenant", "key", "outcome"), kind))
+                about = {"tenant": kind[0] or "", "key": kind[1] or "", "outcome": kind[2]}
                 when = {"time": span.last, "since": span.first}
                 lines.append({"kind": "refused", **when, **about, "count": span.counted})
         return lines

@@ -30,6 +30,7 @@ from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_labe
 
 NO_OFFER = Offer()
 SLICE_TOKENS = 32_768  # hashed without letting others run
+MAX_SCORED_ENTRIES = 4_000_000  # log-probabilities of one request's prompts, some 60 bytes each
 INLINE_TOKENS = 1024  # a longer prompt lets others run in between
 
 
@@ -116,14 +117,18 @@ class Frontend:
             return await self.aside.call("encode", text)
         return self.text.encode(text)
 
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt. Others run after a long one."""
+        text = self.text.decode(token_ids)
+        if len(token_ids) > INLINE_TOKENS:
+            await asyncio.sleep(0)
+        return text
+
     async def encode_chat(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation, through the model's chat template."""
-        check_messages(conversation.messages)
         arguments = conversation.rendered(self.text, self.tool_format)
-        plain, _, more = arguments
-        size = sum(map(_size, plain)) + _size(more)
-        if size > self.validator.capacity * self.validator.longest_token:
-            self.validator.check_text("messages", "".join(str(m["content"]) for m in plain))
+        plain = arguments[0]
+        size = self._checked_size(conversation, *arguments)
         try:
             if size > INLINE_CHARACTERS:
                 return await self.aside.call("apply_chat_template", *arguments)
@@ -140,16 +145,28 @@ class Frontend:
         """Token ids of a conversation whose last `after` messages follow one that stands for an
         answer; `history` are the ids of its prompt and of the answer as it was drawn. Empty where
         the model's chat template does not simply go on from there."""
-        messages, _, more = conversation.rendered(self.text, self.tool_format)
+        rendered = conversation.rendered(self.text, self.tool_format)
+        messages, _, more = rendered
+        size = self._checked_size(conversation, *rendered)
         split = len(messages) - after
         arguments = messages[: split - 1], messages[split:], more
-        if sum(map(_size, arguments)) > INLINE_CHARACTERS:
+        if size > INLINE_CHARACTERS:
             ids = await self.aside.call("next_turn", *arguments)
         else:
             ids = self.text.next_turn(*arguments)
         if history and history[-1] in self.text.eos_token_ids:
             history = history[:-1]  # the template writes the end of a turn itself
         return [*history, *ids] if ids else []
+
+    def _checked_size(
+        self, conversation: Conversation, plain: list[dict[str, Any]], _: Any, more: Any
+    ) -> int:
+        """Characters of a rendered conversation. Raises InvalidRequest where they are too many."""
+        check_messages(conversation.messages)
+        size = sum(map(_size, plain)) + _size(more)
+        if size > self.validator.capacity * self.validator.longest_token:
+            self.validator.check_text("messages", "".join(str(m["content"]) for m in plain))
+        return size
 
     async def with_grammar(
         self, sampling: SamplingParams, field: str, grammar: Grammar
@@ -189,6 +206,14 @@ class Frontend:
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)
                 lists.append(await listed(prompt))
             longest = max(map(len, lists))
+            if sampling.prompt_logprobs is not None:
+                entries = sum(map(len, lists)) * (1 + sampling.prompt_logprobs)
+                if entries > MAX_SCORED_ENTRIES:
+                    raise InvalidRequest(
+                        "prompt_logprobs",
+                        sampling.prompt_logprobs,
+                        f"{entries} entries are to be told, of at most {MAX_SCORED_ENTRIES}",
+                    )
             principal = visit.principal = visit.principal.named(tenant)
             principal.check_model([self.model_id])
             room = principal.room(field, sampling, longest)

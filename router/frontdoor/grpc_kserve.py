@@ -22,6 +22,7 @@ from crossdock.router.frontdoor import kserve_format as fmt
 from crossdock.router.frontdoor.frontend import Frontend, Prepared
 from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.http2.call import Aborted
 from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.openai_schemas import DEFAULT_COMPLETION_TOKENS, sampling_of
 from crossdock.router.frontdoor.structured import grammar_of
@@ -145,11 +146,16 @@ class KServeService:
         room = asyncio.Semaphore(MAX_AT_ONCE)
 
         async def serve() -> None:
-            async with asyncio.TaskGroup() as group:
-                async for request in requests:
-                    await room.acquire()
-                    task = group.create_task(self._answer(request, context, answers.put))
-                    task.add_done_callback(lambda _: room.release())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    async for request in requests:
+                        await room.acquire()
+                        task = group.create_task(self._answer(request, context, answers.put))
+                        task.add_done_callback(lambda _: room.release())
+            except ExceptionGroup as errors:  # what the client sent cannot be read on
+                if isinstance(errors.exceptions[0], Aborted):
+                    raise errors.exceptions[0] from None
+                raise
             await answers.put(None)
 
         serving = asyncio.create_task(serve())

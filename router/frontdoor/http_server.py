@@ -226,7 +226,7 @@ class HttpServer:
                 n=n,
                 logprobs=sampling.logprobs is not None,
                 include_usage=bool(body.stream_options and body.stream_options.include_usage),
-                prompts=_told_of_prompts(frontend, body, n),
+                prompts=await _told_of_prompts(frontend, body, n),
             )
             if body.stream:
                 return await self._stream(request, stream, answer)
@@ -293,10 +293,10 @@ def _fingerprint(frontend: Frontend) -> str:
     return f"fp_{frontend.dispatcher.view.layout_hash.hex()[:12]}"
 
 
-def _told_of_prompts(frontend: Frontend, body: SamplingFields, n: int) -> PromptAnswers:
+async def _told_of_prompts(frontend: Frontend, body: SamplingFields, n: int) -> PromptAnswers:
     text, whole = frontend.text, body.prompt_logprobs
     if not (isinstance(body, CompletionBody) and body.echoes):
         return PromptAnswers(text, n, whole=whole)
     given = prompts_of(body.prompt)
-    texts = [each if isinstance(each, str) else text.decode(each) for each in given]
+    texts = [each if isinstance(each, str) else await frontend.decode(each) for each in given]
     return PromptAnswers(text, n, texts, body.echo_logprobs, whole)

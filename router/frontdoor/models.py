@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from crossdock.proto.errors import NotFound
+from crossdock.proto.errors import NotFound, show
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.frontdoor.frontend import Arrival, Frontend, Prepared
 from crossdock.router.frontdoor.gate import Gate
@@ -67,21 +67,22 @@ class Models:
         """Those that a credential may use, in their order."""
         return [each for name, each in self._by_name.items() if principal.may_use(name)]
 
-    def find(self, name: str) -> Frontend:
-        """The model of this name or alias; the first where it is empty. Raises NotFound."""
+    def find(self, name: str, principal: Principal) -> Frontend:
+        """The model of this name or alias; the first where it is empty. Raises NotFound, which
+        names those that the credential may use."""
         if not name:
             return self.default
         found = self._names.get(name)
         if found is None:
-            known = [*self._by_name, *self._routes]
+            known = [each.model_id for each in self.of(principal)] + self.routes_of(principal)
             are = "model of this cluster is" if len(known) == 1 else "models of this cluster are"
             listed = ", ".join(map(repr, known))
-            raise NotFound(f"model: {name!r} is not served here; the {are} {listed}")
+            raise NotFound(f"model: {show(name)} is not served here; the {are} {listed or 'none'}")
         return self._by_name[found]
 
     def seen(self, name: str, principal: Principal) -> Frontend:
         """The same, for who only asks about it. Raises Forbidden too."""
-        frontend = self.find(name)
+        frontend = self.find(name, principal)
         principal.check_model([frontend.model_id])
         return frontend
 
@@ -100,7 +101,7 @@ class Models:
         visit = arrival.visit
         rules = self._routes.get(name)
         if rules is None:
-            frontend = self.find(name)
+            frontend = self.find(name, visit.principal.named(tenant))
             visit.chose(frontend.model_id, name)
             return Choice(frontend, await prepare(frontend))
         principal = visit.principal.named(tenant)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from crossdock.proto.errors import InvalidRequest
+from crossdock.proto.errors import InvalidRequest, show
 from crossdock.router.frontdoor.frontend import Arrival, Frontend
 from crossdock.router.frontdoor.http_access import TENANT_HEADER, visit_of
 from crossdock.router.frontdoor.http_errors import ResponseNotFound
@@ -85,7 +85,7 @@ class Turn:
     async def read(self, frontend: Frontend) -> list[int]:
         """The prompt's token ids. Raises InvalidRequest."""
         conversation = conversation_of(self.chat, self.offer)
-        context = _context(self.body, conversation, frontend.model_id)
+        context = _context(self.body, conversation, frontend)
         ids = await self._gone_on(frontend, conversation, context)
         ids = ids or await frontend.encode_chat(conversation)
         self.prompts[frontend.model_id] = Prompt(ids, context, frontend.tool_format)
@@ -143,7 +143,7 @@ class Turn:
             first=self.first,
             answered=len(self.items),
             token_ids=ids.tobytes(),
-            context=prompt.context,
+            context=prompt.context if answer.shows_all else b"",  # else it is rendered anew
         )
 
 
@@ -211,7 +211,7 @@ class ResponsesDoor:
         if kept is None:
             what = f"{field}: " if field else ""
             raise ResponseNotFound(
-                f"{what}{id_!r} is not kept here: it is too old, was not stored or was deleted, or "
+                f"{what}{show(id_)} is not kept here: too old, not stored, deleted, or "
                 "the workers that kept it are gone; send the whole conversation as input",
                 field,
             )
@@ -226,7 +226,7 @@ class ResponsesDoor:
     async def _delete(self, request: web.Request) -> web.StreamResponse:
         id_ = request.match_info["id"]
         if not await self._store.drop(_tenant(request), id_):
-            raise ResponseNotFound(f"{id_!r} is not kept here")
+            raise ResponseNotFound(f"{show(id_)} is not kept here")
         return web.json_response({"id": id_, "object": "response", "deleted": True})
 
     async def _input_items(self, request: web.Request) -> web.StreamResponse:
@@ -269,12 +269,15 @@ def _one_of(field: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
-def _context(body: ResponseBody, conversation: Conversation, model: str) -> bytes:
+def _context(body: ResponseBody, conversation: Conversation, frontend: Frontend) -> bytes:
     """What a prompt is rendered from beside its items, hashed: a turn under another is rendered
     anew."""
     tools = [tool.given for tool in conversation.offer.tools]
-    told = [model, body.instructions, tools, dict(conversation.options)]
-    return hashlib.sha256(dump("tools", told).encode()).digest()
+    weights = frontend.dispatcher.view.weights_digest  # another model may get the name
+    told = [frontend.model_id, weights, tools, dict(conversation.options)]
+    hashed = hashlib.sha256(dump("tools", told).encode())
+    hashed.update(b"" if body.instructions is None else b"\0" + body.instructions.encode())
+    return hashed.digest()
 
 
 def _renamed(error: InvalidRequest) -> InvalidRequest:
@@ -284,4 +287,6 @@ def _renamed(error: InvalidRequest) -> InvalidRequest:
         name = re.sub(theirs, ours, name)
     if name == error.field:
         return error
-    return type(error)(name, error.value, error.limit)
+    renamed = type(error)(name, error.value, error.limit)
+    renamed.counted = error.counted
+    return renamed

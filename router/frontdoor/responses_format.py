@@ -106,6 +106,13 @@ class ResponseAnswer(ToolAnswer):
         """Of the response, once it has ended."""
         return "incomplete" if self._finish is FinishReason.LENGTH else "completed"
 
+    @property
+    def shows_all(self) -> bool:
+        """Whether the client has seen all that was drawn but for the token that ends a turn: not
+        where a stop string, or another token that was to stop it, was left out."""
+        last = self.token_ids[-1:]
+        return self._finish is FinishReason.LENGTH or bool({*last} & {*self.names.eos_token_ids})
+
     def _begin(self) -> None:
         if self._number == 0:
             for kind in ("response.created", "response.in_progress"):

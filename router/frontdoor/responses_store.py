@@ -53,15 +53,16 @@ class Kept(msgspec.Struct, array_like=True):
 
 
 class ResponseStore:
-    """`members`: the workers that can be reached now."""
+    """`reached`: the workers that can be reached now; `members`: all that there are."""
 
     def __init__(
         self,
+        reached: Callable[[], Sequence[WorkerEndpoint]],
         members: Callable[[], Sequence[WorkerEndpoint]],
         settings: ResponsesSettings,
         credentials: Credentials | None = None,
     ) -> None:
-        self._members, self._settings = members, settings
+        self._reached, self._members, self._settings = reached, members, settings
         self._channels = Channels(
             credentials,
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -70,7 +71,7 @@ class ResponseStore:
 
     def new_id(self) -> str:
         """Of a response that two of the workers will keep."""
-        members = self._members()
+        members = self._reached()
         chosen = random.sample(members, min(COPIES, len(members)))
         return "resp_" + secrets.token_hex(12) + "".join(map(_tag, chosen))
 
@@ -119,7 +120,7 @@ class ResponseStore:
         found = _ID.fullmatch(id_)
         tags = {found[1][at : at + _TAG] for at in range(0, len(found[1]), _TAG)} if found else ()
         members = self._members()
-        await self._channels.keep(member.address for member in members)
+        self._channels.retire(member.address for member in members)
         named = [member for member in members if _tag(member) in tags]
 
         async def ask(member: WorkerEndpoint) -> Any:

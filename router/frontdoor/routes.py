@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from crossdock.proto.errors import ContextLengthExceeded, Forbidden
 from crossdock.router.frontdoor.frontend import Frontend, Prepared
 from crossdock.router.frontdoor.principal import Principal
+from crossdock.router.frontdoor.validate import UNLIMITED
 from crossdock.router.serving import Rule, When
 
 TOO_LONG = float("inf")
@@ -52,6 +53,9 @@ class Candidate:
         tokens = await self.tokens()
         if tokens == TOO_LONG:
             return "the prompt is too long for it"
+        most = (await self.prepared()).sampling.max_tokens
+        if most != UNLIMITED and tokens + most > self.frontend.validator.capacity:
+            return "the prompt and max_tokens are too long for it"
         latest = asked.deadline
         if rule.max_wait_s:
             latest = min(latest, time.monotonic() + rule.max_wait_s)

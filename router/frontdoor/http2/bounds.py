@@ -18,6 +18,7 @@ DECODED_BYTES = 1 << 16  # of a head that is decoded at all, for what others on 
 WINDOW_BYTES = 1 << 18  # that a stream may send before it is read
 CONNECTION_WINDOW_BYTES = 1 << 22  # the same of all streams of a connection
 UNSENT_BYTES = 1 << 18  # that wait in a connection for its client; tokens merge meanwhile
+QUEUED_BYTES = 96  # that a message costs beside its own
 CONTROL_BYTES = 1 << 20  # the same, with answers to pings and settings: who asks on is cut off
 KEEPALIVE_S = 10.0  # without a byte of a client that has calls under way, before it is asked
 PONG_S = 5.0  # for its answer
@@ -25,6 +26,7 @@ TICK_S = 2.5  # how often that is looked at
 PING_S = 5.0  # between pings of a client that gets nothing meanwhile
 MAX_EARLY_PINGS = 2
 RESETS, RESETS_PER_S = 1000, 200.0  # streams that end in a reset, at once and over time
+YOUNG_S = 1.0  # a call that its client cancels later than this is no reset of that kind
 MOST_HELD = 256 * 2**20  # bytes of all messages that came and are not read
 IDLE_FRAMES, IDLE_FRAMES_PER_S = 1000, 200.0  # frames that ask for nothing
 
@@ -67,8 +69,9 @@ class Held:
             self._by[give_up] = holds
         else:
             self._by.pop(give_up, None)
-        if self.bytes > self.most:
-            next(iter(self._by))()
+        if size > 0:  # who gives up comes here too
+            while self.bytes > self.most and self._by:
+                next(iter(self._by))()
 
 
 def most_held(limit: int) -> int:

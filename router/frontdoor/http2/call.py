@@ -43,7 +43,7 @@ class Context:
     """What handlers know of a call, by the names that grpc.aio gives it, and how they answer."""
 
     __slots__ = (
-        *("_began", "_code", "_deadline", "_details", "_head", "_out", "_peer", "_rules"),
+        *("_began", "began", "_code", "_deadline", "_details", "_head", "_out", "_peer", "_rules"),
         *("_serialize", "_stream", "_task", "_timer", "_trailing", "on_end"),
     )
 
@@ -61,6 +61,7 @@ class Context:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Runs the call's handler."""
+        self.began = time.monotonic()
         if self._head.timeout_s is not None:
             self._deadline = time.monotonic() + self._head.timeout_s
             grace_s = self._head.timeout_s + DEADLINE_GRACE_S
@@ -237,7 +238,11 @@ class Context:
     def _finish(self) -> None:
         """Sends the status, unless the call is over already."""
         if self._stream.open:
-            told = headers.trailers(self._code, self._details, self._trailing)
+            try:
+                told = headers.trailers(self._code, self._details, self._trailing)
+            except Exception:  # of metadata that no client could read; its call ends nevertheless
+                log.exception("%s: the trailing metadata", self._head.path)
+                told = headers.trailers(13, "the trailing metadata cannot be sent", ())
             self._stream.finish(told if self._began else headers.HEAD + told)
         self._close()
 

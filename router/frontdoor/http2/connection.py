@@ -208,6 +208,8 @@ class Connection(asyncio.Protocol):
             more = bounds.CONNECTION_WINDOW_BYTES - self._room
             self._room += more
             self._out.add(frames.window_update(0, more))
+        if stream_id > self._refuses_after:
+            return  # it began before it knew
         data = frames.unpadded(flags, payload, stream_id)
         if not data and not flags & END_STREAM:
             self._manners.idle("empty DATA frames")
@@ -245,7 +247,7 @@ class Connection(asyncio.Protocol):
         if not payload:
             self._manners.idle("empty CONTINUATION frames")
         block.data += payload
-        if len(block.data) > bounds.HEAD_LIST_BYTES:
+        if len(block.data) > bounds.DECODED_BYTES:  # one that is shorter is refused alone
             raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "a head that is too long")
         if flags & END_HEADERS:
             self._block = None
@@ -264,6 +266,7 @@ class Connection(asyncio.Protocol):
         try:
             head = self._decoder.head(block, stream_id)
         except headers.BadHead as bad:
+            self._manners.reset()
             self._out.head(stream_id, headers.refusal(bad), end=True)
             self._manners.ended(stream_id, Ender.CLIENT if flags & END_STREAM else Ender.SERVER)
             return
@@ -303,8 +306,11 @@ class Connection(asyncio.Protocol):
         if len(payload) != 4:
             raise ConnectionFault(Code.FRAME_SIZE_ERROR, "RST_STREAM")
         self._check_known(stream_id, "RST_STREAM")
-        self._manners.reset()
+        if stream_id > self._refuses_after:
+            return
         call = self._calls.get(stream_id)
+        if call is None or time.monotonic() - call.began < bounds.YOUNG_S:
+            self._manners.reset()
         if call is not None:
             self._streams[stream_id].ended = True
             call.end(None)
@@ -324,8 +330,10 @@ class Connection(asyncio.Protocol):
             self._shared.greeted(self)
         if (first := given.get(Setting.INITIAL_WINDOW_SIZE)) is not None:
             change, self._out.first_window = first - self._out.first_window, first
-            for stream in list(self._streams.values()):
+            for number, stream in enumerate(list(self._streams.values()), 1):
                 stream.move_window(change)
+                if number % 64 == 0:
+                    self._manners.idle("SETTINGS frames for so many streams")
         self._out.add(frames.frame(Kind.SETTINGS, ACK, 0))
         if given.get(Setting.HEADER_TABLE_SIZE, headers.TABLE_BYTES) < headers.TABLE_BYTES:
             self._out.first_head = headers.SHRUNK_TABLE
@@ -404,9 +412,29 @@ class Connection(asyncio.Protocol):
         if self._transport.can_write_eof():
             with contextlib.suppress(OSError):  # it is gone already
                 self._transport.write_eof()
-            self._loop.call_later(bounds.LINGER_S, self._transport.abort)
+            self._linger(self.unsent, time.monotonic())
         else:
             self._transport.close()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the client to read."""
+        closing = self._transport.is_closing()
+        return 0 if closing else int(self._transport.get_write_buffer_size())
+
+    def _linger(self, unsent: int, since: float) -> None:
+        """Has the connection cut a moment after `unsent` bytes are sent, or where the client has
+        read nothing of them since long."""
+        self._loop.call_later(bounds.LINGER_S, self._lingered, unsent, since)
+
+    def _lingered(self, unsent: int, since: float) -> None:
+        left, now = self.unsent, time.monotonic()
+        if left < unsent:
+            self._linger(left, now)
+        elif left and now - since < bounds.WRITE_S:
+            self._linger(left, since)
+        else:
+            self._transport.abort()
 
     def go_away(self) -> None:
         """No new calls from now on; closes after the last one."""
@@ -434,11 +462,15 @@ class Connection(asyncio.Protocol):
 
     def tick(self, now: float) -> None:
         """Looks whether the client is there still."""
+        if self._failed:
+            return
         block, quiet_s = self._block, now - self._heard
         if block is not None and now - block.since > http_limits.HEAD_S:
             self._fail(Code.ENHANCE_YOUR_CALM, "the rest of a head does not come")
         elif self._reader.waits and quiet_s > http_limits.HEAD_S:
             self._fail(Code.ENHANCE_YOUR_CALM, "the rest of a frame does not come")
+        elif self._out.paused:
+            self._asked = None  # it cannot see what we ask before it reads on; `unread` judges it
         elif self._asked is not None and now - self._asked > bounds.PONG_S:
             log.info("%s does not answer: closed", self._peer)
             self._transport.abort()

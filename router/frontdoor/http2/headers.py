@@ -28,9 +28,10 @@ FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encod
 RESERVED = {"te", "content-type", "content-length", "host"}  # beside grpc-*: no metadata
 TABLE_BYTES = 4096  # of the usual table
 SHRUNK_TABLE = b"\x20"  # a table of 0 bytes, as who allows less than the usual is to be told
+MOST_DETAILS = 1000  # characters of a status message; clients bound what trailers they take
 MOST_KNOWN = 16  # heads of a connection that are kept
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
-_BAD_VALUE = re.compile(rb"[\0\r\n]|^[ \t]|[ \t]$")
+_BAD_VALUE = re.compile(rb"[\0\r\n]")
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # of a status message
@@ -98,7 +99,8 @@ def parse_head(fields: Fields, stream_id: int) -> Head:
     """A call's head. Raises StreamFault for what HTTP/2 does not allow, BadHead for what no gRPC
     call says."""
     pseudo = _pseudo(fields, stream_id)
-    regular = [field for field in fields if field[0][:1] != b":"]
+    # gRPC lets blanks around a value be stripped, and its clients send them.
+    regular = [(name, value.strip(b" \t")) for name, value in fields if name[:1] != b":"]
     for name, value in regular:
         _check_field(name, value, stream_id)
     if sum(len(name) + len(value) + 32 for name, value in fields) > HEAD_LIST_BYTES:
@@ -200,6 +202,7 @@ def trailers(code: int, details: str, metadata: Metadata) -> bytes:
     """The status of a call, and its trailing metadata."""
     made = DONE if code == 0 else block([("grpc-status", str(code))])
     if details:
+        details = details[:MOST_DETAILS]
         message = quote_from_bytes(details.encode("utf-8", "replace"), safe=_PLAIN)
         made += block([("grpc-message", message)])
     return made + block(metadata)

@@ -44,6 +44,7 @@ class Server:
         self._age_s = connection_age_s  # 0: connections live as long as they will
         self._connections: set[Connection] = set()
         self._silent: dict[Connection, asyncio.TimerHandle] = {}  # oldest first
+        self._ages: dict[Connection, asyncio.TimerHandle] = {}
         self._listening: list[asyncio.Server] = []
         self._ticking: asyncio.TimerHandle | None = None
         rules = Rules(self._handler, admit, refuse, limit)
@@ -81,7 +82,10 @@ class Server:
         for connection in list(self._connections):
             connection.go_away()
         deadline = time.monotonic() + grace_s
-        while any(each.calls for each in self._connections) and time.monotonic() < deadline:
+        while (
+            any(each.calls or each.unsent for each in self._connections)
+            and time.monotonic() < deadline
+        ):
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.stop()
@@ -90,7 +94,7 @@ class Server:
             connection.abort()
         if self._ticking is not None:
             self._ticking.cancel()
-        for timer in self._silent.values():
+        for timer in (*self._silent.values(), *self._ages.values()):
             timer.cancel()
 
     def _handler(self, path: str) -> grpc.RpcMethodHandler | None:
@@ -114,22 +118,24 @@ class Server:
             next(iter(self._silent)).abort()
         if self._age_s:
             age_s = self._age_s * random.uniform(1 - AGE_SPREAD, 1 + AGE_SPREAD)
-            loop.call_later(age_s, self._grown_old, connection)
+            self._ages[connection] = loop.call_later(age_s, self._grown_old, connection)
 
     def _greeted(self, connection: Connection) -> None:
         self._silent.pop(connection).cancel()
 
     def _closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
-        if (timer := self._silent.pop(connection, None)) is not None:
-            timer.cancel()
+        for timers in (self._silent, self._ages):
+            if (timer := timers.pop(connection, None)) is not None:
+                timer.cancel()
 
     def _grown_old(self, connection: Connection) -> None:
         """Streams under way may finish; what the client began before it knew is served."""
         if connection in self._connections:
             connection.warn()
             loop = asyncio.get_running_loop()
-            loop.call_later(min(WARNED_S, self._age_s), connection.go_away)
+            wait_s = min(WARNED_S, self._age_s)
+            self._ages[connection] = loop.call_later(wait_s, connection.go_away)
 
     def _tick(self) -> None:
         self._ticking = asyncio.get_running_loop().call_later(bounds.TICK_S, self._tick)

@@ -9,7 +9,9 @@ from functools import partial
 from crossdock.router.frontdoor.http2 import frames
 from crossdock.router.frontdoor.http2.bounds import (
     CONTROL_BYTES,
+    QUEUED_BYTES,
     ROOM_S,
+    UNSENT_BYTES,
     WINDOW_BYTES,
     Held,
 )
@@ -40,12 +42,14 @@ class Outbox:
         self.first_head = b""  # what the next head begins with
         self._transport, self._loop = transport, loop
         self._parts: list[bytes] = []
+        self._size = 0  # of them, bytes
         self._scheduled = False
         self._blocked: dict[Stream, None] = {}  # with something to send and no room for it
 
     def add(self, data: bytes) -> None:
         """Sends it with whatever else this turn gives."""
         self._parts.append(data)
+        self._size += len(data)
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self.flush)
@@ -59,11 +63,17 @@ class Outbox:
     def flush(self) -> None:
         """Sends what is there. A client that asks on without reading the answers is cut off."""
         self._scheduled = False
-        parts, self._parts = self._parts, []
+        parts, self._parts, self._size = self._parts, [], 0
         if parts and not self._transport.is_closing():
             self._transport.write(b"".join(parts))
             if self.paused and self._transport.get_write_buffer_size() > CONTROL_BYTES:
                 self._transport.abort()
+        self.pump()
+
+    @property
+    def full(self) -> bool:
+        """This turn has given enough: the rest goes with the next, so that others run."""
+        return self._size >= UNSENT_BYTES
 
     def pause(self) -> None:
         """The client does not read."""
@@ -93,7 +103,7 @@ class Outbox:
 
     def pump(self) -> None:
         """Sends what there is room for, a frame of each stream in turn."""
-        while self._blocked and self.window > 0 and not self.paused:
+        while self._blocked and self.window > 0 and not self.paused and not self.full:
             stream = next(iter(self._blocked))
             del self._blocked[stream]
             if stream.send_some():
@@ -126,7 +136,7 @@ class Stream:
         out, size = self._out, len(message) + MESSAGE_BYTES
         if size > self.window or size > out.window or size > FRAME_BYTES:
             return False
-        if out.paused or self._unsent or not self.open:
+        if out.paused or out.full or self._unsent or not self.open:
             return False
         self.window -= size
         out.window -= size
@@ -142,11 +152,13 @@ class Stream:
         self._unsent += b"\0" + len(message).to_bytes(4, "big") + message
         self._out.block(self)
         while self._unsent and self.open:
-            self._sent = asyncio.get_running_loop().create_future()
-            try:
-                await asyncio.wait_for(self._sent, ROOM_S)
+            self._sent, left = asyncio.get_running_loop().create_future(), len(self._unsent)
+            try:  # wait_for would swallow a cancellation that comes with the stream's end
+                async with asyncio.timeout(ROOM_S):
+                    await self._sent
             except TimeoutError:
-                raise Unread(f"no room in its window for {ROOM_S:g} s") from None
+                if len(self._unsent) == left:
+                    raise Unread(f"no room in its window for {ROOM_S:g} s") from None
 
     def send_some(self) -> bool:
         """Sends one frame of what is unsent; whether more may follow."""
@@ -220,7 +232,8 @@ class Stream:
 
     def drop(self) -> None:
         """Forgets what is not read."""
-        size = len(self._received) + sum(len(data) for _, data in self._messages)
+        queued = sum(len(data) + QUEUED_BYTES for _, data in self._messages)
+        size = len(self._received) + queued
         self._received.clear()
         self._messages.clear()
         if size:
@@ -253,7 +266,7 @@ class Stream:
         if not self._messages:
             return None
         found = self._messages.popleft()
-        self._held.add(self._give_up, -len(found[1]))
+        self._held.add(self._give_up, -len(found[1]) - QUEUED_BYTES)
         self._make_room()
         return found
 
@@ -269,8 +282,8 @@ class Stream:
             if len(data) < MESSAGE_BYTES + size:
                 return None
             self._messages.append((flag == 1, bytes(data[MESSAGE_BYTES : MESSAGE_BYTES + size])))
-            self._held.add(self._give_up, -MESSAGE_BYTES)
             del data[: MESSAGE_BYTES + size]
+            self._held.add(self._give_up, QUEUED_BYTES - MESSAGE_BYTES)
             self._wake()
         return None
 
