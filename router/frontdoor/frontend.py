@@ -117,7 +117,7 @@ class Frontend:
             return await self.aside.call("encode", text)
         return self.text.encode(text)
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text of a prompt. Others run after a long one."""
         text = self.text.decode(token_ids)
         if len(token_ids) > INLINE_TOKENS:
@@ -159,7 +159,7 @@ class Frontend:
         return [*history, *ids] if ids else []
 
     def _checked_size(
-        self, conversation: Conversation, plain: list[dict[str, Any]], _: Any, more: Any
+        self, conversation: Conversation, plain: Sequence[Mapping[str, Any]], _: Any, more: Any
     ) -> int:
         """Characters of a rendered conversation. Raises InvalidRequest where they are too many."""
         check_messages(conversation.messages)
