@@ -452,3 +452,37 @@ async def test_what_changes_nothing_is_accepted(rig: Rig, text: Any) -> None:
     }
     status, _, answer = await post(rig, PATH, body)
     assert status == 200 and answer["user"] == "u"
+
+
+async def test_what_a_stop_string_hid_is_in_no_later_prompt(rig: Rig, text: Any) -> None:
+    for worker in rig.workers:
+        worker.script = text.encode("Answer END hidden tail")
+    _, _, first = await post(rig, PATH, {"input": "hi", "stop": ["END"], "max_output_tokens": 40})
+    assert first["output"][0]["content"][0]["text"] == "Answer "
+    await post(rig, PATH, {"input": "more", "previous_response_id": first["id"]})
+    assert "END" not in text.decode(prompts(rig)[-1], skip_special_tokens=False)
+
+
+async def test_an_error_under_the_clients_own_name_counts_once(rig: Rig) -> None:
+    assert (await refused(rig, {"input": "hi", "max_output_tokens": 0}))[1] == "max_output_tokens"
+    assert rig.metric("requests_total", outcome="invalid") == 1
+
+
+async def test_what_is_not_found_is_told_in_short(rig: Rig) -> None:
+    body = {"input": "hi", "previous_response_id": "x" * 1_000_000}
+    _, _, answer = await post(rig, PATH, body)
+    assert len(answer["error"]["message"]) < 1000
+    _, _, answer = await post(rig, PATH, {"input": "hi", "model": "x" * 1_000_000})
+    assert len(answer["error"]["message"]) < 1000
+
+
+async def test_a_next_turn_that_is_too_long_is_refused_before_it_is_tokenized(
+    rig: Rig, text: Any
+) -> None:
+    ending(rig, text, SAID)
+    _, _, first = await post(rig, PATH, {"input": "hi"})
+    body = {"input": "word " * 400_000, "previous_response_id": first["id"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(rig.only.frontend.aside), "call", None)  # fails where it is asked
+        status, _, answer = await post(rig, PATH, body)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")

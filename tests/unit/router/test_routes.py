@@ -263,3 +263,27 @@ def test_too_long_for_a_model_counts_as_longer_than_anything() -> None:
 
     candidate = Candidate(None, refuse)  # type: ignore[arg-type]
     assert asyncio.run(candidate.tokens()) == float("inf")
+
+
+async def test_a_prompt_that_fits_with_what_is_asked_only_elsewhere_goes_there(
+    tiny_model: Path,
+) -> None:
+    models = {"small": ServedModel(str(tiny_model)), "large": ServedModel("simulated")}
+    async with start_models(models, {"auto": (Rule("small", fallback=("large",)),)}) as rig:
+        prompt = [5] * 2000  # of 2048
+        answer = await complete(rig, model="auto", prompt=prompt, max_tokens=40)
+        assert answer.headers["x-crossdock-model"] == "small"
+        answer = await complete(rig, model="auto", prompt=prompt, max_tokens=49)
+        assert answer.headers["x-crossdock-model"] == "large"
+
+
+async def test_a_name_that_is_none_tells_only_what_the_key_may_use(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.yaml"
+    key = add_key(file, {"tenant": "acme", "models": ["small"]})
+    models = {"small": ServedModel(str(tiny_model)), "hidden": ServedModel("simulated")}
+    async with start_models(models, auth=AuthSettings(keys=str(file))) as rig:
+        answer = await complete(rig, key, model="nothing", prompt="x")
+    assert answer.status == 404
+    assert "small" in answer.error["message"] and "hidden" not in answer.error["message"]
