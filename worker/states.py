@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 OVERHEAD_BYTES = 512  # of an entry beside its data
+EXPIRE_S = 1.0  # how often all tenants are looked through for entries whose time is over
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class States:
         self._clock = clock
         self._shelves: dict[str, _Shelf] = {}  # none is empty
         self.held = 0  # bytes
+        self._expired_at = float("-inf")
 
     def store(self, tenant: str, id_: str, data: bytes, bounds: Bounds) -> bool:
         """Keeps an entry, in place of one of the same id. Where the tenant has too much its oldest
@@ -98,8 +100,11 @@ class States:
             del self._shelves[tenant]
 
     def _expire(self) -> None:
-        """Gives up what is over at the old end of each shelf."""
+        """Gives up what is over at the old end of each shelf, now and then."""
         now = self._clock()
+        if now - self._expired_at < EXPIRE_S:
+            return
+        self._expired_at = now
         for tenant, shelf in list(self._shelves.items()):
             while shelf.entries and next(iter(shelf.entries.values())).until <= now:
                 self.held -= shelf.drop_oldest()

@@ -11,7 +11,7 @@ from crossdock.kvcache.block_pool import BlockPool
 from crossdock.proto.types import Role
 from crossdock.worker.metrics import WorkerCollector
 from crossdock.worker.role import Counters
-from crossdock.worker.states import OVERHEAD_BYTES, Bounds, States
+from crossdock.worker.states import EXPIRE_S, OVERHEAD_BYTES, Bounds, States
 
 EACH = 100 + OVERHEAD_BYTES
 DATA = b"x" * 100
@@ -46,7 +46,9 @@ def test_an_entry_is_kept_for_its_time() -> None:
     clock.now = 9.9
     assert states.fetch("a", "short") == DATA
     clock.now = 10.0
-    assert states.fetch("a", "short") is None and states.held == EACH
+    assert states.fetch("a", "short") is None
+    clock.now = 9.9 + EXPIRE_S
+    assert states.fetch("a", "long") == DATA and states.held == EACH
     clock.now = 20.0
     assert states.fetch("a", "long") is None and states.held == 0
 
