@@ -31,7 +31,8 @@ from crossdock.router.frontdoor.http2.stream import Outbox
 log = logging.getLogger(__name__)
 
 KEEPALIVE = b"crossdoc"  # 8 bytes, which come back
-FRAMES_A_LOOK = 16  # between two looks at the clock
+FRAMES_A_LOOK = 16  # that cost little, between two looks at the clock
+COSTLY_BYTES = 1024  # of a frame that does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,8 @@ class Connection(asyncio.Protocol):
         take, looked = self._session.take, 0
         for kind, flags, stream_id, payload in self._reader.frames():
             take(kind, flags, stream_id, payload)
-            looked += FRAMES_A_LOOK if kind == Kind.HEADERS else 1
+            costly = kind == Kind.HEADERS or len(payload) > COSTLY_BYTES
+            looked += FRAMES_A_LOOK if costly else 1
             if looked >= FRAMES_A_LOOK:
                 looked = 0
                 if self._transport.is_closing():

@@ -287,20 +287,25 @@ class Stream:
 
     def _cut(self) -> None:
         """Takes whole messages out of what came."""
-        data = self._received
-        while len(data) >= MESSAGE_BYTES:
-            size, flag = frames.number(data, 1), data[0]
+        data, at, found = self._received, 0, 0
+        wrong: tuple[int, str] | None = None
+        while len(data) - at >= MESSAGE_BYTES:
+            size, flag, start = frames.number(data, at + 1), data[at], at + MESSAGE_BYTES
             if flag > 1:
-                return self.fail(13, f"a message has the flag {flag}")
-            if size > self._limit:
-                return self.fail(8, f"a message of {size} bytes; at most {self._limit} are read")
-            if len(data) < MESSAGE_BYTES + size:
-                return None
-            self._messages.append((flag == 1, bytes(data[MESSAGE_BYTES : MESSAGE_BYTES + size])))
-            del data[: MESSAGE_BYTES + size]
-            self._held.add(self._give_up, QUEUED_BYTES - MESSAGE_BYTES)
+                wrong = 13, f"a message has the flag {flag}"
+            elif size > self._limit:
+                wrong = 8, f"a message of {size} bytes; at most {self._limit} are read"
+            if wrong is not None or len(data) < start + size:
+                break
+            at = start + size
+            found += 1
+            self._messages.append((flag == 1, bytes(data[start:at])))
+        if found:
+            del data[:at]
+            self._held.add(self._give_up, found * (QUEUED_BYTES - MESSAGE_BYTES))
             self._wake()
-        return None
+        if wrong is not None:
+            self.fail(*wrong)
 
     def _make_room(self) -> None:
         """Lets the client send on, unless it has sent a message that nobody has read yet."""
