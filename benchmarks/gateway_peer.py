@@ -387,7 +387,8 @@ def report(
     """Measures them in turn, and prints each figure as it comes."""
     found: dict[str, list[Round]] = {front.name: [] for front in fronts}
     for front in fronts:
-        print(f"{front.name}: a text of {check(front, load)} tokens", flush=True)
+        pids = ", ".join(map(str, front.pids))
+        print(f"{front.name}: process {pids}, a text of {check(front, load)} tokens", flush=True)
         uvloop.run(send(front, load, -load.requests - 1))
     for number in range(rounds):
         for front in fronts:
