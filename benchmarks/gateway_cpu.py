@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -67,6 +68,8 @@ async def gateway(
         GatewayConfig("g", model, key, home=Path(home), grpc=anywhere, http=anywhere)
     )
     await server.start()
+    gc.collect()
+    gc.freeze()  # as a gateway's process does
     pipe.send([server.grpc_address, server.http_address])
     async for members in told(pipe):
         if members is None:
