@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from protocol_clients import detokenizer
 
 from crossdock.kvtransfer.pull import Puller
 from crossdock.proto.v1 import worker_pb2 as pb
@@ -14,6 +15,7 @@ from crossdock.router.dispatch.admission import Admission
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.request import Delta
 from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
 from crossdock.router.placement.view import ClusterView
@@ -64,22 +66,20 @@ def read_wakes_nobody(patch: pytest.MonkeyPatch) -> None:
 # -- the gateway ---------------------------------------------------------------------------------
 
 
-def _at_restart(
-    patch: pytest.MonkeyPatch, act: Callable[[Dispatcher, SequenceState], None]
-) -> None:
-    restart = Dispatcher._restart
+def _at_restart(patch: pytest.MonkeyPatch, act: Callable[[SequenceState], None]) -> None:
+    restart = Losses.restart
 
-    def act_and_restart(self: Dispatcher, sequence: SequenceState, *arguments: object) -> None:
-        act(self, sequence)
+    def act_and_restart(self: Losses, sequence: SequenceState, *arguments: object) -> None:
+        act(sequence)
         restart(self, sequence, *arguments)
 
-    patch.setattr(Dispatcher, "_restart", act_and_restart)
+    patch.setattr(Losses, "restart", act_and_restart)
 
 
 def restart_forgets_a_token(patch: pytest.MonkeyPatch) -> None:
     """The last emitted token is drawn, and sent, again."""
 
-    def forget(self: Dispatcher, sequence: SequenceState) -> None:
+    def forget(sequence: SequenceState) -> None:
         if sequence.generated:
             del sequence.token_ids[-1:]
 
@@ -89,7 +89,7 @@ def restart_forgets_a_token(patch: pytest.MonkeyPatch) -> None:
 def restart_repeats_a_token(patch: pytest.MonkeyPatch) -> None:
     """The last emitted token is in the new attempt's prompt twice."""
 
-    def repeat(self: Dispatcher, sequence: SequenceState) -> None:
+    def repeat(sequence: SequenceState) -> None:
         if sequence.generated:
             sequence.token_ids += sequence.token_ids[-1:]
 
@@ -97,7 +97,7 @@ def restart_repeats_a_token(patch: pytest.MonkeyPatch) -> None:
 
 
 def restart_with_another_seed(patch: pytest.MonkeyPatch) -> None:
-    def reseed(self: Dispatcher, sequence: SequenceState) -> None:
+    def reseed(sequence: SequenceState) -> None:
         sequence.sampling.seed += 1
 
     _at_restart(patch, reseed)
@@ -106,9 +106,9 @@ def restart_with_another_seed(patch: pytest.MonkeyPatch) -> None:
 def restart_resets_the_detokenizer(patch: pytest.MonkeyPatch) -> None:
     """Bytes of an unfinished character, or the beginning of a stop string, are lost."""
 
-    def reset(self: Dispatcher, sequence: SequenceState) -> None:
+    def reset(sequence: SequenceState) -> None:
         request = sequence.active.request
-        sequence.detokenizer = self._detokenizer_of(list(request.prompts[0]), request.sampling.stop)
+        sequence.detokenizer = detokenizer(list(request.prompts[0]), request.sampling.stop)
 
     _at_restart(patch, reset)
 
@@ -219,7 +219,7 @@ def held_continuation_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def lost_worker_not_noticed(patch: pytest.MonkeyPatch) -> None:
     """A stream that the gateway gave up keeps its sequences."""
-    patch.setattr(Dispatcher, "on_lost", lambda self, link, reason: None)
+    patch.setattr(Losses, "link_lost", lambda self, link, reason: None)
 
 
 GATEWAY_PLANTS: list[Plant] = [
