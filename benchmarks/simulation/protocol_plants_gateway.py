@@ -113,6 +113,33 @@ def restart_resets_the_detokenizer(patch: pytest.MonkeyPatch) -> None:
     _at_restart(patch, reset)
 
 
+def scores_told_again_after_a_restart(patch: pytest.MonkeyPatch) -> None:
+    """What was scored is counted from the beginning, beside what is kept of it."""
+
+    def count_again(sequence: SequenceState) -> None:
+        if sequence.unscored:
+            sequence.scored = 1
+
+    _at_restart(patch, count_again)
+
+
+def scores_forgotten_at_a_restart(patch: pytest.MonkeyPatch) -> None:
+    _at_restart(patch, lambda sequence: sequence.scores.clear())
+
+
+def scored_again_where_it_was_scored(patch: pytest.MonkeyPatch) -> None:
+    """Another attempt is asked for the scores of the whole prompt."""
+    message = SequenceState.request_message
+
+    def ask_for_all(self: SequenceState, eos: list[int], handed_off: bool = False) -> object:
+        request = message(self, eos, handed_off)
+        if not handed_off:
+            request.scored_tokens = 1
+        return request
+
+    patch.setattr(SequenceState, "request_message", ask_for_all)
+
+
 def token_0_delivered_twice(patch: pytest.MonkeyPatch) -> None:
     """By the prefill worker, and by the decode worker that was told of it."""
     joined = Dispatcher._joined
@@ -230,6 +257,9 @@ GATEWAY_PLANTS: list[Plant] = [
     restart_repeats_a_token,
     restart_with_another_seed,
     restart_resets_the_detokenizer,
+    scores_told_again_after_a_restart,
+    scores_forgotten_at_a_restart,
+    scored_again_where_it_was_scored,
     token_0_delivered_twice,
     late_output_taken,
     ticket_given_to_two_readers,
