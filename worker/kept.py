@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
@@ -78,7 +79,7 @@ class KeptStates:
 
 
 async def _took(worker: worker_pb2_grpc.WorkerStub, held: Held) -> bool:
-    about = {
+    about: dict[str, Any] = {
         "tenant": held.tenant,
         "id": held.id_,
         "ttl_ms": int(1000 * held.bounds.ttl_s),

@@ -159,7 +159,7 @@ class WorkerServer:
             await asyncio.sleep(0.05)
         await asyncio.wait([handing_over], timeout=max(0.0, deadline - time.monotonic()))
         handing_over.cancel()
-        return await self.call(lambda role: role.idle or self._move_away(role))
+        return await self.call(self._move_away)  # nothing, where it is idle
 
     def _move_away(self, role: WorkerRole) -> bool:
         role.eject_all(pb.ERROR_CODE_DRAINING, f"{self.config.name} is draining")

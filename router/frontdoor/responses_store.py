@@ -143,7 +143,7 @@ class ResponseStore:
         await self._channels.keep(())
 
     @property
-    def _bounds(self) -> dict[str, int]:
+    def _bounds(self) -> dict[str, Any]:
         settings = self._settings
         return {
             "ttl_ms": int(1000 * settings.ttl_s),
@@ -158,12 +158,13 @@ class ResponseStore:
         if found is None:
             return None
         made, tags = int(found[1], 16), re.findall(f"[0-9a-f]{{{_TAG}}}", found[2])
-        named, rest, stayed = [], [], 0
+        asked = _Asked([], [], False)
+        stayed = 0
         for member, since in self._members.values():
             is_named = _tag(member) in tags
-            (named if is_named else rest).append(member)
+            (asked.named if is_named else asked.rest).append(member)
             stayed += is_named and since <= made
-        return _Asked(named, rest, stayed == COPIES)
+        return asked._replace(sure=stayed == COPIES)
 
     async def _ask(self, members: Iterable[WorkerEndpoint], call: str, request: Any) -> list[Any]:
         """What these answer; None of one that does not."""
