@@ -35,8 +35,8 @@ class Outbox:
     """Bytes of one connection on their way: all that a turn of the loop gives is one write."""
 
     __slots__ = (
-        *("_blocked", "_loop", "_parts", "_scheduled", "_size", "_transport", "first_head"),
-        *("first_window", "paused", "sent", "window"),
+        *("_blocked", "_loop", "_parts", "_scheduled", "_shut", "_size", "_transport"),
+        *("first_head", "first_window", "paused", "sent", "window"),
     )
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -49,6 +49,7 @@ class Outbox:
         self._parts: list[bytes] = []
         self._size = 0  # of them, bytes
         self._scheduled = False
+        self._shut = False
         self._blocked: dict[Stream, None] = {}  # with something to send and no room for it
 
     def add(self, data: bytes) -> None:
@@ -69,11 +70,16 @@ class Outbox:
         """Sends what is there. A client that asks on without reading the answers is cut off."""
         self._scheduled = False
         parts, self._parts, self._size = self._parts, [], 0
-        if parts and not self._transport.is_closing():
+        if parts and not (self._shut or self._transport.is_closing()):
             self._transport.write(b"".join(parts))
             if self.paused and self._transport.get_write_buffer_size() > CONTROL_BYTES:
                 self._transport.abort()
         self.pump()
+
+    def shut(self) -> None:
+        """Sends what is there, and nothing from now on."""
+        self.flush()
+        self._shut = True
 
     @property
     def full(self) -> bool:
