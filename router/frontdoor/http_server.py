@@ -299,7 +299,7 @@ async def _told_of_prompts(
     frontend: Frontend, body: SamplingFields, n: int, prompts: Sequence[Sequence[int] | np.ndarray]
 ) -> PromptAnswers:
     text, whole = frontend.text, body.prompt_logprobs
-    ends = [prompt[-MOST_BEFORE:] for prompt in prompts]
+    ends = [[int(token_id) for token_id in prompt[-MOST_BEFORE:]] for prompt in prompts]
     if not (isinstance(body, CompletionBody) and body.echoes):
         return PromptAnswers(text, n, ends=ends, whole=whole)
     given = prompts_of(body.prompt)

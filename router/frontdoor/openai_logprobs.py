@@ -33,7 +33,7 @@ class Offsets:
         return self._utf8.decode(b"", final=True)
 
     def _take(self, token_id: int) -> str:
-        return self._utf8.decode(self._names.pieces.of(int(token_id), skip_special=True))
+        return self._utf8.decode(self._names.pieces.of(token_id, skip_special=True))
 
 
 def top_by_name(names: TextModel, item: inference_pb2.TokenLogprobs, top: int) -> dict[str, float]:

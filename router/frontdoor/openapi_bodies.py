@@ -51,7 +51,7 @@ from crossdock.router.frontdoor.validate import (
     ROLES,
 )
 
-Schema = Mapping[str, Any]
+Schema = dict[str, Any]
 
 BODIES: tuple[type, ...] = (ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody)
 ONLY_AS_IS = "Not supported: taken where it asks for what is done anyway."
