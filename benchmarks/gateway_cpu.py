@@ -55,12 +55,14 @@ async def worker(pipe: Connection, name: str, role: str) -> None:
 
 
 async def gateway(pipe: Connection, profile: str) -> None:
+    from crossdock.router import garbage
     from crossdock.router.gateway import GatewayConfig, GatewayServer
 
     server = GatewayServer(
         GatewayConfig("g", "simulated", hash_key(KEY), grpc="127.0.0.1:0", http="127.0.0.1:0")
     )
     await server.start()
+    garbage.settle()
     pipe.send([server.grpc_address, server.http_address])
     async for members in told(pipe):
         if members is None:

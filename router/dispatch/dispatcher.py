@@ -34,7 +34,7 @@ from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.links import Links, WorkerLink
-from crossdock.router.dispatch.metrics import GatewayMetrics
+from crossdock.router.dispatch.metrics import GatewayMetrics, StepGain
 from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of, restart_delay_s
@@ -279,29 +279,24 @@ class Dispatcher:
     # -- what the workers say -----------------------------------------------------------------
 
     def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
-        now = self._clock()
+        now, gained = self._clock(), StepGain()
         for output in outputs:
             sequence = self._sequences.get(output.sequence_id)
-            if sequence is None or link.name not in sequence.holders:
+            if sequence is None:
                 continue  # cancelled meanwhile, or of an attempt that was given up
             try:
                 if sequence.steady is link and not output.finish_reason:
-                    self._carry_on(sequence, list(output.token_ids), now)
-                else:
+                    token_ids = list(output.token_ids)
+                    gained.add(len(token_ids), sequence.timeline.token(now))
+                    sequence.carry_on(token_ids)
+                elif link.name in sequence.holders:
                     self._take(sequence, link, output, now)
             except CrossdockError as error:
                 self._end(sequence.active, error, "failed")
             except Exception as error:  # of one request; the others on the stream go on
                 log.exception("%s: an output could not be delivered", sequence.sequence_id)
                 self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
-
-    def _carry_on(self, sequence: SequenceState, token_ids: list[int], now: float) -> None:
-        """What `_take` comes to for most outputs: more tokens of a sequence that is steady."""
-        text = sequence.detokenizer.push(token_ids).text
-        gap_s = sequence.timeline.token(now)
-        sequence.token_ids += token_ids
-        self.metrics.gained(len(token_ids), False, gap_s)
-        sequence.active.stream.push(Delta(sequence.index, text, token_ids))
+        self.metrics.carried_on(gained)
 
     def _take(
         self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float

@@ -56,10 +56,10 @@ class PlainHistogram(Collector):
         self._sums = dict.fromkeys(values, 0.0)
         registry.register(self)
 
-    def observe(self, value: float, label: str = "") -> None:
-        """Counts one value."""
-        self._counts[label][bisect_left(self._bounds, value)] += 1
-        self._sums[label] += value
+    def observe(self, value: float, label: str = "", times: int = 1) -> None:
+        """Counts a value that was seen so many times."""
+        self._counts[label][bisect_left(self._bounds, value)] += times
+        self._sums[label] += value * times
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
