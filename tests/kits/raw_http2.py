@@ -78,7 +78,8 @@ class Peer:
                 given = await self.reader.read(1 << 16)
                 if not given:
                     raise ConnectionError("closed")
-                self.seen += self._frames.frames(given)
+                self._frames.feed(given)
+                self.seen += self._frames.frames()
 
     async def see_kind(self, kind: Kind, stream_id: int | None = None) -> tuple[int, int, bytes]:
         return await self.see(

@@ -13,6 +13,9 @@ LEAST_READ = 1 << 15  # bytes that it reads meanwhile
 LINGER_S = 1.0  # so that who is told why the connection ends can read it
 MAX_STREAMS = 4096  # calls at once of a connection
 MAX_SILENT = 4096  # connections that have said nothing yet
+MAX_CONNECTIONS = 20_000  # of all: the one that has had no call for the longest makes room
+IDLE_S = 1800.0  # without a call, before a connection is asked to be made anew
+TURN_S = 0.002  # that frames of a connection are read for before others have their turn
 HEAD_LIST_BYTES = 1 << 14  # of a call's metadata
 DECODED_BYTES = 1 << 16  # of a head that is decoded at all, for what others on it depend on
 WINDOW_BYTES = 1 << 18  # that a stream may send before it is read
@@ -31,7 +34,7 @@ MOST_HELD = 256 * 2**20  # bytes of all messages that came and are not read
 IDLE_FRAMES, IDLE_FRAMES_PER_S = 1000, 200.0  # frames that ask for nothing
 
 
-@dataclass
+@dataclass(slots=True)
 class Patience:
     """A bucket of so many offences, which fills up again. `clock` in seconds."""
 

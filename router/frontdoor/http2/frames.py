@@ -137,30 +137,37 @@ def window_update(stream_id: int, increment: int) -> bytes:
 class Reader:
     """Cuts what comes into frames."""
 
-    def __init__(self) -> None:
-        self._rest = b""
+    __slots__ = ("_at", "_data")
 
-    def frames(self, data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-        """Type, flags, stream and payload of each frame that is whole by now. Raises
-        ConnectionFault for one that is longer than FRAME_BYTES."""
-        if self._rest:
-            data = self._rest + data
-        at, end = 0, len(data)
-        while end - at >= HEAD_BYTES:
-            high, low, kind, flags, stream_id = _HEAD.unpack_from(data, at)
+    def __init__(self) -> None:
+        self._data, self._at = b"", 0
+
+    def feed(self, data: bytes) -> None:
+        """This came."""
+        rest = self._data[self._at :]
+        self._data, self._at = rest + data if rest else data, 0
+
+    def frames(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """Type, flags, stream and payload of each frame that is whole by now; who stops in between
+        gets the others by another call. Raises ConnectionFault for one that is longer than
+        FRAME_BYTES."""
+        data, end = self._data, len(self._data)
+        while end - self._at >= HEAD_BYTES:
+            high, low, kind, flags, stream_id = _HEAD.unpack_from(data, self._at)
             size = high << 8 | low
             if size > FRAME_BYTES:
                 raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
-            if end - at < HEAD_BYTES + size:
+            start = self._at + HEAD_BYTES
+            if end < start + size:
                 break
-            at += HEAD_BYTES + size
-            yield kind, flags, stream_id & 0x7FFF_FFFF, data[at - size : at]
-        self._rest = data[at:]
+            self._at = start + size
+            yield kind, flags, stream_id & 0x7FFF_FFFF, data[start : self._at]
+        self._data, self._at = data[self._at :], 0
 
     @property
     def waits(self) -> bool:
         """Part of a frame is here."""
-        return bool(self._rest)
+        return len(self._data) > self._at
 
 
 def unpadded(flags: int, payload: bytes, stream_id: int) -> bytes:
@@ -190,11 +197,12 @@ def parse_settings(payload: bytes) -> dict[int, int]:
     """The values of SETTINGS, known or not. Raises ConnectionFault for one that is not allowed."""
     if len(payload) % _SETTING.size:
         raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"SETTINGS of {len(payload)} bytes")
-    found = dict(_SETTING.iter_unpack(payload))
-    if found.get(Setting.ENABLE_PUSH, 0) > 1:
-        raise ConnectionFault(Code.PROTOCOL_ERROR, "ENABLE_PUSH is 0 or 1")
-    if found.get(Setting.INITIAL_WINDOW_SIZE, 0) > MAX_WINDOW:
-        raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE is too large")
-    if not FRAME_BYTES <= found.get(Setting.MAX_FRAME_SIZE, FRAME_BYTES) < 1 << 24:
-        raise ConnectionFault(Code.PROTOCOL_ERROR, "MAX_FRAME_SIZE is out of range")
-    return found
+    given = list(_SETTING.iter_unpack(payload))
+    for setting, value in given:
+        if setting == Setting.ENABLE_PUSH and value > 1:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "ENABLE_PUSH is 0 or 1")
+        if setting == Setting.INITIAL_WINDOW_SIZE and value > MAX_WINDOW:
+            raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE is too large")
+        if setting == Setting.MAX_FRAME_SIZE and not FRAME_BYTES <= value < 1 << 24:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "MAX_FRAME_SIZE is out of range")
+    return dict(given)  # of one that is given twice the last value counts

@@ -1,7 +1,6 @@
-"""Heads and trailers of gRPC calls: header compression (RFC 7541), metadata, status.
+"""Heads and trailers of gRPC calls: metadata, status.
 
-What is received is decoded by `hpack`. What is sent is encoded here, as literals that touch no
-table: a head is then the same bytes each time.
+What is sent is encoded as literals that touch no table: a head is then the same bytes each time.
 """
 
 from __future__ import annotations
@@ -14,24 +13,23 @@ from dataclasses import dataclass
 from typing import TypeAlias
 from urllib.parse import quote_from_bytes
 
-import hpack
-
-from crossdock.router.frontdoor.http2.bounds import DECODED_BYTES, HEAD_LIST_BYTES
-from crossdock.router.frontdoor.http2.frames import Code, ConnectionFault, StreamFault
+from crossdock.router.frontdoor.http2 import compression
+from crossdock.router.frontdoor.http2.bounds import HEAD_LIST_BYTES
+from crossdock.router.frontdoor.http2.frames import Code, StreamFault
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
-Fields: TypeAlias = list[tuple[bytes, bytes]]
+Fields: TypeAlias = list[compression.Field]
 
 PSEUDO = {b":method", b":scheme", b":authority", b":path"}
 NEEDED = {b":method", b":scheme", b":path"}
 FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
 RESERVED = {"te", "content-type", "content-length", "host"}  # beside grpc-*: no metadata
-TABLE_BYTES = 4096  # of the usual table
 SHRUNK_TABLE = b"\x20"  # a table of 0 bytes, as who allows less than the usual is to be told
 MOST_DETAILS = 1000  # characters of a status message; clients bound what trailers they take
 MOST_KNOWN = 16  # heads of a connection that are kept
-_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+_OF_NAMES = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
 _BAD_VALUE = re.compile(rb"[\0\r\n]")
+_DIGITS = re.compile(rb"\d{1,18}")
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # of a status message
@@ -53,6 +51,7 @@ class Head:
     metadata: Metadata
     timeout_s: float | None
     encoding: str  # of compressed messages
+    length: int | None = None  # bytes of DATA, where it says
 
 
 # -- what is received ------------------------------------------------------------------------------
@@ -62,32 +61,30 @@ class Decoder:
     """Heads of one connection. One that is made of nothing but what the table holds is decoded once
     until the table changes: callers repeat themselves."""
 
+    __slots__ = ("_known", "_known_at", "_table")
+
     def __init__(self) -> None:
-        self._decoder = hpack.Decoder(max_header_list_size=DECODED_BYTES)
+        self._table = compression.Table()
         self._known: dict[bytes, Head] = {}
+        self._known_at = 0  # changes of the table
 
     def head(self, block: bytes, stream_id: int) -> Head:
         """What the block says. Raises BadHead, StreamFault where it is malformed, ConnectionFault
         where the table is lost."""
+        table = self._table
+        if table.changes != self._known_at:
+            self._known, self._known_at = {}, table.changes
         known = self._known.get(block)
         if known is not None:
             return known
-        head = parse_head(self.fields(block), stream_id)
+        head = parse_head(*compression.decode(block, table), stream_id)
         if _indexed(block) and len(self._known) < MOST_KNOWN:
             self._known[block] = head
         return head
 
     def fields(self, block: bytes) -> Fields:
         """The fields of any block. Raises ConnectionFault."""
-        if not _indexed(block):
-            self._known.clear()
-        try:
-            return list(self._decoder.decode(block, raw=True))
-        except hpack.OversizedHeaderListError:
-            code = Code.ENHANCE_YOUR_CALM
-            raise ConnectionFault(code, f"a head of over {DECODED_BYTES} bytes") from None
-        except (hpack.HPACKError, IndexError, ValueError) as error:
-            raise ConnectionFault(Code.COMPRESSION_ERROR, str(error)) from None
+        return compression.decode(block, self._table)[0]
 
 
 def _indexed(block: bytes) -> bool:
@@ -95,16 +92,16 @@ def _indexed(block: bytes) -> bool:
     return bool(block) and min(block) >= 0x80 and max(block) < 0xFF
 
 
-def parse_head(fields: Fields, stream_id: int) -> Head:
-    """A call's head. Raises StreamFault for what HTTP/2 does not allow, BadHead for what no gRPC
-    call says."""
+def parse_head(fields: Fields, size: int, stream_id: int) -> Head:
+    """A call's head, whose fields have `size` bytes together. Raises StreamFault for what HTTP/2
+    does not allow, BadHead for what no gRPC call says."""
+    if size > HEAD_LIST_BYTES:
+        raise BadHead(431, f"the head has more than {HEAD_LIST_BYTES} bytes")
     pseudo = _pseudo(fields, stream_id)
     # gRPC lets blanks around a value be stripped, and its clients send them.
     regular = [(name, value.strip(b" \t")) for name, value in fields if name[:1] != b":"]
-    for name, value in regular:
-        _check_field(name, value, stream_id)
-    if sum(len(name) + len(value) + 32 for name, value in fields) > HEAD_LIST_BYTES:
-        raise BadHead(431, f"the head has more than {HEAD_LIST_BYTES} bytes")
+    check_fields(regular, stream_id)
+    length = _length_of(regular, stream_id)
     if pseudo[b":method"] != b"POST":
         raise BadHead(405, "gRPC calls are POST")
     plain = {name: value.decode("latin-1") for name, value in regular}
@@ -117,6 +114,7 @@ def parse_head(fields: Fields, stream_id: int) -> Head:
         metadata=tuple(_metadata(regular)),
         timeout_s=None if timeout is None else timeout_s(timeout),
         encoding=plain.get(b"grpc-encoding", "identity"),
+        length=length,
     )
 
 
@@ -126,7 +124,7 @@ def _pseudo(fields: Fields, stream_id: int) -> dict[bytes, bytes]:
     for name, value in fields:
         if name[:1] != b":":
             break
-        if name in found or name not in PSEUDO:
+        if name in found or name not in PSEUDO or _BAD_VALUE.search(value):
             raise StreamFault(Code.PROTOCOL_ERROR, stream_id, f"the field {name!r}")
         found[name] = value
     late = any(name[:1] == b":" for name, _ in fields[len(found) :])
@@ -135,10 +133,22 @@ def _pseudo(fields: Fields, stream_id: int) -> dict[bytes, bytes]:
     return found
 
 
-def _check_field(name: bytes, value: bytes, stream_id: int) -> None:
-    wrong = name in FORBIDDEN or (name == b"te" and value != b"trailers")
-    if wrong or not _NAME.fullmatch(name) or _BAD_VALUE.search(value):
-        raise StreamFault(Code.PROTOCOL_ERROR, stream_id, f"the field {name[:64]!r}")
+def check_fields(fields: Fields, stream_id: int) -> None:
+    """Of a head after its pseudo-header fields, or of trailers. Raises StreamFault."""
+    for name, value in fields:
+        wrong = name in FORBIDDEN or (name == b"te" and value != b"trailers")
+        if wrong or not name or name.translate(None, _OF_NAMES) or _BAD_VALUE.search(value):
+            raise StreamFault(Code.PROTOCOL_ERROR, stream_id, f"the field {name[:64]!r}")
+
+
+def _length_of(fields: Fields, stream_id: int) -> int | None:
+    """What content-length says, once or the same more than once."""
+    said = {value for name, value in fields if name == b"content-length"}
+    if not said:
+        return None
+    if len(said) > 1 or not _DIGITS.fullmatch(value := said.pop()):
+        raise StreamFault(Code.PROTOCOL_ERROR, stream_id, "content-length")
+    return int(value)
 
 
 def _metadata(fields: Fields) -> Iterable[tuple[str, str | bytes]]:

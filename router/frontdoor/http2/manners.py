@@ -35,6 +35,8 @@ class Block:
 class Manners:
     """Of one client. Its methods raise ConnectionFault where something is too much."""
 
+    __slots__ = ("_early_pings", "_idle", "_over", "_pinged_at", "_resets", "_sent_then")
+
     def __init__(self) -> None:
         self._over: dict[int, Ender] = {}  # oldest first
         self._resets = Patience(bounds.RESETS, bounds.RESETS_PER_S, time.monotonic)

@@ -25,6 +25,7 @@ from crossdock.router.frontdoor.http2.connection import Connection, Shared
 
 BACKLOG = 1024
 AGE_SPREAD = 0.1  # of an age: so that clients do not all come back at once
+LOOKED_AT = 500  # connections at once: a look at each takes about a microsecond
 WARNED_S = 5.0  # between both GOAWAYs of a connection that is old
 
 
@@ -44,12 +45,15 @@ class Server:
         self._age_s = connection_age_s  # 0: connections live as long as they will
         self._connections: set[Connection] = set()
         self._silent: dict[Connection, asyncio.TimerHandle] = {}  # oldest first
+        self._idle: dict[Connection, float] = {}  # without calls since when, oldest first
         self._ages: dict[Connection, asyncio.TimerHandle] = {}
         self._listening: list[asyncio.Server] = []
-        self._ticking: asyncio.TimerHandle | None = None
+        self._ticking: asyncio.Handle | None = None
         rules = Rules(self._handler, admit, refuse, limit)
         held = Held(bounds.most_held(limit))
-        self._shared = Shared(rules, held, self._opened, self._greeted, self._closed)
+        self._shared = Shared(
+            rules, held, self._opened, self._greeted, self._busy, self._freed, self._closed
+        )
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         """As grpc.aio's."""
@@ -111,6 +115,9 @@ class Server:
         return Connection(self._shared)
 
     def _opened(self, connection: Connection) -> None:
+        if len(self._connections) >= bounds.MAX_CONNECTIONS and not self._made_room():
+            connection.abort()
+            return
         self._connections.add(connection)
         loop = asyncio.get_running_loop()
         self._silent[connection] = loop.call_later(http_limits.HEAD_S, connection.abort)
@@ -120,11 +127,32 @@ class Server:
             age_s = self._age_s * random.uniform(1 - AGE_SPREAD, 1 + AGE_SPREAD)
             self._ages[connection] = loop.call_later(age_s, self._grown_old, connection)
 
+    def _made_room(self) -> bool:
+        """Asks the connection that has had no call for the longest to go; False where each has
+        calls, or has said nothing yet."""
+        if not self._idle:
+            return False
+        self._send_off(next(iter(self._idle)))
+        return True
+
+    def _send_off(self, connection: Connection) -> None:
+        del self._idle[connection]
+        connection.go_away()
+
     def _greeted(self, connection: Connection) -> None:
-        self._silent.pop(connection).cancel()
+        if (timer := self._silent.pop(connection, None)) is not None:
+            timer.cancel()
+            self._freed(connection)
+
+    def _busy(self, connection: Connection) -> None:
+        self._idle.pop(connection, None)
+
+    def _freed(self, connection: Connection) -> None:
+        self._idle[connection] = time.monotonic()
 
     def _closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
+        self._idle.pop(connection, None)
         for timers in (self._silent, self._ages):
             if (timer := timers.pop(connection, None)) is not None:
                 timer.cancel()
@@ -138,10 +166,20 @@ class Server:
             self._ages[connection] = loop.call_later(wait_s, connection.go_away)
 
     def _tick(self) -> None:
-        self._ticking = asyncio.get_running_loop().call_later(bounds.TICK_S, self._tick)
-        now = time.monotonic()
-        for connection in list(self._connections):
+        oldest = time.monotonic() - bounds.IDLE_S
+        while self._idle and next(iter(self._idle.values())) < oldest:
+            self._send_off(next(iter(self._idle)))
+        self._look(list(self._connections))
+
+    def _look(self, at: list[Connection]) -> None:
+        """Looks at so many connections, and at the others in the loop's next turns."""
+        now, loop = time.monotonic(), asyncio.get_running_loop()
+        for connection in at[:LOOKED_AT]:
             connection.tick(now)
+        if len(at) > LOOKED_AT:
+            self._ticking = loop.call_soon(self._look, at[LOOKED_AT:])
+        else:
+            self._ticking = loop.call_later(bounds.TICK_S, self._tick)
 
 
 class _Details(grpc.HandlerCallDetails):

@@ -34,6 +34,11 @@ class Unread(Exception):
 class Outbox:
     """Bytes of one connection on their way: all that a turn of the loop gives is one write."""
 
+    __slots__ = (
+        *("_blocked", "_loop", "_parts", "_scheduled", "_size", "_transport", "first_head"),
+        *("first_window", "paused", "sent", "window"),
+    )
+
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self.window = FIRST_WINDOW  # of the connection
         self.first_window = FIRST_WINDOW  # of new streams
@@ -111,9 +116,12 @@ class Outbox:
 
 
 class Stream:
-    """One stream, both ways. `held` counts what came and is not read."""
+    """One stream, both ways. `held` counts what came and is not read; `limit` is that of a message,
+    `length` what the client has said of its DATA."""
 
-    def __init__(self, stream_id: int, out: Outbox, held: Held, limit: int) -> None:
+    def __init__(
+        self, stream_id: int, out: Outbox, held: Held, limit: int, length: int | None = None
+    ) -> None:
         self.id = stream_id
         self.window = out.first_window
         self.open = True  # for what is sent
@@ -123,6 +131,7 @@ class Stream:
         self._unsent = bytearray()
         self._sent: asyncio.Future[None] | None = None
         self._room = WINDOW_BYTES  # that the client may use now
+        self._due = length  # bytes of DATA, where it is known
         self._received = bytearray()
         self._messages: deque[tuple[bool, bytes]] = deque()
         self._arrived: asyncio.Future[None] | None = None
@@ -209,6 +218,10 @@ class Stream:
         self._room -= counted
         if self._room < 0:
             raise StreamFault(Code.FLOW_CONTROL_ERROR, self.id, "more than its window")
+        if self._due is not None:
+            self._due -= len(data)
+            if self._due < 0:
+                raise StreamFault(Code.PROTOCOL_ERROR, self.id, "more than its content-length")
         self._owed += counted
         if self.failure is not None or not self.open:
             return
@@ -218,8 +231,10 @@ class Stream:
         self._make_room()
 
     def end(self) -> None:
-        """The client has said all."""
+        """The client has said all. Raises StreamFault."""
         self.ended = True
+        if self._due:
+            raise StreamFault(Code.PROTOCOL_ERROR, self.id, "less than its content-length")
         if self._received and self.failure is None:
             self.failure = 13, "the last message is not whole"
         self._wake()

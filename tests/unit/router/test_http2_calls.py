@@ -9,8 +9,10 @@ from typing import Any
 
 import grpc
 import pytest
+from gateway_rig import until
 from raw_http2 import EMPTY, HELLO, Peer, data, head
 
+from crossdock.router.frontdoor.http2 import bounds
 from crossdock.router.frontdoor.http2.frames import (
     END_STREAM,
     FIRST_WINDOW,
@@ -38,9 +40,9 @@ def same(message: bytes) -> bytes:
 
 
 @asynccontextmanager
-async def serving(kind: str, handler: Any) -> AsyncIterator[tuple[Server, int]]:
+async def serving(kind: str, handler: Any, age_s: float = 0.0) -> AsyncIterator[tuple[Server, int]]:
     """A server of the one method /t.T/M, and its port."""
-    server = Server(lambda call: None, lambda call, error: None, 1 << 20, 0.0)
+    server = Server(lambda call: None, lambda call, error: None, 1 << 20, age_s)
     method = getattr(grpc, f"{kind}_rpc_method_handler")(handler, same, same)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"M": method}),))
     port = await server.listen("127.0.0.1:0", None)
@@ -134,6 +136,112 @@ async def test_many_messages_go_in_turns() -> None:
         client.say(WIDE[len(PREFACE) :], call())
         assert await read_answer(client) == 100 * (50_000 + len(EMPTY))
         beside.cancel()
+
+
+async def test_messages_come_apart_and_together() -> None:
+    """Each byte of one in a frame of its own, and several in one frame."""
+
+    async def echo(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        async for each in requests:
+            yield each
+
+    message = b"\0\0\0\0\3abc"
+    async with serving("stream_stream", echo) as (_, port), client_of(port) as client:
+        client.say(HELLO, head("/t.T/M"))
+        client.say(*(data(message[i : i + 1], flags=0) for i in range(len(message))))
+        assert (await client.see_kind(Kind.DATA))[2] == message
+        client.say(data(3 * message + message[:6], flags=0), data(message[6:], flags=0), data(b""))
+        assert await read_answer(client) == 4 * len(message)
+
+
+async def test_a_status_is_written_so_that_every_client_reads_it() -> None:
+    """Percent-encoded, cut where it is long; no answer before it: trailers alone."""
+
+    async def fails(request: bytes, context: Any) -> bytes:
+        context.set_trailing_metadata((("x-bin", b"\0\xff"), ("x-plain", "1")))
+        await context.abort(grpc.StatusCode.NOT_FOUND, "50 % of\nKöln ~")
+
+    async with serving("unary_unary", fails) as (_, port), client_of(port) as client:
+        client.say(HELLO, call())
+        flags, _, payload = await client.see_kind(Kind.HEADERS)
+        assert flags & END_STREAM
+        fields = dict(client.decoder.decode(payload))
+        assert (fields[":status"], fields["content-type"]) == ("200", "application/grpc")
+        assert (fields["grpc-status"], fields["x-plain"], fields["x-bin"]) == ("5", "1", "AP8")
+        assert fields["grpc-message"] == "50 %25 of%0AK%C3%B6ln ~"
+        assert "gzip" in fields["grpc-accept-encoding"]
+
+
+async def test_a_client_that_reads_slowly_holds_up_itself_alone() -> None:
+    """gRPC's own client, 5,000 messages: no more are made than it has room for, others go on beside
+    them in its connection, and it gets all of them in order."""
+    made = 0
+
+    async def answers(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        nonlocal made
+        for i in range(5000 if request else 1):
+            made += bool(request)
+            yield i.to_bytes(2, "big") + bytes(8_000 * bool(request))
+
+    async with (
+        serving("unary_stream", answers) as (server, port),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        method = channel.unary_stream("/t.T/M")
+        slow = method(b"all")
+        assert (await slow.read())[:2] == b"\0\0"
+        for _ in range(50):
+            assert [each async for each in method(b"")] == [b"\0\0"]
+        assert made < 5000
+        (only,) = server._connections
+        assert only.unsent <= 1 << 18
+        for i in range(1, 5000):
+            assert (await slow.read())[:2] == i.to_bytes(2, "big")
+        assert await slow.read() is grpc.aio.EOF
+
+
+async def test_no_call_is_lost_when_connections_grow_old() -> None:
+    """gRPC's own client makes new ones; calls that wait and those that come meanwhile end well."""
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        peers.add(context.peer())
+        await asyncio.sleep(0)
+        return request
+
+    peers: set[str] = set()
+    async with serving("unary_unary", answer, age_s=0.02) as (_, port):
+
+        async def caller(channel: Any) -> None:
+            method = channel.unary_unary("/t.T/M")
+            while len(peers) < 6:
+                assert await method(b"x", timeout=100) == b"x"
+
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await asyncio.gather(*(caller(channel) for _ in range(8)))
+
+
+async def test_connections_without_calls_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In number and in time, the one that has had no call for the longest first."""
+    monkeypatch.setattr(bounds, "MAX_CONNECTIONS", 2)
+
+    async def waits(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield b""
+        await asyncio.Event().wait()
+
+    async with serving("unary_stream", waits) as (server, port), client_of(port) as busy:
+        busy.say(HELLO, call())
+        await busy.see_kind(Kind.DATA)
+        async with client_of(port) as idle:
+            idle.say(HELLO)
+            await until(lambda: server._idle)
+            async with client_of(port) as third:
+                assert await idle.fault() == ("connection", Code.NO_ERROR)
+                third.say(HELLO)
+                await until(lambda: len(server._idle) == 1)
+                monkeypatch.setattr(bounds, "IDLE_S", -1.0)
+                server._tick()
+                assert await third.fault() == ("connection", Code.NO_ERROR)
+        assert [each.calls for each in server._connections].count(1) == 1
 
 
 async def test_a_drain_waits_for_what_its_clients_have_not_read() -> None:

@@ -206,7 +206,7 @@ async def test_the_rest_of_a_head_is_not_waited_for(rig: Rig, said: bytes) -> No
     async with peer(rig) as client:
         client.say(HELLO, said)
         served = await connected(rig)
-        await until(lambda: served._block or served._reader.waits)
+        await until(lambda: served._session.block or served._reader.waits)
         served.tick(time.monotonic() + http_limits.HEAD_S + 1)
         assert await client.fault() == ("connection", Code.ENHANCE_YOUR_CALM)
 
