@@ -14,6 +14,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
@@ -85,6 +86,7 @@ class Dispatcher:
         self._clock = clock
         self._rng = rng or random.Random()
         self._hand_offs = HandOffs(view, links, hasher, self._eos, self._rng)
+        self._retry_after_s = partial(retry_after_s, view)
         self._turn = 0
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
@@ -184,7 +186,7 @@ class Dispatcher:
             with contextlib.suppress(NoWorker):
                 placement = self._policy(self.view, demand, now, self._rng, self._turn)
                 at = now + self.view.drained_s(ahead)
-                check_deadline(request, placement, at, retry_after_s(self.view))
+                check_deadline(request, placement, at, self._retry_after_s)
 
     def _take_turn(self, sequence: SequenceState) -> None:
         """It is begun when its tenant's turn comes."""
@@ -199,7 +201,7 @@ class Dispatcher:
             raise Draining("this gateway is shutting down; send the request again")
         if request.deadline is not None and request.deadline <= now:
             raise DeadlineExceeded("the deadline passed before any work started")
-        self._admission.admit(request.tenant, request.num_sequences, retry_after_s(self.view))
+        self._admission.admit(request.tenant, request.num_sequences, self._retry_after_s)
 
     def why_full(self, tenant: str, tokens: int, latest: float) -> str:
         """Why a prompt of so many tokens would have to wait here, be it for a place or until after
@@ -246,7 +248,7 @@ class Dispatcher:
         finally:
             self.metrics.decision.observe(time.perf_counter() - started)
         if not sequence.active.started:  # what has begun is carried on
-            check_deadline(sequence.active.request, placement, now, retry_after_s(self.view))
+            check_deadline(sequence.active.request, placement, now, self._retry_after_s)
         link = self._links.get(placement.prefill or placement.decode)
         if link is None:
             why = NoWorker("the chosen worker is not connected")
