@@ -69,8 +69,8 @@ async def test_an_alias_is_the_model_at_every_door(both: Rig) -> None:
     assert (unary.model, trailers["x-crossdock-model"]) == ("small", "small")
     streamed = both.stub.Generate(replace_model(ask(max_tokens=3), "s"))
     assert ids_of(await collect(streamed)) == PROMPT[:3]
-    told = dict(await streamed.trailing_metadata())
-    assert told["x-crossdock-model"] == "small"
+    for told in (await streamed.initial_metadata(), await streamed.trailing_metadata()):
+        assert dict(told)["x-crossdock-model"] == "small"
     async with triton.InferenceServerClient(both.gateway.grpc_address) as kserve:
         given = triton.InferInput("text_input", [1], "BYTES")
         given.set_data_from_numpy(np.array([b"hi"], dtype=np.object_))
