@@ -8,7 +8,7 @@ from view_kit import BLOCK, add, cache, connect, make_view, report, two_and_two
 from crossdock.proto.types import Role
 from crossdock.router.placement.pairs import DEFAULT_BANDWIDTH, PAIR_BACK_OFF_S
 from crossdock.router.placement.view import REPLACED_WITHIN_S, ClusterView
-from crossdock.router.placement.workers import SEEN_AFTER_S, WorkerFacts
+from crossdock.router.placement.workers import SEEN_AFTER_S, LoadReport, WorkerFacts
 
 
 def test_a_pair_that_was_never_measured_is_presumed_as_good_as_the_best() -> None:
@@ -89,6 +89,15 @@ def test_an_incarnation_replaces_the_one_before_it() -> None:
     assert "p0" in view.workers
     view.disconnected("p0", "second")
     assert not view.workers
+
+
+def test_a_report_of_an_incarnation_that_was_replaced_is_nobodys() -> None:
+    view = make_view(p0=Role.PREFILL)
+    old = view.workers["p0"]
+    view.connected(WorkerFacts("p0", Role.PREFILL, "second", 1000, BLOCK, 1000), 1.0)
+    view.reported(old, LoadReport(queued_tokens=500), 1.0)
+    assert view.columns(Role.PREFILL).numbers.queued_tokens.tolist() == [0.0]
+    assert view.workers["p0"].queued_tokens == 0
 
 
 def test_slots_are_used_again() -> None:
