@@ -62,7 +62,7 @@ class ClusterView:
         """A worker said how it stands; work placed there that it has counted is counted no more."""
         worker.reported(load, now)
         if self.workers.get(worker.facts.name) is worker:  # else its stream is about to end
-            self._touch(worker)
+            self._touched.add(worker)
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
         """A pull between the two was measured."""

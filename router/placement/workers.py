@@ -111,7 +111,7 @@ class Numbers(NamedTuple, Generic[T]):
 @dataclass(eq=False)
 class WorkerView:
     """One connected worker. Times are of the clock that the callers pass in. Its view says
-    `changed` after each change of what was reported or placed."""
+    `changed` after each change of what was placed there."""
 
     facts: WorkerFacts
     slot: int  # in the prefix index
@@ -205,6 +205,7 @@ class WorkerView:
             ]
             for key in seen:
                 self.unseen.drop(key)
+        self.__dict__.pop("numbers", None)
 
     def changed(self) -> None:
         """What decisions read is made anew when one is made."""
