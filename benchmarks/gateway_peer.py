@@ -8,7 +8,8 @@ environment of its own (`pip install ai-dynamo==1.6.1`):
 
     python benchmarks/gateway_peer.py --write-peer-model /tmp/peer-model
     export DYN_FILE_KV=/tmp/peer-kv DYN_DISCOVERY_BACKEND=file DYN_REQUEST_PLANE=tcp
-    export DYN_EVENT_PLANE=zmq
+    export DYN_EVENT_PLANE=zmq DYN_EVENT_PLANE_HOST=127.0.0.1 DYN_TCP_RPC_HOST=127.0.0.1
+    export DYN_TCP_RESPONSE_STREAM_HOST=127.0.0.1 DYN_LOG=error
     python -m dynamo.frontend --router-mode kv --http-host 127.0.0.1 --http-port 8300 &
     MOCKER="python -m dynamo.mocker --model-path /tmp/peer-model --model-name smollm2-135m-instruct"
     MOCKER="$MOCKER --max-num-seqs 512 --planner-profile-data /tmp/peer-model/pace.npz"
