@@ -44,7 +44,7 @@ def plausible(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     kept = ASKED | set(rng.sample(others, rng.randint(0, min(2, len(others)))))
     found = {name: None if name in NAMES else body[name] for name in body if name in kept}
     if "prompt" in body and rng.random() < 0.5:
-        found |= {"echo": True, rng.choice(SCORES): rng.randint(0, MAX_LOGPROBS)}
+        found |= {"echo": True} | {name: rng.randint(0, MAX_LOGPROBS) for name in SCORES}
     return found
 
 
