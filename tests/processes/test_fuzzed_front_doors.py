@@ -28,6 +28,7 @@ HELD_S = 0.05  # of the loop thread's CPU at a stretch, on a machine as fast as 
 HELD_UNITS = 2.5  # and where it is slower: so many times what a million turns of a loop take
 ASKED = {"prompt", "messages", "input", "tokens"}
 NAMES = {"model", "previous_response_id"}
+MESSAGE = {"role": "user", "content": "hello"}
 SCORES = ("logprobs", "prompt_logprobs")
 CHECKS = [
     checks.not_a_server_error,
@@ -39,12 +40,15 @@ CHECKS = [
 
 def plausible(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """The same with few of its other fields, which together are hardly ever allowed, and by names
-    that are here; of half the texts to complete, something of the prompt is asked for too."""
+    that are here. Half the texts to complete are scored, half the chats are one message, and no
+    chat is empty."""
     others = sorted(body.keys() - ASKED)
     kept = ASKED | set(rng.sample(others, rng.randint(0, min(2, len(others)))))
     found = {name: None if name in NAMES else body[name] for name in body if name in kept}
     if "prompt" in body and rng.random() < 0.5:
         found |= {"echo": True} | {name: rng.randint(0, MAX_LOGPROBS) for name in SCORES}
+    if isinstance(messages := found.get("messages"), list):
+        found["messages"] = [*(messages if rng.random() < 0.5 else ()), MESSAGE]
     return found
 
 
