@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 OVERHEAD_BYTES = 512  # of an entry beside its data
+DROPPED_PART = 8  # of a tenant's room, for remembering what was dropped
 EXPIRE_S = 1.0  # how often all tenants are looked through for entries whose time is over
 
 
@@ -100,7 +101,7 @@ class States:
 
     def drop(self, tenant: str, id_: str, bounds: Bounds) -> bool:
         """Whether there was such an entry. From now on there is none, also where it comes again,
-        for as long as `bounds` say."""
+        for as long as `bounds` say, or until a tenant has dropped very many since."""
         there = self.fetch(tenant, id_) is not None
         self._forget(tenant, id_)
         self._put(tenant, id_, _Entry(None, self._clock() + bounds.ttl_s, bounds))
@@ -130,6 +131,10 @@ class States:
         shelf = self._shelves.setdefault(tenant, _Shelf())
         shelf.put(id_, entry)
         self.held += entry.size
+        while len(shelf.dropped) * OVERHEAD_BYTES > max(
+            OVERHEAD_BYTES, bounds.most_tenant_bytes // DROPPED_PART
+        ):
+            self.held -= shelf.take(next(iter(shelf.dropped)))
         self._grown(tenant)
         while shelf.size > bounds.most_tenant_bytes:
             self.held -= shelf.take_oldest()

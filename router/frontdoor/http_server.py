@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from crossdock.proto.errors import ConfigError, CrossdockError
 from crossdock.proto.settings import split_address
@@ -242,6 +242,8 @@ class HttpServer:
         self, request: web.Request, stream: ResponseStream, answer: fmt.Answer
     ) -> web.StreamResponse:
         response = EventStream(headers=HEADERS)
+        if request.version < HttpVersion11:  # which knows no chunks: the end is the connection's
+            response.force_close()
         self._add_headers(request, response)
         try:
             batch = await first_batch(request, response, stream, self._settings.keep_alive_s)

@@ -28,10 +28,11 @@ class EventSink:
     """Writes events where their deltas are pushed, as chunks of the body. Not the last one, with
     which the answer ends."""
 
-    __slots__ = ("_answer", "_transport")
+    __slots__ = ("_answer", "_transport", "behind")
 
     def __init__(self, transport: asyncio.Transport, answer: fmt.Answer) -> None:
         self._transport, self._answer = transport, answer
+        self.behind = True  # something that comes before is not sent yet
 
     def delta(self, delta: Delta) -> bool:
         """See request.Sink."""
@@ -52,7 +53,9 @@ class EventSink:
 
     def _has_room(self) -> bool:
         transport = self._transport
-        return not transport.is_closing() and transport.get_write_buffer_size() <= MOST_UNSENT
+        if self.behind or transport.is_closing():
+            return False
+        return transport.get_write_buffer_size() <= MOST_UNSENT
 
 
 async def first_batch(
@@ -82,20 +85,23 @@ async def send_events(
     While the client reads, an event is written where its delta is pushed, without a task's turn
     for each token; for one that does not, deltas merge until it does.
     """
-    transport = request.transport
-    chunked = response.headers.get("Transfer-Encoding") == "chunked"
-
+    transport, sink = request.transport, None
+    if response.headers.get("Transfer-Encoding") == "chunked" and transport is not None:
+        sink = EventSink(transport, answer)
+        stream.pipe(sink)
     try:
         while batch:
             await answer.prepare(batch)
             data = b"".join([answer.event(delta) for delta in batch])
-            if stream.done:  # the last events and the end are one write
-                return await response.write_eof(data + await answer.end())
+            if stream.done and answer.ends_at_once:  # then that is one write
+                return await response.write_eof(data + answer.last_events())
             if data:
                 await response.write(data)
-            if chunked and transport is not None:
-                stream.pipe(EventSink(transport, answer))  # only now: the head is on its way
+                if sink is not None:
+                    sink.behind = False  # the head is on its way as well
             batch = await stream.batch()
+            if sink is not None:
+                sink.behind = True
         await response.write_eof(await answer.end())
     except CrossdockError as error:
         await response.write(answer.failed(error))

@@ -31,6 +31,7 @@ class Answer(ABC):
     event_kind: ClassVar[str]
     lead: ClassVar[bytes]  # what stands before and after the text in an event that is only text
     tail: ClassVar[bytes]
+    ends_at_once: ClassVar[bool] = True  # `end` waits for nothing
 
     names: TextModel  # how tokens are shown
     request_id: str

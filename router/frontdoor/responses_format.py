@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -26,6 +26,8 @@ _encode = msgspec.json.encode
 @dataclass
 class ResponseAnswer(ToolAnswer):
     """One response: its output items as they grow, and the events that tell of it."""
+
+    ends_at_once: ClassVar[bool] = False  # it is kept first
 
     about: Mapping[str, Any] = field(default_factory=dict)  # what it repeats of its request
     draw_id: Callable[[], str] = field(default=lambda: new_id("resp"))

@@ -19,6 +19,7 @@ Field: TypeAlias = tuple[bytes, bytes]
 TABLE_BYTES = 4096  # of the table that both ends keep
 ENTRY_BYTES = 32  # that a field costs beside its own (4.1)
 _STATIC: tuple[Field, ...] = HeaderTable.STATIC_TABLE
+MOST_RESIZED = 2  # changes of the table's size in one block (4.2)
 _MOST_SHIFT = 21  # of an integer: beyond it is more than any length or index here
 
 
@@ -76,7 +77,7 @@ def decode(block: bytes, table: Table) -> tuple[list[Field], int]:
 
 def _decode(block: bytes, table: Table) -> tuple[list[Field], int]:
     found: list[Field] = []
-    at, size, end = 0, 0, len(block)
+    at, size, end, resized = 0, 0, len(block), 0
     while at < end:
         first = block[at]
         at += 1
@@ -92,6 +93,9 @@ def _decode(block: bytes, table: Table) -> tuple[list[Field], int]:
             if limit == 0x1F:
                 limit, at = _longer(block, at, limit)
             table.resize(limit)
+            resized += 1
+            if resized > MOST_RESIZED:
+                raise ValueError("the table's size changes again and again")
             continue
         else:
             prefix = 0x3F if first >= 0x40 else 0x0F

@@ -213,3 +213,10 @@ def test_te_is_no_more_than_trailers() -> None:
     assert headers.parse_head(fields_of(head_), 0, 1).encoding == "identity"
     with pytest.raises(StreamFault):
         headers.parse_head(fields_of(head_, ("te", "trailers, deflate")), 0, 1)
+
+
+def test_a_block_changes_the_tables_size_twice_at_the_most() -> None:
+    table = compression.Table()
+    assert compression.decode(b"\x20\x3f\xe1\x1f\x82", table)[0] == [(b":method", b"GET")]
+    with pytest.raises(ConnectionFault, match="again and again"):
+        compression.decode(b"\x20" * 3 + b"\x82", table)

@@ -221,3 +221,14 @@ async def test_every_answer_has_a_request_id(rig: Rig) -> None:
         await raw.send(f"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: {long}\r\n\r\n".encode())
         status, headers, _ = await raw.answer()
         assert (status, len(headers["x-request-id"])) == (400, 32)
+
+
+async def test_the_end_of_a_stream_is_the_end_of_a_connection_that_knows_no_chunks(
+    tiny_model: Path,
+) -> None:
+    body = json.dumps({"prompt": "x y z", "max_tokens": 4, "stream": True}).encode()
+    asked = request(body, "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    async with start_rig(tiny_model) as rig, connected(rig) as raw:
+        await raw.send(asked)
+        answer = await asyncio.wait_for(raw.reader.read(), 10)
+        assert answer.endswith(b"data: [DONE]\n\n") and b"200 OK" in answer

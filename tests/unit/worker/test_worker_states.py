@@ -152,3 +152,13 @@ def test_the_page_of_metrics_says_how_much_is_kept(tiny_model: Path) -> None:
     states.store("a", "1", DATA, bounds())
     found = {metric.name: metric for metric in WorkerCollector(role, lambda: states.held).collect()}
     assert found["crossdock_worker_kept_bytes"].samples[0].value == EACH
+
+
+def test_what_is_remembered_of_deletions_leaves_room_for_what_is_kept() -> None:
+    states = States()
+    room = Bounds(60.0, 64 * EACH, 1000 * EACH)
+    for i in range(500):
+        states.drop("a", f"never_{i}", room)
+    assert states.store("a", "resp", DATA, room) and states.fetch("a", "resp") == DATA
+    assert states.dropped("a", "never_499") and not states.dropped("a", "never_0")
+    assert states.held <= 64 * EACH // 8 + EACH
