@@ -7,7 +7,9 @@ that was restarted has another incarnation, so it is another peer to TLS itself.
 
 from __future__ import annotations
 
+import os
 import re
+import ssl
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +70,13 @@ class Identity:
 
 
 class Credentials:
-    """The newest identity of this process, as gRPC takes it. Safe to share between threads."""
+    """The newest identity of this process, as gRPC and ssl take it. Safe to share between
+    threads."""
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
         self._client: tuple[Identity, grpc.ChannelCredentials] | None = None
+        self._client_tls: tuple[Identity, ssl.SSLContext] | None = None
 
     @property
     def identity(self) -> Identity:
@@ -98,6 +102,14 @@ class Credentials:
             self._client = known = identity, grpc.ssl_channel_credentials(*proof)
         return known[1]
 
+    def client_tls(self) -> ssl.SSLContext:
+        """The same for connections that are no channel's: they are to name their server by
+        `host_name`, and talk HTTP/2 or nothing."""
+        identity, known = self._identity, self._client_tls
+        if known is None or known[0] is not identity:
+            self._client_tls = known = identity, _client_context(identity)
+        return known[1]
+
     def server(self) -> grpc.ServerCredentials:
         """For a port: who has no certificate of the authority does not get through the handshake.
         Each handshake is made with the newest identity."""
@@ -113,6 +125,21 @@ class Credentials:
         return grpc.dynamic_ssl_server_credentials(
             _configuration(told), newest, require_client_authentication=True
         )
+
+
+def _client_context(identity: Identity) -> ssl.SSLContext:
+    """Trusts the cluster's authority alone, and insists on the host name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.hostname_checks_common_name = False
+    context.load_verify_locations(cadata=identity.authority.decode())
+    context.set_alpn_protocols(["h2"])
+    # It reads a chain from files alone: one in memory, which no other process can open.
+    with open(os.memfd_create("identity"), "wb") as file:
+        file.write(identity.key + identity.certificate)
+        file.flush()
+        context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+    return context
 
 
 def _configuration(identity: Identity) -> Any:
