@@ -7,9 +7,13 @@ that was restarted has another incarnation, so it is another peer to TLS itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import ssl
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,12 +138,22 @@ def _client_context(identity: Identity) -> ssl.SSLContext:
     context.hostname_checks_common_name = False
     context.load_verify_locations(cadata=identity.authority.decode())
     context.set_alpn_protocols(["h2"])
-    # It reads a chain from files alone: one in memory, which no other process can open.
-    with open(os.memfd_create("identity"), "wb") as file:
-        file.write(identity.key + identity.certificate)
-        file.flush()
-        context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+    with _private_file(identity.key + identity.certificate) as path:
+        context.load_cert_chain(path)  # which comes from files alone
     return context
+
+
+@contextlib.contextmanager
+def _private_file(data: bytes) -> Iterator[str]:
+    """The path of a file that nobody else can read; on Linux it is on no disk either."""
+    if sys.platform == "linux":
+        with open(os.memfd_create("identity"), "wb", buffering=0) as file:
+            file.write(data)
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile(buffering=0) as file:
+            file.write(data)
+            yield file.name
 
 
 def _configuration(identity: Identity) -> Any:
