@@ -1,7 +1,8 @@
 """The audit log of a cluster under chaos: one line for each request, whatever became of it.
 
 Runs benchmarks/chaos.py's load and faults against a cluster with an audit log that keeps prompts.
-Then each request must have exactly one line with the tokens that its client saw; a log with one
+Then each request must have exactly one line with the tokens that its client saw, or, where nothing
+was started for it, be one of those that a line counts together; a log with one
 byte changed, anywhere, must be found out; and what is in it must be computed again to the token.
 
     python benchmarks/audit_chaos.py --seed 1 --requests 1000 --model simulated
@@ -38,25 +39,52 @@ def logs(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("audit.*")) if path.name.count(".") == 1]
 
 
-def lines_of(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of a request, in the order of each gateway."""
+def lines_of(folder: Path, kind: str = "request") -> Iterator[dict[str, Any]]:
+    """Every line of this kind, in the order of each gateway."""
     for path in in_order(logs(folder)):
         with path.open("rb") as file:
-            yield from (line for line in map(json.loads, file) if line["kind"] == "request")
+            yield from (line for line in map(json.loads, file) if line["kind"] == kind)
 
 
-def miscounted(outcome: Outcome, lines: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What is wrong with the lines of the requests that were asked. A client may go away before
-    its request has reached the gateway; then there is none."""
-    found = []
+def sums_of(folder: Path) -> Counter[str]:
+    """How many requests have no line of their own, by what became of them."""
+    sums: Counter[str] = Counter()
+    for line in lines_of(folder, "refused"):
+        sums[line["outcome"]] += line["count"]
+    return sums
+
+
+def miscounted(
+    outcome: Outcome, lines: dict[str, list[dict[str, Any]]], sums: Counter[str]
+) -> list[str]:
+    """What is wrong with the lines of the requests that were asked. `sums` count those that ended
+    before anything was started, and have none of their own. A client may go away before its request
+    has reached the gateway; then it is nowhere."""
+    found: list[str] = []
+    without: list[Asked] = []
     for each in outcome.asked:
         own = lines[each.request]
-        arrived = each.request in outcome.journal.lives
-        if len(own) != 1 and (own or arrived):
-            found.append(f"{each.request} ({each.end}): {len(own)} lines")
-        elif own:
+        if len(own) == 1:
             found += told_otherwise(each, own[0])
+        elif own or each.token_ids:
+            found.append(f"{each.request} ({each.end}): {len(own)} lines")
+        else:
+            without.append(each)
+    left, lives = Counter(sums), outcome.journal.lives
+    for each in sorted(without, key=lambda each: each.request not in lives):
+        counted_as = next((why for why in left if left[why] and may_be(each, why)), "")
+        if counted_as:
+            left[counted_as] -= 1
+        elif each.request in lives:
+            found.append(f"{each.request} ({each.end}): no line, and no sum counts it")
+    if more := left.total():
+        found.append(f"the sums count {more} more than were asked: {dict(left)}")
     return found
+
+
+def may_be(asked: Asked, outcome: str) -> bool:
+    """Whether a request that ended so for its client may be counted under this outcome."""
+    return (outcome == "cancelled") == (asked.end is End.ABORTED) and asked.end is not End.FINISHED
 
 
 def told_otherwise(asked: Asked, line: dict[str, Any]) -> list[str]:
@@ -118,7 +146,7 @@ def main() -> int:
         for line in lines_of(folder):
             lines[line.get("id", "")].append(line)
         wrong = [text for path in logs(folder) for text in verify(in_order([path])).wrong]
-        wrong += miscounted(outcome, lines)
+        wrong += miscounted(outcome, lines, sums_of(folder))
         missed = unnoticed(folder, rng)
     report(outcome, options, len(lines), wrong, missed, differing)
     return 1 if wrong or missed or differing or outcome.failures() else 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from typing import Any
 import grpc
 import uvloop
 
+from crossdock.model.store import SIMULATED
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import inference_pb2, inference_pb2_grpc
@@ -36,7 +38,9 @@ ROLES = {"split": ("prefill", "decode"), "colocated": ("colocated", "colocated")
 STEP_S = 0.02  # of a decode step of the simulated engine
 
 
-async def worker(pipe: Connection, name: str, role: str) -> None:
+async def worker(
+    pipe: Connection, name: str, role: str, model: str = SIMULATED, home: str = os.devnull
+) -> None:
     from crossdock.decode import role as decode
     from crossdock.engine.simulated import Profile, Settings
     from crossdock.prefill import role as prefill
@@ -44,8 +48,8 @@ async def worker(pipe: Connection, name: str, role: str) -> None:
 
     engine = Settings(profile=Profile(decode_s=STEP_S, prefill_s=0.002, kv_bytes_per_token=64))
     config = WorkerConfig(
-        name=name, pool=role, role=Role(role), cluster_key=KEY, model="simulated", engine=engine,
-        transport="local", max_batch=512, chunk_tokens=2048, kv_memory_mb=64,
+        name=name, pool=role, role=Role(role), cluster_key=KEY, model=model, engine=engine,
+        home=Path(home), transport="local", max_batch=512, chunk_tokens=2048, kv_memory_mb=64,
     )  # fmt: skip
     server = (prefill if role == "prefill" else decode).create(config)
     pipe.send(asdict(await server.start()))
@@ -54,13 +58,18 @@ async def worker(pipe: Connection, name: str, role: str) -> None:
         pipe.send(True)
 
 
-async def gateway(pipe: Connection, profile: str) -> None:
+async def gateway(
+    pipe: Connection, profile: str, model: str = SIMULATED, home: str = os.devnull
+) -> None:
     from crossdock.router.gateway import GatewayConfig, GatewayServer
 
+    key, anywhere = hash_key(KEY), "127.0.0.1:0"
     server = GatewayServer(
-        GatewayConfig("g", "simulated", hash_key(KEY), grpc="127.0.0.1:0", http="127.0.0.1:0")
+        GatewayConfig("g", model, key, home=Path(home), grpc=anywhere, http=anywhere)
     )
     await server.start()
+    gc.collect()
+    gc.freeze()  # as a gateway's process does
     pipe.send([server.grpc_address, server.http_address])
     async for members in told(pipe):
         if members is None:
@@ -98,6 +107,10 @@ class Child:
         spawn = multiprocessing.get_context("spawn")
         self._process = spawn.Process(target=serve, args=(kind, theirs, *arguments), daemon=True)
         self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
 
     def ask(self, command: Any) -> Any:
         self.pipe.send(command)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from crossdock.deploy.applied import AppliedSpec, Change
 from crossdock.deploy.authority import Authority, gateways_key, workers_key
-from crossdock.deploy.members import Watched, WatchSettings, certify
+from crossdock.deploy.members import Watched, WatchSettings
 from crossdock.deploy.reconcile import (
     MAX_BACKOFF_S,
     Action,
@@ -42,6 +42,7 @@ from crossdock.deploy.runtime import (
 )
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.deploy.store import ClusterStore
+from crossdock.deploy.trial import try_gateway
 from crossdock.proto.errors import ConfigError, Overtaken, Unavailable
 from crossdock.proto.v1 import admin_pb2
 from crossdock.router.serving import Serving
@@ -295,7 +296,9 @@ class Controller:
             generation = generation or self.applied.generation
             self.applied.check_generation(generation)
             if _tells_gateways(spec) != _tells_gateways(self.spec):
-                await self._try_gateway(spec)
+                taken = frozenset[str]().union(*(m.holds for m in self.members))
+                launch = trial_launch(spec, taken, self._key, self._gateways_key)
+                await try_gateway(self.runtime, launch, self.authority, self._settings.trial_s)
                 self._check_open()
                 self.applied.check_generation(generation)
         return self.apply(spec, by)
@@ -326,26 +329,6 @@ class Controller:
             self._record(by, f"{len(actions)} actions due" if actions else "nothing to do")
         self._wake.set()
         return actions
-
-    async def _try_gateway(self, spec: ClusterSpec) -> None:
-        """Starts and ends the first gateway of `spec`, without the ports that ours hold."""
-        taken = frozenset[str]().union(*(m.holds for m in self.members))
-        launch = trial_launch(spec, taken, self._key, self._gateways_key)
-        try:
-            async with asyncio.timeout(self._settings.trial_s):
-                process = await self.runtime.launch(launch)
-                try:
-                    await certify(process, launch, self.authority)
-                    await process.start()
-                finally:
-                    await process.stop()
-        except TimeoutError:
-            why = self.runtime.why_waiting(launch) or f"not ready in {self._settings.trial_s:g} s"
-        except (StartFailed, ProcessGone) as error:
-            why = str(error)
-        else:
-            return
-        raise ConfigError("gateway", f"one with these settings does not start: {why}")
 
     def _roll_back(self, why: str) -> None:
         """The last good spec instead of one whose gateways don't start: they had to make room."""

@@ -61,6 +61,11 @@ class ChatTemplate:
         return self._sources.get("tool_use", self._sources.get("default", ""))
 
     @cached_property
+    def identity(self) -> tuple[frozenset[tuple[str, str]], ...]:
+        """Equal where templates are."""
+        return frozenset(self._sources.items()), frozenset(self._special.items())
+
+    @cached_property
     def takes_tools(self) -> bool:
         """Whether the template shows the model its tools, and what came of calling them."""
         return "tools" in jinja2.meta.find_undeclared_variables(_environment().parse(self.source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +48,25 @@ class TextModel:
         raw = b"".join(self.pieces.of(id_, skip_special_tokens) for id_ in token_ids)
         text = raw.decode("utf-8", "replace")
         return text[1:] if self.pieces.strips_first_space and text.startswith(" ") else text
+
+    def starts(self, text: str, token_ids: Sequence[int]) -> list[int]:
+        """Where each of these tokens begins in the text that `encode` made them of, in characters:
+        of a character that several make up, each where that begins; of what stands around the text,
+        at its ends. Empty where they are not that text's."""
+        encoding = self._without_frame.encode(text)
+        inner, count = encoding.ids, len(encoding.ids)
+        for before in range(len(token_ids) - count + 1):
+            if list(token_ids[before : before + count]) == inner:
+                after = len(token_ids) - before - count
+                starts = [start for start, _ in encoding.offsets]
+                return [0] * before + starts + [len(text)] * after
+        return []
+
+    @cached_property
+    def _without_frame(self) -> Tokenizer:
+        """The tokenizer, which puts nothing around a text and leaves blanks to their tokens."""
+        told = json.loads(self.tokenizer.to_str())
+        return Tokenizer.from_str(json.dumps(told | {"post_processor": None}))
 
     def token_text(self, token_id: int) -> str:
         """Text of one id as logprobs show it, special tokens included."""

@@ -6,6 +6,7 @@ character (GPT-2), and SentencePiece BPE, where U+2581 is a space and <0x0A> is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from typing import Any
@@ -29,7 +30,9 @@ class TokenBytes:
     """Token id -> bytes, worked out once an id."""
 
     def __init__(self, tokenizer: Tokenizer, where: str) -> None:
-        kinds = _decoder_parts(json.loads(tokenizer.to_str())["decoder"])
+        told = tokenizer.to_str()
+        self.digest = hashlib.sha256(told.encode()).digest()  # equal where the tokenizers are
+        kinds = _decoder_parts(json.loads(told)["decoder"])
         names = {part["type"] for part in kinds}
         self._byte_level = "ByteLevel" in names
         if not self._byte_level and not names & {"ByteFallback", "Metaspace"}:

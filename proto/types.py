@@ -16,6 +16,16 @@ MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_N = 16
 MAX_GRAMMAR_BYTES = 128 << 10
+# Sampling parameters that are numbers, from the least to the most.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 10.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "seed": (-(2**63), 2**64 - 1),
+}
 LEAST_MAX_TOKENS = "must be at least 1, or 0 where something of the prompt is asked for"
 
 # The life-cycle events of a request after `received`, in the order in which they happen: one name
@@ -119,14 +129,10 @@ class SamplingParams:
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidRequest naming the first field that is out of its range."""
-        _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_k", self.top_k, 0, 2**31 - 1)
+        for name, (low, high) in RANGES.items():
+            _within(name, getattr(self, name), low, high)
         if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise InvalidRequest("top_p", self.top_p, "must be in (0, 1]")
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _at_most("logit_bias", self.logit_bias, MAX_LOGIT_BIAS, "entries")
         for token_id, bias in self.logit_bias.items():
             _within("logit_bias", token_id, 0, vocab_size - 1)
@@ -139,7 +145,6 @@ class SamplingParams:
             if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
                 limit = f"each must have 1 to {MAX_STOP_CHARACTERS} characters"
                 raise InvalidRequest("stop", text, limit)
-        _within("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens < 0:
             raise InvalidRequest("max_tokens", self.max_tokens, LEAST_MAX_TOKENS)
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)

@@ -78,8 +78,8 @@ class GatewayServer:
                 config.max_connection_age_s,
                 certificates,
             )
-            responses = ResponseStore(
-                self._reached, lambda: self._endpoints, config.responses, self._credentials
+            self._responses = responses = ResponseStore(
+                self._reached, config.responses, self._credentials
             )
             self._closing.push_async_callback(responses.close)
             self._http = http = HttpServer(
@@ -150,6 +150,7 @@ class GatewayServer:
         """Follows the controller's membership: links to who is new, and to nobody who left."""
         assert self._served, "start() comes first"
         self._endpoints = list(endpoints)
+        self._responses.update(self._endpoints)
         self._tell()
 
     async def drain(self, timeout_s: float) -> bool:

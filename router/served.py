@@ -22,7 +22,7 @@ from crossdock.router.config import GatewayConfig
 from crossdock.router.dispatch.admission import Admission
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links
-from crossdock.router.dispatch.metrics import GatewayMetrics
+from crossdock.router.dispatch.metrics import GatewayMetrics, ModelMetrics
 from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.gate import Gate
@@ -100,7 +100,7 @@ class Served:
             policy=POLICIES[config.policy],
             limits=config,
             admission=shared.admission,
-            metrics=shared.metrics,
+            metrics=ModelMetrics(shared.metrics, key or files.model_id),
             hasher=BlockHasher(config.hash_key, config.block_size),
             eos_token_ids=text.eos_token_ids,
             detokenizer_of=lambda prompt, stop: IncrementalDetokenizer(text, prompt, stop),

@@ -33,6 +33,9 @@ FIELDS: dict[str, Any] = {
     "stream_options": {"include_usage": True}, "best_of": 1, "suffix": None, "unknown": {"a": [1]},
     "response_format": {"type": "json_object"}, "guided_regex": "a+", "tool_choice": "auto",
     "chat_template_kwargs": {"a": 1}, "guided_json": {}, "add_special_tokens": True,
+    "prompt_logprobs": 2, "max_output_tokens": 2, "include": ["message.output_text.logprobs"],
+    "text": {"format": {"type": "text"}}, "reasoning": {"effort": "low"}, "store": False,
+    "instructions": "be brief", "metadata": {"a": "b"}, "return_token_strs": True,
 }  # fmt: skip
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, -(2**63), 2**64, 10**30, 1e308, -0.0, float("nan"),

@@ -33,6 +33,7 @@ from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.worker import metrics
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.gateways import Gateways
+from crossdock.worker.kept import KeptStates
 from crossdock.worker.loop import EngineLoop, Turn
 from crossdock.worker.peer_calls import GrpcPeerCalls, met
 from crossdock.worker.peers import Peers
@@ -63,8 +64,9 @@ class WorkerServer:
         self.config = config
         self.credentials = credentials
         self.hasher = BlockHasher(hash_key(config.cluster_key), config.block_size)
-        self.states = States()
+        self.kept = KeptStates(States(), credentials)
         self._role_type = role_type
+        self._others: list[WorkerEndpoint] = []  # of the cluster
         self._started_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = contextlib.ExitStack()
@@ -100,7 +102,7 @@ class WorkerServer:
         self.peers = Peers(self.peer_calls, self._state.clock)
         self.prober = Prober(self, self._transport, self._state.memory.memory_type)
         self.description.metrics_address = metrics.serve(
-            self._role, self.config.host, lambda: self.states.held
+            self._role, self.config.host, lambda: self.kept.states.held
         )
         self._loop.start()
         await self._grpc.start()
@@ -133,7 +135,9 @@ class WorkerServer:
         return told
 
     async def update_peers(self, endpoints: Iterable[WorkerEndpoint]) -> None:
-        """Returns once all that can be pulled from are known."""
+        """The cluster's workers. Returns once all that can be pulled from are known."""
+        endpoints = list(endpoints)
+        self._others = [e for e in endpoints if e.incarnation != self.endpoint.incarnation]
         if self.config.role is not Role.DECODE:  # the only one that pulls
             return
         others = [endpoint for endpoint in endpoints if endpoint.role is Role.PREFILL]
@@ -144,14 +148,18 @@ class WorkerServer:
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new work and waits for what is here; moves the rest away when time is up. False:
-        offered tickets are left to their leases."""
+        offered tickets are left to their leases. What gateways keep here goes to other workers
+        meanwhile."""
         await self.call(lambda role: setattr(role, "draining", True))
         deadline = time.monotonic() + timeout_s
+        handing_over = asyncio.create_task(self.kept.hand_over(self._others))
         while not await self.call(lambda role: role.idle):
             if time.monotonic() >= deadline:
-                return await self.call(self._move_away)
+                break
             await asyncio.sleep(0.05)
-        return True
+        await asyncio.wait([handing_over], timeout=max(0.0, deadline - time.monotonic()))
+        handing_over.cancel()
+        return await self.call(self._move_away)  # nothing, where it is idle
 
     def _move_away(self, role: WorkerRole) -> bool:
         role.eject_all(pb.ERROR_CODE_DRAINING, f"{self.config.name} is draining")

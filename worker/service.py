@@ -13,13 +13,12 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.worker.gateways import Gateways
-from crossdock.worker.states import Bounds
 from crossdock.worker.streams import GatewayStream
 
 if TYPE_CHECKING:
     from crossdock.worker.server import WorkerServer
 
-
+WORKERS = (Role.PREFILL, Role.DECODE, Role.COLOCATED)
 CALLERS = {
     "Connect": (GATEWAY,),
     "Describe": (Role.DECODE,),  # who reads this pool: it tells how to
@@ -27,9 +26,9 @@ CALLERS = {
     "ReleaseTickets": (Role.DECODE,),
     "GetStatus": (CONTROLLER, OPERATOR),
     "Probe": (CONTROLLER, OPERATOR),
-    "StoreState": (GATEWAY,),
+    "StoreState": (GATEWAY, *WORKERS),  # those that drain
     "FetchState": (GATEWAY,),
-    "DropState": (GATEWAY,),
+    "DropState": (GATEWAY, *WORKERS),
 }
 
 
@@ -120,24 +119,21 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> pb.StoreStateResponse:
         """Keeps what a gateway wants to find again, whichever gateway it is then."""
         await self._admit("StoreState", context)
-        bounds = Bounds(request.ttl_ms / 1000, request.most_tenant_bytes, request.most_bytes)
-        stored = self._server.states.store(request.tenant, request.id, request.data, bounds)
-        return pb.StoreStateResponse(stored=stored)
+        return self._server.kept.store(request)
 
     async def FetchState(
         self, request: pb.FetchStateRequest, context: grpc.aio.ServicerContext
     ) -> pb.FetchStateResponse:
         """What was stored under this id for this tenant, where it is still here."""
         await self._admit("FetchState", context)
-        return pb.FetchStateResponse(data=self._server.states.fetch(request.tenant, request.id))
+        return self._server.kept.fetch(request)
 
     async def DropState(
         self, request: pb.DropStateRequest, context: grpc.aio.ServicerContext
     ) -> pb.DropStateResponse:
         """Forgets it before its time."""
         await self._admit("DropState", context)
-        dropped = self._server.states.drop(request.tenant, request.id)
-        return pb.DropStateResponse(dropped=dropped)
+        return self._server.kept.drop(request)
 
     async def _admit(self, call: str, context: grpc.aio.ServicerContext) -> Peer | None:
         return await admit(context, self._server.credentials, *CALLERS[call])

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
-from roles_kit import Clock, undisturbed
+from roles_kit import VOCAB, Clock, kv_of_tokens, undisturbed
 
+from crossdock.engine.simulated import rank_logprob, score, weights
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import errors
 from crossdock.proto.types import FinishReason, SamplingParams
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
+from crossdock.router.dispatch.scored import ScoredPrompt
 
 if TYPE_CHECKING:
     from protocol_front import Gateway
@@ -99,6 +101,33 @@ def detokenizer(prompt: list[int], stop: tuple[str, ...]) -> IncrementalDetokeni
     return IncrementalDetokenizer(Text(), prompt, stop)
 
 
+Scored = tuple[int, float, int, list[tuple[int, float]]]  # token, log-probability, rank, the top
+
+
+def scores_of(prompt: list[int], top: int) -> list[Scored]:
+    """What must be said of each token of a prompt but the first."""
+    seen = (kv_of_tokens(prompt) * weights(0, len(prompt))).cumsum(dtype="uint64").tolist()
+    found = []
+    for token, before in zip(prompt[1:], seen):
+        logprob, rank, ids = score(before, token, top, VOCAB)
+        best = [(other, rank_logprob(place)) for place, other in enumerate(ids, 1)]
+        found.append((token, logprob, rank, best))
+    return found
+
+
+def told_of(prompt: ScoredPrompt) -> list[Scored]:
+    """The same of what a client was told."""
+    return [
+        (
+            each.chosen.token_id,
+            each.chosen.logprob,
+            each.chosen.rank,
+            [(other.token_id, other.logprob) for other in each.top],
+        )
+        for each in prompt.tokens()
+    ]
+
+
 @dataclass
 class Answer:
     """What one continuation must be, and what has come of it."""
@@ -106,12 +135,20 @@ class Answer:
     token_ids: list[int]
     text: str
     reason: FinishReason
+    scores: list[Scored] | None = None  # of the prompt, where that is asked for
+    got_scores: list[Scored] | None = None
     got: list[int] = field(default_factory=list)
     got_text: str = ""
     got_reason: FinishReason | None = None
 
     @classmethod
     def of(cls, prompt: list[int], sampling: SamplingParams, index: int) -> Answer:
+        answer, top = cls._drawn(prompt, sampling, index), sampling.prompt_logprobs
+        answer.scores = None if top is None else scores_of(prompt, top)
+        return answer
+
+    @classmethod
+    def _drawn(cls, prompt: list[int], sampling: SamplingParams, index: int) -> Answer:
         drawn = {"temperature": sampling.temperature, "seed": sampling.seed + index}
         tokens = undisturbed(prompt, sampling.max_tokens, **drawn)
         texts, whole = detokenizer(prompt, sampling.stop), ""
@@ -124,6 +161,10 @@ class Answer:
 
     def take(self, delta: Delta) -> None:
         assert self.got_reason is None, "something came after the end"
+        if delta.prompt is not None:
+            assert self.got_scores is None and not self.got, "a prompt's scores came late, or twice"
+            self.got_scores = told_of(delta.prompt)
+            assert self.got_scores == self.scores, "wrong scores of a prompt"
         self.got += delta.token_ids
         self.got_text += delta.text
         self.got_reason = delta.finish_reason
@@ -134,6 +175,7 @@ class Answer:
     def check_whole(self) -> None:
         assert self.got == self.token_ids and self.got_reason is self.reason, "tokens are missing"
         assert self.got_text == self.text, "text is missing"
+        assert self.got_scores == self.scores, "scores are missing"
 
 
 class Client:
@@ -180,6 +222,10 @@ class Client:
         if self.stream.ended:
             for answer in self.answers:
                 answer.check_whole()
+            if self.request.sampling.prompt_logprobs is not None:
+                self._see("scored")
+            if not self.request.sampling.max_tokens:
+                self._see("no token asked for")
             self._over(None)
 
     def _over(self, error: errors.CrossdockError | None) -> None:

@@ -306,7 +306,12 @@ class Front:
         prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, longest))]
         tokens = LONGEST - len(prompt) if rng.random() < long else rng.choice([1, 2, 4, 6, 8, 16])
         stop = ("1.",) if rng.random() < 0.1 else ()
-        sampling = SamplingParams(1.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100))
+        top = rng.choice([0, 2]) if rng.random() < 0.2 else None
+        if rng.random() < (0.05 if top is None else 0.4):
+            tokens = 0  # the prompt is all that is asked about
+        sampling = SamplingParams(
+            1.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100), prompt_logprobs=top
+        )
         request = Request(
             request_id=f"r{len(self.clients)}",
             prompts=[prompt],
@@ -387,6 +392,8 @@ class Front:
 
     def watch_sent(self, stream: Stream, frame: pb.GatewayFrame) -> None:
         kind = frame.WhichOneof("frame")
+        if kind in ("prefill", "decode"):
+            self._watch_asked(getattr(frame, kind).sequence, frame.decode.HasField("progress"))
         if kind == "cancel":
             stream.reading.pop(frame.cancel.sequence_id, None)
         elif kind == "decode" and frame.decode.HasField("progress"):
@@ -400,6 +407,17 @@ class Front:
             self.see("reserved early" if early else "reserved late")
         elif kind == "decode":
             self.see("no hand-off")
+
+    def _watch_asked(self, sequence: pb.SequenceRequest, handed_off: bool) -> None:
+        """Of its prompt, what one attempt has scored the next one is not asked for."""
+        if handed_off and not sequence.sampling.max_tokens:
+            self.broken = "what asks for no token was handed off"
+        if not sequence.sampling.HasField("prompt_logprobs"):
+            return
+        if handed_off and sequence.scored_tokens < sequence.prompt_tokens:
+            self.broken = "a prompt is to be scored where it is not computed"
+        elif not handed_off and 1 < sequence.scored_tokens < sequence.prompt_tokens:
+            self.see("scoring goes on elsewhere")
 
     def check(self) -> None:
         assert not self.broken, self.broken

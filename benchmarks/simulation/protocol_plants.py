@@ -13,7 +13,7 @@ from protocol_wire import MoodyNetwork, MoodyTransport
 from crossdock.decode.role import DecodeRole
 from crossdock.kvcache import block_tables
 from crossdock.kvcache.block_pool import BlockPool
-from crossdock.kvcache.sequence import Sequence
+from crossdock.kvcache.sequence import SampledToken, Sequence
 from crossdock.kvtransfer import pull
 from crossdock.kvtransfer.offers import Exit, Offers
 from crossdock.kvtransfer.pull import Puller
@@ -290,6 +290,28 @@ def gateway_end_leaves_the_offers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefillRole, "owner_gone", WorkerRole.owner_gone)
 
 
+def scored_from_the_prefix_cache(patch: pytest.MonkeyPatch) -> None:
+    """KV that was found has no logits, and what it would have scored is left out."""
+    patch.setattr(Sequence, "reusable", property(lambda self: self.num_tokens - 1))
+
+
+def token_drawn_for_nothing(patch: pytest.MonkeyPatch) -> None:
+    """A token is drawn although none is asked for."""
+    patch.setattr(Sequence, "draws", True)
+
+
+def unasked_blocks_kept(patch: pytest.MonkeyPatch) -> None:
+    """A block of a prompt after which nothing is drawn is forgotten."""
+    first_tokens = PrefillRole._first_tokens
+
+    def keep(self: PrefillRole, job: Job, drawn: list[SampledToken]) -> None:
+        first_tokens(self, job, drawn)
+        if not drawn:
+            self.state.pool.allocate(1)
+
+    patch.setattr(PrefillRole, "_first_tokens", keep)
+
+
 def preempted_without_freeing(patch: pytest.MonkeyPatch) -> None:
     preempted = DecodeRole._preempted
 
@@ -323,5 +345,8 @@ PLANTS: list[Plant] = [
     cancel_leaves_the_offer,
     gateway_end_leaves_the_offers,
     preempted_without_freeing,
+    scored_from_the_prefix_cache,
+    token_drawn_for_nothing,
+    unasked_blocks_kept,
     *GATEWAY_PLANTS,
 ]

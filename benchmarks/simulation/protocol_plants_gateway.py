@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from protocol_clients import detokenizer
 
 from crossdock.kvtransfer.pull import Puller
 from crossdock.proto.v1 import worker_pb2 as pb
@@ -14,6 +15,7 @@ from crossdock.router.dispatch.admission import Admission
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.request import Delta
 from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
 from crossdock.router.placement.view import ClusterView
@@ -64,22 +66,20 @@ def read_wakes_nobody(patch: pytest.MonkeyPatch) -> None:
 # -- the gateway ---------------------------------------------------------------------------------
 
 
-def _at_restart(
-    patch: pytest.MonkeyPatch, act: Callable[[Dispatcher, SequenceState], None]
-) -> None:
-    restart = Dispatcher._restart
+def _at_restart(patch: pytest.MonkeyPatch, act: Callable[[SequenceState], None]) -> None:
+    restart = Losses.restart
 
-    def act_and_restart(self: Dispatcher, sequence: SequenceState, *arguments: object) -> None:
-        act(self, sequence)
+    def act_and_restart(self: Losses, sequence: SequenceState, *arguments: object) -> None:
+        act(sequence)
         restart(self, sequence, *arguments)
 
-    patch.setattr(Dispatcher, "_restart", act_and_restart)
+    patch.setattr(Losses, "restart", act_and_restart)
 
 
 def restart_forgets_a_token(patch: pytest.MonkeyPatch) -> None:
     """The last emitted token is drawn, and sent, again."""
 
-    def forget(self: Dispatcher, sequence: SequenceState) -> None:
+    def forget(sequence: SequenceState) -> None:
         if sequence.generated:
             del sequence.token_ids[-1:]
 
@@ -89,7 +89,7 @@ def restart_forgets_a_token(patch: pytest.MonkeyPatch) -> None:
 def restart_repeats_a_token(patch: pytest.MonkeyPatch) -> None:
     """The last emitted token is in the new attempt's prompt twice."""
 
-    def repeat(self: Dispatcher, sequence: SequenceState) -> None:
+    def repeat(sequence: SequenceState) -> None:
         if sequence.generated:
             sequence.token_ids += sequence.token_ids[-1:]
 
@@ -97,7 +97,7 @@ def restart_repeats_a_token(patch: pytest.MonkeyPatch) -> None:
 
 
 def restart_with_another_seed(patch: pytest.MonkeyPatch) -> None:
-    def reseed(self: Dispatcher, sequence: SequenceState) -> None:
+    def reseed(sequence: SequenceState) -> None:
         sequence.sampling.seed += 1
 
     _at_restart(patch, reseed)
@@ -106,11 +106,38 @@ def restart_with_another_seed(patch: pytest.MonkeyPatch) -> None:
 def restart_resets_the_detokenizer(patch: pytest.MonkeyPatch) -> None:
     """Bytes of an unfinished character, or the beginning of a stop string, are lost."""
 
-    def reset(self: Dispatcher, sequence: SequenceState) -> None:
+    def reset(sequence: SequenceState) -> None:
         request = sequence.active.request
-        sequence.detokenizer = self._detokenizer_of(list(request.prompts[0]), request.sampling.stop)
+        sequence.detokenizer = detokenizer(list(request.prompts[0]), request.sampling.stop)
 
     _at_restart(patch, reset)
+
+
+def scores_told_again_after_a_restart(patch: pytest.MonkeyPatch) -> None:
+    """What was scored is counted from the beginning, beside what is kept of it."""
+
+    def count_again(sequence: SequenceState) -> None:
+        if sequence.unscored:
+            sequence.scored = 1
+
+    _at_restart(patch, count_again)
+
+
+def scores_forgotten_at_a_restart(patch: pytest.MonkeyPatch) -> None:
+    _at_restart(patch, lambda sequence: sequence.scores.clear())
+
+
+def scored_again_where_it_was_scored(patch: pytest.MonkeyPatch) -> None:
+    """Another attempt is asked for the scores of the whole prompt."""
+    message = SequenceState.request_message
+
+    def ask_for_all(self: SequenceState, eos: list[int], handed_off: bool = False) -> object:
+        request = message(self, eos, handed_off)
+        if not handed_off:
+            request.scored_tokens = 1
+        return request
+
+    patch.setattr(SequenceState, "request_message", ask_for_all)
 
 
 def token_0_delivered_twice(patch: pytest.MonkeyPatch) -> None:
@@ -219,7 +246,7 @@ def held_continuation_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def lost_worker_not_noticed(patch: pytest.MonkeyPatch) -> None:
     """A stream that the gateway gave up keeps its sequences."""
-    patch.setattr(Dispatcher, "on_lost", lambda self, link, reason: None)
+    patch.setattr(Losses, "link_lost", lambda self, link, reason: None)
 
 
 GATEWAY_PLANTS: list[Plant] = [
@@ -230,6 +257,9 @@ GATEWAY_PLANTS: list[Plant] = [
     restart_repeats_a_token,
     restart_with_another_seed,
     restart_resets_the_detokenizer,
+    scores_told_again_after_a_restart,
+    scores_forgotten_at_a_restart,
+    scored_again_where_it_was_scored,
     token_0_delivered_twice,
     late_output_taken,
     ticket_given_to_two_readers,

@@ -13,6 +13,7 @@ What must hold after every step, whatever happened:
   4. no lease, wait, pull or request outlives its deadline by more than a turn of its worker;
   5. a cancel, or the end of a gateway's stream, leaves nothing of it but blocks being written;
   6. a client's tokens and text are a prefix of the undisturbed run's: none wrong, twice or missing;
+     so are the scores of its prompt, each position's once, and nothing is drawn for max_tokens 0;
   7. a request ends exactly once;
   8. an engine that sleeps has nothing to do: whatever gives it work wakes it;
   9. what a gateway keeps (links, placements, admission, timers) is of sequences under way, none of

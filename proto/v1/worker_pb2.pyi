@@ -548,20 +548,22 @@ class LinkProbe(_message.Message):
     def __init__(self, outcome: _Optional[_Union[LinkOutcome, str]] = ..., message: _Optional[str] = ..., handshake_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., tcp_bytes: _Optional[int] = ..., rdma_bytes: _Optional[int] = ...) -> None: ...
 
 class StoreStateRequest(_message.Message):
-    __slots__ = ("tenant", "id", "data", "ttl_ms", "most_tenant_bytes", "most_bytes")
+    __slots__ = ("tenant", "id", "data", "ttl_ms", "most_tenant_bytes", "most_bytes", "handed_over")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     MOST_TENANT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     id: str
     data: bytes
     ttl_ms: int
     most_tenant_bytes: int
     most_bytes: int
-    def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ..., data: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., most_tenant_bytes: _Optional[int] = ..., most_bytes: _Optional[int] = ...) -> None: ...
+    handed_over: bool
+    def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ..., data: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., most_tenant_bytes: _Optional[int] = ..., most_bytes: _Optional[int] = ..., handed_over: _Optional[bool] = ...) -> None: ...
 
 class StoreStateResponse(_message.Message):
     __slots__ = ("stored",)
@@ -578,21 +580,31 @@ class FetchStateRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
 
 class FetchStateResponse(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "dropped")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    dropped: bool
+    def __init__(self, data: _Optional[bytes] = ..., dropped: _Optional[bool] = ...) -> None: ...
 
 class DropStateRequest(_message.Message):
-    __slots__ = ("tenant", "id")
+    __slots__ = ("tenant", "id", "ttl_ms", "most_tenant_bytes", "most_bytes")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    MOST_TENANT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     id: str
-    def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
+    ttl_ms: int
+    most_tenant_bytes: int
+    most_bytes: int
+    def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ..., ttl_ms: _Optional[int] = ..., most_tenant_bytes: _Optional[int] = ..., most_bytes: _Optional[int] = ...) -> None: ...
 
 class DropStateResponse(_message.Message):
-    __slots__ = ("dropped",)
+    __slots__ = ("dropped", "draining")
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     dropped: bool
-    def __init__(self, dropped: _Optional[bool] = ...) -> None: ...
+    draining: bool
+    def __init__(self, dropped: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...

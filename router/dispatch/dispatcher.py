@@ -14,7 +14,6 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
@@ -34,10 +33,10 @@ from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.links import Links, WorkerLink
-from crossdock.router.dispatch.metrics import GatewayMetrics
+from crossdock.router.dispatch.losses import Losses
+from crossdock.router.dispatch.metrics import ModelMetrics
 from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
-from crossdock.router.dispatch.restarts import RESTARTED, count_loss, failure_of, restart_delay_s
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
 from crossdock.router.dispatch.waiting import Step, Waiting
@@ -60,7 +59,7 @@ class Dispatcher:
         policy: Policy,
         limits: Limits,
         admission: Admission | None = None,
-        metrics: GatewayMetrics,
+        metrics: ModelMetrics,
         hasher: BlockHasher,
         eos_token_ids: frozenset[int],
         detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
@@ -96,6 +95,20 @@ class Dispatcher:
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
         )
         self._requests: dict[ActiveRequest, None] = {}
+        self._losses = Losses(
+            view,
+            self._hand_offs,
+            limits,
+            metrics,
+            timers,
+            clock,
+            self._sequences,
+            guarded=self._guarded,
+            release=self._release_holders,
+            route=self._route,
+        )
+        self.on_lost = self._losses.link_lost
+        self._take_error = self._losses.failed
 
     @property
     def active_sequences(self) -> int:
@@ -274,7 +287,7 @@ class Dispatcher:
         except NoWorker as error:
             self._waiting.add(sequence, self._hand_off, error)
         except WorkerLost as error:
-            self._restart(sequence, min(sequence.lost_early), "worker lost", error)
+            self._losses.restart(sequence, min(sequence.lost_early), "worker lost", error)
 
     # -- what the workers say -----------------------------------------------------------------
 
@@ -382,71 +395,7 @@ class Dispatcher:
             if other.phase is Phase.HELD and not sequence.active.ended:
                 self._guarded(other, self._take_turn)
 
-    # -- errors, losses, ends -----------------------------------------------------------------
-
-    def _take_error(
-        self, sequence: SequenceState, link: WorkerLink, error: pb.SequenceError
-    ) -> None:
-        if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
-            sequence.release(link.name)  # of the prefill side; the decode worker will judge
-            return
-        failure = failure_of(link.name, error)
-        reserved_early = sequence.phase is Phase.PREFILL and link.name == sequence.decode_worker
-        if error.code == pb.ERROR_CODE_PULL_FAILED:
-            self.view.pull_failed(sequence.prefill_worker, link.name, self._clock())
-        if reserved_early and error.code in RESTARTED:
-            self._hand_offs.drop(sequence, lost=False)
-            return
-        sequence.release(link.name)
-        if error.code not in RESTARTED:
-            raise failure
-        if error.code == pb.ERROR_CODE_DEVICE:
-            self.view.device_failed(link.name, self._clock())
-            count_loss(sequence, failure, self._limits)
-        if error.code == pb.ERROR_CODE_PULL_FAILED:
-            sequence.avoid.add(sequence.prefill_worker)  # either of the pair may be broken
-        self._restart(sequence, link.name, RESTARTED[error.code], failure)
-
-    def _restart(
-        self, sequence: SequenceState, culprit: str, cause: str, failure: CrossdockError
-    ) -> None:
-        """Prompt and delivered tokens are prefilled again, elsewhere if there is an elsewhere; a
-        token depends on nothing else, so the stream goes on as if nothing had happened."""
-        delay_s = restart_delay_s(sequence, cause, failure, self._limits)
-        attempts.cancel(sequence, cause)
-        self._release_holders(sequence)
-        sequence.avoid.add(culprit)
-        sequence.phase = Phase.ROUTING
-        self.metrics.restarts.inc(1, cause)
-        log.info("%s: %s on %s after %d tokens, prefilling again",
-                 sequence.sequence_id, cause, culprit, sequence.generated)  # fmt: skip
-        sequence.timer = self._timers.call_later(delay_s, self._guarded, sequence, self._route)
-
-    def on_lost(self, link: WorkerLink, reason: str) -> None:
-        """The stream broke: nothing that was sent over it will be answered."""
-        self.metrics.lost.inc()
-        for sequence_id in list(link.sequences):
-            sequence = self._sequences.get(sequence_id)
-            if sequence is None:
-                continue
-            sequence.release(link.name)
-            if sequence.phase is Phase.DECODE and link.name != sequence.decode_worker:
-                continue  # the pull may be over already; the decode worker will say
-            self._guarded(sequence, partial(self._lost_under, link.name, reason))
-        link.sequences.clear()
-
-    def _lost_under(self, worker: str, reason: str, sequence: SequenceState) -> None:
-        """Carries the sequence on elsewhere; raises WorkerLost once it has seen too many die."""
-        role = "decode" if worker == sequence.decode_worker else "prefill"
-        error = WorkerLost(
-            f"{role} worker {worker} was lost ({reason}) after {sequence.generated} tokens; "
-            "send the request again"
-        )
-        count_loss(sequence, error, self._limits)
-        if sequence.phase is Phase.PREFILL and worker == sequence.decode_worker:
-            self._hand_offs.drop(sequence, lost=True)
-            return
-        self._restart(sequence, worker, "worker lost", error)
+    # -- ends ----------------------------------------------------------------------------------
 
     def _deadline_passed(self, active: ActiveRequest) -> None:
         request = active.request

@@ -19,10 +19,10 @@ _DECISION = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 1e-1)
 
 
 class GatewayMetrics:
-    """All metrics of one gateway. Names start with `crossdock_`; times are seconds."""
+    """All metrics of one gateway. Names start with `crossdock_`; times are seconds, by model."""
 
     def __init__(self, slo: Slo) -> None:
-        self._slo = slo
+        self.slo = slo
         self.registry = CollectorRegistry()
         self.ttft = self._histogram("ttft", "Received to first token delivered", _LONG)
         self.itl = self._histogram("itl", "Between two tokens of a sequence", _STEP)
@@ -36,8 +36,7 @@ class GatewayMetrics:
             "Parts of TTFT and of the hand-off stall; each sums up to its whole",
             _SHORT,
             self.registry,
-            "stage",
-            (*TTFT_STAGES, *STALL_STAGES),
+            ["stage", "model"],
         )
         self.requests = self._counter("requests", "Requests by how they ended", ["outcome"])
         self.routed = self._counter(
@@ -53,7 +52,9 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self.within_slo = self._counter(
-            "sequences_by_slo", "Finished sequences within both TTFT and TPOT aims", ["met"]
+            "sequences_by_slo",
+            "Finished sequences within both TTFT and TPOT aims",
+            ["met", "model"],
         )
         self.restarts = self._counter(
             "restarted_sequences", "Sequences prefilled again elsewhere, by cause", ["cause"]
@@ -111,13 +112,6 @@ class GatewayMetrics:
             error.counted = True
         self.requests.inc(1, error.outcome if error else "ok")
 
-    def gained(self, tokens: int, first: bool, gap_s: float | None) -> None:
-        """Tokens delivered together, so long after the request, where they are its first, or after
-        those before."""
-        self.generated_tokens.inc(tokens)
-        if gap_s is not None:
-            (self.ttft if first else self.itl).observe(gap_s)
-
     def transferred(self, transfer: pb.TransferStats) -> None:
         """How the KV of one hand-off came to its decode worker."""
         self.transferred_bytes.inc(transfer.bytes)
@@ -125,25 +119,11 @@ class GatewayMetrics:
         self.late_bytes.inc(transfer.late_bytes)
         self.recomputed_tokens.inc(transfer.recomputed_tokens)
 
-    def sequence_done(self, timeline: Timeline, generated: int) -> None:
-        """Times of one sequence that ran to its end."""
-        first, last = timeline.first_token, timeline.last_token
-        if first is None or last is None:
-            return
-        tpot = 0.0
-        if generated > 1:
-            tpot = (last - first) / (generated - 1)
-            self.tpot.observe(tpot)
-        met = first * 1000 <= self._slo.ttft_ms and tpot * 1000 <= self._slo.tpot_ms
-        self.within_slo.inc(1, "true" if met else "false")
-        for name, seconds in timeline.stages().items():
-            self.stage.observe(seconds, name)
-
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> PlainHistogram:
-        return PlainHistogram(f"crossdock_{name}_seconds", about, buckets, self.registry)
+        return PlainHistogram(f"crossdock_{name}_seconds", about, buckets, self.registry, ["model"])
 
     def _counter(self, name: str, about: str, labels: list[str]) -> PlainCounter:
         return PlainCounter(f"crossdock_{name}", about, self.registry, labels)
@@ -152,3 +132,41 @@ class GatewayMetrics:
         """One that is read when the metrics are."""
         gauge = Gauge(f"crossdock_{name}", about, registry=self.registry)
         gauge.set_function(read)
+
+
+class ModelMetrics:
+    """What the dispatcher of one model counts and times: the gateway's metrics, bound once to the
+    model's name where they are labelled by it."""
+
+    def __init__(self, gateway: GatewayMetrics, model: str) -> None:
+        self._gateway, self._model = gateway, model
+        self.ttft, self.itl = gateway.ttft.of(model), gateway.itl.of(model)
+        self.tpot, self.e2e = gateway.tpot.of(model), gateway.e2e.of(model)
+        self.decision = gateway.decision.of(model)
+        names = (*TTFT_STAGES, *STALL_STAGES)
+        self._stages = {name: gateway.stage.of(name, model) for name in names}
+        self.outcome, self.transferred = gateway.outcome, gateway.transferred
+        self.restarts, self.lost = gateway.restarts, gateway.lost
+        self.prompt_tokens, self.cached_tokens = gateway.prompt_tokens, gateway.cached_tokens
+        self.generated_tokens = gateway.generated_tokens
+
+    def gained(self, tokens: int, first: bool, gap_s: float | None) -> None:
+        """Tokens delivered together, so long after the request, where they are its first, or after
+        those before."""
+        self.generated_tokens.inc(tokens)
+        if gap_s is not None:
+            (self.ttft if first else self.itl).observe(gap_s)
+
+    def sequence_done(self, timeline: Timeline, generated: int) -> None:
+        """Times of one sequence that ran to its end."""
+        first, last = timeline.first_token, timeline.last_token
+        if first is None or last is None:
+            return
+        tpot, slo = 0.0, self._gateway.slo
+        if generated > 1:
+            tpot = (last - first) / (generated - 1)
+            self.tpot.observe(tpot)
+        met = first * 1000 <= slo.ttft_ms and tpot * 1000 <= slo.tpot_ms
+        self._gateway.within_slo.inc(1, "true" if met else "false", self._model)
+        for name, seconds in timeline.stages().items():
+            self._stages[name].observe(seconds)

@@ -38,8 +38,24 @@ class PlainCounter(Collector):
         yield family
 
 
+class Series:
+    """Counts by the size of what is observed, for one combination of labels."""
+
+    __slots__ = ("_bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * len(bounds)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts one value."""
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+
 class PlainHistogram(Collector):
-    """Counts by the size of what is observed, for each value of one label or without any."""
+    """A series for each combination of labels, which is asked for once and kept."""
 
     def __init__(
         self,
@@ -47,25 +63,22 @@ class PlainHistogram(Collector):
         about: str,
         buckets: Sequence[float],
         registry: CollectorRegistry,
-        label: str = "",
-        values: Sequence[str] = ("",),
+        labels: Sequence[str],
     ) -> None:
-        self._name, self._about, self._label = name, about, label
+        self._name, self._about, self._labels = name, about, labels
         self._bounds = (*buckets, INF)
-        self._counts = {value: [0] * len(self._bounds) for value in values}
-        self._sums = dict.fromkeys(values, 0.0)
+        self._series: dict[tuple[str, ...], Series] = {}
         registry.register(self)
 
-    def observe(self, value: float, label: str = "") -> None:
-        """Counts one value."""
-        self._counts[label][bisect_left(self._bounds, value)] += 1
-        self._sums[label] += value
+    def of(self, *labels: str) -> Series:
+        """That of these values of the labels; it is shown from now on."""
+        return self._series.setdefault(labels, Series(self._bounds))
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
-        names = [self._label] if self._label else []
-        family = HistogramMetricFamily(self._name, self._about, labels=names)
-        for label, counts in self._counts.items():
-            buckets = zip(map(floatToGoString, self._bounds), accumulate(counts), strict=True)
-            family.add_metric([label] if names else [], list(buckets), self._sums[label])
+        family = HistogramMetricFamily(self._name, self._about, labels=self._labels)
+        for labels, series in self._series.items():
+            counts = accumulate(series.counts)
+            buckets = zip(map(floatToGoString, self._bounds), counts, strict=True)
+            family.add_metric(labels, list(buckets), series.sum)
         yield family

@@ -23,10 +23,18 @@ from crossdock.router.frontdoor.gate import Gate, Visit
 from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.limits import Work
 from crossdock.router.frontdoor.text_process import INLINE_CHARACTERS, TextProcess, listed
+from crossdock.router.frontdoor.tokenized import Tokenized
 from crossdock.router.frontdoor.tools.conversation import Conversation
 from crossdock.router.frontdoor.tools.formats import ToolFormat
 from crossdock.router.frontdoor.tools.offer import Offer
-from crossdock.router.frontdoor.validate import UNLIMITED, Validator, check_label, check_messages
+from crossdock.router.frontdoor.validate import (
+    LEAST_PRIORITY,
+    MOST_PRIORITY,
+    UNLIMITED,
+    Validator,
+    check_label,
+    check_messages,
+)
 
 NO_OFFER = Offer()
 SLICE_TOKENS = 32_768  # hashed without letting others run
@@ -75,6 +83,7 @@ class Frontend:
     grammars: GrammarChecker
     tool_format: ToolFormat
     aliases: tuple[str, ...] = ()  # other names that clients may use
+    tokenized: Tokenized | None = None  # where other models are asked about the same request
 
     @property
     def model_id(self) -> str:
@@ -84,6 +93,10 @@ class Frontend:
     def known_as(self, aliases: tuple[str, ...], tool_format: ToolFormat) -> Frontend:
         """The same model under these names besides its own, writing calls of tools like this."""
         return replace(self, aliases=aliases, tool_format=tool_format)
+
+    def candidate(self, tokenized: Tokenized) -> Frontend:
+        """The same model as one of several that may serve a request."""
+        return replace(self, tokenized=tokenized)
 
     def arrival(
         self, visit: Visit, trace_context: Any = None, timeout_s: float | None = None
@@ -113,9 +126,11 @@ class Frontend:
     async def encode(self, field: str, text: str) -> list[int]:
         """Token ids of a prompt. Raises InvalidRequest."""
         self.validator.check_text(field, text)
-        if len(text) > INLINE_CHARACTERS:
-            return await self.aside.call("encode", text)
-        return self.text.encode(text)
+        return await self._ids("encode", len(text), text)
+
+    async def starts(self, text: str, token_ids: Sequence[int]) -> list[int]:
+        """See TextModel.starts."""
+        return await self.aside.call("starts", text, token_ids)
 
     async def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text of a prompt. Others run after a long one."""
@@ -130,9 +145,7 @@ class Frontend:
         plain = arguments[0]
         size = self._checked_size(conversation, *arguments)
         try:
-            if size > INLINE_CHARACTERS:
-                return await self.aside.call("apply_chat_template", *arguments)
-            return self.text.apply_chat_template(*arguments)
+            return await self._ids("apply_chat_template", size, *arguments)
         except CrossdockError:
             raise
         except Exception as error:  # a template is a program of the model's makers
@@ -150,13 +163,26 @@ class Frontend:
         size = self._checked_size(conversation, *rendered)
         split = len(messages) - after
         arguments = messages[: split - 1], messages[split:], more
-        if size > INLINE_CHARACTERS:
-            ids = await self.aside.call("next_turn", *arguments)
-        else:
-            ids = self.text.next_turn(*arguments)
+        ids = await self._ids("next_turn", size, *arguments)
         if history and history[-1] in self.text.eos_token_ids:
             history = history[:-1]  # the template writes the end of a turn itself
         return [*history, *ids] if ids else []
+
+    async def _ids(self, method: str, size: int, *arguments: Any) -> list[int]:
+        """What this method of the text model makes of so many characters."""
+
+        async def make() -> list[int]:
+            if size > INLINE_CHARACTERS:
+                return await self.aside.call(method, *arguments)
+            found: list[int] = getattr(self.text, method)(*arguments)
+            return found
+
+        if self.tokenized is None:
+            return await make()
+        template, about = self.text.template, arguments
+        if method != "encode":  # of the request's one conversation, as this model's template has it
+            about = (template and template.identity, self.tool_format.name)
+        return await self.tokenized.once((method, self.text.pieces.digest, *about), make)
 
     def _checked_size(
         self, conversation: Conversation, plain: Sequence[Mapping[str, Any]], _: Any, more: Any
@@ -197,10 +223,9 @@ class Frontend:
             check_label("request_id", request_id)
             check_label("tenant", tenant)
             check_label("cache_salt", cache_salt)
-            if not -(2**31) <= priority < 2**31:
-                raise InvalidRequest(
-                    "priority", priority, f"must be from {-(2**31)} to {2**31 - 1}"
-                )
+            if not LEAST_PRIORITY <= priority <= MOST_PRIORITY:
+                limit = f"must be from {LEAST_PRIORITY} to {MOST_PRIORITY}"
+                raise InvalidRequest("priority", priority, limit)
             lists: list[list[int]] = []
             for i, prompt in enumerate(prompts):
                 self.validator.check_prompt(field if len(prompts) == 1 else f"{field}[{i}]", prompt)

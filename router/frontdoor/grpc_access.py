@@ -5,7 +5,7 @@ from __future__ import annotations
 import urllib.parse
 from typing import Any
 
-from crossdock.router.frontdoor.gate import Gate, Visit
+from crossdock.router.frontdoor.gate import MODEL_HEADER, Gate, Visit
 
 OPEN = "/grpc.health.v1.Health/"
 
@@ -40,6 +40,11 @@ def enter(gate: Gate, context: Any) -> Visit:
 def say_limits(gate: Gate, context: Any, visit: Visit) -> None:
     """Has the call's trailing metadata say how much is left now."""
     context.set_trailing_metadata(tuple(gate.headers(visit).items()))
+
+
+def say_model(context: Any, visit: Visit) -> None:
+    """Has the call's initial metadata say which model answers it."""
+    context.set_initial_metadata(((MODEL_HEADER, visit.model),))
 
 
 def client_of(peer: str) -> str:

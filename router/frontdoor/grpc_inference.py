@@ -18,7 +18,7 @@ from crossdock.router.dispatch.request import Delta, ResponseStream
 from crossdock.router.dispatch.scored import ScoredPrompt
 from crossdock.router.frontdoor.best_of import best, made_of, ranked
 from crossdock.router.frontdoor.frontend import NO_OFFER, Frontend, Prepared
-from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
+from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, say_model, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
 from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.tools.chat import form
@@ -158,6 +158,7 @@ class InferenceService:
             cache_salt=message.cache_salt,
         )
         say_limits(common.gate, context, arrival.visit)
+        say_model(context, arrival.visit)
         reading = Reading(offer, frontend.tool_format) if offer.tools else None
         return Submitted(frontend.model_id, request_id, stream, reading)
 

@@ -20,7 +20,7 @@ from crossdock.proto.v1 import kserve_pb2 as pb
 from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import kserve_format as fmt
 from crossdock.router.frontdoor.frontend import Frontend, Prepared
-from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, who
+from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, say_model, who
 from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
 from crossdock.router.frontdoor.http2.call import Aborted
 from crossdock.router.frontdoor.models import Models
@@ -241,6 +241,8 @@ class KServeService:
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         )
         say_limits(common.gate, context, arrival.visit)
+        if not streams:  # where each request may have its own
+            say_model(context, arrival.visit)
         return replace(ask, model=chosen.frontend.model_id), stream
 
     def _model(self, name: str, version: str, context: Any) -> Frontend:

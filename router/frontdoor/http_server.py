@@ -6,10 +6,11 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 from aiohttp import web
 
 from crossdock.proto.errors import ConfigError, CrossdockError
@@ -29,6 +30,7 @@ from crossdock.router.frontdoor.http_routes import add_small_routes
 from crossdock.router.frontdoor.http_stream import HEADERS, first_batch, send_events
 from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
 from crossdock.router.frontdoor.models import Models
+from crossdock.router.frontdoor.openai_logprobs import MOST_BEFORE
 from crossdock.router.frontdoor.openai_prompt import PromptAnswers
 from crossdock.router.frontdoor.openai_schemas import (
     DEFAULT_COMPLETION_TOKENS,
@@ -226,7 +228,7 @@ class HttpServer:
                 n=n,
                 logprobs=sampling.logprobs is not None,
                 include_usage=bool(body.stream_options and body.stream_options.include_usage),
-                prompts=await _told_of_prompts(frontend, body, n),
+                prompts=await _told_of_prompts(frontend, body, n, chosen.prepared.prompts),
             )
             if body.stream:
                 return await self._stream(request, stream, answer)
@@ -293,10 +295,13 @@ def _fingerprint(frontend: Frontend) -> str:
     return f"fp_{frontend.dispatcher.view.layout_hash.hex()[:12]}"
 
 
-async def _told_of_prompts(frontend: Frontend, body: SamplingFields, n: int) -> PromptAnswers:
+async def _told_of_prompts(
+    frontend: Frontend, body: SamplingFields, n: int, prompts: Sequence[Sequence[int] | np.ndarray]
+) -> PromptAnswers:
     text, whole = frontend.text, body.prompt_logprobs
+    ends = [[int(token_id) for token_id in prompt[-MOST_BEFORE:]] for prompt in prompts]
     if not (isinstance(body, CompletionBody) and body.echoes):
-        return PromptAnswers(text, n, whole=whole)
+        return PromptAnswers(text, n, ends=ends, whole=whole)
     given = prompts_of(body.prompt)
     texts = [each if isinstance(each, str) else await frontend.decode(each) for each in given]
-    return PromptAnswers(text, n, texts, body.echo_logprobs, whole)
+    return PromptAnswers(text, n, texts, ends, frontend.starts, body.echo_logprobs, whole)

@@ -11,6 +11,7 @@ from crossdock.router.frontdoor.frontend import Arrival, Frontend, Prepared
 from crossdock.router.frontdoor.gate import Gate
 from crossdock.router.frontdoor.principal import Principal
 from crossdock.router.frontdoor.routes import Asked, Candidate, route
+from crossdock.router.frontdoor.tokenized import Tokenized
 from crossdock.router.serving import Rule
 
 Prepare = Callable[[Frontend], Awaitable[Prepared]]
@@ -108,11 +109,12 @@ class Models:
         asked = Asked(
             principal, headers, lambda: self.gate.limiter.budget_left(principal), arrival.deadline
         )
+        tokenized = Tokenized()
         candidates = {
-            each: Candidate(frontend, prepare) for each, frontend in self._by_name.items()
+            each: Candidate(frontend.candidate(tokenized), prepare)
+            for each, frontend in self._by_name.items()
         }
         model, why = await route(name, rules, candidates, asked)
         visit.chose(model, name, why)
         self.metrics.routed.inc(1, name, model)
-        candidate = candidates[model]
-        return Choice(candidate.frontend, await candidate.prepared())
+        return Choice(self._by_name[model], await candidates[model].prepared())

@@ -215,12 +215,13 @@ class CompletionAnswer(Answer):
         if offsets is None:
             texts = self.prompts.texts
             start = len(texts[index // self.n]) if texts else 0
-            offsets = self._offsets[index] = Offsets(self.names, start)
+            before = self.prompts.ends[index // self.n] if self.prompts.ends else ()
+            offsets = self._offsets[index] = Offsets(self.names, start, before)
             echoed = self.prompts.columns(index)
         told: dict[str, list[Any]] = {
             "tokens": [token_name(self.names, item.chosen.token_id) for item in found],
             "token_logprobs": [item.chosen.logprob for item in found],
             "top_logprobs": [top_by_name(self.names, item, len(item.top)) for item in found],
-            "text_offset": [offsets.next(item.chosen.token_id) for item in found],
+            "text_offset": [offsets.next(item.chosen.token_id)[0] for item in found],
         }
         return {name: [*echoed.get(name, ()), *values] for name, values in told.items()}

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 
 from crossdock.model.text import TextModel
 from crossdock.proto.v1 import inference_pb2
 
+MOST_BEFORE = 4  # tokens that a character may have begun in
+
 
 class Offsets:
-    """Where the tokens of one completion begin in its text: of a character that several make up,
-    each where that begins."""
+    """Where the tokens of one text begin in what they spell: of a character that several make up,
+    each where that begins. `before`: the last tokens of what they go on from, which may have ended
+    inside a character."""
 
-    def __init__(self, names: TextModel, start: int) -> None:
+    def __init__(self, names: TextModel, start: int, before: Sequence[int] = ()) -> None:
         self._names, self._at = names, start
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in before:
+            self._take(token_id)
 
-    def next(self, token_id: int) -> int:
-        """The offset of the next token, in characters."""
-        at = self._at
-        self._at += len(self._utf8.decode(self._names.pieces.of(token_id, skip_special=True)))
-        return at
+    def next(self, token_id: int) -> tuple[int, str]:
+        """The offset of the next token, in characters, and what it adds to the text."""
+        at, gained = self._at, self._take(token_id)
+        self._at += len(gained)
+        return at, gained
+
+    def rest(self) -> str:
+        """What is left of a character at the end."""
+        return self._utf8.decode(b"", final=True)
+
+    def _take(self, token_id: int) -> str:
+        return self._utf8.decode(self._names.pieces.of(token_id, skip_special=True))
 
 
 def top_by_name(names: TextModel, item: inference_pb2.TokenLogprobs, top: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ vLLM gives it. A long prompt's is made in slices, between which others run."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from crossdock.router.dispatch.request import Delta
 from crossdock.router.dispatch.scored import ScoredPrompt
 from crossdock.router.frontdoor.openai_logprobs import Offsets, token_name, top_by_name
 
+# Where tokens begin in the text that they were made of, where they do not spell just that.
+Align = Callable[[str, Sequence[int]], Awaitable[list[int]]]
 SLICE_ENTRIES = 1024  # tokens and alternatives, made without letting others run
 _encode = msgspec.json.encode
 
@@ -28,6 +30,8 @@ class PromptAnswers:
     names: TextModel
     n: int  # answers to each prompt
     texts: Sequence[str] = ()  # by prompt, as it is echoed
+    ends: Sequence[Sequence[int]] = ()  # by prompt, its last tokens
+    align: Align | None = None  # for texts
     echo: int | None = None
     whole: int | None = None
     _columns: dict[int, dict[str, list[Any]]] = field(default_factory=dict)  # by prompt
@@ -54,24 +58,38 @@ class PromptAnswers:
         return {} if found is None else {"prompt_logprobs": found}
 
     async def _column(self, prompt: int, scored: ScoredPrompt, top: int) -> dict[str, list[Any]]:
-        names, end = self.names, len(self.texts[prompt])
-        offsets, first = Offsets(names, 0), scored.token_ids[0]
-        tokens: list[str] = [token_name(names, first)]
+        names = self.names
+        tokens: list[str] = [token_name(names, scored.token_ids[0])]
         logprobs: list[float | None] = [None]
         tops: list[msgspec.Raw | None] = [None]
-        text_offset = [min(offsets.next(first), end)]
         for place, item in enumerate(scored.tokens()):
             await _breathe(place, top)
             tokens.append(token_name(names, item.chosen.token_id))
             logprobs.append(item.chosen.logprob)
             tops.append(msgspec.Raw(_encode(top_by_name(names, item, top))))
-            text_offset.append(min(offsets.next(item.chosen.token_id), end))
         return {
             "tokens": tokens,
             "token_logprobs": logprobs,
             "top_logprobs": tops,
-            "text_offset": text_offset,
+            "text_offset": await self._starts(self.texts[prompt], scored.token_ids),
         }
+
+    async def _starts(self, text: str, token_ids: Sequence[int]) -> list[int]:
+        """Where the tokens of a prompt begin in the text that is echoed. A tokenizer may have put
+        it into another form first, or read special tokens in it."""
+        offsets, starts, spelled = Offsets(self.names, 0), list[int](), list[str]()
+        for place, token_id in enumerate(token_ids):
+            await _breathe(place, 0)
+            at, gained = offsets.next(token_id)
+            starts.append(at)
+            spelled.append(gained)
+        whole = "".join([*spelled, offsets.rest()])
+        if whole == text:
+            return starts
+        if self.names.pieces.strips_first_space and whole == f" {text}":
+            return [max(0, at - 1) for at in starts]
+        aligned = await self.align(text, token_ids) if self.align is not None else []
+        return aligned or [min(at, len(text)) for at in starts]
 
     async def _encode(self, scored: ScoredPrompt, top: int) -> msgspec.Raw:
         parts = [b"null"]

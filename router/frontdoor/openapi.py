@@ -17,16 +17,8 @@ from crossdock.router.frontdoor.openai_schemas import (
     ResponseBody,
     TokenizeBody,
 )
+from crossdock.router.frontdoor.openapi_bodies import BODIES, describe
 
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_PROMPTS = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        _IDS,
-        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _IDS]}},
-    ]
-}
-_INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 _ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 _REQUEST_ID = {
     "name": "X-Request-Id",
@@ -40,16 +32,11 @@ _REQUEST_ID = {
 @functools.cache
 def document() -> dict[str, Any]:
     """The description, in OpenAPI 3.1."""
-    bodies = (ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody)
-    kinds = (*bodies, *answers.ANSWERS)
+    kinds = (*BODIES, *answers.ANSWERS)
     _, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
-    completion = components["CompletionBody"]
-    completion["properties"]["prompt"] = _PROMPTS
-    completion["required"] = ["prompt"]
-    response = components["ResponseBody"]
-    response["properties"]["input"] = _INPUT
+    describe(components)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Crossdock", "version": metadata.version("crossdock")},

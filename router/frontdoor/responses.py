@@ -191,6 +191,8 @@ class ResponsesDoor:
         try:
             return await self._serve(request, read, read_prompts, UNLIMITED, answer)
         except InvalidRequest as error:
+            if turns and error.field == "max_tokens" and turns[0].body.max_tokens is not None:
+                raise  # by its own name
             raise _renamed(error) from None
 
     async def _turn(self, request: web.Request, body: ResponseBody) -> Turn:

@@ -18,9 +18,9 @@ from crossdock.router.frontdoor.validate import MAX_MESSAGES
 Item = dict[str, Any]
 
 _ROLES = ("user", "assistant", "system", "developer")
-_INCLUDE_LOGPROBS = "message.output_text.logprobs"
+INCLUDE_LOGPROBS = "message.output_text.logprobs"
 # What these add belongs to items that no answer here has.
-_INCLUDE_NOTHING = frozenset(
+INCLUDE_NOTHING = frozenset(
     {
         "reasoning.encrypted_content",
         "file_search_call.results",
@@ -32,6 +32,7 @@ _INCLUDE_NOTHING = frozenset(
     }
 )
 MAX_METADATA = 16
+MAX_KEY_CHARACTERS, MAX_VALUE_CHARACTERS = 64, 512
 
 
 def new_id(kind: str) -> str:
@@ -140,9 +141,9 @@ def chat_of(body: ResponseBody, items: Sequence[Item]) -> ChatBody:
     effort = _effort(body.reasoning)
     if (form := _format(body.text)) is not None:
         given["response_format"] = form
-    logprobs = _INCLUDE_LOGPROBS in (body.include or ())
+    logprobs = INCLUDE_LOGPROBS in (body.include or ())
     if body.top_logprobs and not logprobs:
-        limit = f"needs include to hold {_INCLUDE_LOGPROBS}"
+        limit = f"needs include to hold {INCLUDE_LOGPROBS}"
         raise InvalidRequest("top_logprobs", body.top_logprobs, limit)
     return ChatBody(
         **given,
@@ -174,14 +175,15 @@ def _check_supported(body: ResponseBody) -> None:
         if value is not None:
             raise InvalidRequest(name, value, "is not supported by this server")
     for i, name in enumerate(body.include or ()):
-        if name != _INCLUDE_LOGPROBS and name not in _INCLUDE_NOTHING:
+        if name != INCLUDE_LOGPROBS and name not in INCLUDE_NOTHING:
             raise InvalidRequest(f"include[{i}]", name, "is not supported by this server")
     metadata = body.metadata or {}
     if len(metadata) > MAX_METADATA:
         raise InvalidRequest("metadata", f"{len(metadata)} keys", f"at most {MAX_METADATA}")
     for key, value in metadata.items():
-        if len(key) > 64 or len(value) > 512:
-            limit = "keys have at most 64 characters, values 512"
+        if len(key) > MAX_KEY_CHARACTERS or len(value) > MAX_VALUE_CHARACTERS:
+            most = f"at most {MAX_KEY_CHARACTERS} characters, values {MAX_VALUE_CHARACTERS}"
+            limit = f"keys have {most}"
             raise InvalidRequest("metadata", {key: value}, limit)
 
 

@@ -1,7 +1,9 @@
 """Where responses are kept: on two workers each, so that they outlive the gateway that made them.
 
 An id names its workers by the first digits of a hash of their incarnations, so that any gateway
-asks those two and nobody else, whoever has joined since. What they hold is told apart by tenant.
+asks those two, whoever has joined since. Where one of them does not have it all the others are
+asked too: a worker that drains has handed what it kept to one of them, and each knows what was
+deleted while one that kept it was away. What workers hold is told apart by tenant.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import logging
 import random
 import re
 import secrets
+import time
 from array import array
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import grpc
 import msgspec
@@ -33,7 +36,7 @@ COPIES = 2
 CALL_TIMEOUT_S = 3.0
 MAX_MESSAGE_BYTES = 64 << 20  # as workers take them
 _TAG = 6  # digits
-_ID = re.compile(r"resp_[0-9a-f]{24}((?:[0-9a-f]{6})*)")
+_ID = re.compile(r"resp_([0-9a-f]{12})[0-9a-f]{24}((?:[0-9a-f]{6}){0,2})")
 
 
 class Kept(msgspec.Struct, array_like=True):
@@ -52,62 +55,86 @@ class Kept(msgspec.Struct, array_like=True):
         return array("I", self.token_ids).tolist()
 
 
+class _Asked(NamedTuple):
+    """Of the workers, those that an id names, and the rest. `sure`: nobody else can say of the
+    response what the two do not know."""
+
+    named: list[WorkerEndpoint]
+    rest: list[WorkerEndpoint]
+    sure: bool
+
+
 class ResponseStore:
-    """`reached`: the workers that can be reached now; `members`: all that there are."""
+    """`reached`: the workers that can be reached now. `clock`: of the day, milliseconds."""
 
     def __init__(
         self,
         reached: Callable[[], Sequence[WorkerEndpoint]],
-        members: Callable[[], Sequence[WorkerEndpoint]],
         settings: ResponsesSettings,
         credentials: Credentials | None = None,
+        clock: Callable[[], float] = lambda: 1000 * time.time(),
     ) -> None:
-        self._reached, self._members, self._settings = reached, members, settings
+        self._reached, self._settings, self._clock = reached, settings, clock
+        self._members: dict[str, tuple[WorkerEndpoint, float]] = {}  # by incarnation, since when
         self._channels = Channels(
             credentials,
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         )
 
+    def update(self, members: Iterable[WorkerEndpoint]) -> None:
+        """The cluster's workers from now on."""
+        before, now = self._members, self._clock()
+        self._members = {
+            each.incarnation: (each, before.get(each.incarnation, (each, now))[1])
+            for each in members
+        }
+        self._channels.retire(each.address for each, _ in self._members.values())
+
     def new_id(self) -> str:
         """Of a response that two of the workers will keep."""
         members = self._reached()
         chosen = random.sample(members, min(COPIES, len(members)))
-        return "resp_" + secrets.token_hex(12) + "".join(map(_tag, chosen))
+        return f"resp_{int(self._clock()):012x}{secrets.token_hex(12)}" + "".join(map(_tag, chosen))
 
     async def put(self, tenant: str, id_: str, kept: Kept) -> bool:
         """Whether at least one worker keeps it now."""
-        settings = self._settings
-        request = pb.StoreStateRequest(
-            tenant=tenant,
-            id=id_,
-            data=msgspec.msgpack.encode(kept),
-            ttl_ms=int(1000 * settings.ttl_s),
-            most_tenant_bytes=int(1_000_000 * settings.max_tenant_mb),
-            most_bytes=int(1_000_000 * settings.max_mb),
-        )
+        data = msgspec.msgpack.encode(kept)
+        request = pb.StoreStateRequest(tenant=tenant, id=id_, data=data, **self._bounds)
         if request.ByteSize() > MAX_MESSAGE_BYTES:
             return False
-        answers = await self._ask(id_, "StoreState", request)
+        asked = self._asked(id_)
+        answers = await self._ask(asked.named if asked else (), "StoreState", request)
         return any(answer is not None and answer.stored for answer in answers)
 
     async def get(self, tenant: str, id_: str) -> Kept | None:
         """None: nobody has it, or not any more. Raises Unavailable where one who may have it did
         not answer."""
-        if not _ID.fullmatch(id_):
+        asked = self._asked(id_)
+        if asked is None:
             return None
-        answers = await self._ask(id_, "FetchState", pb.FetchStateRequest(tenant=tenant, id=id_))
+        request = pb.FetchStateRequest(tenant=tenant, id=id_)
+        answers = await self._ask(asked.named, "FetchState", request)
+        if not asked.sure or not all(answer and answer.HasField("data") for answer in answers):
+            answers += await self._ask(asked.rest, "FetchState", request)
+        if any(answer and answer.dropped for answer in answers):
+            return None
         for answer in answers:
-            if answer is not None and answer.HasField("data"):
+            if answer and answer.HasField("data"):
                 return msgspec.msgpack.decode(answer.data, type=Kept)
         _check_answered(answers)
         return None
 
     async def drop(self, tenant: str, id_: str) -> bool:
-        """Whether it was there. Raises Unavailable, as `get` does."""
-        if not _ID.fullmatch(id_):
+        """Whether it was there. A copy that nobody can be asked for now is not good any more when
+        it comes back. Raises Unavailable, as `get` does."""
+        asked = self._asked(id_)
+        if asked is None:
             return False
-        answers = await self._ask(id_, "DropState", pb.DropStateRequest(tenant=tenant, id=id_))
+        request = pb.DropStateRequest(tenant=tenant, id=id_, **self._bounds)
+        answers = await self._ask(asked.named, "DropState", request)
+        if not asked.sure or not all(a and a.dropped and not a.draining for a in answers):
+            answers += await self._ask(asked.rest, "DropState", request)
         _check_answered(answers)
         return any(answer.dropped for answer in answers)
 
@@ -115,13 +142,32 @@ class ResponseStore:
         """Ends the connections to the workers."""
         await self._channels.keep(())
 
-    async def _ask(self, id_: str, call: str, request: Any) -> list[Any]:
-        """What the workers that the id names answer; None of one that does not."""
+    @property
+    def _bounds(self) -> dict[str, Any]:
+        settings = self._settings
+        return {
+            "ttl_ms": int(1000 * settings.ttl_s),
+            "most_tenant_bytes": int(1_000_000 * settings.max_tenant_mb),
+            "most_bytes": int(1_000_000 * settings.max_mb),
+        }
+
+    def _asked(self, id_: str) -> _Asked | None:
+        """None where this is no id. One that was away since the response was made may have missed
+        that it was deleted."""
         found = _ID.fullmatch(id_)
-        tags = {found[1][at : at + _TAG] for at in range(0, len(found[1]), _TAG)} if found else ()
-        members = self._members()
-        self._channels.retire(member.address for member in members)
-        named = [member for member in members if _tag(member) in tags]
+        if found is None:
+            return None
+        made, tags = int(found[1], 16), re.findall(f"[0-9a-f]{{{_TAG}}}", found[2])
+        asked = _Asked([], [], False)
+        stayed = 0
+        for member, since in self._members.values():
+            is_named = _tag(member) in tags
+            (asked.named if is_named else asked.rest).append(member)
+            stayed += is_named and since <= made
+        return asked._replace(sure=stayed == COPIES)
+
+    async def _ask(self, members: Iterable[WorkerEndpoint], call: str, request: Any) -> list[Any]:
+        """What these answer; None of one that does not."""
 
         async def ask(member: WorkerEndpoint) -> Any:
             channel = self._channels.get(member.address, member.incarnation)
@@ -132,7 +178,7 @@ class ResponseStore:
                 log.warning("%s at %s: %s", call, member.name, error.code().name)
                 return None
 
-        asked: list[Coroutine[Any, Any, Any]] = [ask(member) for member in named]
+        asked: list[Coroutine[Any, Any, Any]] = [ask(member) for member in members]
         return await asyncio.gather(*asked)
 
 

@@ -64,7 +64,7 @@ class TextProcess:
         return body
 
     async def call(self, method: str, *arguments: Any) -> list[int]:
-        """The token ids that this method of TextModel returns."""
+        """The token ids, or other numbers, that this method of TextModel returns."""
         return await listed(_unpack(await self._ask((), "call", method, list(arguments))))
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ from crossdock.router.frontdoor.json_body import check_unicode
 MAX_PROMPTS = 64
 MAX_MESSAGES = 2048
 MAX_LABEL_CHARACTERS = 256
+LEAST_PRIORITY, MOST_PRIORITY = -(2**31), 2**31 - 1
+ROLES = ("system", "developer", "user", "assistant", "tool")  # of messages
 UNLIMITED = 2**62  # max_tokens of a request that leaves it open, until its prompt is known
 
 
@@ -138,8 +140,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         raise InvalidRequest("messages", f"{len(messages)} messages", limit)
     for i, message in enumerate(messages):
         role = message["role"]
-        if role not in ("system", "developer", "user", "assistant", "tool"):
-            limit = "must be system, developer, user, assistant or tool"
+        if role not in ROLES:
+            limit = f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}"
             raise InvalidRequest(f"messages[{i}].role", role, limit)
         check_unicode(f"messages[{i}].content", message["content"])
     if not any(message["content"] or message.get("tool_calls") for message in messages):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.doctor import PairFacts, WorkerFacts, judge
+from crossdock.findings import PairFacts, WorkerFacts, judge
 from crossdock.proto.types import Role
 
 VERSIONS = {"crossdock": "0.1.0", "torch": "2.13.0"}

@@ -23,7 +23,8 @@ from crossdock.proto.identity import Credentials
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import inference_pb2, worker_pb2_grpc
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.worker.states import Bounds, States
+from crossdock.worker.kept import KeptStates
+from crossdock.worker.states import States
 
 BLOCK_BYTES = 1000
 
@@ -69,21 +70,19 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.running: dict[str, asyncio.Task[None]] = {}
         self.cached: dict[bytes, None] = {}
         self.next_event = 0
-        self.states = States()
+        self.kept = KeptStates(States())
         self._reading: dict[str, asyncio.Future[int]] = {}
         self._streams: dict[asyncio.Queue[pb.WorkerFrame | None], None] = {}
         self._server: Any = None
 
     async def StoreState(self, request: pb.StoreStateRequest, context: Any) -> Any:
-        bounds = Bounds(request.ttl_ms / 1000, request.most_tenant_bytes, request.most_bytes)
-        stored = self.states.store(request.tenant, request.id, request.data, bounds)
-        return pb.StoreStateResponse(stored=stored)
+        return self.kept.store(request)
 
     async def FetchState(self, request: pb.FetchStateRequest, context: Any) -> Any:
-        return pb.FetchStateResponse(data=self.states.fetch(request.tenant, request.id))
+        return self.kept.fetch(request)
 
     async def DropState(self, request: pb.DropStateRequest, context: Any) -> Any:
-        return pb.DropStateResponse(dropped=self.states.drop(request.tenant, request.id))
+        return self.kept.drop(request)
 
     async def __aenter__(self) -> FakeWorker:
         await self.start()
@@ -126,6 +125,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.incarnation.hex(),
             model=self.model,
         )
+
+    @property
+    def states(self) -> States:
+        return self.kept.states
 
     @property
     def connected(self) -> bool:

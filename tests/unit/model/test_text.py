@@ -292,6 +292,37 @@ def test_sentencepiece_gguf(tmp_path):
     assert first.push(answer).text + first.finish() == "the"
 
 
+@pytest.mark.parametrize(("text", "begin"), [
+    ("hi the", ["", "hi", " the"]), ("</s>hi é", ["", "</s>", "hi", " ", "é", "é"]),
+])  # fmt: skip
+def test_tokens_begin_where_their_text_does_in_what_was_sent(
+    tmp_path: Path, text: str, begin: list[str]
+) -> None:
+    """Though a space was put before it, or what is spelled like a special token was read as one."""
+    tokenizer = read_gguf_tokenizer(sentencepiece(tmp_path / "spm.gguf")).tokenizer
+    found = TextModel(tokenizer, TokenBytes(tokenizer, ""), None, frozenset(), 270, 100)
+    starts = found.starts(text, found.encode(text))
+    assert len(starts) == len(begin)
+    assert all(text.startswith(each, at) for each, at in zip(begin, starts)), starts
+    assert starts == sorted(starts)
+    assert found.starts(text, [7, 7, 7]) == []
+
+
+def test_tokens_of_a_text_that_is_normalized(tiny_model: Path) -> None:
+    told = json.loads((tiny_model / "tokenizer.json").read_text())
+    told["normalizer"] = {"type": "NFC"}
+    told["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                              "use_regex": True}  # fmt: skip
+    tokenizer = Tokenizer.from_str(json.dumps(told))
+    found = TextModel(tokenizer, TokenBytes(tokenizer, ""), None, frozenset(), 384, 100)
+    text = "e\u0301e\u0301 Paris"
+    ids = found.encode(text)
+    assert found.decode(ids) == "éé Paris"
+    pieces = [found.token_bytes(token_id) for token_id in ids]
+    composed = [len(b"".join(pieces[:at]).decode("utf-8", "ignore")) for at in range(len(ids))]
+    assert found.starts(text, ids) == [at + min(at, 2) for at in composed]
+
+
 def test_sentencepiece_gguf_without_bos_and_prefix_space(tmp_path):
     path = sentencepiece(tmp_path / "spm.gguf", add_add_bos_token=False, add_add_space_prefix=False)
     tokenizer = read_gguf_tokenizer(path).tokenizer

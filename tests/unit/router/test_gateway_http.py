@@ -307,8 +307,8 @@ async def test_metrics(rig: Rig) -> None:
         exposition = await (await session.get(f"{rig.url}/metrics")).text()
     for line in (
         'crossdock_requests_total{outcome="ok"} 1.0',
-        "crossdock_ttft_seconds_count 1.0",
-        "crossdock_itl_seconds_count 2.0",
+        f'crossdock_ttft_seconds_count{{model="{rig.only.name}"}} 1.0',
+        f'crossdock_itl_seconds_count{{model="{rig.only.name}"}} 2.0',
         "crossdock_generated_tokens_total 3.0",
         'crossdock_workers{role="decode"} 1.0',
         "crossdock_active_sequences 0.0",

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
 import yarl
-from gateway_rig import Rig, start_rig
+from gateway_rig import Rig
 from http_kit import SAID, post, say
-
-from crossdock.router.config import ResponsesSettings
+from responses_kit import client_of, end, ending, prompts
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -33,30 +31,6 @@ PATH = "/v1/responses"
 async def client(rig: Rig) -> AsyncIterator[openai.AsyncOpenAI]:
     async with client_of(rig) as made:
         yield made
-
-
-def client_of(rig: Rig, **headers: str) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        base_url=f"{rig.url}/v1", api_key="none", max_retries=0, default_headers=headers
-    )
-
-
-def end(text: Any) -> int:
-    """The token that ends a turn, as a model draws it."""
-    return min(text.eos_token_ids & text.ids_of(["<|im_end|>"]) or text.eos_token_ids)
-
-
-def ending(rig: Rig, text: Any, said: str) -> list[int]:
-    """Lets the workers say this and end their turn; its tokens."""
-    ids = [*text.encode(said), end(text)]
-    for worker in rig.workers:
-        worker.script = ids
-    return ids
-
-
-def prompts(rig: Rig) -> list[list[int]]:
-    """What was computed, in order."""
-    return [list(asked.sequence.token_ids) for asked in rig.prefills[0].prefills]
 
 
 async def refused(rig: Rig, body: Any) -> tuple[int, str, str]:
@@ -263,80 +237,7 @@ async def test_a_conversation_sent_as_items_is_the_same(
     assert prompts(rig)[1] == prompts(rig)[2]
 
 
-# -- what is kept ------------------------------------------------------------------------------
-
-
-async def test_two_workers_keep_it_and_either_is_enough(
-    rig: Rig, client: openai.AsyncOpenAI, text: Any
-) -> None:
-    ending(rig, text, SAID)
-    made = await client.responses.create(model="", input="hi")
-    assert all(worker.states.held for worker in rig.workers)
-    rig.workers[0].states.drop("", made.id)
-    assert (await client.responses.retrieve(made.id)).output_text == SAID
-    rig.workers[1].states.drop("", made.id)
-    with pytest.raises(openai.NotFoundError, match="the workers that kept it are gone"):
-        await client.responses.retrieve(made.id)
-    status, param, code = await refused(rig, {"input": "x", "previous_response_id": made.id})
-    assert (status, param, code) == (404, "previous_response_id", "response_not_found")
-
-
-async def test_another_gateway_goes_on(rig: Rig, text: Any, tiny_model: Path) -> None:
-    ending(rig, text, SAID)
-    async with client_of(rig) as client:
-        made = await client.responses.create(model="", input="hi")
-    async with start_rig(tiny_model, prefills=0, decodes=0) as other:
-        other.prefills, other.decodes = rig.prefills, rig.decodes
-        await other.members()
-        await rig.gateway.stop()
-        async with client_of(other) as client:
-            second = await client.responses.create(
-                model="", input="and?", previous_response_id=made.id
-            )
-            assert second.output_text == SAID
-    one, two = prompts(rig)
-    assert two[: len(one)] == one
-
-
-async def test_tenants_see_their_own(rig: Rig, text: Any) -> None:
-    ending(rig, text, SAID)
-    async with client_of(rig, **{"X-Crossdock-Tenant": "a"}) as a:
-        made = await a.responses.create(model="", input="hi")
-        async with client_of(rig, **{"X-Crossdock-Tenant": "b"}) as b:
-            with pytest.raises(openai.NotFoundError):
-                await b.responses.retrieve(made.id)
-            with pytest.raises(openai.NotFoundError):
-                await b.responses.create(model="", input="x", previous_response_id=made.id)
-            with pytest.raises(openai.NotFoundError):
-                await b.responses.delete(made.id)
-        assert (await a.responses.retrieve(made.id)).id == made.id
-
-
-async def test_it_can_be_deleted(rig: Rig, client: openai.AsyncOpenAI, text: Any) -> None:
-    ending(rig, text, SAID)
-    made = await client.responses.create(model="", input="hi")
-    await client.responses.delete(made.id)
-    with pytest.raises(openai.NotFoundError):
-        await client.responses.delete(made.id)
-    assert not any(worker.states.held for worker in rig.workers)
-
-
-async def test_what_is_not_to_be_stored_is_not(
-    rig: Rig, client: openai.AsyncOpenAI, text: Any
-) -> None:
-    ending(rig, text, SAID)
-    made = await client.responses.create(model="", input="hi", store=False)
-    assert not any(worker.states.held for worker in rig.workers)
-    with pytest.raises(openai.NotFoundError):
-        await client.responses.retrieve(made.id)
-
-
-async def test_a_response_that_nobody_could_keep_says_so(text: Any, tiny_model: Path) -> None:
-    settings = ResponsesSettings(max_tenant_mb=0.01)
-    async with start_rig(tiny_model, responses=settings) as rig, client_of(rig) as client:
-        ending(rig, text, SAID)
-        made = await client.responses.create(model="", input="hi " * 600)
-        assert made.output_text == SAID and made.to_dict()["store"] is False
+# -- what is shown of it ------------------------------------------------------------------------
 
 
 async def test_input_items(rig: Rig, client: openai.AsyncOpenAI, text: Any) -> None:
@@ -354,7 +255,7 @@ async def test_input_items(rig: Rig, client: openai.AsyncOpenAI, text: Any) -> N
     assert len((await client.responses.input_items.list(second.id)).data) == 1
 
 
-@pytest.mark.parametrize("id_", ["x", "resp_", "resp_" + "0" * 36, "%00", "%ff", "r%C3%A9sp"])
+@pytest.mark.parametrize("id_", ["x", "resp_", "resp_" + "0" * 48, "%00", "%ff", "r%C3%A9sp"])
 async def test_an_id_that_is_none_is_not_found(rig: Rig, id_: str) -> None:
     async with aiohttp.ClientSession() as session:
         for method in ("GET", "DELETE"):

@@ -69,8 +69,8 @@ async def test_an_alias_is_the_model_at_every_door(both: Rig) -> None:
     assert (unary.model, trailers["x-crossdock-model"]) == ("small", "small")
     streamed = both.stub.Generate(replace_model(ask(max_tokens=3), "s"))
     assert ids_of(await collect(streamed)) == PROMPT[:3]
-    told = dict(await streamed.trailing_metadata())
-    assert told["x-crossdock-model"] == "small"
+    for told in (await streamed.initial_metadata(), await streamed.trailing_metadata()):
+        assert dict(told)["x-crossdock-model"] == "small"
     async with triton.InferenceServerClient(both.gateway.grpc_address) as kserve:
         given = triton.InferInput("text_input", [1], "BYTES")
         given.set_data_from_numpy(np.array([b"hi"], dtype=np.object_))
@@ -157,6 +157,11 @@ async def test_a_key_may_use_the_models_that_it_names(
         assert [card["id"] for card in listed] == ["large"]
         assert rig.metric("tenant_cost_total", tenant="acme", model="large") == 4
         assert rig.metric("model_requests_total", outcome="ok", model="large") == 1
+        for timed in ("ttft", "e2e", "router_decision"):
+            counted = [rig.metric(f"{timed}_seconds_count", model=m) for m in ("large", "small")]
+            assert counted == [1, 0], timed
+        assert rig.metric("stage_seconds_count", stage="prefill", model="large") == 1
+        assert rig.metric("sequences_by_slo_total", met="true", model="large") == 1
         assert not rig.metric("tenant_cost_total", tenant="acme", model="small")
     log = tmp_path / "audit.gateway-0"
     lines = [json.loads(line) for line in log.read_text().splitlines()]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
-from gateway_rig import Rig
+from gateway_rig import Rig, start_rig
 from http_kit import complete, events, post, say
 
 from crossdock.proto.v1 import inference_pb2
@@ -51,3 +53,43 @@ async def test_offsets_are_those_of_the_text_streamed_or_not(rig: Rig, text: Any
                 assert SAID[at:].startswith(name)
         smile = [at for at in whole["text_offset"] if at == SAID.index("🙂")]
         assert len(smile) >= 3  # tokens of one character
+
+
+async def test_offsets_of_an_echo_are_those_of_the_text_that_was_sent(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer composes characters, and reads what is spelled like a special token as one."""
+    folder = tmp_path / "composing"
+    shutil.copytree(tiny_model, folder)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(told | {"normalizer": {"type": "NFC"}}))
+    prompt = "cafe\u0301 <|im_end|>hello"
+    async with start_rig(folder) as rig:
+        for end in (prompt, "hello"):
+            body = complete(prompt=end, echo=True, logprobs=0, max_tokens=1)
+            _, _, answer = await post(rig, *body)
+            (choice,) = answer["choices"]
+            found = list(zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]))
+            assert choice["text"].startswith(end)
+            for name, at in found:
+                if "é" not in name and not name.startswith("bytes:"):
+                    assert choice["text"][at:].startswith(name), (name, at)
+            assert found[-1][1] == len(end)
+
+
+async def test_a_token_that_completes_the_prompts_character_begins_where_the_text_does(
+    rig: Rig, text: Any
+) -> None:
+    ids = text.encode("a 🙂 b")
+    cut = next(at for at in range(1, len(ids)) if "�" in text.decode(ids[:at]))
+    for worker in rig.workers:
+        worker.script = ids[cut:]
+    path, body = complete(prompt=ids[:cut], logprobs=0, max_tokens=len(ids) - cut)
+    _, _, answer = await post(rig, path, body)
+    (choice,) = answer["choices"]
+    assert choice["text"] == "🙂 b"
+    for name, at in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]):
+        if name.startswith("bytes:"):
+            assert at == 0
+        else:
+            assert choice["text"][at:].startswith(name)

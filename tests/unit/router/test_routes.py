@@ -13,8 +13,11 @@ from gateway_rig import Rig, start_models, until
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tiny import make_tiny_model
 
+from crossdock.model.text import TextModel
 from crossdock.proto.errors import ContextLengthExceeded, Forbidden
+from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.config import AuditSettings, AuthSettings, KeyLimits, Price
 from crossdock.router.dispatch import tracing
 from crossdock.router.frontdoor.keys import add_key
@@ -287,3 +290,43 @@ async def test_a_name_that_is_none_tells_only_what_the_key_may_use(
         answer = await complete(rig, key, model="nothing", prompt="x")
     assert answer.status == 404
     assert "small" in answer.error["message"] and "hidden" not in answer.error["message"]
+
+
+@pytest.mark.parametrize("door", ["completions", "chat", "grpc"])
+async def test_a_prompt_is_tokenized_once_by_each_tokenizer(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    """Two models of one family differ in their vocabulary's size alone; a third has its own."""
+    folder = make_tiny_model(tmp_path / "wide", layers=1, vocab_size=500)
+    models = {
+        "small": ServedModel(str(tiny_model)),
+        "wide": ServedModel(str(folder)),
+        "other": ServedModel("simulated"),
+    }
+    asked: list[str] = []
+    for name in ("encode", "apply_chat_template"):
+        real = getattr(TextModel, name)
+
+        def counted(self: TextModel, *given: Any, real: Any = real) -> list[int]:
+            asked.append(self.pieces.digest.hex())
+            return list(real(self, *given))
+
+        monkeypatch.setattr(TextModel, name, counted)
+    routes = {"auto": (Rule("small", fallback=("wide", "other")),)}
+    async with start_models(models, routes) as rig:
+        ready = [worker.endpoint for worker in rig.workers if worker.model == "other"]
+        await rig.gateway.update_members(ready)
+        await until(lambda: not rig.gateway._served["wide"].view.workers)
+        await until(lambda: not rig.gateway._served["small"].view.workers)
+        if door == "chat":
+            body = {"model": "auto", "messages": [{"role": "user", "content": "hello"}]}
+            answer = await call(rig, "POST", "/v1/chat/completions", body=body | {"max_tokens": 1})
+            chosen = answer.body["model"]
+        elif door == "completions":
+            chosen = (await complete(rig, model="auto", prompt=["hello", "you"])).body["model"]
+        else:
+            request = pb.GenerateRequest(model="auto", text="hello")
+            chosen = (await rig.stub.GenerateUnary(request)).model
+    assert chosen == "other"
+    assert len(asked) == len(set(asked)) * (2 if door == "completions" else 1)
+    assert len(set(asked)) == 2

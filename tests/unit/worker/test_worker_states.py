@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,9 +35,67 @@ def test_an_entry_is_its_tenants_alone() -> None:
     assert states.store("a", "resp_1", DATA, bounds())
     assert states.fetch("a", "resp_1") == DATA
     assert states.fetch("b", "resp_1") is None
-    assert not states.drop("b", "resp_1")
-    assert states.drop("a", "resp_1") and not states.drop("a", "resp_1")
-    assert states.fetch("a", "resp_1") is None and states.held == 0
+    assert not states.drop("b", "resp_1", bounds())
+    assert states.fetch("a", "resp_1") == DATA
+    assert states.drop("a", "resp_1", bounds()) and not states.drop("a", "resp_1", bounds())
+    assert states.fetch("a", "resp_1") is None
+
+
+def test_what_was_dropped_stays_so_for_its_time() -> None:
+    states = States(clock := Clock())
+    assert not states.dropped("a", "1")
+    states.drop("a", "1", bounds(ttl_s=10))
+    assert states.dropped("a", "1") and not states.dropped("b", "1")
+    assert not states.store("a", "1", DATA, bounds()) and states.fetch("a", "1") is None
+    assert states.held == OVERHEAD_BYTES
+    clock.now = 10
+    assert not states.dropped("a", "1")
+    assert states.store("a", "1", DATA, bounds()) and states.fetch("a", "1") == DATA
+    assert states.held == EACH
+
+
+def test_what_was_dropped_is_remembered_longer_than_anything_is_kept() -> None:
+    states = States()
+    states.drop("a", "gone", bounds(tenant=2))
+    for i in range(9):
+        states.store("a", str(i), DATA, bounds(tenant=2))
+    assert states.dropped("a", "gone") and states.fetch("a", "8") == DATA
+    for i in range(9):
+        states.drop("a", f"gone {i}", bounds(tenant=2))
+    assert not states.dropped("a", "gone") and states.dropped("a", "gone 8")
+    assert states.held <= 2 * EACH
+
+
+def test_it_is_forgotten_also_where_there_is_no_room_to_remember_that() -> None:
+    states = States()
+    states.store("a", "1", DATA, bounds())
+    assert states.drop("a", "1", Bounds(0.0, 0, 0))
+    assert states.fetch("a", "1") is None and states.held == 0
+
+
+def test_all_that_is_held_can_be_kept_on_elsewhere() -> None:
+    states, other = States(clock := Clock()), States()
+    states.store("a", "1", DATA, bounds(ttl_s=10))
+    states.store("b", "over", DATA, bounds(ttl_s=3))
+    states.drop("b", "2", bounds(ttl_s=20))
+    clock.now = 4
+    held = {(each.tenant, each.id_): each for each in states.all()}
+    assert {key: each.data for key, each in held.items()} == {("a", "1"): DATA, ("b", "2"): None}
+    assert [each.bounds.ttl_s for each in held.values()] == [6, 16]
+    assert other.store("a", "1", DATA, held["a", "1"].bounds)
+
+
+def test_who_holds_the_most_is_known_without_a_look_at_all() -> None:
+    states, draw = States(), random.Random(1)
+    for i in range(3000):
+        tenant = f"t{draw.randrange(300)}"
+        data = b"x" * draw.randrange(200)
+        states.store(tenant, str(i), data, Bounds(60.0, 20 * EACH, 400 * EACH))
+        states.drop(f"t{draw.randrange(300)}", str(draw.randrange(i + 1)), Bounds(0.0, 0, 0))
+        largest = states._shelves[states._largest()]
+        assert largest.size == max(shelf.size for shelf in states._shelves.values())
+        assert len(states._by_size) <= 2 * len(states._shelves) + 101
+    assert 390 * EACH < states.held <= 400 * EACH
 
 
 def test_an_entry_is_kept_for_its_time() -> None:

@@ -1,0 +1,182 @@
+"""Where responses are kept, and for how long: before fake workers that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from fake_worker import FakeWorker
+from gateway_rig import Rig, start_rig
+from http_kit import SAID, post
+from responses_kit import client_of, ending, prompts
+
+from crossdock.proto.types import Role
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.router.config import ResponsesSettings
+from crossdock.worker.states import States
+
+
+@pytest.fixture
+async def client(rig: Rig) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with client_of(rig) as made:
+        yield made
+
+
+def lose(worker: FakeWorker) -> None:
+    """All that it keeps."""
+    worker.kept.states = States()
+
+
+async def test_two_workers_keep_it_and_either_is_enough(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any
+) -> None:
+    ending(rig, text, SAID)
+    made = await client.responses.create(model="", input="hi")
+    assert all(worker.states.held for worker in rig.workers)
+    lose(rig.workers[0])
+    assert (await client.responses.retrieve(made.id)).output_text == SAID
+    lose(rig.workers[1])
+    with pytest.raises(openai.NotFoundError, match="the workers that kept it are gone"):
+        await client.responses.retrieve(made.id)
+    body = {"input": "x", "previous_response_id": made.id}
+    status, _, answer = await post(rig, "/v1/responses", body)
+    error = answer["error"]
+    assert (status, error["param"], error["code"]) == (
+        404,
+        "previous_response_id",
+        "response_not_found",
+    )
+
+
+async def test_another_gateway_goes_on(rig: Rig, text: Any, tiny_model: Path) -> None:
+    ending(rig, text, SAID)
+    async with client_of(rig) as client:
+        made = await client.responses.create(model="", input="hi")
+    async with start_rig(tiny_model, prefills=0, decodes=0) as other:
+        other.prefills, other.decodes = rig.prefills, rig.decodes
+        await other.members()
+        await rig.gateway.stop()
+        async with client_of(other) as client:
+            second = await client.responses.create(
+                model="", input="and?", previous_response_id=made.id
+            )
+            assert second.output_text == SAID
+    one, two = prompts(rig)
+    assert two[: len(one)] == one
+
+
+async def test_tenants_see_their_own(rig: Rig, text: Any) -> None:
+    ending(rig, text, SAID)
+    async with client_of(rig, **{"X-Crossdock-Tenant": "a"}) as a:
+        made = await a.responses.create(model="", input="hi")
+        async with client_of(rig, **{"X-Crossdock-Tenant": "b"}) as b:
+            with pytest.raises(openai.NotFoundError):
+                await b.responses.retrieve(made.id)
+            with pytest.raises(openai.NotFoundError):
+                await b.responses.create(model="", input="x", previous_response_id=made.id)
+            with pytest.raises(openai.NotFoundError):
+                await b.responses.delete(made.id)
+        assert (await a.responses.retrieve(made.id)).id == made.id
+
+
+async def test_it_can_be_deleted(rig: Rig, client: openai.AsyncOpenAI, text: Any) -> None:
+    ending(rig, text, SAID)
+    made = await client.responses.create(model="", input="hi")
+    await client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.delete(made.id)
+    assert not any(each.data for worker in rig.workers for each in worker.states.all())
+
+
+@pytest.mark.parametrize("loses", ["the other keeps knowing", "the other is lost"])
+async def test_what_was_deleted_while_a_copy_was_away_stays_so(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any, loses: str
+) -> None:
+    async with FakeWorker("decode-1", Role.DECODE) as third:
+        ending(rig, text, SAID)
+        made = await client.responses.create(model="", input="hi")
+        away, there = rig.workers
+        await rig.members(there, third)
+        await client.responses.delete(made.id)
+        if loses == "the other is lost":
+            await rig.members(away, third)
+            lose(there)
+        else:
+            await rig.members(away, there, third)
+        assert away.states.fetch("", made.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(made.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.create(model="", input="x", previous_response_id=made.id)
+
+
+async def test_what_was_deleted_while_both_copies_were_away_stays_so(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any
+) -> None:
+    async with FakeWorker("colocated-0", Role.COLOCATED) as third:
+        ending(rig, text, SAID)
+        made = await client.responses.create(model="", input="hi")
+        await rig.members(third)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.delete(made.id)
+        await rig.members(*rig.workers, third)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(made.id)
+
+
+async def test_what_workers_keep_outlives_them_where_they_are_drained(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any
+) -> None:
+    """One after the other is replaced; two copies are there at the end as at the beginning."""
+    ending(rig, text, SAID)
+    made = await client.responses.create(model="", input="hi")
+    gone = await client.responses.create(model="", input="hi")
+    async with AsyncExitStack() as stack:
+        for i, drained in enumerate(list(rig.workers)):
+            fresh = await stack.enter_async_context(FakeWorker(f"{drained.name}-{i}", drained.role))
+            kept = [worker for worker in (*rig.workers, fresh) if worker is not drained]
+            rig.prefills = [worker for worker in kept if worker.role is Role.PREFILL]
+            rig.decodes = [worker for worker in kept if worker.role is Role.DECODE]
+            await rig.members()
+            await drained.kept.hand_over([worker.endpoint for worker in rig.workers])
+            if not i:
+                await client.responses.delete(gone.id)
+            await drained.stop()
+        assert all(worker.states.fetch("", made.id) for worker in rig.workers)
+        assert (await client.responses.retrieve(made.id)).output_text == SAID
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(gone.id)
+
+
+async def test_one_that_drains_takes_nothing_and_says_that_it_may_have_given(rig: Rig) -> None:
+    worker, other = rig.workers
+    store = pb.StoreStateRequest(id="1", data=b"x", ttl_ms=10**6, most_bytes=10**6)
+    store.most_tenant_bytes = 10**6
+    assert worker.kept.store(store).stored
+    await worker.kept.hand_over([other.endpoint])
+    assert other.states.fetch("", "1") == b"x"
+    assert not worker.kept.store(store).stored
+    drop = pb.DropStateRequest(id="1", ttl_ms=10**6, most_tenant_bytes=10**6, most_bytes=10**6)
+    assert worker.kept.drop(drop).draining and not other.kept.drop(drop).draining
+
+
+async def test_what_is_not_to_be_stored_is_not(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any
+) -> None:
+    ending(rig, text, SAID)
+    made = await client.responses.create(model="", input="hi", store=False)
+    assert not any(worker.states.held for worker in rig.workers)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(made.id)
+
+
+async def test_a_response_that_nobody_could_keep_says_so(text: Any, tiny_model: Path) -> None:
+    settings = ResponsesSettings(max_tenant_mb=0.01)
+    async with start_rig(tiny_model, responses=settings) as rig, client_of(rig) as client:
+        ending(rig, text, SAID)
+        made = await client.responses.create(model="", input="hi " * 600)
+        assert made.output_text == SAID and made.to_dict()["store"] is False

@@ -1,0 +1,101 @@
+"""What gateways keep on a worker, as they ask for it; a worker that drains hands it to others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from crossdock.proto.channels import Channels
+from crossdock.proto.identity import Credentials
+from crossdock.proto.types import WorkerEndpoint
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.proto.v1 import worker_pb2_grpc
+from crossdock.worker.states import Bounds, Held, States
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 8  # entries on their way to others
+TRIES = 3  # workers that are asked to take one
+CALL_TIMEOUT_S = 3.0
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+class KeptStates:
+    """The calls StoreState, FetchState and DropState, and the way of `states` to other workers."""
+
+    def __init__(self, states: States, credentials: Credentials | None = None) -> None:
+        self.states, self._credentials = states, credentials
+        self._draining = False
+
+    def store(self, request: pb.StoreStateRequest) -> pb.StoreStateResponse:
+        """Nothing more is taken by one that drains."""
+        tenant, id_ = request.tenant, request.id
+        known = request.handed_over and self.states.fetch(tenant, id_) is not None
+        if self._draining or known:
+            return pb.StoreStateResponse(stored=False)
+        stored = self.states.store(tenant, id_, request.data, _bounds(request))
+        return pb.StoreStateResponse(stored=stored)
+
+    def fetch(self, request: pb.FetchStateRequest) -> pb.FetchStateResponse:
+        """What is here, or that it was dropped."""
+        tenant, id_ = request.tenant, request.id
+        data, dropped = self.states.fetch(tenant, id_), self.states.dropped(tenant, id_)
+        return pb.FetchStateResponse(data=data, dropped=dropped)
+
+    def drop(self, request: pb.DropStateRequest) -> pb.DropStateResponse:
+        """Forgets it, and remembers that."""
+        dropped = self.states.drop(request.tenant, request.id, _bounds(request))
+        return pb.DropStateResponse(dropped=dropped, draining=self._draining)
+
+    async def hand_over(self, others: Sequence[WorkerEndpoint]) -> None:
+        """Gives each of `others` a part, two copies of one entry never to the same, and takes
+        nothing more. What nobody takes stays here."""
+        self._draining = True
+        left = iter(self.states.all())
+        if not others:
+            return
+        channels = Channels(
+            self._credentials,
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        )
+
+        async def work() -> None:
+            for held in left:
+                for other in random.sample(others, min(TRIES, len(others))):
+                    channel = channels.get(other.address, other.incarnation)
+                    if await _took(worker_pb2_grpc.WorkerStub(channel), held):
+                        break
+
+        try:
+            await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+        finally:
+            await channels.keep(())
+
+
+async def _took(worker: worker_pb2_grpc.WorkerStub, held: Held) -> bool:
+    about: dict[str, Any] = {
+        "tenant": held.tenant,
+        "id": held.id_,
+        "ttl_ms": int(1000 * held.bounds.ttl_s),
+        "most_tenant_bytes": held.bounds.most_tenant_bytes,
+        "most_bytes": held.bounds.most_bytes,
+    }
+    try:
+        if held.data is None:
+            dropped = pb.DropStateRequest(**about)
+            return not (await worker.DropState(dropped, timeout=CALL_TIMEOUT_S)).draining
+        request = pb.StoreStateRequest(data=held.data, handed_over=True, **about)
+        return bool((await worker.StoreState(request, timeout=CALL_TIMEOUT_S)).stored)
+    except grpc.aio.AioRpcError as error:
+        log.info("a kept state was not handed over: %s", error.code().name)
+        return False
+
+
+def _bounds(request: pb.StoreStateRequest | pb.DropStateRequest) -> Bounds:
+    return Bounds(request.ttl_ms / 1000, request.most_tenant_bytes, request.most_bytes)
