@@ -16,7 +16,7 @@ from urllib.parse import quote_from_bytes
 from crossdock.proto.http2 import compression
 from crossdock.proto.http2.compression import HEAD_LIST_BYTES
 from crossdock.proto.http2.frames import Code, StreamFault
-from crossdock.proto.http2.literals import block
+from crossdock.proto.http2.literals import block as block
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 Fields: TypeAlias = list[compression.Field]
