@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import multiprocessing
 import os
@@ -61,6 +60,7 @@ async def worker(
 async def gateway(
     pipe: Connection, profile: str, model: str = SIMULATED, home: str = os.devnull
 ) -> None:
+    from crossdock.router import garbage
     from crossdock.router.gateway import GatewayConfig, GatewayServer
 
     key, anywhere = hash_key(KEY), "127.0.0.1:0"
@@ -68,8 +68,7 @@ async def gateway(
         GatewayConfig("g", model, key, home=Path(home), grpc=anywhere, http=anywhere)
     )
     await server.start()
-    gc.collect()
-    gc.freeze()  # as a gateway's process does
+    garbage.settle()
     pipe.send([server.grpc_address, server.http_address])
     async for members in told(pipe):
         if members is None:

@@ -33,7 +33,8 @@ POOLS = """\
 auth: {{keys: {keys}}}
 """
 ENGINE = """\
-engine: {kind: simulated, profile: {prefill_s: 0.01, prefill_token_s: 2.0e-4, decode_s: 0.02}}"""
+engine: {kind: simulated, profile: {
+    kv_bytes_per_token: 256, prefill_s: 0.01, prefill_token_s: 2.0e-4, decode_s: 0.02}}"""
 STEADY, RATE, FLOOD = 6.0, 4.0, 10.0  # requests a second; how many times the other's rate
 WARM_S = 2.0  # of each phase, not counted
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from crossdock.proto.settings import GATEWAY_ADDRESS
 from crossdock.tables import console_of, table
@@ -31,13 +32,21 @@ def register(app: typer.Typer) -> None:
     app.command()(usage)
 
 
+def _day(value: str) -> str:
+    """Of an option. Raises BadParameter for what is no day."""
+    try:
+        return date.fromisoformat(value).isoformat() if value else ""
+    except ValueError:
+        raise BadParameter(f"{value!r} must be a day, as 2026-11-01") from None
+
+
 def usage(
     cluster: Annotated[str, Option(help="The cluster's name, metadata.name.")] = "local",
     file: Annotated[
         Path | None, Option("--file", "-f", help="The database; the cluster's on this node.")
     ] = None,
-    since: Annotated[str, Option(help="First day, as 2026-11-01.")] = "",
-    until: Annotated[str, Option(help="Last day.")] = "9999",
+    since: Annotated[str, Option(help="First day, as 2026-11-01.", callback=_day)] = "",
+    until: Annotated[str, Option(help="Last day, as 2026-11-30.", callback=_day)] = "",
     tenant: Annotated[str, Option(help="Of one tenant alone.")] = "",
     by_day: Annotated[bool, Option("--by-day", help="A line for each day.")] = False,
     by_key: Annotated[bool, Option("--by-key", help="A line for each key.")] = False,
@@ -49,15 +58,17 @@ def usage(
 
     path = file or usage_file(crossdock_home(), cluster)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no gateway of this cluster has kept anything here")
+        others = sorted(each.stem for each in path.parent.glob("*.db"))
+        known = f"; --cluster names another: {', '.join(others)}" if others and not file else ""
+        raise FileNotFoundError(f"{path}: no gateway of this cluster has kept anything here{known}")
     sums: dict[tuple[str, ...], Amounts] = {}
-    for (day, who, account, model), amounts in read_usage(path, since, until).items():
+    for (day, who, account, model), amounts in read_usage(path, since, until or "9999").items():
         if tenant in ("", who):
             at = (who, model, *([day] * by_day), *([account] * by_key))
             sums.setdefault(at, Amounts()).__iadd__(amounts)
     names = ("tenant", "model", *["day"] * by_day, *["key"] * by_key)
     if as_json:
-        rows = [dict(zip(names, at)) | vars(amounts) for at, amounts in sums.items()]
+        rows = [dict(zip(names, at)) | amounts.plain() for at, amounts in sums.items()]
         print(json.dumps(rows, indent=2))
         return
     lines = [(*at, *(f"{value:,.6g}" for value in vars(a).values())) for at, a in sums.items()]
@@ -125,8 +136,10 @@ def keys_list(file: KeyFile) -> None:
         expires = time.strftime("%Y-%m-%d %H:%M", time.gmtime(key.expires)) if key.expires else ""
         cache = "shared" if key.shared_cache else "private"
         models = ", ".join(sorted(key.models)) or "all"
-        rows.append((key.key_id, key.tenant, models, key.max_priority, cache, limits, expires))
-    columns = ("key", "tenant", "models", "priority", "cache", "limits", "expires (UTC)")
+        metrics = "may read" if key.metrics else ""
+        about = (key.key_id, key.tenant, models, key.max_priority, cache, metrics)
+        rows.append((*about, limits, expires))
+    columns = ("key", "tenant", "models", "priority", "cache", "metrics", "limits", "expires (UTC)")
     console_of().print(table("", columns, rows))
 
 
@@ -155,6 +168,7 @@ def audit_verify(
     from crossdock.router.frontdoor.audit_chain import in_order, verify
 
     whole = True
+    _check_there(files)
     for file in files:
         found = verify(in_order([file]), key or (), partial)
         whole &= not found.wrong
@@ -183,6 +197,7 @@ def audit_replay(
     from crossdock.client import Client
     from crossdock.router.frontdoor.audit_chain import find_request, in_order
 
+    _check_there(files)
     line = find_request(in_order(files), request_id)
     with Client(target) as client:
         differences = replay(line, client, timeout)
@@ -192,3 +207,13 @@ def audit_replay(
         raise typer.Exit(1)
     tokens = sum(choice["tokens"] for choice in line["choices"])
     print(f"{request_id}: the same {tokens} tokens")
+
+
+def _check_there(files: list[Path]) -> None:
+    """Raises FileNotFoundError naming the logs that may be meant."""
+    for file in files:
+        if not file.exists():
+            gateways = sorted(file.parent.glob(f"{file.name}.*.head"))
+            meant = " or ".join(str(each.with_suffix("")) for each in gateways)
+            do = f"; each gateway has its own: {meant}" if meant else ""
+            raise FileNotFoundError(f"{file}: there is no such log{do}")

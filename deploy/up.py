@@ -232,18 +232,8 @@ class Cluster:
 
     def _announce(self) -> None:
         self._echo(f"READY grpc={self.grpc} http={self.http}")
-        tls = bool(self.spec.gateway.tls)
-        scheme, ca = ("https", " --cacert CA.pem") if tls else ("http", "")
-        self._echo(
-            f"  curl{ca} {scheme}://{self.http}/v1/chat/completions "
-            f"-H 'Content-Type: application/json' "
-            f'-d \'{{"model": "{self._model_name}", "temperature": 0, "messages": '
-            '[{"role": "user", "content": "What is the capital of France?"}]}\''
-        )
-        self._echo(
-            f"  crossdock generate --address {self.grpc}{ca.replace('cacert', 'ca')} "
-            '--chat --temperature 0 "What is the capital of France?"'
-        )
+        for line in how_to_ask(self.spec, self.grpc, self.http, self._model_name):
+            self._echo(f"  {line}")
 
     def status(self) -> admin_pb2.ClusterStatus:
         """Raises Unavailable when the controller is gone."""
@@ -344,3 +334,23 @@ def _temp_folder() -> str:
     if len(base) > LONGEST_SOCKET_FOLDER:
         base = "/tmp"
     return tempfile.mkdtemp(prefix="crossdock-", dir=base)
+
+
+def how_to_ask(spec: ClusterSpec, grpc: str, http: str, model: str) -> list[str]:
+    """Lines for a shell: a first chat through each door of a cluster."""
+    scheme, ca = ("https", " --cacert CA.pem") if spec.gateway.tls else ("http", "")
+    lines, credential = [], ""
+    if spec.auth.required:
+        lines.append("export CROSSDOCK_API_KEY=…  # a bearer token, or from crossdock keys new")
+        credential = ' -H "Authorization: Bearer $CROSSDOCK_API_KEY"'
+    lines.append(
+        f"curl{ca} {scheme}://{http}/v1/chat/completions{credential} "
+        f"-H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{model}", "temperature": 0, "messages": '
+        '[{"role": "user", "content": "What is the capital of France?"}]}\''
+    )
+    lines.append(
+        f"crossdock generate --address {grpc}{ca.replace('cacert', 'ca')} "
+        '--chat --temperature 0 "What is the capital of France?"'
+    )
+    return lines

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from crossdock.model.text import TextModel
 
 
+_Utf8 = codecs.getincrementaldecoder("utf-8")
+
+
 class TextDelta(NamedTuple):
     """What a push added to the text."""
 
@@ -36,7 +39,7 @@ class IncrementalDetokenizer:
     ) -> None:
         self._pieces = text_model.pieces
         self._skip_special = skip_special_tokens
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = _Utf8("replace")
         self._strip_space = self._pieces.strips_first_space and not prompt_ids
         self._stop = tuple(stop)
         self._firsts = {text[0] for text in self._stop}
@@ -45,21 +48,32 @@ class IncrementalDetokenizer:
         self._held = ""  # text that is the beginning of a stop string
         self._stopped: str | None = None
         self._settled = False  # a token's text depends on nothing before it
+        self._ascii = self._pieces.ascii if skip_special_tokens else {}
         # A prompt may end inside a character, whose rest is then generated.
-        tail = b"".join(self._pieces.of(id_, self._skip_special) for id_ in prompt_ids[-4:])
-        self._utf8.decode(tail)
+        last = self._pieces.of(prompt_ids[-1], self._skip_special) if prompt_ids else b"."
+        if not last or not last.isascii():
+            tail = b"".join(self._pieces.of(id_, self._skip_special) for id_ in prompt_ids[-4:])
+            self._utf8.decode(tail)
 
     def show(self, token_ids: frozenset[int]) -> None:
         """These have text from now on, though they are special tokens."""
-        self._shown = token_ids
+        self._shown, self._ascii = token_ids, {}
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of a push, where no stop string is looked for."""
+        if self._settled and len(token_ids) == 1:
+            text = self._ascii.get(token_ids[0])  # the most of what is ever pushed
+            if text is not None:
+                return text
+        return self.push(token_ids).text
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """The text that these tokens settle. After a stop string everything is dropped."""
         if self._settled and len(token_ids) == 1 and token_ids[0] not in self._shown:
-            # The most of what is ever pushed.
             raw = self._pieces.of(token_ids[0], self._skip_special)
             if raw.isascii():
-                return TextDelta(raw.decode("ascii"), None, 1)
+                text = self._ascii[token_ids[0]] = raw.decode("ascii")
+                return TextDelta(text, None, 1)
         if self._stopped is not None:
             return TextDelta("", self._stopped, 0)
         said: list[str] = []

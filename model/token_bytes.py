@@ -44,6 +44,7 @@ class TokenBytes:
         self._tokenizer = tokenizer
         self._alphabet = byte_alphabet()
         self._bytes: dict[int, bytes] = {}
+        self.ascii: dict[int, str] = {}  # of ids whose text is ASCII wherever it stands, once seen
 
     @property
     def special_ids(self) -> frozenset[int]:

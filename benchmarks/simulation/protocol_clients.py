@@ -89,6 +89,9 @@ class Pieces:
         (b"\xe2\x82", b"\xac", b"%d " % token, b"%d." % token)[token % 4] for token in range(1000)
     )
 
+    def __init__(self) -> None:
+        self.ascii: dict[int, str] = {}
+
     def of(self, token_id: int, skip_special: bool) -> bytes:
         return self._table[token_id]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
 from crossdock.proto.identity import Credentials
 from crossdock.proto.settings import loopback_host
 from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.router import garbage
 from crossdock.router.serving import Serving
 
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
@@ -152,8 +152,7 @@ class MemberActor:
         gateway = dataclasses.replace(launch.gateway, home=crossdock_home())
         self._server = GatewayServer(gateway, self._credentials)
         await self._server.start()
-        gc.collect()
-        gc.freeze()  # else a collection walks all of this again, and holds the loop for 70 ms
+        garbage.settle()
         grpc, http = self._server.grpc_address, self._server.http_address
         return Started(os.getpid(), node_id, grpc=grpc, http=http)
 

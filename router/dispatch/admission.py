@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from crossdock.proto.errors import InvalidRequest, Overloaded
@@ -56,27 +57,28 @@ class Admission:
         self.active = 0
         self._by_tenant: Counter[str] = Counter()
 
-    def admit(self, tenant: str, sequences: int, retry_after_s: float) -> None:
-        """Raises Overloaded, naming the bound, or InvalidRequest for more sequences than are ever
-        admitted, and then counts nothing."""
+    def admit(self, tenant: str, sequences: int, retry_after_s: Callable[[], float]) -> None:
+        """Raises Overloaded, naming the bound and when to come again, or InvalidRequest for more
+        sequences than are ever admitted, and then counts nothing."""
         limits, mine = self._limits, self._by_tenant[tenant]
         if sequences > self._most:
             share = f"{limits.max_request_share:g} of max_active and max_active_per_tenant"
             limit = f"at most {self._most}, max_request_share = {share}"
             raise InvalidRequest("n", f"{sequences} sequences (prompts × n)", limit)
-        again = f"try again in {retry_after_s:.0f} s"
+        full = ""
         if self.active + sequences > limits.max_active:
-            raise Overloaded(
+            full = (
                 f"{self.active} sequences are active and {sequences} more would pass "
-                f"max_active = {limits.max_active}; {again}",
-                retry_after_s,
+                f"max_active = {limits.max_active}"
             )
-        if mine + sequences > limits.max_active_per_tenant:
-            raise Overloaded(
+        elif mine + sequences > limits.max_active_per_tenant:
+            full = (
                 f"tenant {tenant!r} has {mine} active sequences and {sequences} more would pass "
-                f"max_active_per_tenant = {limits.max_active_per_tenant}; {again}",
-                retry_after_s,
+                f"max_active_per_tenant = {limits.max_active_per_tenant}"
             )
+        if full:
+            wait_s = retry_after_s()
+            raise Overloaded(f"{full}; try again in {wait_s:.0f} s", wait_s)
         self.active += sequences
         self._by_tenant[tenant] += sequences
 
@@ -87,7 +89,9 @@ class Admission:
             del self._by_tenant[tenant]
 
 
-def check_deadline(request: Request, placement: Placement, now: float, retry_s: float) -> None:
+def check_deadline(
+    request: Request, placement: Placement, now: float, retry_after_s: Callable[[], float]
+) -> None:
     """Refuses what would miss its deadline, at once. A prediction that rests on no measurement
     refuses nothing. Raises Overloaded."""
     deadline = request.deadline
@@ -96,7 +100,7 @@ def check_deadline(request: Request, placement: Placement, now: float, retry_s: 
     raise Overloaded(
         f"the first token is predicted in {placement.predicted_ttft_s:.2f} s, "
         f"after the deadline in {deadline - now:.1f} s",
-        retry_s,
+        retry_after_s(),
     )
 
 

@@ -14,6 +14,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
 from crossdock.proto import events
@@ -34,7 +35,7 @@ from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.losses import Losses
-from crossdock.router.dispatch.metrics import ModelMetrics
+from crossdock.router.dispatch.metrics import ModelMetrics, StepGain
 from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
@@ -85,6 +86,7 @@ class Dispatcher:
         self._clock = clock
         self._rng = rng or random.Random()
         self._hand_offs = HandOffs(view, links, hasher, self._eos, self._rng)
+        self._retry_after_s = partial(retry_after_s, view)
         self._turn = 0
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
@@ -184,7 +186,7 @@ class Dispatcher:
             with contextlib.suppress(NoWorker):
                 placement = self._policy(self.view, demand, now, self._rng, self._turn)
                 at = now + self.view.drained_s(ahead)
-                check_deadline(request, placement, at, retry_after_s(self.view))
+                check_deadline(request, placement, at, self._retry_after_s)
 
     def _take_turn(self, sequence: SequenceState) -> None:
         """It is begun when its tenant's turn comes."""
@@ -199,7 +201,7 @@ class Dispatcher:
             raise Draining("this gateway is shutting down; send the request again")
         if request.deadline is not None and request.deadline <= now:
             raise DeadlineExceeded("the deadline passed before any work started")
-        self._admission.admit(request.tenant, request.num_sequences, retry_after_s(self.view))
+        self._admission.admit(request.tenant, request.num_sequences, self._retry_after_s)
 
     def why_full(self, tenant: str, tokens: int, latest: float) -> str:
         """Why a prompt of so many tokens would have to wait here, be it for a place or until after
@@ -246,7 +248,7 @@ class Dispatcher:
         finally:
             self.metrics.decision.observe(time.perf_counter() - started)
         if not sequence.active.started:  # what has begun is carried on
-            check_deadline(sequence.active.request, placement, now, retry_after_s(self.view))
+            check_deadline(sequence.active.request, placement, now, self._retry_after_s)
         link = self._links.get(placement.prefill or placement.decode)
         if link is None:
             why = NoWorker("the chosen worker is not connected")
@@ -292,29 +294,24 @@ class Dispatcher:
     # -- what the workers say -----------------------------------------------------------------
 
     def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
-        now = self._clock()
+        now, gained = self._clock(), StepGain()
         for output in outputs:
             sequence = self._sequences.get(output.sequence_id)
-            if sequence is None or link.name not in sequence.holders:
+            if sequence is None:
                 continue  # cancelled meanwhile, or of an attempt that was given up
             try:
                 if sequence.steady is link and not output.finish_reason:
-                    self._carry_on(sequence, list(output.token_ids), now)
-                else:
+                    token_ids = list(output.token_ids)
+                    gained.add(len(token_ids), sequence.timeline.token(now))
+                    sequence.carry_on(token_ids)
+                elif link.name in sequence.holders:
                     self._take(sequence, link, output, now)
             except CrossdockError as error:
                 self._end(sequence.active, error, "failed")
             except Exception as error:  # of one request; the others on the stream go on
                 log.exception("%s: an output could not be delivered", sequence.sequence_id)
                 self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
-
-    def _carry_on(self, sequence: SequenceState, token_ids: list[int], now: float) -> None:
-        """What `_take` comes to for most outputs: more tokens of a sequence that is steady."""
-        text = sequence.detokenizer.push(token_ids).text
-        gap_s = sequence.timeline.token(now)
-        sequence.token_ids += token_ids
-        self.metrics.gained(len(token_ids), False, gap_s)
-        sequence.active.stream.push(Delta(sequence.index, text, token_ids))
+        self.metrics.carried_on(gained)
 
     def _take(
         self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float

@@ -43,7 +43,7 @@ class Timeline:
         self._received = received
         self._received_unix = received_unix
         self._at: dict[str, float] = {}
-        self.last_token: float | None = None  # the newest that was delivered
+        self._newest: float | None = None  # when the newest token was delivered, on that clock
         self._sampled: float | None = None  # token 0 was drawn on its worker
         self._second: float | None = None  # token 1 was delivered
         self._done: dict[str, float] | None = None  # in order, once it has finished
@@ -70,10 +70,21 @@ class Timeline:
     def first_token(self) -> float | None:
         return self._at.get("first_token")
 
+    @property
+    def last_token(self) -> float | None:
+        """The newest that was delivered."""
+        return None if self._newest is None else self._newest - self._received
+
     def token(self, now: float) -> float | None:
         """The newest token is delivered; returns seconds since the one before, or None."""
-        before, self.last_token = self.last_token, now - self._received
-        return None if before is None else self.last_token - before
+        before, self._newest = self._newest, now
+        return None if before is None else now - before
+
+    def first(self, now: float) -> float:
+        """The first is; returns seconds since the request was received."""
+        self._newest = now
+        self.mark("first_token", now)
+        return now - self._received
 
     def ordered(self) -> dict[str, float]:
         """Event -> seconds, never decreasing in the order of LIFE_CYCLE.
@@ -90,8 +101,8 @@ class Timeline:
 
     def _ordered(self) -> dict[str, float]:
         known = self._at
-        if self.last_token is not None:
-            known = known | {"last_token": self.last_token}
+        if (newest := self.last_token) is not None:
+            known = known | {"last_token": newest}
         own = {e: t for e, t in known.items() if e not in _WORKER_EVENTS}
         limit = float("inf")
         upper: dict[str, float] = {}

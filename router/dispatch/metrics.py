@@ -18,6 +18,23 @@ _SHORT = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 _DECISION = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 1e-1)
 
 
+class StepGain:
+    """Tokens that one frame brought. Those of a step came together in the step before as well, so
+    that most of them have one and the same gap."""
+
+    __slots__ = ("gaps", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.gaps: dict[float, int] = {}  # seconds since the token before -> how many sequences
+
+    def add(self, tokens: int, gap_s: float | None) -> None:
+        """A sequence gained so many tokens, so long after those before."""
+        self.tokens += tokens
+        if gap_s is not None:
+            self.gaps[gap_s] = self.gaps.get(gap_s, 0) + 1
+
+
 class GatewayMetrics:
     """All metrics of one gateway. Names start with `crossdock_`; times are seconds, by model."""
 
@@ -156,6 +173,13 @@ class ModelMetrics:
         self.generated_tokens.inc(tokens)
         if gap_s is not None:
             (self.ttft if first else self.itl).observe(gap_s)
+
+    def carried_on(self, gain: StepGain) -> None:
+        """What one frame brought of sequences that had tokens before."""
+        if gain.tokens:
+            self.generated_tokens.inc(gain.tokens)
+            for gap_s, times in gain.gaps.items():
+                self.itl.observe(gap_s, times)
 
     def sequence_done(self, timeline: Timeline, generated: int) -> None:
         """Times of one sequence that ran to its end."""

@@ -48,10 +48,10 @@ class Series:
         self.counts = [0] * len(bounds)
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Counts one value."""
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Counts a value that was seen so many times."""
+        self.counts[bisect_left(self._bounds, value)] += times
+        self.sum += value * times
 
 
 class PlainHistogram(Collector):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from crossdock.proto.errors import Cancelled, CrossdockError, DeadlineExceeded
 from crossdock.proto.types import FinishReason, SamplingParams
@@ -90,7 +90,8 @@ class Request:
     priority: int = 0
     cache_salt: bytes = b""
     root_hash: bytes = b""  # that the chains begin with
-    chains: Sequence[list[bytes]] = ()  # by prompt, the hashes of its full blocks, where known
+    # By prompt, the hashes of its full blocks, as far as they are known.
+    chains: list[list[bytes]] = field(default_factory=list)
     deadline: float | None = None  # on the gateway's clock
     shown: frozenset[int] = frozenset()  # special tokens whose text the client's door reads
     trace_context: Any = None  # opentelemetry Context that the client's headers carried
@@ -127,6 +128,15 @@ class Delta:
         self.timings = later.timings
 
 
+class Sink(Protocol):
+    """Takes deltas where they are pushed; False: not now, and nothing of it was taken."""
+
+    def delta(self, delta: Delta) -> bool: ...
+
+    def tokens(self, index: int, text: str, token_ids: list[int]) -> bool:
+        """A delta that brings nothing but these. False also where it is to come as a delta."""
+
+
 class ResponseStream:
     """Deltas of one request on their way to one reader.
 
@@ -140,15 +150,21 @@ class ResponseStream:
         self._waiter: asyncio.Future[None] | None = None
         self._error: CrossdockError | None = None
         self._on_close = on_close
-        self._sink: Callable[[Delta], bool] | None = None
+        self._sink: Sink | None = None
 
     # -- the dispatcher's side ----------------------------------------------------------------
 
     def push(self, delta: Delta) -> None:
-        if self._sink is not None and not self._buffer and self._sink(delta):
+        if self._sink is not None and not self._buffer and self._sink.delta(delta):
             return
         _merge(self._buffer, delta)
         self._wake()
+
+    def push_tokens(self, index: int, text: str, token_ids: list[int]) -> None:
+        """The same for what is most of all: tokens with their text, and nothing else."""
+        sink = self._sink
+        if sink is None or self._buffer or not sink.tokens(index, text, token_ids):
+            self.push(Delta(index, text, token_ids))
 
     def end(self, error: CrossdockError | None = None) -> None:
         self.ended = True
@@ -164,7 +180,12 @@ class ResponseStream:
             await self._waiter
         return self.take()
 
-    def pipe(self, sink: Callable[[Delta], bool]) -> None:
+    @property
+    def done(self) -> bool:
+        """It has ended well, and all of it was read."""
+        return self.ended and not self._buffer and self._error is None
+
+    def pipe(self, sink: Sink) -> None:
         """From now on a delta goes to `sink` as it comes. One that `sink` cannot take, where it
         answers False, and those after it are for `batch`."""
         self._sink = sink

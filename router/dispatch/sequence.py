@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
@@ -12,7 +12,7 @@ from crossdock.proto import events
 from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.errors import CrossdockError
 from crossdock.proto.hashing import BlockHasher
-from crossdock.proto.types import FinishReason
+from crossdock.proto.types import FinishReason, SamplingParams
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import Timeline
@@ -138,14 +138,20 @@ class SequenceState:
         """Adds tokens that are delivered `now`; returns seconds since request or last token, None
         where that is not known."""
         timeline = self.timeline
-        if self.generated == 0:
-            timeline.last_token, self.first_tokens = 0.0, len(ids)
-            timeline.mark("first_token", now)
-        elif self.generated == self.first_tokens and self.phase is Phase.DECODE:
-            timeline.mark_second_token(now)  # in any other phase it was prefilled again
+        generated, self.restarts = self.generated, 0
         self.token_ids += ids
-        self.restarts = 0
+        if generated == 0:
+            self.first_tokens = len(ids)
+            return timeline.first(now)
+        if generated == self.first_tokens and self.phase is Phase.DECODE:
+            timeline.mark_second_token(now)  # in any other phase it was prefilled again
         return timeline.token(now)
+
+    def carry_on(self, token_ids: list[int]) -> None:
+        """What most outputs come to: more tokens of a sequence that is steady, and their text."""
+        self.token_ids += token_ids
+        text = self.detokenizer.text_of(token_ids)
+        self.active.stream.push_tokens(self.index, text, token_ids)
 
     def joined(self, transfer: pb.TransferStats) -> None:
         """A decode worker has the KV: adds what that took to what earlier attempts did."""
@@ -240,11 +246,8 @@ def make_sequences(
     it is scored they are as well: that is done once."""
     request = active.request
     events.emit("received", request.request_id)
-    plain = replace(request.sampling, stop=())  # workers know no text
-    told = [sampling_to_pb(replace(plain, seed=(plain.seed + i) % 2**64)) for i in range(request.n)]
-    for later in told[1:]:
-        later.ClearField("prompt_logprobs")
-    scored = plain.prompt_logprobs is not None
+    told = [_told(request.sampling, i) for i in range(request.n)]
+    scored = request.sampling.prompt_logprobs is not None
     root, sequences = hasher.root(layout_hash, request.cache_salt), []
     for position, prompt in enumerate(request.prompts):
         ids = list(prompt)
@@ -258,7 +261,7 @@ def make_sequences(
                 SequenceState(
                     active=active,
                     index=position * request.n + i,
-                    token_ids=ids.copy(),
+                    token_ids=ids.copy() if request.n > 1 else ids,
                     prompt_tokens=len(ids),
                     root_hash=root,
                     hashes=hashes.copy(),
@@ -269,3 +272,13 @@ def make_sequences(
                 )
             )
     return sequences
+
+
+def _told(asked: SamplingParams, i: int) -> inference_pb2.SamplingParams:
+    """What workers are told of the i-th continuation of a prompt."""
+    told = sampling_to_pb(asked)
+    told.ClearField("stop")  # they know no text
+    if i:
+        told.seed = (told.seed + i) % 2**64
+        told.ClearField("prompt_logprobs")  # which are worked out once
+    return told

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,7 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
     keys: dict[str, None] = {}
     n, prev, requests, signed = 0, FIRST, 0, 0
     hashes: dict[int, str] = {}
+    strangers: set[str] = set()
     begun = False
     for where, data in _lines(files):
         if len(wrong) >= MAX_FOUND:
@@ -120,33 +122,36 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
         if line.get("kind") == "checkpoint":
             signed = number + 1
             keys[str(line.get("key"))] = None
-            if not _holds(line, _signed("checkpoint", number, before), trusted):
+            if not _holds(line, _signed("checkpoint", number, before)):
                 wrong.append(f"{where}: the signature of line {number} does not hold")
+            elif why := _stranger(line, trusted, strangers):
+                wrong.append(f"{where}: {why}")
         requests += line.get("kind") == "request"
         n, prev = number + 1, digest
         hashes[number] = digest
     if signed != n:
         wrong.append(f"the last {n - signed} lines are not signed: cut off, or their gateway died")
     if files and len(wrong) < MAX_FOUND:
-        wrong += _check_head(files[-1], hashes, n, trusted)
+        wrong += _check_head(files[-1], hashes, n, trusted, strangers)
     return Findings(n, requests, list(keys), wrong)
 
 
 def find_request(files: Sequence[Path], request_id: str) -> dict[str, Any]:
-    """The newest line of a request. Raises NotFound."""
-    found: dict[str, Any] = {}
+    """The newest line of a request, by its id or that of a client's answer. Raises NotFound."""
+    asked, found = request_id, dict[str, Any]()
+    request_id = re.sub(r"^(chat)?cmpl-", "", request_id)
     for _, data in _lines(files):
         if request_id.encode() in data:
             line = json.loads(data)
-            if line.get("id") == request_id:
+            if line.get("id") in (asked, request_id):
                 found = line
     if not found:
-        raise NotFound(f"request {request_id!r} is not in {', '.join(map(str, files))}")
+        raise NotFound(f"request {asked!r} is not in {', '.join(map(str, files))}")
     return found
 
 
 def _check_head(
-    file: Path, hashes: dict[int, str], lines: int, trusted: Sequence[str]
+    file: Path, hashes: dict[int, str], lines: int, trusted: Sequence[str], strangers: set[str]
 ) -> list[str]:
     path = file.with_name(file.name + ".head")
     try:
@@ -154,8 +159,10 @@ def _check_head(
         told, digest = head["lines"], head["hash"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{path}: cannot be read, so lines may be missing at the end"]
-    if not _holds(head, _signed("head", told, digest), trusted):
+    if not _holds(head, _signed("head", told, digest)):
         return [f"{path}: its signature does not hold"]
+    if why := _stranger(head, trusted, strangers):
+        return [f"{path}: {why}"]
     if told > lines:
         return [f"{file}: has {lines} lines where there were {told}: cut off at the end"]
     if hashes.get(told - 1, digest) != digest:
@@ -163,14 +170,23 @@ def _check_head(
     return []
 
 
-def _holds(line: dict[str, Any], data: bytes, trusted: Sequence[str]) -> bool:
+def _stranger(signed: dict[str, Any], trusted: Sequence[str], known: set[str]) -> str:
+    """Says once of each key that it is none of those that may sign."""
+    key = str(signed.get("key"))
+    if not trusted or key in trusted or key in known:
+        return ""
+    known.add(key)
+    return f"from here on it is signed by {key}, which is none of the keys that may sign it"
+
+
+def _holds(line: dict[str, Any], data: bytes) -> bool:
     try:
         public = str(line["key"])
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
         key.verify(bytes.fromhex(line["signature"]), data)
     except (InvalidSignature, ValueError, KeyError, TypeError):
         return False
-    return not trusted or public in trusted
+    return True
 
 
 def _lines(files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:

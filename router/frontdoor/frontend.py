@@ -251,7 +251,8 @@ class Frontend:
                 tenant=principal.party,
                 priority=principal.priority(priority),
                 # Tenants never share cached prefixes with each other, nor do unlike salts.
-                cache_salt=principal.cache_salt(cache_salt),
+                cache_salt=(salt := principal.cache_salt(cache_salt)),
+                root_hash=self.dispatcher.root_hash(salt),
                 received=arrival.received,
                 received_unix=arrival.received_unix,
                 deadline=arrival.deadline,
@@ -271,16 +272,12 @@ class Frontend:
             )
             self.gate.admit(visit, work)
         try:
-            request = await self._hashed(request)
+            for prompt in request.prompts:
+                request.chains.append(await self._chain(prompt, request.root_hash))
             return request.request_id, self.dispatcher.submit(request)
         except BaseException as error:
             self.gate.refused(visit, error)
             raise
-
-    async def _hashed(self, request: Request) -> Request:
-        root = self.dispatcher.root_hash(request.cache_salt)
-        chains = [await self._chain(prompt, root) for prompt in request.prompts]
-        return replace(request, root_hash=root, chains=chains)
 
     async def _chain(self, prompt: Sequence[int], root: bytes) -> list[bytes]:
         """The hashes of its blocks, computed in slices."""

@@ -72,22 +72,18 @@ class InferenceService:
         turn for each token; for one that does not, deltas merge until it does."""
         try:
             submitted = await self._submit(request, context, streams=True)
-            stream, response, behind = submitted.stream, Responses(submitted), False
-
-            def send(delta: Delta) -> bool:
-                plain = not behind and delta.prompt is None
-                return plain and context.offer(response(delta))
-
+            stream, response = submitted.stream, Responses(submitted)
+            sink = MessageSink(context, response)
             with contextlib.closing(stream):
                 if submitted.reading is None:
-                    stream.pipe(send)
+                    stream.pipe(sink)
                 while batch := await stream.batch():
-                    behind = True
+                    sink.behind = True
                     for delta in batch:
                         for scored in sliced(delta.prompt) if delta.prompt is not None else ():
                             await context.write(response.scored(delta.index, scored))
                         await context.write(response(delta))
-                    behind = False
+                    sink.behind = False
         except CrossdockError as error:
             await abort(context, error)
 
@@ -176,13 +172,41 @@ class Responses:
         if delta.finish_reason or delta.logprobs or self._reading is not None:
             gained = _gained(delta, self._reading)
             return pb.GenerateResponse(request_id=self._request_id, usage=delta.usage, **gained)
+        return self.plain(delta.index, delta.text, delta.token_ids)
+
+    def plain(self, index: int, text: str, token_ids: list[int]) -> pb.GenerateResponse:
+        """What it gets of tokens and their text; likewise. For one whose calls are not read."""
         plain = self._plain
-        plain.index, plain.text, plain.token_ids[:] = delta.index, delta.text, delta.token_ids
+        plain.index, plain.text, plain.token_ids[:] = index, text, token_ids
         return plain
 
     def scored(self, index: int, part: list[pb.TokenLogprobs]) -> pb.GenerateResponse:
         """What it gets of its prompt's log-probabilities."""
         return pb.GenerateResponse(request_id=self._request_id, index=index, prompt_logprobs=part)
+
+
+class MessageSink:
+    """Sends messages where their deltas are pushed, while the client has room for them."""
+
+    __slots__ = ("_offer", "_response", "behind")
+
+    def __init__(self, context: Any, response: Responses) -> None:
+        self._offer, self._response = context.offer, response
+        self.behind = False  # something that comes before is not sent yet
+
+    def delta(self, delta: Delta) -> bool:
+        """See request.Sink."""
+        if self.behind or delta.prompt is not None:
+            return False
+        sent: bool = self._offer(self._response(delta))
+        return sent
+
+    def tokens(self, index: int, text: str, token_ids: list[int]) -> bool:
+        """See request.Sink."""
+        if self.behind:
+            return False
+        sent: bool = self._offer(self._response.plain(index, text, token_ids))
+        return sent
 
 
 async def _prompt(

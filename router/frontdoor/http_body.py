@@ -81,6 +81,11 @@ class Bodies:
 
     async def _whole(self, one: Reading, content: StreamReader, deadline: float) -> list[bytes]:
         loop, parts = asyncio.get_running_loop(), list[bytes]()
+        if content.is_eof() and not content.exception():  # all of it is here, as most are
+            while part := content.read_nowait():
+                parts.append(part)
+                self._take(one, len(part))
+            return parts
         last = min(deadline, loop.time() + WHOLE_S)
         try:
             async with asyncio.timeout(None) as one.timeout:

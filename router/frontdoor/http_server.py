@@ -27,7 +27,7 @@ from crossdock.router.frontdoor.http_body import Bodies, check_media_type
 from crossdock.router.frontdoor.http_cors import Cors
 from crossdock.router.frontdoor.http_errors import ExpectationFailed, Handler, answered
 from crossdock.router.frontdoor.http_routes import add_small_routes
-from crossdock.router.frontdoor.http_stream import HEADERS, first_batch, send_events
+from crossdock.router.frontdoor.http_stream import HEADERS, EventStream, first_batch, send_events
 from crossdock.router.frontdoor.http_tokenize import add_tokenize_routes
 from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.openai_logprobs import MOST_BEFORE
@@ -241,7 +241,7 @@ class HttpServer:
     async def _stream(
         self, request: web.Request, stream: ResponseStream, answer: fmt.Answer
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers=HEADERS)
+        response = EventStream(headers=HEADERS)
         self._add_headers(request, response)
         try:
             batch = await first_batch(request, response, stream, self._settings.keep_alive_s)

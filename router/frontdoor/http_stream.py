@@ -18,6 +18,43 @@ KEEP_ALIVE = b": keep-alive\n\n"  # which clients of event streams skip
 HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
 
+class EventStream(web.StreamResponse):
+    """An answer whose head goes out with its first event."""
+
+    _send_headers_immediately = False
+
+
+class EventSink:
+    """Writes events where their deltas are pushed, as chunks of the body. Not the last one, with
+    which the answer ends."""
+
+    __slots__ = ("_answer", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, answer: fmt.Answer) -> None:
+        self._transport, self._answer = transport, answer
+
+    def delta(self, delta: Delta) -> bool:
+        """See request.Sink."""
+        if delta.finish_reason is not None or delta.prompt is not None or not self._has_room():
+            return False
+        if data := self._answer.event(delta):
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    def tokens(self, index: int, text: str, token_ids: list[int]) -> bool:
+        """See request.Sink."""
+        data = self._answer.text_event(index, text)
+        if data is None or not self._has_room():
+            return False
+        if data:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    def _has_room(self) -> bool:
+        transport = self._transport
+        return not transport.is_closing() and transport.get_write_buffer_size() <= MOST_UNSENT
+
+
 async def first_batch(
     request: web.Request, response: web.StreamResponse, stream: ResponseStream, keep_alive_s: float
 ) -> list[Delta]:
@@ -48,22 +85,16 @@ async def send_events(
     transport = request.transport
     chunked = response.headers.get("Transfer-Encoding") == "chunked"
 
-    def write(delta: Delta) -> bool:
-        if transport is None or transport.is_closing():
-            return False
-        if transport.get_write_buffer_size() > MOST_UNSENT or delta.prompt is not None:
-            return False
-        if data := answer.event(delta):
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True
-
     try:
         while batch:
             await answer.prepare(batch)
-            if data := b"".join([answer.event(delta) for delta in batch]):
+            data = b"".join([answer.event(delta) for delta in batch])
+            if stream.done:  # the last events and the end are one write
+                return await response.write_eof(data + await answer.end())
+            if data:
                 await response.write(data)
-            if chunked:
-                stream.pipe(write)  # only now: the head is on its way
+            if chunked and transport is not None:
+                stream.pipe(EventSink(transport, answer))  # only now: the head is on its way
             batch = await stream.batch()
         await response.write_eof(await answer.end())
     except CrossdockError as error:

@@ -55,11 +55,19 @@ class Answer(ABC):
         """Comes before `event` of any delta that says something of its prompt, and `whole`."""
         await self.prompts.prepare(deltas)
 
+    def text_event(self, index: int, text: str) -> bytes | None:
+        """The event of nothing but text, of an index that has begun; None where it is told
+        otherwise."""
+        lead = self._leads.get(index)
+        if lead is None:
+            return None
+        return b"%b%b%b" % (lead, _encode(text), self.tail) if text else b""
+
     def event(self, delta: Delta) -> bytes:
         """Its server-sent event; empty where the delta holds nothing to show yet."""
-        if delta.index in self._leads and delta.finish_reason is None:
-            text = delta.text  # nothing but text, of an index that has begun
-            return self._leads[delta.index] + _encode(text) + self.tail if text else b""
+        told = None if delta.finish_reason else self.text_event(delta.index, delta.text)
+        if told is not None:
+            return told
         first = delta.index not in self._begun
         self._take(delta, first)
         shown = delta.text or delta.finish_reason or (self.logprobs and delta.logprobs)

@@ -45,6 +45,11 @@ class Amounts:
     gpu_seconds: float = 0.0
     cost: float = 0.0
 
+    def plain(self) -> dict[str, int | float]:
+        """By name; the database has all of them as REAL, and what is counted is whole."""
+        counts = {about.name for about in fields(self) if about.type in ("int", int)}
+        return {name: int(value) if name in counts else value for name, value in vars(self).items()}
+
     def __iadd__(self, other: Amounts) -> Amounts:
         for about in fields(self):
             total = getattr(self, about.name) + getattr(other, about.name)

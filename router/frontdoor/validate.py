@@ -115,6 +115,8 @@ def check_prompts(field: str, count: int) -> None:
 
 def _first_outside(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> int | None:
     """The first id that is none of the vocabulary's."""
+    if isinstance(token_ids, list) and 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        return None
     try:
         ids = np.asarray(token_ids, dtype=np.int64)
     except OverflowError:

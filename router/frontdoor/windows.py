@@ -39,11 +39,13 @@ class Window:
         than was forgotten meanwhile counts from now on."""
         self.used(now)
         number = at // SLOT_S
-        for slot in self._slots:
+        for slot in reversed(self._slots):  # most are corrected soon
             if slot[0] == number:
                 slot[1] += amount
                 self._sum += amount
                 return
+            if slot[0] < number:
+                break
         if amount > 0:
             self.add(now, amount)
 

@@ -26,10 +26,12 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, capsys: Any) -> None:
     assert found.shared_cache and found.expires
     limits = found.limits
     assert (limits.requests_per_minute, limits.budget, limits.budget_per) == (60, 5.5, "day")
-    assert run(capsys, "keys", "new", "--tenant", "other", "--file", file)[0] == 0
+    assert "may read" not in run(capsys, "keys", "list", "--file", file)[1]
+    more = ["--tenant", "other", "--metrics", "--file", file]
+    assert run(capsys, "keys", "new", *more)[0] == 0
     code, shown, _ = run(capsys, "keys", "list", "--file", file)
     assert code == 0
-    assert "acme" in shown and "requests_per_minute 60" in shown
+    assert "may read" in shown and "acme" in shown and "requests_per_minute 60" in shown
     assert key.split("-")[2] not in shown
     assert run(capsys, "keys", "revoke", found.key_id, "--file", file)[0] == 0
     assert [each.tenant for each in list_keys(Path(file))] == ["other"]

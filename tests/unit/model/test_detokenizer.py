@@ -35,6 +35,9 @@ class Letters:
 
     strips_first_space = False
 
+    def __init__(self) -> None:
+        self.ascii: dict[int, str] = {}
+
     @property
     def pieces(self) -> Letters:
         return self
@@ -97,6 +100,11 @@ def test_deltas_join_to_the_whole_text(ids, cuts):
     whole = b"".join(Letters().of(id_, True) for id_ in ids).decode("utf-8", "replace")
     text, stopped, count = run(IncrementalDetokenizer(Letters()), grouped(ids, cuts))
     assert (text, stopped, count) == (whole, None, len(ids))
+    model = Letters()
+    for _ in range(2):  # the second time what is ASCII is known
+        steady = IncrementalDetokenizer(model)
+        told = [steady.text_of(part) for part in grouped(ids, cuts)]
+        assert "".join(told) + steady.finish() == whole
 
 
 @examples(800)

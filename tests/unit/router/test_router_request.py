@@ -68,16 +68,16 @@ def test_closing_matters_until_the_end() -> None:
 
 def test_admission_counts_sequences_of_all_and_of_each_tenant() -> None:
     admission = Admission(Limits(max_active=5, max_active_per_tenant=3, max_request_share=1))
-    admission.admit("a", 3, 1.0)
+    admission.admit("a", 3, lambda: 1.0)
     with pytest.raises(Overloaded, match="max_active_per_tenant = 3") as refused:
-        admission.admit("a", 1, 7.0)
+        admission.admit("a", 1, lambda: 7.0)
     assert refused.value.retry_after_s == 7.0
-    admission.admit("b", 2, 1.0)
+    admission.admit("b", 2, lambda: 1.0)
     with pytest.raises(Overloaded, match="max_active = 5"):
-        admission.admit("c", 1, 1.0)
+        admission.admit("c", 1, lambda: 1.0)
     assert admission.active == 5, "refusals count nothing"
     admission.release("a", 3)
-    admission.admit("a", 3, 1.0)
+    admission.admit("a", 3, lambda: 1.0)
     admission.release("a", 3)
     admission.release("b", 2)
     assert admission.active == 0
@@ -89,12 +89,12 @@ def test_what_is_never_admitted_is_not_to_be_tried_again(of_all: int, of_each: i
     admission = Admission(
         Limits(max_active=of_all, max_active_per_tenant=of_each, max_request_share=1)
     )
-    admission.admit("a", 2, 1.0)
+    admission.admit("a", 2, lambda: 1.0)
     with pytest.raises(InvalidRequest, match=r"^n: '4 sequences \(prompts × n\)' .* at most 3"):
-        admission.admit("a", 4, 1.0)
+        admission.admit("a", 4, lambda: 1.0)
     assert admission.active == 2
     with pytest.raises(Overloaded):
-        admission.admit("a", 3, 1.0)
+        admission.admit("a", 3, lambda: 1.0)
 
 
 @pytest.mark.parametrize("field", ["max_active", "max_active_per_tenant", "worker_wait_s"])
@@ -110,7 +110,7 @@ def test_only_a_measured_prediction_refuses() -> None:
     from crossdock.proto.types import SamplingParams
 
     request = Request("r", [[1]], SamplingParams(), 0.0, 0.0, deadline=10.0)
-    check_deadline(request, placed(99.0, False), now=1.0, retry_s=1.0)
-    check_deadline(request, placed(9.0, True), now=1.0, retry_s=1.0)
+    check_deadline(request, placed(99.0, False), now=1.0, retry_after_s=lambda: 1.0)
+    check_deadline(request, placed(9.0, True), now=1.0, retry_after_s=lambda: 1.0)
     with pytest.raises(Overloaded, match=r"predicted in 9\.10 s, after the deadline in 9\.0 s"):
-        check_deadline(request, placed(9.1, True), now=1.0, retry_s=1.0)
+        check_deadline(request, placed(9.1, True), now=1.0, retry_after_s=lambda: 1.0)

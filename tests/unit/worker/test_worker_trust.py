@@ -273,3 +273,24 @@ async def test_a_gateway_speaks_to_the_incarnation_it_was_told_of_alone(tiny_mod
         assert len(worker.hellos) == heard
         await rig.members()
         assert len(worker.hellos) == heard + 1
+
+
+async def test_one_that_drains_hands_what_gateways_keep_to_another(
+    worker: WorkerServer, tiny_model: Path
+) -> None:
+    other = prefill_worker.create(
+        config("q", Role.PREFILL, tiny_model), credentials("prefill", "q")
+    )
+    await other.start()
+    try:
+        bounds = {"ttl_ms": 10**6, "most_tenant_bytes": 10**6, "most_bytes": 10**6}
+        about = {"tenant": "a", "id": "1"} | bounds
+        assert worker.kept.store(pb.StoreStateRequest(data=b"x", **about)).stored  # type: ignore[arg-type]
+        worker.kept.drop(pb.DropStateRequest(**about | {"id": "2"}))  # type: ignore[arg-type]
+        for each in (worker, other):
+            await each.update_peers([worker.endpoint, other.endpoint])
+        assert await worker.drain(20)
+        assert other.kept.states.fetch("a", "1") == b"x" and other.kept.states.dropped("a", "2")
+        assert not worker.kept.store(pb.StoreStateRequest(data=b"x", **about)).stored  # type: ignore[arg-type]
+    finally:
+        await other.stop()
