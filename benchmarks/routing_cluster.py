@@ -20,8 +20,10 @@ from crossdock.prefill.scheduler import PrefillScheduler
 from crossdock.proto.errors import Overloaded
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.router.dispatch.admission import check_deadline
-from crossdock.router.placement.policy import Demand, Placement, least_latency
-from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts
+from crossdock.router.placement.demand import Demand, Placement
+from crossdock.router.placement.policy import least_latency
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import LoadReport, WorkerFacts
 from crossdock.worker import loop, rates
 
 BLOCK = 16

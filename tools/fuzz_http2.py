@@ -2,8 +2,9 @@
 
 python tools/fuzz_http2.py 127.0.0.1:50051 --cases 10000 --seed 1
 
-A case is a connection that says some frames in a row, well-formed calls among them. It is over
-when the server has ended it, or has answered a last ping: it hangs where it does neither.
+A case is a connection that says some frames in a row, well-formed calls among them; some clients
+are wilder than others. It is over when the server has ended it, or has answered a last ping: it
+hangs where it does neither, and is wrong too where the server calls its end an internal error.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ AT_ONCE = 16
 HANG_S = 60.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LAST = b"the last"  # of a case, and comes back
+INTERNAL = b"internal error"  # in GOAWAY
+WILD = (0.0, 0.0, 0.02, 0.1, 0.5)
 ACKED = b"\0\0\x08\x06\x01\0\0\0\0" + LAST
 PATHS = ("/grpc.health.v1.Health/Check", "/crossdock.v1.Inference/ListModels", "/", "/a/b", "")
 FIELDS = (
@@ -41,23 +44,33 @@ class Client:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
+        self._wild = rng.choice(WILD)
         self._encoder = hpack.Encoder()
         self._next = 1
 
     def some(self) -> bytes:
         """A frame, or a few that belong together."""
         rng = self._rng
-        makers = (self._call, self._call, self._head, self._data, self._small, self._any)
+        if self._is_wild():
+            return self._any()
+        if self._next == 1:
+            return self._call()
+        makers = (self._call, self._call, self._head, self._data, self._data, self._small)
         made = rng.choice(makers)()
-        if rng.random() < 0.1 and made:
+        if self._is_wild():
             changed = bytearray(made)
             changed[rng.randrange(len(made))] = rng.randrange(256)
             made = bytes(changed)
         return made
 
+    def _is_wild(self) -> bool:
+        return self._rng.random() < self._wild
+
     def _stream(self) -> int:
-        """A stream of the past, or of the future."""
-        return self._rng.choice((0, 1, 2, max(1, self._next - 2), self._next, 2**31 - 1))
+        """A stream of the past, or, said by a wild client, any."""
+        if self._is_wild() or self._next == 1:
+            return self._rng.choice((0, 1, 2, self._next, 2**31 - 1))
+        return self._rng.randrange(max(1, self._next - 8), self._next, 2) | 1
 
     def _fields(self) -> bytes:
         rng = self._rng
@@ -75,14 +88,14 @@ class Client:
         rng, block = self._rng, self._fields()
         stream_id, self._next = self._next, self._next + 2
         flags = rng.choice((4, 4, 4, 5, 0, 1))
-        if rng.random() < 0.2:
+        if flags & 4 and rng.random() < 0.2:
             flags |= 0x28
             block = bytes((2,)) + rng.randbytes(5) + block + bytes(2)
         if flags & 4:
             return frame(1, flags, stream_id, block)
         at = rng.randrange(len(block) + 1)
         parts = frame(1, flags, stream_id, block[:at])
-        return parts + frame(9, rng.choice((4, 4, 4, 0)), stream_id, block[at:])
+        return parts + frame(9, 0 if self._is_wild() else 4, stream_id, block[at:])
 
     def _call(self) -> bytes:
         stream_id, self._next = self._next, self._next + 2
@@ -92,7 +105,11 @@ class Client:
         rng = self._rng
         size = rng.choice((0, 1, 5, 5, 100, 16_384))
         payload = rng.choice((bytes(size), rng.randbytes(size), b"\0\0\0\0\7" + bytes(size)))
-        return frame(0, rng.choice((0, 0, 1, 8, 9)), self._stream(), payload[:16_384])
+        if rng.random() < 0.3:
+            padding = rng.choice((0, 1, 255)) if not self._is_wild() else len(payload)
+            padded = bytes((padding & 0xFF,)) + payload[:16_000] + bytes(padding & 0xFF)
+            return frame(0, rng.choice((8, 9)), self._stream(), padded)
+        return frame(0, rng.choice((0, 0, 1)), self._stream(), payload[:16_384])
 
     def _small(self) -> bytes:
         """SETTINGS, WINDOW_UPDATE, PING, RST_STREAM, PRIORITY, GOAWAY."""
@@ -101,14 +118,14 @@ class Client:
             struct.pack(">I", self._rng.choice((0, 1, 9, 2**31 - 1, 2**32 - 1))),
         )
         settings = b"".join(
-            struct.pack(">H", rng.randrange(8)) + struct.pack(">I", rng.choice((0, 1, 100, 65535)))
+            struct.pack(">HI", rng.choice((1, 3, 4, 4, 9)), rng.choice((0, 1, 100, 65535)))
             for _ in range(rng.randrange(3))
         )
         return rng.choice(
             (
-                frame(4, rng.choice((0, 0, 1)), 0, settings),
+                frame(4, 1 if self._is_wild() else 0, 0, settings),
                 frame(8, 0, self._stream(), number),
-                frame(6, rng.choice((0, 1)), 0, rng.randbytes(8)),
+                frame(6, 0 if self._is_wild() else 1, 0, rng.randbytes(8)),
                 frame(3, 0, self._stream(), number),
                 frame(2, 0, self._stream(), rng.randbytes(5)),
                 frame(7, 0, 0, rng.randbytes(8)),
@@ -145,6 +162,8 @@ async def one(host: str, port: int, seed: int) -> str:
                 if not given:
                     return "ended by the server"
                 heard = heard[-len(ACKED) :] + given
+                if INTERNAL in heard:
+                    return "internal error"
             return "answered"
     except ConnectionError:
         return "ended by the server"
@@ -155,7 +174,7 @@ async def one(host: str, port: int, seed: int) -> str:
 
 
 async def run(address: str, cases: int, seed: int) -> tuple[Counter[str], list[int]]:
-    """How the cases ended, and the seeds of those that hang."""
+    """How the cases ended, and the seeds of those that are wrong."""
     host, _, port = address.rpartition(":")
     found: Counter[str] = Counter()
     wrong: list[int] = []
@@ -165,7 +184,7 @@ async def run(address: str, cases: int, seed: int) -> tuple[Counter[str], list[i
         for each in seeds:
             how = await one(host, int(port), each)
             found[how] += 1
-            if how == "hang":
+            if how in ("hang", "internal error"):
                 wrong.append(each)
 
     await asyncio.gather(*(some() for _ in range(AT_ONCE)))

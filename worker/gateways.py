@@ -34,6 +34,7 @@ class Gateways:
     clock: Callable[[], float] = time.time
     _streams: dict[str, GatewayStream] = field(default_factory=dict)
     _ids: Iterator[int] = field(default_factory=count)
+    _next_event: int = 0  # number of the block event after those that were spread
 
     def open(self, gateway: str, wake: Callable[[], None]) -> GatewayStream:
         """A gateway has connected: its stream begins with a snapshot, and then misses nothing."""
@@ -73,7 +74,12 @@ class Gateways:
 
     def publish(self, turn: Turn) -> None:
         """Spreads what one engine turn made over the streams."""
-        events = block_events(turn.first_event, turn.events) if turn.events else None
+        events = None
+        if turn.events:
+            events = block_events(turn.first_event, turn.events)
+            self._next_event = turn.first_event + len(turn.events)
+        elif not turn:  # a heartbeat, by which a gateway that lost the last events notices it
+            events = block_events(self._next_event, [])
         for owner, stream in self._streams.items():
             outputs = turn.outputs.get(owner, [])
             if stream.has_snapshot and (outputs or events or turn.load):

@@ -242,14 +242,16 @@ class Front:
         see: Callable[[str], None],
         resident: Callable[[str], Worker | None],
         tight: bool,
+        scoring: bool,
     ) -> None:
-        """`tight`: few requests, and many of them as long as a request can be."""
+        """`tight`: few requests, and many of them as long as a request can be. `scoring`: some ask
+        for the scores of their prompts, and some for nothing else."""
         self.rng, self.clock, self.see, self.resident = rng, clock, see, resident
         self.lives = count()
         self.members: list[WorkerEndpoint] = []
         self.version = 0  # of the membership
         self.calm = False
-        self.tight = tight
+        self.tight, self.scoring = tight, scoring
         self.touched: dict[Gateway, None] = {}  # since the last check
         self.broken = ""  # what was found where an exception would be caught
         self.streams: list[Stream] = []
@@ -306,8 +308,8 @@ class Front:
         prompt = shared + [rng.randrange(3, 900) for _ in range(rng.randrange(1, longest))]
         tokens = LONGEST - len(prompt) if rng.random() < long else rng.choice([1, 2, 4, 6, 8, 16])
         stop = ("1.",) if rng.random() < 0.1 else ()
-        top = rng.choice([0, 2]) if rng.random() < 0.2 else None
-        if rng.random() < (0.05 if top is None else 0.4):
+        top = rng.choice([0, 2, None, None]) if self.scoring else None
+        if self.scoring and rng.random() < 0.2:
             tokens = 0  # the prompt is all that is asked about
         sampling = SamplingParams(
             1.0, max_tokens=tokens, stop=stop, seed=rng.randrange(100), prompt_logprobs=top

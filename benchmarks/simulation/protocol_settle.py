@@ -53,7 +53,7 @@ def check_gateway(sim: Simulation, gateway: Gateway) -> None:
             continue  # it retires with the worker's next frame
         found = gateway.view.workers[wire.link.name]
         pool = sim.front.resident(wire.link.endpoint.address).role.state.pool
-        told = gateway.view.index._held.get(found.slot, set())
+        told = gateway.view.index.held(found.slot)
         assert told == {name for _, name in pool.snapshot()[1]}, "the prefix index is wrong"
 
 

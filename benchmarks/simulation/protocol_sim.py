@@ -87,7 +87,8 @@ class Simulation:
         self.seats = [Seat(f"{role}{i}", role) for i, role in enumerate(roles)]
         for seat in self.seats:
             seat.worker = self._worker(seat.role, seat.name)
-        self.front = Front(self.rng, self.clock, self._see, self._resident, self.tight)
+        scoring = seed % 4 == 2
+        self.front = Front(self.rng, self.clock, self._see, self._resident, self.tight, scoring)
         self._members()
         self.actions = {
             self._sweep: 0 if self.fine else 80,

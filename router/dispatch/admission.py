@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from crossdock.proto.errors import InvalidRequest, Overloaded
 from crossdock.proto.settings import check_settings, setting
 from crossdock.router.dispatch.request import Request
-from crossdock.router.placement.policy import Placement
+from crossdock.router.placement.demand import Placement
 from crossdock.router.placement.view import ClusterView
 
 LONGEST_RETRY_S = 60.0
@@ -107,7 +107,7 @@ def check_deadline(
 def retry_after_s(view: ClusterView) -> float:
     """When a place is likely to be free: the shortest queue over how fast it goes."""
     waits = [
-        view.prefill_s(worker, worker.queued_tokens)
+        worker.prefill_s(worker.queued_tokens)
         for worker in view.workers.values()
         if worker.queued_tokens
     ]

@@ -41,9 +41,11 @@ from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
 from crossdock.router.dispatch.waiting import Step, Waiting
-from crossdock.router.placement.policy import Demand, NoWorker, Policy
+from crossdock.router.placement.demand import Demand, NoWorker
+from crossdock.router.placement.policy import Policy
 from crossdock.router.placement.room import has_place, has_room, takes_more
-from crossdock.router.placement.view import ClusterView, WorkerView
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import WorkerView
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +275,7 @@ class Dispatcher:
 
     def on_load(self, worker: WorkerView) -> None:
         """A worker said how it stands: it may take another sequence."""
-        if self._turns and takes_more(self.view, worker, self._clock()):
+        if self._turns and takes_more(worker, self._clock()):
             self._turns.pump()
 
     def _guarded(self, sequence: SequenceState, step: Step) -> None:

@@ -20,7 +20,8 @@ from crossdock.proto.convert import ROLE_FROM_PB
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.ports import Timer, Timers
-from crossdock.router.placement.view import ClusterView, WorkerFacts, WorkerView
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import WorkerFacts, WorkerView
 
 if TYPE_CHECKING:
     from crossdock.router.dispatch.dispatcher import Dispatcher

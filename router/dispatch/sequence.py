@@ -20,7 +20,7 @@ from crossdock.router.dispatch.links import WorkerLink
 from crossdock.router.dispatch.ports import Timer
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.dispatch.scored import ScoredPrompt
-from crossdock.router.placement.policy import UNPLACED, Demand, Placement
+from crossdock.router.placement.demand import UNPLACED, Demand, Placement
 
 
 class Phase(enum.Enum):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from crossdock.proto.errors import Unavailable
 from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.sequence import SequenceState
-from crossdock.router.placement.policy import NoWorker
+from crossdock.router.placement.demand import NoWorker
 
 Step = Callable[[SequenceState], None]
 

@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-import heapq
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
 
-from crossdock.proto.errors import Unavailable
 from crossdock.proto.types import Role
-from crossdock.router.placement.view import ClusterView, WorkerView
+from crossdock.router.placement.candidates import Candidates, Computes, Decodes
+from crossdock.router.placement.demand import Demand, NoWorker, Placement
+from crossdock.router.placement.few import FewWorkers
+from crossdock.router.placement.many import ManyWorkers
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import WorkerView
 
 TIE_RELATIVE = 0.05
 TIE_ABSOLUTE_S = 0.0005
-STREAM_TOKENS = 100  # over so many a decode worker's TPOT is weighed against seconds before them
 BACK_OFF_S = 1e6  # a pair whose pulls fail comes after all others
-# How many of each side are weighed as pairs, since each pair has a link of its own.
-PREFILL_CANDIDATES = 32
-DECODE_CANDIDATES = 8
+MANY = 48  # workers, from which on arrays of all are quicker than a look at each
 
-
-class NoWorker(Unavailable):
-    """No worker of a role that the request needs is connected and taking work."""
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a sequence asks of the cluster."""
-
-    num_tokens: int  # whose KV it needs: the prompt, and after a restart what was generated
-    block_hashes: Sequence[bytes]
-    block_size: int
-    most_tokens: int = 0  # that it may grow to, prompt and completion; 0: one more than it has
-    avoid: frozenset[str] = frozenset()  # workers that just failed it; used only if nobody else is
-    local_tokens: int = 0  # that a decode worker which has all before them may compute itself
-
-    @property
-    def held(self) -> dict[Role, int]:
-        """Tokens that a worker of each role must be able to hold: to the end, or to token 0."""
-        most = max(self.most_tokens, self.num_tokens + 1)
-        first = min(most, self.num_tokens + 2)  # full with token 0, it would end the stream there
-        return {Role.PREFILL: first, Role.DECODE: most, Role.COLOCATED: most}
-
-    @property
-    def blocks(self) -> int:
-        """Blocks it holds once the next token is written."""
-        return (self.num_tokens + self.block_size) // self.block_size
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The workers of one sequence; `prefill` is None where the decode worker does both phases."""
-
-    prefill: str | None
-    decode: str
-    cached_blocks: int  # on the worker that computes the prompt, as far as the view knows
-    uncached_tokens: int
-    predicted_ttft_s: float
-    measured: bool  # the prediction rests on what its worker measured lately of such prompts
-
-
-UNPLACED = Placement("", "", 0, 0, 0.0, measured=False)
-
-T = TypeVar("T")
 Policy = Callable[[ClusterView, Demand, float, random.Random, int], Placement]
+Pull = tuple[float, float, str]  # as of Decodes, with the worker's name
+Way = tuple[float, Computes, WorkerView | None]  # seconds; None: it goes on where it is computed
 
 
 def least_latency(
@@ -81,27 +38,35 @@ def least_latency(
     prefill worker, as it has of a chat that it answered, may go on by itself. Raises NoWorker.
     """
     choice = _Choice(view, demand, now, rng)
-    best = choice.local() if choice.pairs else []
-    best += [choice.disaggregated()] if choice.pairs else []
-    best += [choice.colocated()] if choice.usable[Role.COLOCATED] else []
-    if not best:
-        raise NoWorker(choice.missing(Role.PREFILL, Role.DECODE))
-    return min(best, key=lambda option: option[0])[1]
+    ways = [*choice.local(), choice.disaggregated()] if choice.pairs else []
+    ways += [choice.colocated()] if choice.among.any_of(Role.COLOCATED) else []
+    if not ways:
+        missed = [r for r in (Role.PREFILL, Role.DECODE) if not choice.among.any_of(r)]
+        raise NoWorker(_missing(view, demand, missed))
+    _, (_, ttft_s, worker), decode = min(ways, key=_SECONDS)
+    return _placement(demand, now, worker, choice.among.depth(worker), ttft_s, decode)
 
 
 def round_robin(
     view: ClusterView, demand: Demand, now: float, rng: random.Random, turn: int = 0
 ) -> Placement:
     """The baseline: each role in turn, blind to load and cache. Raises NoWorker."""
-    choice = _Choice(view, demand, now, rng)
-    prefills, _, colocated = choice.usable.values()
-    if colocated and (not choice.pairs or turn % 2):
-        return choice.placement(colocated[turn % len(colocated)])
-    if not choice.pairs:
-        raise NoWorker(choice.missing(Role.PREFILL, Role.DECODE))
-    prefill = prefills[turn % len(prefills)]
-    decodes = choice.linked([prefill.name])
-    return choice.placement(prefill, decodes[turn % len(decodes)])
+    usable = {r: view.usable(r, now, demand.avoid, held) for r, held in demand.held.items()}
+    prefills, decodes, colocated = usable.values()
+    decode = None
+    if colocated and (turn % 2 or not prefills or not decodes):
+        worker = colocated[turn % len(colocated)]
+    elif prefills and decodes:
+        worker = prefills[turn % len(prefills)]
+        cut_off = view.pairs.cut_off([worker.name], now)
+        decodes = [each for each in decodes if each.name not in cut_off] or decodes
+        decode = decodes[turn % len(decodes)]
+    else:
+        missed = [role for role in (Role.PREFILL, Role.DECODE) if not usable[role]]
+        raise NoWorker(_missing(view, demand, missed))
+    depth = view.index.depths(demand.block_hashes).get(worker.slot, 0)
+    ttft_s = worker.ttft_s(worker.queued_tokens + demand.uncached(depth))
+    return _placement(demand, now, worker, depth, ttft_s, decode)
 
 
 POLICIES: dict[str, Policy] = {"least_latency": least_latency, "round_robin": round_robin}
@@ -112,159 +77,118 @@ def decode_for(
 ) -> str:
     """Another decode worker for a sequence whose prompt is computed already. Raises NoWorker."""
     choice = _Choice(view, demand, now, rng)
-    if not choice.usable[Role.DECODE]:
-        raise NoWorker(choice.missing(Role.DECODE))
-    return choice.best_of_two(choice.after_token_0(prefill, choice.streams([prefill])))[1].name
+    if not choice.among.any_of(Role.DECODE):
+        raise NoWorker(_missing(view, demand, [Role.DECODE]))
+    decodes = choice.among.decodes(view.pairs.cut_off([prefill], now))
+    after = choice.after_token_0(prefill, _pulls(decodes))
+    return decodes[choice.best_of_two(after)][2].name
 
 
 class _Choice:
-    """One decision: who may get the sequence, and what it costs there, in seconds."""
+    """One decision, in seconds."""
 
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
-        self.view, self.demand, self.now, self.rng = view, demand, now, rng
-        self.depths = view.index.depths(demand.block_hashes)
-        self.usable = {
-            role: view.usable(role, now, demand.avoid, tokens)
-            for role, tokens in demand.held.items()
-        }
+        self._pairs, self._now, self._rng = view.pairs, now, rng
+        kind = ManyWorkers if len(view.workers) >= MANY else FewWorkers
+        self.among: Candidates = kind(view, demand, now, rng)
 
     @property
     def pairs(self) -> bool:
-        return bool(self.usable[Role.PREFILL] and self.usable[Role.DECODE])
+        return self.among.any_of(Role.PREFILL) and self.among.any_of(Role.DECODE)
 
-    def missing(self, *roles: Role) -> str:
-        """Names the roles that nobody fills, or nobody who can hold the sequence."""
-        missed = [role for role in roles if not self.usable[role]]
-        small = any(worker.role in missed for worker in self.view.workers.values())
-        held = f" that holds {self.demand.held[missed[-1]]} tokens" if small else ""
-        return f"no {' and no '.join(missed)} worker{held} is ready"
-
-    def disaggregated(self) -> tuple[float, Placement]:
+    def disaggregated(self) -> Way:
         """Seconds until token 1 and lost after it, and where."""
-        workers = self.with_room(self.usable[Role.PREFILL])
-        firsts = self.nearest([(self.ttft_s(w), w) for w in workers], PREFILL_CANDIDATES)
-        streams = self.streams([worker.name for _, worker in firsts])
-        after = {worker: self.after_token_0(worker.name, streams) for _, worker in firsts}
-        costs = [(ttft_s + min(s for s, _ in after[worker]), worker) for ttft_s, worker in firsts]
-        prefill = self.best_of_two(costs)[1]
-        after_s, decode = self.best_of_two(after[prefill])
-        return self.ttft_s(prefill) + after_s, self.placement(prefill, decode)
+        prefills = sorted(self.among.prefills(), key=_SECONDS)
+        cut_off: Collection[str] = ()
+        if self._pairs.any_backs_off:
+            names = [worker.name for _, _, worker in prefills]
+            cut_off = self._pairs.cut_off(names, self._now)
+        decodes = self.among.decodes(cut_off)
+        pulls = _pulls(decodes)
+        least_s = min(excess_s + nbytes * self._pairs.least for excess_s, nbytes, _ in pulls)
+        costs: list[float] = []
+        limit = float("inf")
+        for ttft_s, _, worker in prefills:
+            if ttft_s + least_s > limit:
+                break  # nor is one of those after it among the best
+            cost_s = ttft_s + min(self.after_token_0(worker.facts.name, pulls))
+            costs.append(cost_s)
+            limit = min(limit, _tie(cost_s))
+        prefill = prefills[self.best_of_two(costs)]
+        after = self.after_token_0(prefill[2].name, pulls)
+        best = self.best_of_two(after)
+        return prefill[0] + after[best], prefill, decodes[best][2]
 
-    def colocated(self) -> tuple[float, Placement]:
+    def colocated(self) -> Way:
         """The same where one worker does both phases."""
-        streams = [(self.stream_s(w), w) for w in self.with_room(self.usable[Role.COLOCATED])]
-        least_s = min(seconds for seconds, _ in streams)
-        costs = [(self.ttft_s(worker) + seconds - least_s, worker) for seconds, worker in streams]
-        cost, worker = self.best_of_two(costs)
-        return cost, self.placement(worker)
+        return self._alone(self.among.colocated())
 
-    def local(self) -> list[tuple[float, Placement]]:
-        """The same for the decode worker that has the most of it, where it may compute the rest: a
-        few tokens, those that wait there already included, so that no stream waits for long. That
-        is presumed to take as long as on the fastest prefill worker."""
-        demand, prefills = self.demand, self.usable[Role.PREFILL]
-        if not self.depths or not demand.local_tokens:
-            return []
-        held = max(self.depths.get(worker.slot, 0) for worker in prefills)
-        able = [
-            worker
-            for worker in self.usable[Role.DECODE]
-            if self.depths.get(worker.slot, 0) > held
-            and worker.queued_tokens + self.uncached(worker) <= demand.local_tokens
-            and demand.blocks - self.depths[worker.slot] <= worker.available_blocks
-        ]
-        if not able:
-            return []
-        least_s = min(self.stream_s(worker) for worker in self.usable[Role.DECODE])
-        options = []
-        for worker in able:
-            tokens = worker.queued_tokens + self.uncached(worker)
-            ttft_s = min(self.view.prefill_s(prefill, tokens) for prefill in prefills)
-            if worker.sequences:  # whose step goes before
-                ttft_s += self.view.step_s(worker, worker.sequences)
-            placement = replace(self.placement(worker), predicted_ttft_s=ttft_s)
-            options.append((ttft_s + self.stream_s(worker) - least_s, placement))
-        return [self.best_of_two(options)]
+    def local(self) -> list[Way]:
+        """The same for a decode worker that has the most of it and may compute the rest."""
+        able = self.among.local()
+        return [self._alone(able)] if able else []
 
-    def uncached(self, worker: WorkerView) -> int:
-        """The last prompt token is always computed: its logits are what token 0 is drawn from."""
-        cached = self.depths.get(worker.slot, 0)
-        return max(1, self.demand.num_tokens - cached * self.demand.block_size)
+    def after_token_0(self, prefill: str, pulls: Sequence[Pull]) -> list[float]:
+        """Seconds that each decode worker costs with the pull."""
+        pairs, presumed = self._pairs, self._pairs.presumed
+        of = pairs.seconds_per_byte(prefill).get
+        costs = [excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in pulls]
+        if pairs.any_backs_off:
+            for i, (_, _, name) in enumerate(pulls):
+                if pairs.backs_off(prefill, name, self._now):
+                    costs[i] += BACK_OFF_S
+        return costs
 
-    def ttft_s(self, worker: WorkerView) -> float:
-        seconds = self.view.prefill_s(worker, worker.queued_tokens + self.uncached(worker))
-        if worker.role is Role.COLOCATED:  # a step of the running batch goes before each chunk
-            seconds += self.view.step_s(worker, worker.sequences)
-        return seconds
+    def best_of_two(self, costs: Sequence[float]) -> int:
+        """Which is the better of two at random of those within a tie of the least."""
+        limit = _tie(min(costs))
+        tied = [i for i, cost in enumerate(costs) if cost <= limit]
+        if len(tied) == 1:
+            return tied[0]
+        one = tied.pop(int(self._rng.random() * len(tied)))
+        other = tied[int(self._rng.random() * len(tied))]
+        return other if costs[other] < costs[one] else one
 
-    def placement(self, worker: WorkerView, decode: WorkerView | None = None) -> Placement:
-        """`worker` computes the prompt; `decode`: None where it goes on to the end."""
-        uncached = self.uncached(worker)
-        return Placement(
-            prefill=worker.name if decode else None,
-            decode=(decode or worker).name,
-            cached_blocks=self.depths.get(worker.slot, 0),
-            uncached_tokens=uncached,
-            predicted_ttft_s=self.ttft_s(worker),
-            measured=worker.knows_prefill(worker.queued_tokens + uncached, self.now),
-        )
+    def _alone(self, options: Sequence[Computes]) -> Way:
+        best = options[self.best_of_two([cost_s for cost_s, _, _ in options])]
+        return best[0], best, None
 
-    def linked(self, prefills: Sequence[str]) -> list[WorkerView]:
-        """The decode workers that back off from not all of `prefills`; all, where none is one."""
-        decodes, view = self.usable[Role.DECODE], self.view
-        if not view.any_backs_off:
-            return decodes
-        return [
-            d for d in decodes if not all(view.backs_off(p, d.name, self.now) for p in prefills)
-        ] or decodes
 
-    def streams(self, prefills: Sequence[str]) -> list[tuple[float, WorkerView]]:
-        """The few decode workers with the least to spend: seconds of the stream, more than on the
-        best of them, and of a pull from nobody in particular. With the former."""
-        streams = [(self.stream_s(w), w) for w in self.with_room(self.linked(prefills))]
-        least_s = min(seconds for seconds, _ in streams)
-        options = [(s + self.transfer_s("", w), (s - least_s, w)) for s, w in streams]
-        return [stream for _, stream in self.nearest(options, DECODE_CANDIDATES)]
+_SECONDS = itemgetter(0)
 
-    def stream_s(self, worker: WorkerView) -> float:
-        """Predicted seconds of STREAM_TOKENS steps after joining, and until there is a place in the
-        batch: each of its streams leaves one after as many steps."""
-        joined = worker.sequences + 1
-        most = worker.facts.max_batch or joined
-        waited = max(0, joined - most) / most
-        return STREAM_TOKENS * self.view.step_s(worker, min(joined, most)) * (1 + waited)
 
-    def after_token_0(
-        self, prefill: str, streams: Sequence[tuple[float, WorkerView]]
-    ) -> list[tuple[float, WorkerView]]:
-        """Seconds that each of `streams` costs with the pull."""
-        return [(excess_s + self.transfer_s(prefill, w), w) for excess_s, w in streams]
+def _pulls(decodes: Sequence[Decodes]) -> list[Pull]:
+    return [(excess_s, nbytes, worker.facts.name) for excess_s, nbytes, worker in decodes]
 
-    def transfer_s(self, prefill: str, decode: WorkerView) -> float:
-        held = self.depths.get(decode.slot, 0)
-        blocks = -(-self.demand.num_tokens // self.demand.block_size) - held
-        nbytes = max(0, blocks) * decode.facts.block_bytes
-        backs_off = self.view.backs_off(prefill, decode.name, self.now)
-        return nbytes / self.view.bandwidth(prefill, decode.name) + BACK_OFF_S * backs_off
 
-    def with_room(self, workers: Sequence[WorkerView]) -> list[WorkerView]:
-        """Those that have the blocks; where nobody has, those with the most room."""
-        blocks = self.demand.blocks
-        fitting = [w for w in workers if blocks - self.depths.get(w.slot, 0) <= w.available_blocks]
-        if fitting:
-            return fitting
-        roomiest = max(w.available_blocks for w in workers)
-        return [w for w in workers if w.available_blocks == roomiest]
+def _tie(seconds: float) -> float:
+    """What is no more than that is as good as `seconds`."""
+    return seconds * (1 + TIE_RELATIVE) + TIE_ABSOLUTE_S
 
-    def nearest(self, options: list[tuple[float, T]], count: int) -> list[tuple[float, T]]:
-        """The `count` options of the least cost; of equal ones any."""
-        if len(options) <= count:
-            return options
-        ranked = [(option[0], self.rng.random(), option) for option in options]
-        return [item[2] for item in heapq.nsmallest(count, ranked, key=lambda item: item[:2])]
 
-    def best_of_two(self, costs: Sequence[tuple[float, T]]) -> tuple[float, T]:
-        """The better of two at random of those within a tie of the least."""
-        limit = min(cost for cost, _ in costs) * (1 + TIE_RELATIVE) + TIE_ABSOLUTE_S
-        tied = [option for option in costs if option[0] <= limit]
-        return min(self.rng.sample(tied, min(2, len(tied))), key=lambda option: option[0])
+def _placement(
+    demand: Demand,
+    now: float,
+    worker: WorkerView,
+    depth: int,
+    ttft_s: float,
+    decode: WorkerView | None,
+) -> Placement:
+    """`worker`, which holds `depth` blocks, computes the prompt; `decode`: None where it goes on to
+    the end."""
+    uncached = demand.uncached(depth)
+    return Placement(
+        prefill=worker.name if decode else None,
+        decode=(decode or worker).name,
+        cached_blocks=depth,
+        uncached_tokens=uncached,
+        predicted_ttft_s=ttft_s,
+        measured=worker.knows_prefill(worker.queued_tokens + uncached, now),
+    )
+
+
+def _missing(view: ClusterView, demand: Demand, missed: Sequence[Role]) -> str:
+    """Names the roles that nobody fills, or nobody who can hold the sequence."""
+    small = any(view.count(role) for role in missed)
+    held = f" that holds {demand.held[missed[-1]]} tokens" if small else ""
+    return f"no {' and no '.join(missed)} worker{held} is ready"

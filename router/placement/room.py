@@ -4,8 +4,9 @@ in order of arrival, where nobody's turn counts."""
 from __future__ import annotations
 
 from crossdock.proto.types import Role
-from crossdock.router.placement.policy import Demand
-from crossdock.router.placement.view import ClusterView, WorkerView
+from crossdock.router.placement.demand import Demand
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import WorkerView
 
 AHEAD_S = 0.005  # before a prompt is expected to be done the next is sent, so that nothing idles
 AHEAD_PART = 0.1  # of a whole chunk's time, where that is longer: so much is an estimate off
@@ -17,14 +18,12 @@ STREAMS_AHEAD = 0.25  # of a batch: what is prefilled while others still decode
 def has_room(view: ClusterView, now: float) -> bool:
     """Whether some path through the cluster has room; also where there is no path at all, since
     that is not what turns are for."""
-    found = {
-        role: [takes_more(view, worker, now) for worker in view.usable(role, now, tokens=1)]
-        for role in Role
-    }
-    pair = found[Role.PREFILL], found[Role.DECODE]
-    if not all(pair) and not found[Role.COLOCATED]:
+    usable = {role: view.usable(role, now, tokens=1) for role in Role}
+    pair, colocated = (usable[Role.PREFILL], usable[Role.DECODE]), usable[Role.COLOCATED]
+    if not all(pair) and not colocated:
         return True
-    return any(found[Role.COLOCATED]) or (all(pair) and all(any(side) for side in pair))
+    some = (any(takes_more(worker, now) for worker in side) for side in (colocated, *pair))
+    return next(some) or all(some)
 
 
 def has_place(view: ClusterView, demand: Demand, now: float) -> bool:
@@ -39,10 +38,10 @@ def has_place(view: ClusterView, demand: Demand, now: float) -> bool:
     )
 
 
-def takes_more(view: ClusterView, worker: WorkerView, now: float) -> bool:
+def takes_more(worker: WorkerView, now: float) -> bool:
     """Whether this worker has room. One that does not say how much it takes has."""
     facts = worker.facts
-    if worker.role is not Role.DECODE and facts.chunk_tokens and _computes(view, worker, now):
+    if worker.role is not Role.DECODE and facts.chunk_tokens and _computes(worker, now):
         return False
     return worker.role is Role.PREFILL or _has_place(worker)
 
@@ -56,15 +55,15 @@ def _has_place(worker: WorkerView) -> bool:
     return load.waiting < ahead and worker.sequences < most + ahead
 
 
-def _computes(view: ClusterView, worker: WorkerView, now: float) -> bool:
+def _computes(worker: WorkerView, now: float) -> bool:
     """Whether it has prompts of this gateway for a while yet, or very many of anybody."""
     if worker.queued_tokens >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
         return True
     tokens = sum(worker.computing.values())
     if not tokens:
         return False
-    alone_s = view.prefill_s(worker, 1)
-    if alone_s > FIXED_PART * view.prefill_s(worker, tokens):
+    alone_s = worker.prefill_s(1)
+    if alone_s > FIXED_PART * worker.prefill_s(tokens):
         return False
-    ahead_s = max(AHEAD_S, AHEAD_PART * view.prefill_s(worker, worker.facts.chunk_tokens))
-    return view.prefill_s(worker, tokens) - (now - worker.computing_since) > ahead_s
+    ahead_s = max(AHEAD_S, AHEAD_PART * worker.prefill_s(worker.facts.chunk_tokens))
+    return worker.prefill_s(tokens) - (now - worker.computing_since) > ahead_s

@@ -7,7 +7,7 @@ equal hardware, so an idle one is presumed to be as fast as its pool has lately 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from crossdock.proto.v1 import worker_pb2
 
@@ -16,6 +16,8 @@ Line = tuple[float, float]  # of an engine step's seconds: base, and for each to
 DEFAULT_PREFILL_S: Line = (0.0, 0.001)
 DEFAULT_DECODE_S: Line = (0.02, 0.005)
 WEIGHT = 0.1  # of the newest measurement in a pool's running mean
+# A sequence more costs the others of its batch this part of a step at the least, measured or not.
+LEAST_SHARE = 0.005
 
 
 def prefill_line(load: worker_pb2.Load) -> Line | None:
@@ -30,6 +32,12 @@ def decode_line(load: worker_pb2.Load) -> Line | None:
     return line if any(line) else None
 
 
+def step_line(line: Line) -> Line:
+    """Of a decode step, as far as its slope is believed."""
+    base, slope = line
+    return base, max(slope, LEAST_SHARE * base)
+
+
 @dataclass
 class PoolSpeed:
     """Running mean over what the workers of one pool have measured of one kind of step."""
@@ -41,6 +49,15 @@ class PoolSpeed:
         old = self.mean or new
         self.mean = old[0] + WEIGHT * (new[0] - old[0]), old[1] + WEIGHT * (new[1] - old[1])
 
-    def presumed(self, own: Line | None, busy: bool) -> Line:
-        """Of a worker that measured `own` itself."""
-        return (own if busy else None) or self.mean or own or self.default
+    @property
+    def line(self) -> Line:
+        """Of a worker that goes by its pool."""
+        return self.mean or self.default
+
+
+@dataclass(eq=False)
+class PoolSpeeds:
+    """Both kinds of step of one pool."""
+
+    prefill: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_PREFILL_S))
+    decode: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_DECODE_S))

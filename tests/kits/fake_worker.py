@@ -208,7 +208,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(0.2)
-            self.send(pb.WorkerFrame(load=self.load))
+            at = pb.BlockEvents(first_sequence=self.next_event)
+            self.send(pb.WorkerFrame(load=self.load, block_events=at))
 
     async def _read(self, frames: Any, outbox: asyncio.Queue[pb.WorkerFrame | None]) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):

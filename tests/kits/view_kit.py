@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from crossdock.proto.types import Role
-from crossdock.router.placement.policy import Demand
-from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts
+from crossdock.router.placement.demand import Demand
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import LoadReport, WorkerFacts
 
 BLOCK = 16
 

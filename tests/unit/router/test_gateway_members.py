@@ -103,12 +103,14 @@ async def test_a_gap_in_the_events_is_healed_by_a_snapshot(rig: Rig) -> None:
     slot = rig.gateway.view.workers["prefill-0"].slot
     a, b, c = ([bytes([i]) * 16] for i in range(3))
     worker.store(a)
-    await until(lambda: len(index._held.get(slot, ())) == 1)
+    await until(lambda: len(index.held(slot)) == 1)
     worker.store(b, lose=True)
     assert worker.resyncs == 0, "hello brought a snapshot"
     worker.store(c)
-    await until(lambda: len(index._held.get(slot, ())) == 3)
+    await until(lambda: len(index.held(slot)) == 3)
     assert worker.resyncs == 1
     assert rig.metric("block_resyncs") == 1
     worker.evict(b)
-    await until(lambda: len(index._held.get(slot, ())) == 2)
+    await until(lambda: len(index.held(slot)) == 2)
+    worker.store(b, lose=True)  # and nothing after it: a heartbeat tells
+    await until(lambda: len(index.held(slot)) == 3)

@@ -18,13 +18,14 @@ from crossdock.proto.http2.frames import (
     MAX_WINDOW,
     PREFACE,
     Code,
+    ConnectionFault,
     Kind,
     Setting,
     rst_stream,
     settings,
     window_update,
 )
-from crossdock.router.frontdoor.http2 import bounds
+from crossdock.router.frontdoor.http2 import bounds, manners
 from crossdock.router.frontdoor.http2.server import Server
 
 WIDE = (  # a client that makes all the room there is
@@ -154,6 +155,25 @@ async def test_messages_come_apart_and_together() -> None:
         assert await read_answer(client) == 4 * len(message)
 
 
+async def test_what_is_held_is_counted_to_the_byte() -> None:
+    """Also of a client whose messages are right until one is not."""
+    heard = asyncio.Event()
+
+    async def waits(requests: AsyncIterator[bytes], context: Any) -> bytes:
+        await heard.wait()
+        return b"".join([each async for each in requests])
+
+    async with serving("stream_unary", waits) as (server, port), client_of(port) as client:
+        held = server._shared.held
+        client.say(HELLO, head("/t.T/M"), data(3 * EMPTY + EMPTY[:2], flags=0))
+        await until(lambda: held.bytes)
+        assert held.bytes == 3 * bounds.QUEUED_BYTES + 2
+        client.say(data(EMPTY[2:] + EMPTY + b"\7" + EMPTY[1:], flags=0))
+        await until(lambda: not held.bytes)
+        heard.set()
+        assert (await client.trailers())["grpc-status"] == "13"
+
+
 async def test_a_status_is_written_so_that_every_client_reads_it() -> None:
     """Percent-encoded, cut where it is long; no answer before it: trailers alone."""
 
@@ -218,6 +238,22 @@ async def test_no_call_is_lost_when_connections_grow_old() -> None:
 
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             await asyncio.gather(*(caller(channel) for _ in range(8)))
+
+
+def test_pings_of_clients_that_keep_alive_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """grpc-go's come every 10 s at the most, also beside streams that get nothing."""
+    now = 1000.0
+    monkeypatch.setattr(manners.time, "monotonic", lambda: now)
+    patient = manners.Manners()
+    for _ in range(100):
+        now += 10
+        patient.pinged(sent=7)
+    patient.pinged(sent=8)  # who measures the way of what it gets may ask at once
+    for _ in range(bounds.MAX_EARLY_PINGS):
+        now += 1
+        patient.pinged(sent=8)
+    with pytest.raises(ConnectionFault):
+        patient.pinged(sent=8)
 
 
 async def test_connections_without_calls_make_room(monkeypatch: pytest.MonkeyPatch) -> None:

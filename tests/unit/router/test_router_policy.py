@@ -9,20 +9,16 @@ import pytest
 from view_kit import BLOCK, add, cache, connect, demand, make_view, report, two_and_two
 
 from crossdock.proto.types import Role
+from crossdock.router.placement.demand import NoWorker
+from crossdock.router.placement.pairs import PAIR_BACK_OFF_S
 from crossdock.router.placement.policy import (
-    NoWorker,
     Policy,
     decode_for,
     least_latency,
     round_robin,
 )
-from crossdock.router.placement.view import (
-    FAILED_FOR_S,
-    MEASURED_FOR_S,
-    PAIR_BACK_OFF_S,
-    STALE_AFTER_S,
-    ClusterView,
-)
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import FAILED_FOR_S, MEASURED_FOR_S, STALE_AFTER_S
 
 
 def test_a_prefix_hit_wins_where_queues_are_alike(rng: random.Random) -> None:

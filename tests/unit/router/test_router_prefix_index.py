@@ -67,7 +67,7 @@ def test_evictions_snapshots_and_drops_are_followed(
             held[slot] = set()
     for chain in CHAINS:
         assert index.depths(chain) == brute_force(held, chain)
-    assert [index._held.get(slot, set()) for slot in range(len(held))] == held
+    assert [index.held(slot) for slot in range(len(held))] == held
     assert index._holders.keys() == set().union(*held)
 
 

@@ -10,7 +10,7 @@ from crossdock.proto.errors import ConfigError, InvalidRequest, Overloaded, Work
 from crossdock.proto.types import FinishReason
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
-from crossdock.router.placement.policy import Placement
+from crossdock.router.placement.demand import Placement
 
 
 def stream() -> tuple[ResponseStream, list[str]]:

@@ -6,40 +6,35 @@ import pytest
 from view_kit import BLOCK, add, cache, connect, make_view, report, two_and_two
 
 from crossdock.proto.types import Role
-from crossdock.router.placement.view import (
-    DEFAULT_BANDWIDTH,
-    PAIR_BACK_OFF_S,
-    REPLACED_WITHIN_S,
-    SEEN_AFTER_S,
-    ClusterView,
-    WorkerFacts,
-)
+from crossdock.router.placement.pairs import DEFAULT_BANDWIDTH, PAIR_BACK_OFF_S
+from crossdock.router.placement.view import REPLACED_WITHIN_S, ClusterView
+from crossdock.router.placement.workers import SEEN_AFTER_S, LoadReport, WorkerFacts
 
 
 def test_a_pair_that_was_never_measured_is_presumed_as_good_as_the_best() -> None:
     view = two_and_two()
     view.transferred("p0", "d0", nbytes=10**10, seconds=1.0)
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e10)
+    assert view.pairs.bandwidth("p1", "d1") == pytest.approx(1e10)
     view.transferred("p0", "d1", nbytes=10**7, seconds=1.0)
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e10, rel=0.02)
+    assert view.pairs.bandwidth("p1", "d1") == pytest.approx(1e10, rel=0.02)
     view.transferred("p1", "d0", nbytes=2 * 10**10, seconds=1.0)
-    assert view.bandwidth("p1", "d1") == pytest.approx(2e10)
+    assert view.pairs.bandwidth("p1", "d1") == pytest.approx(2e10)
     for _ in range(1000):
         view.transferred("p1", "d0", nbytes=10**8, seconds=1.0)  # all are slow now
-    assert view.bandwidth("p1", "d1") == pytest.approx(1e8, rel=0.05)
+    assert view.pairs.bandwidth("p1", "d1") == pytest.approx(1e8, rel=0.05)
 
 
 def test_bandwidth_follows_the_bytes_not_the_number_of_pulls() -> None:
     view = make_view(p0=Role.PREFILL, d0=Role.DECODE)
     view.transferred("p0", "d0", nbytes=10**9, seconds=1.0)
     view.transferred("p0", "d0", nbytes=1000, seconds=0.001)  # 1 MB/s, being all latency
-    assert view.bandwidth("p0", "d0") == pytest.approx(1e9, rel=0.01)
+    assert view.pairs.bandwidth("p0", "d0") == pytest.approx(1e9, rel=0.01)
     for _ in range(30):
         view.transferred("p0", "d0", nbytes=10**8, seconds=1.0)
-    assert view.bandwidth("p0", "d0") == pytest.approx(1e8, rel=0.05)
+    assert view.pairs.bandwidth("p0", "d0") == pytest.approx(1e8, rel=0.05)
     view.transferred("p0", "d0", nbytes=0, seconds=1.0)
     view.disconnected("d0", "d0-incarnation")
-    assert view.bandwidth("p0", "d0") > 5e8, "its successor is presumed as good as any"
+    assert view.pairs.bandwidth("p0", "d0") > 5e8, "its successor is presumed as good as any"
 
 
 def test_work_counts_until_a_report_can_have_seen_it() -> None:
@@ -96,6 +91,15 @@ def test_an_incarnation_replaces_the_one_before_it() -> None:
     assert not view.workers
 
 
+def test_a_report_of_an_incarnation_that_was_replaced_is_nobodys() -> None:
+    view = make_view(p0=Role.PREFILL)
+    old = view.workers["p0"]
+    view.connected(WorkerFacts("p0", Role.PREFILL, "second", 1000, BLOCK, 1000), 1.0)
+    view.reported(old, LoadReport(queued_tokens=500), 1.0)
+    assert view.columns(Role.PREFILL).numbers.queued_tokens.tolist() == [0.0]
+    assert view.workers["p0"].queued_tokens == 0
+
+
 def test_slots_are_used_again() -> None:
     view = make_view(a=Role.PREFILL, b=Role.PREFILL)
     view.disconnected("a", "a-incarnation")
@@ -133,8 +137,8 @@ def test_pulls_from_a_worker_that_is_gone_say_nothing_of_its_successor() -> None
     view.disconnected("p0", "p0-incarnation")
     view.pull_failed("p0", "d0", 0.0)
     view.transferred("p0", "d0", 1000, 1.0)
-    assert not view.any_backs_off and not view.backs_off("p0", "d0", 0.0)
-    assert view.bandwidth("p0", "d0") == DEFAULT_BANDWIDTH
+    assert not view.pairs.any_backs_off and not view.pairs.backs_off("p0", "d0", 0.0)
+    assert view.pairs.bandwidth("p0", "d0") == pytest.approx(DEFAULT_BANDWIDTH)
 
 
 def test_a_pair_backs_off_longer_each_time_until_a_pull_succeeds() -> None:
@@ -145,7 +149,7 @@ def test_a_pair_backs_off_longer_each_time_until_a_pull_succeeds() -> None:
         view.pull_failed("p0", "d0", now)
         view.pull_failed("p0", "d0", now)  # another that was under way: the same failure
         after = now
-        while view.backs_off("p0", "d0", after):
+        while view.pairs.backs_off("p0", "d0", after):
             after += 0.25
         return after - now
 
@@ -154,10 +158,10 @@ def test_a_pair_backs_off_longer_each_time_until_a_pull_succeeds() -> None:
         back_offs.append(back_off_of(now))
         now += back_offs[-1]
     assert back_offs == [min(first * 2**i, longest) for i in range(6)]
-    assert not view.backs_off("p1", "d0", now)
+    assert not view.pairs.backs_off("p1", "d0", now)
     view.transferred("p0", "d0", 0, 0.0)  # all was cached: nothing crossed the link
     assert back_off_of(now) == longest
     view.transferred("p0", "d0", 1000, 0.1)
-    assert not view.backs_off("p0", "d0", now)
+    assert not view.pairs.backs_off("p0", "d0", now)
     assert back_off_of(now) == first
     assert back_off_of(now + 10 * longest) == first  # long ago

@@ -16,7 +16,8 @@ from gateway_rig import Rig, start_rig, until
 from crossdock.proto.types import Role
 from crossdock.router.dispatch.turns import EXPECTED_TOKENS, OWED_TOKENS, Turns
 from crossdock.router.placement.room import has_room, takes_more
-from crossdock.router.placement.view import ClusterView, LoadReport, WorkerFacts
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import LoadReport, WorkerFacts
 
 SMALL: Any = {"chunk_tokens": 32, "max_batch": 8}  # a pair that says how little it takes
 
@@ -170,7 +171,7 @@ def test_what_a_worker_takes(role: Role, load: dict[str, int], room: bool) -> No
     view = ClusterView()
     worker = view.connected(facts("w", role, chunk_tokens=512, max_batch=8), 0.0)
     view.reported(worker, LoadReport(**load), 0.0)
-    assert takes_more(view, worker, 0.0) is room
+    assert takes_more(worker, 0.0) is room
 
 
 def test_room_is_on_a_whole_path() -> None:

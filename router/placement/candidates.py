@@ -1,0 +1,47 @@
+"""The few workers among which a decision is made, of however many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from crossdock.proto.types import Role
+from crossdock.router.placement.workers import WorkerView
+
+# How many of each side are weighed as pairs, since each pair has a link of its own.
+PREFILL_CANDIDATES = 32
+DECODE_CANDIDATES = 8
+
+
+# A worker that may compute the prompt: seconds until token 0, with what the stream loses where it
+# goes on there to the end; seconds until token 0; and which it is.
+Computes = tuple[float, float, WorkerView]
+# One that may go on from token 0: seconds of the stream, more than on the best of them; bytes to
+# pull; and which it is.
+Decodes = tuple[float, float, WorkerView]
+
+
+class Candidates(Protocol):
+    """For one demand at one time. Of equal workers any are taken where there are too many."""
+
+    def depth(self, worker: WorkerView) -> int:
+        """Leading blocks of the prompt that it holds."""
+
+    def any_of(self, role: Role) -> bool:
+        """Whether a worker of the role may get the sequence. What follows is asked only then."""
+
+    def prefills(self) -> list[Computes]:
+        """Those with room that have token 0 first, at most PREFILL_CANDIDATES."""
+
+    def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
+        """Those with room where the stream, and a pull from nobody in particular, cost the least,
+        at most DECODE_CANDIDATES; without those of the names `cut_off`, where there are others."""
+
+    def colocated(self) -> list[Computes]:
+        """Those with room that do both phases at the least cost, at most PREFILL_CANDIDATES."""
+
+    def local(self) -> list[Computes]:
+        """Decode workers that have more of the prompt than any prefill worker, and may compute the
+        rest: a few tokens, those that wait there already included, so that no stream waits for
+        long. That is presumed to take as long as on the fastest prefill worker. At most
+        DECODE_CANDIDATES."""

@@ -1,0 +1,138 @@
+"""What placement asks of the workers of one role, as arrays: one number of all of them each.
+
+A worker's numbers are copied here when a decision asks for them, not whenever they change: between
+two decisions a worker may say several times how it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from crossdock.router.placement.prefix_index import Level
+from crossdock.router.placement.speed import Line, PoolSpeeds, step_line
+from crossdock.router.placement.workers import Numbers, WorkerView
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+FIRST_ROWS = 64  # of the arrays; doubled when they are full
+FEW_BITS = 16  # of a bitmask, which are found quicker one after the other
+PREFILL = slice(Numbers._fields.index("prefill_base"), Numbers._fields.index("prefill_slope") + 1)
+STEP = slice(Numbers._fields.index("step_base"), Numbers._fields.index("step_slope") + 1)
+NOTHING = np.zeros(1)
+INFINITE = float("inf")
+
+
+class Columns:
+    """The workers of one role. The row of one that leaves is taken over by the last."""
+
+    def __init__(self) -> None:
+        self.workers: list[WorkerView] = []  # by row
+        self._rows: dict[WorkerView, int] = {}
+        self._speeds: list[PoolSpeeds] = []  # by number of the pool
+        # No worker holds less, is stale before or well later than:
+        self._holds, self._fresh_until, self._well_from = INFINITE, INFINITE, -INFINITE
+        self._make_room(FIRST_ROWS)
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def add(self, worker: WorkerView) -> None:
+        if len(self.workers) == len(self._slots):
+            self._make_room(2 * len(self.workers))
+        self.workers.append(worker)
+        self._seat(worker, len(self.workers) - 1)
+
+    def remove(self, worker: WorkerView) -> None:
+        row, last = self._rows.pop(worker), self.workers.pop()
+        if last is not worker:
+            self.workers[row] = last
+            self._seat(last, row)
+        self.__dict__.pop("numbers", None)
+
+    def put(self, worker: WorkerView) -> None:
+        """Its numbers have changed."""
+        row, numbers = self._rows[worker], worker.numbers
+        for column, number in zip(self._cells, numbers):
+            column[row] = number
+        self._holds = min(self._holds, numbers.most_tokens)
+        self._fresh_until = min(self._fresh_until, numbers.fresh_until)
+        self._well_from = max(self._well_from, numbers.well_from)
+
+    @cached_property
+    def numbers(self) -> Numbers[Floats]:
+        """As they were put."""
+        return Numbers(*self._table[:, : len(self.workers)])
+
+    def usable(self, tokens: int, now: float) -> list[Mask]:
+        """Who may get a sequence of `tokens`: the fresh ones, and all who can hold it."""
+        numbers = self.numbers
+        if now > self._fresh_until or tokens > self._holds:  # the bounds are of some time ago
+            self._holds, self._fresh_until = numbers.most_tokens.min(), numbers.fresh_until.min()
+            self._well_from = numbers.well_from.max()
+        if tokens <= self._holds and self._well_from <= now <= self._fresh_until:
+            return [self._everybody[: len(self.workers)]]
+        alive = numbers.most_tokens >= tokens
+        return [alive & (numbers.fresh_until >= now) & (numbers.well_from <= now), alive]
+
+    def rows(self, names: Iterable[str]) -> list[int]:
+        """Of the workers of these names that are here."""
+        wanted = set(names)
+        return [row for row, worker in enumerate(self.workers) if worker.name in wanted]
+
+    def prefill_lines(self) -> Floats:
+        """Base and slope that each is presumed to have, [2, workers]."""
+        return self._lines(PREFILL, [speeds.prefill.line for speeds in self._speeds])
+
+    def step_lines(self) -> Floats:
+        """The same of decode steps."""
+        return self._lines(STEP, [step_line(speeds.decode.line) for speeds in self._speeds])
+
+    def of_slots(self, by_slot: Floats | None) -> Floats:
+        """Of one number a slot those of these workers; None: 0 for all."""
+        return NOTHING if by_slot is None else by_slot[self._slots[: len(self.workers)]]
+
+    def _lines(self, own: slice, pools: Sequence[Line]) -> Floats:
+        measured = self._table[own, : len(self.workers)]
+        presumed = np.array(pools).T
+        if len(pools) > 1:
+            presumed = presumed[:, self._pools[: len(self.workers)]]
+        return np.where(np.isnan(measured), presumed, measured)
+
+    def _seat(self, worker: WorkerView, row: int) -> None:
+        if worker.speeds not in self._speeds:
+            self._speeds.append(worker.speeds)
+        self._rows[worker] = row
+        self._slots[row], self._pools[row] = worker.slot, self._speeds.index(worker.speeds)
+        self.put(worker)
+        self.__dict__.pop("numbers", None)
+
+    def _make_room(self, rows: int) -> None:
+        self._table: Floats = np.empty((len(Numbers._fields), rows))
+        # Quicker for one worker's; of floats, which memoryview's type does not know.
+        self._cells: list[Any] = [memoryview(column) for column in self._table]
+        self._slots, self._pools = np.empty(rows, np.intp), np.empty(rows, np.intp)
+        self._everybody = np.ones(rows, np.bool_)
+        for row, worker in enumerate(self.workers):
+            self._seat(worker, row)
+
+
+def depth_by_slot(levels: list[Level], slots: int) -> Floats:
+    """How many leading blocks the worker of each slot holds."""
+    found = np.zeros(slots)
+    width = -(-slots // 8)
+    for mask, depth in levels:
+        if mask.bit_count() > FEW_BITS:
+            octets = np.frombuffer(mask.to_bytes(width, "little"), np.uint8)
+            found[np.unpackbits(octets, bitorder="little").nonzero()[0]] = depth
+            continue
+        while mask:
+            lowest = mask & -mask
+            found[lowest.bit_length() - 1] = depth
+            mask ^= lowest
+    return found

@@ -1,0 +1,62 @@
+"""What a sequence asks of a cluster, and what is decided for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from crossdock.proto.errors import Unavailable
+from crossdock.proto.types import Role
+
+
+class NoWorker(Unavailable):
+    """No worker of a role that the request needs is connected and taking work."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a sequence asks of the cluster."""
+
+    num_tokens: int  # whose KV it needs: the prompt, and after a restart what was generated
+    block_hashes: Sequence[bytes]
+    block_size: int
+    most_tokens: int = 0  # that it may grow to, prompt and completion; 0: one more than it has
+    avoid: frozenset[str] = frozenset()  # workers that just failed it; used only if nobody else is
+    local_tokens: int = 0  # that a decode worker which has all before them may compute itself
+
+    @property
+    def held(self) -> dict[Role, int]:
+        """Tokens that a worker of each role must be able to hold: to the end, or to token 0."""
+        most = max(self.most_tokens, self.num_tokens + 1)
+        first = min(most, self.num_tokens + 2)  # full with token 0, it would end the stream there
+        return {Role.PREFILL: first, Role.DECODE: most, Role.COLOCATED: most}
+
+    @property
+    def blocks(self) -> int:
+        """Blocks it holds once the next token is written."""
+        return (self.num_tokens + self.block_size) // self.block_size
+
+    @property
+    def pulled_blocks(self) -> int:
+        """Blocks that a decode worker which has none of them reads."""
+        return -(-self.num_tokens // self.block_size)
+
+    def uncached(self, depth: int) -> int:
+        """Tokens to compute where so many blocks are cached. The last prompt token is always
+        computed: its logits are what token 0 is drawn from."""
+        return max(1, self.num_tokens - depth * self.block_size)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The workers of one sequence; `prefill` is None where the decode worker does both phases."""
+
+    prefill: str | None
+    decode: str
+    cached_blocks: int  # on the worker that computes the prompt, as far as the view knows
+    uncached_tokens: int
+    predicted_ttft_s: float
+    measured: bool  # the prediction rests on what its worker measured lately of such prompts
+
+
+UNPLACED = Placement("", "", 0, 0, 0.0, measured=False)

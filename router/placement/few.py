@@ -1,0 +1,120 @@
+"""Candidates among a few workers, each looked at in turn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+
+from crossdock.proto.types import Role
+from crossdock.router.placement.candidates import (
+    DECODE_CANDIDATES,
+    PREFILL_CANDIDATES,
+    Computes,
+    Decodes,
+)
+from crossdock.router.placement.demand import Demand
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import WorkerView
+
+Option = tuple[float, float, WorkerView]
+
+
+class FewWorkers:
+    """Candidates for one demand at one time."""
+
+    def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
+        self._pairs, self._demand, self._rng = view.pairs, demand, rng
+        self._depths = view.index.depths(demand.block_hashes)
+        self._usable = {
+            role: view.usable(role, now, demand.avoid, tokens)
+            for role, tokens in demand.held.items()
+        }
+
+    def depth(self, worker: WorkerView) -> int:
+        return self._depths.get(worker.slot, 0)
+
+    def any_of(self, role: Role) -> bool:
+        return bool(self._usable[role])
+
+    def prefills(self) -> list[Computes]:
+        options = []
+        for worker in self._with_room(self._usable[Role.PREFILL]):
+            ttft_s = worker.prefill_s(self._tokens(worker))
+            options.append((ttft_s, ttft_s, worker))
+        return self._nearest(options, PREFILL_CANDIDATES)
+
+    def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
+        workers, blocks = self._usable[Role.DECODE], self._demand.pulled_blocks
+        if cut_off:
+            workers = [worker for worker in workers if worker.name not in cut_off] or workers
+        options: list[Decodes] = []
+        for excess_s, worker in self._streams(self._with_room(workers)):
+            nbytes = max(0, blocks - self.depth(worker)) * worker.facts.block_bytes
+            options.append((excess_s, nbytes, worker))
+        if len(options) <= DECODE_CANDIDATES:
+            return options
+        presumed = self._pairs.presumed
+        costs = [excess_s + nbytes * presumed for excess_s, nbytes, _ in options]
+        return self._nearest(options, DECODE_CANDIDATES, costs)
+
+    def colocated(self) -> list[Computes]:
+        options = []
+        for excess_s, worker in self._streams(self._with_room(self._usable[Role.COLOCATED])):
+            ttft_s = worker.ttft_s(self._tokens(worker))
+            options.append((ttft_s + excess_s, ttft_s, worker))
+        return self._nearest(options, PREFILL_CANDIDATES)
+
+    def local(self) -> list[Computes]:
+        depths, most = self._depths, self._demand.local_tokens
+        if not depths or not most:
+            return []
+        prefills, decodes = self._usable[Role.PREFILL], self._usable[Role.DECODE]
+        held = max(self.depth(worker) for worker in prefills)
+        able = [w for w in decodes if self.depth(w) > held and self._tokens(w) <= most]
+        able = [worker for worker in able if self._has_room(worker)]
+        if not able:
+            return []
+        options = []
+        for excess_s, worker in self._streams(decodes):
+            if worker in able:
+                ttft_s = min(prefill.prefill_s(self._tokens(worker)) for prefill in prefills)
+                ttft_s += worker.step_s(worker.sequences) if worker.sequences else 0.0
+                options.append((ttft_s + excess_s, ttft_s, worker))
+        return self._nearest(options, DECODE_CANDIDATES)
+
+    def _tokens(self, worker: WorkerView) -> float:
+        """Until its token 0, all that wait there already included."""
+        return worker.queued_tokens + self._demand.uncached(self.depth(worker))
+
+    def _streams(self, workers: Sequence[WorkerView]) -> list[tuple[float, WorkerView]]:
+        """Seconds that a stream takes, more than on the best of them."""
+        seconds = [worker.stream_s for worker in workers]
+        least_s = min(seconds)
+        return [(stream_s - least_s, worker) for stream_s, worker in zip(seconds, workers)]
+
+    def _has_room(self, worker: WorkerView) -> bool:
+        return self._demand.blocks - self.depth(worker) <= worker.available_blocks
+
+    def _with_room(self, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
+        """Those that have the blocks; where nobody has, those with the most room."""
+        fitting = [worker for worker in workers if self._has_room(worker)]
+        if fitting:
+            return fitting
+        roomiest = max(worker.available_blocks for worker in workers)
+        return [worker for worker in workers if worker.available_blocks == roomiest]
+
+    def _nearest(
+        self, options: list[Option], count: int, costs: Sequence[float] | None = None
+    ) -> list[Option]:
+        """The `count` options of the least cost, which is their first number; of equal ones any."""
+        if len(options) <= count:
+            return options
+        costs = costs or [option[0] for option in options]
+        limit = sorted(costs)[count - 1]
+        near = [option for cost, option in zip(costs, options) if cost <= limit]
+        if len(near) == count:
+            return near
+        nearer = [option for cost, option in zip(costs, options) if cost < limit]
+        equal = [option for cost, option in zip(costs, options) if cost == limit]
+        start = int(self._rng.random() * len(equal))
+        return nearer + (equal[start:] + equal[:start])[: count - len(nearer)]

@@ -1,0 +1,199 @@
+"""What the policy of predicted latency decides, written down as plainly as it can be: every worker
+is looked at by itself, from what it reported. It throws its dice as the policy does, so that both
+come to the same choice.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+from crossdock.proto.types import Role
+from crossdock.router.placement.demand import Demand, Placement
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import WorkerView
+
+T = TypeVar("T")
+Option = tuple[float, WorkerView]
+
+
+class Reference:
+    """One decision; None where nobody can have the sequence."""
+
+    def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
+        self.view, self.demand, self.now, self.rng = view, demand, now, rng
+        most = max(demand.most_tokens, demand.num_tokens + 1)
+        first = min(most, demand.num_tokens + 2)
+        self.prefills = self.usable(Role.PREFILL, first)
+        self.decodes = self.usable(Role.DECODE, most)
+        self.both = self.usable(Role.COLOCATED, most)
+
+    def decide(self) -> Placement | None:
+        ways: list[tuple[float, Placement]] = []
+        if self.prefills and self.decodes:
+            ways += [*self.local(), self.disaggregated()]
+        if self.both:
+            ways.append(self.colocated())
+        return min(ways, key=lambda way: way[0])[1] if ways else None
+
+    # -- of one worker ------------------------------------------------------------------------
+
+    def queued(self, worker: WorkerView) -> int:
+        return worker.load.queued_tokens + sum(each.tokens for each in worker.unseen.values())
+
+    def sequences(self, worker: WorkerView) -> int:
+        return worker.load.waiting + worker.load.running + len(worker.unseen)
+
+    def free(self, worker: WorkerView) -> int:
+        load = worker.load
+        known = load.free_blocks + load.cached_blocks if load.total_blocks else 1000
+        return known - sum(each.blocks for each in worker.unseen.values())
+
+    def stale(self, worker: WorkerView) -> bool:
+        silent_s = 1.5 if self.sequences(worker) else 2.5
+        silent = self.now > worker.reported_at + silent_s
+        return worker.load.late or silent or self.now < worker.failed_at + 2.0
+
+    def depth(self, worker: WorkerView) -> int:
+        held, depth = self.view.index.held(worker.slot), 0
+        while depth < len(self.demand.block_hashes) and self.demand.block_hashes[depth] in held:
+            depth += 1
+        return depth
+
+    def tokens(self, worker: WorkerView) -> int:
+        cached = self.depth(worker) * self.demand.block_size
+        return self.queued(worker) + max(1, self.demand.num_tokens - cached)
+
+    def prefill_s(self, worker: WorkerView, tokens: int) -> float:
+        rate = worker.load.prefill_tokens_per_s
+        base, slope = worker.speeds.prefill.mean or (0.0, 0.001)
+        if rate and self.queued(worker):
+            base, slope = worker.load.prefill_base_s, 1 / rate
+        return base * -(-tokens // (worker.facts.chunk_tokens or tokens)) + slope * tokens
+
+    def step_s(self, worker: WorkerView, batch: int) -> float:
+        base, slope = worker.load.step_base_s, worker.load.step_per_sequence_s
+        if not (base or slope) or not self.sequences(worker):
+            base, slope = worker.speeds.decode.mean or (0.02, 0.005)
+        return base + max(slope, 0.005 * base) * batch
+
+    def stream_s(self, worker: WorkerView) -> float:
+        joined = self.sequences(worker) + 1
+        most = worker.facts.max_batch or joined
+        return 100 * max(1.0, joined / most) * self.step_s(worker, min(joined, most))
+
+    def ttft_s(self, worker: WorkerView) -> float:
+        before_s = self.step_s(worker, self.sequences(worker)) if worker in self.both else 0.0
+        return self.prefill_s(worker, self.tokens(worker)) + before_s
+
+    def pull_s(self, prefill: str, decode: WorkerView) -> float:
+        blocks = -(-self.demand.num_tokens // self.demand.block_size) - self.depth(decode)
+        nbytes = max(0, blocks) * decode.facts.block_bytes
+        seconds = self.view.pairs.seconds_per_byte(prefill).get(
+            decode.name, self.view.pairs.presumed
+        )
+        backs_off = 1e6 if self.view.pairs.backs_off(prefill, decode.name, self.now) else 0.0
+        return nbytes * seconds + backs_off
+
+    # -- of all -------------------------------------------------------------------------------
+
+    def usable(self, role: Role, tokens: int) -> list[WorkerView]:
+        workers = [w for w in self.view.columns(role).workers if w.role is role]
+        alive = [
+            w for w in workers if not w.load.draining and tokens <= min(
+                w.facts.num_blocks * w.facts.block_size, w.facts.context_length or 10**9
+            )
+        ]  # fmt: skip
+        fresh = [worker for worker in alive if not self.stale(worker)]
+        untried = [worker for worker in alive if worker.name not in self.demand.avoid]
+        return [worker for worker in fresh if worker in untried] or fresh or untried or alive
+
+    def with_room(self, workers: list[WorkerView]) -> list[WorkerView]:
+        needed = (self.demand.num_tokens + self.demand.block_size) // self.demand.block_size
+        fitting = [w for w in workers if needed - self.depth(w) <= self.free(w)]
+        most = max(self.free(worker) for worker in workers)
+        return fitting or [worker for worker in workers if self.free(worker) == most]
+
+    def excess(self, workers: Sequence[WorkerView]) -> list[Option]:
+        least_s = min(self.stream_s(worker) for worker in workers)
+        return [(self.stream_s(worker) - least_s, worker) for worker in workers]
+
+    def disaggregated(self) -> tuple[float, Placement]:
+        room = self.with_room(self.prefills)
+        firsts = self.nearest([(self.ttft_s(worker), worker) for worker in room], 32)
+        backs_off, names = self.view.pairs.backs_off, [worker.name for _, worker in firsts]
+        linked = [d for d in self.decodes if not all(backs_off(p, d.name, self.now) for p in names)]
+        streams = self.excess(self.with_room(linked or self.decodes))
+        streams = self.nearest(streams, 8, [s + self.pull_s("", d) for s, d in streams])
+        after = {
+            worker: [(excess_s + self.pull_s(worker.name, d), d) for excess_s, d in streams]
+            for _, worker in firsts
+        }
+        firsts.sort(key=lambda option: option[0])
+        prefill = self.best_of_two([(s + min(a for a, _ in after[w]), w) for s, w in firsts])[1]
+        after_s, decode = self.best_of_two(after[prefill])
+        ttft_s = self.ttft_s(prefill)
+        return ttft_s + after_s, self.placement(prefill, ttft_s, decode)
+
+    def colocated(self) -> tuple[float, Placement]:
+        streams = self.excess(self.with_room(self.both))
+        costs = [(self.ttft_s(worker) + excess_s, worker) for excess_s, worker in streams]
+        cost_s, worker = self.best_of_two(self.nearest(costs, 32))
+        return cost_s, self.placement(worker, self.ttft_s(worker))
+
+    def local(self) -> list[tuple[float, Placement]]:
+        held = max(self.depth(worker) for worker in self.prefills)
+        needed = (self.demand.num_tokens + self.demand.block_size) // self.demand.block_size
+        options = []
+        for excess_s, worker in self.excess(self.decodes):
+            depth, tokens = self.depth(worker), self.tokens(worker)
+            room = needed - depth <= self.free(worker)
+            if depth > held and tokens <= self.demand.local_tokens and room:
+                ttft_s = min(self.prefill_s(prefill, tokens) for prefill in self.prefills)
+                if running := self.sequences(worker):
+                    ttft_s += self.step_s(worker, running)
+                options.append((ttft_s + excess_s, (ttft_s, worker)))
+        if not options:
+            return []
+        cost_s, (ttft_s, worker) = self.best_of_two(self.nearest(options, 8))
+        return [(cost_s, self.placement(worker, ttft_s))]
+
+    def placement(
+        self, worker: WorkerView, ttft_s: float, decode: WorkerView | None = None
+    ) -> Placement:
+        tokens, load = self.tokens(worker), worker.load
+        step = min(tokens, worker.facts.chunk_tokens or tokens)
+        known = step <= (8 * load.prefill_step_tokens or step)
+        return Placement(
+            prefill=worker.name if decode else None,
+            decode=(decode or worker).name,
+            cached_blocks=self.depth(worker),
+            uncached_tokens=tokens - self.queued(worker),
+            predicted_ttft_s=ttft_s,
+            measured=known and self.now - worker.measured_at <= 10.0,
+        )
+
+    def nearest(
+        self, options: list[tuple[float, T]], count: int, costs: list[float] | None = None
+    ) -> list[tuple[float, T]]:
+        if len(options) <= count:
+            return options
+        costs = costs or [cost for cost, _ in options]
+        limit = sorted(costs)[count - 1]
+        near = [(cost, option) for cost, option in zip(costs, options) if cost <= limit]
+        nearer = [option for cost, option in near if cost < limit]
+        equal = [option for cost, option in near if cost == limit]
+        if len(near) == count:
+            return [option for _, option in near]
+        start = int(self.rng.random() * len(equal))
+        return nearer + (equal + equal)[start : start + count - len(nearer)]
+
+    def best_of_two(self, options: Sequence[tuple[float, T]]) -> tuple[float, T]:
+        limit = min(cost for cost, _ in options) * 1.05 + 0.0005
+        tied = [option for option in options if option[0] <= limit]
+        if len(tied) == 1:
+            return tied[0]
+        one = tied.pop(int(self.rng.random() * len(tied)))
+        other = tied[int(self.rng.random() * len(tied))]
+        return min(one, other, key=lambda option: option[0])
