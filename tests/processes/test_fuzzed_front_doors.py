@@ -20,6 +20,8 @@ from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
 from served_rig import ServedRig
 
+from crossdock.proto.types import MAX_LOGPROBS
+
 pytestmark = pytest.mark.slow
 
 HTTP_CASES, GRPC_CASES, FRAME_CASES, EXAMPLES = 12_000, 8_000, 1_500, 40
@@ -32,7 +34,8 @@ HELD_S = 0.05  # of the loop thread's CPU at a stretch, on a machine as fast as 
 HELD_UNITS = 2.5  # and where it is slower: so many times what a million turns of a loop take
 ASKED = {"prompt", "messages", "input", "tokens"}
 NAMES = {"model", "previous_response_id"}
-SCORING = ("echo", "logprobs", "prompt_logprobs")
+MESSAGE = {"role": "user", "content": "hello"}
+SCORES = ("logprobs", "prompt_logprobs")
 CHECKS = [
     checks.not_a_server_error,
     openapi_checks.status_code_conformance,
@@ -43,11 +46,16 @@ CHECKS = [
 
 def plausible(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """The same with few of its other fields, which together are hardly ever allowed, and by names
-    that are here."""
+    that are here. Half the texts to complete are scored, half the chats are one message, and no
+    chat is empty."""
     others = sorted(body.keys() - ASKED)
     kept = ASKED | set(rng.sample(others, rng.randint(0, min(2, len(others)))))
-    kept.add(rng.choice(SCORING))
-    return {name: None if name in NAMES else body[name] for name in body if name in kept}
+    found = {name: None if name in NAMES else body[name] for name in body if name in kept}
+    if "prompt" in body and rng.random() < 0.5:
+        found |= {"echo": True} | {name: rng.randint(0, MAX_LOGPROBS) for name in SCORES}
+    if isinstance(messages := found.get("messages"), list):
+        found["messages"] = [*(messages if rng.random() < 0.5 else ()), MESSAGE]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +132,7 @@ def test_what_the_description_allows_and_what_it_does_not(served: ServedRig) -> 
         assert answered[f"/v1/{path}", 200] and answered[f"/v1/{path}", 400], answered
     for path in ("/tokenize", "/detokenize"):
         assert answered[path, 200] and answered[path, 400], answered
-    assert fields.keys() >= {*SCORING}, fields
+    assert fields.keys() >= {"echo", *SCORES}, fields
     after = served.stats()
     assert after["outcomes"].get("internal", 0) == 0
     assert after["rss"] < 1.1 * before["rss"]
