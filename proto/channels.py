@@ -13,6 +13,7 @@ from crossdock.proto.identity import Credentials, Identity, host_name
 from crossdock.proto.settings import is_loopback
 
 Option = tuple[str, int | str]
+SHUTDOWN_S = 1.0  # for a peer to take leave of TLS
 RETIRE_S = 10.0  # for calls under way on a channel that another replaces
 
 
@@ -29,6 +30,21 @@ def open_channel(
     if credentials is None:
         return grpc.aio.insecure_channel(address, internal(*options))
     return grpc.aio.secure_channel(address, credentials.client(), _to(whom, options))
+
+
+async def connect(
+    stream: asyncio.BaseProtocol, address: str, credentials: Credentials | None, whom: str
+) -> None:
+    """Gives `stream` a connection to the process at `address` that is `whom`, as open_channel.
+    Raises OSError."""
+    host, _, port = address.rpartition(":")
+    secured: dict[str, Any] = {}
+    if credentials is not None:
+        secured["ssl"] = credentials.client_tls()
+        secured["server_hostname"] = host_name(whom)
+        secured["ssl_shutdown_timeout"] = SHUTDOWN_S
+    loop = asyncio.get_running_loop()
+    await loop.create_connection(lambda: stream, host.strip("[]"), int(port), **secured)
 
 
 def open_blocking_channel(

@@ -7,7 +7,13 @@ that was restarted has another incarnation, so it is another peer to TLS itself.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import ssl
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +74,13 @@ class Identity:
 
 
 class Credentials:
-    """The newest identity of this process, as gRPC takes it. Safe to share between threads."""
+    """The newest identity of this process, as gRPC and ssl take it. Safe to share between
+    threads."""
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
         self._client: tuple[Identity, grpc.ChannelCredentials] | None = None
+        self._client_tls: tuple[Identity, ssl.SSLContext] | None = None
 
     @property
     def identity(self) -> Identity:
@@ -98,6 +106,14 @@ class Credentials:
             self._client = known = identity, grpc.ssl_channel_credentials(*proof)
         return known[1]
 
+    def client_tls(self) -> ssl.SSLContext:
+        """The same for connections that are no channel's: they are to name their server by
+        `host_name`, and talk HTTP/2 or nothing."""
+        identity, known = self._identity, self._client_tls
+        if known is None or known[0] is not identity:
+            self._client_tls = known = identity, _client_context(identity)
+        return known[1]
+
     def server(self) -> grpc.ServerCredentials:
         """For a port: who has no certificate of the authority does not get through the handshake.
         Each handshake is made with the newest identity."""
@@ -113,6 +129,31 @@ class Credentials:
         return grpc.dynamic_ssl_server_credentials(
             _configuration(told), newest, require_client_authentication=True
         )
+
+
+def _client_context(identity: Identity) -> ssl.SSLContext:
+    """Trusts the cluster's authority alone, and insists on the host name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.hostname_checks_common_name = False
+    context.load_verify_locations(cadata=identity.authority.decode())
+    context.set_alpn_protocols(["h2"])
+    with _private_file(identity.key + identity.certificate) as path:
+        context.load_cert_chain(path)  # which comes from files alone
+    return context
+
+
+@contextlib.contextmanager
+def _private_file(data: bytes) -> Iterator[str]:
+    """The path of a file that nobody else can read; on Linux it is on no disk either."""
+    if sys.platform == "linux":
+        with open(os.memfd_create("identity"), "wb", buffering=0) as file:
+            file.write(data)
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile(buffering=0) as file:
+            file.write(data)
+            yield file.name
 
 
 def _configuration(identity: Identity) -> Any:

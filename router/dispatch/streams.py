@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
-from typing import Any
 
-import grpc
-
-from crossdock.proto.channels import open_channel
+from crossdock.proto.channels import connect
+from crossdock.proto.http2.client import ClientStream
 from crossdock.proto.identity import Credentials
 from crossdock.proto.v1 import worker_pb2 as pb
-from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.router.dispatch.links import WorkerLink
 
 log = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 10.0
-KEEPALIVE_MS = 5000
+METHOD = "/crossdock.v1.Worker/Connect"
+HELLO_TIMEOUT_S = 10.0  # from the first try to connect
 MAX_FRAME_BYTES = 256 * 2**20  # a snapshot of a large prefix cache is one frame
 MOST_TOGETHER_BYTES = 1 << 20  # of frames in one message
-CHANNEL_OPTIONS = (
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
-    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
-)
+MOST_WAITING_BYTES = MAX_FRAME_BYTES  # of frames that the worker does not read
+_MORE = bytes((pb.GatewayFrame.MORE_FIELD_NUMBER << 3 | 2,))  # of bytes with their length
 
 
 class Dialer:
@@ -52,85 +41,114 @@ class Dialer:
 
 
 class GrpcWire:
-    """See links.Wire. One task, which lives one stream after another."""
+    """See links.Wire. One task, which lives one stream after another; frames come and go by
+    callbacks of the stream."""
 
     def __init__(self, link: WorkerLink, credentials: Credentials | None) -> None:
         self._link = link
         self._credentials = credentials
-        self._call: Any = None
-        self._cut = ""  # why we cancelled the call ourselves
-        self._outbox: deque[pb.GatewayFrame] = deque()
-        self._outbox_filled = asyncio.Event()
+        self._stream: ClientStream | None = None
+        self._greeted = False  # the hello is sent
+        self._answered: asyncio.TimerHandle  # runs out where the worker's hello does not come
+        self._outbox: deque[bytes] = deque()
+        self._waiting = 0  # bytes of it
         self.task = asyncio.get_running_loop().create_task(self._run(), name=f"link-{link.name}")
 
     def send(self, frame: pb.GatewayFrame) -> None:
-        if self._call is not None:
-            self._outbox.append(frame)
-            self._outbox_filled.set()
+        if self._stream is None:
+            return
+        message = frame.SerializeToString()
+        self._waiting += len(message)
+        if self._waiting > MOST_WAITING_BYTES:
+            self.cut(f"{self._waiting} bytes wait for the worker to read")
+            return
+        self._outbox.append(message)
+        self._stream.wake()
 
     def cut(self, reason: str) -> None:
-        self._cut = reason
-        if self._call is not None:
-            self._call.cancel()
+        if self._stream is not None:
+            self._stream.end(reason)
 
     def close(self) -> None:
         self.task.cancel()
+        self.cut("closed")
+
+    # -- the stream's side --------------------------------------------------------------------
+
+    def next_message(self) -> bytes | None:
+        """The next frame to send, and as many after it: a message costs as much as what is in it.
+        The hello goes alone."""
+        if not self._greeted:
+            self._greeted = True
+            return self._link.hello.SerializeToString()
+        if not self._outbox:
+            return None
+        first = self._outbox.popleft()
+        parts, size = [first], len(first)
+        while self._outbox and (size := size + len(self._outbox[0])) <= MOST_TOGETHER_BYTES:
+            more = self._outbox.popleft()
+            parts += (_MORE, _varint(len(more)), more)
+            self._waiting -= len(more)
+        self._waiting -= len(first)
+        return b"".join(parts)
+
+    def receive(self, message: bytes) -> None:
+        """A frame of the worker."""
+        self._answered.cancel()
+        try:
+            over = self._link.receive(pb.WorkerFrame.FromString(message))
+        except Exception as error:
+            log.exception("worker %s: its stream could not be read", self._link.name)
+            over = f"{type(error).__name__}: {error}"
+        if over:
+            self.cut(over)
+
+    # -- life -----------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        while (wait_s := self._link.ended(await self._stream())) is not None:
-            await asyncio.sleep(wait_s)
-
-    async def _stream(self) -> str:
-        """Lives one stream from connect to its end; the answer says why it ended."""
-        self._cut = ""
-        member = self._link.endpoint
-        async with open_channel(
-            member.address, self._credentials, member.incarnation, *CHANNEL_OPTIONS
-        ) as channel:
-            call = worker_pb2_grpc.WorkerStub(channel).Connect()
-            self._call = call
-            writer = asyncio.get_running_loop().create_task(self._write(call))
+        while True:
+            stream = ClientStream(METHOD, self, MAX_FRAME_BYTES)
             try:
-                return await self._read(call)
-            except grpc.aio.AioRpcError as error:
-                return f"{error.code().name}: {error.details()}"
-            except TimeoutError:
-                return f"no hello within {HELLO_TIMEOUT_S} s"
-            except asyncio.CancelledError:
-                if self._cut and not self.task.cancelling():
-                    return self._cut
-                raise
-            except Exception as error:
-                log.exception("worker %s: its stream could not be read", self._link.name)
-                return f"{type(error).__name__}: {error}"
+                wait_s = self._link.ended(await self._live(stream))
+                if wait_s is None:
+                    return
+                await asyncio.sleep(wait_s)
             finally:
-                self._call = None
-                self._outbox.clear()
-                writer.cancel()
-                call.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
+                await stream.gone()
 
-    async def _write(self, call: Any) -> None:
-        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            await call.write(self._link.hello)
-            while True:
-                while self._outbox:
-                    await call.write(self._next_frame())
-                self._outbox_filled.clear()
-                await self._outbox_filled.wait()
+    async def _live(self, stream: ClientStream) -> str:
+        """Lives one stream from connect to its end; the answer says why it ended."""
+        loop = asyncio.get_running_loop()
+        self._stream, self._greeted = stream, False
+        late = f"no hello within {HELLO_TIMEOUT_S} s"
+        self._answered = loop.call_later(HELLO_TIMEOUT_S, stream.end, late)
+        connecting = loop.create_task(self._connect(stream))
+        try:
+            return await stream.over or "the worker closed the stream"
+        finally:
+            self._stream = None
+            self._outbox.clear()
+            self._waiting = 0
+            self._answered.cancel()
+            connecting.cancel()
+            stream.end("closed")
 
-    def _next_frame(self) -> pb.GatewayFrame:
-        """The next to send, and as many after it: a message costs as much as what is in it."""
-        first = self._outbox.popleft()
-        size = first.ByteSize()
-        while self._outbox and (size := size + self._outbox[0].ByteSize()) <= MOST_TOGETHER_BYTES:
-            first.more.append(self._outbox.popleft())
-        return first
+    async def _connect(self, stream: ClientStream) -> None:
+        member = self._link.endpoint
+        try:
+            await connect(stream, member.address, self._credentials, member.incarnation)
+        except OSError as error:
+            stream.end(f"UNAVAILABLE: {error}")
+        except Exception as error:
+            log.exception("worker %s at %s: cannot connect", member.name, member.address)
+            stream.end(f"{type(error).__name__}: {error}")
 
-    async def _read(self, call: Any) -> str:
-        frame = await asyncio.wait_for(call.read(), HELLO_TIMEOUT_S)
-        while frame is not grpc.aio.EOF:
-            if over := self._link.receive(frame):
-                return over
-            frame = await call.read()
-        return "the worker closed the stream"
+
+def _varint(value: int) -> bytes:
+    """A length as protobuf writes it."""
+    made = bytearray()
+    while value >= 128:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    made.append(value)
+    return bytes(made)

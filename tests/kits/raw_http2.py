@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import hpack
 from gateway_rig import Rig
 
-from crossdock.router.frontdoor.http2 import headers
-from crossdock.router.frontdoor.http2.frames import (
+from crossdock.proto.http2.frames import (
     END_HEADERS,
     END_STREAM,
     PREFACE,
@@ -22,6 +21,7 @@ from crossdock.router.frontdoor.http2.frames import (
     frame,
     settings,
 )
+from crossdock.router.frontdoor.http2 import headers
 
 CHECK, WATCH = (f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch"))
 PSEUDO = ((":method", "POST"), (":scheme", "http"), (":path", CHECK), (":authority", "x"))

@@ -55,8 +55,8 @@ BOUNDED_OTHERWISE = {
     "worker/service.py: self._server.call(lambda role: role.release_tickets(ids))": _CALLER,
     "worker/service.py: ready.wait()": _WORKLESS,
     "router/gateway.py: self._health_changed.wait()": _LIFE,
-    "router/dispatch/streams.py: self._outbox_filled.wait()": _WORKLESS,
-    "router/dispatch/streams.py: call.read()": "silence and keepalive break the stream",
+    "router/dispatch/streams.py: await stream.over": "silence and keepalive break the stream",
+    "router/dispatch/streams.py: stream.gone()": "it is aborted LINGER_S after its end",
     "router/dispatch/request.py: await self._waiter": "each request has a deadline",
     "router/frontdoor/audit.py: await self._writing": "goes on until it is told to stop",
     "router/frontdoor/grammar_check.py: asyncio.shield(asyncio.ensure_future(self._find_out(key, "

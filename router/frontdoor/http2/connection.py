@@ -13,17 +13,18 @@ from typing import Any
 
 import grpc
 
-from crossdock.router.frontdoor import http_limits
-from crossdock.router.frontdoor.http2 import bounds, frames
-from crossdock.router.frontdoor.http2.bounds import Held
-from crossdock.router.frontdoor.http2.call import Rules
-from crossdock.router.frontdoor.http2.frames import (
+from crossdock.proto.http2 import frames
+from crossdock.proto.http2.frames import (
     MAX_WINDOW,
     PREFACE,
     Code,
     ConnectionFault,
     Kind,
 )
+from crossdock.router.frontdoor import http_limits
+from crossdock.router.frontdoor.http2 import bounds
+from crossdock.router.frontdoor.http2.bounds import Held
+from crossdock.router.frontdoor.http2.call import Rules
 from crossdock.router.frontdoor.http2.manners import peer_name
 from crossdock.router.frontdoor.http2.session import Session
 from crossdock.router.frontdoor.http2.stream import Outbox

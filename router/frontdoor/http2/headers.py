@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import binascii
 import re
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 from urllib.parse import quote_from_bytes
 
-from crossdock.router.frontdoor.http2 import compression
-from crossdock.router.frontdoor.http2.bounds import HEAD_LIST_BYTES
-from crossdock.router.frontdoor.http2.frames import Code, StreamFault
+from crossdock.proto.http2 import compression
+from crossdock.proto.http2.compression import HEAD_LIST_BYTES
+from crossdock.proto.http2.frames import Code, StreamFault
+from crossdock.proto.http2.literals import block as block
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 Fields: TypeAlias = list[compression.Field]
@@ -175,31 +176,6 @@ def timeout_s(value: str) -> float:
 
 
 # -- what is sent ----------------------------------------------------------------------------------
-
-
-def block(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
-    """Fields as literals. A name that ends in -bin has base64 of its bytes."""
-    parts: list[bytes] = []
-    for name, value in fields:
-        raw = (
-            b64encode(value).rstrip(b"=")
-            if isinstance(value, bytes)
-            else value.encode("latin-1", "replace")
-        )
-        parts += (b"\0", _length(len(name)), name.encode("ascii"), _length(len(raw)), raw)
-    return b"".join(parts)
-
-
-def _length(value: int) -> bytes:
-    """An integer with a prefix of 7 bits (RFC 7541, 5.1)."""
-    if value < 127:
-        return bytes((value,))
-    value, made = value - 127, bytearray(b"\x7f")
-    while value >= 128:
-        made.append(value & 0x7F | 0x80)
-        value >>= 7
-    made.append(value)
-    return bytes(made)
 
 
 HEAD = b"\x88" + block(  # 0x88 is :status 200

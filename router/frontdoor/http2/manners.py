@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from crossdock.proto.http2.frames import Code, ConnectionFault
 from crossdock.router.frontdoor.http2 import bounds
 from crossdock.router.frontdoor.http2.bounds import Patience
-from crossdock.router.frontdoor.http2.frames import Code, ConnectionFault
 
 RECENT = 256  # streams that are over and of which it is known by whom
 

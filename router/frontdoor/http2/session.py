@@ -11,11 +11,9 @@ from typing import Protocol
 
 import grpc
 
-from crossdock.router.frontdoor.http2 import bounds, frames, headers
-from crossdock.router.frontdoor.http2.bounds import Held
-from crossdock.router.frontdoor.http2.call import Context, Rules
-from crossdock.router.frontdoor.http2.compression import TABLE_BYTES
-from crossdock.router.frontdoor.http2.frames import (
+from crossdock.proto.http2 import frames
+from crossdock.proto.http2.compression import DECODED_BYTES, HEAD_LIST_BYTES, TABLE_BYTES
+from crossdock.proto.http2.frames import (
     ACK,
     END_HEADERS,
     END_STREAM,
@@ -27,6 +25,9 @@ from crossdock.router.frontdoor.http2.frames import (
     Setting,
     StreamFault,
 )
+from crossdock.router.frontdoor.http2 import bounds, headers
+from crossdock.router.frontdoor.http2.bounds import Held
+from crossdock.router.frontdoor.http2.call import Context, Rules
 from crossdock.router.frontdoor.http2.manners import Block, Ender, Manners
 from crossdock.router.frontdoor.http2.stream import Outbox, Stream
 
@@ -36,7 +37,7 @@ OUR_SETTINGS = frames.settings(
     (
         (Setting.MAX_CONCURRENT_STREAMS, bounds.MAX_STREAMS),
         (Setting.INITIAL_WINDOW_SIZE, bounds.WINDOW_BYTES),
-        (Setting.MAX_HEADER_LIST_SIZE, bounds.HEAD_LIST_BYTES),
+        (Setting.MAX_HEADER_LIST_SIZE, HEAD_LIST_BYTES),
     )
 )
 DROPPED_AT_ONCE = 128
@@ -176,7 +177,7 @@ class Session:
         if not payload:
             self._manners.idle("empty CONTINUATION frames")
         block.data += payload
-        if len(block.data) > bounds.DECODED_BYTES:  # one that is shorter is refused alone
+        if len(block.data) > DECODED_BYTES:  # one that is shorter is refused alone
             raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "a head that is too long")
         if flags & END_HEADERS:
             self.block = None

@@ -6,16 +6,8 @@ import asyncio
 from collections import deque
 from functools import partial
 
-from crossdock.router.frontdoor.http2 import frames
-from crossdock.router.frontdoor.http2.bounds import (
-    CONTROL_BYTES,
-    QUEUED_BYTES,
-    ROOM_S,
-    UNSENT_BYTES,
-    WINDOW_BYTES,
-    Held,
-)
-from crossdock.router.frontdoor.http2.frames import (
+from crossdock.proto.http2 import frames
+from crossdock.proto.http2.frames import (
     FIRST_WINDOW,
     FRAME_BYTES,
     MAX_WINDOW,
@@ -24,6 +16,14 @@ from crossdock.router.frontdoor.http2.frames import (
     ConnectionFault,
     Kind,
     StreamFault,
+)
+from crossdock.router.frontdoor.http2.bounds import (
+    CONTROL_BYTES,
+    QUEUED_BYTES,
+    ROOM_S,
+    UNSENT_BYTES,
+    WINDOW_BYTES,
+    Held,
 )
 
 

@@ -12,8 +12,7 @@ import pytest
 from gateway_rig import until
 from raw_http2 import EMPTY, HELLO, Peer, data, head
 
-from crossdock.router.frontdoor.http2 import bounds, manners
-from crossdock.router.frontdoor.http2.frames import (
+from crossdock.proto.http2.frames import (
     END_STREAM,
     FIRST_WINDOW,
     MAX_WINDOW,
@@ -26,6 +25,7 @@ from crossdock.router.frontdoor.http2.frames import (
     settings,
     window_update,
 )
+from crossdock.router.frontdoor.http2 import bounds, manners
 from crossdock.router.frontdoor.http2.server import Server
 
 WIDE = (  # a client that makes all the room there is

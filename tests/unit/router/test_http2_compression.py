@@ -13,8 +13,10 @@ import pytest
 from raw_http2 import EMPTY, GRPC, HELLO, PSEUDO, data, head
 from test_http2_calls import client_of, serving
 
-from crossdock.router.frontdoor.http2 import bounds, compression, headers, huffman
-from crossdock.router.frontdoor.http2.frames import Code, ConnectionFault, StreamFault
+from crossdock.proto.http2 import compression, huffman
+from crossdock.proto.http2.compression import DECODED_BYTES, HEAD_LIST_BYTES
+from crossdock.proto.http2.frames import Code, ConnectionFault, StreamFault
+from crossdock.router.frontdoor.http2 import bounds, headers
 
 NAMES = ("x-a", "x-bin", ":path", "content-type", "authorization", "grpc-timeout", "x-" + "n" * 200)
 
@@ -61,13 +63,13 @@ def both(block: bytes, theirs: hpack.Decoder, ours: compression.Table) -> tuple[
 
 @pytest.mark.parametrize("seed", range(40))
 def test_blocks_mean_what_they_mean_to_hpack(seed: int) -> None:
-    theirs, ours = hpack.Decoder(max_header_list_size=bounds.DECODED_BYTES), compression.Table()
+    theirs, ours = hpack.Decoder(max_header_list_size=DECODED_BYTES), compression.Table()
     for block in blocks(seed):
         expected, found = both(block, theirs, ours)
         assert expected is not None
         assert found == expected[: len(found)]
         kept = sum(len(name) + len(value) + 32 for name, value in found)
-        assert len(found) == len(expected) or kept > bounds.HEAD_LIST_BYTES
+        assert len(found) == len(expected) or kept > HEAD_LIST_BYTES
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -75,7 +77,7 @@ def test_blocks_that_are_wrong_are_wrong_to_both(seed: int) -> None:
     rng = random.Random(seed)
     wrong = 0
     for _ in range(60):
-        theirs, ours = hpack.Decoder(max_header_list_size=bounds.DECODED_BYTES), compression.Table()
+        theirs, ours = hpack.Decoder(max_header_list_size=DECODED_BYTES), compression.Table()
         block = bytearray(rng.choice(blocks(seed))[: rng.randrange(1, 300)] or b"\x80")
         for _ in range(rng.randrange(4)):
             block[rng.randrange(len(block))] = rng.randrange(256)

@@ -14,8 +14,7 @@ from gateway_rig import Rig, start_rig
 from grpc_health.v1 import health_pb2
 from raw_http2 import GRPC, HELLO, OPEN, PSEUDO, WATCH, call, data, head, peer
 
-from crossdock.router.frontdoor.http2 import headers
-from crossdock.router.frontdoor.http2.frames import (
+from crossdock.proto.http2.frames import (
     ACK,
     END_HEADERS,
     PADDED,
@@ -29,6 +28,7 @@ from crossdock.router.frontdoor.http2.frames import (
     settings,
     window_update,
 )
+from crossdock.router.frontdoor.http2 import headers
 
 
 @pytest.fixture

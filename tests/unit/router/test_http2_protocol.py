@@ -13,10 +13,7 @@ import pytest
 from gateway_rig import Rig, ask, start_rig, until
 from raw_http2 import EMPTY, GRPC, HELLO, OPEN, PSEUDO, WATCH, call, data, head, peer
 
-from crossdock.router.frontdoor import http_limits
-from crossdock.router.frontdoor.http2 import bounds, headers, stream
-from crossdock.router.frontdoor.http2.connection import Connection
-from crossdock.router.frontdoor.http2.frames import (
+from crossdock.proto.http2.frames import (
     ACK,
     END_HEADERS,
     END_STREAM,
@@ -30,6 +27,9 @@ from crossdock.router.frontdoor.http2.frames import (
     settings,
     window_update,
 )
+from crossdock.router.frontdoor import http_limits
+from crossdock.router.frontdoor.http2 import bounds, headers, stream
+from crossdock.router.frontdoor.http2.connection import Connection
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import pytest
 from gateway_rig import Rig, start_rig
 from raw_http2 import EMPTY, GRPC, HELLO, OPEN, PSEUDO, WATCH, Peer, call, data, head, peer
 
-from crossdock.router.frontdoor.http2 import bounds, headers
-from crossdock.router.frontdoor.http2.frames import (
+from crossdock.proto.http2.frames import (
     ACK,
     END_HEADERS,
     END_STREAM,
@@ -29,6 +28,7 @@ from crossdock.router.frontdoor.http2.frames import (
     settings,
     window_update,
 )
+from crossdock.router.frontdoor.http2 import bounds, headers
 
 
 @pytest.fixture

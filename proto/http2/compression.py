@@ -10,12 +10,13 @@ from typing import TypeAlias
 
 from hpack.table import HeaderTable
 
-from crossdock.router.frontdoor.http2 import huffman
-from crossdock.router.frontdoor.http2.bounds import DECODED_BYTES, HEAD_LIST_BYTES
-from crossdock.router.frontdoor.http2.frames import Code, ConnectionFault
+from crossdock.proto.http2 import huffman
+from crossdock.proto.http2.frames import Code, ConnectionFault
 
 Field: TypeAlias = tuple[bytes, bytes]
 
+HEAD_LIST_BYTES = 1 << 14  # of one head's fields that are kept
+DECODED_BYTES = 1 << 16  # of a head that is decoded at all, for what others on it depend on
 TABLE_BYTES = 4096  # of the table that both ends keep
 ENTRY_BYTES = 32  # that a field costs beside its own (4.1)
 _STATIC: tuple[Field, ...] = HeaderTable.STATIC_TABLE
