@@ -293,7 +293,7 @@ class Cluster:
         now, key = self.clock.now, f"s{self._count}"
         placement = least_latency(self.view, demand, now, self.rng, self._count)
         if prompt.deadline is not None:
-            check_deadline(SimpleNamespace(deadline=prompt.deadline), placement, now, 1.0)  # type: ignore[arg-type]
+            check_deadline(SimpleNamespace(deadline=prompt.deadline), placement, now, lambda: 1.0)  # type: ignore[arg-type]
         assert placement.prefill is not None
         self.placed.append((now, placement))
         prompt.prefill, prompt.decode = placement.prefill, placement.decode
