@@ -96,7 +96,9 @@ async def _took(worker: worker_pb2_grpc.WorkerStub, held: Held) -> bool:
         return bool((await worker.StoreState(request, timeout=CALL_TIMEOUT_S)).stored)
     except grpc.aio.AioRpcError as error:
         log.info("a kept state was not handed over: %s", error.code().name)
-        return False
+    except Exception:  # the others are
+        log.exception("a kept state was not handed over")
+    return False
 
 
 def _bounds(request: pb.StoreStateRequest | pb.DropStateRequest) -> Bounds:
