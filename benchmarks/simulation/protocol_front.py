@@ -22,7 +22,7 @@ from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links, LinkSettings, WorkerLink
 from crossdock.router.dispatch.request import Request
 from crossdock.router.dispatch.sequence import Phase
-from crossdock.router.placement.policy import POLICIES
+from crossdock.router.placement.policy import POLICIES, Policies
 from crossdock.router.placement.view import ClusterView
 from crossdock.worker.streams import GatewayStream
 
@@ -182,7 +182,7 @@ class Gateway:
             view=self.view,
             links=self.links,
             timers=self.timers,
-            policy=POLICIES[rng.choice(["least_latency", "least_latency", "round_robin"])],
+            policy=Policies().named(rng.choice([*POLICIES, "predicted_latency"])),
             limits=Limits(
                 max_active=12,
                 max_request_share=1,
