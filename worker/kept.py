@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ from crossdock.worker.states import Bounds, Held, States
 log = logging.getLogger(__name__)
 
 AT_ONCE = 8  # entries on their way to others
-TRIES = 3  # workers that are asked to take one
 CALL_TIMEOUT_S = 3.0
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -56,7 +56,7 @@ class KeptStates:
         """Gives each of `others` a part, two copies of one entry never to the same, and takes
         nothing more. What nobody takes stays here."""
         self._draining = True
-        left = iter(self.states.all())
+        left, refused = iter(self.states.all()), Counter[str]()
         if not others:
             return
         channels = Channels(
@@ -67,10 +67,12 @@ class KeptStates:
 
         async def work() -> None:
             for held in left:
-                for other in random.sample(others, min(TRIES, len(others))):
+                shuffled = random.sample(others, len(others))
+                for other in sorted(shuffled, key=lambda each: refused[each.name]):
                     channel = channels.get(other.address, other.incarnation)
                     if await _took(worker_pb2_grpc.WorkerStub(channel), held):
                         break
+                    refused[other.name] += 1  # others that drain, or are gone, are asked last
 
         try:
             await asyncio.gather(*(work() for _ in range(AT_ONCE)))
@@ -94,7 +96,9 @@ async def _took(worker: worker_pb2_grpc.WorkerStub, held: Held) -> bool:
         return bool((await worker.StoreState(request, timeout=CALL_TIMEOUT_S)).stored)
     except grpc.aio.AioRpcError as error:
         log.info("a kept state was not handed over: %s", error.code().name)
-        return False
+    except Exception:  # the others are
+        log.exception("a kept state was not handed over")
+    return False
 
 
 def _bounds(request: pb.StoreStateRequest | pb.DropStateRequest) -> Bounds:

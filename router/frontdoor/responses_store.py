@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 COPIES = 2
 CALL_TIMEOUT_S = 3.0
+LEAVING_MS = 60_000.0  # that one which is no member any more may still be handing over
 MAX_MESSAGE_BYTES = 64 << 20  # as workers take them
 _TAG = 6  # digits
 _ID = re.compile(r"resp_([0-9a-f]{12})[0-9a-f]{24}((?:[0-9a-f]{6}){0,2})")
@@ -56,11 +57,12 @@ class Kept(msgspec.Struct, array_like=True):
 
 
 class _Asked(NamedTuple):
-    """Of the workers, those that an id names, and the rest. `sure`: nobody else can say of the
-    response what the two do not know."""
+    """Of the workers, those that an id names, the rest, and those that it names and that have just
+    left. `sure`: nobody else can say of the response what the two do not know."""
 
     named: list[WorkerEndpoint]
     rest: list[WorkerEndpoint]
+    left: list[WorkerEndpoint]
     sure: bool
 
 
@@ -76,6 +78,7 @@ class ResponseStore:
     ) -> None:
         self._reached, self._settings, self._clock = reached, settings, clock
         self._members: dict[str, tuple[WorkerEndpoint, float]] = {}  # by incarnation, since when
+        self._left: dict[str, tuple[WorkerEndpoint, float]] = {}  # who was one, until when asked
         self._channels = Channels(
             credentials,
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -85,11 +88,16 @@ class ResponseStore:
     def update(self, members: Iterable[WorkerEndpoint]) -> None:
         """The cluster's workers from now on."""
         before, now = self._members, self._clock()
+        left = {inc: (each, now + LEAVING_MS) for inc, (each, _) in before.items()}
+        self._left = {inc: kept for inc, kept in (left | self._left).items() if kept[1] > now}
         self._members = {
             each.incarnation: (each, before.get(each.incarnation, (each, now))[1])
             for each in members
         }
-        self._channels.retire(each.address for each, _ in self._members.values())
+        for incarnation in self._members:
+            self._left.pop(incarnation, None)
+        known = (*self._members.values(), *self._left.values())
+        self._channels.retire(each.address for each, _ in known)
 
     def new_id(self) -> str:
         """Of a response that two of the workers will keep."""
@@ -119,6 +127,8 @@ class ResponseStore:
             answers += await self._ask(asked.rest, "FetchState", request)
         if any(answer and answer.dropped for answer in answers):
             return None
+        if not any(answer and answer.HasField("data") for answer in answers):
+            answers += await self._ask(asked.left, "FetchState", request)
         for answer in answers:
             if answer and answer.HasField("data"):
                 return msgspec.msgpack.decode(answer.data, type=Kept)
@@ -158,7 +168,9 @@ class ResponseStore:
         if found is None:
             return None
         made, tags = int(found[1], 16), re.findall(f"[0-9a-f]{{{_TAG}}}", found[2])
-        asked = _Asked([], [], False)
+        now = self._clock()
+        left = [each for each, until in self._left.values() if until > now and _tag(each) in tags]
+        asked = _Asked([], [], left, False)
         stayed = 0
         for member, since in self._members.values():
             is_named = _tag(member) in tags

@@ -8,7 +8,7 @@ import pytest
 from protocol_plants import LIMIT, PLANTS, Plant, find
 from protocol_sim import Simulation
 
-SEEDS = 600
+SEEDS = 800
 FEW_SEEDS = 20
 
 MUST_HAPPEN = {

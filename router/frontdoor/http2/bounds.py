@@ -20,6 +20,7 @@ WINDOW_BYTES = 1 << 18  # that a stream may send before it is read
 CONNECTION_WINDOW_BYTES = 1 << 22  # the same of all streams of a connection
 UNSENT_BYTES = 1 << 18  # that wait in a connection for its client; tokens merge meanwhile
 QUEUED_BYTES = 96  # that a message costs beside its own
+CALL_BYTES = 4096  # that a call costs beside its head
 CONTROL_BYTES = 1 << 20  # the same, with answers to pings and settings: who asks on is cut off
 KEEPALIVE_S = 10.0  # without a byte of a client that has calls under way, before it is asked
 PONG_S = 5.0  # for its answer

@@ -27,7 +27,7 @@ FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encod
 RESERVED = {"te", "content-type", "content-length", "host"}  # beside grpc-*: no metadata
 SHRUNK_TABLE = b"\x20"  # a table of 0 bytes, as who allows less than the usual is to be told
 MOST_DETAILS = 1000  # characters of a status message; clients bound what trailers they take
-MOST_KNOWN = 16  # heads of a connection that are kept
+KNOWN_BYTES = 4096  # of the heads of a connection that are kept
 _OF_NAMES = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
 _BAD_VALUE = re.compile(rb"[\0\r\n]")
 _DIGITS = re.compile(rb"\d{1,18}")
@@ -53,6 +53,7 @@ class Head:
     timeout_s: float | None
     encoding: str  # of compressed messages
     length: int | None = None  # bytes of DATA, where it says
+    size: int = 0  # bytes of its fields, as SETTINGS_MAX_HEADER_LIST_SIZE counts them
 
 
 # -- what is received ------------------------------------------------------------------------------
@@ -62,25 +63,27 @@ class Decoder:
     """Heads of one connection. One that is made of nothing but what the table holds is decoded once
     until the table changes: callers repeat themselves."""
 
-    __slots__ = ("_known", "_known_at", "_table")
+    __slots__ = ("_known", "_known_at", "_known_bytes", "_table")
 
     def __init__(self) -> None:
         self._table = compression.Table()
         self._known: dict[bytes, Head] = {}
         self._known_at = 0  # changes of the table
+        self._known_bytes = 0
 
     def head(self, block: bytes, stream_id: int) -> Head:
         """What the block says. Raises BadHead, StreamFault where it is malformed, ConnectionFault
         where the table is lost."""
         table = self._table
         if table.changes != self._known_at:
-            self._known, self._known_at = {}, table.changes
+            self._known, self._known_at, self._known_bytes = {}, table.changes, 0
         known = self._known.get(block)
         if known is not None:
             return known
         head = parse_head(*compression.decode(block, table), stream_id)
-        if _indexed(block) and len(self._known) < MOST_KNOWN:
+        if _indexed(block) and self._known_bytes + head.size <= KNOWN_BYTES:
             self._known[block] = head
+            self._known_bytes += head.size
         return head
 
     def fields(self, block: bytes) -> Fields:
@@ -116,6 +119,7 @@ def parse_head(fields: Fields, size: int, stream_id: int) -> Head:
         timeout_s=None if timeout is None else timeout_s(timeout),
         encoding=plain.get(b"grpc-encoding", "identity"),
         length=length,
+        size=size,
     )
 
 

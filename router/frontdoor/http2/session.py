@@ -205,6 +205,7 @@ class Session:
         stream = Stream(stream_id, out, self._held, rules.limit, head.length)
         if flags & END_STREAM:
             stream.end()
+        stream.wait(bounds.CALL_BYTES + head.size)
         call = Context(head, stream, out, rules, self._peer)
         call.on_end = self._ended
         self._streams[stream_id], self._calls[stream_id] = stream, call

@@ -142,6 +142,7 @@ class Stream:
         self._messages: deque[tuple[bool, bytes]] = deque()
         self._arrived: asyncio.Future[None] | None = None
         self._owed = 0  # bytes for which the client gets room again
+        self._waits_with = 0  # bytes that are held until the first message is here
         self._give_up = partial(self.fail, 8, f"unread messages hold over {held.most} bytes")
 
     # -- what is sent -------------------------------------------------------------------------
@@ -219,6 +220,11 @@ class Stream:
 
     # -- what is received ---------------------------------------------------------------------
 
+    def wait(self, size: int) -> None:
+        """A call of so many bytes waits for its first message, and they count as that does."""
+        self._waits_with = size
+        self._held.add(self._give_up, size)
+
     def receive(self, data: bytes, counted: int) -> None:
         """DATA came, that used `counted` bytes of the window. Raises StreamFault."""
         self._room -= counted
@@ -254,7 +260,8 @@ class Stream:
     def drop(self) -> None:
         """Forgets what is not read."""
         queued = sum(len(data) + QUEUED_BYTES for _, data in self._messages)
-        size = len(self._received) + queued
+        size = len(self._received) + queued + self._waits_with
+        self._waits_with = 0
         self._received.clear()
         self._messages.clear()
         if size:
@@ -287,7 +294,8 @@ class Stream:
         if not self._messages:
             return None
         found = self._messages.popleft()
-        self._held.add(self._give_up, -len(found[1]) - QUEUED_BYTES)
+        self._held.add(self._give_up, -len(found[1]) - QUEUED_BYTES - self._waits_with)
+        self._waits_with = 0
         self._make_room()
         return found
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ from gateway_rig import until
 from raw_http2 import EMPTY, HELLO, Peer, data, head
 
 from crossdock.proto.http2.frames import (
+    END_HEADERS,
     END_STREAM,
     FIRST_WINDOW,
     MAX_WINDOW,
@@ -27,6 +29,7 @@ from crossdock.proto.http2.frames import (
 )
 from crossdock.router.frontdoor.http2 import bounds, manners
 from crossdock.router.frontdoor.http2.server import Server
+from crossdock.router.frontdoor.http2.stream import Stream
 
 WIDE = (  # a client that makes all the room there is
     PREFACE
@@ -165,9 +168,13 @@ async def test_what_is_held_is_counted_to_the_byte() -> None:
 
     async with serving("stream_unary", waits) as (server, port), client_of(port) as client:
         held = server._shared.held
-        client.say(HELLO, head("/t.T/M"), data(3 * EMPTY + EMPTY[:2], flags=0))
+        client.say(HELLO, head("/t.T/M"))
         await until(lambda: held.bytes)
-        assert held.bytes == 3 * bounds.QUEUED_BYTES + 2
+        waits_with = held.bytes
+        assert waits_with > bounds.CALL_BYTES
+        client.say(data(3 * EMPTY + EMPTY[:2], flags=0))
+        await until(lambda: held.bytes > waits_with)
+        assert held.bytes == waits_with + 3 * bounds.QUEUED_BYTES + 2
         client.say(data(EMPTY[2:] + EMPTY + b"\7" + EMPTY[1:], flags=0))
         await until(lambda: not held.bytes)
         heard.set()
@@ -294,3 +301,28 @@ async def test_a_drain_waits_for_what_its_clients_have_not_read() -> None:
         assert await read_answer(client) == LARGE + len(EMPTY)
         client.writer.transport.abort()
         await stopping
+
+
+def test_calls_that_wait_for_their_message_count_as_messages_do() -> None:
+    held, out = bounds.Held(10_000), Mock(first_window=65_535)
+    first, second, third = (Stream(number, out, held, 1000) for number in (1, 3, 5))
+    first.wait(6000)
+    second.wait(3000)
+    assert first.failure is None and held.bytes == 9000
+    third.wait(3000)
+    assert first.failure == (8, "unread messages hold over 10000 bytes")
+    assert (second.failure, third.failure, held.bytes) == (None, None, 6000)
+    second.close()
+    third.close()
+    assert held.bytes == 0
+
+
+async def test_nothing_is_held_of_calls_whose_head_is_wrong() -> None:
+    async def echoes(request: bytes, context: Any) -> bytes:
+        return request
+
+    async with serving("unary_unary", echoes) as (server, port), client_of(port) as client:
+        ends = END_HEADERS | END_STREAM
+        client.say(HELLO, head("/t.T/M", (("content-length", "5"),), flags=ends))
+        await client.see(lambda kind, *_: kind == Kind.RST_STREAM)
+        assert server._shared.held.bytes == 0

@@ -222,3 +222,14 @@ def test_a_block_changes_the_tables_size_twice_at_the_most() -> None:
     assert compression.decode(b"\x20\x3f\xe1\x1f\x82", table)[0] == [(b":method", b"GET")]
     with pytest.raises(ConnectionFault, match="again and again"):
         compression.decode(b"\x20" * 3 + b"\x82", table)
+
+
+def test_heads_that_are_kept_are_bounded_by_their_bytes() -> None:
+    encoder, decoder = hpack.Encoder(), headers.Decoder()
+    fields = [*PSEUDO, *GRPC, *((f"x-{i}", "v" * 300) for i in range(9))]
+    decoder.head(encoder.encode(fields), 1)
+    blocks = [encoder.encode(fields[:-n]) for n in range(1, 9)]
+    for block in blocks * 2:
+        decoder.head(block, 3)
+    kept = decoder._known.values()
+    assert kept and sum(head.size for head in kept) <= headers.KNOWN_BYTES

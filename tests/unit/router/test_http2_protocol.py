@@ -262,5 +262,5 @@ async def test_messages_that_nobody_reads_are_bounded(
         other.say(HELLO, head(), *(data(part, flags=0) for _ in range(4)))
         trailers = await one.trailers()
         assert (trailers["grpc-status"], "100000 bytes" in trailers["grpc-message"]) == ("8", True)
-        await until(lambda: held.bytes == 4 * len(part))
+        await until(lambda: 4 * len(part) < held.bytes < 5 * len(part))
     await until(lambda: held.bytes == 0)

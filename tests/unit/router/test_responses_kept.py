@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,7 +19,7 @@ from responses_kit import client_of, ending, prompts
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.config import ResponsesSettings
-from crossdock.worker.states import States
+from crossdock.worker.states import Bounds, States
 
 
 @pytest.fixture
@@ -180,3 +182,31 @@ async def test_a_response_that_nobody_could_keep_says_so(text: Any, tiny_model: 
         ending(rig, text, SAID)
         made = await client.responses.create(model="", input="hi " * 600)
         assert made.output_text == SAID and made.to_dict()["store"] is False
+
+
+async def test_where_most_workers_drain_at_once_nothing_is_lost() -> None:
+    async with AsyncExitStack() as stack:
+        workers = [
+            await stack.enter_async_context(FakeWorker(f"w{i}", Role.DECODE)) for i in range(8)
+        ]
+        going, staying = workers[:6], workers[6:]
+        bounds = Bounds(3600, 10**7, 10**8)
+        for number in range(40):
+            for worker in random.Random(number).sample(workers, 2):
+                worker.states.store("t", f"resp_{number}", b"x", bounds)
+        others = {
+            worker: [each.endpoint for each in workers if each is not worker] for worker in going
+        }
+        await asyncio.gather(*(worker.kept.hand_over(others[worker]) for worker in going))
+        for number in range(40):
+            assert any(worker.states.fetch("t", f"resp_{number}") for worker in staying)
+
+
+async def test_workers_that_drain_are_asked_while_nobody_else_has_it(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any
+) -> None:
+    ending(rig, text, SAID)
+    made = await client.responses.create(model="", input="hi")
+    async with FakeWorker("colocated-0", Role.COLOCATED) as third:
+        await rig.members(third)
+        assert (await client.responses.retrieve(made.id)).output_text == SAID
