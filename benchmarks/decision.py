@@ -22,7 +22,7 @@ from typing import Any
 
 from crossdock.proto.types import Role
 from crossdock.router.placement.demand import Demand
-from crossdock.router.placement.policy import least_latency
+from crossdock.router.placement.latency import predicted_latency
 from crossdock.router.placement.prefix_index import PrefixIndex
 from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import LoadReport, WorkerFacts, WorkerView
@@ -133,7 +133,7 @@ def decisions(workers: int, count: int) -> dict[str, float]:
         demand = cluster.demand()
         hashes = list(demand.block_hashes)
         given = cluster.view, demand, cluster.now, cluster.rng, i
-        placed = timed("decision", least_latency, *given)
+        placed = timed("decision", predicted_latency, *given)
         levels = timed("look-up", index.levels, hashes)
         walked = timed("naive", cluster.walk, hashes)
         assert {s: d for m, d in levels for s in walked if m >> s & 1} == walked

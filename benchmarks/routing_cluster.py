@@ -21,7 +21,8 @@ from crossdock.proto.errors import Overloaded
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.router.dispatch.admission import check_deadline
 from crossdock.router.placement.demand import Demand, Placement
-from crossdock.router.placement.policy import least_latency
+from crossdock.router.placement.latency import predicted_latency
+from crossdock.router.placement.policy import Policy
 from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import LoadReport, WorkerFacts
 from crossdock.worker import loop, rates
@@ -247,8 +248,15 @@ class Cluster:
     """One gateway's view and policy, and its workers."""
 
     def __init__(
-        self, speed: Speed, prefills: int, decodes: int, seed: int = 1, blocks: int = 4096
+        self,
+        speed: Speed,
+        prefills: int,
+        decodes: int,
+        seed: int = 1,
+        blocks: int = 4096,
+        policy: Policy = predicted_latency,
     ) -> None:
+        self.policy = policy
         self.speed, self.clock, self.rng = speed, Clock(), random.Random(seed)
         self.view = ClusterView()
         self.bandwidth = 10e9  # bytes/s of every pair
@@ -291,7 +299,7 @@ class Cluster:
         )  # fmt: skip
         self._count += 1
         now, key = self.clock.now, f"s{self._count}"
-        placement = least_latency(self.view, demand, now, self.rng, self._count)
+        placement = self.policy(self.view, demand, now, self.rng, self._count)
         if prompt.deadline is not None:
             check_deadline(SimpleNamespace(deadline=prompt.deadline), placement, now, lambda: 1.0)  # type: ignore[arg-type]
         assert placement.prefill is not None

@@ -2,6 +2,7 @@
 
     python benchmarks/routing_trials.py            # all of them, some 30 s
     python benchmarks/routing_trials.py hung room  # these
+    python benchmarks/routing_trials.py cached --policy kv_cost --policy predicted_latency
 
 hung       one of four prefill workers hangs; who gets its work, and what it costs (also _light, and
            _silent: nothing is heard of it any more)
@@ -14,14 +15,18 @@ batch      1,000 streams on 100 decode workers, 8 of which have the shared syste
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
-import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from routing_cluster import BLOCK, LOST_AFTER_S, Cluster, Prompt, Speed, arrivals, chain
+
+from crossdock.router.placement.latency import predicted_latency as OURS
+from crossdock.router.placement.policy import POLICIES, Policies, Policy
+from crossdock.tables import console_of, table
 
 Figures = dict[str, float]
 
@@ -50,6 +55,7 @@ def prompts_of(
 
 
 def hung(
+    policy: Policy = OURS,
     load_of: int = 4,
     start: float = 20.0,
     seconds: float = 60.0,
@@ -62,7 +68,7 @@ def hung(
     of_one = 1 / (576 * (speed.per_token + speed.base / speed.chunk_tokens))
     tails, share = {}, 0.0
     for workers in (3, 4):
-        cluster = Cluster(speed, prefills=workers, decodes=4)
+        cluster = Cluster(speed, policy=policy, prefills=workers, decodes=4)
         arrivals(cluster, 0.8 * load_of * of_one, start + seconds, prompts_of(cluster, (128, 1024)))
         if workers == 4:
             cluster.clock.after(start, lambda cluster=cluster: cluster.hang("p3", silent))
@@ -74,29 +80,31 @@ def hung(
             "with three healthy ones, s": tails[3], "ratio": tails[4] / tails[3]}  # fmt: skip
 
 
-def hung_light() -> Figures:
+def hung_light(policy: Policy = OURS) -> Figures:
     """The same at 80 % of what the three others can do."""
-    return hung(load_of=3)
+    return hung(policy, load_of=3)
 
 
-def hung_silent() -> Figures:
+def hung_silent(policy: Policy = OURS) -> Figures:
     """A process that was stopped; in the first 10 s."""
-    return hung(silent=True, watched_s=10.0)
+    return hung(policy, silent=True, watched_s=10.0)
 
 
-def cached() -> Figures:
+def cached(policy: Policy = OURS) -> Figures:
     speed = Speed(base=0.005, per_token=1 / 5000, chunk_tokens=512)
-    cluster = Cluster(speed, prefills=4, decodes=4, blocks=3000)
+    cluster = Cluster(speed, policy=policy, prefills=4, decodes=4, blocks=3000)
     prefixes = [chain(cluster.rng, 4000) for _ in range(12)]
     arrivals(cluster, 10.0, 60.0, prompts_of(cluster, (100, 1900), prefixes))
     cluster.clock.run(200)
     return times_of(cluster.prompts)
 
 
-def deadlines(short: tuple[int, int] = (5, 100), seconds: float = 120.0) -> Figures:
+def deadlines(
+    policy: Policy = OURS, short: tuple[int, int] = (5, 100), seconds: float = 120.0
+) -> Figures:
     """Beside 10 short prompts a second, some of 16,000 tokens, which are 0.8 s of work."""
     speed = Speed(base=0.03, per_token=1 / 27_000, chunk_tokens=2048)
-    cluster = Cluster(speed, prefills=1, decodes=1)
+    cluster = Cluster(speed, policy=policy, prefills=1, decodes=1)
     asked: Counter[float] = Counter()
 
     def make() -> Prompt:
@@ -114,23 +122,23 @@ def deadlines(short: tuple[int, int] = (5, 100), seconds: float = 120.0) -> Figu
     return {f"taken with {s:g} s, %": 100 * taken[s] / asked[s] for s in (5.0, 0.5)}
 
 
-def deadlines_alike() -> Figures:
+def deadlines_alike(policy: Policy = OURS) -> Figures:
     """The short ones are all of 50 tokens: they do not tell a step's base from its slope."""
-    return deadlines((50, 50))
+    return deadlines(policy, (50, 50))
 
 
-def links() -> Figures:
+def links(policy: Policy = OURS) -> Figures:
     speed = Speed(base=0.005, per_token=1 / 20_000, chunk_tokens=2048)
-    cluster = Cluster(speed, prefills=8, decodes=8)
+    cluster = Cluster(speed, policy=policy, prefills=8, decodes=8)
     arrivals(cluster, 20.0, 50.0, prompts_of(cluster, (2000, 2000), output=50))
     cluster.clock.run(120)
     pairs = {(p.prefill, p.decode) for _, p in cluster.placed}
     return {"pairs used, of 64": len(pairs)} | times_of(cluster.prompts)
 
 
-def room() -> Figures:
+def room(policy: Policy = OURS) -> Figures:
     speed = Speed(base=0.005, per_token=1 / 5000, chunk_tokens=512)
-    cluster = Cluster(speed, prefills=4, decodes=4, blocks=1000)
+    cluster = Cluster(speed, policy=policy, prefills=4, decodes=4, blocks=1000)
     pinned = cluster.workers["p0"]
     held = pinned.pool.allocate(950)  # until leases end that nobody renews
     pinned.report()
@@ -144,9 +152,9 @@ def room() -> Figures:
     )
 
 
-def batch(streams: int = 1000, workers: int = 100) -> Figures:
+def batch(policy: Policy = OURS, streams: int = 1000, workers: int = 100) -> Figures:
     speed = Speed(base=0.002, per_token=1 / 200_000, chunk_tokens=4096)
-    cluster = Cluster(speed, prefills=8, decodes=workers, blocks=16_384)
+    cluster = Cluster(speed, policy=policy, prefills=8, decodes=workers, blocks=16_384)
     system = chain(cluster.rng, 1024)
     for i in range(8):
         for block in system:
@@ -169,7 +177,7 @@ def batch(streams: int = 1000, workers: int = 100) -> Figures:
             "mean token 0 to 1, s": statistics.mean(stalls), "p99, s": stalls[-11]}  # fmt: skip
 
 
-TRIALS: dict[str, Callable[[], Figures]] = {
+TRIALS: dict[str, Callable[[Policy], Figures]] = {
     trial.__name__: trial
     for trial in (
         hung,
@@ -185,7 +193,31 @@ TRIALS: dict[str, Callable[[], Figures]] = {
 }
 
 
+def compared(names: Sequence[str], policies: Sequence[str]) -> list[list[str]]:
+    """One row a figure: the trial, what it is, and what it is with each of the policies."""
+    rows = []
+    for name in names:
+        found = [TRIALS[name](Policies().named(policy)) for policy in policies]
+        for what in found[0]:
+            rows.append([name, what, *(f"{figures[what]:.3g}" for figures in found)])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("trials", nargs="*", metavar="TRIAL", help=", ".join(TRIALS))
+    parser.add_argument(
+        "--policy", action="append", choices=POLICIES, help="to compare; may be said several times"
+    )
+    args = parser.parse_args(argv)
+    if unknown := set(args.trials) - TRIALS.keys():
+        parser.error(f"no trial is called {', '.join(sorted(unknown))}")
+    policies = args.policy or ["predicted_latency"]
+    rows = compared(args.trials or list(TRIALS), policies)
+    console_of().print(table("", ["trial", "figure", *policies], rows, policies))
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or TRIALS:
-        figures = TRIALS[name]()
-        print(f"{name:16}" + "; ".join(f"{what} {value:.3g}" for what, value in figures.items()))
+    main()

@@ -214,6 +214,7 @@ def gateway_launch(
         gateways=spec.gateway.replicas,
         probe_key=probe_key(own_key),
         **given(spec.gateway.limits),
+        policies=spec.gateway.policies,
         http_options=spec.gateway.http_options,
         responses=spec.gateway.responses,
         tls=spec.gateway.tls,

@@ -48,6 +48,7 @@ from crossdock.router.config import (
     Slo,
     TlsFiles,
 )
+from crossdock.router.placement.policy import Policies
 from crossdock.router.serving import TOOL_PARSERS, Rule, ServedModel, Serving
 from crossdock.worker.config import EngineSettings, WorkerConfig
 
@@ -118,6 +119,10 @@ class GatewaySpec:
     grpc: str = of(GatewayConfig, "grpc")
     http: str = of(GatewayConfig, "http")
     policy: str = of(GatewayConfig, "policy")
+    policies: Policies = setting(
+        factory=Policies,
+        doc="Numbers of the policies that have some, for the one that is chosen.",
+    )
     local_prompt_tokens: int = of(GatewayConfig, "local_prompt_tokens")
     tool_parser: str = of(GatewayConfig, "tool_parser")
     http_options: HttpSettings = setting(factory=HttpSettings, doc="How OpenAI HTTP is served.")

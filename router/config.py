@@ -14,7 +14,7 @@ from crossdock.proto.settings import GATEWAY_ADDRESS, check_settings, no_entries
 from crossdock.router.dispatch.admission import Limits
 from crossdock.router.dispatch.lifecycle import Slo as Slo
 from crossdock.router.dispatch.links import LinkSettings
-from crossdock.router.placement.policy import POLICIES
+from crossdock.router.placement.policy import ALIASES, POLICIES, Policies
 from crossdock.router.serving import TOOL_PARSERS, ServedModel, Serving
 
 
@@ -231,10 +231,12 @@ class GatewayConfig(Limits):
     grpc: str = setting(GATEWAY_ADDRESS, "Where gRPC is served.", kind="address")
     http: str = setting("127.0.0.1:8000", "Where OpenAI HTTP is served.", kind="address")
     policy: str = setting(
-        "least_latency",
-        "How workers are chosen: by predicted latency (queue depth and prefix hits), or in turn.",
-        choices=tuple(POLICIES),
+        "predicted_latency",
+        "How workers are chosen: docs/architecture.md has a table. least_latency is an older name "
+        "of predicted_latency.",
+        choices=(*POLICIES, *ALIASES),
     )
+    policies: Policies = field(default_factory=Policies)
     tool_parser: str = setting(
         "auto",
         "How the model writes calls of tools; auto: as its chat template does.",

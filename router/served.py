@@ -30,7 +30,6 @@ from crossdock.router.frontdoor.grammar_check import GrammarChecker
 from crossdock.router.frontdoor.text_process import TextProcess
 from crossdock.router.frontdoor.tools.formats import format_of
 from crossdock.router.frontdoor.validate import Validator
-from crossdock.router.placement.policy import POLICIES
 from crossdock.router.placement.view import ClusterView
 from crossdock.router.serving import ServedModel
 
@@ -97,7 +96,7 @@ class Served:
             view=view,
             links=links,
             timers=asyncio.get_running_loop(),
-            policy=POLICIES[config.policy],
+            policy=config.policies.named(config.policy),
             limits=config,
             admission=shared.admission,
             metrics=ModelMetrics(shared.metrics, key or files.model_id),

@@ -22,12 +22,13 @@ from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links, LinkSettings, WorkerLink
 from crossdock.router.dispatch.request import Request
 from crossdock.router.dispatch.sequence import Phase
-from crossdock.router.placement.policy import POLICIES
+from crossdock.router.placement.policy import Policies
 from crossdock.router.placement.view import ClusterView
 from crossdock.worker.streams import GatewayStream
 
 LONGEST = 69  # tokens of a sequence: with what a step may draw, 9 blocks
 SOME = [1, 1, 2, 3]  # messages that arrive together
+TWO_THIRDS_OURS = ["predicted_latency", "predicted_latency", "round_robin"]
 LINKS = LinkSettings(silence_s=1.0, tick_s=0.5)
 HELLO = pb.GatewayFrame()  # to open a stream with; what it says is the link's
 GONE = LOST = None  # the last thing a worker, or a gateway, hears of a stream
@@ -182,7 +183,7 @@ class Gateway:
             view=self.view,
             links=self.links,
             timers=self.timers,
-            policy=POLICIES[rng.choice(["least_latency", "least_latency", "round_robin"])],
+            policy=Policies().named(rng.choice(TWO_THIRDS_OURS)),
             limits=Limits(
                 max_active=12,
                 max_request_share=1,

@@ -35,7 +35,8 @@ class Limits:
     local_prompt_tokens: int = setting(
         128,
         "How many uncached prompt tokens a decode worker may compute itself, where it has more of "
-        "the prompt cached than any prefill worker: the next turn of a chat. 0: none.",
+        "the prompt cached than any prefill worker: the next turn of a chat. 0: none. Of policy "
+        "predicted_latency alone.",
         low=0,
         high=65_536,
     )

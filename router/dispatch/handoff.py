@@ -18,7 +18,7 @@ from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.sequence import Phase, SequenceState
 from crossdock.router.placement.demand import NoWorker
-from crossdock.router.placement.policy import decode_for
+from crossdock.router.placement.latency import decode_for
 from crossdock.router.placement.view import ClusterView
 
 

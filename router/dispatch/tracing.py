@@ -61,6 +61,9 @@ def sequence_ended(sequence: SequenceState) -> None:
         child.set_attribute("index", sequence.index)
         clock += seconds
         child.end(end_time=_ns(request, clock))
+    if sequence.placement.reason is not None:
+        reason = sequence.placement.reason.value
+        span.set_attribute(f"crossdock.placement_reason.{sequence.index}", reason)
     span.set_attribute(f"crossdock.prefill_worker.{sequence.index}", sequence.prefill_worker)
     span.set_attribute(f"crossdock.decode_worker.{sequence.index}", sequence.decode_worker)
 

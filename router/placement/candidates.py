@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from crossdock.proto.types import Role
+from crossdock.router.placement.demand import Demand, NoWorker
+from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import WorkerView
 
 # How many of each side are weighed as pairs, since each pair has a link of its own.
@@ -45,3 +47,16 @@ class Candidates(Protocol):
         rest: a few tokens, those that wait there already included, so that no stream waits for
         long. That is presumed to take as long as on the fastest prefill worker. At most
         DECODE_CANDIDATES."""
+
+
+def nobody(
+    view: ClusterView,
+    demand: Demand,
+    among: Candidates,
+    needed: Sequence[Role] = (Role.PREFILL, Role.DECODE),
+) -> NoWorker:
+    """Names the roles that nobody fills, or nobody who can hold the sequence."""
+    missed = [role for role in needed if not among.any_of(role)]
+    small = any(view.count(role) for role in missed)
+    held = f" that holds {demand.held[missed[-1]]} tokens" if small else ""
+    return NoWorker(f"no {' and no '.join(missed)} worker{held} is ready")

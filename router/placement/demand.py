@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crossdock.proto.errors import Unavailable
 from crossdock.proto.types import Role
+from crossdock.router.placement.workers import WorkerView
 
 
 class NoWorker(Unavailable):
@@ -47,6 +49,21 @@ class Demand:
         return max(1, self.num_tokens - depth * self.block_size)
 
 
+class Reason(enum.StrEnum):
+    """Why the worker that computes the prompt was chosen; as spans and logs have it."""
+
+    IN_TURN = "in_turn"
+    LEAST_LOADED = "least_loaded"
+    LONGEST_PREFIX = "longest_prefix"
+    SHORT_PREFIX = "short_prefix"  # nobody has enough of it: the least loaded
+    IMBALANCED = "imbalanced"  # loads are too far apart: the least loaded, whatever is cached
+    LEAST_COST = "least_cost"
+    SAMPLED_COST = "sampled_cost"  # not the least: the dice fell so
+    QUICKEST_PAIR = "quickest_pair"
+    QUICKEST_LOCAL = "quickest_local"  # a decode worker that has most of the prompt
+    QUICKEST_COLOCATED = "quickest_colocated"
+
+
 @dataclass(frozen=True)
 class Placement:
     """The workers of one sequence; `prefill` is None where the decode worker does both phases."""
@@ -57,6 +74,31 @@ class Placement:
     uncached_tokens: int
     predicted_ttft_s: float
     measured: bool  # the prediction rests on what its worker measured lately of such prompts
+    reason: Reason | None = None
+
+    @classmethod
+    def on(
+        cls,
+        worker: WorkerView,
+        decode: WorkerView | None,
+        demand: Demand,
+        now: float,
+        depth: int,
+        ttft_s: float,
+        reason: Reason,
+    ) -> Placement:
+        """`worker`, which holds `depth` blocks, computes the prompt; `decode`: None where it goes
+        on to the end."""
+        uncached = demand.uncached(depth)
+        return cls(
+            prefill=worker.name if decode else None,
+            decode=(decode or worker).name,
+            cached_blocks=depth,
+            uncached_tokens=uncached,
+            predicted_ttft_s=ttft_s,
+            measured=worker.knows_prefill(worker.queued_tokens + uncached, now),
+            reason=reason,
+        )
 
 
 UNPLACED = Placement("", "", 0, 0, 0.0, measured=False)

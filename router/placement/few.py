@@ -36,19 +36,32 @@ class FewWorkers:
     def any_of(self, role: Role) -> bool:
         return bool(self._usable[role])
 
+    def usable(self, role: Role, cut_off: Collection[str] = ()) -> Sequence[WorkerView]:
+        """Who may get the sequence; without those called `cut_off`, where there are others."""
+        workers = self._usable[role]
+        if cut_off:
+            workers = [worker for worker in workers if worker.name not in cut_off] or workers
+        return workers
+
+    def with_room(self, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
+        """Those that have the blocks; where nobody has, those with the most room."""
+        fitting = [worker for worker in workers if self._has_room(worker)]
+        if fitting:
+            return fitting
+        roomiest = max(worker.available_blocks for worker in workers)
+        return [worker for worker in workers if worker.available_blocks == roomiest]
+
     def prefills(self) -> list[Computes]:
         options = []
-        for worker in self._with_room(self._usable[Role.PREFILL]):
+        for worker in self.with_room(self._usable[Role.PREFILL]):
             ttft_s = worker.prefill_s(self._tokens(worker))
             options.append((ttft_s, ttft_s, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
 
     def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
-        workers, blocks = self._usable[Role.DECODE], self._demand.pulled_blocks
-        if cut_off:
-            workers = [worker for worker in workers if worker.name not in cut_off] or workers
+        workers, blocks = self.usable(Role.DECODE, cut_off), self._demand.pulled_blocks
         options: list[Decodes] = []
-        for excess_s, worker in self._streams(self._with_room(workers)):
+        for excess_s, worker in self._streams(self.with_room(workers)):
             nbytes = max(0, blocks - self.depth(worker)) * worker.facts.block_bytes
             options.append((excess_s, nbytes, worker))
         if len(options) <= DECODE_CANDIDATES:
@@ -59,7 +72,7 @@ class FewWorkers:
 
     def colocated(self) -> list[Computes]:
         options = []
-        for excess_s, worker in self._streams(self._with_room(self._usable[Role.COLOCATED])):
+        for excess_s, worker in self._streams(self.with_room(self._usable[Role.COLOCATED])):
             ttft_s = worker.ttft_s(self._tokens(worker))
             options.append((ttft_s + excess_s, ttft_s, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
@@ -94,14 +107,6 @@ class FewWorkers:
 
     def _has_room(self, worker: WorkerView) -> bool:
         return self._demand.blocks - self.depth(worker) <= worker.available_blocks
-
-    def _with_room(self, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
-        """Those that have the blocks; where nobody has, those with the most room."""
-        fitting = [worker for worker in workers if self._has_room(worker)]
-        if fitting:
-            return fitting
-        roomiest = max(worker.available_blocks for worker in workers)
-        return [worker for worker in workers if worker.available_blocks == roomiest]
 
     def _nearest(
         self, options: list[Option], count: int, costs: Sequence[float] | None = None

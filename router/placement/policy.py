@@ -1,194 +1,61 @@
-"""Where a request goes: pure functions over a ClusterView. The clock and the dice are passed in."""
+"""The policies by name: who serves a request. Pure; the clock and the dice are passed in."""
 
+# ruff: noqa: RUF009  (setting() is dataclasses.field with documentation)
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
-from operator import itemgetter
+from dataclasses import dataclass
+from typing import Protocol
 
-from crossdock.proto.types import Role
-from crossdock.router.placement.candidates import Candidates, Computes, Decodes
-from crossdock.router.placement.demand import Demand, NoWorker, Placement
-from crossdock.router.placement.few import FewWorkers
-from crossdock.router.placement.many import ManyWorkers
+from crossdock.proto.settings import setting
+from crossdock.router.placement.demand import Demand, Placement
+from crossdock.router.placement.latency import predicted_latency
+from crossdock.router.placement.peers import (
+    KvCost,
+    PrefixThreshold,
+    least_loaded,
+    round_robin,
+)
 from crossdock.router.placement.view import ClusterView
-from crossdock.router.placement.workers import WorkerView
 
-TIE_RELATIVE = 0.05
-TIE_ABSOLUTE_S = 0.0005
-BACK_OFF_S = 1e6  # a pair whose pulls fail comes after all others
-MANY = 48  # workers, from which on arrays of all are quicker than a look at each
-
-Policy = Callable[[ClusterView, Demand, float, random.Random, int], Placement]
-Pull = tuple[float, float, str]  # as of Decodes, with the worker's name
-Way = tuple[float, Computes, WorkerView | None]  # seconds; None: it goes on where it is computed
+ALIASES = {"least_latency": "predicted_latency"}  # older name -> name
 
 
-def least_latency(
-    view: ClusterView, demand: Demand, now: float, rng: random.Random, turn: int = 0
-) -> Placement:
-    """The workers with the least predicted seconds, of those that can hold the sequence.
+class Policy(Protocol):
+    """Chooses the workers of one sequence. It keeps nothing between calls and changes nothing: the
+    same arguments, with dice in the same state, give the same placement."""
 
-    Seconds = TTFT (queued + own uncached tokens, by the worker's prefill time) + bytes to pull /
-    bandwidth of the pair, which delays token 1 + what STREAM_TOKENS decode steps after joining and
-    the wait for a place in the batch take longer than on the best decode worker. So queue depth,
-    prefix hits, links and batches are one number. Near ties of either side go to the better of two
-    at random, so that gateways with slightly old views do not herd. Pairs whose pulls fail back
-    off while there are others. A decode worker that has more of the sequence cached than any
-    prefill worker, as it has of a chat that it answered, may go on by itself. Raises NoWorker.
-    """
-    choice = _Choice(view, demand, now, rng)
-    ways = [*choice.local(), choice.disaggregated()] if choice.pairs else []
-    ways += [choice.colocated()] if choice.among.any_of(Role.COLOCATED) else []
-    if not ways:
-        missed = [r for r in (Role.PREFILL, Role.DECODE) if not choice.among.any_of(r)]
-        raise NoWorker(_missing(view, demand, missed))
-    _, (_, ttft_s, worker), decode = min(ways, key=_SECONDS)
-    return _placement(demand, now, worker, choice.among.depth(worker), ttft_s, decode)
+    def __call__(
+        self, view: ClusterView, demand: Demand, now: float, rng: random.Random, turn: int = 0
+    ) -> Placement:
+        """Where the sequence goes, and why. `now`: seconds on the clock of the view's reports;
+        `turn`: decisions that were acted on, this one among them. Raises NoWorker where nobody can
+        have it."""
 
 
-def round_robin(
-    view: ClusterView, demand: Demand, now: float, rng: random.Random, turn: int = 0
-) -> Placement:
-    """The baseline: each role in turn, blind to load and cache. Raises NoWorker."""
-    usable = {r: view.usable(r, now, demand.avoid, held) for r, held in demand.held.items()}
-    prefills, decodes, colocated = usable.values()
-    decode = None
-    if colocated and (turn % 2 or not prefills or not decodes):
-        worker = colocated[turn % len(colocated)]
-    elif prefills and decodes:
-        worker = prefills[turn % len(prefills)]
-        cut_off = view.pairs.cut_off([worker.name], now)
-        decodes = [each for each in decodes if each.name not in cut_off] or decodes
-        decode = decodes[turn % len(decodes)]
-    else:
-        missed = [role for role in (Role.PREFILL, Role.DECODE) if not usable[role]]
-        raise NoWorker(_missing(view, demand, missed))
-    depth = view.index.depths(demand.block_hashes).get(worker.slot, 0)
-    ttft_s = worker.ttft_s(worker.queued_tokens + demand.uncached(depth))
-    return _placement(demand, now, worker, depth, ttft_s, decode)
+@dataclass(frozen=True)
+class Policies:
+    """The YAML's `policies` of a gateway: the numbers of those that have some."""
 
-
-POLICIES: dict[str, Policy] = {"least_latency": least_latency, "round_robin": round_robin}
-
-
-def decode_for(
-    view: ClusterView, demand: Demand, prefill: str, now: float, rng: random.Random
-) -> str:
-    """Another decode worker for a sequence whose prompt is computed already. Raises NoWorker."""
-    choice = _Choice(view, demand, now, rng)
-    if not choice.among.any_of(Role.DECODE):
-        raise NoWorker(_missing(view, demand, [Role.DECODE]))
-    decodes = choice.among.decodes(view.pairs.cut_off([prefill], now))
-    after = choice.after_token_0(prefill, _pulls(decodes))
-    return decodes[choice.best_of_two(after)][2].name
-
-
-class _Choice:
-    """One decision, in seconds."""
-
-    def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
-        self._pairs, self._now, self._rng = view.pairs, now, rng
-        kind = ManyWorkers if len(view.workers) >= MANY else FewWorkers
-        self.among: Candidates = kind(view, demand, now, rng)
+    prefix_threshold: PrefixThreshold = setting(
+        factory=PrefixThreshold, doc="Of the policy prefix_threshold."
+    )
+    kv_cost: KvCost = setting(factory=KvCost, doc="Of the policy kv_cost.")
 
     @property
-    def pairs(self) -> bool:
-        return self.among.any_of(Role.PREFILL) and self.among.any_of(Role.DECODE)
+    def by_name(self) -> dict[str, Policy]:
+        """All there are; ALIASES has other names of them."""
+        return {
+            "predicted_latency": predicted_latency,
+            "round_robin": round_robin,
+            "least_loaded": least_loaded,
+            "prefix_threshold": self.prefix_threshold,
+            "kv_cost": self.kv_cost,
+        }
 
-    def disaggregated(self) -> Way:
-        """Seconds until token 1 and lost after it, and where."""
-        prefills = sorted(self.among.prefills(), key=_SECONDS)
-        cut_off: Collection[str] = ()
-        if self._pairs.any_backs_off:
-            names = [worker.name for _, _, worker in prefills]
-            cut_off = self._pairs.cut_off(names, self._now)
-        decodes = self.among.decodes(cut_off)
-        pulls = _pulls(decodes)
-        least_s = min(excess_s + nbytes * self._pairs.least for excess_s, nbytes, _ in pulls)
-        costs: list[float] = []
-        limit = float("inf")
-        for ttft_s, _, worker in prefills:
-            if ttft_s + least_s > limit:
-                break  # nor is one of those after it among the best
-            cost_s = ttft_s + min(self.after_token_0(worker.facts.name, pulls))
-            costs.append(cost_s)
-            limit = min(limit, _tie(cost_s))
-        prefill = prefills[self.best_of_two(costs)]
-        after = self.after_token_0(prefill[2].name, pulls)
-        best = self.best_of_two(after)
-        return prefill[0] + after[best], prefill, decodes[best][2]
-
-    def colocated(self) -> Way:
-        """The same where one worker does both phases."""
-        return self._alone(self.among.colocated())
-
-    def local(self) -> list[Way]:
-        """The same for a decode worker that has the most of it and may compute the rest."""
-        able = self.among.local()
-        return [self._alone(able)] if able else []
-
-    def after_token_0(self, prefill: str, pulls: Sequence[Pull]) -> list[float]:
-        """Seconds that each decode worker costs with the pull."""
-        pairs, presumed = self._pairs, self._pairs.presumed
-        of = pairs.seconds_per_byte(prefill).get
-        costs = [excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in pulls]
-        if pairs.any_backs_off:
-            for i, (_, _, name) in enumerate(pulls):
-                if pairs.backs_off(prefill, name, self._now):
-                    costs[i] += BACK_OFF_S
-        return costs
-
-    def best_of_two(self, costs: Sequence[float]) -> int:
-        """Which is the better of two at random of those within a tie of the least."""
-        limit = _tie(min(costs))
-        tied = [i for i, cost in enumerate(costs) if cost <= limit]
-        if len(tied) == 1:
-            return tied[0]
-        one = tied.pop(int(self._rng.random() * len(tied)))
-        other = tied[int(self._rng.random() * len(tied))]
-        return other if costs[other] < costs[one] else one
-
-    def _alone(self, options: Sequence[Computes]) -> Way:
-        best = options[self.best_of_two([cost_s for cost_s, _, _ in options])]
-        return best[0], best, None
+    def named(self, name: str) -> Policy:
+        """The policy of that name, or alias. Raises KeyError."""
+        return self.by_name[ALIASES.get(name, name)]
 
 
-_SECONDS = itemgetter(0)
-
-
-def _pulls(decodes: Sequence[Decodes]) -> list[Pull]:
-    return [(excess_s, nbytes, worker.facts.name) for excess_s, nbytes, worker in decodes]
-
-
-def _tie(seconds: float) -> float:
-    """What is no more than that is as good as `seconds`."""
-    return seconds * (1 + TIE_RELATIVE) + TIE_ABSOLUTE_S
-
-
-def _placement(
-    demand: Demand,
-    now: float,
-    worker: WorkerView,
-    depth: int,
-    ttft_s: float,
-    decode: WorkerView | None,
-) -> Placement:
-    """`worker`, which holds `depth` blocks, computes the prompt; `decode`: None where it goes on to
-    the end."""
-    uncached = demand.uncached(depth)
-    return Placement(
-        prefill=worker.name if decode else None,
-        decode=(decode or worker).name,
-        cached_blocks=depth,
-        uncached_tokens=uncached,
-        predicted_ttft_s=ttft_s,
-        measured=worker.knows_prefill(worker.queued_tokens + uncached, now),
-    )
-
-
-def _missing(view: ClusterView, demand: Demand, missed: Sequence[Role]) -> str:
-    """Names the roles that nobody fills, or nobody who can hold the sequence."""
-    small = any(view.count(role) for role in missed)
-    held = f" that holds {demand.held[missed[-1]]} tokens" if small else ""
-    return f"no {' and no '.join(missed)} worker{held} is ready"
+POLICIES = tuple(Policies().by_name)  # their names

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from crossdock.proto.types import Role
-from crossdock.router.placement.demand import Demand, Placement
+from crossdock.router.placement.demand import Demand, Placement, Reason
 from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import WorkerView
 
@@ -164,6 +164,7 @@ class Reference:
     ) -> Placement:
         tokens, load = self.tokens(worker), worker.load
         step = min(tokens, worker.facts.chunk_tokens or tokens)
+        kind = "PAIR" if decode else "LOCAL" if worker in self.decodes else "COLOCATED"
         known = step <= (8 * load.prefill_step_tokens or step)
         return Placement(
             prefill=worker.name if decode else None,
@@ -172,6 +173,7 @@ class Reference:
             uncached_tokens=tokens - self.queued(worker),
             predicted_ttft_s=ttft_s,
             measured=known and self.now - worker.measured_at <= 10.0,
+            reason=Reason[f"QUICKEST_{kind}"],
         )
 
     def nearest(

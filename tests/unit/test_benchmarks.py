@@ -182,11 +182,28 @@ def test_streams_spread_over_the_decode_workers() -> None:
     assert figures["over max_batch"] == figures["idle workers"] == 0
 
 
+def test_policies_are_compared_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import routing_trials
+
+    small = {"batch": lambda policy: routing_trials.batch(policy, streams=50, workers=10)}
+    monkeypatch.setattr(routing_trials, "TRIALS", small)
+    routing_trials.main(["batch", "--policy", "predicted_latency", "--policy", "prefix_threshold"])
+    printed = capsys.readouterr().out
+    assert "predicted_latency" in printed and "prefix_threshold" in printed
+    [idle] = [line for line in printed.splitlines() if "idle workers" in line]
+    ours, theirs = (float(cell) for cell in idle.split("│")[-3:-1])
+    assert ours == 0 < theirs, "a shared prefix gathers streams on the workers that have it"
+    with pytest.raises(SystemExit):
+        routing_trials.main(["batches"])
+
+
 @pytest.mark.parametrize("short", [(5, 100), (50, 50)])
 def test_false_deadline_refusals_are_corrected(short: tuple[int, int]) -> None:
     import routing_trials
 
-    figures = routing_trials.deadlines(short, seconds=40.0)
+    figures = routing_trials.deadlines(short=short, seconds=40.0)
     assert figures["taken with 5 s, %"] == 100
     assert figures["taken with 0.5 s, %"] <= 60, "what cannot be met is refused"
 

@@ -17,6 +17,7 @@ from crossdock.deploy.spec_yaml import locate
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.types import Role
+from crossdock.router.placement.peers import PrefixThreshold
 
 MANIFESTS = Path(__file__).resolve().parents[3] / "deploy" / "manifests"
 TEXT = """\
@@ -46,6 +47,14 @@ WRONG = [
     ("  replicas: 2", "  replica: 2", 6, "gateway.replica", "did you mean replicas?"),
     ("  replicas: 2", "  replicas: two", 6, "gateway.replicas", "a whole number, not 'two'"),
     ("  replicas: 2", "  replicas: 0", 6, "gateway.replicas", "must be from 1 to 64"),
+    ("  replicas: 2", "  policy: kv", 6, "gateway.policy", "predicted_latency, round_robin"),
+    (
+        "  replicas: 2",
+        "  policies: {kv_cost: {temperature: -1}}",
+        6,
+        "gateway.policies.kv_cost.temperature",
+        "must be from 0 to 1000",
+    ),
     ("    replicas: 1", "    replicas: -1", 12, "pools.prefill.replicas", "from 0 to 1024"),
     ("    replicas: 1", "    replicas: 1.5", 12, "pools.prefill.replicas", "a whole number"),
     ("dtype: auto", "dtype: int8", 4, "model.dtype", "auto, float32, bfloat16, float16"),
@@ -173,6 +182,16 @@ def test_values_and_defaults():
     assert spec.gateway.limits == LimitsSpec()
     assert spec.controller.grpc == "127.0.0.1:50050"
     assert spec.gateway_addresses(1) == ("127.0.0.1:50052", "127.0.0.1:8001")
+
+
+def test_a_gateway_gets_the_policy_and_its_numbers():
+    told = "  policy: prefix_threshold\n  policies: {prefix_threshold: {balance_abs: 8}}\n"
+    spec = ClusterSpec.parse(TEXT.replace("  replicas: 2\n", told))
+    config = gateway_launch(spec, "gateway-0", 0, b"c" * 32, b"o" * 32).gateway
+    assert config.policies.named(config.policy) == PrefixThreshold(0.3, 8, 1.5)
+    older = ClusterSpec.parse(TEXT.replace("  replicas: 2", "  policy: least_latency"))
+    assert older.gateway.policy == "least_latency"
+    assert ClusterSpec.parse(TEXT).gateway.policy == "predicted_latency"
 
 
 def test_a_spec_survives_being_written_and_read():

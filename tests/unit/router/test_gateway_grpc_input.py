@@ -13,6 +13,7 @@ from gateway_rig import PROMPT, Rig, ask, collect, ids_of, refusal, start_rig, t
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.proto.v1 import worker_pb2
+from crossdock.router.placement.policy import POLICIES
 
 # -- bad input ---------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ async def test_bad_input_is_refused_by_name(
     assert rig.metric("requests_total", outcome="invalid") == 2
 
 
-@pytest.mark.parametrize("policy", ["least_latency", "round_robin"])
+@pytest.mark.parametrize("policy", POLICIES)
 async def test_pools_of_unlike_sizes_serve_in_full_what_they_take(
     tiny_model: Path, policy: str
 ) -> None:

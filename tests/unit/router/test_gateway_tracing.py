@@ -15,6 +15,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from crossdock.proto.types import LIFE_CYCLE
 from crossdock.router.dispatch import tracing
 from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES
+from crossdock.router.placement.peers import KvCost
+from crossdock.router.placement.policy import Policies
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -34,7 +36,10 @@ async def ended(rig: Rig, spans: InMemorySpanExporter) -> dict[str, object]:
     return {span.name: span for span in spans.get_finished_spans()}
 
 
-async def test_the_span_of_a_request(tiny_model: Path, spans: InMemorySpanExporter) -> None:
+async def test_the_span_of_a_request(
+    tiny_model: Path, spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "crossdock.router.dispatch.dispatcher")
     async with start_rig(tiny_model) as rig:
         header = ("traceparent", f"00-{TRACE}-{PARENT}-01")
         await collect(rig.stub.Generate(ask(max_tokens=4), metadata=(header,)))
@@ -43,6 +48,8 @@ async def test_the_span_of_a_request(tiny_model: Path, spans: InMemorySpanExport
     assert f"{request.context.trace_id:032x}" == TRACE
     assert f"{request.parent.span_id:016x}" == PARENT
     assert tuple(event.name for event in request.events) == LIFE_CYCLE
+    assert request.attributes["crossdock.placement_reason.0"] == "quickest_pair"
+    assert "'quickest_pair'" in caplog.text, "each placement is logged with its reason"
     times = [event.timestamp for event in request.events]
     assert times == sorted(times)
     assert request.start_time <= times[0] and times[-1] <= request.end_time
@@ -55,6 +62,16 @@ async def test_the_span_of_a_request(tiny_model: Path, spans: InMemorySpanExport
     sequence = rig.prefills[0].prefills[0].sequence
     assert sequence.traceparent == f"00-{TRACE}-{request.context.span_id:016x}-01"
     assert rig.decodes[0].decodes[0].sequence.traceparent == sequence.traceparent
+
+
+async def test_the_policy_of_the_configuration_places_and_says_why(
+    tiny_model: Path, spans: InMemorySpanExporter
+) -> None:
+    policies = Policies(kv_cost=KvCost(prefill_scale=2.0))
+    async with start_rig(tiny_model, policy="kv_cost", policies=policies) as rig:
+        await collect(rig.stub.Generate(ask(max_tokens=2)))
+        request = (await ended(rig, spans))["crossdock.request"]
+    assert request.attributes["crossdock.placement_reason.0"] == "least_cost"
 
 
 async def test_a_failed_request_says_so(tiny_model: Path, spans: InMemorySpanExporter) -> None:

@@ -6,109 +6,16 @@ import random
 
 import pytest
 from reference_policy import Reference
+from view_history import STEPS, History
 
-from crossdock.proto.types import Role
-from crossdock.router.placement import policy
+from crossdock.router.placement import latency
 from crossdock.router.placement.demand import Demand, NoWorker, Placement
-from crossdock.router.placement.policy import least_latency
-from crossdock.router.placement.view import ClusterView
-from crossdock.router.placement.workers import LoadReport, WorkerFacts
-
-BLOCK = 16
-ROLES = [Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE, Role.COLOCATED]
-STEPS = 30  # of one cluster's history, with a decision after each
-
-
-class History:
-    """A cluster to which anything may happen."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng, self.now, self.view = random.Random(seed), 0.0, ClusterView()
-        self.chains = [[self.rng.randbytes(16) for _ in range(40)] for _ in range(4)]
-        self.roles = self.rng.choice([ROLES, ROLES[:4], ROLES[-1:], ROLES[1:]])
-        self.most = self.rng.choice([3, 12, 60, 150])
-        self.plain = self.rng.random() < 0.5  # equal workers, so that ties are many
-        self.placed: list[tuple[str, str]] = []
-        for i in range(self.most):
-            self.connect(f"w{i}")
-        for name in self.view.workers:
-            if self.rng.random() < 0.8:
-                self.report(name)
-        for _ in range(self.most // 2):
-            self.cache()
-
-    def connect(self, name: str) -> None:
-        rng = self.rng
-        self.view.connected(
-            WorkerFacts(
-                name, rng.choice(self.roles), rng.randbytes(4).hex(), 1000, BLOCK,
-                block_bytes=100_000, pool=rng.choice("ab"),
-                context_length=0 if self.plain else rng.choice([0, 0, 600, 900]),
-                max_batch=rng.choice([0, 8]), chunk_tokens=rng.choice([0, 256]),
-            ),
-            self.now,
-        )  # fmt: skip
-
-    def report(self, name: str) -> None:
-        rng, idle = self.rng, self.plain and self.rng.random() < 0.7
-        busy = 0 if idle else rng.choice([0, 3, 9])
-        known = rng.random() < 0.8
-        load = LoadReport(
-            waiting=busy // 3, running=busy, queued_tokens=busy * rng.choice([0, 0, 5, 400]),
-            free_blocks=rng.choice([5, 900, 900]), cached_blocks=rng.randrange(40),
-            total_blocks=rng.choice([0, 1000, 1000]), draining=rng.random() < 0.05,
-            late=rng.random() < 0.05, prefill_tokens_per_s=known * (3000 + 500 * rng.random()),
-            prefill_base_s=0.01 * rng.random(), prefill_step_tokens=rng.choice([0, 20, 256]),
-            step_base_s=known * 0.02 * rng.random(), step_per_sequence_s=0.0001,
-        )  # fmt: skip
-        self.view.reported(self.view.workers[name], load, self.now)
-
-    def cache(self) -> None:
-        rng, view = self.rng, self.view
-        if view.workers:
-            chain = rng.choice(self.chains)[: rng.randrange(40)]
-            view.index.replace(rng.choice(list(view.workers.values())).slot, chain)
-
-    def happens(self) -> None:
-        """A little of everything."""
-        rng, view = self.rng, self.view
-        self.now += rng.choice([0.0, 0.01, 0.3, 1.2])
-        for _ in range(rng.randrange(6)):
-            names = list(view.workers)
-            one, other = (rng.choice(names or [""]) for _ in range(2))
-            kind = rng.randrange(8)
-            if kind == 0 and one:
-                view.disconnected(one, view.workers[one].facts.incarnation)
-            elif kind == 1:
-                self.connect(f"w{rng.randrange(self.most)}")
-            elif kind == 2:
-                self.cache()
-            elif kind == 3:
-                view.transferred(one, other, rng.randrange(10**9), rng.random())
-            elif kind == 4:
-                view.pull_failed(one, other, self.now)
-            elif kind == 5:
-                view.device_failed(one, self.now)
-            elif kind == 6 and self.placed:
-                name, key = self.placed.pop(rng.randrange(len(self.placed)))
-                rng.choice([view.unplace, lambda n, k: view.sent(n, k, self.now)])(name, key)
-            elif one:
-                self.report(one)
-
-    def demand(self) -> Demand:
-        rng = self.rng
-        tokens = rng.choice([1, 200, 640, 655])
-        names = list(self.view.workers)
-        avoid = rng.sample(names, min(len(names), rng.choice([0, 0, 0, 1, 3])))
-        return Demand(
-            tokens, rng.choice(self.chains)[: tokens // BLOCK], BLOCK, most_tokens=tokens + 200,
-            avoid=frozenset(avoid), local_tokens=rng.choice([0, 100, 400]),
-        )  # fmt: skip
+from crossdock.router.placement.latency import predicted_latency
 
 
 def decided(history: History, demand: Demand, dice: int) -> Placement | None:
     try:
-        return least_latency(history.view, demand, history.now, random.Random(dice), dice)
+        return predicted_latency(history.view, demand, history.now, random.Random(dice), dice)
     except NoWorker:
         return None
 
@@ -124,13 +31,11 @@ def test_the_choice_and_its_seconds_are_those_of_a_plain_policy(
             asked, dice = history.demand(), 1000 * seed + step
             expected = Reference(history.view, asked, history.now, random.Random(dice)).decide()
             for many in (0, 10**9):  # in arrays, and one by one
-                monkeypatch.setattr(policy, "MANY", many)
+                monkeypatch.setattr(latency, "MANY", many)
                 assert decided(history, asked, dice) == expected, (seed, step, many)
             if expected is None:
                 ways["nobody"] += 1
                 continue
             ways["disaggregated" if expected.prefill else "alone"] += 1
-            for name in {expected.prefill or expected.decode, expected.decode}:
-                history.view.place(name, f"s{dice}", expected.uncached_tokens, asked.blocks)
-                history.placed.append((name, f"s{dice}"))
+            history.placed_as(expected, asked, f"s{dice}")
     assert min(ways.values()) > 20, ways

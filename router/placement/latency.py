@@ -1,0 +1,145 @@
+"""Our own policy: the workers on which the least seconds are predicted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from operator import itemgetter
+
+from crossdock.proto.types import Role
+from crossdock.router.placement.candidates import Candidates, Computes, Decodes, nobody
+from crossdock.router.placement.demand import Demand, Placement, Reason
+from crossdock.router.placement.few import FewWorkers
+from crossdock.router.placement.many import ManyWorkers
+from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import WorkerView
+
+TIE_RELATIVE = 0.05
+TIE_ABSOLUTE_S = 0.0005
+BACK_OFF_S = 1e6  # a pair whose pulls fail comes after all others
+MANY = 48  # workers, from which on arrays of all are quicker than a look at each
+
+Pull = tuple[float, float, str]  # as of Decodes, with the worker's name
+Way = tuple[float, Computes, WorkerView | None]  # seconds; None: it goes on where it is computed
+
+
+def predicted_latency(
+    view: ClusterView, demand: Demand, now: float, rng: random.Random, turn: int = 0
+) -> Placement:
+    """The workers with the least predicted seconds, of those that can hold the sequence.
+
+    Seconds = TTFT (queued + own uncached tokens, by the worker's prefill time) + bytes to pull /
+    bandwidth of the pair, which delays token 1 + what STREAM_TOKENS decode steps after joining and
+    the wait for a place in the batch take longer than on the best decode worker. So queue depth,
+    prefix hits, links and batches are one number. Near ties of either side go to the better of two
+    at random, so that gateways with slightly old views do not herd. Pairs whose pulls fail back
+    off while there are others. A decode worker that has more of the sequence cached than any
+    prefill worker, as it has of a chat that it answered, may go on by itself. Raises NoWorker.
+    """
+    choice = _Choice(view, demand, now, rng)
+    ways = [*choice.local(), choice.disaggregated()] if choice.pairs else []
+    ways += [choice.colocated()] if choice.among.any_of(Role.COLOCATED) else []
+    if not ways:
+        raise nobody(view, demand, choice.among)
+    _, (_, ttft_s, worker), decode = min(ways, key=_SECONDS)
+    reason = _REASONS[worker.role]
+    return Placement.on(worker, decode, demand, now, choice.among.depth(worker), ttft_s, reason)
+
+
+def decode_for(
+    view: ClusterView, demand: Demand, prefill: str, now: float, rng: random.Random
+) -> str:
+    """Another decode worker for a sequence whose prompt is computed already. Raises NoWorker."""
+    choice = _Choice(view, demand, now, rng)
+    if not choice.among.any_of(Role.DECODE):
+        raise nobody(view, demand, choice.among, (Role.DECODE,))
+    decodes = choice.among.decodes(view.pairs.cut_off([prefill], now))
+    after = choice.after_token_0(prefill, _pulls(decodes))
+    return decodes[choice.best_of_two(after)][2].name
+
+
+class _Choice:
+    """One decision, in seconds."""
+
+    def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
+        self._pairs, self._now, self._rng = view.pairs, now, rng
+        kind = ManyWorkers if len(view.workers) >= MANY else FewWorkers
+        self.among: Candidates = kind(view, demand, now, rng)
+
+    @property
+    def pairs(self) -> bool:
+        return self.among.any_of(Role.PREFILL) and self.among.any_of(Role.DECODE)
+
+    def disaggregated(self) -> Way:
+        """Seconds until token 1 and lost after it, and where."""
+        prefills = sorted(self.among.prefills(), key=_SECONDS)
+        cut_off: Collection[str] = ()
+        if self._pairs.any_backs_off:
+            names = [worker.name for _, _, worker in prefills]
+            cut_off = self._pairs.cut_off(names, self._now)
+        decodes = self.among.decodes(cut_off)
+        pulls = _pulls(decodes)
+        least_s = min(excess_s + nbytes * self._pairs.least for excess_s, nbytes, _ in pulls)
+        costs: list[float] = []
+        limit = float("inf")
+        for ttft_s, _, worker in prefills:
+            if ttft_s + least_s > limit:
+                break  # nor is one of those after it among the best
+            cost_s = ttft_s + min(self.after_token_0(worker.facts.name, pulls))
+            costs.append(cost_s)
+            limit = min(limit, _tie(cost_s))
+        prefill = prefills[self.best_of_two(costs)]
+        after = self.after_token_0(prefill[2].name, pulls)
+        best = self.best_of_two(after)
+        return prefill[0] + after[best], prefill, decodes[best][2]
+
+    def colocated(self) -> Way:
+        """The same where one worker does both phases."""
+        return self._alone(self.among.colocated())
+
+    def local(self) -> list[Way]:
+        """The same for a decode worker that has the most of it and may compute the rest."""
+        able = self.among.local()
+        return [self._alone(able)] if able else []
+
+    def after_token_0(self, prefill: str, pulls: Sequence[Pull]) -> list[float]:
+        """Seconds that each decode worker costs with the pull."""
+        pairs, presumed = self._pairs, self._pairs.presumed
+        of = pairs.seconds_per_byte(prefill).get
+        costs = [excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in pulls]
+        if pairs.any_backs_off:
+            for i, (_, _, name) in enumerate(pulls):
+                if pairs.backs_off(prefill, name, self._now):
+                    costs[i] += BACK_OFF_S
+        return costs
+
+    def best_of_two(self, costs: Sequence[float]) -> int:
+        """Which is the better of two at random of those within a tie of the least."""
+        limit = _tie(min(costs))
+        tied = [i for i, cost in enumerate(costs) if cost <= limit]
+        if len(tied) == 1:
+            return tied[0]
+        one = tied.pop(int(self._rng.random() * len(tied)))
+        other = tied[int(self._rng.random() * len(tied))]
+        return other if costs[other] < costs[one] else one
+
+    def _alone(self, options: Sequence[Computes]) -> Way:
+        best = options[self.best_of_two([cost_s for cost_s, _, _ in options])]
+        return best[0], best, None
+
+
+_SECONDS = itemgetter(0)
+_REASONS = {  # by the role of who computes the prompt
+    Role.PREFILL: Reason.QUICKEST_PAIR,
+    Role.DECODE: Reason.QUICKEST_LOCAL,
+    Role.COLOCATED: Reason.QUICKEST_COLOCATED,
+}
+
+
+def _pulls(decodes: Sequence[Decodes]) -> list[Pull]:
+    return [(excess_s, nbytes, worker.facts.name) for excess_s, nbytes, worker in decodes]
+
+
+def _tie(seconds: float) -> float:
+    """What is no more than that is as good as `seconds`."""
+    return seconds * (1 + TIE_RELATIVE) + TIE_ABSOLUTE_S
