@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,29 +26,22 @@ def gateway() -> Iterator[FakeServer]:
         yield server
 
 
-def test_help_lists_every_command_fast_and_without_the_heavy_parts() -> None:
+def test_help_lists_every_command_without_the_heavy_parts() -> None:
     script = (
         "import sys\n"
+        "import typer.rich_utils\n"
+        "frame = len(sys.modules)\n"
         "from crossdock.cli import main\n"
         "code = main(['--help'])\n"
         "assert code == 0\n"
         "assert not {'torch', 'ray', 'grpc', 'numpy', 'aiohttp', 'nixl'} & set(sys.modules)\n"
+        "assert len(sys.modules) - frame < 100, sorted(sys.modules)\n"  # little beside typer's
     )
-    helps, frames = zip(*((cpu_of(script), cpu_of("import typer.rich_utils")) for _ in range(3)))
-    # Whatever the machine: little beside what typer and rich cost.
-    assert min(helps)[0] < 2 * min(frames)[0]
-    for command in COMMANDS:
-        assert f" {command} " in helps[0][1]
-
-
-def cpu_of(script: str) -> tuple[float, str]:
-    """CPU seconds of a Python process, and what it printed."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, shown.stdout
+    for command in COMMANDS:
+        assert f" {command} " in shown.stdout
 
 
 def test_the_installed_command_prints_its_version() -> None:
