@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from crossdock.router.dispatch.admission import Admission, Limits, check_deadlin
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.line import Work
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics, StepGain
@@ -67,6 +69,7 @@ class Dispatcher:
         eos_token_ids: frozenset[int],
         detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
         prefix: str,
+        ttft_aim_s: float = math.inf,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -83,6 +86,7 @@ class Dispatcher:
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
+        self._ttft_aim_s = ttft_aim_s
         self._prefix = prefix  # makes sequence ids unique in the cluster
         self._on_ready = on_ready
         self._clock = clock
@@ -93,7 +97,11 @@ class Dispatcher:
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._turns = Turns(
-            lambda: has_room(view, clock()), lambda sequence: self._guarded(sequence, self._route)
+            lambda: has_room(view, clock()),
+            lambda sequence: self._guarded(sequence, self._route),
+            self._due,
+            self._work,
+            clock,
         )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
@@ -263,6 +271,16 @@ class Dispatcher:
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
         attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
+
+    def _due(self, sequence: SequenceState) -> float:
+        """When its first token is to be there."""
+        request = sequence.active.request
+        aim = request.received + self._ttft_aim_s
+        return aim if request.deadline is None else min(aim, request.deadline)
+
+    def _work(self, sequence: SequenceState) -> Work:
+        alone_s, workers = self.view.alone_s(self._demand(sequence))
+        return Work(self._due(sequence), alone_s, alone_s / max(1, workers))
 
     def _demand(self, sequence: SequenceState) -> Demand:
         return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)

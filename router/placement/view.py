@@ -8,6 +8,7 @@ from collections.abc import Collection
 from crossdock.proto import events
 from crossdock.proto.types import Role
 from crossdock.router.placement.columns import Columns
+from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.pairs import Pairs
 from crossdock.router.placement.prefix_index import PrefixIndex
 from crossdock.router.placement.speed import PoolSpeeds
@@ -153,6 +154,18 @@ class ClusterView:
             return 0.0
         each = -(-tokens // count)
         return min(worker.prefill_s(each) for side in sides for worker in side.workers)
+
+    def alone_s(self, demand: Demand) -> tuple[float, int]:
+        """Predicted seconds until its first token if nothing else were to be computed, where most
+        of it is cached; and how many workers compute prompts."""
+        depths = self.index.depths(demand.block_hashes)
+        workers = [
+            worker
+            for role in (Role.PREFILL, Role.COLOCATED)
+            for worker in self._columns[role].workers
+        ]
+        seconds = (w.prefill_s(demand.uncached(depths.get(w.slot, 0))) for w in workers)
+        return min(seconds, default=0.0), len(workers)
 
     @property
     def ready(self) -> bool:
