@@ -51,6 +51,8 @@ from crossdock.router.placement.workers import WorkerView
 
 log = logging.getLogger(__name__)
 
+Said = pb.SequenceOutput | int  # what an output says of one sequence: that it gained this token
+
 
 class Dispatcher:
     """The gateway's requests under way."""
@@ -96,6 +98,7 @@ class Dispatcher:
         self._turn = 0
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
+        self._numbered: dict[int, SequenceState] = {}  # the same, by their attempts' numbers
         self._turns = Turns(
             lambda: has_room(view, clock()),
             lambda sequence: self._guarded(sequence, self._route),
@@ -265,8 +268,8 @@ class Dispatcher:
             self._waiting.add(sequence, self._take_turn, why)
             return
         self._count += 1
-        sequence.placed(f"{self._prefix}-{self._count}", placement)
-        self._sequences[sequence.sequence_id] = sequence
+        sequence.placed(f"{self._prefix}-{self._count}", self._count, placement)
+        self._sequences[sequence.sequence_id] = self._numbered[sequence.number] = sequence
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
@@ -314,24 +317,31 @@ class Dispatcher:
     # -- what the workers say -----------------------------------------------------------------
 
     def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
-        now, gained = self._clock(), StepGain()
-        for output in outputs:
-            sequence = self._sequences.get(output.sequence_id)
-            if sequence is None:
-                continue  # cancelled meanwhile, or of an attempt that was given up
-            try:
-                if sequence.steady is link and not output.finish_reason:
-                    token_ids = list(output.token_ids)
-                    gained.add(len(token_ids), sequence.timeline.token(now))
-                    sequence.carry_on(token_ids)
-                elif link.name in sequence.holders:
-                    self._take(sequence, link, output, now)
-            except CrossdockError as error:
-                self._end(sequence.active, error, "failed")
-            except Exception as error:  # of one request; the others on the stream go on
-                log.exception("%s: an output could not be delivered", sequence.sequence_id)
-                self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
-        self.metrics.carried_on(gained)
+        gain = StepGain(self._clock())
+        for output in outputs:  # those not found: cancelled, or of an attempt that was given up
+            if not output.numbers:
+                if sequence := self._sequences.get(output.sequence_id):
+                    self._heard(sequence, link, output, gain)
+                continue
+            for number, token_id in zip(output.numbers, output.token_ids, strict=True):
+                if sequence := self._numbered.get(number):
+                    self._heard(sequence, link, token_id, gain)
+        self.metrics.carried_on(gain)
+
+    def _heard(self, sequence: SequenceState, link: WorkerLink, said: Said, gain: StepGain) -> None:
+        try:
+            token_ids = [said] if isinstance(said, int) else list(said.token_ids)
+            if sequence.steady is link and (isinstance(said, int) or not said.finish_reason):
+                gain.add(len(token_ids), sequence.timeline.token(gain.now))
+                sequence.carry_on(token_ids)
+            elif link.name in sequence.holders:
+                output = pb.SequenceOutput(token_ids=token_ids) if isinstance(said, int) else said
+                self._take(sequence, link, output, gain.now)
+        except CrossdockError as error:
+            self._end(sequence.active, error, "failed")
+        except Exception as error:  # of one request; the others on the stream go on
+            log.exception("%s: an output could not be delivered", sequence.sequence_id)
+            self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
 
     def _take(
         self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
@@ -452,4 +462,5 @@ class Dispatcher:
         self._waiting.remove(sequence)
         self._turns.remove(sequence)
         self._sequences.pop(sequence.sequence_id, None)
+        self._numbered.pop(sequence.number, None)
         attempts.forget(sequence, self.view)
