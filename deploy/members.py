@@ -114,8 +114,9 @@ class Watched(Member):
     def start_s(self) -> float:
         """Seconds from launch to ready; 0 where that is not known: it is not ready yet, or was
         before this controller."""
-        known = self.ready_at is not None and not self.adopted
-        return self.ready_at - self.launched_at if known else 0.0
+        if self.ready_at is None or self.adopted:
+            return 0.0
+        return self.ready_at - self.launched_at
 
     def leave(self, timeout_s: float) -> None:
         """No new work from now on; `drain` carries it out."""
