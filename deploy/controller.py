@@ -119,7 +119,7 @@ class Controller:
         """Takes over what runs. Who serves is known before anyone is told a membership: one that
         lacks a worker would break what that worker has under way."""
         for launch, process in await self.runtime.adopt():
-            self._watch(launch, process)
+            self._watch(launch, process).adopted = True
             self._record(f"adopt {launch.name}", "was running when the controller started")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.adopt_s):
@@ -213,9 +213,11 @@ class Controller:
         pool = self.spec.pools.get(watched.pool)
         return pool.drain_s if pool else 60.0
 
-    def _watch(self, launch: Launch, process: Process) -> None:
+    def _watch(self, launch: Launch, process: Process) -> Watched:
         changed, settings = self._wake.set, self._settings.watch
-        self.members.append(Watched(launch, process, changed, settings, self.authority))
+        watched = Watched(launch, process, changed, settings, self.authority)
+        self.members.append(watched)
+        return watched
 
     def _count_losses(self) -> None:
         """A loss of a revision that is wanted no more says nothing about the next start."""

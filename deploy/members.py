@@ -81,6 +81,7 @@ class Watched(Member):
         self.launch = launch
         self.process = process
         self.started: Started | None = None
+        self.adopted = False  # it ran before this controller did
         self.launched_at = time.monotonic()
         self.ready_at: float | None = None
         self.lost_at: float | None = None
@@ -108,6 +109,14 @@ class Watched(Member):
         if self.ready_at is None:
             return True
         return self.lost_at - self.ready_at < self.ready_at - self.launched_at
+
+    @property
+    def start_s(self) -> float:
+        """Seconds from launch to ready; 0 where that is not known: it is not ready yet, or was
+        before this controller."""
+        if self.ready_at is None or self.adopted:
+            return 0.0
+        return self.ready_at - self.launched_at
 
     def leave(self, timeout_s: float) -> None:
         """No new work from now on; `drain` carries it out."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from crossdock.proto.v1 import worker_pb2 as crossdock_dot_proto_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63rossdock/proto/v1/admin.proto\x12\x0c\x63rossdock.v1\x1a\x1f\x63rossdock/proto/v1/worker.proto\"E\n\x17GetClusterStatusRequest\x12\x17\n\x0f\x63heck_integrity\x18\x01 \x01(\x08\x12\x11\n\tlistening\x18\x02 \x01(\x08\"I\n\rListeningPort\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\x05\"H\n\tNodePorts\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12*\n\x05ports\x18\x02 \x03(\x0b\x32\x1b.crossdock.v1.ListeningPort\"\xf8\x01\n\x0cMemberStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12 \n\x04role\x18\x03 \x01(\x0e\x32\x12.crossdock.v1.Role\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x05\x12\x0f\n\x07node_id\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\t\x12\x10\n\x08restarts\x18\t \x01(\x05\x12*\n\x06worker\x18\n \x01(\x0b\x32\x1a.crossdock.v1.WorkerStatus\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\r\n\x05model\x18\x0c \x01(\t\"\xa1\x01\n\rGatewayStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04grpc\x18\x03 \x01(\t\x12\x0c\n\x04http\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x05\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\x05\x12\x10\n\x08revision\x18\x07 \x01(\t\x12\x10\n\x08restarts\x18\x08 \x01(\x05\x12\r\n\x05\x65rror\x18\t \x01(\t\":\n\x08\x44\x65\x63ision\x12\x0e\n\x06unix_s\x18\x01 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xa6\x02\n\rClusterStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x07workers\x18\x03 \x03(\x0b\x32\x1a.crossdock.v1.MemberStatus\x12-\n\x08gateways\x18\x04 \x03(\x0b\x32\x1b.crossdock.v1.GatewayStatus\x12)\n\tdecisions\x18\x05 \x03(\x0b\x32\x16.crossdock.v1.Decision\x12\x11\n\tconverged\x18\x06 \x01(\x08\x12\x12\n\ngeneration\x18\x07 \x01(\x03\x12\x13\n\x0bwaiting_for\x18\x08 \x03(\t\x12\r\n\x05local\x18\t \x01(\x08\x12&\n\x05nodes\x18\n \x03(\x0b\x32\x17.crossdock.v1.NodePorts\"p\n\x0c\x41pplyRequest\x12\x0c\n\x04yaml\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\x0c\n\x04wait\x18\x04 \x01(\x08\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\x12\x12\n\ngeneration\x18\x06 \x01(\x03\"n\n\rApplyResponse\x12\x0f\n\x07\x61\x63tions\x18\x01 \x03(\t\x12\x11\n\tconverged\x18\x02 \x01(\x08\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x13\n\x0bwaiting_for\x18\x04 \x03(\t\x12\x10\n\x08hopeless\x18\x05 \x03(\t\"c\n\x0cScaleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\x05\x12\x0c\n\x04wait\x18\x03 \x01(\x08\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x12\n\ngeneration\x18\x05 \x01(\x03\"\x1e\n\x0b\x44ownRequest\x12\x0f\n\x07\x64rain_s\x18\x01 \x01(\x01\"\x0e\n\x0c\x44ownResponse2\xa2\x02\n\x05\x41\x64min\x12V\n\x10GetClusterStatus\x12%.crossdock.v1.GetClusterStatusRequest\x1a\x1b.crossdock.v1.ClusterStatus\x12@\n\x05\x41pply\x12\x1a.crossdock.v1.ApplyRequest\x1a\x1b.crossdock.v1.ApplyResponse\x12@\n\x05Scale\x12\x1a.crossdock.v1.ScaleRequest\x1a\x1b.crossdock.v1.ApplyResponse\x12=\n\x04\x44own\x12\x19.crossdock.v1.DownRequest\x1a\x1a.crossdock.v1.DownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63rossdock/proto/v1/admin.proto\x12\x0c\x63rossdock.v1\x1a\x1f\x63rossdock/proto/v1/worker.proto\"E\n\x17GetClusterStatusRequest\x12\x17\n\x0f\x63heck_integrity\x18\x01 \x01(\x08\x12\x11\n\tlistening\x18\x02 \x01(\x08\"I\n\rListeningPort\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\x05\"H\n\tNodePorts\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12*\n\x05ports\x18\x02 \x03(\x0b\x32\x1b.crossdock.v1.ListeningPort\"\x89\x02\n\x0cMemberStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12 \n\x04role\x18\x03 \x01(\x0e\x32\x12.crossdock.v1.Role\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x05\x12\x0f\n\x07node_id\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\t\x12\x10\n\x08restarts\x18\t \x01(\x05\x12*\n\x06worker\x18\n \x01(\x0b\x32\x1a.crossdock.v1.WorkerStatus\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\r\n\x05model\x18\x0c \x01(\t\x12\x0f\n\x07start_s\x18\r \x01(\x01\"\xa1\x01\n\rGatewayStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04grpc\x18\x03 \x01(\t\x12\x0c\n\x04http\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x05\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\x05\x12\x10\n\x08revision\x18\x07 \x01(\t\x12\x10\n\x08restarts\x18\x08 \x01(\x05\x12\r\n\x05\x65rror\x18\t \x01(\t\":\n\x08\x44\x65\x63ision\x12\x0e\n\x06unix_s\x18\x01 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xa6\x02\n\rClusterStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x07workers\x18\x03 \x03(\x0b\x32\x1a.crossdock.v1.MemberStatus\x12-\n\x08gateways\x18\x04 \x03(\x0b\x32\x1b.crossdock.v1.GatewayStatus\x12)\n\tdecisions\x18\x05 \x03(\x0b\x32\x16.crossdock.v1.Decision\x12\x11\n\tconverged\x18\x06 \x01(\x08\x12\x12\n\ngeneration\x18\x07 \x01(\x03\x12\x13\n\x0bwaiting_for\x18\x08 \x03(\t\x12\r\n\x05local\x18\t \x01(\x08\x12&\n\x05nodes\x18\n \x03(\x0b\x32\x17.crossdock.v1.NodePorts\"p\n\x0c\x41pplyRequest\x12\x0c\n\x04yaml\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\x0c\n\x04wait\x18\x04 \x01(\x08\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\x12\x12\n\ngeneration\x18\x06 \x01(\x03\"n\n\rApplyResponse\x12\x0f\n\x07\x61\x63tions\x18\x01 \x03(\t\x12\x11\n\tconverged\x18\x02 \x01(\x08\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x13\n\x0bwaiting_for\x18\x04 \x03(\t\x12\x10\n\x08hopeless\x18\x05 \x03(\t\"c\n\x0cScaleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\x05\x12\x0c\n\x04wait\x18\x03 \x01(\x08\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x12\n\ngeneration\x18\x05 \x01(\x03\"\x1e\n\x0b\x44ownRequest\x12\x0f\n\x07\x64rain_s\x18\x01 \x01(\x01\"\x0e\n\x0c\x44ownResponse2\xa2\x02\n\x05\x41\x64min\x12V\n\x10GetClusterStatus\x12%.crossdock.v1.GetClusterStatusRequest\x1a\x1b.crossdock.v1.ClusterStatus\x12@\n\x05\x41pply\x12\x1a.crossdock.v1.ApplyRequest\x1a\x1b.crossdock.v1.ApplyResponse\x12@\n\x05Scale\x12\x1a.crossdock.v1.ScaleRequest\x1a\x1b.crossdock.v1.ApplyResponse\x12=\n\x04\x44own\x12\x19.crossdock.v1.DownRequest\x1a\x1a.crossdock.v1.DownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,23 +39,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODEPORTS']._serialized_start=227
   _globals['_NODEPORTS']._serialized_end=299
   _globals['_MEMBERSTATUS']._serialized_start=302
-  _globals['_MEMBERSTATUS']._serialized_end=550
-  _globals['_GATEWAYSTATUS']._serialized_start=553
-  _globals['_GATEWAYSTATUS']._serialized_end=714
-  _globals['_DECISION']._serialized_start=716
-  _globals['_DECISION']._serialized_end=774
-  _globals['_CLUSTERSTATUS']._serialized_start=777
-  _globals['_CLUSTERSTATUS']._serialized_end=1071
-  _globals['_APPLYREQUEST']._serialized_start=1073
-  _globals['_APPLYREQUEST']._serialized_end=1185
-  _globals['_APPLYRESPONSE']._serialized_start=1187
-  _globals['_APPLYRESPONSE']._serialized_end=1297
-  _globals['_SCALEREQUEST']._serialized_start=1299
-  _globals['_SCALEREQUEST']._serialized_end=1398
-  _globals['_DOWNREQUEST']._serialized_start=1400
-  _globals['_DOWNREQUEST']._serialized_end=1430
-  _globals['_DOWNRESPONSE']._serialized_start=1432
-  _globals['_DOWNRESPONSE']._serialized_end=1446
-  _globals['_ADMIN']._serialized_start=1449
-  _globals['_ADMIN']._serialized_end=1739
+  _globals['_MEMBERSTATUS']._serialized_end=567
+  _globals['_GATEWAYSTATUS']._serialized_start=570
+  _globals['_GATEWAYSTATUS']._serialized_end=731
+  _globals['_DECISION']._serialized_start=733
+  _globals['_DECISION']._serialized_end=791
+  _globals['_CLUSTERSTATUS']._serialized_start=794
+  _globals['_CLUSTERSTATUS']._serialized_end=1088
+  _globals['_APPLYREQUEST']._serialized_start=1090
+  _globals['_APPLYREQUEST']._serialized_end=1202
+  _globals['_APPLYRESPONSE']._serialized_start=1204
+  _globals['_APPLYRESPONSE']._serialized_end=1314
+  _globals['_SCALEREQUEST']._serialized_start=1316
+  _globals['_SCALEREQUEST']._serialized_end=1415
+  _globals['_DOWNREQUEST']._serialized_start=1417
+  _globals['_DOWNREQUEST']._serialized_end=1447
+  _globals['_DOWNRESPONSE']._serialized_start=1449
+  _globals['_DOWNRESPONSE']._serialized_end=1463
+  _globals['_ADMIN']._serialized_start=1466
+  _globals['_ADMIN']._serialized_end=1756
 # @@protoc_insertion_point(module_scope)
