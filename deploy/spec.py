@@ -362,6 +362,8 @@ class ClusterSpec:
         """The same with autoscaled pools of these sizes, as far as their bounds allow."""
         pools = {
             name: replace(pool, replicas=pool.autoscale.within(workers.get(name, pool.replicas)))
+            if pool.autoscale
+            else pool
             for name, pool in self.pools.items()
         }
         return replace(self, pools=MappingProxyType(pools))

@@ -11,10 +11,10 @@ forecast's upper band needs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from crossdock.deploy.autoscaling.observation import Config, Observation, Pool
-from crossdock.deploy.autoscaling.wants import Demand, Memory, Situation, Want
+from crossdock.deploy.autoscaling.wants import Cause, Demand, Memory, Situation, Want
 from crossdock.proto.settings import no_entries
 from crossdock.router.dispatch.traffic import Traffic
 
@@ -39,6 +39,7 @@ class PoolDecision:
     target: int
     floor: int  # that the forecast needs; 0 where nothing is known yet
     keep: int  # below which none is taken away
+    cause: Cause
     reason: str
 
     def __str__(self) -> str:
@@ -75,8 +76,8 @@ def autoscale(
     for pool in config.pools:
         if not pool.autoscaled:
             continue
-        there = seen.pools[pool.name]
-        memory = state.pools.get(pool.name, Memory()).started(there.started_s)
+        memory = state.pools.get(pool.name, Memory()).observed(seen.pools[pool.name])
+        there = replace(seen.pools[pool.name], steps=memory.steps)
         traffic = seen.traffic.get(pool.model, Traffic())
         known = demand.get(pool.model, Demand())
         given = _given(config, seen, pool)
@@ -95,6 +96,7 @@ def autoscale(
             target,
             wants[name].floor,
             wants[name].keep,
+            sizes.causes[name],
             "; ".join([*sizes.notes.get(name, ()), wants[name].why]),
         )
         for name, target in sizes.targets.items()
@@ -122,6 +124,7 @@ class _Sizes:
     def __post_init__(self) -> None:
         self.pools = {pool.name: pool for pool in self.config.pools if pool.autoscaled}
         self.targets = {name: want.target for name, want in self.wants.items()}
+        self.causes = {name: want.cause for name, want in self.wants.items()}
         self.notes: dict[str, list[str]] = {}
 
     def shift(self) -> None:
@@ -135,8 +138,8 @@ class _Sizes:
                 if moved > 0:
                     lacks -= moved
                     self.targets[other] -= moved
-                    self._note(other, f"{moved} to {name}")
-                    self._note(name, f"{moved} from {other}")
+                    self._note(other, Cause.FLIP, f"{moved} to {name}")
+                    self._note(name, Cause.FLIP, f"{moved} from {other}")
 
     def fit(self) -> None:
         """Within the bound on GPUs: whoever has the most for what it needs gives up first."""
@@ -152,7 +155,7 @@ class _Sizes:
             self.targets[most] -= 1
         if wanted > bound:
             for name in self.pools:
-                self._note(name, f"{wanted:g} GPUs wanted, {bound:g} allowed")
+                self._note(name, Cause.GPUS, f"{wanted:g} GPUs wanted, {bound:g} allowed")
 
     def _left(self, name: str) -> float:
         """Of what it needs, the part that it would still have with one worker less. Who would have
@@ -172,5 +175,6 @@ class _Sizes:
         ]
         return sorted(alike, key=lambda name: self.wants[name].keep - self.targets[name])
 
-    def _note(self, name: str, note: str) -> None:
+    def _note(self, name: str, cause: Cause, note: str) -> None:
+        self.causes[name] = cause
         self.notes.setdefault(name, []).append(note)

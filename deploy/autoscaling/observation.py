@@ -35,6 +35,21 @@ class StepTimes:
         """Whether decoding was."""
         return bool(self.decode_base_s or self.decode_sequence_s)
 
+    def or_else(self, before: StepTimes) -> StepTimes:
+        """These, where they were measured, else those before."""
+        prefill, decode = (
+            self if self.knows_prefill else before,
+            self if self.knows_decode else before,
+        )
+        return StepTimes(
+            prefill.prefill_base_s,
+            prefill.prefill_token_s,
+            prefill.prefill_attention_s,
+            decode.decode_base_s,
+            decode.decode_sequence_s,
+            decode.decode_context_s,
+        )
+
     def prompt_s(self, tokens: float, cached: float, chunk_tokens: int) -> float:
         """Of all steps of a prompt of so many tokens, `cached` more of which are in the cache."""
         if tokens <= 0:

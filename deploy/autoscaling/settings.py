@@ -28,8 +28,8 @@ class PoolAutoscale:
         return self.max > 0
 
     def within(self, workers: int) -> int:
-        """As many as the bounds allow; where it is not autoscaled, as many as there are."""
-        return builtins.min(builtins.max(workers, self.min), self.max) if self else workers
+        """As many as the bounds allow."""
+        return builtins.min(builtins.max(workers, self.min), self.max)
 
 
 @dataclass(frozen=True)

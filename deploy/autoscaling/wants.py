@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from crossdock.deploy.autoscaling.forecast import Forecast, Mean, Trend
-from crossdock.deploy.autoscaling.observation import Config, Pool, PoolState
+from crossdock.deploy.autoscaling.observation import Config, Pool, PoolState, StepTimes
 from crossdock.deploy.autoscaling.sizing import (
     Aims,
     Load,
@@ -76,6 +77,7 @@ class Memory:
     """What is remembered of one pool from decision to decision. Times are the caller's clock."""
 
     start_s: float | None = None  # of its starts, measured
+    steps: StepTimes = field(default_factory=StepTimes)  # as they were last measured
     raised_at: float = float("-inf")  # it was last given workers
     pressed: int = 0  # workers that the fast loop asked for,
     pressed_until: float = float("-inf")  # and for how long
@@ -83,16 +85,26 @@ class Memory:
     fewer_since: float | None = None  # since when fewer have been enough,
     fewer: int = 0  # and how many at the most were, in that time
 
-    def started(self, seconds: tuple[float, ...]) -> Memory:
-        """After starts that took so long."""
+    def observed(self, state: PoolState) -> Memory:
+        """After starts that ended, and steps that were measured, as far as any were."""
         start_s = self.start_s
-        for each in seconds:
+        for each in state.started_s:
             start_s = each if start_s is None else start_s + START_WEIGHT * (each - start_s)
-        return replace(self, start_s=start_s)
+        return replace(self, start_s=start_s, steps=state.steps.or_else(self.steps))
 
     def raised(self, now: float) -> Memory:
         """It is given workers."""
         return replace(self, raised_at=now, fewer_since=None)
+
+
+class Cause(enum.StrEnum):
+    """Why a pool is to have another size."""
+
+    FORECAST = "forecast"  # more are needed for what is expected
+    LATE = "late"  # the fast loop: sequences wait, or missed their aims
+    FEWER = "fewer"  # fewer have been enough for a while
+    FLIP = "flip"  # with an alike pool, that has too many or too few
+    GPUS = "gpus"  # the bound on GPUs
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,7 @@ class Want:
     floor: int
     keep: int
     why: str
+    cause: Cause = Cause.FORECAST
 
 
 @dataclass(frozen=True)
@@ -146,10 +159,14 @@ class Situation:
         pressed = memory.pressed if now < memory.pressed_until else 0
         least, keep = self._within(max(floor, pressed)), self._within(max(keep, pressed))
         about = f"{later.mean:.3g} sequences/s in {ahead_s:.3g} s ({soon.mean:.3g} now): {need.why}"
-        if pressed >= floor and pressed > 1:
+        late = pressed >= floor and pressed > 1
+        if late:
             about = f"{memory.pressed_why}; {about}"
         memory, target = self._settle(memory, now, least, keep)
-        return memory, Want(target, self._within(floor), keep, about)
+        cause = Cause.FORECAST if not late else Cause.LATE
+        if target < self.state.target:
+            cause = Cause.FEWER
+        return memory, Want(target, self._within(floor), keep, about, cause)
 
     def _unknown(self) -> str:
         """Why nothing can be said yet."""

@@ -21,9 +21,10 @@ class Traffic:
     tpot_met: int = 0  # of finished: in time
     generated_tokens: int = 0  # of finished
 
-    def __sub__(self, before: Traffic) -> Traffic:
-        """What was counted since `before`."""
-        return Traffic(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
+    def since(self, before: Traffic) -> Traffic:
+        """What was counted after `before`: all of it, where counting has begun anew."""
+        less = [getattr(self, f.name) - getattr(before, f.name) for f in fields(self)]
+        return self if min(less) < 0 else Traffic(*less)
 
     def __add__(self, other: Traffic) -> Traffic:
         """Of two gateways together."""

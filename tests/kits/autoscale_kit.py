@@ -111,7 +111,7 @@ class World:
             self.worker_s += self.slice_s * (len(self.prefill) + len(self.decode))
             self.now += self.slice_s
             if self.now >= next_at:
-                seen = self._observe(self.counts.now - before)
+                seen = self._observe(self.counts.now.since(before))
                 before, next_at = self.counts.now, next_at + self.config.settings.interval_s
                 self._resize(decide(seen, self.now))
                 self.sizes.append((self.now, len(self.prefill), len(self.decode)))
