@@ -133,6 +133,8 @@ async def cluster_status(
         waiting_for=controller.waiting_for(),
         local=controller.runtime.local,
         nodes=await _nodes(controller) if listening else (),
+        autoscaled=controller.scaler.status(),
+        metrics_address=controller.metrics_address,
     )
 
 

@@ -25,6 +25,7 @@ from crossdock.proto.errors import (
     DeadlineExceeded,
     Draining,
     NotFound,
+    Overloaded,
     WorkerLost,
 )
 from crossdock.proto.hashing import BlockHasher
@@ -167,6 +168,7 @@ class Dispatcher:
             lambda: self._end(active, Cancelled("the client went away"), "client gone")
         )
         self._requests[active] = None
+        self.metrics.traffic.arrived += request.num_sequences
         try:
             self._begin(active, now)
         except Exception as error:
@@ -388,6 +390,8 @@ class Dispatcher:
             first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
             self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
             self.metrics.gained(len(delta.token_ids), first, gap_s)
+            if first and gap_s is not None:
+                self.metrics.started(gap_s, sequence.prompt_tokens, sequence.cached_tokens or 0)
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
             if delta.cut_short or reserved_early:
@@ -450,6 +454,9 @@ class Dispatcher:
         self._requests.pop(active)
         self._admission.release(active.request.tenant, active.request.num_sequences)
         self.metrics.outcome(error)
+        if isinstance(error, (Overloaded, DeadlineExceeded)):
+            late = sum(not sequence.generated for sequence in active.sequences)
+            self.metrics.traffic.refused += late
         if error is None:
             self.metrics.e2e.observe(now - active.request.received)
         tracing.end(active, error, now)
