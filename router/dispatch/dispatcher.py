@@ -262,7 +262,7 @@ class Dispatcher:
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
-        attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
+        attempts.send(sequence, link, self.view, demand, self._eos, now)
 
     def _demand(self, sequence: SequenceState) -> Demand:
         return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
