@@ -41,7 +41,8 @@ async def worker(
     pipe: Connection, name: str, role: str, model: str = SIMULATED, home: str = os.devnull
 ) -> None:
     from crossdock.decode import role as decode
-    from crossdock.engine.simulated import Profile, Settings
+    from crossdock.engine.profiles import Profile
+    from crossdock.engine.simulated import Settings
     from crossdock.prefill import role as prefill
     from crossdock.worker.config import WorkerConfig
 

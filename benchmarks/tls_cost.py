@@ -24,7 +24,8 @@ from typing import Any
 
 from crossdock.client import AsyncClient
 from crossdock.deploy.authority import Authority
-from crossdock.engine.simulated import Profile, Settings
+from crossdock.engine.profiles import Profile
+from crossdock.engine.simulated import Settings
 from crossdock.proto.hashing import hash_key
 from crossdock.proto.identity import Credentials
 from crossdock.proto.types import Role, WorkerEndpoint

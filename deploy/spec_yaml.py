@@ -9,14 +9,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.model.store import KNOWN_MODELS, SIMULATED
 from crossdock.proto.errors import ConfigError
+from crossdock.proto.settings import check_settings
 from crossdock.worker.config import EngineSettings, settings_of
+
+T = TypeVar("T")
 
 _TAG = "tag:yaml.org,2002:"
 _TAGS = {str: ["str"], int: ["int"], float: ["int", "float"], bool: ["bool"]}
@@ -25,6 +28,28 @@ _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true
 
 def parse(text: str, file: str) -> ClusterSpec:
     """Raises ConfigError(where="file:line") for the first thing that is wrong."""
+    reader = _Reader(file)
+    spec = reader.read(_compose(text, file), ClusterSpec, "")
+    assert isinstance(spec, ClusterSpec)
+    spec = _with_models_beside(spec, file)
+    try:
+        return spec.validate()
+    except ConfigError as error:
+        raise error.at(reader.where(error.field)) from None
+
+
+def parse_settings(text: str, file: str, kind: type[T]) -> T:
+    """One dataclass of settings instead of a whole spec, as `parse` has it."""
+    reader = _Reader(file)
+    made: T = reader.read(_compose(text, file), kind, "")
+    try:
+        check_settings(made)
+    except ConfigError as error:
+        raise error.at(reader.where(error.field)) from None
+    return made
+
+
+def _compose(text: str, file: str) -> yaml.Node:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -37,14 +62,7 @@ def parse(text: str, file: str) -> ClusterSpec:
         raise ConfigError("yaml", "is nested too deeply", file) from None
     if root is None:
         raise ConfigError("yaml", "the file is empty", file)
-    reader = _Reader(file)
-    spec = reader.read(root, ClusterSpec, "")
-    assert isinstance(spec, ClusterSpec)
-    spec = _with_models_beside(spec, file)
-    try:
-        return spec.validate()
-    except ConfigError as error:
-        raise error.at(reader.where(error.field)) from None
+    return root
 
 
 def _with_models_beside(spec: ClusterSpec, file: str) -> ClusterSpec:

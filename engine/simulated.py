@@ -13,7 +13,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from crossdock.engine.contract import (
     EngineFacts,
     EngineSettings,
 )
+from crossdock.engine.profiles import Profile
 from crossdock.engine.registry import kind_setting
 from crossdock.kvcache.sequence import Chunk, PromptScores, SampledToken, StepPlan
 from crossdock.model.config import load_config
@@ -49,56 +50,14 @@ KV = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Seconds of a step and the size of a token's KV: what a model on a machine takes.
-
-    A step that computes prompts takes prefill_s + prefill_token_s * tokens
-    + prefill_attention_s * (tokens * the context they attend to, summed over the prompts); one
-    that decodes decode_s + decode_sequence_s * sequences + decode_context_s * their tokens.
-    """
-
-    kv_bytes_per_token: int = setting(
-        46_080, "KV of a token, bytes: how many blocks kv_memory_mb holds.", low=8, high=1 << 30
-    )
-    prefill_s: float = setting(0.0, "Prefill step: seconds.", low=0, high=60)
-    prefill_token_s: float = setting(0.0, "… more for each token.", low=0, high=60)
-    prefill_attention_s: float = setting(
-        0.0, "… for each token and token of its context.", low=0, high=1
-    )
-    decode_s: float = setting(0.0, "Decode step: seconds.", low=0, high=60)
-    decode_sequence_s: float = setting(0.0, "… more for each sequence.", low=0, high=60)
-    decode_context_s: float = setting(0.0, "… for each token of their contexts.", low=0, high=1)
-
-    NAMED: ClassVar[dict[str, Profile]]
-
-    def step_s(self, plan: StepPlan) -> float:
-        """Seconds that this step takes."""
-        prompts = [chunk for chunk in plan.chunks if chunk.length > 1]
-        decodes = [chunk for chunk in plan.chunks if chunk.length == 1]
-        seconds = 0.0
-        if prompts:
-            seconds += self.prefill_s + self.prefill_token_s * sum(c.length for c in prompts)
-            seconds += self.prefill_attention_s * sum(c.length * c.end for c in prompts)
-        if decodes:
-            seconds += self.decode_s + self.decode_sequence_s * len(decodes)
-            seconds += self.decode_context_s * sum(c.end for c in decodes)
-        return seconds
-
-
-Profile.NAMED = {
-    "instant": Profile(),
-    # The default model on one core, float32: docs/performance.md, "The engine".
-    "cpu-135m": Profile(46_080, 8e-3, 8.05e-4, 5.7e-7, 16.8e-3, 9.5e-4, 3.6e-6),
-}
-
-
-@dataclass(frozen=True)
 class Settings(EngineSettings):
     """`engine: {kind: simulated, …}`"""
 
     kind: str = kind_setting("simulated")
     profile: Profile = setting(
-        factory=Profile, doc="A simulated engine's pace: `instant`, `cpu-135m` or numbers."
+        factory=Profile,
+        doc=f"A simulated engine's pace: {', '.join(f'`{name}`' for name in Profile.NAMED)} "
+        "or numbers.",
     )
     tokens_per_step: int = setting(
         1, "Tokens that a simulated engine draws for a sequence in one step.", low=1, high=8

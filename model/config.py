@@ -70,7 +70,7 @@ class ModelConfig:
 
 # The model without weights: END and the 256 bytes.
 _BYTES = ModelConfig(
-    *("bytes", 257, 0, 0, 0, 0, 0, 0, 0.0, 0.0, True), context_length=131_072, eos_token_ids=(0,)
+    *("bytes", 257, 0, 0, 0, 0, 0, 0, 0.0, 0.0, True), context_length=262_144, eos_token_ids=(0,)
 )
 
 

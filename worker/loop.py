@@ -131,17 +131,26 @@ class EngineLoop:
     def turn(self) -> bool:
         """Commands, transfers and leases, one step, what came of it. True if anything did: a
         sequence that was preempted without a step may have made room for another."""
+        plan = self.begin()
+        if plan is not None:
+            self.step(plan)
+        return self.end() or plan is not None
+
+    def begin(self) -> StepPlan | None:
+        """A turn as far as its step, if there is something to compute."""
         self._take_commands()
         self._role.poll()
         self._role.check_deadlines()
         plan = self._role.schedule()
-        if plan is not None:
-            if self._role.state.outbox:
-                self.flush()  # what others can begin with while the step runs
-            self._step(plan)
+        if plan is not None and self._role.state.outbox:
+            self.flush()  # what others can begin with while the step runs
+        return plan
+
+    def end(self) -> bool:
+        """The end of a turn. Returns whether there is news of it."""
         self.last_turn = time.monotonic()
         self._expect(IDLE_WAIT_S)
-        return self.flush() or plan is not None
+        return self.flush()
 
     def _expect(self, seconds: float) -> None:
         """What comes next should take so long."""
@@ -175,7 +184,8 @@ class EngineLoop:
             except Exception:
                 log.exception("a command to the engine failed")
 
-    def _step(self, plan: StepPlan) -> None:
+    def step(self, plan: StepPlan) -> None:
+        """Computes what was planned, and takes what came of it."""
         clock = self._role.state.clock
         started = clock()
         self._expect(self._role.expected_s(plan) or UNMEASURED_STEP_S)

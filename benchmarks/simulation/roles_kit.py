@@ -17,9 +17,9 @@ from fake_transport import FakeNetwork, FakeTransport
 
 from crossdock.decode.role import DecodeRole
 from crossdock.engine.contract import EngineFacts
+from crossdock.engine.profiles import Profile
 from crossdock.engine.simulated import (
     POSITION_BYTES,
-    Profile,
     SimulatedEngine,
     drawn,
     weights,

@@ -20,7 +20,8 @@ from crossdock.deploy.runtime import worker_launch
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine import registry
 from crossdock.engine.contract import Engine, EngineConfig
-from crossdock.engine.simulated import Profile, draw, weights
+from crossdock.engine.profiles import Profile
+from crossdock.engine.simulated import draw, weights
 from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.kvtransfer.layout import check_layouts, layout_hash
 from crossdock.proto.errors import ConfigError, LayoutMismatch
@@ -140,34 +141,6 @@ def test_any_wrong_block_is_a_wrong_token(blocks: tuple[int, ...]) -> None:
     one.block_table = list(blocks)
     ((token,),) = engine.run(StepPlan((Chunk(one, len(PROMPT) - 1, 1, True),)))
     assert token.token_id != right[0]
-
-
-def test_a_step_takes_what_the_profile_says() -> None:
-    profile = Profile(
-        prefill_s=1.0,
-        prefill_token_s=0.1,
-        prefill_attention_s=0.01,
-        decode_s=0.5,
-        decode_sequence_s=0.02,
-        decode_context_s=0.001,
-    )
-    one, two = sequence([5] * 40), sequence([5] * 30)
-    plan = StepPlan((Chunk(one, 10, 20, False), Chunk(two, 29, 1, True)))
-    prefill_s = 1.0 + 0.1 * 20 + 0.01 * 20 * 30
-    assert profile.step_s(plan) == pytest.approx(prefill_s + 0.5 + 0.02 + 0.001 * 30)
-
-
-def test_the_profile_of_the_default_model_gives_its_measured_rates() -> None:
-    """docs/performance.md: 989, 832 and 669 tok/s of prefill; 53, 241 and 323 of decode."""
-    profile, one = Profile.NAMED["cpu-135m"], sequence([5] * 2048)
-    for tokens, rate in ((280, 989), (1024, 832), (2048, 669)):
-        starts = range(0, tokens, 256)
-        chunks = [Chunk(one, start, min(256, tokens - start), False) for start in starts]
-        seconds = sum(profile.step_s(StepPlan((chunk,))) for chunk in chunks)
-        assert tokens / seconds == pytest.approx(rate, rel=0.02)
-    for batch, rate in ((1, 53), (8, 241), (16, 323)):
-        plan = StepPlan((Chunk(one, 299, 1, True),) * batch)
-        assert batch / profile.step_s(plan) == pytest.approx(rate, rel=0.02)
 
 
 def test_nobody_imports_a_concrete_engine_but_its_own_package() -> None:

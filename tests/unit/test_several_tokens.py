@@ -14,7 +14,7 @@ from engines_kit import EngineRig, expected, simulated, start_engines
 from gateway_rig import FINISH, ask, collect, ids_of, text_of
 from roles_kit import Site, job, undisturbed
 
-from crossdock.engine.simulated import Profile
+from crossdock.engine.profiles import Profile
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import inference_pb2 as pb
 

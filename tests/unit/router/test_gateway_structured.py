@@ -12,7 +12,7 @@ from engines_kit import simulated, start_engines
 from gateway_rig import Rig, ask, refusal, trailer
 from http_kit import chat, complete, post
 
-from crossdock.engine.simulated import Profile
+from crossdock.engine.profiles import Profile
 from crossdock.proto.types import MAX_GRAMMAR_BYTES, Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.frontdoor import grammar_check

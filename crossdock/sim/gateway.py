@@ -1,0 +1,125 @@
+"""One gateway on the virtual clock: the product's dispatcher, links and view, and wires that take a
+while."""
+
+from __future__ import annotations
+
+import random
+
+from crossdock.model.detokenizer import IncrementalDetokenizer
+from crossdock.proto.hashing import BlockHasher
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.router.config import GatewayConfig
+from crossdock.router.dispatch.dispatcher import Dispatcher
+from crossdock.router.dispatch.links import Links, WorkerLink
+from crossdock.router.dispatch.metrics import GatewayMetrics, ModelMetrics
+from crossdock.router.placement.view import ClusterView
+from crossdock.sim.engine import DRAWN_ID, END_ID
+from crossdock.sim.worker import CALL_S, SimWorker, Site
+from crossdock.worker.streams import GatewayStream
+
+INCARNATION = bytes(16)
+
+
+class SimGateway:
+    """A dispatcher with all that it needs, but no front door."""
+
+    def __init__(self, site: Site, config: GatewayConfig) -> None:
+        self.view = ClusterView()
+        self.metrics = GatewayMetrics(config.slo)
+        self.links = Links(
+            self.view,
+            config.name,
+            INCARNATION,
+            config.block_size,
+            dial=lambda link: _Wire(site, link),
+            timers=site.clock,
+            clock=site.clock,
+            settings=config.links,
+        )
+        self.dispatcher = self.links.listener = Dispatcher(
+            view=self.view,
+            links=self.links,
+            timers=site.clock,
+            policy=config.policies.named(config.policy),
+            limits=config,
+            metrics=ModelMetrics(self.metrics, "simulated"),
+            hasher=BlockHasher(config.hash_key, config.block_size),
+            eos_token_ids=frozenset({END_ID}),
+            detokenizer_of=_detokenizer,
+            prefix=config.name,
+            clock=site.clock,
+            rng=random.Random(site.rng.getrandbits(64)),
+        )
+
+
+class _Wire:
+    """See router.dispatch.links.Wire. Frames take CALL_S each way, and those that come up within
+    that time are merged, as a network would have it."""
+
+    def __init__(self, site: Site, link: WorkerLink) -> None:
+        self._site, self._link = site, link
+        self._stream: GatewayStream | None = None
+        self._worker: SimWorker | None = None
+        self._pumping = False
+        site.post(self._dial)
+
+    def send(self, frame: pb.GatewayFrame) -> None:
+        stream, worker = self._stream, self._worker
+        if stream is not None and worker is not None:
+            self._site.post(worker.gateways.receive, stream, frame)
+
+    def cut(self, reason: str) -> None:
+        self._lost(reason)
+
+    def close(self) -> None:
+        self._hang_up()
+
+    def _dial(self) -> None:
+        worker = self._site.workers.get(self._link.endpoint.address)
+        if worker is None:
+            self._lost("nobody answers")
+            return
+        self._worker = worker
+        self._stream = worker.gateways.open(self._link.hello.hello.gateway, self._frames_wait)
+
+    def _frames_wait(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            self._site.clock.call_later(CALL_S, self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        while self._stream is not None and (frame := self._stream.take()):
+            if why := self._link.receive(frame):
+                self._lost(why)
+
+    def _lost(self, reason: str) -> None:
+        self._hang_up()
+        again_s = self._link.ended(reason)
+        if again_s is not None:
+            self._site.clock.call_later(again_s, self._dial)
+
+    def _hang_up(self) -> None:
+        if self._stream is not None and self._worker is not None:
+            self._worker.gateways.ended(self._stream)
+        self._stream = self._worker = None
+
+
+class _Pieces:
+    """The text of made-up tokens."""
+
+    strips_first_space = False
+
+    def __init__(self) -> None:
+        self.ascii = {DRAWN_ID: " x"}
+
+    def of(self, token_id: int, skip_special: bool) -> bytes:
+        return b" x"
+
+
+class _Text:
+    pieces = _Pieces()
+
+
+def _detokenizer(prompt: list[int], stop: tuple[str, ...]) -> IncrementalDetokenizer:
+    return IncrementalDetokenizer(_Text(), prompt, stop)  # type: ignore[arg-type]

@@ -1,0 +1,262 @@
+"""One worker on the virtual clock: its role, pool and loop are the product's; what carries frames
+and calls to it is here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+from crossdock.decode.role import DecodeRole
+from crossdock.engine.profiles import Profile
+from crossdock.kvcache.block_pool import BlockPool
+from crossdock.kvcache.sequence import StepPlan
+from crossdock.kvtransfer.layout import layout_hash
+from crossdock.kvtransfer.ticket import INCARNATION_BYTES
+from crossdock.prefill.role import PrefillRole
+from crossdock.proto.convert import ROLE_TO_PB
+from crossdock.proto.errors import TransferFailed
+from crossdock.proto.hashing import BlockHasher, hash_key
+from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.sim.clock import Event, VirtualClock
+from crossdock.sim.engine import PacedEngine
+from crossdock.sim.fabric import Fabric, SimTransport
+from crossdock.worker.config import WorkerConfig
+from crossdock.worker.gateways import Gateways
+from crossdock.worker.loop import IDLE_WAIT_S, EngineLoop, Turn
+from crossdock.worker.peers import Met, Peers, Renewed
+from crossdock.worker.role import WorkerRole, WorkerState
+
+HEARTBEAT_S = 1.0
+CALL_S = 0.0002  # a message between two processes, one way
+
+
+class Site:
+    """What all processes of a simulated cluster share: the clock, the network, who is where."""
+
+    def __init__(self, clock: VirtualClock, rng: random.Random) -> None:
+        self.clock, self.rng = clock, rng
+        self.fabric = Fabric(clock)
+        self.workers: dict[str, SimWorker] = {}  # by address, which is its name
+
+    def post(self, callback: Callable[..., object], *args: object) -> None:
+        """A message is under way to whoever it calls."""
+        self.clock.call_later(CALL_S, callback, *args)
+
+
+class _Loop(EngineLoop):
+    """Has no thread: `woken` is called whenever there is something to do."""
+
+    woken: Callable[[], None]
+
+    def wake(self) -> None:
+        self.woken()
+
+    def post(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self.woken()
+
+
+class SimWorker:
+    """What Gateways and Peers ask of a WorkerServer, and the turns of its engine thread. Steps of
+    decodes alone that are alike are taken together, until something comes in between."""
+
+    def __init__(self, site: Site, config: WorkerConfig, profile: Profile) -> None:
+        self.site, self.config, self.profile = site, config, profile
+        self.hasher = BlockHasher(hash_key(config.cluster_key), config.block_size)
+        self.engine = engine = PacedEngine(config, profile, self._spend)
+        incarnation = site.rng.randbytes(INCARNATION_BYTES)
+        self.transport = SimTransport(site.fabric, incarnation, engine.memory, profile)
+        self.vocab_size = engine.facts.vocab_size
+        self.busy_s = 0.0  # of engine steps
+        self._offset = 0.0  # of this worker's clock, while it goes through the end of a step
+        self._woken = False
+        self._plan: StepPlan | None = None  # under way, since `_began`, until `_end`
+        self._began = 0.0
+        self._end: Event
+        self.description = self._describe(engine, incarnation)
+        self.public_description = pb.WorkerDescription()
+        self.public_description.CopyFrom(self.description)
+        self.public_description.ClearField("transport_info")
+        state = WorkerState(
+            config=config,
+            pool=BlockPool(engine.memory.num_blocks, config.block_size, engine.memory.generations),
+            hasher=self.hasher,
+            context_length=self.description.context_length,
+            layout_hash=self.description.layout_hash,
+            incarnation=incarnation,
+            transport=self.transport,
+            memory=engine.memory,
+            address=config.name,
+            clock=self._clock,
+            wall_clock=self._clock,
+        )
+        self.role = (PrefillRole if config.role is Role.PREFILL else DecodeRole)(state)
+        self.loop = _Loop(self.role, engine, self._publish)
+        self.loop.woken = self._wake
+        self.transport.set_wakeup(self._wake)
+        self.peers = Peers(_Calls(self), self._clock)
+        self.gateways = Gateways(self, self._clock)  # type: ignore[arg-type]
+        site.workers[config.name] = self
+        site.clock.call_later(site.rng.uniform(0, HEARTBEAT_S), self._beat)
+        site.clock.call_later(config.lease_s / 3, self._renew)
+
+    @property
+    def endpoint(self) -> WorkerEndpoint:
+        """As the membership names it."""
+        config, incarnation = self.config, self.description.incarnation.hex()
+        return WorkerEndpoint(config.name, config.pool, config.role, config.name, incarnation)
+
+    # -- what Gateways asks --------------------------------------------------------------------
+
+    def post(self, command: Callable[[WorkerRole], None]) -> None:
+        """See WorkerServer.post."""
+        self.loop.post(partial(command, self.role))
+
+    def post_snapshot(
+        self,
+        deliver: Callable[[pb.WorkerFrame], None],
+        hello: pb.WorkerDescription | None = None,
+    ) -> None:
+        """See WorkerServer.post_snapshot."""
+        self.loop.post(lambda: deliver(self.loop.snapshot(hello)))
+
+    # -- turns ---------------------------------------------------------------------------------
+
+    def _clock(self) -> float:
+        return self.site.clock.now + self._offset
+
+    def _spend(self, seconds: float) -> None:
+        self._offset += seconds
+
+    def _wake(self) -> None:
+        """There is something to do: at once, or when the step under way has ended."""
+        if self._plan is not None:
+            self._interrupt(self._plan)
+        elif not self._woken:
+            self._woken = True
+            self.site.clock.call_later(0.0, self._begin)
+
+    def _begin(self) -> None:
+        self._woken = False
+        if self._plan is not None:
+            return
+        plan = self.loop.begin()
+        if plan is None:
+            self._rest(self.loop.end())
+            return
+        self._plan, self._began = plan, self.site.clock.now
+        self._plan_for(self.engine.most_steps(plan))
+
+    def _plan_for(self, steps: int) -> None:
+        assert self._plan is not None
+        self.engine.steps = steps
+        seconds = self.engine.seconds(self._plan, steps)
+        self._end = self.site.clock.call_at(self._began + seconds, self._finish)
+
+    def _interrupt(self, plan: StepPlan) -> None:
+        """Of several steps that were taken for one, those that have not begun are not taken."""
+        if self.engine.steps == 1:
+            return
+        elapsed = self.site.clock.now - self._began
+        begun = 1 + int(elapsed / self.engine.seconds(plan, 1))
+        if begun < self.engine.steps:
+            self._end.cancel()
+            self._plan_for(begun)
+
+    def _finish(self) -> None:
+        plan, self._plan, steps = self._plan, None, self.engine.steps
+        assert plan is not None
+        self.busy_s += self.site.clock.now - self._began
+        # The loop takes the time of a step by this clock, which stands still.
+        self._offset = -self.engine.seconds(plan, steps) / steps
+        self.loop.step(plan)
+        self._offset = 0.0
+        self.loop.end()
+        self._begin()
+
+    def _rest(self, worked: bool) -> None:
+        deadline, now = self.role.next_deadline(), self.site.clock.now
+        if worked:
+            self._wake()
+        elif deadline is not None or self.role.jobs:
+            wait_s = IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, deadline - now)
+            self.site.clock.call_later(max(0.0, wait_s), self._wake)
+
+    def _publish(self, turn: Turn) -> None:
+        self.gateways.publish(turn)
+        if turn.ticket_releases:
+            self.peers.release(turn.ticket_releases)
+
+    def _beat(self) -> None:
+        self.site.clock.call_later(HEARTBEAT_S, self._beat)
+        if self._plan is None:  # else it says how it stands at its end
+            self.gateways.publish(Turn(load=self.role.load()))
+
+    def _renew(self) -> None:
+        self.site.clock.call_later(self.config.lease_s / 3, self._renew)
+        self.peers.renew(self.role.waiting_tickets(), self.config.lease_s, self._renewed)
+
+    def _renewed(self, kept: set[bytes], lost: set[bytes], until: float) -> None:
+        self.post(lambda role: role.leases_renewed((kept, lost), until))
+
+    def _describe(self, engine: PacedEngine, incarnation: bytes) -> pb.WorkerDescription:
+        config, memory = self.config, engine.memory
+        return pb.WorkerDescription(
+            name=config.name,
+            pool=config.pool,
+            role=ROLE_TO_PB[config.role],
+            incarnation=incarnation,
+            layout=engine.layout,
+            layout_hash=layout_hash(engine.layout),
+            context_length=min(engine.facts.context_length, memory.num_blocks * config.block_size),
+            num_blocks=memory.num_blocks,
+            block_bytes=memory.block_bytes,
+            transport_info=self.transport.info(),
+            address=config.name,
+            max_batch=config.max_batch,
+            chunk_tokens=config.chunk_tokens,
+            gpus=config.gpus or 0,
+        )
+
+
+class _Calls:
+    """See worker.peers.PeerCalls."""
+
+    def __init__(self, worker: SimWorker) -> None:
+        self._worker, self._site = worker, worker.site
+
+    def introduce(self, incarnation: bytes, address: str, done: Callable[[Met], None]) -> None:
+        self._site.post(self._meet, incarnation, address, done)
+
+    def _meet(self, incarnation: bytes, address: str, done: Callable[[Met], None]) -> None:
+        peer = self._site.workers.get(address)
+        if peer is None or peer.description.incarnation != incarnation:
+            self._site.post(done, TransferFailed(f"{address} is gone or another"))
+            return
+        told = peer.description
+        info = told.transport_info
+        self._worker.transport.add_peer(incarnation, info, told.num_blocks, told.block_bytes)
+        self._site.post(done, told)
+
+    def forget(self, incarnation: bytes) -> None:
+        self._worker.transport.remove_peer(incarnation)
+
+    def renew(
+        self, address: str, ids: list[bytes], lease_s: float, done: Callable[[Renewed], None]
+    ) -> None:
+        def ask(role: WorkerRole) -> None:
+            unknown = role.renew_tickets(ids, lease_s)
+            self._site.post(done, pb.RenewLeasesResponse(unknown_ticket_ids=unknown))
+
+        peer = self._site.workers.get(address)
+        if peer is None:
+            self._site.post(done, TransferFailed(f"{address} does not answer"))
+        else:
+            self._site.post(peer.post, ask)
+
+    def release(self, address: str, ids: list[bytes]) -> None:
+        peer = self._site.workers.get(address)
+        if peer is not None:
+            self._site.post(peer.post, lambda role: role.release_tickets(ids))
