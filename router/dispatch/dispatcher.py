@@ -275,7 +275,7 @@ class Dispatcher:
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
-        attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
+        attempts.send(sequence, link, self.view, demand, self._eos, now)
 
     def _due(self, sequence: SequenceState) -> float:
         """When its first token is to be there."""
