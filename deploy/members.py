@@ -123,14 +123,6 @@ class Watched(Member):
             return True
         return self.lost_at - self.ready_at < self.ready_at - self.launched_at
 
-    @property
-    def start_s(self) -> float:
-        """Seconds from launch to ready; 0 where that is not known: it is not ready yet, or was
-        before this controller."""
-        if self.ready_at is None or self.adopted:
-            return 0.0
-        return self.ready_at - self.launched_at
-
     def leave(self, timeout_s: float) -> None:
         """No new work from now on; `drain` carries it out."""
         self.state = State.DRAINING

@@ -175,13 +175,13 @@ class ClusterView:
         """Predicted seconds until its first token if nothing else were to be computed, where most
         of it is cached; and how many workers compute prompts."""
         depths = self.index.depths(demand.block_hashes)
-        workers = [
-            worker
-            for role in (Role.PREFILL, Role.COLOCATED)
-            for worker in self._columns[role].workers
-        ]
-        seconds = (w.prefill_s(demand.uncached(depths.get(w.slot, 0))) for w in workers)
-        return min(seconds, default=0.0), len(workers)
+        sides = (self._columns[Role.PREFILL], self._columns[Role.COLOCATED])
+        count = sum(len(side) for side in sides)
+        seconds = []
+        for worker in (worker for side in sides for worker in side.workers):
+            uncached = demand.uncached(depths.get(worker.slot, 0))
+            seconds.append(worker.prompt_s(demand.num_tokens - uncached, uncached))
+        return min(seconds, default=0.0), count
 
     @property
     def ready(self) -> bool:
