@@ -37,8 +37,8 @@ from crossdock.sim.cluster import Served, SimCluster
 from crossdock.tables import console_of, table
 
 POOLS = """\
-  prefill: {{role: prefill, replicas: {prefill}, resources: {{cpus: 0.5}}}}
-  decode:  {{role: decode,  replicas: 1, resources: {{cpus: 0.5}}}}
+  prefill: {{role: prefill, replicas: {prefill}, resources: {{cpus: 1}}}}
+  decode:  {{role: decode,  replicas: 1, resources: {{cpus: 1}}}}
 """
 LAYOUTS = {"1p1d": 1, "2p1d": 2}  # prefill workers
 DEADLINES_S = (1.0, 2.0, 4.0, 8.0)
