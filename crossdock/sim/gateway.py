@@ -4,8 +4,9 @@ while."""
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
-from crossdock.model.detokenizer import IncrementalDetokenizer
+from crossdock.model.detokenizer import IncrementalDetokenizer, TextDelta
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.config import GatewayConfig
@@ -13,7 +14,7 @@ from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.metrics import GatewayMetrics, ModelMetrics
 from crossdock.router.placement.view import ClusterView
-from crossdock.sim.engine import DRAWN_ID, END_ID
+from crossdock.sim.engine import END_ID
 from crossdock.sim.worker import CALL_S, SimWorker, Site
 from crossdock.worker.streams import GatewayStream
 
@@ -45,7 +46,7 @@ class SimGateway:
             metrics=ModelMetrics(self.metrics, "simulated"),
             hasher=BlockHasher(config.hash_key, config.block_size),
             eos_token_ids=frozenset({END_ID}),
-            detokenizer_of=_detokenizer,
+            detokenizer_of=lambda prompt, stop: _NO_TEXT,
             prefix=config.name,
             clock=site.clock,
             rng=random.Random(site.rng.getrandbits(64)),
@@ -105,21 +106,20 @@ class _Wire:
         self._stream = self._worker = None
 
 
-class _Pieces:
-    """The text of made-up tokens."""
-
-    strips_first_space = False
+class _NoText(IncrementalDetokenizer):
+    """Made-up tokens have none."""
 
     def __init__(self) -> None:
-        self.ascii = {DRAWN_ID: " x"}
+        pass
 
-    def of(self, token_id: int, skip_special: bool) -> bytes:
-        return b" x"
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        return TextDelta("", None, len(token_ids))
+
+    def finish(self) -> str:
+        return ""
 
 
-class _Text:
-    pieces = _Pieces()
-
-
-def _detokenizer(prompt: list[int], stop: tuple[str, ...]) -> IncrementalDetokenizer:
-    return IncrementalDetokenizer(_Text(), prompt, stop)  # type: ignore[arg-type]
+_NO_TEXT = _NoText()
