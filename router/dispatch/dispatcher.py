@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from crossdock.proto.errors import (
     DeadlineExceeded,
     Draining,
     NotFound,
+    Overloaded,
     WorkerLost,
 )
 from crossdock.proto.hashing import BlockHasher
@@ -33,6 +35,7 @@ from crossdock.router.dispatch.admission import Admission, Limits, check_deadlin
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.line import Work
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics, StepGain
@@ -69,6 +72,7 @@ class Dispatcher:
         eos_token_ids: frozenset[int],
         detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
         prefix: str,
+        ttft_aim_s: float = math.inf,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -85,6 +89,7 @@ class Dispatcher:
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
+        self._ttft_aim_s = ttft_aim_s
         self._prefix = prefix  # makes sequence ids unique in the cluster
         self._on_ready = on_ready
         self._clock = clock
@@ -96,7 +101,11 @@ class Dispatcher:
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._numbered: dict[int, SequenceState] = {}  # the same, by their attempts' numbers
         self._turns = Turns(
-            lambda: has_room(view, clock()), lambda sequence: self._guarded(sequence, self._route)
+            lambda: has_room(view, clock()),
+            lambda sequence: self._guarded(sequence, self._route),
+            self._due,
+            self._work,
+            clock,
         )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
@@ -159,6 +168,7 @@ class Dispatcher:
             lambda: self._end(active, Cancelled("the client went away"), "client gone")
         )
         self._requests[active] = None
+        self.metrics.traffic.arrived += request.num_sequences
         try:
             self._begin(active, now)
         except Exception as error:
@@ -265,7 +275,17 @@ class Dispatcher:
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
-        attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
+        attempts.send(sequence, link, self.view, demand, self._eos, now)
+
+    def _due(self, sequence: SequenceState) -> float:
+        """When its first token is to be there."""
+        request = sequence.active.request
+        aim = request.received + self._ttft_aim_s
+        return aim if request.deadline is None else min(aim, request.deadline)
+
+    def _work(self, sequence: SequenceState) -> Work:
+        alone_s, workers = self.view.alone_s(self._demand(sequence))
+        return Work(self._due(sequence), alone_s, alone_s / max(1, workers))
 
     def _demand(self, sequence: SequenceState) -> Demand:
         return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
@@ -370,6 +390,8 @@ class Dispatcher:
             first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
             self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
             self.metrics.gained(len(delta.token_ids), first, gap_s)
+            if first and gap_s is not None:
+                self.metrics.started(gap_s, sequence.prompt_tokens, sequence.cached_tokens or 0)
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
             if delta.cut_short or reserved_early:
@@ -432,6 +454,9 @@ class Dispatcher:
         self._requests.pop(active)
         self._admission.release(active.request.tenant, active.request.num_sequences)
         self.metrics.outcome(error)
+        if isinstance(error, (Overloaded, DeadlineExceeded)):
+            late = sum(not sequence.generated for sequence in active.sequences)
+            self.metrics.traffic.refused += late
         if error is None:
             self.metrics.e2e.observe(now - active.request.received)
         tracing.end(active, error, now)
