@@ -43,9 +43,7 @@ class GrammarChecker:
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()  # why not, by the grammar's digest
         self._process: subprocess.Popen[str] | None = None
         self._asking = False
-        self._queues: dict[
-            str, deque[asyncio.Future[None]]
-        ] = {}  # by party, the next first
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # by party, the next first
 
     async def check(self, field: str, grammar: Grammar, party: str) -> None:
         """Raises InvalidRequest, naming `field`, for a grammar that cannot be used; Overloaded
