@@ -594,10 +594,14 @@ class StoreStateRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ..., data: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., most_tenant_bytes: _Optional[int] = ..., most_bytes: _Optional[int] = ..., handed_over: _Optional[bool] = ...) -> None: ...
 
 class StoreStateResponse(_message.Message):
-    __slots__ = ("stored",)
+    __slots__ = ("stored", "draining", "nowhere")
     STORED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    NOWHERE_FIELD_NUMBER: _ClassVar[int]
     stored: bool
-    def __init__(self, stored: _Optional[bool] = ...) -> None: ...
+    draining: bool
+    nowhere: bool
+    def __init__(self, stored: _Optional[bool] = ..., draining: _Optional[bool] = ..., nowhere: _Optional[bool] = ...) -> None: ...
 
 class FetchStateRequest(_message.Message):
     __slots__ = ("tenant", "id")
