@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from crossdock.bench.traces import write_mooncake
 from crossdock.cli import main
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine.profiles import Profile
@@ -169,8 +170,12 @@ def test_lengths_are_a_number_or_a_range() -> None:
             span("isl", wrong)
 
 
-def test_the_command_plans_and_writes_json(capsys: pytest.CaptureFixture[str]) -> None:
-    load = ["--isl", "1000", "--osl", "20", "--rate", "5", "--slo", "ttft=2s,tpot=50ms"]
+def test_the_command_plans_and_writes_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = steady(5.0, (900, 1100), (20, 20), 10.0, seed=3)
+    write_mooncake(replace(trace, requests=trace.requests[:40]), tmp_path / "t.jsonl")
+    load = [str(tmp_path / "t.jsonl"), "--slo", "ttft=2s,tpot=50ms"]
     assert main(["plan", *load, "--gpus", "4", "--usd-per-gpu-hour", "2", "--json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["best"] == {"prefill": 0, "decode": 0, "colocated": 1}
