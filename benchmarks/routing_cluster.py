@@ -96,8 +96,7 @@ class PrefillWorker:
         self.cluster, self.name, self.clock = cluster, name, cluster.clock
         self.pool = BlockPool(blocks, BLOCK)
         self.scheduler = PrefillScheduler(self.pool, cluster.speed.chunk_tokens)
-        old = not hasattr(rates, "StepFit")
-        self.fit = rates.PrefillRate() if old else rates.StepFit(by_size=True)
+        self.fit = rates.StepFit(by_size=True)
         self.jobs: dict[str, Prompt] = {}
         self.hung = self.stepping = self.told_late = self.silent = False
         self.turned_at, self.due = 0.0, float("inf")
@@ -129,7 +128,7 @@ class PrefillWorker:
     def _stepped(self, plan: StepPlan, seconds: float) -> None:
         if self.hung:
             return
-        self.fit.observe(plan.num_tokens, seconds)
+        self.fit.observe(plan.work.tokens, plan.work.attention, seconds)
         for chunk in plan.chunks:
             self.scheduler.computed(chunk)
             if chunk.sample:
@@ -145,10 +144,8 @@ class PrefillWorker:
         self.turn()
 
     def _patience(self, plan: StepPlan) -> float:
-        if not hasattr(loop, "LATE_S"):
-            return float("inf")
-        base, slope = self.fit.base_and_slope
-        expected_s = base + slope * plan.num_tokens or loop.UNMEASURED_STEP_S
+        expected_s = self.fit.line.seconds(plan.work.tokens, plan.work.attention)
+        expected_s = expected_s or loop.UNMEASURED_STEP_S
         return loop.LATE_FACTOR * expected_s + loop.LATE_S
 
     def report(self) -> None:
@@ -158,20 +155,19 @@ class PrefillWorker:
         scheduler, pool = self.scheduler, self.pool
         self.load = self._measured() | {
             "waiting": scheduler.waiting, "running": scheduler.running,
-            "queued_tokens": scheduler.queued_tokens, "free_blocks": pool.num_free,
+            "queued_tokens": scheduler.queued.tokens,
+            "queued_attention": round(scheduler.queued.attention), "free_blocks": pool.num_free,
             "cached_blocks": pool.num_evictable, "total_blocks": pool.num_blocks,
         }  # fmt: skip
         self._tell(events)
 
     def _measured(self) -> dict[str, float]:
-        if not hasattr(rates, "StepFit"):
-            return {"prefill_tokens_per_s": self.fit.tokens_per_s}
-        base, slope = self.fit.base_and_slope
-        rate, largest = 1 / slope if slope else 0.0, round(self.fit.largest)
+        line = self.fit.line
         return {
-            "prefill_base_s": base,
-            "prefill_tokens_per_s": rate,
-            "prefill_step_tokens": largest,
+            "prefill_base_s": line.base,
+            "prefill_tokens_per_s": 1 / line.slope if line.slope else 0.0,
+            "prefill_attention_s": line.context,
+            "prefill_step_tokens": round(self.fit.largest),
         }
 
     def _tell(self, events: Events = ()) -> None:

@@ -13,7 +13,7 @@ what room there is: it is preempted for whoever is complete, and before anybody 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from crossdock.kvcache import block_tables
 from crossdock.kvcache.block_pool import BlockPool, OutOfBlocks
@@ -105,11 +105,9 @@ class DecodeScheduler(Scheduler):
         sequence.num_computed = chunk.end + (taken - 1 if chunk.sample else 0)
         block_tables.seal_full(self._pool, sequence)
 
-    @property
-    def queued_tokens(self) -> int:
-        waiting = (s for s in self._waiting if s not in self._remote)
-        running = (s.num_uncomputed for s in self._running if s.num_uncomputed > 1)
-        return sum(block_tables.uncached(self._pool, s) for s in waiting) + sum(running)
+    def _uncomputed(self) -> Iterator[tuple[int, Sequence]]:
+        yield from ((self._cached(s), s) for s in self._waiting if s not in self._remote)
+        yield from ((s.num_computed, s) for s in self._running if s.num_uncomputed > 1)
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         batch = self.running + len(self._pulling)

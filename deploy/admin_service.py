@@ -171,7 +171,7 @@ async def _status_of(controller: Controller, watched: Watched, check_integrity: 
     known = (watched.pool, watched.role, watched.name, watched.state)
     status = _status(controller, *known, revision=revision, error=why)
     if isinstance(status, admin_pb2.MemberStatus):
-        status.model = watched.model
+        status.model, status.start_s = watched.model, watched.start_s or 0.0
     if started is None:
         return status
     status.pid = started.pid

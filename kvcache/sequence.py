@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,11 +120,34 @@ class Chunk:
         return cls(sequence, start, length, last and sequence.draws, scores)
 
 
+class StepWork(NamedTuple):
+    """What the time of a step goes by."""
+
+    tokens: int  # of prompts
+    attention: int  # tokens × the context up to their end, summed over the chunks of prompts
+    sequences: int  # that decode
+    context: int  # tokens, of those
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What one engine step runs: any mix of prefill chunks and decode tokens (length 1)."""
 
     chunks: tuple[Chunk, ...]
+
+    @cached_property
+    def work(self) -> StepWork:
+        """Prompts and decodes apart."""
+        tokens = attention = sequences = context = 0
+        for chunk in self.chunks:
+            length, end = chunk.length, chunk.start + chunk.length
+            if length > 1:
+                tokens += length
+                attention += length * end
+            else:
+                sequences += 1
+                context += end
+        return StepWork(tokens, attention, sequences, context)
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,8 @@ chunk is planned, not when it arrives, so it finds what the prompts before it ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from crossdock.kvcache import block_tables
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
@@ -51,7 +53,6 @@ class PrefillScheduler(Scheduler):
         if not sequence.num_uncomputed:
             self._computing.remove(sequence)
 
-    @property
-    def queued_tokens(self) -> int:
-        waiting = sum(block_tables.uncached(self._pool, sequence) for sequence in self._waiting)
-        return waiting + sum(sequence.num_uncomputed for sequence in self._computing)
+    def _uncomputed(self) -> Iterator[tuple[int, Sequence]]:
+        yield from ((self._cached(sequence), sequence) for sequence in self._waiting)
+        yield from ((sequence.num_computed, sequence) for sequence in self._computing)

@@ -105,6 +105,7 @@ class Served:
             eos_token_ids=text.eos_token_ids,
             detokenizer_of=lambda prompt, stop: IncrementalDetokenizer(text, prompt, stop),
             prefix=f"{prefix}-{number}" if number else prefix,
+            ttft_aim_s=config.ttft_aim_s,
             on_ready=shared.on_ready,
         )
         self.aside = TextProcess(files)

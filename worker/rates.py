@@ -1,40 +1,173 @@
-"""What a worker has measured of its own speed, as the router's predictions need it. Pure."""
+"""What a worker has measured of its own speed, as the router's predictions need it. Pure.
+
+A step that computes prompts takes base + slope × tokens + context × (tokens × the context that they
+attend to, summed over its chunks); one that decodes base + slope × sequences + context × the tokens
+of their contexts. Chunks computed beside decodes have a fit of their own: what the step takes
+longer than these decodes alone, which is what their streams wait for.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-RIDGE = 0.01  # weight of the presumption against that of what was measured
+from crossdock.kvcache.sequence import StepWork
+
+RIDGE = 0.001  # weight of the presumption against that of what was measured
 LEAST_SLOPE = 0.02  # of the mean time of a token: a prompt token is never free
+MOST_CONTEXT = 1 / 64  # of a token's own time: that of its attention to another one
+KNOWN = 1.5  # times what was seen lately, a step is one of which something can be expected
+# What a step takes beyond so many times the usual deviation, and this part of its time, is a pause.
+OUTLIER, LEAST_OUTLIER = 3.0, 0.1
+QUICK = 0.7  # of what is known stays known after a step that takes so much less
+STEADY = 0.95  # of the usual deviation is of the steps before the last
+
+
+class Line(NamedTuple):
+    """Seconds of a step; all 0 where nothing was measured."""
+
+    base: float
+    slope: float  # more for each prompt token, or sequence
+    context: float  # more for each token × context, or token of context
+
+    def seconds(self, size: float, context: float) -> float:
+        return self.base + self.slope * size + self.context * context
+
+
+UNMEASURED = Line(0.0, 0.0, 0.0)
 
 
 @dataclass
 class StepFit:
-    """Least-squares line through (size, seconds) of engine steps, older ones fading.
+    """Least squares of (size, context, seconds) of engine steps, older ones fading.
 
-    Sizes that hardly differ do not tell base from slope. Then time is put down to the base, or,
+    What does not vary tells nothing of what it costs. Then time is put down to the base, or,
     `by_size`, to the size: steps of decode are alike, those of prefill as long as their tokens.
     """
 
-    decay: float = 0.98
+    decay: float = 0.995
     by_size: bool = False
     largest: float = 0.0  # size among the steps that still count
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of 1, x, y, x*x, x*y
+    _farthest: float = 0.0  # context among them
+    _deviation: float = 1.0  # of what was measured from what was expected, as a part of that
+    _sums: tuple[float, ...] = (0.0,) * 9  # products of 1, size, context and seconds
+    _line: Line | None = UNMEASURED  # None: not worked out since the last step
 
-    def observe(self, size: int, seconds: float) -> None:
-        """A step of this size took this many seconds; older ones weigh less."""
-        terms = (1.0, size, seconds, size * size, size * seconds)
-        self._sums = [self.decay * old + new for old, new in zip(self._sums, terms)]
+    def observe(self, size: float, context: float, seconds: float) -> None:
+        """A step of this size and context took this many seconds; older ones weigh less."""
+        decay, expected = self.decay, 0.0
+        if size <= KNOWN * self.largest and context <= KNOWN * self._farthest:
+            expected = self.line.seconds(size, context)
+        if expected:
+            limit = OUTLIER * self._deviation + LEAST_OUTLIER
+            off = seconds / expected - 1
+            if off > limit:
+                seconds = (1 + limit) * expected
+            elif off < -min(limit, 0.5):  # those before were pauses
+                decay = QUICK
+            self._deviation += (1 - STEADY) * (min(abs(off), 2.0) - self._deviation)
+        n, x, z, y, xx, xz, zz, xy, zy = self._sums
+        self._sums = (
+            decay * n + 1.0,
+            decay * x + size,
+            decay * z + context,
+            decay * y + seconds,
+            decay * xx + size * size,
+            decay * xz + size * context,
+            decay * zz + context * context,
+            decay * xy + size * seconds,
+            decay * zy + context * seconds,
+        )
         self.largest = max(size, self.decay * self.largest)
+        self._farthest = max(context, self.decay * self._farthest)
+        self._line = None
 
     @property
-    def base_and_slope(self) -> tuple[float, float]:
-        """Seconds of a step as base + slope * size, neither below 0; (0, 0) if unmeasured."""
-        count, x, y, xx, xy = self._sums
-        if not count:
-            return 0.0, 0.0
-        ridged = (count * (1 + RIDGE), xx) if self.by_size else (count, xx * (1 + RIDGE))
-        slope = (ridged[0] * xy - x * y) / (ridged[0] * ridged[1] - x * x)
-        least = LEAST_SLOPE * y / x if self.by_size else 0.0
-        slope = min(max(slope, least), y / x)
-        return max(0.0, y - slope * x) / count, slope
+    def line(self) -> Line:
+        """What a step takes, none of it below 0."""
+        if self._line is None:
+            self._line = self._fitted()
+        return self._line
+
+    def _fitted(self) -> Line:
+        n, x, z, y, xx, xz, zz, xy, zy = self._sums
+        ridge, presumed = 1 + RIDGE, int(self.by_size)
+        diagonal = (n * ridge, xx, zz * ridge) if self.by_size else (n, xx * ridge, zz * ridge)
+        base, slope, context = _nonnegative(diagonal, (xz, z, x), (y, xy, zy), presumed)
+        if self.by_size:
+            slope = max(slope, LEAST_SLOPE * y / x)
+            context = min(context, MOST_CONTEXT * slope)
+        return Line(base, slope, context)
+
+
+@dataclass
+class StepTimes:
+    """The fits of one worker's steps."""
+
+    prefill: StepFit = field(default_factory=lambda: StepFit(decay=0.99, by_size=True))
+    decode: StepFit = field(default_factory=StepFit)
+    beside: StepFit = field(default_factory=lambda: StepFit(decay=0.99, by_size=True))
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """A step took this many seconds."""
+        if not work.sequences:
+            self.prefill.observe(work.tokens, work.attention, seconds)
+        elif not work.tokens:
+            self.decode.observe(work.sequences, work.context, seconds)
+        elif self.decode.line is not UNMEASURED:
+            alone_s = self.decode.line.seconds(work.sequences, work.context)
+            self.beside.observe(work.tokens, work.attention, max(0.0, seconds - alone_s))
+        else:  # what decodes take is not known yet, and may never be seen alone
+            alone_s = self.prefill.line.seconds(work.tokens, work.attention)
+            self.decode.observe(work.sequences, work.context, max(0.0, seconds - alone_s))
+
+    def seconds(self, work: StepWork) -> float:
+        """What a step takes as far as was measured; 0 where nothing was."""
+        seconds = 0.0
+        if work.sequences:
+            seconds += self.decode.line.seconds(work.sequences, work.context)
+        if work.tokens:
+            known = self.prompts if work.sequences else self.prefill
+            seconds += known.line.seconds(work.tokens, work.attention)
+        return seconds
+
+    @property
+    def prompts(self) -> StepFit:
+        """What a prompt takes here: beside decodes, where such steps were seen."""
+        return self.prefill if self.beside.line is UNMEASURED else self.beside
+
+
+Three = tuple[float, float, float]
+
+
+def _nonnegative(diagonal: Three, others: Three, right: Three, presumed: int) -> Three:
+    """Solves three normal equations, `others[i]` being the product of the other two, so that no
+    unknown is below 0. Those that would be are 0, the presumed one never for another's sake."""
+    a, d, f = diagonal
+    e, c, b = others
+    p, q, r = right
+    u, v, w = d * f - e * e, c * e - b * f, b * e - c * d  # cofactors of the first row
+    determinant = a * u + b * v + c * w
+    if determinant > 0:
+        solved = (
+            (p * u + q * v + r * w) / determinant,
+            (p * v + q * (a * f - c * c) + r * (b * c - a * e)) / determinant,
+            (p * w + q * (b * c - a * e) + r * (a * d - b * b)) / determinant,
+        )
+        if min(solved) >= 0:
+            return solved
+    alone, gained = right[presumed] / diagonal[presumed], 0.0
+    best = [0.0, 0.0, 0.0]
+    best[presumed] = alone
+    for other in {0, 1, 2} - {presumed}:
+        cross = others[3 - presumed - other]
+        determinant = diagonal[presumed] * diagonal[other] - cross * cross
+        if determinant <= 0:
+            continue
+        one = (right[presumed] * diagonal[other] - right[other] * cross) / determinant
+        two = (right[other] * diagonal[presumed] - right[presumed] * cross) / determinant
+        gain = one * right[presumed] + two * right[other]
+        if min(one, two) >= 0 and gain > gained:
+            gained, best = gain, [0.0, 0.0, 0.0]
+            best[presumed], best[other] = one, two
+    return best[0], best[1], best[2]

@@ -19,7 +19,7 @@ from crossdock.worker import tracing
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
 from crossdock.worker.outbox import Outbox
-from crossdock.worker.rates import StepFit
+from crossdock.worker.rates import StepTimes
 from crossdock.worker.scheduler import Scheduler
 
 
@@ -79,8 +79,7 @@ class WorkerRole(ABC):
         self.state = state
         self.jobs: dict[str, Job] = {}
         self.draining = False
-        self.prefill_time = StepFit(by_size=True)  # of prompt tokens
-        self.decode_time = StepFit()  # of sequences
+        self.step_times = StepTimes()
 
     # What each role does its own way.
 
@@ -202,16 +201,11 @@ class WorkerRole(ABC):
         counters = self.state.counters
         counters.steps += 1
         counters.step_seconds += seconds
-        self._time_of(plan).observe(plan.num_tokens, seconds)
+        self.step_times.observe(plan.work, seconds)
 
     def expected_s(self, plan: StepPlan) -> float:
         """Seconds that a step takes as far as was measured; 0 where nothing was."""
-        base, slope = self._time_of(plan).base_and_slope
-        return base + slope * plan.num_tokens
-
-    def _time_of(self, plan: StepPlan) -> StepFit:
-        decodes = all(chunk.length == 1 for chunk in plan.chunks)
-        return self.decode_time if decodes else self.prefill_time
+        return self.step_times.seconds(plan.work)
 
     def _end(self, job: Job, reason: str = "") -> None:
         """Every job's one way out, but for the tokens that end well."""
@@ -227,19 +221,26 @@ class WorkerRole(ABC):
     def load(self) -> pb.Load:
         """What gateways choose workers by, as of this turn."""
         pool, scheduler = self.state.pool, self._scheduler
-        prefill_base, per_token = self.prefill_time.base_and_slope
-        step_base, per_sequence = self.decode_time.base_and_slope
+        prompts, step, queued = (
+            self.step_times.prompts,
+            self.step_times.decode.line,
+            scheduler.queued,
+        )
         return pb.Load(
             waiting=scheduler.waiting,
             running=scheduler.running,
-            queued_tokens=scheduler.queued_tokens,
+            queued_tokens=queued.tokens,
+            queued_attention=round(queued.attention),
+            context_tokens=scheduler.context_tokens,
             free_blocks=pool.num_free,
             cached_blocks=pool.num_evictable,
             total_blocks=pool.num_blocks,
-            prefill_tokens_per_s=1 / per_token if per_token else 0.0,
-            prefill_base_s=prefill_base,
-            prefill_step_tokens=round(self.prefill_time.largest),
-            step_base_s=step_base,
-            step_per_sequence_s=per_sequence,
+            prefill_tokens_per_s=1 / prompts.line.slope if prompts.line.slope else 0.0,
+            prefill_base_s=prompts.line.base,
+            prefill_attention_s=prompts.line.context,
+            prefill_step_tokens=round(prompts.largest),
+            step_base_s=step.base,
+            step_per_sequence_s=step.slope,
+            step_context_s=step.context,
             draining=self.draining,
         )

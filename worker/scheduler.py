@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import insort
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from crossdock.kvcache import block_tables
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import Chunk, Sequence
+from crossdock.proto.steps import attention
+
+
+class Queued(NamedTuple):
+    """What there is to compute of prompts."""
+
+    tokens: int  # uncached
+    attention: float  # tokens × context, over the chunks that they will be
 
 
 class Scheduler(ABC):
@@ -48,9 +58,28 @@ class Scheduler(ABC):
         return len(self._held[-1])
 
     @property
+    def queued(self) -> Queued:
+        """Prompts still to be computed here, with what is cached now."""
+        tokens, attended = 0, 0.0
+        for cached, sequence in self._uncomputed():
+            left = sequence.num_tokens - cached
+            tokens += left
+            attended += attention(cached, left, self._chunk_tokens)
+        return Queued(tokens, attended)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of all sequences here, waiting ones too."""
+        groups = (self._waiting, *self._held)
+        return sum(len(sequence.token_ids) for group in groups for sequence in group)
+
     @abstractmethod
-    def queued_tokens(self) -> int:
-        """Uncached prompt tokens still to be computed here, with what is cached now."""
+    def _uncomputed(self) -> Iterator[tuple[int, Sequence]]:
+        """Sequences with prompts to compute here, each with how many of its tokens have KV."""
+
+    def _cached(self, sequence: Sequence) -> int:
+        """Tokens that a waiting sequence would find in the prefix cache now."""
+        return sequence.num_tokens - block_tables.uncached(self._pool, sequence)
 
     @property
     def held(self) -> list[list[int]]:

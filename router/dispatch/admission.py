@@ -107,9 +107,5 @@ def check_deadline(
 
 def retry_after_s(view: ClusterView) -> float:
     """When a place is likely to be free: the shortest queue over how fast it goes."""
-    waits = [
-        worker.prefill_s(worker.queued_tokens)
-        for worker in view.workers.values()
-        if worker.queued_tokens
-    ]
+    waits = [worker.numbers.queue_s for worker in view.workers.values() if worker.queued_tokens]
     return min(LONGEST_RETRY_S, max(1.0, min(waits, default=1.0)))

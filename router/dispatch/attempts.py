@@ -5,6 +5,7 @@ from __future__ import annotations
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.links import WorkerLink
 from crossdock.router.dispatch.sequence import Phase, SequenceState
+from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.view import ClusterView
 
 
@@ -12,24 +13,26 @@ def send(
     sequence: SequenceState,
     link: WorkerLink,
     view: ClusterView,
-    blocks: int,
+    demand: Demand,
     eos: list[int],
     now: float,
 ) -> None:
-    """Sends it to the first worker of its placement; the view counts its `blocks` on both."""
+    """Sends it to the first worker of its placement; the view counts its `demand` on both."""
     placement, sequence_id = sequence.placement, sequence.sequence_id
+    tokens, blocks, context = placement.uncached_tokens, demand.blocks, demand.num_tokens
+    cached = context - tokens
     message = sequence.request_message(eos)
     if placement.prefill is None:
         sequence.phase = Phase.DECODE
         sequence.decode_worker = sequence.prefill_worker = placement.decode
-        view.place(placement.decode, sequence_id, placement.uncached_tokens, blocks)
+        view.place(placement.decode, sequence_id, tokens, blocks, cached, context)
         link.send(pb.GatewayFrame(decode=pb.DecodeRequest(sequence=message)))
     else:
         sequence.phase = Phase.PREFILL
         sequence.prefill_worker = placement.prefill
-        view.place(placement.prefill, sequence_id, placement.uncached_tokens, blocks)
+        view.place(placement.prefill, sequence_id, tokens, blocks, cached)
         if sequence.sampling.max_tokens:
-            view.place(placement.decode, sequence_id, 0, blocks)
+            view.place(placement.decode, sequence_id, 0, blocks, context=context)
         prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)
         link.send(pb.GatewayFrame(prefill=prefill))
     view.sent(link.name, sequence_id, now)

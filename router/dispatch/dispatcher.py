@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from crossdock.router.dispatch.admission import Admission, Limits, check_deadlin
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.line import Work
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics, StepGain
@@ -49,6 +51,8 @@ from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import WorkerView
 
 log = logging.getLogger(__name__)
+
+Said = pb.SequenceOutput | int  # what an output says of one sequence: that it gained this token
 
 
 class Dispatcher:
@@ -68,6 +72,7 @@ class Dispatcher:
         eos_token_ids: frozenset[int],
         detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
         prefix: str,
+        ttft_aim_s: float = math.inf,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -84,6 +89,7 @@ class Dispatcher:
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
+        self._ttft_aim_s = ttft_aim_s
         self._prefix = prefix  # makes sequence ids unique in the cluster
         self._on_ready = on_ready
         self._clock = clock
@@ -93,8 +99,13 @@ class Dispatcher:
         self._turn = 0
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
+        self._numbered: dict[int, SequenceState] = {}  # the same, by their attempts' numbers
         self._turns = Turns(
-            lambda: has_room(view, clock()), lambda sequence: self._guarded(sequence, self._route)
+            lambda: has_room(view, clock()),
+            lambda sequence: self._guarded(sequence, self._route),
+            self._due,
+            self._work,
+            clock,
         )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
@@ -259,12 +270,22 @@ class Dispatcher:
             self._waiting.add(sequence, self._take_turn, why)
             return
         self._count += 1
-        sequence.placed(f"{self._prefix}-{self._count}", placement)
-        self._sequences[sequence.sequence_id] = sequence
+        sequence.placed(f"{self._prefix}-{self._count}", self._count, placement)
+        self._sequences[sequence.sequence_id] = self._numbered[sequence.number] = sequence
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
-        attempts.send(sequence, link, self.view, demand.blocks, self._eos, now)
+        attempts.send(sequence, link, self.view, demand, self._eos, now)
+
+    def _due(self, sequence: SequenceState) -> float:
+        """When its first token is to be there."""
+        request = sequence.active.request
+        aim = request.received + self._ttft_aim_s
+        return aim if request.deadline is None else min(aim, request.deadline)
+
+    def _work(self, sequence: SequenceState) -> Work:
+        alone_s, workers = self.view.alone_s(self._demand(sequence))
+        return Work(self._due(sequence), alone_s, alone_s / max(1, workers))
 
     def _demand(self, sequence: SequenceState) -> Demand:
         return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
@@ -298,24 +319,31 @@ class Dispatcher:
     # -- what the workers say -----------------------------------------------------------------
 
     def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
-        now, gained = self._clock(), StepGain()
-        for output in outputs:
-            sequence = self._sequences.get(output.sequence_id)
-            if sequence is None:
-                continue  # cancelled meanwhile, or of an attempt that was given up
-            try:
-                if sequence.steady is link and not output.finish_reason:
-                    token_ids = list(output.token_ids)
-                    gained.add(len(token_ids), sequence.timeline.token(now))
-                    sequence.carry_on(token_ids)
-                elif link.name in sequence.holders:
-                    self._take(sequence, link, output, now)
-            except CrossdockError as error:
-                self._end(sequence.active, error, "failed")
-            except Exception as error:  # of one request; the others on the stream go on
-                log.exception("%s: an output could not be delivered", sequence.sequence_id)
-                self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
-        self.metrics.carried_on(gained)
+        gain = StepGain(self._clock())
+        for output in outputs:  # those not found: cancelled, or of an attempt that was given up
+            if not output.numbers:
+                if sequence := self._sequences.get(output.sequence_id):
+                    self._heard(sequence, link, output, gain)
+                continue
+            for number, token_id in zip(output.numbers, output.token_ids, strict=True):
+                if sequence := self._numbered.get(number):
+                    self._heard(sequence, link, token_id, gain)
+        self.metrics.carried_on(gain)
+
+    def _heard(self, sequence: SequenceState, link: WorkerLink, said: Said, gain: StepGain) -> None:
+        try:
+            token_ids = [said] if isinstance(said, int) else list(said.token_ids)
+            if sequence.steady is link and (isinstance(said, int) or not said.finish_reason):
+                gain.add(len(token_ids), sequence.timeline.token(gain.now))
+                sequence.carry_on(token_ids)
+            elif link.name in sequence.holders:
+                output = pb.SequenceOutput(token_ids=token_ids) if isinstance(said, int) else said
+                self._take(sequence, link, output, gain.now)
+        except CrossdockError as error:
+            self._end(sequence.active, error, "failed")
+        except Exception as error:  # of one request; the others on the stream go on
+            log.exception("%s: an output could not be delivered", sequence.sequence_id)
+            self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
 
     def _take(
         self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
@@ -441,4 +469,5 @@ class Dispatcher:
         self._waiting.remove(sequence)
         self._turns.remove(sequence)
         self._sequences.pop(sequence.sequence_id, None)
+        self._numbered.pop(sequence.number, None)
         attempts.forget(sequence, self.view)

@@ -77,7 +77,8 @@ class HandOffs:
                 raise NoWorker("no decode worker is ready")
             if name in sequence.lost_early:
                 raise WorkerLost(f"{name}, lost before token 0, is the only decode worker")
-            self._view.place(name, sequence.sequence_id, 0, demand.blocks)
+            context = demand.num_tokens
+            self._view.place(name, sequence.sequence_id, 0, demand.blocks, context=context)
         return link
 
     def _taking(self, name: str) -> WorkerLink | None:

@@ -20,12 +20,13 @@ _DECISION = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 1e-1)
 
 
 class StepGain:
-    """Tokens that one frame brought. Those of a step came together in the step before as well, so
-    that most of them have one and the same gap."""
+    """Tokens that one frame brought `now`. Those of a step came together in the one before as well,
+    so that most of them have one and the same gap."""
 
-    __slots__ = ("gaps", "tokens")
+    __slots__ = ("gaps", "now", "tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
+        self.now = now
         self.tokens = 0
         self.gaps: dict[float, int] = {}  # seconds since the token before -> how many sequences
 

@@ -4,40 +4,46 @@ waits here and not in the workers, and who asks for little does not wait behind 
 Between tenants: start-time fair queueing (Goyal, Vin and Cheng, 1997). Each tenant has a virtual
 time, which its sequences move on by their tokens as they are begun; the one that is furthest behind
 is next. One that asks for less than its share may be behind the present by OWED_TOKENS, so that a
-few that it sends together go together. Within a tenant: the more
-urgent priority, then the order of arrival, where the k-th sequence of a request lets as many later
-requests go first.
+few that it sends together go together. Within a tenant line.py says who is next; of sequences that
+are due at once the k-th of a request lets as many later requests go first.
 """
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
+from crossdock.router.dispatch.line import Line, Work
 from crossdock.router.dispatch.sequence import SequenceState
 
 OWED_TOKENS = 4096  # that a tenant may have after a pause, before the others go on
 KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
 EXPECTED_TOKENS = 256  # of a completion at the most, as far as its cost is weighed
 
-Entry = tuple[int, int, int, SequenceState]  # priority, rank, tie break
-
 
 @dataclass(eq=False)
 class _Queue:
     start: float  # virtual time of its first sequence
-    heap: list[Entry] = field(default_factory=list)
+    line: Line
     tokens: int = 0  # of prompts that wait here
 
 
 class Turns:
     """Sequences that are to be begun. `room` says whether a worker would take another one soon,
-    `begin` begins one and raises nothing."""
+    `begin` begins one and raises nothing. `due` and `work_of` are a Line's."""
 
-    def __init__(self, room: Callable[[], bool], begin: Callable[[SequenceState], object]) -> None:
-        self._room, self._begin = room, begin
+    def __init__(
+        self,
+        room: Callable[[], bool],
+        begin: Callable[[SequenceState], object],
+        due: Callable[[SequenceState], float] = lambda sequence: math.inf,
+        work_of: Callable[[SequenceState], Work] = lambda sequence: Work(),
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._room, self._begin, self._clock = room, begin, clock
+        self._due, self._work_of = due, work_of
         self._queues: dict[str, _Queue] = {}  # by tenant; none is empty
         self._where: dict[SequenceState, _Queue] = {}
         self._present = 0.0  # virtual time at which the last one was begun
@@ -60,9 +66,9 @@ class Turns:
         if queue is None:
             start = self._present - OWED_TOKENS
             start = max(start, self._finished.pop(request.tenant, start))
-            queue = self._queues[request.tenant] = _Queue(start)
+            queue = self._queues[request.tenant] = _Queue(start, Line(self._due, self._work_of))
         rank = sequence.active.order + sequence.index
-        heapq.heappush(queue.heap, (request.priority, rank, next(self._ties), sequence))
+        queue.line.add(sequence, rank, next(self._ties))
         queue.tokens += sequence.prompt_tokens
         self._where[sequence] = queue
 
@@ -70,6 +76,7 @@ class Turns:
         """It has ended; nothing where it does not wait."""
         queue = self._where.pop(sequence, None)
         if queue is not None:
+            queue.line.remove(sequence)
             queue.tokens -= sequence.prompt_tokens
             self._trim(sequence.active.request.tenant, queue)
 
@@ -85,7 +92,7 @@ class Turns:
 
     def _next(self) -> SequenceState:
         tenant, queue = min(self._queues.items(), key=lambda item: item[1].start)
-        sequence = heapq.heappop(queue.heap)[3]
+        sequence = queue.line.pop(self._clock())
         del self._where[sequence]
         queue.tokens -= sequence.prompt_tokens
         self._present = max(self._present, queue.start)
@@ -94,11 +101,9 @@ class Turns:
         return sequence
 
     def _trim(self, tenant: str, queue: _Queue) -> None:
-        """Drops what was removed from the head, and the queue with its last sequence. Where it had
-        come to is remembered until the others have too."""
-        while queue.heap and self._where.get(queue.heap[0][3]) is not queue:
-            heapq.heappop(queue.heap)
-        if not queue.heap and self._queues.get(tenant) is queue:
+        """Drops the queue with its last sequence. Where it had come to is remembered until the
+        others have too."""
+        if not queue.line and self._queues.get(tenant) is queue:
             del self._queues[tenant]
             self._finished[tenant] = queue.start
             if len(self._finished) > KEPT_TENANTS:

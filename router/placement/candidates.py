@@ -11,7 +11,7 @@ from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import WorkerView
 
 # How many of each side are weighed as pairs, since each pair has a link of its own.
-PREFILL_CANDIDATES = 32
+PREFILL_CANDIDATES = 8
 DECODE_CANDIDATES = 8
 
 

@@ -1,12 +1,12 @@
 """What placement asks of the workers of one role, as arrays: one number of all of them each.
 
-A worker's numbers are copied here when a decision asks for them, not whenever they change: between
-two decisions a worker may say several times how it stands.
+The numbers of a worker are copied here when it says how it stands, so that a decision finds them
+ready.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from crossdock.router.placement.prefix_index import Level
-from crossdock.router.placement.speed import Line, PoolSpeeds, step_line
 from crossdock.router.placement.workers import Numbers, WorkerView
 
 Floats = npt.NDArray[np.float64]
@@ -22,8 +21,6 @@ Mask = npt.NDArray[np.bool_]
 
 FIRST_ROWS = 64  # of the arrays; doubled when they are full
 FEW_BITS = 16  # of a bitmask, which are found quicker one after the other
-PREFILL = slice(Numbers._fields.index("prefill_base"), Numbers._fields.index("prefill_slope") + 1)
-STEP = slice(Numbers._fields.index("step_base"), Numbers._fields.index("step_slope") + 1)
 NOTHING = np.zeros(1)
 INFINITE = float("inf")
 
@@ -34,7 +31,6 @@ class Columns:
     def __init__(self) -> None:
         self.workers: list[WorkerView] = []  # by row
         self._rows: dict[WorkerView, int] = {}
-        self._speeds: list[PoolSpeeds] = []  # by number of the pool
         # No worker holds less, is stale before or well later than:
         self._holds, self._fresh_until, self._well_from = INFINITE, INFINITE, -INFINITE
         self._make_room(FIRST_ROWS)
@@ -85,30 +81,13 @@ class Columns:
         wanted = set(names)
         return [row for row, worker in enumerate(self.workers) if worker.name in wanted]
 
-    def prefill_lines(self) -> Floats:
-        """Base and slope that each is presumed to have, [2, workers]."""
-        return self._lines(PREFILL, [speeds.prefill.line for speeds in self._speeds])
-
-    def step_lines(self) -> Floats:
-        """The same of decode steps."""
-        return self._lines(STEP, [step_line(speeds.decode.line) for speeds in self._speeds])
-
     def of_slots(self, by_slot: Floats | None) -> Floats:
         """Of one number a slot those of these workers; None: 0 for all."""
         return NOTHING if by_slot is None else by_slot[self._slots[: len(self.workers)]]
 
-    def _lines(self, own: slice, pools: Sequence[Line]) -> Floats:
-        measured = self._table[own, : len(self.workers)]
-        presumed = np.array(pools).T
-        if len(pools) > 1:
-            presumed = presumed[:, self._pools[: len(self.workers)]]
-        return np.where(np.isnan(measured), presumed, measured)
-
     def _seat(self, worker: WorkerView, row: int) -> None:
-        if worker.speeds not in self._speeds:
-            self._speeds.append(worker.speeds)
         self._rows[worker] = row
-        self._slots[row], self._pools[row] = worker.slot, self._speeds.index(worker.speeds)
+        self._slots[row] = worker.slot
         self.put(worker)
         self.__dict__.pop("numbers", None)
 
@@ -116,7 +95,7 @@ class Columns:
         self._table: Floats = np.empty((len(Numbers._fields), rows))
         # Quicker for one worker's; of floats, which memoryview's type does not know.
         self._cells: list[Any] = [memoryview(column) for column in self._table]
-        self._slots, self._pools = np.empty(rows, np.intp), np.empty(rows, np.intp)
+        self._slots = np.empty(rows, np.intp)
         self._everybody = np.ones(rows, np.bool_)
         for row, worker in enumerate(self.workers):
             self._seat(worker, row)

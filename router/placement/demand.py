@@ -10,6 +10,8 @@ from crossdock.proto.errors import Unavailable
 from crossdock.proto.types import Role
 from crossdock.router.placement.workers import WorkerView
 
+OUTPUT_TOKENS = 100.0  # of a completion of which nothing is known
+
 
 class NoWorker(Unavailable):
     """No worker of a role that the request needs is connected and taking work."""
@@ -25,6 +27,7 @@ class Demand:
     most_tokens: int = 0  # that it may grow to, prompt and completion; 0: one more than it has
     avoid: frozenset[str] = frozenset()  # workers that just failed it; used only if nobody else is
     local_tokens: int = 0  # that a decode worker which has all before them may compute itself
+    output: float = OUTPUT_TOKENS  # tokens that it is expected to draw
 
     @property
     def held(self) -> dict[Role, int]:
@@ -37,6 +40,11 @@ class Demand:
     def blocks(self) -> int:
         """Blocks it holds once the next token is written."""
         return (self.num_tokens + self.block_size) // self.block_size
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens of its context on the average of its steps."""
+        return self.num_tokens + self.output / 2
 
     @property
     def pulled_blocks(self) -> int:

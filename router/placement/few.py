@@ -54,7 +54,7 @@ class FewWorkers:
     def prefills(self) -> list[Computes]:
         options = []
         for worker in self.with_room(self._usable[Role.PREFILL]):
-            ttft_s = worker.prefill_s(self._tokens(worker))
+            ttft_s = self._ttft_s(worker)
             options.append((ttft_s, ttft_s, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
 
@@ -73,35 +73,42 @@ class FewWorkers:
     def colocated(self) -> list[Computes]:
         options = []
         for excess_s, worker in self._streams(self.with_room(self._usable[Role.COLOCATED])):
-            ttft_s = worker.ttft_s(self._tokens(worker))
+            ttft_s = self._ttft_s(worker)
             options.append((ttft_s + excess_s, ttft_s, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
 
     def local(self) -> list[Computes]:
-        depths, most = self._depths, self._demand.local_tokens
+        depths, demand, most = self._depths, self._demand, self._demand.local_tokens
         if not depths or not most:
             return []
         prefills, decodes = self._usable[Role.PREFILL], self._usable[Role.DECODE]
+
+        def tokens(worker: WorkerView) -> float:
+            """Until its token 0, all that wait there already included."""
+            return worker.queued_tokens + demand.uncached(self.depth(worker))
+
         held = max(self.depth(worker) for worker in prefills)
-        able = [w for w in decodes if self.depth(w) > held and self._tokens(w) <= most]
+        able = [w for w in decodes if self.depth(w) > held and tokens(w) <= most]
         able = [worker for worker in able if self._has_room(worker)]
         if not able:
             return []
         options = []
         for excess_s, worker in self._streams(decodes):
             if worker in able:
-                ttft_s = min(prefill.prefill_s(self._tokens(worker)) for prefill in prefills)
-                ttft_s += worker.step_s(worker.sequences) if worker.sequences else 0.0
+                cached = demand.num_tokens - demand.uncached(self.depth(worker))
+                ttft_s = min(prefill.prompt_s(cached, tokens(worker)) for prefill in prefills)
+                ttft_s += worker.numbers.running_s
                 options.append((ttft_s + excess_s, ttft_s, worker))
         return self._nearest(options, DECODE_CANDIDATES)
 
-    def _tokens(self, worker: WorkerView) -> float:
-        """Until its token 0, all that wait there already included."""
-        return worker.queued_tokens + self._demand.uncached(self.depth(worker))
+    def _ttft_s(self, worker: WorkerView) -> float:
+        tokens = self._demand.uncached(self.depth(worker))
+        return worker.ttft_s(self._demand.num_tokens - tokens, tokens)
 
     def _streams(self, workers: Sequence[WorkerView]) -> list[tuple[float, WorkerView]]:
         """Seconds that a stream takes, more than on the best of them."""
-        seconds = [worker.stream_s for worker in workers]
+        demand = self._demand
+        seconds = [worker.stream_s(demand.mean_context, demand.output) for worker in workers]
         least_s = min(seconds)
         return [(stream_s - least_s, worker) for stream_s, worker in zip(seconds, workers)]
 

@@ -11,13 +11,12 @@ from crossdock.router.placement.candidates import Candidates, Computes, Decodes,
 from crossdock.router.placement.demand import Demand, Placement, Reason
 from crossdock.router.placement.few import FewWorkers
 from crossdock.router.placement.many import ManyWorkers
-from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.view import MANY, ClusterView
 from crossdock.router.placement.workers import WorkerView
 
 TIE_RELATIVE = 0.05
 TIE_ABSOLUTE_S = 0.0005
 BACK_OFF_S = 1e6  # a pair whose pulls fail comes after all others
-MANY = 48  # workers, from which on arrays of all are quicker than a look at each
 
 Pull = tuple[float, float, str]  # as of Decodes, with the worker's name
 Way = tuple[float, Computes, WorkerView | None]  # seconds; None: it goes on where it is computed
@@ -28,13 +27,15 @@ def predicted_latency(
 ) -> Placement:
     """The workers with the least predicted seconds, of those that can hold the sequence.
 
-    Seconds = TTFT (queued + own uncached tokens, by the worker's prefill time) + bytes to pull /
-    bandwidth of the pair, which delays token 1 + what STREAM_TOKENS decode steps after joining and
-    the wait for a place in the batch take longer than on the best decode worker. So queue depth,
-    prefix hits, links and batches are one number. Near ties of either side go to the better of two
-    at random, so that gateways with slightly old views do not herd. Pairs whose pulls fail back
-    off while there are others. A decode worker that has more of the sequence cached than any
-    prefill worker, as it has of a chat that it answered, may go on by itself. Raises NoWorker.
+    Seconds = TTFT (the prompts that wait and its own uncached tokens, with their attention to what
+    is cached, by the worker's prefill time) + bytes to pull / bandwidth of the pair, which delays
+    token 1 + what the decode steps of the expected completion, by the sequences and the context
+    tokens of the batch it joins, and the wait for a place there take longer than on the best decode
+    worker. So queue depth, prefix hits, links and batches are one number. Near ties of either side
+    go to the better of two at random, so that gateways with slightly old views do not herd. Pairs
+    whose pulls fail back off while there are others. A decode worker that has more of the sequence
+    cached than any prefill worker, as it has of a chat that it answered, may go on by itself.
+    Raises NoWorker.
     """
     choice = _Choice(view, demand, now, rng)
     ways = [*choice.local(), choice.disaggregated()] if choice.pairs else []

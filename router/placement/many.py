@@ -42,7 +42,7 @@ class ManyWorkers:
 
     def prefills(self) -> list[Computes]:
         side = self._sides[Role.PREFILL]
-        costs = np.where(side.with_room(side.usable), side.prefill_s(side.tokens), np.inf)
+        costs = np.where(side.with_room(side.usable), side.ttft_s, np.inf)
         rows = self._nearest(costs, PREFILL_CANDIDATES)
         seconds = costs[rows].tolist()
         return list(zip(seconds, seconds, side.at(rows)))
@@ -61,33 +61,30 @@ class ManyWorkers:
 
     def colocated(self) -> list[Computes]:
         side = self._sides[Role.COLOCATED]
-        base, slope = side.step_lines
-        ttfts = side.prefill_s(side.tokens) + (base + slope * side.numbers.sequences)
+        ttfts = side.ttft_s
         streams = np.where(side.with_room(side.usable), side.stream_s, np.inf)
         costs = ttfts + (streams - streams[streams.argmin()])
         rows = self._nearest(costs, PREFILL_CANDIDATES)
         return list(zip(costs[rows].tolist(), ttfts[rows].tolist(), side.at(rows)))
 
     def local(self) -> list[Computes]:
-        most = self._demand.local_tokens
-        if not self._levels or not most:
+        demand, most = self._demand, self._demand.local_tokens
+        if not most or not any(demand.uncached(depth) <= most for _, depth in self._levels):
             return []
         prefills, side = self._sides[Role.PREFILL], self._sides[Role.DECODE]
         held = prefills.depth[prefills.usable].max()
         able = side.usable & (side.depth > held)
         if not np.count_nonzero(able):
             return []
-        able &= (side.tokens <= most) & side.room
+        tokens = side.numbers.queued_tokens + side.uncached
+        able &= (tokens <= most) & side.room
         streams = side.stream_s - side.stream_s[side.usable].min()
         options = []
-        fastest_s: dict[float, float] = {}  # by tokens
         for row in able.nonzero()[0].tolist():
-            worker, tokens = side.workers[row], float(side.tokens[row])
-            if tokens not in fastest_s:
-                fastest_s[tokens] = float(prefills.prefill_s(tokens)[prefills.usable].min())
-            ttft_s = fastest_s[tokens]
-            ttft_s += worker.step_s(worker.sequences) if worker.sequences else 0.0
-            options.append((ttft_s + float(streams[row]), ttft_s, worker))
+            cached = demand.num_tokens - float(side.uncached[row])
+            ttft_s = float(prefills.prompt_s(cached, float(tokens[row]))[prefills.usable].min())
+            ttft_s += float(side.numbers.running_s[row])
+            options.append((ttft_s + float(streams[row]), ttft_s, side.workers[row]))
         rows = self._nearest(np.array([option[0] for option in options]), DECODE_CANDIDATES)
         return [options[row] for row in rows.tolist()]
 
@@ -95,7 +92,7 @@ class ManyWorkers:
         """The rows of the least finite cost; of equal ones any."""
         if len(costs) <= count:
             return (costs < np.inf).nonzero()[0]
-        limit = np.sort(costs)[count - 1]
+        limit = np.partition(costs, count - 1)[count - 1]
         if limit == np.inf:
             return (costs < np.inf).nonzero()[0]
         rows = (costs <= limit).nonzero()[0]
@@ -156,10 +153,9 @@ class _Side:
         return self._demand.blocks - self.depth <= self.numbers.available_blocks
 
     @cached_property
-    def tokens(self) -> Floats:
-        """Until token 0, all that wait there already included."""
-        own = self._demand.num_tokens - self.depth * self._demand.block_size
-        return self.numbers.queued_tokens + np.maximum(own, 1)
+    def uncached(self) -> Floats:
+        """Tokens to compute."""
+        return np.maximum(self._demand.num_tokens - self.depth * self._demand.block_size, 1)
 
     @cached_property
     def nbytes(self) -> Floats:
@@ -167,20 +163,23 @@ class _Side:
         blocks = np.maximum(self._demand.pulled_blocks - self.depth, 0)
         return blocks * self.numbers.block_bytes
 
-    def prefill_s(self, tokens: Floats | float) -> Floats:
-        base, slope = self.prefill_lines
-        return base * np.ceil(tokens / self.numbers.chunk_tokens) + slope * tokens
+    def prompt_s(self, cached: Floats | float, tokens: Floats | float) -> Floats:
+        """To compute a prompt of which so many tokens are cached and so many not."""
+        numbers = self.numbers
+        chunks = np.ceil(tokens / numbers.chunk_tokens)
+        attended = tokens * (2 * cached + tokens + np.minimum(tokens, numbers.chunk_tokens)) / 2
+        seconds = chunks * numbers.chunk_s + tokens * numbers.token_s
+        return seconds + attended * numbers.attention_s
 
     @cached_property
-    def prefill_lines(self) -> Floats:
-        return self._columns.prefill_lines()
-
-    @cached_property
-    def step_lines(self) -> Floats:
-        return self._columns.step_lines()
+    def ttft_s(self) -> Floats:
+        """Until token 0."""
+        cached = self._demand.num_tokens - self.uncached
+        return self.numbers.queue_s + self.prompt_s(cached, self.uncached)
 
     @cached_property
     def stream_s(self) -> Floats:
         """Of a stream that joins."""
-        base, slope = self.step_lines
-        return self.numbers.stream_steps * (base + slope * self.numbers.batch)
+        numbers, demand = self.numbers, self._demand
+        steps_s = numbers.step_s + demand.mean_context * numbers.context_s
+        return numbers.wait * demand.output * steps_s

@@ -59,11 +59,12 @@ def _computes(worker: WorkerView, now: float) -> bool:
     """Whether it has prompts of this gateway for a while yet, or very many of anybody."""
     if worker.queued_tokens >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
         return True
-    tokens = sum(worker.computing.values())
-    if not tokens:
+    if not worker.computing:
         return False
-    alone_s = worker.prefill_s(1)
-    if alone_s > FIXED_PART * worker.prefill_s(tokens):
+    tokens = sum(prompt.tokens for prompt in worker.computing.values())
+    attended = sum(prompt.attention for prompt in worker.computing.values())
+    takes_s = max(worker.numbers.chunk_s, worker.prompts_s(tokens, attended))
+    if worker.prompt_s(0, 1) > FIXED_PART * takes_s:
         return False
-    ahead_s = max(AHEAD_S, AHEAD_PART * worker.prefill_s(worker.facts.chunk_tokens))
-    return worker.prefill_s(tokens) - (now - worker.computing_since) > ahead_s
+    ahead_s = max(AHEAD_S, AHEAD_PART * worker.prompt_s(0, worker.facts.chunk_tokens))
+    return takes_s - (now - worker.computing_since) > ahead_s

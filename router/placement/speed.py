@@ -8,34 +8,38 @@ equal hardware, so an idle one is presumed to be as fast as its pool has lately 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from crossdock.proto.v1 import worker_pb2
 
-Line = tuple[float, float]  # of an engine step's seconds: base, and for each token or sequence
 
-DEFAULT_PREFILL_S: Line = (0.0, 0.001)
-DEFAULT_DECODE_S: Line = (0.02, 0.005)
+class Line(NamedTuple):
+    """Of an engine step's seconds."""
+
+    base: float
+    slope: float  # more for each prompt token, or sequence
+    context: float = 0.0  # more for each token × context of prompts, or token of their contexts
+
+
+DEFAULT_PREFILL = Line(0.0, 0.001)
+DEFAULT_DECODE = Line(0.02, 0.005)
 WEIGHT = 0.1  # of the newest measurement in a pool's running mean
 # A sequence more costs the others of its batch this part of a step at the least, measured or not.
 LEAST_SHARE = 0.005
 
 
 def prefill_line(load: worker_pb2.Load) -> Line | None:
-    """Base and slope by tokens of a prefill step's time; None where nothing was measured."""
+    """Of a prefill step's time; None where nothing was measured."""
     rate = load.prefill_tokens_per_s
-    return (load.prefill_base_s, 1 / rate) if rate else None
+    return Line(load.prefill_base_s, 1 / rate, load.prefill_attention_s) if rate else None
 
 
 def decode_line(load: worker_pb2.Load) -> Line | None:
-    """The same by sequences of a decode step's time."""
-    line = (load.step_base_s, load.step_per_sequence_s)
-    return line if any(line) else None
-
-
-def step_line(line: Line) -> Line:
-    """Of a decode step, as far as its slope is believed."""
-    base, slope = line
-    return base, max(slope, LEAST_SHARE * base)
+    """Of a decode step's time, as far as its slope is believed; the same."""
+    base, slope, context = load.step_base_s, load.step_per_sequence_s, load.step_context_s
+    if not base and not slope and not context:
+        return None
+    return Line(base, max(slope, LEAST_SHARE * base), context)
 
 
 @dataclass
@@ -46,8 +50,11 @@ class PoolSpeed:
     mean: Line | None = None  # None: nobody has measured
 
     def measured(self, new: Line) -> None:
-        old = self.mean or new
-        self.mean = old[0] + WEIGHT * (new[0] - old[0]), old[1] + WEIGHT * (new[1] - old[1])
+        """One of them has measured anew."""
+        if self.mean is None:
+            self.mean = new
+        else:
+            self.mean = Line(*[old + WEIGHT * (now - old) for old, now in zip(self.mean, new)])
 
     @property
     def line(self) -> Line:
@@ -59,5 +66,5 @@ class PoolSpeed:
 class PoolSpeeds:
     """Both kinds of step of one pool."""
 
-    prefill: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_PREFILL_S))
-    decode: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_DECODE_S))
+    prefill: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_PREFILL))
+    decode: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_DECODE))

@@ -6,13 +6,22 @@ from collections import defaultdict
 from collections.abc import Collection
 
 from crossdock.proto import events
+from crossdock.proto.steps import attention
 from crossdock.proto.types import Role
 from crossdock.router.placement.columns import Columns
+from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.pairs import Pairs
 from crossdock.router.placement.prefix_index import PrefixIndex
 from crossdock.router.placement.speed import PoolSpeeds
-from crossdock.router.placement.workers import LoadReport, Unseen, WorkerFacts, WorkerView
+from crossdock.router.placement.workers import (
+    ANY_CHUNK,
+    LoadReport,
+    Placed,
+    WorkerFacts,
+    WorkerView,
+)
 
+MANY = 48  # workers, from which on arrays of all are quicker than a look at each
 REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
 
 
@@ -62,7 +71,7 @@ class ClusterView:
         """A worker said how it stands; work placed there that it has counted is counted no more."""
         worker.reported(load, now)
         if self.workers.get(worker.facts.name) is worker:  # else its stream is about to end
-            self._touched.add(worker)
+            self._put(worker)
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
         """A pull between the two was measured."""
@@ -76,11 +85,15 @@ class ClusterView:
 
     # -- what the dispatcher tells ------------------------------------------------------------
 
-    def place(self, name: str, key: str, tokens: int, blocks: int) -> None:
-        """Work was promised to a worker: it counts there from now on."""
+    def place(
+        self, name: str, key: str, tokens: int, blocks: int, cached: int = 0, context: int = 0
+    ) -> None:
+        """Work was promised to a worker: it counts there from now on. `tokens`: of a prompt, to
+        compute after `cached` ones; `context`: of a stream that joins."""
         worker = self.workers.get(name)
         if worker is not None:
-            worker.unseen.put(key, Unseen(tokens, blocks))
+            attended = attention(cached, tokens, worker.facts.chunk_tokens or ANY_CHUNK)
+            worker.unseen.put(key, Placed(tokens, blocks, attended, context))
             self._touch(worker)
 
     def sent(self, name: str, key: str, now: float) -> None:
@@ -91,7 +104,7 @@ class ClusterView:
             if worker.unseen[key].tokens:
                 if not worker.computing:
                     worker.computing_since = now
-                worker.computing[key] = worker.unseen[key].tokens
+                worker.computing[key] = worker.unseen[key]
 
     def computed(self, name: str, key: str, now: float) -> None:
         """Token 0 came: the worker goes on with the next prompt."""
@@ -151,8 +164,24 @@ class ClusterView:
         count = sum(len(side) for side in sides)
         if not tokens or not count:
             return 0.0
-        each = -(-tokens // count)
-        return min(worker.prefill_s(each) for side in sides for worker in side.workers)
+        each = tokens / count
+        return min(
+            worker.prompts_s(each, attention(0, each, worker.numbers.chunk_tokens))
+            for side in sides
+            for worker in side.workers
+        )
+
+    def alone_s(self, demand: Demand) -> tuple[float, int]:
+        """Predicted seconds until its first token if nothing else were to be computed, where most
+        of it is cached; and how many workers compute prompts."""
+        depths = self.index.depths(demand.block_hashes)
+        sides = (self._columns[Role.PREFILL], self._columns[Role.COLOCATED])
+        count = sum(len(side) for side in sides)
+        seconds = []
+        for worker in (worker for side in sides for worker in side.workers):
+            uncached = demand.uncached(depths.get(worker.slot, 0))
+            seconds.append(worker.prompt_s(demand.num_tokens - uncached, uncached))
+        return min(seconds, default=0.0), count
 
     @property
     def ready(self) -> bool:
@@ -182,7 +211,14 @@ class ClusterView:
 
     def _touch(self, worker: WorkerView) -> None:
         worker.changed()
-        self._touched.add(worker)
+        self._put(worker)
+
+    def _put(self, worker: WorkerView) -> None:
+        """Few workers are looked at one by one: their columns can wait until they are asked for."""
+        if len(self.workers) >= MANY:
+            self._columns[worker.role].put(worker)
+        else:
+            self._touched.add(worker)
 
     def _forget(self, name: str) -> None:
         worker = self._gone[name] = self.workers.pop(name)

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
 
+from crossdock.proto.steps import attention
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.router.placement.speed import (
+    DEFAULT_DECODE,
+    DEFAULT_PREFILL,
     Line,
     PoolSpeeds,
     decode_line,
     prefill_line,
-    step_line,
 )
 
 T = TypeVar("T")
@@ -28,9 +30,7 @@ FAILED_FOR_S = 2.0  # a device that failed a step is left alone for so long whil
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
 MEASURED_FOR_S = 10.0  # what was measured longer ago refuses nobody
 MEASURED_UP_TO = 8  # steps this many times as large as any that was measured are not known
-STREAM_TOKENS = 100  # over so many a decode worker's TPOT is weighed against seconds before them
 ANY_CHUNK = 2**53  # tokens of a step, of a worker that does not say
-AS_ITS_POOL: Line = (float("nan"), float("nan"))
 
 
 LoadReport = worker_pb2.Load  # the newest that a worker sent; zeros mean not measured yet
@@ -62,50 +62,59 @@ class WorkerFacts:
 
 
 @dataclass
-class Unseen:
-    """A sequence that was promised to a worker and is not in its reports yet."""
+class Placed:
+    """A sequence that was promised to a worker."""
 
     tokens: int  # uncached prompt tokens to compute
     blocks: int
+    attention: float = 0.0  # tokens × context of the chunks that compute them
+    context: int = 0  # tokens of the stream that joins
     sent_at: float | None = None  # None: reserved, not sent yet
 
 
-class _Placed(dict[str, Unseen]):
+class _Unseen(dict[str, Placed]):
     """What was promised to a worker and is not in its reports yet, by key, with its totals."""
 
-    tokens = blocks = 0
+    tokens = blocks = context = 0
+    attention = 0.0
 
-    def put(self, key: str, item: Unseen) -> None:
+    def put(self, key: str, item: Placed) -> None:
         self.drop(key)
         self[key] = item
         self.tokens += item.tokens
         self.blocks += item.blocks
+        self.context += item.context
+        self.attention += item.attention
 
     def drop(self, key: str) -> None:
         item = self.pop(key, None)
         if item is not None:
             self.tokens -= item.tokens
             self.blocks -= item.blocks
+            self.context -= item.context
+            self.attention -= item.attention
 
 
 class Numbers(NamedTuple, Generic[T]):
     """What decisions read: of one worker numbers, of several arrays [workers]. Tokens, blocks,
-    sequences, seconds."""
+    sequences, seconds. Placed work counts; speeds are as presumed at the last change."""
 
     most_tokens: T  # that a sequence there may grow to; -1: it takes none
     fresh_until: T  # when it is stale, if nothing is heard of it
     well_from: T  # until then its device may be broken
     available_blocks: T
     block_bytes: T
-    chunk_tokens: T  # of a step at the most
-    queued_tokens: T  # reported and placed since
+    queued_tokens: T
     sequences: T
-    batch: T  # of its decode steps with one sequence more
-    stream_steps: T  # STREAM_TOKENS, and those that a stream which joins waits for a place
-    prefill_base: T  # of its own steps' times, where it goes by them; NaN: by its pool's
-    prefill_slope: T
-    step_base: T
-    step_slope: T
+    queue_s: T  # until the prompts that wait there are computed
+    chunk_tokens: T  # of a step at the most
+    chunk_s: T  # of each chunk, with the step of those who decode there before it
+    token_s: T  # more for each token
+    attention_s: T  # more for each token × context
+    running_s: T  # of a decode step as it is; 0: nobody decodes
+    step_s: T  # of one with a sequence more
+    context_s: T  # more for each token of its context
+    wait: T  # steps for each of that sequence's, with those in which others have the places
 
 
 @dataclass(eq=False)
@@ -119,12 +128,13 @@ class WorkerView:
     reported_at: float
     measured_at: float = float("-inf")  # when its prefill speed last changed
     load: LoadReport = field(default_factory=LoadReport)
-    unseen: _Placed = field(default_factory=_Placed)
-    computing: dict[str, int] = field(default_factory=dict)  # prompt tokens sent, no token 0 yet
+    unseen: _Unseen = field(default_factory=_Unseen)
+    computing: dict[str, Placed] = field(default_factory=dict)  # prompts sent, no token 0 yet
     computing_since: float = 0.0  # the first of them
     failed_at: float = float("-inf")  # its device failed a step and nothing shows why
     prefill_line: Line | None = None  # as it measured itself, or nothing
     decode_line: Line | None = None
+    lines: tuple[Line, Line] = DEFAULT_PREFILL, DEFAULT_DECODE  # as presumed, of both kinds
 
     @property
     def name(self) -> str:
@@ -157,32 +167,30 @@ class WorkerView:
         known = MEASURED_UP_TO * self.load.prefill_step_tokens or step
         return now - self.measured_at <= MEASURED_FOR_S and step <= known
 
-    def prefill_s(self, tokens: float) -> float:
-        """Predicted time to compute `tokens` prompt tokens, as presumed by speed.py."""
+    def prompt_s(self, cached: float, tokens: float) -> float:
+        """Predicted time to compute a prompt of which so many tokens are cached and so many not,
+        in chunks, once it has its turn."""
         numbers = self.numbers
-        base, slope = numbers.prefill_base, numbers.prefill_slope
-        if base != base:
-            base, slope = self.speeds.prefill.line
-        return base * -(-tokens // numbers.chunk_tokens) + slope * tokens
+        chunks = -(-tokens // numbers.chunk_tokens)
+        attended = attention(cached, tokens, numbers.chunk_tokens)
+        seconds = chunks * numbers.chunk_s + tokens * numbers.token_s
+        return seconds + attended * numbers.attention_s
 
-    def step_s(self, batch: float) -> float:
-        """Predicted time of one decode step over `batch` sequences, which is their TPOT."""
-        base, slope = self.numbers.step_base, self.numbers.step_slope
-        if base != base:
-            base, slope = step_line(self.speeds.decode.line)
-        return base + slope * batch
+    def prompts_s(self, tokens: float, attended: float) -> float:
+        """The same of several that share chunks; `attended`: their tokens × context."""
+        numbers = self.numbers
+        seconds = tokens / numbers.chunk_tokens * numbers.chunk_s + tokens * numbers.token_s
+        return seconds + attended * numbers.attention_s
 
-    def ttft_s(self, tokens: float) -> float:
-        """Predicted time until token 0 of the last of `tokens` prompt tokens."""
-        seconds = self.prefill_s(tokens)
-        if self.facts.role is Role.COLOCATED:  # a step of the running batch goes before each chunk
-            seconds += self.step_s(self.sequences)
-        return seconds
+    def ttft_s(self, cached: float, tokens: float) -> float:
+        """Predicted time until token 0 of a prompt that comes after those that wait there."""
+        return self.numbers.queue_s + self.prompt_s(cached, tokens)
 
-    @property
-    def stream_s(self) -> float:
-        """Predicted seconds of STREAM_TOKENS steps after joining, and until there is a place."""
-        return self.numbers.stream_steps * self.step_s(self.numbers.batch)
+    def stream_s(self, context: float, output: float) -> float:
+        """Predicted seconds of the steps of a stream that joins, and until there is a place; over
+        `output` tokens, its context on the average of so many."""
+        numbers = self.numbers
+        return numbers.wait * output * (numbers.step_s + context * numbers.context_s)
 
     def reported(self, load: LoadReport, now: float) -> None:
         """It said how it stands; work placed there that it has counted is counted no more."""
@@ -207,6 +215,13 @@ class WorkerView:
                 self.unseen.drop(key)
         self.__dict__.pop("numbers", None)
 
+    def presume(self, queued: float, sequences: float) -> tuple[Line, Line]:
+        """How long steps of prompts and of decodes take, as far as is known now."""
+        prefill = self.prefill_line if queued else None
+        decode = self.decode_line if sequences else None
+        self.lines = prefill or self.speeds.prefill.line, decode or self.speeds.decode.line
+        return self.lines
+
     def changed(self) -> None:
         """What decisions read is made anew when one is made."""
         self.__dict__.pop("numbers", None)
@@ -217,21 +232,33 @@ class WorkerView:
         facts, load, unseen = self.facts, self.load, self.unseen
         queued = load.queued_tokens + unseen.tokens
         sequences = load.waiting + load.running + len(unseen)
+        (base, slope, attention_s), (step, share, context_s) = self.presume(queued, sequences)
         blocks = load.free_blocks + load.cached_blocks if load.total_blocks else facts.num_blocks
-        silent_s = STALE_AT_WORK_AFTER_S if sequences else STALE_AFTER_S
         joined = sequences + 1
         most = facts.max_batch or joined  # each of so many streams leaves one place in its time
+        # Of those who wait for a place the contexts count when they have one.
+        context = (load.context_tokens + unseen.context) * min(1.0, most / joined)
+        running_s = step + share * min(sequences, most) + context * context_s if sequences else 0.0
+        chunk_tokens = facts.chunk_tokens or ANY_CHUNK
+        chunk_s = base if facts.role is Role.PREFILL else base + running_s
+        queue_s = queued / chunk_tokens * chunk_s + queued * slope
         return Numbers(
             -1 if load.draining else facts.most_tokens,
-            float("-inf") if load.late else self.reported_at + silent_s,
+            float("-inf")
+            if load.late
+            else self.reported_at + (STALE_AT_WORK_AFTER_S if sequences else STALE_AFTER_S),
             self.failed_at + FAILED_FOR_S,
             blocks - unseen.blocks,
             facts.block_bytes,
-            facts.chunk_tokens or ANY_CHUNK,
             queued,
             sequences,
-            min(joined, most),
-            STREAM_TOKENS * max(1.0, joined / most),
-            *(self.prefill_line if queued and self.prefill_line else AS_ITS_POOL),
-            *(step_line(self.decode_line) if sequences and self.decode_line else AS_ITS_POOL),
+            queue_s + (load.queued_attention + unseen.attention) * attention_s,
+            chunk_tokens,
+            chunk_s,
+            slope,
+            attention_s,
+            running_s,
+            step + share * min(joined, most) + context * context_s,
+            context_s,
+            max(1.0, joined / most),
         )

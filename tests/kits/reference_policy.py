@@ -61,31 +61,51 @@ class Reference:
             depth += 1
         return depth
 
-    def tokens(self, worker: WorkerView) -> int:
+    def uncached(self, worker: WorkerView) -> int:
         cached = self.depth(worker) * self.demand.block_size
-        return self.queued(worker) + max(1, self.demand.num_tokens - cached)
+        return max(1, self.demand.num_tokens - cached)
 
-    def prefill_s(self, worker: WorkerView, tokens: int) -> float:
-        rate = worker.load.prefill_tokens_per_s
-        base, slope = worker.speeds.prefill.mean or (0.0, 0.001)
-        if rate and self.queued(worker):
-            base, slope = worker.load.prefill_base_s, 1 / rate
-        return base * -(-tokens // (worker.facts.chunk_tokens or tokens)) + slope * tokens
+    def chunk(self, worker: WorkerView) -> int:
+        return worker.facts.chunk_tokens or 2**53
 
-    def step_s(self, worker: WorkerView, batch: int) -> float:
-        base, slope = worker.load.step_base_s, worker.load.step_per_sequence_s
-        if not (base or slope) or not self.sequences(worker):
-            base, slope = worker.speeds.decode.mean or (0.02, 0.005)
-        return base + max(slope, 0.005 * base) * batch
+    def prompt_s(self, worker: WorkerView, cached: int, tokens: int) -> float:
+        """Chunk by chunk."""
+        base, slope, attention = worker.lines[0]
+        base += 0.0 if worker.role is Role.PREFILL else self.running_s(worker)
+        chunk = self.chunk(worker)
+        attended = tokens * (2 * cached + tokens + min(tokens, chunk)) / 2
+        return -(-tokens // chunk) * base + tokens * slope + attended * attention
+
+    def queue_s(self, worker: WorkerView) -> float:
+        base, slope, attention = worker.lines[0]
+        base += 0.0 if worker.role is Role.PREFILL else self.running_s(worker)
+        tokens = self.queued(worker)
+        attended = worker.load.queued_attention
+        attended += sum(each.attention for each in worker.unseen.values())
+        return tokens / self.chunk(worker) * base + tokens * slope + attended * attention
+
+    def step_s(self, worker: WorkerView, sequences: int) -> float:
+        """Of so many, one of which may be new."""
+        load, (base, slope, per_token) = worker.load, worker.lines[1]
+        most = worker.facts.max_batch or self.sequences(worker) + 1
+        tokens = load.context_tokens + sum(each.context for each in worker.unseen.values())
+        tokens *= min(1.0, most / (self.sequences(worker) + 1))
+        return base + slope * min(sequences, most) + tokens * per_token
 
     def stream_s(self, worker: WorkerView) -> float:
         joined = self.sequences(worker) + 1
-        most = worker.facts.max_batch or joined
-        return 100 * max(1.0, joined / most) * self.step_s(worker, min(joined, most))
+        wait = max(1.0, joined / (worker.facts.max_batch or joined))
+        context = self.demand.num_tokens + self.demand.output / 2
+        step_s = self.step_s(worker, joined) + context * worker.lines[1].context
+        return wait * self.demand.output * step_s
+
+    def running_s(self, worker: WorkerView) -> float:
+        return self.step_s(worker, self.sequences(worker)) if self.sequences(worker) else 0.0
 
     def ttft_s(self, worker: WorkerView) -> float:
-        before_s = self.step_s(worker, self.sequences(worker)) if worker in self.both else 0.0
-        return self.prefill_s(worker, self.tokens(worker)) + before_s
+        tokens = self.uncached(worker)
+        own_s = self.prompt_s(worker, self.demand.num_tokens - tokens, tokens)
+        return self.queue_s(worker) + own_s
 
     def pull_s(self, prefill: str, decode: WorkerView) -> float:
         blocks = -(-self.demand.num_tokens // self.demand.block_size) - self.depth(decode)
@@ -121,7 +141,7 @@ class Reference:
 
     def disaggregated(self) -> tuple[float, Placement]:
         room = self.with_room(self.prefills)
-        firsts = self.nearest([(self.ttft_s(worker), worker) for worker in room], 32)
+        firsts = self.nearest([(self.ttft_s(worker), worker) for worker in room], 8)
         backs_off, names = self.view.pairs.backs_off, [worker.name for _, worker in firsts]
         linked = [d for d in self.decodes if not all(backs_off(p, d.name, self.now) for p in names)]
         streams = self.excess(self.with_room(linked or self.decodes))
@@ -139,7 +159,7 @@ class Reference:
     def colocated(self) -> tuple[float, Placement]:
         streams = self.excess(self.with_room(self.both))
         costs = [(self.ttft_s(worker) + excess_s, worker) for excess_s, worker in streams]
-        cost_s, worker = self.best_of_two(self.nearest(costs, 32))
+        cost_s, worker = self.best_of_two(self.nearest(costs, 8))
         return cost_s, self.placement(worker, self.ttft_s(worker))
 
     def local(self) -> list[tuple[float, Placement]]:
@@ -147,12 +167,12 @@ class Reference:
         needed = (self.demand.num_tokens + self.demand.block_size) // self.demand.block_size
         options = []
         for excess_s, worker in self.excess(self.decodes):
-            depth, tokens = self.depth(worker), self.tokens(worker)
+            depth, uncached = self.depth(worker), self.uncached(worker)
+            tokens, cached = self.queued(worker) + uncached, self.demand.num_tokens - uncached
             room = needed - depth <= self.free(worker)
             if depth > held and tokens <= self.demand.local_tokens and room:
-                ttft_s = min(self.prefill_s(prefill, tokens) for prefill in self.prefills)
-                if running := self.sequences(worker):
-                    ttft_s += self.step_s(worker, running)
+                ttft_s = min(self.prompt_s(prefill, cached, tokens) for prefill in self.prefills)
+                ttft_s += self.running_s(worker)
                 options.append((ttft_s + excess_s, (ttft_s, worker)))
         if not options:
             return []
@@ -162,7 +182,7 @@ class Reference:
     def placement(
         self, worker: WorkerView, ttft_s: float, decode: WorkerView | None = None
     ) -> Placement:
-        tokens, load = self.tokens(worker), worker.load
+        tokens, load = self.queued(worker) + self.uncached(worker), worker.load
         step = min(tokens, worker.facts.chunk_tokens or tokens)
         kind = "PAIR" if decode else "LOCAL" if worker in self.decodes else "COLOCATED"
         known = step <= (8 * load.prefill_step_tokens or step)
@@ -170,7 +190,7 @@ class Reference:
             prefill=worker.name if decode else None,
             decode=(decode or worker).name,
             cached_blocks=self.depth(worker),
-            uncached_tokens=tokens - self.queued(worker),
+            uncached_tokens=self.uncached(worker),
             predicted_ttft_s=ttft_s,
             measured=known and self.now - worker.measured_at <= 10.0,
             reason=Reason[f"QUICKEST_{kind}"],

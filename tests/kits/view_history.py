@@ -55,6 +55,8 @@ class History:
             late=rng.random() < 0.05, prefill_tokens_per_s=known * (3000 + 500 * rng.random()),
             prefill_base_s=0.01 * rng.random(), prefill_step_tokens=rng.choice([0, 20, 256]),
             step_base_s=known * 0.02 * rng.random(), step_per_sequence_s=0.0001,
+            prefill_attention_s=rng.choice([0, 1e-7]), step_context_s=rng.choice([0, 1e-6]),
+            queued_attention=busy * 1000, context_tokens=busy * 500,
         )  # fmt: skip
         self.view.reported(self.view.workers[name], load, self.now)
 
@@ -103,5 +105,6 @@ class History:
     def placed_as(self, placement: Placement, demand: Demand, key: str) -> None:
         """The sequence goes there, and its workers have not counted it yet."""
         for name in {placement.prefill or placement.decode, placement.decode}:
-            self.view.place(name, key, placement.uncached_tokens, demand.blocks)
+            tokens, context = placement.uncached_tokens, demand.num_tokens
+            self.view.place(name, key, tokens, demand.blocks, context - tokens, context)
             self.placed.append((name, key))

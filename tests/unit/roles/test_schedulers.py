@@ -61,11 +61,11 @@ def test_prefill_chunks_fill_the_budget_in_order_of_arrival() -> None:
     a, b = sequence([7] * 130), sequence([8] * 50)
     scheduler.add(a)
     scheduler.add(b)
-    assert scheduler.queued_tokens == 180
+    assert scheduler.queued.tokens == 180
     assert prefill_step(scheduler) == [(a.sequence_id, 0, 100, False)]
     assert prefill_step(scheduler) == [(a.sequence_id, 100, 30, True), (b.sequence_id, 0, 50, True)]
     assert prefill_step(scheduler) == []
-    assert scheduler.waiting == scheduler.running == scheduler.queued_tokens == 0
+    assert scheduler.waiting == scheduler.running == scheduler.queued.tokens == 0
 
 
 def test_cached_tokens_of_waiting_prompts_are_not_queued() -> None:
@@ -74,13 +74,13 @@ def test_cached_tokens_of_waiting_prompts_are_not_queued() -> None:
     prompts = [sequence([7] * 90 + [i] * 10) for i in range(4)]
     for prompt in prompts:
         prefill.add(prompt)
-    assert prefill.queued_tokens == 400
+    assert prefill.queued.tokens == 400
     prefill_step(prefill)
-    assert prefill.queued_tokens == 3 * 20  # 5 of 6 full blocks are those of the first
+    assert prefill.queued.tokens == 3 * 20  # 5 of 6 full blocks are those of the first
     decode = DecodeScheduler(pool, max_batch=0, chunk_tokens=100)
     decode.add(sequence([7] * 80))
     decode.add(sequence([9] * 50))
-    assert decode.queued_tokens == 16 + 50, "the last token is always computed"
+    assert decode.queued.tokens == 16 + 50, "the last token is always computed"
 
 
 def test_prefill_priority_goes_first() -> None:
@@ -253,7 +253,7 @@ def test_decode_computes_a_prompt_without_a_ticket_beside_decodes() -> None:
     assert scheduler.reserve()[0] == []
     plan, _ = scheduler.schedule()
     assert shape(plan) == [(running.sequence_id, 20, 1, True), (local.sequence_id, 0, 49, False)]
-    assert scheduler.queued_tokens == 60
+    assert scheduler.queued.tokens == 60
 
 
 def test_decode_leaves_a_share_of_every_step_to_prompts_however_many_decode() -> None:

@@ -85,7 +85,7 @@ def check(truth: Reference, name: str, placement: Placement) -> None:
         ]
         assert decode in truth.with_room(linked or truth.decodes)
     assert placement.cached_blocks == truth.depth(worker)
-    assert placement.uncached_tokens == truth.tokens(worker) - truth.queued(worker)
+    assert placement.uncached_tokens == truth.uncached(worker)
     if worker.role is not Role.DECODE:
         assert placement.predicted_ttft_s == pytest.approx(truth.ttft_s(worker))
     assert placement.reason is not None

@@ -74,11 +74,12 @@ def test_predicted_ttft_is_queue_and_own_and_waits_for_no_transfer(rng: random.R
 
 
 def test_predicted_ttft_counts_the_fixed_time_of_each_step(rng: random.Random) -> None:
+    """Prompts that wait share their last chunks with those after them."""
     view = make_view(d0=Role.DECODE)
     connect(view, "p0", Role.PREFILL, chunk_tokens=512)
-    report(view, "p0", prefill_base_s=0.03, prefill_tokens_per_s=1000.0, queued_tokens=1000)
+    report(view, "p0", prefill_base_s=0.03, prefill_tokens_per_s=1000.0, queued_tokens=768)
     placement = predicted_latency(view, demand(160), 0.0, rng)
-    assert placement.predicted_ttft_s == pytest.approx(3 * 0.03 + 1.16)
+    assert placement.predicted_ttft_s == pytest.approx(1.5 * 0.03 + 0.768 + 0.03 + 0.16)
 
 
 def test_what_was_measured_long_ago_or_on_small_steps_is_not_known(rng: random.Random) -> None:

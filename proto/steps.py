@@ -1,0 +1,10 @@
+"""What the time of engine steps goes by, as workers measure it and gateways predict from it."""
+
+from __future__ import annotations
+
+
+def attention(cached: float, tokens: float, chunk_tokens: float) -> float:
+    """Tokens × context, summed over the chunks in which `tokens` that follow `cached` ones are
+    computed, where the context of a chunk reaches to its own end. Exact for whole chunks and for
+    less than one."""
+    return tokens * (2 * cached + tokens + min(tokens, chunk_tokens)) / 2
