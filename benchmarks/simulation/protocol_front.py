@@ -22,6 +22,7 @@ from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links, LinkSettings, WorkerLink
 from crossdock.router.dispatch.request import Request
 from crossdock.router.dispatch.sequence import Phase
+from crossdock.router.dispatch.traffic import TrafficCount
 from crossdock.router.placement.policy import Policies
 from crossdock.router.placement.view import ClusterView
 from crossdock.worker.streams import GatewayStream
@@ -138,6 +139,7 @@ class Metrics:
 
     def __init__(self, see: Callable[[str], None]) -> None:
         self.restarts = _Restarts(see)
+        self.traffic = TrafficCount()
 
     def __getattr__(self, name: str) -> Metrics:
         return self
