@@ -15,8 +15,8 @@ from crossdock.router.dispatch.traffic import Traffic
 @dataclass(frozen=True)
 class StepTimes:
     """Seconds of engine steps: of one with prompts base + token * tokens + attention * (tokens *
-    the context that they attend to on average), of one that decodes base + sequence * sequences + context *
-    their tokens. A kind that nobody has measured is all 0."""
+    the context that they attend to on average), of one that decodes base + sequence * sequences
+    + context * their tokens. A kind that nobody has measured is all 0."""
 
     prefill_base_s: float = 0.0
     prefill_token_s: float = 0.0
