@@ -23,7 +23,7 @@ from crossdock.router.dispatch.traffic import Traffic
 
 MEAN_S = 120.0  # in which what is known of lengths comes to count a third of what it did
 START_WEIGHT = 0.5  # of the newest start among those measured
-BAND = 1.64  # deviations of the forecast's mean up to which workers are kept
+BAND = 1.28  # deviations of the forecast's mean up to which workers are kept
 WAIT_PART = 0.5  # of TTFT: a queue that takes longer is one worker too few
 LEAST_MISSES = 3  # in one interval: fewer are chance
 MOST_AT_ONCE = 1.0  # the fast loop doubles a pool at the most
