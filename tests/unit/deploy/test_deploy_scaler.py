@@ -167,6 +167,11 @@ async def test_new_bounds_hold_at_once_and_a_fixed_pool_is_as_its_spec_says(cloc
         await clocked.decide(30)
     controller.apply(ClusterSpec.parse(wider.replace("X", "replicas: 3}")))
     await until(lambda: controller.converged and len(cluster.alive("prefill")) == 3)
+    await clocked.decide()
+    controller.apply(
+        ClusterSpec.parse(wider.replace("X", "replicas: 5, autoscale: {min: 1, max: 8}}"))
+    )
+    await until(lambda: len(cluster.alive("prefill")) == 5)  # not as it was before it was fixed
     with pytest.raises(ConfigError, match="'decode' has no fixed size"):
         await controller.change(lambda spec: spec.with_replicas("decode", 3), "test")
 
