@@ -12,7 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from crossdock.kvtransfer import ticket as tickets
-from crossdock.proto.errors import CrossdockError, TransferFailed
+from crossdock.proto.errors import CrossdockError, Draining, TransferFailed
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.job import Job
 from crossdock.worker.loop import Turn
@@ -53,7 +53,12 @@ class Gateways:
     def receive(self, stream: GatewayStream, frame: pb.GatewayFrame) -> None:
         """Takes a frame of a gateway; whatever it asks for is answered over the stream."""
         kind = frame.WhichOneof("frame")
-        if kind == "prefill":
+        if stream.deaf:
+            if kind in ("prefill", "decode"):
+                asked = frame.prefill if kind == "prefill" else frame.decode
+                error = Draining(f"{self.host.config.name} takes another role")
+                _refuse(stream, asked.sequence, pb.ERROR_CODE_DRAINING, error)
+        elif kind == "prefill":
             self._submit(frame.prefill.sequence, stream)
         elif kind == "decode":
             self._decode(frame.decode, stream)
@@ -90,6 +95,15 @@ class Gateways:
             outputs = turn.outputs.get(owner, [])
             if stream.has_snapshot and (outputs or events or turn.load):
                 stream.send(pb.WorkerFrame(outputs=outputs, load=turn.load, block_events=events))
+
+    def deafen(self) -> list[GatewayStream]:
+        """The streams of today take no new work any more; whoever has them closed returns later
+        over new ones."""
+        streams = list(self._streams.values())
+        for stream in streams:
+            stream.deaf = True
+            stream.meetings.clear()
+        return streams
 
     def close(self) -> None:
         for stream in self._streams.values():

@@ -156,6 +156,8 @@ class WorkerLink:
         found = frame.hello.incarnation.hex()
         if found != self.endpoint.incarnation:
             return f"incarnation {found} answers where {self.endpoint.incarnation} is the member"
+        if frame.hello.name != self.name:
+            return f"it is {frame.hello.name} by now"
         return ""
 
     def _open(self, hello: pb.WorkerDescription, *, has_snapshot: bool) -> None:
