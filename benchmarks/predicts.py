@@ -226,8 +226,9 @@ def trial(layout: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _wrong(predictions: Sequence[Placed], deadline_s: float) -> float:
-    """Share of the requests that would have been refused wrongly."""
-    return sum(each.refused_wrongly(deadline_s) for each in predictions) / len(predictions)
+    """Share of the requests that would have been refused wrongly; 0 of none."""
+    wrong = sum(each.refused_wrongly(deadline_s) for each in predictions)
+    return wrong / max(1, len(predictions))
 
 
 def _print(

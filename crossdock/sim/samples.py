@@ -9,6 +9,7 @@ from crossdock.bench.traces import Trace
 from crossdock.deploy.reconcile import State
 from crossdock.sim.cluster import WARM_UP_S, SimCluster
 
+STATES = (State.READY, State.STARTING, State.FLIPPING, State.DRAINING)  # as PoolSample has them
 ENOUGH = 300  # samples of a run
 MOST = 2 * ENOUGH + 1  # then every other is dropped, and as few are taken from then on
 SHORTEST_S = 0.02  # between two
@@ -23,6 +24,7 @@ class PoolSample(NamedTuple):
     cached: float  # that none holds and whose KV is kept
     ready: int
     starting: int
+    flipping: int  # to this pool: they finish the work of another
     draining: int
 
 
@@ -80,5 +82,5 @@ class Samples:
             running,
             (blocks - free - kept) / blocks if blocks else 0.0,
             kept / blocks if blocks else 0.0,
-            *(states.count(each) for each in (State.READY, State.STARTING, State.DRAINING)),
+            *map(states.count, STATES),
         )

@@ -275,3 +275,41 @@ def test_the_rule_of_one_more_or_less_moves_by_one() -> None:
     busy = Traffic(started=100, ttft_met=90, finished=100, tpot_met=100, prompt_tokens=10_000)
     decide = autoscaling.plus_minus_one(spec)
     assert decide(Observation(5.0, pools, {"": busy}), 0.0) == {"prefill": 5, "decode": 3}
+
+
+def test_predicts_compares_what_both_answered() -> None:
+    from predicts import Placed, placed, rows
+
+    from crossdock.results import Timings
+    from crossdock.sim.cluster import Served
+
+    def record(index: int, ttft: float, error: str = "") -> RequestRecord:
+        return RequestRecord(index, 0.0, 5.0, (5 + ttft, 6 + ttft), 9.0, 20, 2, 16, error)
+
+    records = [record(0, 1.0), record(1, 3.0), record(2, 50.0, "Timeout")]
+    served = [Served(5.0, 20, 2, ttft, 6.5 + ttft, cached_tokens=8) for ttft in (2.0, 2.0, 2.0)]
+    found = {row.name: row for row in rows(records, served)}
+    assert found["TTFT p50"].ratio == 1.0
+    assert found["TTFT p90"].measured == pytest.approx(2.8)
+    assert found["TPOT mean"].ratio == pytest.approx(1.5)
+    assert (found["hit tokens"].measured, found["hit tokens"].simulated) == (32, 16)
+
+    events = {"routed": 1.0, "first_token": 3.0}
+    timings = [Timings(events, predicted_ttft=2.5), Timings(events), Timings({}, predicted_ttft=1)]
+    (only,) = placed(timings)
+    assert only == Placed(1.0, 2.5, 3.0) and only.error == 0.25
+    assert [only.refused_wrongly(d) for d in (2.9, 3.0, 3.4, 3.5)] == [False, True, True, False]
+
+
+def test_predicts_slows_a_trace_down_to_a_load() -> None:
+    from predicts import time_scale
+
+    from crossdock.bench.traces import Trace, TraceRequest
+    from crossdock.engine.profiles import Profile
+
+    profile = Profile(prefill_s=0.5, prefill_token_s=0.01)
+    names = tuple(range(10))
+    asked = (TraceRequest(0.0, 160, 1, names), TraceRequest(4.0, 160, 1, (*names[:5], 99)))
+    trace = Trace(asked, 16)
+    work_s = 2 * 0.5 + 160 * 0.01 + 0.5 + 80 * 0.01  # two chunks, then one behind a prefix
+    assert time_scale(trace, profile, 100, 2, 0.5) == pytest.approx(work_s / (0.5 * 2 * 4.0))
