@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import statistics
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,31 @@ def placed(timings: Sequence[Timings]) -> list[Placed]:
     ]
 
 
+def pace(
+    records: Sequence[RequestRecord], timings: Mapping[int, Timings], profile: Profile, chunk: int
+) -> float:
+    """What the replay's prompts took over what the profile says of them, the median: how much
+    slower the machine was than when it was profiled. `timings` by the records' indices."""
+    found = []
+    for record in records:
+        events = timings[record.index].events if record.index in timings else {}
+        if not record.ok or not {"prefill_started", "first_token"} <= events.keys():
+            continue
+        of = PromptTime.of(record.cached_tokens, record.prompt_tokens, chunk, 0.0)
+        taken = events["first_token"] - events["prefill_started"]
+        found.append(taken / _seconds(of, profile))
+    return statistics.median(found) if found else math.nan
+
+
+def _seconds(of: PromptTime, profile: Profile) -> float:
+    """That a prompt takes by the profile."""
+    return (
+        profile.prefill_s * of.steps
+        + profile.prefill_token_s * of.tokens
+        + profile.prefill_attention_s * of.attention
+    )
+
+
 def time_scale(trace: Trace, profile: Profile, chunk: int, workers: int, load: float) -> float:
     """Of the trace's times, so that its prompts, cached as well as can be, keep so many prefill
     workers busy for `load` of the time."""
@@ -152,9 +178,7 @@ def time_scale(trace: Trace, profile: Profile, chunk: int, workers: int, load: f
         known = next((i for i, name in enumerate(whole) if name not in seen), len(whole))
         seen.update(whole)
         start = min(known * size, request.input_tokens - 1)
-        of = PromptTime.of(start, request.input_tokens, chunk, 0.0)
-        work_s += profile.prefill_s * of.steps + profile.prefill_token_s * of.tokens
-        work_s += profile.prefill_attention_s * of.attention
+        work_s += _seconds(PromptTime.of(start, request.input_tokens, chunk, 0.0), profile)
     span = trace.requests[-1].at_s - trace.requests[0].at_s
     return work_s / (load * workers * span)
 
@@ -177,7 +201,7 @@ def simulate(
     return cluster.run(Trace((*warm, *asked), trace.block_size))[len(warm) :]
 
 
-async def replayed(target: str, trace: Trace) -> tuple[list[RequestRecord], list[Timings]]:
+async def replayed(target: str, trace: Trace) -> tuple[list[RequestRecord], dict[int, Timings]]:
     """Sends the trace's requests at their times."""
     maker = PromptMaker(trace.block_size)
     jobs = [
@@ -189,7 +213,7 @@ async def replayed(target: str, trace: Trace) -> tuple[list[RequestRecord], list
         records = await open_loop(endpoint, jobs)
     finally:
         await endpoint.close()
-    return records, list(endpoint.timings.values())
+    return records, endpoint.timings
 
 
 def trial(layout: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -208,14 +232,17 @@ def trial(layout: str, options: argparse.Namespace) -> dict[str, Any]:
         )
         records, timings = asyncio.run(replayed(cluster.grpc, trace))
     served = simulate(spec, found.profile, trace, [each.sent_s for each in records])
-    compared, predictions = rows(records, served), placed(timings)
+    compared, predictions = rows(records, served), placed(list(timings.values()))
+    slower = pace(records, timings, found.profile, chunk)
     failed = sum(not each.ok for each in records)
     _print(layout, len(records), failed, scale, found, compared, predictions)
+    print(f"prompts took {slower:.2f} × what the profile says of them, the median")
     return {
         "layout": layout,
         "requests": len(records),
         "failed": failed,
         "time_scale": scale,
+        "pace": slower,
         "load_average": os.getloadavg(),
         "profile": asdict(found.profile),
         "fit": {"prefill": asdict(found.fit.prefill), "decode": asdict(found.fit.decode)},

@@ -301,6 +301,17 @@ def test_predicts_compares_what_both_answered() -> None:
     assert [only.refused_wrongly(d) for d in (2.9, 3.0, 3.4, 3.5)] == [False, True, True, False]
 
 
+def test_predicts_tells_how_much_slower_prompts_were() -> None:
+    from predicts import pace
+
+    from crossdock.engine.profiles import Profile
+    from crossdock.results import Timings
+
+    records = [RequestRecord(i, 0, 0, (9.0,), 9.0, 120, 1, 20) for i in range(3)]
+    timings = {i: Timings({"prefill_started": 1.0, "first_token": 3.0 + i}) for i in (0, 1)}
+    assert pace(records, timings, Profile(prefill_token_s=0.01), 256) == pytest.approx(2.5)
+
+
 def test_predicts_slows_a_trace_down_to_a_load() -> None:
     from predicts import time_scale
 
