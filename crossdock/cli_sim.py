@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -47,17 +47,23 @@ def sim(
     json_file: Annotated[
         Path | None, Option("--json", help="Write the reports to this file, as a list.")
     ] = None,
+    html_file: Annotated[
+        Path | None, Option("--html", help="Write a page with plots over time to this file.")
+    ] = None,
 ) -> None:
     """Replay a trace on a cluster of virtual time: its own router, schedulers and block pools."""
     from crossdock.bench.traces import TraceOptions, load_trace
     from crossdock.deploy.spec import ClusterSpec
     from crossdock.sim.cluster import SimCluster, load_profile
+    from crossdock.sim.page import page, run_of
     from crossdock.sim.report import report
+    from crossdock.sim.samples import Samples
 
     spec = ClusterSpec.load(cluster)
     specs = [(name, _with_policy(spec, name)) for name in policy or [spec.gateway.policy]]
     steps = load_profile(profile) if profile else None
     reports: list[SimReport] = []
+    shown: list[dict[str, Any]] = []  # of the page
     started = time.perf_counter()
     for scale in rate_scale or [1.0]:
         if scale <= 0:
@@ -66,13 +72,20 @@ def sim(
         replayed = load_trace(trace, options)
         for name, chosen in specs:
             simulated = SimCluster(chosen, steps, seed)
+            samples = Samples(simulated, replayed) if html_file is not None else None
             simulated.run(replayed)
             reports.append(report(name, simulated, chosen.slo))
-    title = f"{trace.name}: {reports[0].requests} requests, {time.perf_counter() - started:.1f} s"
+            if samples is not None:
+                told = reports[-1]
+                shown.append(run_of(scale, told, _row(told), simulated, samples))
+    about = f"{trace.name}: {reports[0].requests} requests"
+    title = f"{about}, {time.perf_counter() - started:.1f} s"
     console_of().print(table(title, COLUMNS, map(_row, reports), figures=COLUMNS[1:]))
     if json_file is not None:
-        told = [each.to_json() for each in reports]
-        json_file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        listed = [each.to_json() for each in reports]
+        json_file.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    if html_file is not None:
+        html_file.write_text(page(f"{about} on {cluster.name}", COLUMNS, shown), encoding="utf-8")
 
 
 def _with_policy(spec: ClusterSpec, policy: str) -> ClusterSpec:

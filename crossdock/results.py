@@ -32,6 +32,7 @@ class Timings:
     transferred_blocks: int = 0
     recomputed_tokens: int = 0
     late_bytes: int = 0  # of transferred_bytes, what moved after token 0
+    predicted_ttft: float | None = None  # from routed to first_token; None: nothing was measured
 
     @property
     def ttft(self) -> float | None:
@@ -182,7 +183,8 @@ def _continuation(message: pb.GenerateResponse | pb.Completion) -> dict[str, Any
 
 def _timings(message: pb.Timings) -> Timings:
     events = {name: getattr(message, name) for name in LIFE_CYCLE if message.HasField(name)}
-    return read_as(Timings, message, events=events)
+    predicted = message.predicted_ttft if message.HasField("predicted_ttft") else None
+    return read_as(Timings, message, events=events, predicted_ttft=predicted)
 
 
 def _logprobs(message: pb.TokenLogprobs) -> TokenLogprobs:

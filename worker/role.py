@@ -218,6 +218,16 @@ class WorkerRole(ABC):
         self.state.counters.errors[name] += 1
         self.state.outbox.error(job.owner, job.id, code, message)
 
+    @property
+    def waiting(self) -> int:
+        """Sequences here that no step advances yet."""
+        return self._scheduler.waiting
+
+    @property
+    def running(self) -> int:
+        """Sequences here that steps advance."""
+        return self._scheduler.running
+
     def load(self) -> pb.Load:
         """What gateways choose workers by, as of this turn."""
         pool, scheduler = self.state.pool, self._scheduler

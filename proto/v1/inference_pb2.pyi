@@ -221,7 +221,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("admitted", "routed", "prefill_queued", "prefill_started", "first_token", "ticket_offered", "decode_queued", "reserved", "pulled", "fenced", "joined", "last_token", "finished", "prefill_worker", "decode_worker", "transferred_bytes", "transferred_blocks", "recomputed_tokens", "late_bytes")
+    __slots__ = ("admitted", "routed", "prefill_queued", "prefill_started", "first_token", "ticket_offered", "decode_queued", "reserved", "pulled", "fenced", "joined", "last_token", "finished", "prefill_worker", "decode_worker", "transferred_bytes", "transferred_blocks", "recomputed_tokens", "late_bytes", "predicted_ttft")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     ROUTED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +241,7 @@ class Timings(_message.Message):
     TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_FIELD_NUMBER: _ClassVar[int]
     admitted: float
     routed: float
     prefill_queued: float
@@ -260,7 +261,8 @@ class Timings(_message.Message):
     transferred_blocks: int
     recomputed_tokens: int
     late_bytes: int
-    def __init__(self, admitted: _Optional[float] = ..., routed: _Optional[float] = ..., prefill_queued: _Optional[float] = ..., prefill_started: _Optional[float] = ..., first_token: _Optional[float] = ..., ticket_offered: _Optional[float] = ..., decode_queued: _Optional[float] = ..., reserved: _Optional[float] = ..., pulled: _Optional[float] = ..., fenced: _Optional[float] = ..., joined: _Optional[float] = ..., last_token: _Optional[float] = ..., finished: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., late_bytes: _Optional[int] = ...) -> None: ...
+    predicted_ttft: float
+    def __init__(self, admitted: _Optional[float] = ..., routed: _Optional[float] = ..., prefill_queued: _Optional[float] = ..., prefill_started: _Optional[float] = ..., first_token: _Optional[float] = ..., ticket_offered: _Optional[float] = ..., decode_queued: _Optional[float] = ..., reserved: _Optional[float] = ..., pulled: _Optional[float] = ..., fenced: _Optional[float] = ..., joined: _Optional[float] = ..., last_token: _Optional[float] = ..., finished: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transferred_bytes: _Optional[int] = ..., transferred_blocks: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., late_bytes: _Optional[int] = ..., predicted_ttft: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "index", "text", "token_ids", "logprobs", "finish_reason", "stop_reason", "usage", "timings", "prompt_logprobs", "tool_calls")

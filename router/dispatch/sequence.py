@@ -181,6 +181,8 @@ class SequenceState:
         timings.transferred_blocks = self.transfer.blocks
         timings.late_bytes = self.transfer.late_bytes
         timings.recomputed_tokens = self.transfer.recomputed_tokens
+        if self.placement.measured:
+            timings.predicted_ttft = self.placement.predicted_ttft_s
         return timings
 
     def demand(self, block_size: int, local_tokens: int = 0) -> Demand:

@@ -33,6 +33,7 @@ from grpc_status import rpc_status
 from crossdock.model.store import resolve
 from crossdock.model.text import load_text
 from crossdock.proto.v1 import inference_pb2 as pb
+from crossdock.results import read_result
 from crossdock.router.frontdoor.grpc_health import HEALTH, REFLECTION, REFLECTION_ALPHA
 from crossdock.router.frontdoor.grpc_inference import SERVICE as NAME
 from crossdock.router.frontdoor.grpc_kserve import KSERVE
@@ -204,6 +205,18 @@ async def test_timings_are_in_order_and_name_the_workers(rig: Rig) -> None:
     total = sum(rig.timed("stage_seconds_sum", stage=stage) for stage in stages)
     assert total == pytest.approx(rig.timed("ttft_seconds_sum"), abs=1e-3)
     assert timings.first_token == pytest.approx(rig.timed("ttft_seconds_sum"), abs=1e-6)
+
+
+async def test_timings_have_what_was_predicted_once_its_worker_has_measured(rig: Rig) -> None:
+    early = await rig.stub.GenerateUnary(ask(PROMPT, max_tokens=1))
+    assert not early.completions[0].timings.HasField("predicted_ttft")
+    rig.prefills[0].report(prefill_tokens_per_s=100.0, prefill_step_tokens=4096)
+    worker = rig.gateway.view.workers["prefill-0"]
+    await until(lambda: worker.load.prefill_tokens_per_s == 100.0)
+    answer = await rig.stub.GenerateUnary(ask(PROMPT, max_tokens=1))
+    uncached = len(PROMPT) - answer.usage.cached_tokens
+    predicted = read_result(answer).timings.predicted_ttft
+    assert predicted == pytest.approx(uncached / 100.0, rel=0.1)
 
 
 async def test_max_tokens_one_never_reaches_decode(rig: Rig) -> None:
