@@ -159,7 +159,7 @@ class Controller:
             for pool, losses in self.losses.items():
                 self.losses[pool] = replace(losses, places=(), hopeless="")
         for watched in filter(None, leaving):
-            self._spawn(self._drain(watched, told))
+            self._spawn(self._empty(watched, told))
         await self._notify()
 
     async def _notify(self) -> None:
@@ -182,10 +182,10 @@ class Controller:
         return as_specified and told and not (self._ending or self.failure)
 
     async def _act(self, action: Action) -> Watched | None:
-        """Starts or stops; what is to be drained is returned, marked as such."""
-        self._record(f"{action.do} {action.name}", action.reason)
+        """Starts or stops; what is to be drained, to leave or to flip, is returned, marked so."""
+        self._record(*str(action).split(": ", 1))
         if action.do is Do.START:
-            self._place_taken(action)
+            self._place_taken(action.name, action.pool)
             try:
                 launch = self._launch(action)
                 self._watch(launch, await self.runtime.launch(launch))
@@ -198,6 +198,11 @@ class Controller:
         if action.do is Do.DRAIN:
             watched.leave(self._drain_s(watched))
             return watched
+        if action.do is Do.FLIP:
+            launch = worker_launch(self.spec, action.pool, action.becomes, self._key)
+            watched.turn_into(launch, self._drain_s(watched))
+            self._place_taken(action.becomes, action.pool)
+            return watched
         await self._end(watched)
         return None
 
@@ -208,16 +213,16 @@ class Controller:
         else:
             self._spawn(watched.stop())
 
-    def _place_taken(self, action: Action) -> None:
-        losses = self.losses.get(action.pool, Losses())
-        places = tuple(name for name in losses.places if name != action.name)
-        self.losses[action.pool] = replace(losses, places=places)
+    def _place_taken(self, taken: str, pool: str) -> None:
+        losses = self.losses.get(pool, Losses())
+        places = tuple(name for name in losses.places if name != taken)
+        self.losses[pool] = replace(losses, places=places)
 
-    async def _drain(self, watched: Watched, told: Sequence[asyncio.Task[None]]) -> None:
+    async def _empty(self, watched: Watched, told: Sequence[asyncio.Task[None]]) -> None:
         """First the gateways hear that it goes, then it refuses new work."""
         if told:
             await asyncio.wait(told, timeout=1.0)
-        await watched.drain()
+        await (watched.flip() if watched.state is State.FLIPPING else watched.drain())
 
     def _launch(self, action: Action) -> Launch:
         if action.pool == GATEWAY_POOL:
@@ -269,18 +274,17 @@ class Controller:
         for watched in self.members:
             wanted = self._membership_for(watched)
             busy = watched.push is not None and not watched.push.done()
-            serving = watched.state in (State.READY, State.DRAINING)
-            if serving and not busy and watched.told != wanted:
+            if watched.serves and not busy and watched.told != wanted:
                 watched.push = self._spawn(self._push(watched, wanted))
         return [m.push for m in self.members if m.push is not None and not m.push.done()]
 
     def _membership_for(self, watched: Watched) -> Membership:
-        """Gateways send to ready workers; workers pull from draining ones too."""
-        states = (State.READY,) if watched.is_gateway else (State.READY, State.DRAINING)
+        """Gateways send to ready workers; workers pull from those that finish their work too."""
         endpoints = [
             replace(member.started.endpoint, model=member.launch.model)
             for member in self.members
-            if member.state in states and member.started and member.started.endpoint
+            if member.serves and (member.state is State.READY or not watched.is_gateway)
+            if member.started and member.started.endpoint
         ]
         return Membership(endpoints, self.spec.serving if watched.is_gateway else None)
 

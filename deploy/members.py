@@ -105,7 +105,7 @@ class Watched(Member):
     @property
     def serves(self) -> bool:
         """Whether there may be requests under way on it."""
-        return self.state in (State.READY, State.DRAINING)
+        return self.state in (State.READY, State.FLIPPING, State.DRAINING)
 
     @property
     def start_s(self) -> float | None:
@@ -137,6 +137,35 @@ class Watched(Member):
             self._lost(str(error))
         if not self.drained:
             self.drain_deadline = min(self.drain_deadline, time.monotonic())
+        self._changed()
+
+    def turn_into(self, launch: Launch, timeout_s: float) -> None:
+        """It is that worker from now on, to whoever counts; `flip` carries it out."""
+        self.launch = launch
+        self.name, self.pool, self.role = launch.name, launch.pool, launch.role
+        self.revision = launch.revision
+        self.state = State.FLIPPING
+        self.drain_deadline = time.monotonic() + timeout_s
+
+    async def flip(self) -> None:
+        """Has it finish the work of its old role, until its drain deadline, and go on in the new
+        one. Where that fails, it is to be stopped."""
+        try:
+            remaining = max(0.0, self.drain_deadline - time.monotonic())
+            await self.process.drain(remaining, stays=True)
+            await self._certify()
+            self.started = await self.process.become(self.launch)
+        except ProcessGone as error:
+            self._lost(str(error))
+        except (StartFailed, ValueError) as error:
+            self.why = f"could not change its role: {error}"
+            log.warning("%s %s", self.name, self.why)
+            if self.state is State.FLIPPING:
+                self.state, self.drained = State.DRAINING, True
+        else:
+            if self.state is State.FLIPPING:
+                self.state, self.told = State.READY, None
+                self.drain_deadline, self.ready_at = float("inf"), time.monotonic()
         self._changed()
 
     async def stop(self) -> None:

@@ -3,11 +3,14 @@
 A member (worker or gateway) lives
 
     STARTING ─> READY ─> DRAINING ─> gone
-        └─────────┴──────────┴─────> LOST ─> gone, and another is started in its place
+        │        │ └──> FLIPPING ─> READY, as a member of another pool
+        └────────┴──────────┴──────> LOST ─> gone, and another is started in its place
 
 Rules, in the order they are applied:
 - what was lost, has drained or has passed its drain deadline is stopped, and what an earlier
   controller told to leave goes on leaving;
+- what one pool has too many of and an alike one lacks changes its role, and is of that pool from
+  then on;
 - what the spec no longer wants is drained, the newest first, what is not ready yet before all;
 - what is missing is started, at once after a first loss, with growing pauses in a crash loop;
 - where a revision changed, one worker more than wanted is started in the whole cluster at a time,
@@ -39,6 +42,7 @@ class State(enum.StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    FLIPPING = "flipping"  # finishes the work of its old role, and goes on in another
     DRAINING = "draining"
     LOST = "lost"
 
@@ -54,6 +58,7 @@ class Target:
     revision: str
     slots: tuple[frozenset[str], ...] = ()
     model: str = ""  # of its workers, where there are several
+    kind: str = ""  # workers of equal kinds can take each other's role; "": of no other
 
     @property
     def duty(self) -> Duty:
@@ -84,7 +89,7 @@ class Member:
     @property
     def live(self) -> bool:
         """Whether it counts towards its pool."""
-        return self.state in (State.STARTING, State.READY)
+        return self.state in (State.STARTING, State.READY, State.FLIPPING)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Do(enum.StrEnum):
     """What the controller does to a member."""
 
     START = "start"
+    FLIP = "flip"
     DRAIN = "drain"
     STOP = "stop"
 
@@ -122,9 +128,11 @@ class Action:
     reason: str
     revision: str = ""
     slot: int = 0  # of a START: which of the target's
+    becomes: str = ""  # of a FLIP: its name in `pool` from now on
 
     def __str__(self) -> str:
-        return f"{self.do} {self.name}: {self.reason}"
+        into = f" into {self.becomes}" if self.becomes else ""
+        return f"{self.do} {self.name}{into}: {self.reason}"
 
 
 def reconcile(
@@ -133,6 +141,7 @@ def reconcile(
     """The actions due now. `losses` is by pool. Called again whenever something changed."""
     plan = _Plan(targets, members, losses, now)
     plan.finish_departures()
+    plan.flip()
     for target in plan.targets:
         plan.remove_excess(target)
     for target in plan.targets:
@@ -184,6 +193,22 @@ class _Plan:
             elif member.state is State.DRAINING and self.now >= member.drain_deadline:
                 self._stop(member, "drain deadline passed with work left")
 
+    def flip(self) -> None:
+        """Moves ready members between pools of one kind, where nothing of either is to be
+        replaced."""
+        for target in self.targets:
+            for other in self.targets:
+                alike = target.kind and target.kind == other.kind and target is not other
+                if not alike or self._split(target)[0] or self._split(other)[0]:
+                    continue
+                lacks = target.replicas - len(self.live[target.pool])
+                spare = len(self.live[other.pool]) - other.replicas
+                ready = [m for m in self.live[other.pool] if m.state is State.READY]
+                newest_first = sorted(ready, key=_index, reverse=True)
+                for member in newest_first[: max(0, min(lacks, spare))]:
+                    if self._spare(member):
+                        self._flip(member, target, other)
+
     def remove_excess(self, target: Target) -> None:
         old, current = self._split(target)
         for member in old:
@@ -195,7 +220,8 @@ class _Plan:
                 why = "replaced by a new revision" if current else "more than wanted"
                 self._retire(member, f"{why} ({target.replicas})")
         excess = len(current) - target.replicas
-        newest_first = sorted(current, key=lambda m: (m.state is State.READY, -_index(m)))
+        settled = [m for m in current if m.state is not State.FLIPPING]
+        newest_first = sorted(settled, key=lambda m: (m.state is State.READY, -_index(m)))
         for member in newest_first[: max(0, excess)]:
             if member.state is State.STARTING or self._spare(member):
                 self._retire(member, f"more than wanted ({target.replicas})")
@@ -279,15 +305,30 @@ class _Plan:
         slot = self._free_slot(target)
         if slot is None:
             return
-        lost = self.losses.get(target.pool, Losses()).places
-        fresh = (f"{target.pool}-{index}" for index in itertools.count())
-        name = next(n for n in itertools.chain(lost, fresh) if n not in self.used)
-        self.used.add(name)
+        name = self._next_name(target)
         self.held[name] = target.slots[slot] if target.slots else frozenset()
         self.live[target.pool].append(
             Member(name, target.pool, target.role, target.revision, State.STARTING)
         )
         self.actions.append(Action(Do.START, name, target.pool, reason, target.revision, slot))
+
+    def _next_name(self, target: Target) -> str:
+        lost = self.losses.get(target.pool, Losses()).places
+        fresh = (f"{target.pool}-{index}" for index in itertools.count())
+        name = next(n for n in itertools.chain(lost, fresh) if n not in self.used)
+        self.used.add(name)
+        return name
+
+    def _flip(self, member: Member, target: Target, other: Target) -> None:
+        self.live[member.pool].remove(member)
+        self.ready[member.duty] -= 1
+        name = self._next_name(target)
+        about = (name, target.pool, target.role, target.revision)
+        self.live[target.pool].append(Member(*about, State.FLIPPING, model=target.model))
+        reason = f"{target.replicas} wanted here, {other.replicas} in {other.pool}"
+        self.actions.append(
+            Action(Do.FLIP, member.name, target.pool, reason, target.revision, becomes=name)
+        )
 
     def _retire(self, member: Member, reason: str) -> None:
         """Drains a ready member, stops one that never took work."""

@@ -100,8 +100,13 @@ class Process(Protocol):
     async def update(self, members: Membership) -> None:
         """What the cluster is now: a gateway's workers to send to, a worker's to pull from."""
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Takes no new work, finishes what it has. True when nothing is left."""
+    async def drain(self, timeout_s: float, stays: bool = False) -> bool:
+        """Takes no new work, finishes what it has. True when nothing is left. `stays`: it is to
+        go on, in another role."""
+
+    async def become(self, launch: Launch) -> Started:
+        """Goes on as that worker, whose certificate it has, once it is drained. Raises
+        StartFailed where it cannot."""
 
     async def active_requests(self) -> int:
         """Requests that a gateway holds now."""
@@ -150,7 +155,14 @@ def trial_launch(spec: ClusterSpec, taken: Set[str], cluster_key: bytes, own_key
 def targets(spec: ClusterSpec) -> list[Target]:
     """The pools of `spec` as reconcile() wants them; gateways are one more pool."""
     pools = [
-        Target(name, pool.role, pool.replicas, spec.pool_revision(name), model=pool.model)
+        Target(
+            name,
+            pool.role,
+            pool.replicas,
+            spec.pool_revision(name),
+            model=pool.model,
+            kind=spec.worker_kind(name) if pool.hands_over else "",
+        )
         for name, pool in spec.pools.items()
     ]
     replicas = spec.gateway.replicas

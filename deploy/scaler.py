@@ -98,6 +98,8 @@ class Scaler:
     async def decide(self) -> None:
         """One decision, unless something of it is not known."""
         now, spec = self.clock(), self.spec()
+        autoscaled = {name for name, pool in spec.pools.items() if pool.autoscale}
+        self._sizes = {name: size for name, size in self._sizes.items() if name in autoscaled}
         counts = await self._look()
         if counts is None:
             return

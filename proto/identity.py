@@ -89,13 +89,16 @@ class Credentials:
 
     @property
     def peer(self) -> Peer:
-        """Who this process is, in every identity that it has."""
+        """Who this process is now; cluster and incarnation are the same in all of its
+        identities."""
         return self._identity.peer
 
     def renew(self, identity: Identity) -> None:
-        """New connections use it; those that are open live on. Raises ValueError for another's."""
-        if identity.peer != self.peer:
-            raise ValueError(f"{identity.peer.uri} is not {self.peer.uri}")
+        """New connections use it; those that are open live on. It may name another role, with
+        another name, of the same process. Raises ValueError for another's."""
+        mine, given = self.peer, identity.peer
+        if (given.cluster, given.incarnation) != (mine.cluster, mine.incarnation):
+            raise ValueError(f"{given.uri} is not {mine.uri}")
         self._identity = identity
 
     def client(self) -> grpc.ChannelCredentials:

@@ -156,6 +156,12 @@ class EngineLoop:
         """What comes next should take so long."""
         self._due = time.monotonic() + LATE_FACTOR * seconds + LATE_S
 
+    def become(self, role: WorkerRole) -> None:
+        """Goes on with another role, once what the one before said is handed over. On the engine
+        thread, when that one is idle."""
+        self.flush()
+        self._role = role
+
     def flush(self) -> bool:
         """Hands over what has come up so far, if anything has. On the engine thread."""
         state = self._role.state

@@ -15,12 +15,13 @@ from crossdock.worker.role import WorkerRole
 class WorkerCollector(Collector):
     """Reads another thread's integers without a lock: each is right at some recent moment."""
 
-    def __init__(self, role: WorkerRole, kept_bytes: Callable[[], int]) -> None:
+    def __init__(self, role: Callable[[], WorkerRole], kept_bytes: Callable[[], int]) -> None:
         self._role, self._kept_bytes = role, kept_bytes
 
     def collect(self) -> Iterator[Metric]:
         """The role's counters and gauges at this moment, read without a lock."""
-        state = self._role.state
+        role = self._role()
+        state = role.state
         labels = {"worker": state.config.name, "pool": state.config.pool}
         labels["role"] = str(state.config.role)
         names, values = list(labels), list(labels.values())
@@ -45,7 +46,7 @@ class WorkerCollector(Collector):
             blocks.add_metric([*values, kind], count)
         yield blocks
         jobs = GaugeMetricFamily("crossdock_worker_sequences", "Sequences held.", labels=names)
-        jobs.add_metric(values, len(self._role.jobs))
+        jobs.add_metric(values, len(role.jobs))
         yield jobs
         kept = GaugeMetricFamily(
             "crossdock_worker_kept_bytes", "Held of /v1/responses, for gateways.", labels=names
@@ -54,9 +55,11 @@ class WorkerCollector(Collector):
         yield kept
 
 
-def serve(role: WorkerRole, host: str, kept_bytes: Callable[[], int] = lambda: 0) -> str:
-    """Serves /metrics on a free port of `host`; returns host:port. `kept_bytes`: what the worker
-    keeps for gateways."""
+def serve(
+    role: Callable[[], WorkerRole], host: str, kept_bytes: Callable[[], int] = lambda: 0
+) -> str:
+    """Serves /metrics on a free port of `host`; returns host:port. `role`: the one that it has
+    now; `kept_bytes`: what the worker keeps for gateways."""
     registry = CollectorRegistry()
     registry.register(WorkerCollector(role, kept_bytes))
     server, _ = start_http_server(0, addr=host, registry=registry)

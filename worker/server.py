@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -24,6 +25,7 @@ from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.proto import events
 from crossdock.proto.channels import listen
 from crossdock.proto.convert import ROLE_TO_PB
+from crossdock.proto.errors import Unavailable
 from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.identity import Credentials
 from crossdock.proto.memory import Generations
@@ -44,6 +46,7 @@ from crossdock.worker.states import States
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+RoleType = Callable[[WorkerState], WorkerRole]
 
 HEARTBEAT_S = 1.0
 WATCH_S = 0.1  # between two looks at whether the engine hangs
@@ -58,7 +61,7 @@ class WorkerServer:
     def __init__(
         self,
         config: WorkerConfig,
-        role_type: Callable[[WorkerState], WorkerRole],
+        role_type: RoleType,
         credentials: Credentials | None = None,
     ):
         self.config = config
@@ -102,7 +105,7 @@ class WorkerServer:
         self.peers = Peers(self.peer_calls, self._state.clock)
         self.prober = Prober(self, self._transport, self._state.memory.memory_type)
         self.description.metrics_address = metrics.serve(
-            self._role, self.config.host, lambda: self.kept.states.held
+            lambda: self._role, self.config.host, lambda: self.kept.states.held
         )
         self._loop.start()
         await self._grpc.start()
@@ -146,13 +149,14 @@ class WorkerServer:
         await asyncio.gather(*meetings, return_exceptions=True)
         await self.peer_calls.keep(endpoint.address for endpoint in others)
 
-    async def drain(self, timeout_s: float) -> bool:
+    async def drain(self, timeout_s: float, stays: bool = False) -> bool:
         """Takes no new work and waits for what is here; moves the rest away when time is up. False:
         offered tickets are left to their leases. What gateways keep here goes to other workers
-        meanwhile."""
+        meanwhile, unless this one stays, in another role."""
         await self.call(lambda role: setattr(role, "draining", True))
         deadline = time.monotonic() + timeout_s
-        handing_over = asyncio.create_task(self.kept.hand_over(self._others))
+        others = self.kept.hand_over(self._others) if not stays else asyncio.sleep(0)
+        handing_over = asyncio.create_task(others)
         while not await self.call(lambda role: role.idle):
             if time.monotonic() >= deadline:
                 break
@@ -164,6 +168,41 @@ class WorkerServer:
     def _move_away(self, role: WorkerRole) -> bool:
         role.eject_all(pb.ERROR_CODE_DRAINING, f"{self.config.name} is draining")
         return role.idle
+
+    async def become(self, config: WorkerConfig, role_type: RoleType) -> WorkerEndpoint:
+        """Goes on as another worker, by another name, with the engine, KV pool, prefix cache and
+        transport that it has, once it is drained and the last lease and pull have ended. `config`
+        may differ in name, pool, role and revision. Gateways are disconnected, and meet it anew.
+        Raises Unavailable where something is left that does not end."""
+        deadline = time.monotonic() + config.lease_s + config.pull_timeout_s
+        while not await self.call(lambda role: role.draining and role.idle):
+            if time.monotonic() >= deadline:
+                left = "work is left that does not end"
+                raise Unavailable(f"{self.config.name} cannot change its role: {left}")
+            await asyncio.sleep(0.05)
+        mine = self.config
+        config = replace(mine, name=config.name, pool=config.pool, role=config.role,
+                         revision=config.revision)  # fmt: skip
+        # No await until the new role is on its way to the engine thread: what gateways' streams of
+        # today bring goes to the old one, which refuses it, what new streams bring to the new one.
+        streams = self._gateways.deafen()
+        self.config = config
+        told = self.description
+        told.name, told.pool, told.revision = config.name, config.pool, config.revision
+        told.role = ROLE_TO_PB[config.role]
+        await self.call(lambda role: self._become(config, role_type))
+        for stream in streams:
+            stream.close()
+        self.peers.update(())
+        await self.peer_calls.keep(())
+        events.emit("started", config.name, f"{config.role}@{self.endpoint.incarnation}")
+        return self.endpoint
+
+    def _become(self, config: WorkerConfig, role_type: RoleType) -> None:
+        self._state.config = config
+        self._role = role_type(self._state)
+        self._loop.become(self._role)
+        self._note_load(self._role)
 
     async def stop(self) -> None:
         """Ends streams, peers, engine thread and transport in that order, half started or not."""

@@ -15,6 +15,7 @@ class GatewayStream:
     def __init__(self, owner: str, wake: Callable[[], None]) -> None:
         self.owner = owner
         self.closed = False
+        self.deaf = False  # takes no new work: the role that it is of ends
         self.has_snapshot = False  # before it, nothing is published here
         # Decode requests whose peer is being met, and the hand-offs that came for them meanwhile.
         self.meetings: dict[str, list[pb.HandOff]] = {}
@@ -50,6 +51,8 @@ def _merge(into: pb.WorkerFrame, frame: pb.WorkerFrame) -> None:
     into.outputs.extend(frame.outputs)
     if frame.HasField("load"):
         into.load.CopyFrom(frame.load)
+    into.placed.extend(frame.placed)
+    into.computed.extend(frame.computed)
     if frame.HasField("block_events"):
         if not into.HasField("block_events"):
             into.block_events.first_sequence = frame.block_events.first_sequence

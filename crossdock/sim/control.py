@@ -1,5 +1,5 @@
 """The control plane on the virtual clock: the controller's autoscale() and reconcile() decide, and
-workers start, drain and go as they say."""
+workers start, change their roles, drain and go as they say."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from crossdock.deploy.reconcile import Action, Do, Member, Target, reconcile
 from crossdock.deploy.reconcile import State as MemberState
 from crossdock.deploy.runtime import targets
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
+from crossdock.proto.types import Role
 from crossdock.router.dispatch.traffic import Traffic
 from crossdock.sim.clock import VirtualClock
 from crossdock.sim.worker import SimWorker
@@ -124,6 +125,8 @@ class SimControl:
         for action in reconcile(wanted, self._present, {}, self.clock.now):
             if action.do is Do.START:
                 self._launch(action.name, by_pool[action.pool])
+            elif action.do is Do.FLIP:
+                self._flip(action, by_pool[action.pool])
             else:
                 self._take_away(action)
 
@@ -147,14 +150,41 @@ class SimControl:
         self.tell()
         self._reconcile()
 
+    def _flip(self, action: Action, target: Target) -> None:
+        """It is of the other pool from now on, and serves there once it has drained."""
+        member = self._named(action.name)
+        self._drain(member, self._flipped)
+        member.name, member.pool = action.becomes, target.pool
+        member.role, member.revision = target.role, target.revision
+        member.state = MemberState.FLIPPING
+
+    def _flipped(self, member: SimMember) -> None:
+        worker = member.worker
+        assert worker is not None
+        if self.clock.now >= member.drain_deadline:
+            worker.eject()
+        if not worker.role.idle:
+            self.clock.call_later(DRAIN_LOOK_S, self._flipped, member)
+            return
+        worker.become(member.name, member.pool, Role(member.role))
+        member.state, member.drain_deadline = MemberState.READY, float("inf")
+        self.tell()
+        self._reconcile()
+
+    def _drain(self, member: SimMember, then: Callable[[SimMember], None]) -> None:
+        assert member.worker is not None
+        member.drain_deadline = self.clock.now + self.spec.pools[member.pool].drain_s
+        member.worker.drain()
+        self.clock.call_later(DRAIN_LOOK_S, then, member)
+
+    def _named(self, name: str) -> SimMember:
+        return next(m for m in self._present if m.name == name)
+
     def _take_away(self, action: Action) -> None:
-        member = next(m for m in self._present if m.name == action.name)
+        member = self._named(action.name)
         if action.do is Do.DRAIN and member.worker is not None:
             member.state = MemberState.DRAINING
-            pool = self.spec.pools[member.pool]
-            member.drain_deadline = self.clock.now + pool.drain_s
-            member.worker.drain()
-            self.clock.call_later(DRAIN_LOOK_S, self._drained, member)
+            self._drain(member, self._drained)
             return
         member.gone_at = self.clock.now
         if member.worker is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
 from crossdock.decode.role import DecodeRole
 from crossdock.engine.profiles import Profile
@@ -117,7 +117,7 @@ class SimWorker:
 
     def post(self, command: Callable[[WorkerRole], None]) -> None:
         """See WorkerServer.post."""
-        self.loop.post(partial(command, self.role))
+        self.loop.post(lambda: command(self.role))
 
     def post_snapshot(
         self,
@@ -136,6 +136,21 @@ class SimWorker:
         """What it still has goes on elsewhere."""
         why = f"{self.config.name} is draining"
         self.post(lambda role: role.eject_all(pb.ERROR_CODE_DRAINING, why))
+
+    def become(self, name: str, pool: str, role: Role) -> None:
+        """See WorkerServer.become: it has drained, and nobody sends to it."""
+        for stream in self.gateways.deafen():
+            self.gateways.ended(stream)
+        del self.site.workers[self.config.name]
+        self.config = config = replace(self.config, name=name, pool=pool, role=role)
+        self.site.workers[name] = self
+        for told in (self.description, self.public_description):
+            told.name, told.pool, told.role, told.address = name, pool, ROLE_TO_PB[role], name
+        state = self.role.state
+        state.config, state.address = config, name
+        self.role = (PrefillRole if role is Role.PREFILL else DecodeRole)(state)
+        self.loop.become(self.role)
+        self.peers.update(())
 
     def stop(self) -> None:
         """The process ends."""

@@ -43,10 +43,12 @@ def step_times(loads: Sequence[worker_pb2.Load]) -> StepTimes:
     decode = [
         (load.step_base_s, load.step_per_sequence_s, load.step_context_s)
         for load in loads
-        if load.step_base_s or load.step_per_sequence_s
+        if load.step_base_s or load.step_per_sequence_s or load.step_context_s
     ]
     return StepTimes(*_mean(prefill), *_mean(decode))
 
 
-def _mean(lines: Sequence[tuple[float, float, float]]) -> tuple[float, ...]:
-    return tuple(map(fmean, zip(*lines))) if lines else (0.0, 0.0, 0.0)
+def _mean(planes: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Of each of the three numbers."""
+    base, slope, context = (fmean(numbers) for numbers in zip(*planes or [(0.0, 0.0, 0.0)]))
+    return base, slope, context

@@ -15,8 +15,8 @@ from crossdock.router.dispatch.traffic import Traffic
 @dataclass(frozen=True)
 class StepTimes:
     """Seconds of engine steps: of one with prompts base + token * tokens + attention * (tokens *
-    the context that they attend to), of one that decodes base + sequence * sequences + context *
-    their tokens. A kind that nobody has measured is all 0."""
+    the context that they attend to on average), of one that decodes base + sequence * sequences
+    + context * their tokens. A kind that nobody has measured is all 0."""
 
     prefill_base_s: float = 0.0
     prefill_token_s: float = 0.0
@@ -33,7 +33,7 @@ class StepTimes:
     @property
     def knows_decode(self) -> bool:
         """Whether decoding was."""
-        return bool(self.decode_base_s or self.decode_sequence_s)
+        return bool(self.decode_base_s or self.decode_sequence_s or self.decode_context_s)
 
     def or_else(self, before: StepTimes) -> StepTimes:
         """These, where they were measured, else those before."""
@@ -54,8 +54,7 @@ class StepTimes:
         """Of all steps of a prompt of so many tokens, `cached` more of which are in the cache."""
         if tokens <= 0:
             return 0.0
-        chunk = min(tokens, chunk_tokens)
-        attended = tokens * (cached + tokens / 2 + chunk / 2)
+        attended = tokens * (cached + tokens / 2)
         steps = max(1.0, tokens / chunk_tokens)
         return (
             self.prefill_base_s * steps

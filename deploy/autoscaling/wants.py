@@ -23,9 +23,10 @@ from crossdock.router.dispatch.traffic import Traffic
 
 MEAN_S = 120.0  # in which what is known of lengths comes to count a third of what it did
 START_WEIGHT = 0.5  # of the newest start among those measured
-BAND = 1.64  # deviations of the forecast's mean up to which workers are kept
+BAND = 1.28  # deviations of the forecast's mean up to which workers are kept
 WAIT_PART = 0.5  # of TTFT: a queue that takes longer is one worker too few
 LEAST_MISSES = 3  # in one interval: fewer are chance
+LEAST_BUSY = 0.25  # of its time: those who miss their aims on idler workers are helped by none more
 MOST_AT_ONCE = 1.0  # the fast loop doubles a pool at the most
 
 NEEDS: dict[Role, Callable[[Load, Aims, Pool, PoolState], Need]] = {
@@ -216,9 +217,10 @@ class Situation:
         most_s = WAIT_PART * aims.ttft_s
         served = self.seen.started + self.seen.refused
         missed = served - self.seen.ttft_met
+        busy = wait_s / most_s + self.seen.started * each_s / self.seconds / max(1, state.ready)
         return [
             (wait_s / most_s - 1, f"{wait_s:.2f} s of prompts wait on each of {state.ready}"),
-            self._missed(missed, served, "TTFT"),
+            self._missed(missed, served, "TTFT", busy),
         ]
 
     def _slow_tokens(self) -> list[tuple[float, str]]:
@@ -230,11 +232,11 @@ class Situation:
                 held / batch - 1,
                 f"{held:.0f} sequences on each of {state.ready}, at most {batch:.0f}",
             ),
-            self._missed(seen.finished - seen.tpot_met, seen.finished, "TPOT"),
+            self._missed(seen.finished - seen.tpot_met, seen.finished, "TPOT", held / batch),
         ]
 
-    def _missed(self, missed: int, served: int, aim: str) -> tuple[float, str]:
-        if missed < LEAST_MISSES:
+    def _missed(self, missed: int, served: int, aim: str, busy: float) -> tuple[float, str]:
+        if missed < LEAST_MISSES or busy < LEAST_BUSY:
             return 0.0, ""
         over = missed / served - (1 - self.aims.attainment)
         return over, f"{missed} of {served} sequences missed {aim}"

@@ -106,10 +106,27 @@ class MemberActor:
             return f"ModelError: {error}"
         return ""
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Whether it finished all it serves within `timeout_s` seconds."""
+    async def drain(self, timeout_s: float, stays: bool = False) -> bool:
+        """Whether it finished all it serves within `timeout_s` seconds. `stays`: it goes on in
+        another role."""
         self._leaving = True
+        if stays:
+            return bool(await self._server.drain(timeout_s, stays=True))
         return bool(await self._server.drain(timeout_s))
+
+    async def become(self, launch: Launch) -> Started:
+        """Goes on as the worker of `launch`. Raises StartFailed where something is left of what
+        it did before."""
+        assert launch.worker is not None and self._started is not None
+        try:
+            endpoint = await self._server.become(launch.worker, _role_type(launch.role))
+        except CrossdockError as error:
+            raise StartFailed(f"{type(error).__name__}: {error}") from None
+        self._launch = dataclasses.replace(launch, host=self._launch.host)
+        self._leaving = False
+        self._started = dataclasses.replace(self._started, endpoint=endpoint)
+        name_logs(launch.name)
+        return self._started
 
     async def active_requests(self) -> int:
         """Requests under way; 0 before it serves."""
@@ -144,11 +161,9 @@ class MemberActor:
                 node_id=node_id,
                 home=crossdock_home(),
             )
-            if launch.role == "prefill":
-                from crossdock.prefill.role import create
-            else:
-                from crossdock.decode.role import create
-            self._server = create(config, self._credentials)
+            from crossdock.worker.server import WorkerServer
+
+            self._server = WorkerServer(config, _role_type(launch.role), self._credentials)
             endpoint = await self._server.start()
             return Started(os.getpid(), node_id, endpoint=endpoint)
         from crossdock.router.gateway import GatewayServer
@@ -160,6 +175,17 @@ class MemberActor:
         garbage.settle()
         grpc, http = self._server.grpc_address, self._server.http_address
         return Started(os.getpid(), node_id, grpc=grpc, http=http)
+
+
+def _role_type(role: str) -> Any:
+    """Imported here, in the actor, as what it brings is heavy."""
+    if role == Role.PREFILL:
+        from crossdock.prefill.role import PrefillRole
+
+        return PrefillRole
+    from crossdock.decode.role import DecodeRole
+
+    return DecodeRole
 
 
 def _can_serve(endpoints: Sequence[WorkerEndpoint]) -> bool:
@@ -174,8 +200,14 @@ def set_up_process(name: str, telemetry: Mapping[str, str]) -> None:
     ucx.conf that lies there.
     """
     os.chdir("/")
-    logging.basicConfig(
-        level=traces.log_level(), format=f"%(asctime)s {name} %(levelname)s %(message)s"
-    )
+    logging.basicConfig(level=traces.log_level())
+    name_logs(name)
     events.listen(traces.event_listener())
     traces.configure(telemetry, f"crossdock.{name.rpartition('-')[0] or name}", name)
+
+
+def name_logs(name: str) -> None:
+    """Every line of the log says who writes it, also after that has another name."""
+    formatter = logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter)

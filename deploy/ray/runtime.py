@@ -62,8 +62,11 @@ class RayProcess:
     async def update(self, members: Membership) -> None:
         await call(self._actor.update.remote(members))
 
-    async def drain(self, timeout_s: float) -> bool:
-        return await call(self._actor.drain.remote(timeout_s))
+    async def drain(self, timeout_s: float, stays: bool = False) -> bool:
+        return await call(self._actor.drain.remote(timeout_s, stays))
+
+    async def become(self, launch: Launch) -> Started:
+        return await call(self._actor.become.remote(launch))
 
     async def active_requests(self) -> int:
         return await call(self._actor.active_requests.remote())

@@ -49,6 +49,7 @@ class FakeProcess(Applies):
         self.cut_off = False  # stopped with work left
         self.told: list[set[str]] = []
         self.serves = False
+        self.was: list[str] = []  # its names before it changed its role
         self.served = Traffic()  # what a gateway has counted
         self.deaf = False  # does not say it
         self.serving: Serving | None = None  # what a gateway was told of models
@@ -105,7 +106,15 @@ class FakeProcess(Applies):
         self.members = list(endpoints)
         self.told.append({m.name for m in endpoints})
 
-    async def drain(self, timeout_s: float) -> bool:
+    async def become(self, launch: Launch) -> Started:
+        if why := self.cluster.unable.get(launch.pool):
+            raise StartFailed(why)
+        self.was.append(self.launch.name)
+        self.launch, self.draining = launch, False
+        assert self.identities[-1].peer.name == launch.name
+        return await self.start()
+
+    async def drain(self, timeout_s: float, stays: bool = False) -> bool:
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -137,6 +146,7 @@ class FakeCluster:
         self.processes: list[FakeProcess] = []
         self.broken: dict[str, str] = {}  # pool -> why its processes cannot start
         self.hopeless: dict[str, str] = {}  # the same, for good
+        self.unable: dict[str, str] = {}  # pool -> why no worker can change into one of it
         self.refused: dict[str, str] = {}  # the same, by Ray
         self.broken_gateways: dict[str, str] = {}  # policy -> why, except in a trial
         self.may_start = asyncio.Event()

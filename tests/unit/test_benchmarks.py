@@ -232,3 +232,46 @@ def test_the_audit_of_a_chaos_run_counts_sums_of_refused_requests() -> None:
     assert "2 more" in more
     lines["served"].clear()
     assert miscounted(outcome, lines, sums + Counter({"overloaded": 1}))  # it was started
+
+
+def test_a_day_of_load_is_a_sinus_with_bursts() -> None:
+    import autoscaling
+
+    day = autoscaling.Day(low=1.0, high=3.0, period_s=100.0, seconds=100.0, burst_s=20.0)
+    assert day.rate(0.0, ()) == pytest.approx(1.0) and day.rate(50.0, ()) == pytest.approx(3.0)
+    assert day.rate(50.0, [40.0]) == pytest.approx(3.0 * (1 + 0.6 * 10 / 30))
+    trace = day.trace(1)
+    assert trace == day.trace(1) != day.trace(2)
+    assert trace.hit_rate == 0 and len(trace.requests) == pytest.approx(220, rel=0.25)
+
+
+def test_the_oracle_starts_workers_before_they_are_needed() -> None:
+    import autoscaling
+
+    from crossdock.bench.traces import Trace, TraceRequest
+    from crossdock.engine.profiles import Profile
+
+    spec = ClusterSpec.parse(
+        autoscaling.SPEC.format(prefill=1, decode=1, common="", interval_s=5, attainment=0.98)
+    )
+    rows = [TraceRequest(100 + 0.5 * i, 1000, 10, (i,)) for i in range(120)]
+    profile = Profile(prefill_token_s=1e-3, decode_s=0.01, decode_sequence_s=1e-3, start_s=20.0)
+    decide = autoscaling.oracle(Trace(tuple(rows), 128), spec, profile, 20.0, (0.8, 0.8))
+    sizes = [decide(None, now)["prefill"] for now in (0.0, 70.0, 76.0, 120.0, 170.0)]
+    assert sizes == [1, 1, 3, 3, 1]
+
+
+def test_the_rule_of_one_more_or_less_moves_by_one() -> None:
+    import autoscaling
+
+    from crossdock.deploy.autoscaling.observation import Observation, PoolState, StepTimes
+    from crossdock.router.dispatch.traffic import Traffic
+
+    spec = ClusterSpec.parse(
+        autoscaling.SPEC.format(prefill=4, decode=4, common="", interval_s=5, attainment=0.98)
+    )
+    steps = StepTimes(0.0, 1e-3, 0.0, 0.01, 1e-3, 0.0)
+    pools = {name: PoolState(4, 4, running=20, steps=steps) for name in ("prefill", "decode")}
+    busy = Traffic(started=100, ttft_met=90, finished=100, tpot_met=100, prompt_tokens=10_000)
+    decide = autoscaling.plus_minus_one(spec)
+    assert decide(Observation(5.0, pools, {"": busy}), 0.0) == {"prefill": 5, "decode": 3}

@@ -95,6 +95,22 @@ def test_status_shows_workers_gateways_and_decisions(
     assert json.loads(out)["workers"][0]["worker"]["used_blocks"] == 15
 
 
+def test_status_shows_what_the_autoscaler_wants_and_why(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = cluster()
+    why = "3.2 sequences/s in 70 s"
+    shown.autoscaled.add(
+        pool="decode", least=1, most=8, target=5, floor=4, keep=6, reason=why, dry_run=True
+    )
+    fake_admin(monkeypatch, status=lambda **_: shown)
+    code, out, _ = run(capsys, "status")
+    assert code == 0 and "autoscaled pools (dry run)" in out
+    row = next(line for line in out.splitlines() if why in line)
+    cells = [cell.strip() for cell in row.strip("│┃ ").split("│")]
+    assert cells == ["decode", "1", "8", "4", "6", "5", why]
+
+
 def test_status_shows_open_leases_the_oldest_first(
     capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

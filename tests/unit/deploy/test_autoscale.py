@@ -273,13 +273,21 @@ def test_missed_first_tokens_add_prefill_workers_and_slow_ones_decode_workers():
     assert late["prefill"] > before["prefill"] and late["decode"] == before["decode"]
     assert "50 of 100 sequences missed TTFT" in scaler.decisions[-1].pools[0].reason
     scaler, before, now = settled(10.0)
-    slow = scaler(seen(10.0, **before, tpot_met=50), now)
+    slow = scaler(seen(10.0, **before, tpot_met=50, running=30 * before["decode"]), now)
     assert slow["decode"] > before["decode"] and slow["prefill"] == before["prefill"]
 
 
 def test_two_misses_are_chance():
     scaler, before, now = settled(10.0)
     assert scaler(seen(10.0, **before, ttft_met=98), now) == before
+
+
+def test_those_whom_no_worker_could_serve_in_time_start_none():
+    """Prompts that take longer than TTFT alone, on workers that have time for them."""
+    scaler, targets, now = settled(1.0, prefill=4, decode=2, config=with_settings(down_s=3600.0))
+    for i in range(30):
+        after = scaler(seen(1.0, **targets, ttft_met=0, tpot_met=0), now + 10.0 * i)
+        assert after == targets
 
 
 def test_no_more_are_added_before_those_that_start_could_help():

@@ -120,9 +120,13 @@ def test_a_member_takes_the_answer_to_its_last_request_alone():
     with pytest.raises(ValueError, match="not of the key that was asked for last"):
         member.accept(first, AUTHORITY.certificate)
     held = Credentials(member.accept(second, AUTHORITY.certificate))
-    third = AUTHORITY.sign(member.request(), "decode", "another")
-    with pytest.raises(ValueError, match="another"):
-        held.renew(member.accept(third, AUTHORITY.certificate))
+    third = AUTHORITY.sign(member.request(), "prefill", "another")
+    held.renew(member.accept(third, AUTHORITY.certificate))
+    assert str(held.peer) == "prefill another", "a worker that changes its role stays the process"
+    other = Applicant()
+    fourth = AUTHORITY.sign(other.request(), "decode", "d")
+    with pytest.raises(ValueError, match=f"{other.incarnation} is not"):
+        held.renew(other.accept(fourth, AUTHORITY.certificate))
 
 
 def test_half_a_life_is_when_to_renew():

@@ -67,6 +67,47 @@ def test_who_was_leaving_before_the_controller_came_gets_a_deadline():
     assert decide([replace(D, replicas=2)], members) == ["drain decode-1", "start decode-2"]
 
 
+ALIKE = [replace(P, replicas=2, kind="k"), replace(D, replicas=2, kind="k")]
+
+
+def test_what_one_pool_has_too_many_of_and_an_alike_one_lacks_changes_its_role():
+    members = [ready("prefill-0", "prefill"), *(ready(f"decode-{i}", "decode") for i in range(3))]
+    [flip] = reconcile(ALIKE, members, {}, 0.0)
+    assert str(flip) == "flip decode-2 into prefill-1: 2 wanted here, 2 in decode"
+    assert (flip.pool, flip.revision) == ("prefill", "a")
+    members[3] = Member("prefill-1", "prefill", "prefill", "a", State.FLIPPING)
+    assert decide(ALIKE, members) == []
+    assert not converged(ALIKE, members)
+    members[3].state = State.READY
+    assert converged(ALIKE, members)
+
+
+def test_what_is_short_beyond_that_is_started_and_what_is_left_over_drained():
+    members = [ready("prefill-0", "prefill"), *(ready(f"decode-{i}", "decode") for i in range(3))]
+    more = [replace(ALIKE[0], replicas=3), ALIKE[1]]
+    assert decide(more, members) == ["flip decode-2", "start prefill-2"]
+    fewer = [ALIKE[0], replace(ALIKE[1], replicas=1)]
+    assert decide(fewer, members) == ["flip decode-2", "drain decode-1"]
+
+
+def test_only_ready_workers_of_alike_pools_of_one_revision_change_their_role():
+    members = [ready("prefill-0", "prefill"), *(ready(f"decode-{i}", "decode") for i in range(3))]
+    unlike = [ALIKE[0], replace(ALIKE[1], kind="l")]
+    assert decide(unlike, members) == ["drain decode-2", "start prefill-1"]
+    late = [*members[:3], replace(members[3], state=State.STARTING)]
+    assert decide(ALIKE, late) == ["stop decode-2", "start prefill-1"]
+    old = [replace(members[0], revision="old"), *members[1:]]
+    assert not any("flip" in each for each in decide(ALIKE, old))
+
+
+def test_a_worker_that_is_changing_its_role_is_left_to_it():
+    members = [ready("prefill-0", "prefill"), ready("decode-0", "decode")]
+    members.append(Member("prefill-1", "prefill", "prefill", "a", State.FLIPPING))
+    assert decide([P, D], members) == ["drain prefill-0"] or decide([P, D], members) == []
+    lost = [*members[:2], replace(members[2], state=State.LOST, why="killed")]
+    assert decide(ALIKE, lost) == ["stop prefill-1", "start prefill-1", "start decode-1"]
+
+
 def test_a_worker_that_is_not_ready_goes_before_a_ready_one():
     members = [
         replace(ready("decode-0", "decode"), state=State.STARTING),
@@ -211,6 +252,12 @@ class World:
             old = self.members[action.name]
             deadline = self.now + 60
             self.members[action.name] = replace(old, state=State.DRAINING, drain_deadline=deadline)
+        elif action.do is Do.FLIP:
+            assert action.becomes not in self.members, "two members by one name"
+            target = next(t for t in self.targets if t.pool == action.pool)
+            flipping = (action.becomes, action.pool, target.role, action.revision, State.FLIPPING)
+            del self.members[action.name]
+            self.members[action.becomes] = Member(*flipping)
         else:
             del self.members[action.name]
 
@@ -224,7 +271,7 @@ class World:
         by_name = {m.name: m for m in before}
         after = ready_before.copy()
         for action in actions:
-            if action.do is Do.DRAIN:
+            if action.do in (Do.DRAIN, Do.FLIP):
                 assert by_name[action.name].state is State.READY
                 after[by_name[action.name].role] -= 1
         for role in ready_before:
@@ -235,7 +282,7 @@ class World:
         new = {(t.pool, t.revision) for t in self.targets}
         staying = [m for m in before if m.live and m.name not in leaving]
         running = Counter(m.pool for m in staying if (m.pool, m.revision) in new)
-        started = Counter(a.pool for a in actions if a.do is Do.START)
+        started = Counter(a.pool for a in actions if a.do in (Do.START, Do.FLIP))
         for target in self.targets:
             if started[target.pool]:
                 total = running[target.pool] + started[target.pool]
@@ -249,7 +296,7 @@ class World:
 
     def progress(self, name: str) -> None:
         member = self.members[name]
-        if member.state is State.STARTING:
+        if member.state in (State.STARTING, State.FLIPPING):
             self.members[name] = replace(member, state=State.READY)
         elif member.state is State.DRAINING:
             self.members[name] = replace(member, drained=True)
@@ -268,6 +315,7 @@ POOLS = st.lists(
         ROLES,
         st.integers(0, 3),
         st.sampled_from(["a", "b"]),
+        kind=st.sampled_from(["", "k"]),
     ),
     min_size=1,
     max_size=3,
@@ -276,8 +324,15 @@ POOLS = st.lists(
 
 
 def as_one_revision(pools: list[Target]) -> list[Target]:
-    """A role is part of a pool's revision."""
-    return [replace(t, revision=f"{t.revision}-{t.role}") for t in pools]
+    """A role is part of a pool's revision, and colocated workers have no other."""
+    return [
+        replace(
+            t,
+            revision=f"{t.revision}-{t.role}",
+            kind="" if t.role == "colocated" else t.kind and t.revision,
+        )
+        for t in pools
+    ]
 
 
 @examples(300)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from controller_kit import FakeCluster, FakeProcess, running, until
 
 from crossdock.deploy import metrics
 from crossdock.deploy.admin_service import cluster_status
+from crossdock.deploy.autoscaling.settings import PoolAutoscale
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.store import ClusterStore
 from crossdock.proto.errors import ConfigError
@@ -165,6 +167,11 @@ async def test_new_bounds_hold_at_once_and_a_fixed_pool_is_as_its_spec_says(cloc
         await clocked.decide(30)
     controller.apply(ClusterSpec.parse(wider.replace("X", "replicas: 3}")))
     await until(lambda: controller.converged and len(cluster.alive("prefill")) == 3)
+    await clocked.decide()
+    controller.apply(
+        ClusterSpec.parse(wider.replace("X", "replicas: 5, autoscale: {min: 1, max: 8}}"))
+    )
+    await until(lambda: len(cluster.alive("prefill")) == 5)  # not as it was before it was fixed
     with pytest.raises(ConfigError, match="'decode' has no fixed size"):
         await controller.change(lambda spec: spec.with_replicas("decode", 3), "test")
 
@@ -181,6 +188,111 @@ async def test_starts_are_measured_and_those_of_adopted_workers_are_not(tmp_path
     async with running(cluster, ClusterStore("test", tmp_path)) as controller:
         assert await controller.wait_converged(5)
         assert [m.name for m in controller.members if m.start_s is not None] == []
+
+
+ALIKE = BY_HAND.replace(", chunk_tokens: 128", "")
+
+
+async def resized(controller, **sizes: int) -> None:
+    def changed(spec: ClusterSpec) -> ClusterSpec:
+        pools = {
+            name: replace(pool, replicas=sizes.get(name, pool.replicas), autoscale=PoolAutoscale())
+            for name, pool in spec.pools.items()
+        }
+        return replace(spec, pools=pools)
+
+    await controller.change(changed, "test")
+
+
+async def test_a_worker_changes_its_role_and_everyone_hears_of_it(tmp_path):
+    cluster = FakeCluster()
+    async with running(cluster, store_of(tmp_path, ALIKE)) as controller:
+        assert await controller.wait_converged(5)
+        before = {process.number for process in cluster.processes}
+        busy = next(p for p in cluster.processes if p.launch.name == "decode-1")
+        busy.busy.set()
+        await resized(controller, prefill=3, decode=1)
+        await until(lambda: busy.draining)
+        turning = next(m for m in controller.members if m.name == "prefill-2")
+        assert (turning.state, turning.pool, turning.role) == ("flipping", "prefill", "prefill")
+        status = await cluster_status(controller)
+        assert {w.name: w.state for w in status.workers}["prefill-2"] == "flipping"
+        gateway, worker = gateways(cluster)[0], cluster.alive("prefill")[0]
+        await until(lambda: "decode-1" not in {m.name for m in gateway.members})
+        assert "decode-1" in {m.name for m in worker.members}, "what it offered can be read"
+        busy.busy.clear()
+        assert await controller.wait_converged(5)
+        assert {process.number for process in cluster.processes} == before, "nobody was started"
+        assert busy.was == ["decode-1"] and busy.launch.worker.role == "prefill"
+        found = {m.name: m.role for m in gateway.members}
+        assert found["prefill-2"] == "prefill" and "decode-1" not in found
+        assert {m.name for m in busy.members} == set(found)
+        [told] = [d for d in controller.decisions if d.action.startswith("flip")]
+        assert (told.action, told.reason) == (
+            "flip decode-1 into prefill-2",
+            "3 wanted here, 1 in decode",
+        )
+
+
+async def test_a_role_that_cannot_be_changed_costs_a_start_and_no_more(tmp_path):
+    cluster = FakeCluster()
+    async with running(cluster, store_of(tmp_path, ALIKE)) as controller:
+        assert await controller.wait_converged(5)
+        cluster.unable["prefill"] = "work is left that does not end"
+        await resized(controller, prefill=3, decode=1)
+        assert await controller.wait_converged(5)
+        assert len(cluster.alive("prefill")) == 3 and len(cluster.alive("decode")) == 1
+        assert sum(not process.alive for process in cluster.processes) == 1
+
+
+async def test_a_worker_that_dies_while_it_changes_its_role_is_replaced_in_its_new_one(tmp_path):
+    cluster = FakeCluster()
+    async with running(cluster, store_of(tmp_path, ALIKE)) as controller:
+        assert await controller.wait_converged(5)
+        busy = next(p for p in cluster.processes if p.launch.name == "decode-1")
+        busy.busy.set()
+        await resized(controller, prefill=3, decode=1)
+        await until(lambda: busy.draining)
+        busy.kill()
+        assert await controller.wait_converged(5)
+        assert {p.launch.name for p in cluster.alive("prefill")} == {
+            *("prefill-0", "prefill-1", "prefill-2")
+        }
+
+
+async def test_a_change_of_roles_that_a_controller_did_not_end_becomes_a_drain(tmp_path):
+    cluster, store = FakeCluster(), store_of(tmp_path, ALIKE)
+    async with running(cluster, store) as controller:
+        assert await controller.wait_converged(5)
+        busy = next(p for p in cluster.processes if p.launch.name == "decode-1")
+        busy.busy.set()
+        await resized(controller, prefill=3, decode=1)
+        await until(lambda: busy.draining)
+        for task in controller._background:
+            task.cancel()
+    busy.busy.clear()
+    async with running(cluster, ClusterStore("test", tmp_path)) as controller:
+        assert await controller.wait_converged(5)
+        assert len(cluster.alive("prefill")) == 3 and len(cluster.alive("decode")) == 1
+        assert not busy.alive
+
+
+async def test_the_autoscaler_has_workers_change_roles(tmp_path):
+    cluster = FakeCluster()
+    yaml = ALIKE.replace("decode, replicas: 2", "decode, replicas: 6")
+    async with running(cluster, store_of(tmp_path, yaml)) as controller:
+        assert await controller.wait_converged(5)
+        before = len(cluster.processes)
+        clocked = Clocked(controller, cluster)
+        await clocked.decide()
+        await clocked.decide(5)
+        sizes = await clocked.decide(15)
+        moved = 6 - sizes["decode"]
+        assert sizes["prefill"] - 2 >= moved > 0
+        assert await controller.wait_converged(5)
+        assert len(cluster.processes) == before + sizes["prefill"] - 2 - moved
+        assert len(cluster.alive("prefill")) == sizes["prefill"]
+        assert sum(d.action.startswith("flip decode-") for d in controller.decisions) == moved
 
 
 async def test_it_decides_by_itself(tmp_path):

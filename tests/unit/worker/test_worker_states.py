@@ -150,7 +150,10 @@ def test_the_page_of_metrics_says_how_much_is_kept(tiny_model: Path) -> None:
     role.state.pool = BlockPool(4, 16)
     states = States()
     states.store("a", "1", DATA, bounds())
-    found = {metric.name: metric for metric in WorkerCollector(role, lambda: states.held).collect()}
+    found = {
+        metric.name: metric
+        for metric in WorkerCollector(lambda: role, lambda: states.held).collect()
+    }
     assert found["crossdock_worker_kept_bytes"].samples[0].value == EACH
 
 
