@@ -14,7 +14,7 @@ from crossdock.proto.settings import GATEWAY_ADDRESS, check_settings, no_entries
 from crossdock.router.dispatch.admission import Limits
 from crossdock.router.dispatch.lifecycle import Slo as Slo
 from crossdock.router.dispatch.links import LinkSettings
-from crossdock.router.placement.policy import ALIASES, POLICIES, Policies
+from crossdock.router.placement.policy import ALIASES, OURS, POLICIES, Policies
 from crossdock.router.serving import TOOL_PARSERS, ServedModel, Serving
 
 
@@ -270,6 +270,12 @@ class GatewayConfig(Limits):
 
     def __post_init__(self) -> None:
         check_settings(self, "gateway.")
+
+    @property
+    def aims(self) -> Slo | None:
+        """What the order in which sequences are begun aims at; None: their arrival decides, as
+        other policies have it."""
+        return self.slo if ALIASES.get(self.policy, self.policy) == OURS else None
 
     @property
     def first_serving(self) -> Serving:

@@ -104,6 +104,7 @@ class Served:
             eos_token_ids=text.eos_token_ids,
             detokenizer_of=lambda prompt, stop: IncrementalDetokenizer(text, prompt, stop),
             prefix=f"{prefix}-{number}" if number else prefix,
+            aims=config.aims,
             on_ready=shared.on_ready,
         )
         self.aside = TextProcess(files)

@@ -48,6 +48,7 @@ class SimGateway:
             eos_token_ids=frozenset({END_ID}),
             detokenizer_of=lambda prompt, stop: _NO_TEXT,
             prefix=config.name,
+            aims=config.aims,
             clock=site.clock,
             rng=random.Random(site.rng.getrandbits(64)),
         )

@@ -33,6 +33,7 @@ from crossdock.router.dispatch.admission import Admission, Limits, check_deadlin
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
+from crossdock.router.dispatch.lifecycle import Slo
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics, StepGain
@@ -40,6 +41,7 @@ from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
+from crossdock.router.dispatch.urgency import Urgency
 from crossdock.router.dispatch.waiting import Step, Waiting
 from crossdock.router.placement.demand import Demand, NoWorker
 from crossdock.router.placement.policy import Policy
@@ -67,6 +69,7 @@ class Dispatcher:
         eos_token_ids: frozenset[int],
         detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
         prefix: str,
+        aims: Slo | None = None,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -93,7 +96,9 @@ class Dispatcher:
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._turns = Turns(
-            lambda: has_room(view, clock()), lambda sequence: self._guarded(sequence, self._route)
+            lambda: has_room(view, clock()),
+            lambda sequence: self._guarded(sequence, self._route),
+            aims and Urgency(view, clock, aims.ttft_ms / 1000, self._demand),
         )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")

@@ -59,6 +59,7 @@ class SequenceState:
     restarts: int = 0  # since the last token gained
     losses: int = 0  # workers that died while they held it
     avoid: set[str] = field(default_factory=set)
+    yields: bool = False  # its first token is late anyway: others go first
     timer: Timer | None = None
     prefill_worker: str = ""
     decode_worker: str = ""  # once it has been told
@@ -192,6 +193,7 @@ class SequenceState:
             most_tokens=self.prompt_tokens + self.sampling.max_tokens,
             avoid=frozenset(self.avoid),
             local_tokens=0 if self.unscored else local_tokens,
+            yields=self.yields,
         )
 
     def request_message(self, eos: list[int], handed_off: bool = False) -> pb.SequenceRequest:

@@ -4,9 +4,9 @@ waits here and not in the workers, and who asks for little does not wait behind 
 Between tenants: start-time fair queueing (Goyal, Vin and Cheng, 1997). Each tenant has a virtual
 time, which its sequences move on by their tokens as they are begun; the one that is furthest behind
 is next. One that asks for less than its share may be behind the present by OWED_TOKENS, so that a
-few that it sends together go together. Within a tenant: the more
-urgent priority, then the order of arrival, where the k-th sequence of a request lets as many later
-requests go first.
+few that it sends together go together. Within a tenant: the more urgent priority, then `urgency`,
+where there is one, or the order of arrival, in which the k-th sequence of a request lets as many
+later requests go first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from crossdock.router.dispatch.sequence import SequenceState
+from crossdock.router.dispatch.urgency import Urgency
 
 OWED_TOKENS = 4096  # that a tenant may have after a pause, before the others go on
 KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
@@ -36,8 +37,13 @@ class Turns:
     """Sequences that are to be begun. `room` says whether a worker would take another one soon,
     `begin` begins one and raises nothing."""
 
-    def __init__(self, room: Callable[[], bool], begin: Callable[[SequenceState], object]) -> None:
-        self._room, self._begin = room, begin
+    def __init__(
+        self,
+        room: Callable[[], bool],
+        begin: Callable[[SequenceState], object],
+        urgency: Urgency | None = None,
+    ) -> None:
+        self._room, self._begin, self._urgency = room, begin, urgency
         self._queues: dict[str, _Queue] = {}  # by tenant; none is empty
         self._where: dict[SequenceState, _Queue] = {}
         self._present = 0.0  # virtual time at which the last one was begun
@@ -72,20 +78,38 @@ class Turns:
         if queue is not None:
             queue.tokens -= sequence.prompt_tokens
             self._trim(sequence.active.request.tenant, queue)
+            if self._urgency is not None:
+                self._urgency.forget(sequence)
 
     def pump(self) -> None:
         """Begins what there is room for."""
         while self._where and self._room():
-            self._begin(self._next())
+            sequence = self._next()
+            if sequence is None:
+                return
+            self._begin(sequence)
 
     def tokens_of(self, tenant: str) -> int:
         """Of the prompts of a tenant that wait."""
         queue = self._queues.get(tenant)
         return queue.tokens if queue else 0
 
-    def _next(self) -> SequenceState:
-        tenant, queue = min(self._queues.items(), key=lambda item: item[1].start)
-        sequence = heapq.heappop(queue.heap)[3]
+    def _next(self) -> SequenceState | None:
+        for tenant, queue in sorted(self._queues.items(), key=lambda item: item[1].start):
+            sequence = self._first(queue)
+            if sequence is not None:
+                return self._taken(tenant, queue, sequence)
+        return None
+
+    def _first(self, queue: _Queue) -> SequenceState | None:
+        """Of a tenant; None: nobody should begin now."""
+        if self._urgency is None:
+            return queue.heap[0][3]
+        most = queue.heap[0][0]
+        waiting = [e for e in queue.heap if e[0] == most and self._where.get(e[3]) is queue]
+        return self._urgency.first([entry[3] for entry in sorted(waiting)])
+
+    def _taken(self, tenant: str, queue: _Queue, sequence: SequenceState) -> SequenceState:
         del self._where[sequence]
         queue.tokens -= sequence.prompt_tokens
         self._present = max(self._present, queue.start)

@@ -103,7 +103,7 @@ class FewWorkers:
 
     def _ttft_s(self, worker: WorkerView) -> float:
         tokens = self._demand.uncached(self.depth(worker))
-        return worker.ttft_s(self._demand.num_tokens - tokens, tokens)
+        return worker.ttft_s(self._demand.num_tokens - tokens, tokens, self._demand.yields)
 
     def _streams(self, workers: Sequence[WorkerView]) -> list[tuple[float, WorkerView]]:
         """Seconds that a stream takes, more than on the best of them."""

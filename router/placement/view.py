@@ -9,6 +9,7 @@ from crossdock.proto import events
 from crossdock.proto.steps import attention
 from crossdock.proto.types import Role
 from crossdock.router.placement.columns import Columns
+from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.pairs import Pairs
 from crossdock.router.placement.prefix_index import PrefixIndex
 from crossdock.router.placement.speed import PoolSpeeds
@@ -85,14 +86,21 @@ class ClusterView:
     # -- what the dispatcher tells ------------------------------------------------------------
 
     def place(
-        self, name: str, key: str, tokens: int, blocks: int, cached: int = 0, context: int = 0
+        self,
+        name: str,
+        key: str,
+        tokens: int,
+        blocks: int,
+        cached: int = 0,
+        context: int = 0,
+        yields: bool = False,
     ) -> None:
         """Work was promised to a worker: it counts there from now on. `tokens`: of a prompt, to
-        compute after `cached` ones; `context`: of a stream that joins."""
+        compute after `cached` ones, and that it `yields`; `context`: of a stream that joins."""
         worker = self.workers.get(name)
         if worker is not None:
             attended = attention(cached, tokens, worker.facts.chunk_tokens or ANY_CHUNK)
-            worker.unseen.put(key, Placed(tokens, blocks, attended, context))
+            worker.unseen.put(key, Placed(tokens, blocks, attended, context, yields))
             self._touch(worker)
 
     def sent(self, name: str, key: str, now: float) -> None:
@@ -156,6 +164,17 @@ class ClusterView:
         if worker is not None:
             worker.failed_at = now
             self._touch(worker)
+
+    def prompt_s(self, demand: Demand, now: float) -> float:
+        """Predicted time to compute a prompt where the most of it is cached, once it has its
+        turn; 0 where nobody computes prompts."""
+        depths = self.index.depths(demand.block_hashes)
+        least_s = float("inf")
+        for role in (Role.PREFILL, Role.COLOCATED):
+            for worker in self._columns[role].workers:
+                tokens = demand.uncached(depths.get(worker.slot, 0))
+                least_s = min(least_s, worker.prompt_s(demand.num_tokens - tokens, tokens))
+        return least_s if least_s < float("inf") else 0.0
 
     def drained_s(self, tokens: int) -> float:
         """Predicted time in which all workers together compute so many prompt tokens."""

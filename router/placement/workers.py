@@ -69,14 +69,15 @@ class Placed:
     blocks: int
     attention: float = 0.0  # tokens × context of the chunks that compute them
     context: int = 0  # tokens of the stream that joins
+    yields: bool = False  # the prompt lets others go first
     sent_at: float | None = None  # None: reserved, not sent yet
 
 
 class _Unseen(dict[str, Placed]):
     """What was promised to a worker and is not in its reports yet, by key, with its totals."""
 
-    tokens = blocks = context = 0
-    attention = 0.0
+    tokens = blocks = context = yielding_tokens = 0
+    attention = yielding_attention = 0.0
 
     def put(self, key: str, item: Placed) -> None:
         self.drop(key)
@@ -85,6 +86,9 @@ class _Unseen(dict[str, Placed]):
         self.blocks += item.blocks
         self.context += item.context
         self.attention += item.attention
+        if item.yields:
+            self.yielding_tokens += item.tokens
+            self.yielding_attention += item.attention
 
     def drop(self, key: str) -> None:
         item = self.pop(key, None)
@@ -93,6 +97,9 @@ class _Unseen(dict[str, Placed]):
             self.blocks -= item.blocks
             self.context -= item.context
             self.attention -= item.attention
+            if item.yields:
+                self.yielding_tokens -= item.tokens
+                self.yielding_attention -= item.attention
 
 
 class Numbers(NamedTuple, Generic[T]):
@@ -106,7 +113,8 @@ class Numbers(NamedTuple, Generic[T]):
     block_bytes: T
     queued_tokens: T
     sequences: T
-    queue_s: T  # until the prompts that wait there are computed
+    queue_s: T  # until the prompts that wait there are computed, but for those that yield
+    yielding_s: T  # until those are
     chunk_tokens: T  # of a step at the most
     chunk_s: T  # of each chunk, with the step of those who decode there before it
     token_s: T  # more for each token
@@ -149,6 +157,11 @@ class WorkerView:
         return self.numbers.queued_tokens
 
     @property
+    def urgent_tokens(self) -> float:
+        """Of queued_tokens those of prompts that do not yield."""
+        return self.queued_tokens - self.load.yielding_tokens - self.unseen.yielding_tokens
+
+    @property
     def sequences(self) -> float:
         return self.numbers.sequences
 
@@ -182,9 +195,11 @@ class WorkerView:
         seconds = tokens / numbers.chunk_tokens * numbers.chunk_s + tokens * numbers.token_s
         return seconds + attended * numbers.attention_s
 
-    def ttft_s(self, cached: float, tokens: float) -> float:
+    def ttft_s(self, cached: float, tokens: float, yields: bool = False) -> float:
         """Predicted time until token 0 of a prompt that comes after those that wait there."""
-        return self.numbers.queue_s + self.prompt_s(cached, tokens)
+        numbers = self.numbers
+        queue_s = numbers.queue_s + numbers.yielding_s if yields else numbers.queue_s
+        return queue_s + self.prompt_s(cached, tokens)
 
     def stream_s(self, context: float, output: float) -> float:
         """Predicted seconds of the steps of a stream that joins, and until there is a place; over
@@ -241,7 +256,10 @@ class WorkerView:
         running_s = step + share * min(sequences, most) + context * context_s if sequences else 0.0
         chunk_tokens = facts.chunk_tokens or ANY_CHUNK
         chunk_s = base if facts.role is Role.PREFILL else base + running_s
-        queue_s = queued / chunk_tokens * chunk_s + queued * slope
+        yielding = load.yielding_tokens + unseen.yielding_tokens
+        yielding_attention = load.yielding_attention + unseen.yielding_attention
+        attended = load.queued_attention + unseen.attention - yielding_attention
+        token_s = chunk_s / chunk_tokens + slope
         return Numbers(
             -1 if load.draining else facts.most_tokens,
             float("-inf")
@@ -252,7 +270,8 @@ class WorkerView:
             facts.block_bytes,
             queued,
             sequences,
-            queue_s + (load.queued_attention + unseen.attention) * attention_s,
+            (queued - yielding) * token_s + attended * attention_s,
+            yielding * token_s + yielding_attention * attention_s,
             chunk_tokens,
             chunk_s,
             slope,
