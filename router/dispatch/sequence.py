@@ -193,7 +193,7 @@ class SequenceState:
             most_tokens=self.prompt_tokens + self.sampling.max_tokens,
             avoid=frozenset(self.avoid),
             local_tokens=0 if self.unscored else local_tokens,
-            yields=self.yields,
+            yields=self.yields and not self.generated,
         )
 
     def request_message(self, eos: list[int], handed_off: bool = False) -> pb.SequenceRequest:

@@ -90,9 +90,16 @@ class Turns:
             self._begin(sequence)
 
     def tokens_of(self, tenant: str) -> int:
-        """Of the prompts of a tenant that wait."""
+        """Of the prompts of a tenant that wait, but for those that let others go first."""
         queue = self._queues.get(tenant)
-        return queue.tokens if queue else 0
+        if queue is None or self._urgency is None:
+            return queue.tokens if queue else 0
+        priorities = {entry[0] for entry in queue.heap}
+        return sum(
+            sequence.prompt_tokens
+            for priority in priorities
+            for sequence in self._urgency.before_others(self._waiting(queue, priority))
+        )
 
     def _next(self) -> SequenceState | None:
         for tenant, queue in sorted(self._queues.items(), key=lambda item: item[1].start):
@@ -105,9 +112,12 @@ class Turns:
         """Of a tenant; None: nobody should begin now."""
         if self._urgency is None:
             return queue.heap[0][3]
-        most = queue.heap[0][0]
-        waiting = [e for e in queue.heap if e[0] == most and self._where.get(e[3]) is queue]
-        return self._urgency.first([entry[3] for entry in sorted(waiting)])
+        return self._urgency.first(self._waiting(queue, queue.heap[0][0]))
+
+    def _waiting(self, queue: _Queue, priority: int) -> list[SequenceState]:
+        """The sequences of a tenant of one priority, in order."""
+        entries = sorted(entry for entry in queue.heap if entry[0] == priority)
+        return [entry[3] for entry in entries if self._where.get(entry[3]) is queue]
 
     def _taken(self, tenant: str, queue: _Queue, sequence: SequenceState) -> SequenceState:
         del self._where[sequence]

@@ -9,6 +9,7 @@ from crossdock.router.dispatch.sequence import SequenceState
 from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.urgency import Due, in_time
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.workers import WorkerView
 
 FRESH_S = 0.25  # how old what is known of a prompt's cached part may be
 OLDEST_EVERY = 4  # of so many late ones that are begun one is the first that came
@@ -34,23 +35,40 @@ class Urgency:
 
     def first(self, waiting: Sequence[SequenceState]) -> SequenceState | None:
         """Of sequences in order of arrival; None: of those that wait nobody should begin now."""
-        now, view = self._clock(), self._view
-        workers = view.usable(Role.PREFILL, now) + view.usable(Role.COLOCATED, now)
-        if not workers:
-            return waiting[0]
-        busy_s = sum(worker.numbers.queue_s for worker in workers) / len(workers)
-        order = sorted(waiting, key=self._due)
-        dues = [Due(self._due(each), self._seconds(each, now)) for each in order]
-        kept = in_time(dues, now + busy_s, len(workers))
-        chosen = order[kept[0]] if kept else self._first_late(waiting, now, len(workers))
+        now = self._clock()
+        workers = self._workers(now)
+        kept = self._in_time(waiting, workers, now)
+        chosen = kept[0] if kept else self._first_late(waiting, now, len(workers))
         if chosen is not None:
             chosen.yields = not kept
             self.forget(chosen)
         return chosen
 
+    def before_others(self, waiting: Sequence[SequenceState]) -> Sequence[SequenceState]:
+        """Of sequences in order of arrival, those that do not yield, the first of them first."""
+        now = self._clock()
+        return self._in_time(waiting, self._workers(now), now)
+
     def forget(self, sequence: SequenceState) -> None:
         """It waits no more."""
         self._known.pop(sequence, None)
+
+    def _workers(self, now: float) -> list[WorkerView]:
+        """That compute prompts."""
+        roles = (Role.PREFILL, Role.COLOCATED)
+        return [worker for role in roles for worker in self._view.usable(role, now)]
+
+    def _in_time(
+        self, waiting: Sequence[SequenceState], workers: list[WorkerView], now: float
+    ) -> Sequence[SequenceState]:
+        if not workers:
+            return waiting
+        # Who has tokens already has a client that reads them: it goes on first.
+        begun = [each for each in waiting if each.generated]
+        order = sorted((each for each in waiting if not each.generated), key=self._due)
+        dues = [Due(self._due(each), self._seconds(each, now)) for each in order]
+        busy_s = sum(worker.numbers.queue_s for worker in workers) / len(workers)
+        return begun + [order[place] for place in in_time(dues, now + busy_s, len(workers))]
 
     def _first_late(
         self, waiting: Sequence[SequenceState], now: float, workers: int

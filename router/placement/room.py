@@ -59,7 +59,8 @@ def _computes(worker: WorkerView, now: float) -> bool:
     """Whether it has prompts of this gateway for a while yet, or very many of anybody."""
     if worker.urgent_tokens >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
         return True
-    prompts = [prompt for prompt in worker.computing.values() if not prompt.yields]
+    here = worker.role is Role.PREFILL
+    prompts = [each for each in worker.computing.values() if not (here and each.yields)]
     if not prompts:
         return False
     tokens = sum(prompt.tokens for prompt in prompts)

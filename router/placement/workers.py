@@ -159,7 +159,8 @@ class WorkerView:
     @property
     def urgent_tokens(self) -> float:
         """Of queued_tokens those of prompts that do not yield."""
-        return self.queued_tokens - self.load.yielding_tokens - self.unseen.yielding_tokens
+        yielding = self.load.yielding_tokens + self.unseen.yielding_tokens
+        return self.queued_tokens - (yielding if self.role is Role.PREFILL else 0)
 
     @property
     def sequences(self) -> float:
@@ -256,8 +257,10 @@ class WorkerView:
         running_s = step + share * min(sequences, most) + context * context_s if sequences else 0.0
         chunk_tokens = facts.chunk_tokens or ANY_CHUNK
         chunk_s = base if facts.role is Role.PREFILL else base + running_s
-        yielding = load.yielding_tokens + unseen.yielding_tokens
-        yielding_attention = load.yielding_attention + unseen.yielding_attention
+        yielding, yielding_attention = 0, 0.0
+        if facts.role is Role.PREFILL:  # elsewhere nobody yields
+            yielding = load.yielding_tokens + unseen.yielding_tokens
+            yielding_attention = load.yielding_attention + unseen.yielding_attention
         attended = load.queued_attention + unseen.attention - yielding_attention
         token_s = chunk_s / chunk_tokens + slope
         return Numbers(

@@ -79,10 +79,19 @@ class Reference:
     def queue_s(self, worker: WorkerView) -> float:
         base, slope, attention = worker.lines[0]
         base += 0.0 if worker.role is Role.PREFILL else self.running_s(worker)
-        tokens = self.queued(worker)
-        attended = worker.load.queued_attention
-        attended += sum(each.attention for each in worker.unseen.values())
-        return tokens / self.chunk(worker) * base + tokens * slope + attended * attention
+        load, unseen = worker.load, worker.unseen.values()
+
+        def seconds(tokens: float, attended: float) -> float:
+            return tokens * (base / self.chunk(worker) + slope) + attended * attention
+
+        late = load.yielding_tokens + sum(each.tokens for each in unseen if each.yields)
+        late_attention = load.yielding_attention
+        late_attention += sum(each.attention for each in unseen if each.yields)
+        if worker.role is not Role.PREFILL:
+            late, late_attention = 0, 0.0
+        attended = load.queued_attention + sum(each.attention for each in unseen)
+        urgent_s = seconds(self.queued(worker) - late, attended - late_attention)
+        return urgent_s + (seconds(late, late_attention) if self.demand.yields else 0.0)
 
     def step_s(self, worker: WorkerView, sequences: int) -> float:
         """Of so many, one of which may be new."""

@@ -57,6 +57,7 @@ class History:
             step_base_s=known * 0.02 * rng.random(), step_per_sequence_s=0.0001,
             prefill_attention_s=rng.choice([0, 1e-7]), step_context_s=rng.choice([0, 1e-6]),
             queued_attention=busy * 1000, context_tokens=busy * 500,
+            yielding_tokens=busy // 3, yielding_attention=busy * 100,
         )  # fmt: skip
         self.view.reported(self.view.workers[name], load, self.now)
 
@@ -100,11 +101,13 @@ class History:
         return Demand(
             tokens, rng.choice(self.chains)[: tokens // BLOCK], BLOCK, most_tokens=tokens + 200,
             avoid=frozenset(avoid), local_tokens=rng.choice([0, 100, 400]),
+            yields=rng.random() < 0.3,
         )  # fmt: skip
 
     def placed_as(self, placement: Placement, demand: Demand, key: str) -> None:
         """The sequence goes there, and its workers have not counted it yet."""
         for name in {placement.prefill or placement.decode, placement.decode}:
             tokens, context = placement.uncached_tokens, demand.num_tokens
-            self.view.place(name, key, tokens, demand.blocks, context - tokens, context)
+            cached, yields = context - tokens, demand.yields
+            self.view.place(name, key, tokens, demand.blocks, cached, context, yields)
             self.placed.append((name, key))
