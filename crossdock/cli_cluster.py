@@ -254,12 +254,27 @@ def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
     gateways = [(g.name, g.state, g.grpc, g.http, g.active_requests) for g in cluster.gateways]
     columns = ("gateway", "state", "gRPC", "HTTP", "active")
     console.print(table("gateways", columns, gateways, figures={"active"}))
+    _show_autoscaled(cluster, console)
     _show_leases(cluster, console)
     for line in cluster.waiting_for:
         console.print(line, markup=False, style="red")
     for decision in list(cluster.decisions)[-SHOWN_DECISIONS:]:
         at = time.strftime("%H:%M:%S", time.localtime(decision.unix_s))
         console.print(f"{at}  {decision.action}: {decision.reason}", markup=False)
+
+
+def _show_autoscaled(cluster: admin_pb2.ClusterStatus, console: Console) -> None:
+    """What the autoscaler wants of each of its pools, and why."""
+    if not cluster.autoscaled:
+        return
+    figures = ("least", "most", "floor", "keep", "target")
+    rows = [
+        (each.pool, *(getattr(each, name) for name in figures), each.reason)
+        for each in cluster.autoscaled
+    ]
+    dry_run = " (dry run)" if cluster.autoscaled[0].dry_run else ""
+    columns = ("pool", *figures, "because")
+    console.print(table(f"autoscaled pools{dry_run}", columns, rows, figures))
 
 
 def _worker_row(member: admin_pb2.MemberStatus, several: bool) -> tuple[object, ...]:

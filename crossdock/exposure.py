@@ -20,6 +20,7 @@ RAY = {
 }
 IN_A_MEMBER = "Ray's core worker, or KV transfer"
 OTHER = "Ray's core worker"  # of the process that started the cluster
+CONTROLLER_PID = 0  # a status does not say it
 DOORS = ("gateway.grpc", "gateway.http", "controller.grpc")  # whose addresses the YAML says
 
 
@@ -78,6 +79,8 @@ def wide(ports: Sequence[PortFacts], local: bool) -> Iterator[Wide]:
 
 def _known(cluster: admin_pb2.ClusterStatus) -> Iterator[tuple[tuple[int, int], str]]:
     """What listens, by process and port, as far as its owner says."""
+    if cluster.metrics_address:
+        yield (CONTROLLER_PID, split_address(cluster.metrics_address)[1]), "controller's metrics"
     for gateway in cluster.gateways:
         for door, address in (("gateway.grpc", gateway.grpc), ("gateway.http", gateway.http)):
             if address:
@@ -93,7 +96,9 @@ def _what(
     port: admin_pb2.ListeningPort, known: Mapping[tuple[int, int], str], admin_port: int
 ) -> str:
     if port.process == "ray::ControllerActor":
-        return "controller.grpc" if port.port == admin_port else OTHER
+        if port.port == admin_port:
+            return "controller.grpc"
+        return known.get((CONTROLLER_PID, port.port), OTHER)
     if port.process == "ray::MemberActor":
         return known.get((port.pid, port.port), IN_A_MEMBER)
     return RAY.get(port.process, OTHER)

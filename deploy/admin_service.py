@@ -133,6 +133,8 @@ async def cluster_status(
         waiting_for=controller.waiting_for(),
         local=controller.runtime.local,
         nodes=await _nodes(controller) if listening else (),
+        autoscaled=controller.scaler.status(),
+        metrics_address=controller.metrics_address,
     )
 
 
@@ -169,7 +171,7 @@ async def _status_of(controller: Controller, watched: Watched, check_integrity: 
     known = (watched.pool, watched.role, watched.name, watched.state)
     status = _status(controller, *known, revision=revision, error=why)
     if isinstance(status, admin_pb2.MemberStatus):
-        status.model = watched.model
+        status.model, status.start_s = watched.model, watched.start_s or 0.0
     if started is None:
         return status
     status.pid = started.pid

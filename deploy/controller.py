@@ -23,6 +23,7 @@ from crossdock.deploy.reconcile import (
     Do,
     Losses,
     State,
+    Target,
     converged,
     reconcile,
 )
@@ -40,9 +41,11 @@ from crossdock.deploy.runtime import (
     trial_launch,
     worker_launch,
 )
+from crossdock.deploy.scaler import Scaler
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.deploy.store import ClusterStore
 from crossdock.deploy.trial import try_gateway
+from crossdock.deploy.waiting import waiting_for
 from crossdock.proto.errors import ConfigError, Overtaken, Unavailable
 from crossdock.proto.v1 import admin_pb2
 from crossdock.router.serving import Serving
@@ -78,16 +81,19 @@ class Controller:
         self.members: list[Watched] = []
         self.decisions: deque[admin_pb2.Decision] = deque(maxlen=self._settings.decisions_kept)
         self.failure = ""  # of the last turn
+        self.metrics_address = ""  # host:port, where they are served
         self._adopted = False
         self.errors: dict[str, str] = {}  # by name, until one by that name is ready again
         self.restarts: defaultdict[str, int] = defaultdict(int)
-        self._losses: dict[str, Losses] = {}
+        self.losses: dict[str, Losses] = {}
         self._wake = asyncio.Event()
         self._turned = asyncio.Condition()
         self._ending: asyncio.Task[None] | None = None  # once it goes down
         self._looping = asyncio.Lock()  # held while the loop may start processes
         self._drain_until = float("inf")
         self._background: set[asyncio.Task[None]] = set()
+        told = (self._record, self._wake.set)
+        self.scaler = Scaler(store, lambda: self.spec, self.members, *told)
 
     @property
     def spec(self) -> ClusterSpec:
@@ -98,28 +104,36 @@ class Controller:
 
     async def run(self) -> None:
         """Adopts what runs already, then keeps the cluster as specified until `down` has ended."""
-        pause_s = self._settings.turn_s
-        async with self._looping:
-            while self._ending is None:
-                try:
-                    if not self._adopted:
-                        await self._adopt()
-                    await self.turn()
-                    self.failure, pause_s = "", self._settings.turn_s
-                except Exception as error:  # shown by the status, and tried again
-                    log.exception("a turn failed")
-                    self.failure = f"{type(error).__name__}: {error}"
-                    pause_s = min(MAX_BACKOFF_S, 2 * pause_s)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause_s):
-                        await self._wake.wait()
+        scaling = asyncio.create_task(self.scaler.run())
+        try:
+            async with self._looping:
+                await self._turn_until_ending()
+        finally:
+            scaling.cancel()
+        assert self._ending is not None
         await asyncio.shield(self._ending)
+
+    async def _turn_until_ending(self) -> None:
+        pause_s = self._settings.turn_s
+        while self._ending is None:
+            try:
+                if not self._adopted:
+                    await self._adopt()
+                await self.turn()
+                self.failure, pause_s = "", self._settings.turn_s
+            except Exception as error:  # shown by the status, and tried again
+                log.exception("a turn failed")
+                self.failure = f"{type(error).__name__}: {error}"
+                pause_s = min(MAX_BACKOFF_S, 2 * pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._wake.wait()
 
     async def _adopt(self) -> None:
         """Takes over what runs. Who serves is known before anyone is told a membership: one that
         lacks a worker would break what that worker has under way."""
         for launch, process in await self.runtime.adopt():
-            self._watch(launch, process)
+            self._watch(launch, process, adopted=True)
             self._record(f"adopt {launch.name}", "was running when the controller started")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.adopt_s):
@@ -142,8 +156,8 @@ class Controller:
         if self.converged:
             self.applied.carried_out()
             self.errors.clear()
-            for pool, losses in self._losses.items():
-                self._losses[pool] = replace(losses, places=(), hopeless="")
+            for pool, losses in self.losses.items():
+                self.losses[pool] = replace(losses, places=(), hopeless="")
         for watched in filter(None, leaving):
             self._spawn(self._drain(watched, told))
         await self._notify()
@@ -154,13 +168,17 @@ class Controller:
 
     def _decide(self, spec: ClusterSpec) -> list[Action]:
         members = [member for member in self.members if member.name != TRIAL]
-        return reconcile(targets(spec), members, self._losses, time.monotonic())
+        return reconcile(self._targets(spec), members, self.losses, time.monotonic())
+
+    def _targets(self, spec: ClusterSpec) -> list[Target]:
+        """The pools of `spec`, autoscaled ones as large as was decided."""
+        return targets(self.scaler.sized(spec))
 
     @property
     def converged(self) -> bool:
         """Everything runs as specified, and everyone knows of everyone."""
-        as_specified = converged(targets(self.spec), self.members)
-        told = all(m.told == self._membership_for(m) for m in self.members)
+        as_specified = converged(self._targets(self.spec), self.members)
+        told = all(map(self.is_told, self.members))
         return as_specified and told and not (self._ending or self.failure)
 
     async def _act(self, action: Action) -> Watched | None:
@@ -191,9 +209,9 @@ class Controller:
             self._spawn(watched.stop())
 
     def _place_taken(self, action: Action) -> None:
-        losses = self._losses.get(action.pool, Losses())
+        losses = self.losses.get(action.pool, Losses())
         places = tuple(name for name in losses.places if name != action.name)
-        self._losses[action.pool] = replace(losses, places=places)
+        self.losses[action.pool] = replace(losses, places=places)
 
     async def _drain(self, watched: Watched, told: Sequence[asyncio.Task[None]]) -> None:
         """First the gateways hear that it goes, then it refuses new work."""
@@ -213,13 +231,14 @@ class Controller:
         pool = self.spec.pools.get(watched.pool)
         return pool.drain_s if pool else 60.0
 
-    def _watch(self, launch: Launch, process: Process) -> None:
+    def _watch(self, launch: Launch, process: Process, adopted: bool = False) -> None:
         changed, settings = self._wake.set, self._settings.watch
-        self.members.append(Watched(launch, process, changed, settings, self.authority))
+        watched = Watched(launch, process, changed, settings, self.authority, adopted)
+        self.members.append(watched)
 
     def _count_losses(self) -> None:
         """A loss of a revision that is wanted no more says nothing about the next start."""
-        revisions = {t.pool: t.revision for t in targets(self.spec) if t.replicas}
+        revisions = {t.pool: t.revision for t in self._targets(self.spec) if t.replicas}
         failed = []
         for watched in self.members:
             name, pool = watched.name, watched.pool
@@ -235,10 +254,10 @@ class Controller:
             self._roll_back(why)
 
     def _count_loss(self, name: str, pool: str, why: str, again: bool, hopeless: bool) -> None:
-        now, before = time.monotonic(), self._losses.get(pool, Losses())
+        now, before = time.monotonic(), self.losses.get(pool, Losses())
         again = again and now - before.last < self._settings.loss_memory_s
         count, reason = before.count + 1 if again else 1, f"{name}: {why}" if hopeless else ""
-        self._losses[pool] = Losses(count, now, (*before.places, name), reason)
+        self.losses[pool] = Losses(count, now, (*before.places, name), reason)
         self.errors[name] = why
         self.restarts[name] += 1
 
@@ -313,13 +332,13 @@ class Controller:
         What failed under another revision is not held against the new one.
         """
         self.applied.check_change(spec)
-        before = {target.pool: target.revision for target in targets(self.spec)}
-        wanted = {target.pool: target.revision for target in targets(spec) if target.replicas}
+        before = {target.pool: target.revision for target in self._targets(self.spec)}
+        wanted = {each.pool: each.revision for each in self._targets(spec) if each.replicas}
         changed = spec != self.spec
         self.applied.follow(spec, by)
-        self._losses = {
+        self.losses = {
             pool: losses if wanted[pool] == before.get(pool) else Losses(places=losses.places)
-            for pool, losses in self._losses.items()
+            for pool, losses in self.losses.items()
             if pool in wanted
         }
         for name in {name for name in self.errors if name.rpartition("-")[0] not in wanted}:
@@ -359,30 +378,15 @@ class Controller:
     @property
     def hopeless(self) -> list[str]:
         """Why pools can't have any member of their revision, until another is applied."""
-        return [losses.hopeless for losses in self._losses.values() if losses.hopeless]
+        return [losses.hopeless for losses in self.losses.values() if losses.hopeless]
 
     def waiting_for(self) -> list[str]:
         """What keeps the cluster from being as specified, one line each."""
-        if self.converged:
-            return []
-        lines = [f"the controller's last turn failed: {self.failure}"] if self.failure else []
-        now = time.monotonic()
-        for pool, losses in self._losses.items():
-            if losses.start_allowed_at > now:
-                pause_s = losses.start_allowed_at - losses.last
-                count = f"after {losses.count} losses in a row"
-                lines.append(f"{pool} pauses {pause_s:g} s before its next start, {count}")
-        there = {m.name for m in self.members}
-        lines += [
-            f"{name} is lost: {why}" for name, why in self.errors.items() if name not in there
-        ]
-        for watched in self.members:
-            why = self.why_not_ready(watched)
-            if watched.state is not State.READY:
-                lines.append(f"{watched.name} is {watched.state}" + (f": {why}" if why else ""))
-            elif watched.told != self._membership_for(watched):
-                lines.append(f"{watched.name} has not taken the newest membership")
-        return lines
+        return waiting_for(self)
+
+    def is_told(self, watched: Watched) -> bool:
+        """Whether it has taken the membership that is its newest."""
+        return watched.told == self._membership_for(watched)
 
     async def down(self, drain_s: float) -> None:
         """Lets gateways finish for `drain_s`, ends every process, forgets the cluster.

@@ -75,12 +75,14 @@ class Watched(Member):
         changed: Callable[[], None],
         settings: WatchSettings,
         authority: Authority,
+        adopted: bool = False,
     ) -> None:
         identity = (launch.name, launch.pool, launch.role, launch.revision)
         super().__init__(*identity, State.STARTING, holds=launch.holds, model=launch.model)
         self.launch = launch
         self.process = process
         self.started: Started | None = None
+        self.adopted = adopted  # it ran before this controller did
         self.launched_at = time.monotonic()
         self.ready_at: float | None = None
         self.lost_at: float | None = None
@@ -92,13 +94,25 @@ class Watched(Member):
         self._authority = authority
         self._certified_at = 0.0  # on the wall clock, by which certificates end
         self._channels = Channels(authority.controller)
-        self._load: worker_pb2.Load | None = None  # of its last answer
+        self.load: worker_pb2.Load | None = None  # of its last answer
         self._tasks = [asyncio.create_task(self._watch_end()), asyncio.create_task(self._start())]
 
     @property
     def is_gateway(self) -> bool:
         """Whether it is a gateway and no worker."""
         return self.launch.gateway is not None
+
+    @property
+    def serves(self) -> bool:
+        """Whether there may be requests under way on it."""
+        return self.state in (State.READY, State.DRAINING)
+
+    @property
+    def start_s(self) -> float | None:
+        """How long it took to start; None: it has not, or was not watched meanwhile."""
+        if self.ready_at is None or self.adopted:
+            return None
+        return self.ready_at - self.launched_at
 
     @property
     def barely_served(self) -> bool:
@@ -157,9 +171,8 @@ class Watched(Member):
 
     async def renew(self) -> None:
         """Gives it another certificate once half of the life of its one is over."""
-        serves = self.state in (State.READY, State.DRAINING)
         half_s = self._authority.member_life.total_seconds() / 2
-        if not serves or time.time() < self._certified_at + half_s:
+        if not self.serves or time.time() < self._certified_at + half_s:
             return
         try:
             async with asyncio.timeout(RENEWAL_S):
@@ -206,7 +219,7 @@ class Watched(Member):
         silent, every_s = 0.0, self._settings.probe_every_s
         while self.state is not State.LOST:
             await asyncio.sleep(every_s)
-            patience = patience_s(self._settings, self.launch.worker, self._load)
+            patience = patience_s(self._settings, self.launch.worker, self.load)
             asked = time.monotonic()
             if await self._answers(patience / 2):
                 silent = 0.0
@@ -220,7 +233,7 @@ class Watched(Member):
     async def _answers(self, timeout_s: float) -> bool:
         if not self.is_gateway:
             status = await self.status(timeout_s=timeout_s)
-            self._load = status.load if status is not None else self._load
+            self.load = status.load if status is not None else self.load
             return status is not None
         try:
             async with asyncio.timeout(timeout_s):

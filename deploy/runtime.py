@@ -13,6 +13,7 @@ from crossdock.proto.hashing import hash_key
 from crossdock.proto.settings import given, overlap
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.router.config import GatewayConfig, probe_key
+from crossdock.router.dispatch.traffic import Traffic
 from crossdock.router.frontdoor.audit_chain import signing_key
 from crossdock.router.serving import Serving
 from crossdock.worker.config import WorkerConfig
@@ -104,6 +105,9 @@ class Process(Protocol):
 
     async def active_requests(self) -> int:
         """Requests that a gateway holds now."""
+
+    async def traffic(self) -> Mapping[str, Traffic]:
+        """What a gateway has counted since it started, by model."""
 
     async def listening(self) -> Sequence[Listening]:
         """The ports of all the cluster's processes on its node."""

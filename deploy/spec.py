@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -18,6 +17,10 @@ from typing import Any
 
 import yaml
 
+from crossdock.deploy.address_rules import GATEWAY_POOL as GATEWAY_POOL
+from crossdock.deploy.address_rules import check_pool_names, check_ports, check_tls, check_url
+from crossdock.deploy.autoscaling.rules import check_autoscale
+from crossdock.deploy.autoscaling.settings import AutoscaleSettings, PoolAutoscale
 from crossdock.deploy.model_rules import check_engines, check_gpus, check_models, check_pools
 from crossdock.deploy.ray_rules import (
     check_amount,
@@ -28,12 +31,9 @@ from crossdock.deploy.ray_rules import (
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import (
     CONTROLLER_ADDRESS,
-    NAME_PATTERN,
-    NAME_RULE,
     check_settings,
     no_entries,
     of,
-    overlap,
     setting,
     split_address,
 )
@@ -54,7 +54,6 @@ from crossdock.worker.config import EngineSettings, WorkerConfig
 
 API_VERSION = "crossdock/v1"
 KIND = "Cluster"
-GATEWAY_POOL = "gateway"
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,12 @@ class PoolSpec:
         choices=tuple(role.value for role in Role),
     )
     model: str = setting("", "Which of models it serves; needed where there are models.")
-    replicas: int = setting(1, "Number of workers.", low=0, high=1024)
+    replicas: int = setting(
+        1, "Number of workers; of an autoscaled pool, with how many it starts.", low=0, high=1024
+    )
+    autoscale: PoolAutoscale = setting(
+        factory=PoolAutoscale, doc="Its size follows the load, within these bounds."
+    )
     resources: ResourcesSpec = setting(factory=ResourcesSpec, doc="What each worker reserves.")
     nodes: NodesSpec = setting(factory=NodesSpec, doc="Which nodes its workers run on.")
     threads: int = setting(
@@ -227,12 +231,6 @@ class KVSpec:
     ucx: Mapping[str, str] = of(WorkerConfig, "transport_options")
 
 
-def _check_url(path: str, url: str) -> None:
-    """Raises ConfigError."""
-    if not re.fullmatch(r"https?://[^\s/@]+/?", url):
-        raise ConfigError(path, f"{url!r} is not allowed; must be http(s)://HOST:PORT")
-
-
 @dataclass(frozen=True)
 class TelemetrySpec:
     """The YAML's `telemetry`."""
@@ -241,7 +239,7 @@ class TelemetrySpec:
     endpoint: str = setting(
         "http://127.0.0.1:4317",
         "OTLP collector (gRPC), http:// or https://, where exporter is otlp.",
-        check=_check_url,
+        check=check_url,
     )
 
 
@@ -284,7 +282,10 @@ class ClusterSpec:
     gateway: GatewaySpec = setting(factory=GatewaySpec, doc="The front door.")
     controller: ControllerSpec = setting(factory=ControllerSpec, doc="The control plane.")
     kv: KVSpec = setting(factory=KVSpec, doc="The KV pools and the hand-off.")
-    slo: Slo = setting(factory=Slo, doc="What the router and the reports aim at.")
+    slo: Slo = setting(factory=Slo, doc="What the router, the autoscaler and the reports aim at.")
+    autoscale: AutoscaleSettings = setting(
+        factory=AutoscaleSettings, doc="How autoscaled pools follow the load."
+    )
     auth: AuthSettings = setting(factory=AuthSettings, doc="Who may use the front door.")
     audit: AuditSettings = setting(factory=AuditSettings, doc="What is written down of requests.")
     prices: Mapping[str, Price] = setting(
@@ -321,12 +322,13 @@ class ClusterSpec:
         check_settings(self)
         self.auth.check()
         check_models(self)
-        _check_names(self.pools)
+        check_pool_names(self.pools)
         check_pools(self)
         check_engines(self)
         check_gpus(self)
-        _check_ports(self)
-        _check_tls(self.gateway.tls)
+        check_autoscale(self)
+        check_ports(self)
+        check_tls(self.gateway.tls)
         return self
 
     def with_replicas(self, pool: str, replicas: int) -> ClusterSpec:
@@ -334,6 +336,11 @@ class ClusterSpec:
         if pool not in self.pools:
             known = ", ".join(sorted(self.pools))
             raise ConfigError("pool", f"{pool!r} is unknown; the pools are {known}")
+        if bounds := self.pools[pool].autoscale:
+            within = f"it is autoscaled from {bounds.min} to {bounds.max} workers"
+            raise ConfigError(
+                "pool", f"{pool!r} has no fixed size: {within}; change pools.{pool}.autoscale"
+            )
         changed = replace(self.pools[pool], replicas=replicas)
         pools = {**self.pools, pool: changed}
         return replace(self, pools=MappingProxyType(pools)).validate()
@@ -343,6 +350,23 @@ class ClusterSpec:
         where it changes, workers are replaced."""
         model = self.model_of(pool)
         return _revision(self.pools[pool], [model.id, model.dtype], self.kv, self.telemetry)
+
+    def worker_kind(self, pool: str) -> str:
+        """Digest of all that a running worker of `pool` was started with, but its role: workers of
+        equal kinds can take each other's."""
+        own = replace(self.pools[pool], role=Role.COLOCATED.value)
+        model = self.model_of(pool)
+        return _revision(own, [model.id, model.dtype], self.kv, self.telemetry)
+
+    def sized(self, workers: Mapping[str, int]) -> ClusterSpec:
+        """The same with autoscaled pools of these sizes, as far as their bounds allow."""
+        pools = {
+            name: replace(pool, replicas=pool.autoscale.within(workers.get(name, pool.replicas)))
+            if pool.autoscale
+            else pool
+            for name, pool in self.pools.items()
+        }
+        return replace(self, pools=MappingProxyType(pools))
 
     def model_of(self, pool: str) -> ModelSpec | NamedModelSpec:
         """The model that a pool serves."""
@@ -414,32 +438,9 @@ def _offset(address: str, index: int) -> str:
     return f"{host}:{port + index if port else 0}"
 
 
-def _check_names(pools: Mapping[str, PoolSpec]) -> None:
-    for name in pools:
-        if not NAME_PATTERN.fullmatch(name):
-            raise ConfigError(f"pools.{name}", f"{name!r} is not a pool name; {NAME_RULE}")
-        if name == GATEWAY_POOL:
-            raise ConfigError(f"pools.{name}", "is taken by the gateways; choose another name")
-
-
-def _check_ports(spec: ClusterSpec) -> None:
-    claims = spec.claims()
-    for index, (path, address) in enumerate(claims):
-        for other_path, other in claims[:index]:
-            if overlap(address, other):
-                raise ConfigError(path, f"{address!r} is also the port of {other_path}")
-
-
-def _check_tls(files: TlsFiles) -> None:
-    for missing in ("cert", "key"):
-        others = [name for name, path in plain(files).items() if path]
-        if others and missing not in others:
-            raise ConfigError(f"gateway.tls.{missing}", f"is missing beside {others[0]}")
-
-
 def _revision(group: GatewaySpec | PoolSpec, *others: Any) -> str:
     own = plain(group)
-    for not_the_members in ("replicas", "drain_s"):
-        del own[not_the_members]
+    for not_the_members in ("replicas", "drain_s", "autoscale"):
+        own.pop(not_the_members, None)
     text = json.dumps([own, *map(plain, others)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

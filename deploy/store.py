@@ -67,6 +67,7 @@ class _State:
     generation: int = 0
     spec: str = ""
     good: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)  # of autoscaled pools, by name
     secrets: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
 
     def pack(self) -> bytes:
@@ -127,6 +128,14 @@ class ClusterStore:
     def spec(self) -> str:
         """The applied spec, as YAML."""
         return self._state.spec
+
+    def save_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Keeps how many workers autoscaled pools are to have."""
+        self._change(sizes=dict(sizes))
+
+    def sizes(self) -> dict[str, int]:
+        """Of autoscaled pools, as far as any was decided."""
+        return dict(self._state.sizes)
 
     def save_secrets(self, changed: Mapping[str, bytes]) -> None:
         """Adds or replaces these secrets, all of them or none."""

@@ -12,6 +12,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
 from crossdock.model.text import TextModel
+from crossdock.model.tokenizer_parts import ids_of
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.types import Grammar, GrammarKind
 
@@ -161,7 +162,7 @@ class _Tokens:
 
     def __call__(self, text: str | bytes) -> list[int]:
         plain = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return self._tokenizer.encode(plain, add_special_tokens=False).ids
+        return ids_of(self._tokenizer, plain, framed=False)
 
 
 def _unknown(text: TextModel) -> set[int]:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 
 from tokenizers import Tokenizer
 
+from crossdock.model.tokenizer_parts import ids_of
+
 MARK = "\ue0f0"  # of private use
 
 T = TypeVar("T")
@@ -51,7 +53,7 @@ class PlainText:
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text; what holds marks is no special token."""
         if MARK not in text:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids_of(self._tokenizer, text, framed=False)
         ids: list[int] = []
         at = 0
         for match in self._any.finditer(text):
@@ -62,7 +64,7 @@ class PlainText:
 
     def _as_text(self, text: str) -> list[int]:
         plain = MARK.join(part.replace(MARK, "") for part in text.split(MARK * 2))
-        return self._without_special.encode(plain, add_special_tokens=False).ids if plain else []
+        return ids_of(self._without_special, plain, framed=False) if plain else []
 
     @cached_property
     def _without_special(self) -> Tokenizer:

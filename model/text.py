@@ -19,6 +19,7 @@ from crossdock.model.hf_tokenizer import read_hf_tokenizer
 from crossdock.model.plain_text import PlainText
 from crossdock.model.store import ModelFiles
 from crossdock.model.token_bytes import TokenBytes
+from crossdock.model.tokenizer_parts import ids_of
 from crossdock.proto.errors import InvalidRequest
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -41,7 +42,7 @@ class TextModel:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a raw prompt, with BOS or whatever else the tokenizer puts around a text."""
-        return self.tokenizer.encode(text).ids
+        return ids_of(self.tokenizer, text)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are no UTF-8 become U+FFFD."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, processors
+
+# One text at a time is all that is ever encoded: the library's pool of threads would only add
+# wake-ups to it, and a thread for each core to every process.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @dataclass(frozen=True)
@@ -24,3 +29,9 @@ def surround(tokenizer: Tokenizer, before: str | None, after: str | None) -> Non
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=[(text, tokenizer.token_to_id(text)) for text in tokens]
     )
+
+
+def ids_of(tokenizer: Tokenizer, text: str, *, framed: bool = True) -> list[int]:
+    """Token ids of a text, with what the tokenizer puts around one where it is `framed`. Quicker
+    than `encode`, which works out as well where in the text each token begins."""
+    return tokenizer.encode_batch_fast([text], add_special_tokens=framed)[0].ids

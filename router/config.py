@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hmac
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from crossdock.proto.settings import GATEWAY_ADDRESS, check_settings, no_entries
 from crossdock.router.dispatch.admission import Limits
 from crossdock.router.dispatch.lifecycle import Slo as Slo
 from crossdock.router.dispatch.links import LinkSettings
-from crossdock.router.placement.policy import ALIASES, OURS, POLICIES, Policies
+from crossdock.router.placement.policy import ALIASES, ORDERED_BY_SLO, POLICIES, Policies
 from crossdock.router.serving import TOOL_PARSERS, ServedModel, Serving
 
 
@@ -272,15 +273,15 @@ class GatewayConfig(Limits):
         check_settings(self, "gateway.")
 
     @property
-    def aims(self) -> Slo | None:
-        """What the order in which sequences are begun aims at; None: their arrival decides, as
-        other policies have it."""
-        return self.slo if ALIASES.get(self.policy, self.policy) == OURS else None
-
-    @property
     def first_serving(self) -> Serving:
         """What it serves until it is told otherwise: `model` alone has no name, but its files'."""
         return self.serving if self.serving.models else Serving({"": ServedModel(self.model)})
+
+    @property
+    def ttft_aim_s(self) -> float:
+        """Within which a first token is to come, where that decides who of a tenant is next."""
+        ordered = ALIASES.get(self.policy, self.policy) in ORDERED_BY_SLO
+        return self.slo.ttft_ms / 1000 if ordered else math.inf
 
     @property
     def max_body_bytes(self) -> int:

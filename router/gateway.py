@@ -15,6 +15,7 @@ from crossdock.router.config import GatewayConfig as GatewayConfig
 from crossdock.router.dispatch.admission import Admission
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.dispatch.streams import Dialer
+from crossdock.router.dispatch.traffic import Traffic
 from crossdock.router.frontdoor.audit import AuditLog
 from crossdock.router.frontdoor.auth import Authenticator
 from crossdock.router.frontdoor.gate import Gate
@@ -177,6 +178,11 @@ class GatewayServer:
     def active_requests(self) -> int:
         """Requests under way."""
         return sum(served.dispatcher.active_requests for served in self._all())
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        """What was counted of each model's sequences, by its key in the YAML."""
+        return {key: served.metrics.traffic.now for key, served in self._served.items()}
 
     @property
     def ready(self) -> bool:

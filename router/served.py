@@ -80,6 +80,7 @@ class Served:
     ) -> None:
         config, files, text = shared.config, loaded.files, loaded.text
         self.key, self.source, self._text, self._config = key, model.source, text, config
+        self.metrics = ModelMetrics(shared.metrics, key or files.model_id)
         self.view = view = ClusterView()
         self.links = links = Links(
             view,
@@ -99,12 +100,12 @@ class Served:
             policy=config.policies.named(config.policy),
             limits=config,
             admission=shared.admission,
-            metrics=ModelMetrics(shared.metrics, key or files.model_id),
+            metrics=self.metrics,
             hasher=BlockHasher(config.hash_key, config.block_size),
             eos_token_ids=text.eos_token_ids,
             detokenizer_of=lambda prompt, stop: IncrementalDetokenizer(text, prompt, stop),
             prefix=f"{prefix}-{number}" if number else prefix,
-            aims=config.aims,
+            ttft_aim_s=config.ttft_aim_s,
             on_ready=shared.on_ready,
         )
         self.aside = TextProcess(files)

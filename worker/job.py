@@ -26,6 +26,7 @@ class Job:
     times: dict[str, float] = field(default_factory=dict)  # life-cycle event -> wall-clock ms
     transfer: pb.TransferStats = field(default_factory=pb.TransferStats)
     first_output_sent: bool = False
+    number: int = 0  # its gateway's name for it, where that gave it one
 
     @property
     def id(self) -> str:
@@ -104,4 +105,4 @@ class Job:
             arrival=min(request.arrival_unix_s or arrival, arrival),
         )
         deadline = request.deadline_unix_ms / 1000 if request.deadline_unix_ms else None
-        return cls(sequence, owner, request.traceparent, deadline)
+        return cls(sequence, owner, request.traceparent, deadline, number=request.number)

@@ -34,6 +34,10 @@ class Outbox:
         progress: pb.PromptProgress | None = None,
     ) -> None:
         """New tokens; the first ones carry the sequence's times and counts as well."""
+        alone = len(tokens) == 1 and tokens[0].logprob is None and not (finish or progress)
+        if alone and job.number and job.first_output_sent:
+            self._together(job, tokens[0].token_id)
+            return
         output = pb.SequenceOutput(
             sequence_id=job.id,
             token_ids=[token.token_id for token in tokens],
@@ -50,6 +54,14 @@ class Outbox:
                 output.transfer.CopyFrom(job.transfer)
             output.times.CopyFrom(pb.SequenceTimes(**job.times))
         self._outputs[job.owner].append(output)
+
+    def _together(self, job: Job, token_id: int) -> None:
+        """The most of what is ever said: an output for all of which just this is to be said."""
+        outputs = self._outputs[job.owner]
+        if not outputs or not outputs[-1].numbers:
+            outputs.append(pb.SequenceOutput())
+        outputs[-1].numbers.append(job.number)
+        outputs[-1].token_ids.append(token_id)
 
     def scores(self, job: Job, scores: PromptScores) -> None:
         """Log-probabilities of tokens of its prompt, as long as what a step computes."""

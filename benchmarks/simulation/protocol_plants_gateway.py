@@ -156,18 +156,22 @@ def token_0_delivered_twice(patch: pytest.MonkeyPatch) -> None:
 def late_output_taken(patch: pytest.MonkeyPatch) -> None:
     """What an attempt that was given up still says is delivered."""
     on_outputs, route = Dispatcher.on_outputs, Dispatcher._route
-    attempts: dict[str, SequenceState] = {}
+    attempts: dict[str | int, SequenceState] = {}
 
     def note(self: Dispatcher, sequence: SequenceState) -> None:
         route(self, sequence)
-        attempts[sequence.sequence_id] = sequence
+        attempts[sequence.sequence_id] = attempts[sequence.number] = sequence
 
     def take(self: Dispatcher, link: object, outputs: list[pb.SequenceOutput]) -> None:
         for output in outputs:
-            sequence = attempts.get(output.sequence_id)
-            given_up = sequence is not None and output.sequence_id not in self._sequences
-            if given_up and output.token_ids:
-                self._deliver(sequence, detokenize(sequence, output, frozenset()), self._clock())
+            alone = [(output.sequence_id, output)]
+            pairs = zip(output.numbers, output.token_ids)
+            for name, said in [(n, pb.SequenceOutput(token_ids=[t])) for n, t in pairs] or alone:
+                sequence = attempts.get(name)
+                given_up = name not in self._sequences and name not in self._numbered
+                if sequence is not None and given_up and said.token_ids:
+                    delta = detokenize(sequence, said, frozenset())
+                    self._deliver(sequence, delta, self._clock())
         on_outputs(self, link, outputs)
 
     patch.setattr(Dispatcher, "_route", note)

@@ -48,7 +48,7 @@ class SimGateway:
             eos_token_ids=frozenset({END_ID}),
             detokenizer_of=lambda prompt, stop: _NO_TEXT,
             prefix=config.name,
-            aims=config.aims,
+            ttft_aim_s=config.ttft_aim_s,
             clock=site.clock,
             rng=random.Random(site.rng.getrandbits(64)),
         )

@@ -86,6 +86,7 @@ class ControllerActor:
             ray.actor.exit_actor()
 
     async def _serve(self, store: ClusterStore, yaml: str, life: str, runtime: RayRuntime) -> None:
+        from crossdock.deploy import metrics
         from crossdock.deploy.admin_service import serve_admin
         from crossdock.deploy.controller import Controller
 
@@ -99,6 +100,8 @@ class ControllerActor:
             self._started.set()
             return
         self._controller = controller
+        host = "127.0.0.1" if runtime.local else ray.util.get_node_ip_address()
+        controller.metrics_address = metrics.serve(controller, host)
         self._probe_key = probe_key(gateways_key(store.key()))
         tending = credentials.tend(controller, store, self._address)
         self._tending = asyncio.get_running_loop().create_task(tending)

@@ -26,6 +26,7 @@ from crossdock.proto.identity import Credentials
 from crossdock.proto.settings import loopback_host
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.router import garbage
+from crossdock.router.dispatch.traffic import Traffic
 from crossdock.router.serving import Serving
 
 CONNECT_S = 5.0  # for a gateway to reach the workers that it was told of
@@ -113,6 +114,10 @@ class MemberActor:
     async def active_requests(self) -> int:
         """Requests under way; 0 before it serves."""
         return int(self._server.active_requests) if self._started else 0
+
+    async def traffic(self) -> Mapping[str, Traffic]:
+        """What a gateway has counted, by model; nothing before it serves."""
+        return self._server.traffic if self._started else {}
 
     async def listening(self) -> Sequence[Listening]:
         """The ports of all the cluster's processes on this node."""

@@ -29,6 +29,7 @@ from crossdock.deploy.runtime import (
     StartFailed,
 )
 from crossdock.deploy.telemetry import EVENT_LISTENER
+from crossdock.router.dispatch.traffic import Traffic
 
 HEAD_RESOURCE = "node:__internal_head__"
 MANY_CALLS = 1000
@@ -66,6 +67,9 @@ class RayProcess:
 
     async def active_requests(self) -> int:
         return await call(self._actor.active_requests.remote())
+
+    async def traffic(self) -> Mapping[str, Traffic]:
+        return await call(self._actor.traffic.remote())
 
     async def listening(self) -> Sequence[Listening]:
         return await call(self._actor.listening.remote())

@@ -36,7 +36,7 @@ class NodePorts(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ListeningPort, _Mapping]]] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("name", "pool", "role", "state", "address", "pid", "node_id", "revision", "restarts", "worker", "error", "model")
+    __slots__ = ("name", "pool", "role", "state", "address", "pid", "node_id", "revision", "restarts", "worker", "error", "model", "start_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class MemberStatus(_message.Message):
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     pool: str
     role: _worker_pb2.Role
@@ -61,7 +62,8 @@ class MemberStatus(_message.Message):
     worker: _worker_pb2.WorkerStatus
     error: str
     model: str
-    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[_worker_pb2.Role, str]] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., restarts: _Optional[int] = ..., worker: _Optional[_Union[_worker_pb2.WorkerStatus, _Mapping]] = ..., error: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    start_s: float
+    def __init__(self, name: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[_worker_pb2.Role, str]] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., revision: _Optional[str] = ..., restarts: _Optional[int] = ..., worker: _Optional[_Union[_worker_pb2.WorkerStatus, _Mapping]] = ..., error: _Optional[str] = ..., model: _Optional[str] = ..., start_s: _Optional[float] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
     __slots__ = ("name", "state", "grpc", "http", "pid", "active_requests", "revision", "restarts", "error")
@@ -95,8 +97,30 @@ class Decision(_message.Message):
     reason: str
     def __init__(self, unix_s: _Optional[float] = ..., action: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class PoolScale(_message.Message):
+    __slots__ = ("pool", "least", "most", "target", "floor", "keep", "cause", "reason", "dry_run")
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    pool: str
+    least: int
+    most: int
+    target: int
+    floor: int
+    keep: int
+    cause: str
+    reason: str
+    dry_run: bool
+    def __init__(self, pool: _Optional[str] = ..., least: _Optional[int] = ..., most: _Optional[int] = ..., target: _Optional[int] = ..., floor: _Optional[int] = ..., keep: _Optional[int] = ..., cause: _Optional[str] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
 class ClusterStatus(_message.Message):
-    __slots__ = ("name", "model", "workers", "gateways", "decisions", "converged", "generation", "waiting_for", "local", "nodes")
+    __slots__ = ("name", "model", "workers", "gateways", "decisions", "converged", "generation", "waiting_for", "local", "nodes", "autoscaled", "metrics_address")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +131,8 @@ class ClusterStatus(_message.Message):
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     LOCAL_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
+    AUTOSCALED_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     workers: _containers.RepeatedCompositeFieldContainer[MemberStatus]
@@ -117,7 +143,9 @@ class ClusterStatus(_message.Message):
     waiting_for: _containers.RepeatedScalarFieldContainer[str]
     local: bool
     nodes: _containers.RepeatedCompositeFieldContainer[NodePorts]
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., converged: _Optional[bool] = ..., generation: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., local: _Optional[bool] = ..., nodes: _Optional[_Iterable[_Union[NodePorts, _Mapping]]] = ...) -> None: ...
+    autoscaled: _containers.RepeatedCompositeFieldContainer[PoolScale]
+    metrics_address: str
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., converged: _Optional[bool] = ..., generation: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., local: _Optional[bool] = ..., nodes: _Optional[_Iterable[_Union[NodePorts, _Mapping]]] = ..., autoscaled: _Optional[_Iterable[_Union[PoolScale, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("yaml", "file", "dry_run", "wait", "timeout_s", "generation")

@@ -180,7 +180,7 @@ class TransferStats(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., late_bytes: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "root_hash", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids", "arrival_unix_s", "yields", "scored_tokens")
+    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "root_hash", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids", "arrival_unix_s", "yields", "scored_tokens", "number")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +194,7 @@ class SequenceRequest(_message.Message):
     ARRIVAL_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     YIELDS_FIELD_NUMBER: _ClassVar[int]
     SCORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
@@ -207,7 +208,8 @@ class SequenceRequest(_message.Message):
     arrival_unix_s: float
     yields: bool
     scored_tokens: int
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., root_hash: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ..., yields: _Optional[bool] = ..., scored_tokens: _Optional[int] = ...) -> None: ...
+    number: int
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., root_hash: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ..., yields: _Optional[bool] = ..., scored_tokens: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "decode_worker")
@@ -320,7 +322,7 @@ class PromptLogprobs(_message.Message):
     def __init__(self, first: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ..., ranks: _Optional[_Iterable[int]] = ..., top: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "progress", "error", "times", "cached_tokens", "transfer", "prompt_logprobs")
+    __slots__ = ("sequence_id", "token_ids", "logprobs", "finish_reason", "stop_reason", "progress", "error", "times", "cached_tokens", "transfer", "prompt_logprobs", "numbers")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -332,6 +334,7 @@ class SequenceOutput(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]
@@ -343,7 +346,8 @@ class SequenceOutput(_message.Message):
     cached_tokens: int
     transfer: TransferStats
     prompt_logprobs: PromptLogprobs
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
+    numbers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., numbers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("waiting", "running", "queued_tokens", "queued_attention", "yielding_tokens", "yielding_attention", "context_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "step_context_s", "draining", "prefill_base_s", "prefill_attention_s", "prefill_step_tokens", "age_s", "late")

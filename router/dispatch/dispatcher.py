@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from crossdock.proto.errors import (
     DeadlineExceeded,
     Draining,
     NotFound,
+    Overloaded,
     WorkerLost,
 )
 from crossdock.proto.hashing import BlockHasher
@@ -33,7 +35,7 @@ from crossdock.router.dispatch.admission import Admission, Limits, check_deadlin
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
-from crossdock.router.dispatch.lifecycle import Slo
+from crossdock.router.dispatch.line import Work
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics, StepGain
@@ -41,7 +43,6 @@ from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
-from crossdock.router.dispatch.urgency import Urgency
 from crossdock.router.dispatch.waiting import Step, Waiting
 from crossdock.router.placement.demand import Demand, NoWorker
 from crossdock.router.placement.policy import Policy
@@ -50,6 +51,8 @@ from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import WorkerView
 
 log = logging.getLogger(__name__)
+
+Said = pb.SequenceOutput | int  # what an output says of one sequence: that it gained this token
 
 
 class Dispatcher:
@@ -69,7 +72,7 @@ class Dispatcher:
         eos_token_ids: frozenset[int],
         detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
         prefix: str,
-        aims: Slo | None = None,
+        ttft_aim_s: float = math.inf,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -86,6 +89,7 @@ class Dispatcher:
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
+        self._ttft_aim_s = ttft_aim_s
         self._prefix = prefix  # makes sequence ids unique in the cluster
         self._on_ready = on_ready
         self._clock = clock
@@ -95,10 +99,14 @@ class Dispatcher:
         self._turn = 0
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
+        self._numbered: dict[int, SequenceState] = {}  # the same, by their attempts' numbers
         self._turns = Turns(
             lambda: has_room(view, clock()),
             lambda sequence: self._guarded(sequence, self._route),
-            aims and Urgency(view, clock, aims.ttft_ms / 1000, self._demand),
+            self._due,
+            self._work,
+            clock,
+            lambda: view.busy(clock()),
         )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
@@ -161,6 +169,7 @@ class Dispatcher:
             lambda: self._end(active, Cancelled("the client went away"), "client gone")
         )
         self._requests[active] = None
+        self.metrics.traffic.arrived += request.num_sequences
         try:
             self._begin(active, now)
         except Exception as error:
@@ -262,12 +271,22 @@ class Dispatcher:
             self._waiting.add(sequence, self._take_turn, why)
             return
         self._count += 1
-        sequence.placed(f"{self._prefix}-{self._count}", placement)
-        self._sequences[sequence.sequence_id] = sequence
+        sequence.placed(f"{self._prefix}-{self._count}", self._count, placement)
+        self._sequences[sequence.sequence_id] = self._numbered[sequence.number] = sequence
         sequence.hold(link)
         sequence.timeline.mark("routed", self._clock())
         log.debug("%s: %s", sequence.sequence_id, placement)
         attempts.send(sequence, link, self.view, demand, self._eos, now)
+
+    def _due(self, sequence: SequenceState) -> float:
+        """When its first token is to be there."""
+        request = sequence.active.request
+        aim = request.received + self._ttft_aim_s
+        return aim if request.deadline is None else min(aim, request.deadline)
+
+    def _work(self, sequence: SequenceState) -> Work:
+        alone_s, workers = self.view.alone_s(self._demand(sequence))
+        return Work(self._due(sequence), alone_s, alone_s / max(1, workers))
 
     def _demand(self, sequence: SequenceState) -> Demand:
         return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
@@ -301,24 +320,31 @@ class Dispatcher:
     # -- what the workers say -----------------------------------------------------------------
 
     def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
-        now, gained = self._clock(), StepGain()
-        for output in outputs:
-            sequence = self._sequences.get(output.sequence_id)
-            if sequence is None:
-                continue  # cancelled meanwhile, or of an attempt that was given up
-            try:
-                if sequence.steady is link and not output.finish_reason:
-                    token_ids = list(output.token_ids)
-                    gained.add(len(token_ids), sequence.timeline.token(now))
-                    sequence.carry_on(token_ids)
-                elif link.name in sequence.holders:
-                    self._take(sequence, link, output, now)
-            except CrossdockError as error:
-                self._end(sequence.active, error, "failed")
-            except Exception as error:  # of one request; the others on the stream go on
-                log.exception("%s: an output could not be delivered", sequence.sequence_id)
-                self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
-        self.metrics.carried_on(gained)
+        gain = StepGain(self._clock())
+        for output in outputs:  # those not found: cancelled, or of an attempt that was given up
+            if not output.numbers:
+                if sequence := self._sequences.get(output.sequence_id):
+                    self._heard(sequence, link, output, gain)
+                continue
+            for number, token_id in zip(output.numbers, output.token_ids, strict=True):
+                if sequence := self._numbered.get(number):
+                    self._heard(sequence, link, token_id, gain)
+        self.metrics.carried_on(gain)
+
+    def _heard(self, sequence: SequenceState, link: WorkerLink, said: Said, gain: StepGain) -> None:
+        try:
+            token_ids = [said] if isinstance(said, int) else list(said.token_ids)
+            if sequence.steady is link and (isinstance(said, int) or not said.finish_reason):
+                gain.add(len(token_ids), sequence.timeline.token(gain.now))
+                sequence.carry_on(token_ids)
+            elif link.name in sequence.holders:
+                output = pb.SequenceOutput(token_ids=token_ids) if isinstance(said, int) else said
+                self._take(sequence, link, output, gain.now)
+        except CrossdockError as error:
+            self._end(sequence.active, error, "failed")
+        except Exception as error:  # of one request; the others on the stream go on
+            log.exception("%s: an output could not be delivered", sequence.sequence_id)
+            self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
 
     def _take(
         self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
@@ -365,6 +391,8 @@ class Dispatcher:
             first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
             self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
             self.metrics.gained(len(delta.token_ids), first, gap_s)
+            if first and gap_s is not None:
+                self.metrics.started(gap_s, sequence.prompt_tokens, sequence.cached_tokens or 0)
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
             if delta.cut_short or reserved_early:
@@ -427,6 +455,9 @@ class Dispatcher:
         self._requests.pop(active)
         self._admission.release(active.request.tenant, active.request.num_sequences)
         self.metrics.outcome(error)
+        if isinstance(error, (Overloaded, DeadlineExceeded)):
+            late = sum(not sequence.generated for sequence in active.sequences)
+            self.metrics.traffic.refused += late
         if error is None:
             self.metrics.e2e.observe(now - active.request.received)
         tracing.end(active, error, now)
@@ -439,4 +470,5 @@ class Dispatcher:
         self._waiting.remove(sequence)
         self._turns.remove(sequence)
         self._sequences.pop(sequence.sequence_id, None)
+        self._numbered.pop(sequence.number, None)
         attempts.forget(sequence, self.view)

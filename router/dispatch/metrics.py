@@ -11,6 +11,7 @@ from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES, Slo, Timeline
 from crossdock.router.dispatch.plain_metrics import PlainCounter, PlainHistogram
+from crossdock.router.dispatch.traffic import TrafficCount
 
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
@@ -19,12 +20,13 @@ _DECISION = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 1e-1)
 
 
 class StepGain:
-    """Tokens that one frame brought. Those of a step came together in the step before as well, so
-    that most of them have one and the same gap."""
+    """Tokens that one frame brought `now`. Those of a step came together in the one before as well,
+    so that most of them have one and the same gap."""
 
-    __slots__ = ("gaps", "tokens")
+    __slots__ = ("gaps", "now", "tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
+        self.now = now
         self.tokens = 0
         self.gaps: dict[float, int] = {}  # seconds since the token before -> how many sequences
 
@@ -157,6 +159,7 @@ class ModelMetrics:
 
     def __init__(self, gateway: GatewayMetrics, model: str) -> None:
         self._gateway, self._model = gateway, model
+        self.traffic = TrafficCount()
         self.ttft, self.itl = gateway.ttft.of(model), gateway.itl.of(model)
         self.tpot, self.e2e = gateway.tpot.of(model), gateway.e2e.of(model)
         self.decision = gateway.decision.of(model)
@@ -174,6 +177,15 @@ class ModelMetrics:
         if gap_s is not None:
             (self.ttft if first else self.itl).observe(gap_s)
 
+    def started(self, ttft_s: float, prompt_tokens: int, cached_tokens: int) -> None:
+        """Token 0 of a sequence was delivered."""
+        traffic, uncached = self.traffic, prompt_tokens - cached_tokens
+        traffic.started += 1
+        traffic.ttft_met += 1000 * ttft_s <= self._gateway.slo.ttft_ms
+        traffic.prompt_tokens += prompt_tokens
+        traffic.cached_tokens += cached_tokens
+        traffic.uncached_squares += uncached * uncached
+
     def carried_on(self, gain: StepGain) -> None:
         """What one frame brought of sequences that had tokens before."""
         if gain.tokens:
@@ -190,7 +202,11 @@ class ModelMetrics:
         if generated > 1:
             tpot = (last - first) / (generated - 1)
             self.tpot.observe(tpot)
-        met = first * 1000 <= slo.ttft_ms and tpot * 1000 <= slo.tpot_ms
+        fluent = tpot * 1000 <= slo.tpot_ms
+        self.traffic.finished += 1
+        self.traffic.tpot_met += fluent
+        self.traffic.generated_tokens += generated
+        met = first * 1000 <= slo.ttft_ms and fluent
         self._gateway.within_slo.inc(1, "true" if met else "false", self._model)
         for name, seconds in timeline.stages().items():
             self._stages[name].observe(seconds)

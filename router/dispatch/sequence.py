@@ -53,6 +53,7 @@ class SequenceState:
     timeline: Timeline
     phase: Phase = Phase.ROUTING
     sequence_id: str = ""  # of this attempt; a restart gets another
+    number: int = 0  # of this attempt, by which workers name it where they say little
     placement: Placement = UNPLACED
     holders: dict[str, WorkerLink] = field(default_factory=dict)  # who has something of it
     progress: pb.PromptProgress = field(default_factory=pb.PromptProgress)  # empty once joined
@@ -115,9 +116,10 @@ class SequenceState:
             self.root_hash, self.hashes = root, []
         hasher.extend(self.hashes, self.token_ids, root)
 
-    def placed(self, sequence_id: str, placement: Placement) -> None:
-        """A new attempt begins, under another id."""
-        self.sequence_id, self.placement, self.decode_worker = sequence_id, placement, ""
+    def placed(self, sequence_id: str, number: int, placement: Placement) -> None:
+        """A new attempt begins, under another id and number."""
+        self.sequence_id, self.number = sequence_id, number
+        self.placement, self.decode_worker = placement, ""
         self.progress.Clear()
         self.lost_early.clear()
         self.active.started = True
@@ -217,6 +219,7 @@ class SequenceState:
             eos_token_ids=eos,
             arrival_unix_s=request.received_unix,
             scored_tokens=self.prompt_tokens if handed_off else self.scored,
+            number=self.number,
         )
 
 

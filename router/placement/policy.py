@@ -60,3 +60,5 @@ class Policies:
 
 
 POLICIES = tuple(Policies().by_name)  # their names
+# Under these, who waits at a gateway goes by what can still be met of the SLO; else in order.
+ORDERED_BY_SLO = frozenset({"predicted_latency"})

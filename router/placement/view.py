@@ -165,17 +165,6 @@ class ClusterView:
             worker.failed_at = now
             self._touch(worker)
 
-    def prompt_s(self, demand: Demand, now: float) -> float:
-        """Predicted time to compute a prompt where the most of it is cached, once it has its
-        turn; 0 where nobody computes prompts."""
-        depths = self.index.depths(demand.block_hashes)
-        least_s = float("inf")
-        for role in (Role.PREFILL, Role.COLOCATED):
-            for worker in self._columns[role].workers:
-                tokens = demand.uncached(depths.get(worker.slot, 0))
-                least_s = min(least_s, worker.prompt_s(demand.num_tokens - tokens, tokens))
-        return least_s if least_s < float("inf") else 0.0
-
     def drained_s(self, tokens: int) -> float:
         """Predicted time in which all workers together compute so many prompt tokens."""
         sides = (self._columns[Role.PREFILL], self._columns[Role.COLOCATED])
@@ -188,6 +177,26 @@ class ClusterView:
             for side in sides
             for worker in side.workers
         )
+
+    def alone_s(self, demand: Demand) -> tuple[float, int]:
+        """Predicted seconds until its first token if nothing else were to be computed, where most
+        of it is cached; and how many workers compute prompts."""
+        depths = self.index.depths(demand.block_hashes)
+        sides = (self._columns[Role.PREFILL], self._columns[Role.COLOCATED])
+        count = sum(len(side) for side in sides)
+        seconds = []
+        for worker in (worker for side in sides for worker in side.workers):
+            uncached = demand.uncached(depths.get(worker.slot, 0))
+            seconds.append(worker.prompt_s(demand.num_tokens - uncached, uncached))
+        return min(seconds, default=0.0), count
+
+    def busy(self, now: float) -> tuple[float, int]:
+        """Seconds for which each worker that computes prompts is taken on the average, by those
+        that do not yield; and how many they are."""
+        roles = (Role.PREFILL, Role.COLOCATED)
+        workers = [worker for role in roles for worker in self.usable(role, now)]
+        seconds = sum(worker.numbers.queue_s for worker in workers)
+        return seconds / max(1, len(workers)), len(workers)
 
     @property
     def ready(self) -> bool:

@@ -23,6 +23,7 @@ from crossdock.deploy.runtime import (
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.proto.settings import overlap
 from crossdock.proto.types import Role, WorkerEndpoint
+from crossdock.router.dispatch.traffic import Traffic
 from crossdock.router.serving import Serving
 
 YAML = """
@@ -48,6 +49,8 @@ class FakeProcess(Applies):
         self.cut_off = False  # stopped with work left
         self.told: list[set[str]] = []
         self.serves = False
+        self.served = Traffic()  # what a gateway has counted
+        self.deaf = False  # does not say it
         self.serving: Serving | None = None  # what a gateway was told of models
         self.slow_updates = 0  # so many of the next ones take their time
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -112,6 +115,11 @@ class FakeProcess(Applies):
 
     async def active_requests(self) -> int:
         return 0
+
+    async def traffic(self) -> dict[str, Traffic]:
+        if self.deaf:
+            raise ProcessGone("deaf")
+        return {"": self.served}
 
     async def listening(self) -> list[Listening]:
         return [Listening("fake", self.number, "0.0.0.0", self.number)]

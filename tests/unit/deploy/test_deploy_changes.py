@@ -114,7 +114,7 @@ async def test_a_change_that_is_overtaken_says_so_and_one_that_is_kept_waits_on(
 async def test_a_corrected_spec_does_not_wait_for_the_pause_of_the_old_one(cluster, controller):
     cluster.broken["decode"] = "out of memory"
     controller.apply(with_decode(controller.spec, kv_memory_mb=4_000_000))
-    await until(lambda: controller._losses["decode"].count >= 3)
+    await until(lambda: controller.losses["decode"].count >= 3)
     waiting = "\n".join(controller.waiting_for())
     assert "decode pauses 2 s before its next start, after 3 losses in a row" in waiting
     assert "decode-1 is lost: out of memory" in waiting

@@ -67,12 +67,12 @@ async def test_only_workers_that_barely_served_are_a_crash_loop(cluster, control
         await asyncio.sleep(2 * (watched.ready_at - watched.launched_at))
         victim.kill()
         await until(lambda: cluster.alive("decode") and controller.converged)
-        assert controller._losses["decode"].count == 1
+        assert controller.losses["decode"].count == 1
     cluster.may_start.clear()
     for count in (1, 2):  # the first of these had served
         await until(lambda: cluster.alive("decode"))
         cluster.alive("decode")[0].kill()
-        await until(lambda count=count: controller._losses["decode"].count == count)
+        await until(lambda count=count: controller.losses["decode"].count == count)
 
 
 async def test_scaling_down_waits_for_the_work_of_who_goes(cluster, controller):

@@ -107,3 +107,13 @@ async def test_a_pause_of_the_controller_is_no_silence_of_its_members(monkeypatc
     story = [(500.0, False), *[(0.01, True)] * 20, *[(4.0, False)] * 9]
     _, [(_, _, at)] = await watched_gateway(clock, iter(story))
     assert at > 1000 + 500 + 20
+
+
+async def test_how_long_it_took_to_start_is_known_of_what_was_started_here(monkeypatch):
+    clock = Clock(monkeypatch)
+    watched, _ = await watched_gateway(clock, iter([(0.01, True), *[(4.0, False)] * 9]))
+    assert watched.start_s == watched.ready_at - watched.launched_at
+    watched.adopted = True
+    assert watched.start_s == 0, "it ran before"
+    watched.adopted, watched.ready_at = False, None
+    assert watched.start_s == 0, "it is not ready"

@@ -11,6 +11,7 @@ from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crossdock.deploy.autoscaling.rules import config_of
 from crossdock.deploy.runtime import gateway_launch, worker_launch
 from crossdock.deploy.spec import ClusterSpec, LimitsSpec, PoolSpec
 from crossdock.deploy.spec_yaml import locate
@@ -54,6 +55,34 @@ WRONG = [
         6,
         "gateway.policies.kv_cost.temperature",
         "must be from 0 to 1000",
+    ),
+    (
+        "    replicas: 1",
+        "    replicas: 1\n    autoscale: {min: 2, max: 4}",
+        12,
+        "pools.prefill.replicas",
+        "1 is not allowed; must be from autoscale.min, 2, to autoscale.max, 4",
+    ),
+    (
+        "    replicas: 1",
+        "    autoscale: {min: 3, max: 2}",
+        12,
+        "pools.prefill.autoscale.max",
+        "2 is not allowed; must be at least min, 3",
+    ),
+    (
+        "    replicas: 1",
+        "    autoscale: {min: 3}",
+        12,
+        "pools.prefill.autoscale.max",
+        "is missing beside min: 3",
+    ),
+    (
+        "slo: {ttft_ms: 2000}",
+        "autoscale: {interval_s: 0}",
+        18,
+        "autoscale.interval_s",
+        "must be from 0.1 to 3600",
     ),
     ("    replicas: 1", "    replicas: -1", 12, "pools.prefill.replicas", "from 0 to 1024"),
     ("    replicas: 1", "    replicas: 1.5", 12, "pools.prefill.replicas", "a whole number"),
@@ -270,6 +299,59 @@ def test_replicas_do_not_change_a_revision_but_settings_do():
 def test_scaling_to_what_cannot_be(pool, replicas, message):
     with pytest.raises(ConfigError, match=message):
         ClusterSpec.parse(TEXT).with_replicas(pool, replicas)
+
+
+AUTOSCALED = """
+metadata: {name: local}
+model: {id: any}
+pools:
+  p: {role: prefill, replicas: 2, autoscale: {min: 1, max: 8}}
+  d: {role: decode, replicas: 3, autoscale: {min: 2, max: 6, start_s: 20}}
+"""
+
+
+def test_an_autoscaled_pool_has_bounds_and_takes_no_fixed_size():
+    spec = ClusterSpec.parse(AUTOSCALED)
+    config = config_of(spec)
+    assert [(pool.least, pool.most, pool.start_s) for pool in config.pools] == [
+        (1, 8, 60.0),
+        (2, 6, 20.0),
+    ]
+    assert config.pools[0].alike == config.pools[1].alike != ""
+    sized = spec.sized({"p": 99, "d": 0})
+    assert [pool.replicas for pool in sized.pools.values()] == [8, 2]
+    assert spec.sized({}) == spec
+    assert sized.pool_revision("p") == spec.pool_revision("p")
+    with pytest.raises(ConfigError, match=r"'p' has no fixed size: .* from 1 to 8 .*pools.p.auto"):
+        spec.with_replicas("p", 4)
+    fixed = ClusterSpec.parse(AUTOSCALED.replace(", autoscale: {min: 1, max: 8}", ""))
+    assert fixed.with_replicas("p", 4).pools["p"].replicas == 4
+    assert not config_of(fixed).pools[0].autoscaled
+
+
+def test_pools_of_other_settings_are_not_alike():
+    config = config_of(
+        ClusterSpec.parse(AUTOSCALED.replace("replicas: 3", "replicas: 3, chunk_tokens: 64"))
+    )
+    assert config.pools[0].alike != config.pools[1].alike
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "message"),
+    [
+        ("model: {id: any}", "model: {id: any}\nautoscale: {gpus: 2}", "autoscale.gpus",
+         "2 is not allowed; the pools' autoscale.min need 3 already"),
+        ("model: {id: any}", "model: {id: any}\nautoscale: {gpus: 4}", "autoscale.gpus",
+         "4 is not allowed; the pools' replicas, with which they start, need 5"),
+        ("  p:", "  q: {role: prefill, autoscale: {max: 2}}\n  p:", "pools.p.autoscale",
+         "pools.q is autoscaled and prefill as well"),
+        ("  p:", "  q: {role: colocated}\n  p:", "pools.p.autoscale", "colocated workers beside"),
+    ],
+)  # fmt: skip
+def test_autoscaled_pools_must_fit_together(old, new, field, message):
+    with pytest.raises(ConfigError) as raised:
+        ClusterSpec.parse(AUTOSCALED.replace(old, new))
+    assert raised.value.field == field and message in raised.value.message
 
 
 def test_colocated_workers_serve_alone():

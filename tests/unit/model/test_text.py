@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -146,6 +147,16 @@ def test_no_heavy_import():
     code = "import sys, crossdock.model.text; print([m for m in sys.modules if m in "
     code += "('torch', 'transformers', 'ray', 'nixl')])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_encoding_starts_no_threads():
+    code = "import os; from crossdock.model.store import ModelFiles, SIMULATED\n"
+    code += "from pathlib import Path; from crossdock.model.text import load_text\n"
+    code += "text = load_text(ModelFiles(SIMULATED, Path(SIMULATED), 'bytes', ''))\n"
+    code += "before = len(os.listdir('/proc/self/task')); text.encode('one text at a time')\n"
+    code += "print(len(os.listdir('/proc/self/task')) - before)"
+    plain = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=plain) == "0\n"
 
 
 # -- folders ---------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""A profile of a running cluster: shaped requests, what they took, and the fit of it."""
