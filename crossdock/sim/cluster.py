@@ -15,7 +15,9 @@ from crossdock.engine.simulated import Settings
 from crossdock.proto.errors import ConfigError, CrossdockError
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.router.dispatch.request import Delta, Ended, Request
+from crossdock.router.dispatch.traffic import Traffic
 from crossdock.sim.clock import VirtualClock
+from crossdock.sim.control import Decide, SimControl
 from crossdock.sim.engine import VOCAB_SIZE
 from crossdock.sim.gateway import SimGateway
 from crossdock.sim.worker import SimWorker, Site
@@ -64,30 +66,31 @@ def load_profile(name: str) -> Profile:
 
 
 class SimCluster:
-    """The workers and gateways of a spec. `profile` is for pools whose engine has none."""
+    """The workers and gateways of a spec. `profile` is for pools whose engine has none. Autoscaled
+    pools change their sizes as `decide` has it; by themselves where it is not given."""
 
-    def __init__(self, spec: ClusterSpec, profile: Profile | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        profile: Profile | None = None,
+        seed: int = 0,
+        decide: Decide | None = None,
+    ) -> None:
         self.spec, self.clock = spec, VirtualClock()
         self.site = Site(self.clock, random.Random(seed))
         self.served: list[Served] = []
         self.left = 0  # requests that have not ended
         self._profile = profile
-        self._names = 0
         self.gateways = [self._gateway(index) for index in range(spec.gateway.replicas)]
-        for pool, of_pool in spec.pools.items():
-            for _ in range(of_pool.replicas):
-                self.add(pool)
-        self._members()
+        self.control = SimControl(spec, self.clock, self._worker, self._tell, self._counts, decide)
+        self.control.start()
 
     def _gateway(self, index: int) -> SimGateway:
         launch = gateway_launch(self.spec, f"gateway-{index}", index, CLUSTER_KEY, CLUSTER_KEY)
         assert launch.gateway is not None
         return SimGateway(self.site, launch.gateway)
 
-    def add(self, pool: str) -> SimWorker:
-        """Another worker of a pool, which serves from now on once `_members` has told of it."""
-        name = f"{pool}-{self._names}"
-        self._names += 1
+    def _worker(self, pool: str, name: str) -> SimWorker:
         config = worker_launch(self.spec, pool, name, CLUSTER_KEY).worker
         assert config is not None
         profile = self._profile
@@ -101,8 +104,8 @@ class SimCluster:
 
     @property
     def workers(self) -> list[SimWorker]:
-        """All that are there."""
-        return list(self.site.workers.values())
+        """All that serve."""
+        return self.control.workers
 
     def run(self, trace: Trace) -> list[Served]:
         """Serves a trace to its end; what came of each request, in the trace's order."""
@@ -115,7 +118,12 @@ class SimCluster:
         self.clock.run(lambda: self.left == 0)
         return self.served
 
-    def _members(self) -> None:
+    def _counts(self) -> Traffic:
+        """What all gateways have counted."""
+        return sum((gateway.traffic for gateway in self.gateways), Traffic())
+
+    def _tell(self) -> None:
+        """Everybody hears who is there."""
         endpoints = [worker.endpoint for worker in self.workers]
         for worker in self.workers:
             if worker.config.role is not Role.PREFILL:

@@ -13,6 +13,7 @@ from crossdock.router.config import GatewayConfig
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.metrics import GatewayMetrics, ModelMetrics
+from crossdock.router.dispatch.traffic import Traffic
 from crossdock.router.placement.view import ClusterView
 from crossdock.sim.engine import END_ID
 from crossdock.sim.worker import CALL_S, SimWorker, Site
@@ -26,7 +27,8 @@ class SimGateway:
 
     def __init__(self, site: Site, config: GatewayConfig) -> None:
         self.view = ClusterView()
-        self.metrics = GatewayMetrics(config.slo)
+        model_metrics = ModelMetrics(GatewayMetrics(config.slo), "simulated")
+        self._counted = model_metrics.traffic
         self.links = Links(
             self.view,
             config.name,
@@ -43,7 +45,7 @@ class SimGateway:
             timers=site.clock,
             policy=config.policies.named(config.policy),
             limits=config,
-            metrics=ModelMetrics(self.metrics, "simulated"),
+            metrics=model_metrics,
             hasher=BlockHasher(config.hash_key, config.block_size),
             eos_token_ids=frozenset({END_ID}),
             detokenizer_of=lambda prompt, stop: _NO_TEXT,
@@ -52,6 +54,11 @@ class SimGateway:
             clock=site.clock,
             rng=random.Random(site.rng.getrandbits(64)),
         )
+
+    @property
+    def traffic(self) -> Traffic:
+        """What it has counted so far."""
+        return self._counted.now
 
 
 class _Wire:

@@ -34,6 +34,7 @@ class SimReport:
     transferred_bytes: int  # KV from prefill to decode workers
     duration: float  # from the first request until the last answer
     utilization: dict[str, float] = field(default_factory=dict)  # by pool, share of time in steps
+    worker_seconds: dict[str, float] = field(default_factory=dict)  # by pool, from launch to end
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,9 +56,9 @@ def report(policy: str, cluster: SimCluster, slo: Slo) -> SimReport:
         hit_tokens=sum(each.cached_tokens for each in served),
         prompt_tokens=sum(each.input_tokens for each in served),
         output_tokens=sum(each.output_tokens for each in served),
-        transferred_bytes=sum(w.transport.stats.bytes for w in cluster.workers),
+        transferred_bytes=sum(each.transport.stats.bytes for each in cluster.control.all_workers),
         duration=duration,
-        utilization=_utilization(cluster, duration),
+        **_by_pool(cluster),
     )
 
 
@@ -93,8 +94,11 @@ def _percentile(values: Sequence[float], percent: float) -> float:
     return percentile(values, percent) if values else 0.0
 
 
-def _utilization(cluster: SimCluster, duration: float) -> dict[str, float]:
-    shares: dict[str, list[float]] = {}
-    for worker in cluster.workers:
-        shares.setdefault(worker.config.pool, []).append(worker.busy_s / duration)
-    return {pool: sum(each) / len(each) for pool, each in shares.items()}
+def _by_pool(cluster: SimCluster) -> dict[str, dict[str, float]]:
+    control, until = cluster.control, cluster.clock.now
+    busy = dict.fromkeys(cluster.spec.pools, 0.0)
+    for worker in control.all_workers:
+        busy[worker.config.pool] += worker.busy_s
+    seconds = {pool: control.worker_seconds(until, pool) for pool in busy}
+    shares = {pool: busy[pool] / seconds[pool] if seconds[pool] else 0.0 for pool in busy}
+    return {"utilization": shares, "worker_seconds": seconds}

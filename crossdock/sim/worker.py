@@ -69,6 +69,7 @@ class SimWorker:
         incarnation = site.rng.randbytes(INCARNATION_BYTES)
         self.transport = SimTransport(site.fabric, incarnation, engine.memory, profile)
         self.vocab_size = engine.facts.vocab_size
+        self.gone = False
         self.busy_s = 0.0  # of engine steps
         self._offset = 0.0  # of this worker's clock, while it goes through the end of a step
         self._woken = False
@@ -98,9 +99,13 @@ class SimWorker:
         self.transport.set_wakeup(self._wake)
         self.peers = Peers(_Calls(self), self._clock)
         self.gateways = Gateways(self, self._clock)  # type: ignore[arg-type]
-        site.workers[config.name] = self
+
+    def serve(self) -> None:
+        """It can be reached from now on."""
+        site = self.site
+        site.workers[self.config.name] = self
         site.clock.call_later(site.rng.uniform(0, HEARTBEAT_S), self._beat)
-        site.clock.call_later(config.lease_s / 3, self._renew)
+        site.clock.call_later(self.config.lease_s / 3, self._renew)
 
     @property
     def endpoint(self) -> WorkerEndpoint:
@@ -121,6 +126,22 @@ class SimWorker:
     ) -> None:
         """See WorkerServer.post_snapshot."""
         self.loop.post(lambda: deliver(self.loop.snapshot(hello)))
+
+    def drain(self) -> None:
+        """See WorkerServer.drain: no new work; what it has goes on."""
+        self.post(lambda role: setattr(role, "draining", True))
+        self.loop.post(lambda: self._publish(Turn(load=self.role.load())))
+
+    def eject(self) -> None:
+        """What it still has goes on elsewhere."""
+        why = f"{self.config.name} is draining"
+        self.post(lambda role: role.eject_all(pb.ERROR_CODE_DRAINING, why))
+
+    def stop(self) -> None:
+        """The process ends."""
+        self.gone = True
+        self.transport.close()
+        self.site.workers.pop(self.config.name, None)
 
     # -- turns ---------------------------------------------------------------------------------
 
@@ -190,11 +211,15 @@ class SimWorker:
             self.peers.release(turn.ticket_releases)
 
     def _beat(self) -> None:
+        if self.gone:
+            return
         self.site.clock.call_later(HEARTBEAT_S, self._beat)
         if self._plan is None:  # else it says how it stands at its end
             self.gateways.publish(Turn(load=self.role.load()))
 
     def _renew(self) -> None:
+        if self.gone:
+            return
         self.site.clock.call_later(self.config.lease_s / 3, self._renew)
         self.peers.renew(self.role.waiting_tickets(), self.config.lease_s, self._renewed)
 

@@ -36,26 +36,17 @@ def pool_state(
 def step_times(loads: Sequence[worker_pb2.Load]) -> StepTimes:
     """The mean of what was measured of each kind of step."""
     prefill = [
-        (load.prefill_base_s, 1 / load.prefill_tokens_per_s)
+        (load.prefill_base_s, 1 / load.prefill_tokens_per_s, load.prefill_attention_s)
         for load in loads
         if load.prefill_tokens_per_s
     ]
     decode = [
-        (load.step_base_s, load.step_per_sequence_s)
+        (load.step_base_s, load.step_per_sequence_s, load.step_context_s)
         for load in loads
         if load.step_base_s or load.step_per_sequence_s
     ]
-    prefill_base, prefill_token = _mean(prefill)
-    decode_base, decode_sequence = _mean(decode)
-    return StepTimes(
-        prefill_base_s=prefill_base,
-        prefill_token_s=prefill_token,
-        decode_base_s=decode_base,
-        decode_sequence_s=decode_sequence,
-    )
+    return StepTimes(*_mean(prefill), *_mean(decode))
 
 
-def _mean(lines: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    if not lines:
-        return 0.0, 0.0
-    return fmean(base for base, _ in lines), fmean(slope for _, slope in lines)
+def _mean(lines: Sequence[tuple[float, float, float]]) -> tuple[float, ...]:
+    return tuple(map(fmean, zip(*lines))) if lines else (0.0, 0.0, 0.0)

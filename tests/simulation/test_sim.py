@@ -171,3 +171,35 @@ def test_the_command_compares_policies_at_several_rates(tmp_path: Path) -> None:
     assert set(reports[0]) == set(SimReport.__dataclass_fields__)
     wrong = CliRunner().invoke(app, ["sim", *line, "--policy", "best"])
     assert wrong.exit_code == 1 and "best" in str(wrong.exception)
+
+
+AUTOSCALED = SPEC.replace("chunk_tokens: 512}", "chunk_tokens: 512, autoscale: {min: 1, max: 6}}")
+AUTOSCALED = AUTOSCALED.replace(
+    "decode, replicas: 2, engine: {kind: simulated}}",
+    "decode, replicas: 2, engine: {kind: simulated}, autoscale: {min: 1, max: 6}}",
+)
+
+
+def test_autoscaled_pools_follow_the_load_and_lose_nothing() -> None:
+    """Few, then many, then few requests a second; workers take 5 s to start."""
+    spec = ClusterSpec.parse(AUTOSCALED + "autoscale: {interval_s: 2}\n")
+    rows, at = [], 0.0
+    for rate, seconds in ((2, 30), (30, 60), (2, 120)):
+        end = at + seconds
+        while at < end:
+            name = 50 * len(rows)
+            rows.append((at, 800, 20, tuple(range(name, name + 50))))
+            at += 1 / rate
+    cluster = SimCluster(spec, replace(PROFILE, start_s=5.0))
+    served = cluster.run(trace_of(*rows))
+    assert {each.error for each in served} == {""}
+    assert {each.output_tokens for each in served} == {20}
+    changes = [(at, change.target) for at, change in cluster.control.changes]
+    most_at, most = max(changes, key=lambda change: change[1])
+    assert 30 < most_at < 92 and most >= 4
+    assert len(cluster.workers) < most, "most of them have gone again"
+    assert cluster.control.worker_seconds(cluster.clock.now) < 12 * cluster.clock.now
+    late = [each for each in served[-100:] if each.ttft_s > 1]
+    assert not late
+    for worker in cluster.workers:
+        worker.role.state.pool.check_integrity(worker.role.held())
