@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from crossdock.router.dispatch.links import WorkerLink
 from crossdock.router.dispatch.ports import Timer
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.dispatch.scored import ScoredPrompt
-from crossdock.router.placement.demand import UNPLACED, Demand, Placement
+from crossdock.router.placement.demand import OUTPUT_TOKENS, UNPLACED, Demand, Placement
 
 
 class Phase(enum.Enum):
@@ -184,8 +185,14 @@ class SequenceState:
         timings.recomputed_tokens = self.transfer.recomputed_tokens
         return timings
 
-    def demand(self, block_size: int, local_tokens: int = 0) -> Demand:
-        """What it asks of the cluster; `local_tokens`: as Demand has them."""
+    def demand(
+        self,
+        block_size: int,
+        local_tokens: int = 0,
+        output: float = OUTPUT_TOKENS,
+        tpot_s: float = math.inf,
+    ) -> Demand:
+        """What it asks of the cluster; the rest is as Demand has it."""
         # What is to be scored is computed, whatever is cached, and where prompts are.
         reusable = (self.scored - 1) // block_size if self.unscored else None
         return Demand(
@@ -195,6 +202,8 @@ class SequenceState:
             most_tokens=self.prompt_tokens + self.sampling.max_tokens,
             avoid=frozenset(self.avoid),
             local_tokens=0 if self.unscored else local_tokens,
+            output=output,
+            tpot_s=tpot_s,
             yields=self.yields and not self.generated,
         )
 

@@ -10,9 +10,10 @@ from crossdock.proto.steps import attention
 from crossdock.proto.types import Role
 from crossdock.router.placement.columns import Columns
 from crossdock.router.placement.demand import Demand
+from crossdock.router.placement.lengths import Lengths
 from crossdock.router.placement.pairs import Pairs
 from crossdock.router.placement.prefix_index import PrefixIndex
-from crossdock.router.placement.speed import PoolSpeeds
+from crossdock.router.placement.speed import DEFAULT_PREFILL, PoolSpeeds
 from crossdock.router.placement.workers import (
     ANY_CHUNK,
     LoadReport,
@@ -33,6 +34,8 @@ class ClusterView:
         self.weights_digest = ""  # of who connected last
         self.layout_hash = b""  # of who connected last: block hashes begin with it
         self.index = PrefixIndex()
+        self.lengths = Lengths()
+        self.token_s = DEFAULT_PREFILL.slope  # of a prompt token, as who reported last has it
         self.pairs = Pairs()
         self._columns = {role: Columns() for role in Role}
         self._touched: set[WorkerView] = set()  # whose columns are not written yet
@@ -70,6 +73,8 @@ class ClusterView:
     def reported(self, worker: WorkerView, load: LoadReport, now: float) -> None:
         """A worker said how it stands; work placed there that it has counted is counted no more."""
         worker.reported(load, now)
+        if worker.role is not Role.DECODE:
+            self.token_s = worker.speeds.prefill.line.slope
         if self.workers.get(worker.facts.name) is worker:  # else its stream is about to end
             self._put(worker)
 
@@ -118,6 +123,12 @@ class ClusterView:
         worker = self.workers.get(name)
         if worker is not None and worker.computing.pop(key, None) is not None:
             worker.computing_since = now
+
+    def ended(self, decode: str, tenant: str, prompt_tokens: int, generated: int) -> None:
+        """A completion ended there, having so many tokens."""
+        self.lengths.ended(tenant, prompt_tokens, generated)
+        if decode in self.workers:
+            self.workers[decode].speeds.output = self.lengths.mean
 
     def unplace(self, name: str, key: str) -> None:
         worker = self.workers.get(name)

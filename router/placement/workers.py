@@ -24,12 +24,18 @@ from crossdock.router.placement.speed import (
 
 T = TypeVar("T")
 
+# Of the blocks that a prompt evicts: how probable it is that somebody would have asked for one.
+import os
+
+REUSED = float(os.environ.get("REUSED", 0.1))
+
 STALE_AFTER_S = 2.5  # workers report at least once a second
 STALE_AT_WORK_AFTER_S = 1.5  # and after each step where they have work
 FAILED_FOR_S = 2.0  # a device that failed a step is left alone for so long while there are others
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
 MEASURED_FOR_S = 10.0  # what was measured longer ago refuses nobody
 MEASURED_UP_TO = 8  # steps this many times as large as any that was measured are not known
+INFINITE = float("inf")
 ANY_CHUNK = 2**53  # tokens of a step, of a worker that does not say
 
 
@@ -110,6 +116,8 @@ class Numbers(NamedTuple, Generic[T]):
     fresh_until: T  # when it is stale, if nothing is heard of it
     well_from: T  # until then its device may be broken
     available_blocks: T
+    free_blocks: T  # of these, what nobody's cached KV is evicted for
+    spare_tokens: T  # of available_blocks, less what its streams are expected to draw yet
     block_bytes: T
     queued_tokens: T
     sequences: T
@@ -143,6 +151,7 @@ class WorkerView:
     prefill_line: Line | None = None  # as it measured itself, or nothing
     decode_line: Line | None = None
     lines: tuple[Line, Line] = DEFAULT_PREFILL, DEFAULT_DECODE  # as presumed, of both kinds
+    output: float = 0.0  # tokens that each stream here is presumed to draw yet
 
     @property
     def name(self) -> str:
@@ -202,11 +211,14 @@ class WorkerView:
         queue_s = numbers.queue_s + numbers.yielding_s if yields else numbers.queue_s
         return queue_s + self.prompt_s(cached, tokens)
 
-    def stream_s(self, context: float, output: float) -> float:
+    def stream_s(self, context: float, output: float, tpot_s: float = INFINITE) -> float:
         """Predicted seconds of the steps of a stream that joins, and until there is a place; over
-        `output` tokens, its context on the average of so many."""
+        `output` tokens, its context on the average of so many. What a step takes beyond `tpot_s`
+        counts for each stream there, since all miss that."""
         numbers = self.numbers
-        return numbers.wait * output * (numbers.step_s + context * numbers.context_s)
+        step_s = numbers.step_s + context * numbers.context_s
+        missed_s = max(step_s - tpot_s, 0.0) * numbers.sequences
+        return numbers.wait * output * (step_s + missed_s)
 
     def reported(self, load: LoadReport, now: float) -> None:
         """It said how it stands; work placed there that it has counted is counted no more."""
@@ -232,7 +244,8 @@ class WorkerView:
         self.__dict__.pop("numbers", None)
 
     def presume(self, queued: float, sequences: float) -> tuple[Line, Line]:
-        """How long steps of prompts and of decodes take, as far as is known now."""
+        """How long steps of prompts and of decodes take, as far as is known now; and streams."""
+        self.output = self.speeds.output
         prefill = self.prefill_line if queued else None
         decode = self.decode_line if sequences else None
         self.lines = prefill or self.speeds.prefill.line, decode or self.speeds.decode.line
@@ -250,6 +263,7 @@ class WorkerView:
         sequences = load.waiting + load.running + len(unseen)
         (base, slope, attention_s), (step, share, context_s) = self.presume(queued, sequences)
         blocks = load.free_blocks + load.cached_blocks if load.total_blocks else facts.num_blocks
+        available = blocks - unseen.blocks
         joined = sequences + 1
         most = facts.max_batch or joined  # each of so many streams leaves one place in its time
         # Of those who wait for a place the contexts count when they have one.
@@ -269,7 +283,9 @@ class WorkerView:
             if load.late
             else self.reported_at + (STALE_AT_WORK_AFTER_S if sequences else STALE_AFTER_S),
             self.failed_at + FAILED_FOR_S,
-            blocks - unseen.blocks,
+            available,
+            min(available, load.free_blocks) if load.total_blocks else available,
+            available * facts.block_size - sequences * self.output,
             facts.block_bytes,
             queued,
             sequences,

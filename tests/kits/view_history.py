@@ -87,6 +87,7 @@ class History:
                 view.pull_failed(one, other, self.now)
             elif kind == 5:
                 view.device_failed(one, self.now)
+                view.ended(one, "tenant", 100, rng.randrange(300))
             elif kind == 6 and self.placed:
                 name, key = self.placed.pop(rng.randrange(len(self.placed)))
                 rng.choice([view.unplace, lambda n, k: view.sent(n, k, self.now)])(name, key)
@@ -101,7 +102,8 @@ class History:
         return Demand(
             tokens, rng.choice(self.chains)[: tokens // BLOCK], BLOCK, most_tokens=tokens + 200,
             avoid=frozenset(avoid), local_tokens=rng.choice([0, 100, 400]),
-            yields=rng.random() < 0.3,
+            yields=rng.random() < 0.3, output=rng.choice([1.0, 50.0, 333.3]),
+            tpot_s=rng.choice([float("inf"), 0.01]),
         )  # fmt: skip
 
     def placed_as(self, placement: Placement, demand: Demand, key: str) -> None:
