@@ -24,11 +24,7 @@ from crossdock.router.placement.speed import (
 
 T = TypeVar("T")
 
-# Of the blocks that a prompt evicts: how probable it is that somebody would have asked for one.
-import os
-
-REUSED = float(os.environ.get("REUSED", 0.1))
-
+REUSED = 0.1  # how probable it is that somebody will ask for a block that a prompt evicts
 STALE_AFTER_S = 2.5  # workers report at least once a second
 STALE_AT_WORK_AFTER_S = 1.5  # and after each step where they have work
 FAILED_FOR_S = 2.0  # a device that failed a step is left alone for so long while there are others
