@@ -45,6 +45,7 @@ def report(policy: str, cluster: SimCluster, slo: Slo) -> SimReport:
     served = cluster.served
     good = [each for each in served if meets(each, slo)]
     duration = max((each.ended_s for each in served), default=0.0)
+    seconds, utilization = _by_pool(cluster)
     return SimReport(
         policy=policy,
         rate=_rate(served),
@@ -58,7 +59,8 @@ def report(policy: str, cluster: SimCluster, slo: Slo) -> SimReport:
         output_tokens=sum(each.output_tokens for each in served),
         transferred_bytes=sum(each.transport.stats.bytes for each in cluster.control.all_workers),
         duration=duration,
-        **_by_pool(cluster),
+        utilization=utilization,
+        worker_seconds=seconds,
     )
 
 
@@ -94,11 +96,12 @@ def _percentile(values: Sequence[float], percent: float) -> float:
     return percentile(values, percent) if values else 0.0
 
 
-def _by_pool(cluster: SimCluster) -> dict[str, dict[str, float]]:
+def _by_pool(cluster: SimCluster) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of all workers, and the share of them in steps."""
     control, until = cluster.control, cluster.clock.now
     busy = dict.fromkeys(cluster.spec.pools, 0.0)
     for worker in control.all_workers:
         busy[worker.config.pool] += worker.busy_s
     seconds = {pool: control.worker_seconds(until, pool) for pool in busy}
     shares = {pool: busy[pool] / seconds[pool] if seconds[pool] else 0.0 for pool in busy}
-    return {"utilization": shares, "worker_seconds": seconds}
+    return seconds, shares
