@@ -2,8 +2,8 @@
 
 Of the most urgent priority, those that can still meet their target go in the order of their due
 times, but where all of them together are too much, the longest of them step aside until the others
-can be met (Moore, 1968). Those that are late anyway, or stepped aside, yield: one on each worker
-computes what the others leave of it, the shortest first and now and then the oldest.
+can be met (Moore, 1968). Those that are late anyway, or stepped aside, yield: they have what the
+others leave of the workers, the shortest first and now and then the oldest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from crossdock.router.dispatch.sequence import SequenceState
+from crossdock.router.placement.view import Busy
 
 INFINITE = float("inf")
 WINDOW = 256  # sequences that are weighed against each other, those due first
@@ -44,9 +45,10 @@ class _Entry:
 
 @dataclass(eq=False)
 class Late:
-    """Sequences that are late and were begun all the same, as many as there are `workers`."""
+    """Sequences that are late and were begun all the same: a chunk for each worker, or a longer
+    prompt. `busy` says how many workers there are, and how long their chunks."""
 
-    workers: Callable[[], int]
+    busy: Callable[[], Busy]
     _begun: set[SequenceState] = field(default_factory=set)  # and maybe without token 0
     _count: int = 0
 
@@ -54,7 +56,9 @@ class Late:
     def room(self) -> bool:
         """Whether another may be."""
         self._begun = {each for each in self._begun if each.holders and not each.generated}
-        return len(self._begun) < self.workers()
+        busy = self.busy()
+        tokens = sum(min(each.placement.uncached_tokens, busy.chunk_tokens) for each in self._begun)
+        return tokens < busy.workers * busy.chunk_tokens
 
     def begin(self, sequence: SequenceState) -> None:
         """It is."""

@@ -17,6 +17,7 @@ from itertools import count
 
 from crossdock.router.dispatch.line import Late, Line, Work
 from crossdock.router.dispatch.sequence import SequenceState
+from crossdock.router.placement.view import Busy
 
 OWED_TOKENS = 4096  # that a tenant may have after a pause, before the others go on
 KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
@@ -40,11 +41,10 @@ class Turns:
         due: Callable[[SequenceState], float] = lambda sequence: math.inf,
         work_of: Callable[[SequenceState], Work] = lambda sequence: Work(),
         clock: Callable[[], float] = lambda: 0.0,
-        busy: Callable[[], tuple[float, int]] = lambda: (0.0, 1),
+        busy: Callable[[], Busy] = Busy,
     ) -> None:
-        """`busy`: seconds that a worker is taken on the average, and how many compute prompts."""
         self._room, self._begin, self._clock = room, begin, clock
-        self._busy, self._late = busy, Late(lambda: busy()[1])
+        self._busy, self._late = busy, Late(busy)
         self._due, self._work_of = due, work_of
         self._queues: dict[str, _Queue] = {}  # by tenant; none is empty
         self._where: dict[SequenceState, _Queue] = {}
@@ -93,10 +93,10 @@ class Turns:
     def tokens_of(self, tenant: str) -> int:
         """Of the prompts of a tenant that wait, but for those that are late anyway."""
         queue = self._queues.get(tenant)
-        return queue.line.tokens_before(self._clock(), self._busy()[0]) if queue else 0
+        return queue.line.tokens_before(self._clock(), self._busy().seconds) if queue else 0
 
     def _next(self) -> SequenceState | None:
-        now, busy_s = self._clock(), self._busy()[0]
+        now, busy_s = self._clock(), self._busy().seconds
         for tenant, queue in sorted(self._queues.items(), key=lambda item: item[1].start):
             sequence = queue.line.pop(now, busy_s)
             if sequence is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from typing import NamedTuple
 
 from crossdock.proto import events
 from crossdock.proto.steps import attention
@@ -24,6 +25,14 @@ from crossdock.router.placement.workers import (
 
 MANY = 48  # workers, from which on arrays of all are quicker than a look at each
 REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
+
+
+class Busy(NamedTuple):
+    """Of the workers that compute prompts."""
+
+    seconds: float = 0.0  # that one is taken on the average, by prompts that do not yield
+    workers: int = 1
+    chunk_tokens: float = 1  # of a step at the most
 
 
 class ClusterView:
@@ -201,13 +210,15 @@ class ClusterView:
             seconds.append(worker.prompt_s(demand.num_tokens - uncached, uncached))
         return min(seconds, default=0.0), count
 
-    def busy(self, now: float) -> tuple[float, int]:
-        """Seconds for which each worker that computes prompts is taken on the average, by those
-        that do not yield; and how many they are."""
+    def busy(self, now: float) -> Busy:
+        """How the workers that compute prompts stand."""
         roles = (Role.PREFILL, Role.COLOCATED)
-        workers = [worker for role in roles for worker in self.usable(role, now)]
-        seconds = sum(worker.numbers.queue_s for worker in workers)
-        return seconds / max(1, len(workers)), len(workers)
+        workers = [worker.numbers for role in roles for worker in self.usable(role, now)]
+        if not workers:
+            return Busy()
+        seconds = sum(numbers.queue_s for numbers in workers) / len(workers)
+        chunk_tokens = min(numbers.chunk_tokens for numbers in workers)
+        return Busy(seconds, len(workers), chunk_tokens)
 
     @property
     def ready(self) -> bool:

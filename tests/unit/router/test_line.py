@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from crossdock.router.dispatch.line import FRESH_S, OLDEST_EVERY, Late, Line, Work, in_time
+from crossdock.router.placement.view import Busy
 
 
 class Waiting:
@@ -16,7 +17,7 @@ class Waiting:
     def __init__(self, late: int = 1) -> None:
         """So many that are late may be begun at once."""
         self.asked = 0
-        self.line = Line(lambda each: each.due, self._work, Late(lambda: late))
+        self.line = Line(lambda each: each.due, self._work, Late(lambda: Busy(0.0, late, 10)))
         self.made: list[Any] = []
         self._count = itertools.count()
 
@@ -38,6 +39,7 @@ class Waiting:
         made = Named(
             name=name, due=due, seconds=seconds, active=active, generated=generated,
             holders={}, yields=False, prompt_tokens=prompt_tokens,
+            placement=SimpleNamespace(uncached_tokens=prompt_tokens or 10_000),
         )  # fmt: skip
         number = next(self._count)
         self.line.add(made, number, number)
@@ -140,6 +142,13 @@ def test_so_many_that_are_late_are_begun_and_now_and_then_the_oldest() -> None:
         first.generated = 1
         order += begun(waiting)
     assert [name for name, _ in order] == ["5", "9", "7", "8"]
+
+
+def test_short_ones_that_are_late_fill_a_chunk_together() -> None:
+    waiting = Waiting(late=2)
+    for i in range(9):
+        waiting.add(str(i), 0.0, prompt_tokens=3)
+    assert len(begun(waiting)) == 7  # 20 tokens
 
 
 def test_a_stream_that_is_prefilled_again_waits_for_nobody() -> None:
