@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Collection
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from crossdock.router.placement.workers import (
     WorkerView,
 )
 
+WEIGHED = 16  # workers, for how long a prompt takes at the least: those that have the most of it
 MANY = 48  # workers, from which on arrays of all are quicker than a look at each
 REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
 
@@ -50,6 +52,7 @@ class ClusterView:
         self._touched: set[WorkerView] = set()  # whose columns are not written yet
         self._speeds = defaultdict[str, PoolSpeeds](PoolSpeeds)  # by pool
         self._free_slots: list[int] = []
+        self._by_slot: dict[int, WorkerView] = {}
         self._gone: dict[str, WorkerView] = {}  # the last of each name that is not there now
         self._pool_tokens: int | None = None  # see pool_tokens
         self._pool_tokens_until = float("-inf")  # a change, or who is gone being given up
@@ -65,7 +68,7 @@ class ClusterView:
         self._gone.pop(facts.name, None)
         self._gone = {name: worker for name, worker in self._gone.items() if _awaited(worker, now)}
         worker = WorkerView(facts, slot, self._speeds[facts.pool], now)
-        self.workers[facts.name] = worker
+        self.workers[facts.name] = self._by_slot[slot] = worker
         self._columns[facts.role].add(worker)
         self._pool_tokens_until = float("-inf")
         self.layout_hash = facts.layout_hash
@@ -203,22 +206,26 @@ class ClusterView:
         of it is cached; and how many workers compute prompts."""
         depths = self.index.depths(demand.block_hashes)
         sides = (self._columns[Role.PREFILL], self._columns[Role.COLOCATED])
-        count = sum(len(side) for side in sides)
+        workers = [worker for side in sides for worker in side.workers[:WEIGHED]]
+        holders = (slot for slot in depths if self._by_slot[slot].role is not Role.DECODE)
+        deepest = heapq.nlargest(WEIGHED, holders, key=depths.__getitem__)
+        workers += [self._by_slot[slot] for slot in deepest]
         seconds = []
-        for worker in (worker for side in sides for worker in side.workers):
+        for worker in workers:
             uncached = demand.uncached(depths.get(worker.slot, 0))
             seconds.append(worker.prompt_s(demand.num_tokens - uncached, uncached))
-        return min(seconds, default=0.0), count
+        return min(seconds, default=0.0), sum(len(side) for side in sides)
 
     def busy(self, now: float) -> Busy:
         """How the workers that compute prompts stand."""
-        roles = (Role.PREFILL, Role.COLOCATED)
-        workers = [worker.numbers for role in roles for worker in self.usable(role, now)]
-        if not workers:
-            return Busy()
-        seconds = sum(numbers.queue_s for numbers in workers) / len(workers)
-        chunk_tokens = min(numbers.chunk_tokens for numbers in workers)
-        return Busy(seconds, len(workers), chunk_tokens)
+        seconds, workers, chunk_tokens = 0.0, 0, float(ANY_CHUNK)
+        for columns in (self.columns(Role.PREFILL), self.columns(Role.COLOCATED)):
+            if columns.workers:
+                usable = columns.usable(1, now)[0]
+                seconds += float(columns.numbers.queue_s[usable].sum())
+                workers += int(usable.sum())
+                chunk_tokens = min(chunk_tokens, float(columns.numbers.chunk_tokens.min()))
+        return Busy(seconds / workers, workers, chunk_tokens) if workers else Busy()
 
     @property
     def ready(self) -> bool:
@@ -264,6 +271,7 @@ class ClusterView:
         self._touched.discard(worker)
         self.index.drop(worker.slot)
         self.pairs.forget(name)
+        del self._by_slot[worker.slot]
         self._free_slots.append(worker.slot)
 
 
