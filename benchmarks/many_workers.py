@@ -2,7 +2,8 @@
 its event loop is, before 200 simulated workers and before two of them, in turn in one run.
 
 The workers are real (gRPC, roles, schedulers, block pools, an engine thread each), on a simulated
-engine, and share `--hosts` processes. Both gateways are processes of their own.
+engine, and share `--hosts` processes. Both gateways are processes of their own. It wants a core for
+each: where the hosts get too little of one, they answer no ping in time and gateways leave them.
 
     python benchmarks/many_workers.py
     python benchmarks/many_workers.py --workers 64 --concurrency 128 --requests 256   # smaller
@@ -177,11 +178,11 @@ def summed(of: dict[int, list[tuple[float, list[float]]]], kind: str) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=200)
-    parser.add_argument("--hosts", type=int, default=2, help="processes that the workers share")
+    parser.add_argument("--hosts", type=int, default=4, help="processes that the workers share")
     parser.add_argument("--requests", type=int, default=1500)
     parser.add_argument("--concurrency", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--step-ms", type=float, default=100.0, help="of a decode step")
+    parser.add_argument("--step-ms", type=float, default=200.0, help="of a decode step")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

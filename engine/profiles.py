@@ -66,21 +66,17 @@ class Profile:
 
     def step_s(self, plan: StepPlan) -> float:
         """Seconds that this step takes."""
-        tokens = sequences = context = 0
-        attention = 0.0
-        for chunk in plan.chunks:
-            if chunk.length == 1:
-                sequences += 1
-                context += chunk.end
-            else:
-                tokens += chunk.length
-                attention += chunk.length * (chunk.start + chunk.end) / 2
-        seconds = 0.0
-        if tokens:
-            seconds = self.prefill_s + self.prefill_token_s * tokens
-        if sequences:
-            seconds = max(seconds, self.decode_s) + self.decode_sequence_s * sequences
-        return seconds + self.prefill_attention_s * attention + self.decode_context_s * context
+        work, seconds = plan.work, 0.0
+        if work.tokens:
+            seconds = self.prefill_s + self.prefill_token_s * work.tokens
+        if work.sequences:
+            seconds = max(seconds, self.decode_s) + self.decode_sequence_s * work.sequences
+            seconds += self.decode_context_s * work.context
+        if work.tokens:
+            # Of what work counts to the end of each chunk, its tokens attend to half of themselves.
+            own = sum(chunk.length**2 for chunk in plan.chunks if chunk.length > 1)
+            seconds += self.prefill_attention_s * (work.attention - own / 2)
+        return seconds
 
     def pull_s(self, tokens: int) -> float:
         """Seconds to read the KV of so many tokens over an idle link."""

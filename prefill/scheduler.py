@@ -4,12 +4,14 @@
         └────────────────┴─remove─> gone
 
 First come, first served within a priority, and the head of the queue is finished before the next
-begins: finishing one prompt early beats advancing two. A prompt looks for its prefix when its first
-chunk is planned, not when it arrives, so it finds what the prompts before it have just computed.
+begins: finishing one prompt early beats advancing two. Only a prompt that yields, being late
+anyway, has others go between its chunks. A prompt looks for its prefix when its first chunk is
+planned, not when it arrives, so it finds what the prompts before it have just computed.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from crossdock.kvcache import block_tables
@@ -17,31 +19,49 @@ from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.worker.scheduler import Scheduler
 
+YIELDING_SHARE = 4  # a prompt that yields has chunks of at most this part (1/4) of a step
+YIELDED_STEPS = 16  # without a chunk, before it has one all the same
+
 
 class PrefillScheduler(Scheduler):
     """Owns the block tables of the prompts it computes, from admission to their last chunk."""
 
     def __init__(self, pool: BlockPool, chunk_tokens: int, lookahead: int = 0) -> None:
         self._computing: list[Sequence] = []
+        self._yielded = 0  # steps since one that yields had a chunk, where there is such
         super().__init__(pool, chunk_tokens, lookahead, self._computing)
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run. Admits as far as the budget reaches."""
         budget, chunks = self._chunk_tokens, []
-        for sequence in self._computing:
-            if budget == 0:
-                break
+        begun = deque(sorted(self._computing, key=self._yields))
+        while budget > 0 and (sequence := self._next(begun)) is not None:
+            if sequence.yields:  # so that nobody waits for it for long
+                budget = min(budget, max(1, self._chunk_tokens // YIELDING_SHARE))
             chunks.append(self._chunk(sequence, budget))
             budget -= chunks[-1].length
-        while budget and self._waiting:
-            sequence = self._waiting[0]
-            reusable, lookahead = sequence.reusable, self._lookahead
-            if not block_tables.take(self._pool, sequence, reusable, lookahead=lookahead):
-                break
-            self._computing.append(self._waiting.pop(0))
-            chunks.append(self._chunk(sequence, budget))
-            budget -= chunks[-1].length
+        yielded = any(chunk.sequence.yields for chunk in chunks)
+        self._yielded = 0 if yielded or not any(s.yields for s in begun) else self._yielded + 1
         return StepPlan(tuple(chunks)) if chunks else None
+
+    def _next(self, begun: deque[Sequence]) -> Sequence | None:
+        """Who has a chunk next: the first of those `begun`, unless one that yields is and one that
+        does not waits, with room for it."""
+        waiting = self._waiting[0] if self._waiting else None
+        if begun and (waiting is None or self._yields(waiting) or not self._yields(begun[0])):
+            return begun.popleft()
+        if waiting is not None and self._take_blocks(waiting):
+            self._computing.append(self._waiting.pop(0))
+            return waiting
+        return begun.popleft() if begun else None
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        reusable = sequence.reusable
+        return block_tables.take(self._pool, sequence, reusable, lookahead=self._lookahead)
+
+    def _yields(self, sequence: Sequence) -> bool:
+        """Whether others go first; not for ever."""
+        return sequence.yields and self._yielded < YIELDED_STEPS
 
     def computed(self, chunk: Chunk, drawn: int = 1) -> None:
         """Takes note that a chunk's KV is in its blocks, and of how many tokens were drawn after

@@ -280,8 +280,16 @@ class GatewayConfig(Limits):
     @property
     def ttft_aim_s(self) -> float:
         """Within which a first token is to come, where that decides who of a tenant is next."""
-        ordered = ALIASES.get(self.policy, self.policy) in ORDERED_BY_SLO
-        return self.slo.ttft_ms / 1000 if ordered else math.inf
+        return self.slo.ttft_ms / 1000 if self._by_slo else math.inf
+
+    @property
+    def tpot_aim_s(self) -> float:
+        """Within which a token is to follow another, where that decides who decodes."""
+        return self.slo.tpot_ms / 1000 if self._by_slo else math.inf
+
+    @property
+    def _by_slo(self) -> bool:
+        return ALIASES.get(self.policy, self.policy) in ORDERED_BY_SLO
 
     @property
     def max_body_bytes(self) -> int:

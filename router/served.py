@@ -106,6 +106,7 @@ class Served:
             detokenizer_of=lambda prompt, stop: IncrementalDetokenizer(text, prompt, stop),
             prefix=f"{prefix}-{number}" if number else prefix,
             ttft_aim_s=config.ttft_aim_s,
+            tpot_aim_s=config.tpot_aim_s,
             on_ready=shared.on_ready,
         )
         self.aside = TextProcess(files)

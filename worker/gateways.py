@@ -202,6 +202,7 @@ class Gateways:
             sequence_id=request.sequence_id,
             num_tokens=len(request.token_ids),
             uncached_tokens=request.uncached_tokens,
+            yields=request.yields,
         )
         self._told[request.sequence_id] = stream.owner
         self._to_others(stream.owner, pb.WorkerFrame(placed=[placed]))

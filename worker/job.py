@@ -101,6 +101,7 @@ class Job:
             root_hash=request.root_hash,
             num_scored=request.scored_tokens,
             priority=request.priority,
+            yields=request.yields,
             arrival=min(request.arrival_unix_s or arrival, arrival),
         )
         deadline = request.deadline_unix_ms / 1000 if request.deadline_unix_ms else None

@@ -241,6 +241,8 @@ class WorkerRole(ABC):
             running=scheduler.running,
             queued_tokens=queued.tokens,
             queued_attention=round(queued.attention),
+            yielding_tokens=queued.yielding_tokens,
+            yielding_attention=round(queued.yielding_attention),
             context_tokens=scheduler.context_tokens,
             free_blocks=pool.num_free,
             cached_blocks=pool.num_evictable,

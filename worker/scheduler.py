@@ -18,6 +18,8 @@ class Queued(NamedTuple):
 
     tokens: int  # uncached
     attention: float  # tokens × context, over the chunks that they will be
+    yielding_tokens: int  # of both, what lets others go first
+    yielding_attention: float
 
 
 class Scheduler(ABC):
@@ -60,12 +62,12 @@ class Scheduler(ABC):
     @property
     def queued(self) -> Queued:
         """Prompts still to be computed here, with what is cached now."""
-        tokens, attended = 0, 0.0
+        tokens, attended = [0, 0], [0.0, 0.0]
         for cached, sequence in self._uncomputed():
             left = sequence.num_tokens - cached
-            tokens += left
-            attended += attention(cached, left, self._chunk_tokens)
-        return Queued(tokens, attended)
+            tokens[sequence.yields] += left
+            attended[sequence.yields] += attention(cached, left, self._chunk_tokens)
+        return Queued(sum(tokens), sum(attended), tokens[True], attended[True])
 
     @property
     def context_tokens(self) -> int:
@@ -92,7 +94,7 @@ class Scheduler(ABC):
         return Chunk.of(sequence, sequence.num_computed, length)
 
 
-def order(sequence: Sequence) -> tuple[int, float]:
+def order(sequence: Sequence) -> tuple[int, bool, float]:
     """Arrival is at the gateway, and a restart keeps it: so who is first here is preempted by
     nobody and ends, then the next, and whoever was preempted before gets its turn."""
-    return sequence.priority, sequence.arrival
+    return sequence.priority, sequence.yields, sequence.arrival

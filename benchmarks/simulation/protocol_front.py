@@ -147,6 +147,9 @@ class Metrics:
     def __call__(self, *_: object) -> None:
         pass
 
+    def __iadd__(self, _: object) -> Metrics:
+        return self
+
 
 @dataclass
 class _Restarts:

@@ -16,6 +16,7 @@ from crossdock.deploy.spec import ClusterSpec, PoolSpec
 from crossdock.engine.profiles import MIB, Profile
 from crossdock.engine.simulated import Settings
 from crossdock.planning import guess
+from crossdock.planning.guess import Load
 from crossdock.planning.search import Outcome, Size, best_split, cheapest_pair, fewest
 from crossdock.proto.errors import ConfigError, InvalidRequest
 from crossdock.proto.types import Role
@@ -247,8 +248,8 @@ class Planner:
         return replace(self.base, pools=MappingProxyType(made)).validate()
 
     @cached_property
-    def _load(self) -> guess.Load:
-        return guess.Load.of(self.trace, self.base.slo)
+    def _load(self) -> Load:
+        return Load.of(self.trace, self.base.slo)
 
     @property
     def _limits(self) -> tuple[int, int]:

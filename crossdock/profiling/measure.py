@@ -23,7 +23,6 @@ from crossdock.results import Timings
 TOKEN_IDS = (100, 250)  # of made-up prompts: every vocabulary has them
 SHORTEST = 16  # prompt tokens
 LONGEST = 32_768
-MOST_STREAMS = 256
 PROMPTS_SHARE = 0.45  # of the time that there is
 SUFFIXES_SHARE = 0.6  # until these are done as well
 ROUNDS = 4  # of prompts of all lengths, at the most
@@ -83,7 +82,6 @@ class Measurement:
         self._rng = random.Random(seed)
         self._known: list[list[int]] = []  # prompts that were computed, the longest first
         self._began = 0.0
-        self._rate = 0.0  # seconds a prompt token, of the newest prompt
         self._step_s = 0.02  # of the newest wave
 
     async def run(self) -> None:
@@ -116,7 +114,7 @@ class Measurement:
     async def _all_suffixes(self) -> None:
         """Prompts that begin with one just computed: more attention with as many tokens."""
         block = self._limits.block
-        longest = max(each.tokens for each in self.prompts)
+        longest = max((each.tokens for each in self.prompts), default=0)
         for prefix in (longest // 2, longest - longest // 8, longest // 4):
             known = self._made_up(max(block, prefix // block * block))
             room = min(self._limits.context - 2, self._limits.pool - block) - len(known)
@@ -134,14 +132,15 @@ class Measurement:
     async def _prompt(self, token_ids: list[int]) -> None:
         stream = await self._ask(token_ids, 1)
         timings = stream.timings
-        if timings is None or not timings.prefill_worker:
-            return  # computed where it would have been decoded
+        if timings is None:
+            return
+        chunk = self._chunks.get(timings.prefill_worker or timings.decode_worker)
+        if chunk is None:
+            return  # computed where prompts are not, as it happens to what is cached there
         began, ended = timings.events.get("prefill_started"), timings.events.get("first_token")
         if began is None or ended is None or ended <= began:
             return
-        chunk = self._chunks.get(timings.prefill_worker, self._limits.chunk)
         taken = PromptTime.of(stream.cached, stream.prompt, chunk, ended - began)
-        self._rate = taken.seconds / taken.tokens
         self.prompts.append(taken)
 
     # -- decoding ------------------------------------------------------------------------------
@@ -149,21 +148,16 @@ class Measurement:
     async def _all_waves(self) -> None:
         """Short sequences that nobody has seen, and the longest prompts that were measured, whose
         prefill is cached; as many at once as there is time for, then again."""
-        most, number = min(MOST_STREAMS, self._limits.batch), 0
-        batches = [batch for batch in BATCHES if batch <= most]
+        batches = [batch for batch in BATCHES if batch <= self._limits.batch]
         waves = [(batch, long) for batch in batches for long in (False, True)]
-        while waves:
-            batch, long = waves[number % len(waves)]
-            ahead_s = self._ahead_s(batch) / self._seconds
-            if number >= ENOUGH_WAVES and self._used + ahead_s > 1.0:
+        for number, (batch, long) in enumerate(waves * ROUNDS):
+            ahead = self._ahead_s(batch) / self._seconds
+            if number >= ENOUGH_WAVES and self._used + ahead > 1.0:
                 return
             prompts = self._prompts_of(batch * self._limits.decoders, long)
             await self._wave(prompts)
             context = sum(map(len, prompts)) // self._limits.decoders
             self._progress(f"decode: {batch} at once, {context} tokens of context")
-            number += 1
-            if number >= len(waves) * ROUNDS:
-                return
 
     def _prompts_of(self, streams: int, long: bool) -> list[list[int]]:
         if not long:
@@ -201,6 +195,12 @@ class Measurement:
     def _used(self) -> float:
         """Of the time that there is."""
         return (time.monotonic() - self._began) / self._seconds
+
+    @property
+    def _rate(self) -> float:
+        """Seconds a prompt token, so far."""
+        tokens = sum(each.tokens for each in self.prompts)
+        return sum(each.seconds for each in self.prompts) / tokens if tokens else 0.0
 
     def _made_up(self, length: int) -> list[int]:
         return self._rng.choices(range(*TOKEN_IDS), k=length)

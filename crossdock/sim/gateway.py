@@ -51,6 +51,7 @@ class SimGateway:
             detokenizer_of=lambda prompt, stop: _NO_TEXT,
             prefix=config.name,
             ttft_aim_s=config.ttft_aim_s,
+            tpot_aim_s=config.tpot_aim_s,
             clock=site.clock,
             rng=random.Random(site.rng.getrandbits(64)),
         )

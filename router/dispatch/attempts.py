@@ -23,6 +23,7 @@ def send(
     cached = context - tokens
     message = sequence.request_message(eos)
     message.uncached_tokens = placement.uncached_tokens
+    message.yields = demand.yields
     if placement.prefill is None:
         sequence.phase = Phase.DECODE
         sequence.decode_worker = sequence.prefill_worker = placement.decode
@@ -31,7 +32,7 @@ def send(
     else:
         sequence.phase = Phase.PREFILL
         sequence.prefill_worker = placement.prefill
-        view.place(placement.prefill, sequence_id, tokens, blocks, cached)
+        view.place(placement.prefill, sequence_id, tokens, blocks, cached, yields=demand.yields)
         if sequence.sampling.max_tokens:
             view.place(placement.decode, sequence_id, 0, blocks, context=context)
         prefill = pb.PrefillRequest(sequence=message, decode_worker=placement.decode)

@@ -75,6 +75,7 @@ class Dispatcher:
         detokenizer_of: Callable[[list[int], tuple[str, ...]], IncrementalDetokenizer],
         prefix: str,
         ttft_aim_s: float = math.inf,
+        tpot_aim_s: float = math.inf,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -91,7 +92,7 @@ class Dispatcher:
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
-        self._ttft_aim_s = ttft_aim_s
+        self._ttft_aim_s, self._tpot_aim_s = ttft_aim_s, tpot_aim_s
         self._prefix = prefix  # makes sequence ids unique in the cluster
         self._on_ready = on_ready
         self._clock = clock
@@ -109,6 +110,7 @@ class Dispatcher:
             self._due,
             self._work,
             clock,
+            lambda: view.busy(clock()),
         )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
@@ -291,7 +293,14 @@ class Dispatcher:
         return Work(self._due(sequence), alone_s, alone_s / max(1, workers))
 
     def _demand(self, sequence: SequenceState) -> Demand:
-        return sequence.demand(self.hasher.block_size, self._limits.local_prompt_tokens)
+        output = self.view.lengths.expected(
+            sequence.active.request.tenant,
+            sequence.prompt_tokens,
+            sequence.sampling.max_tokens,
+            sequence.generated,
+        )
+        local = self._limits.local_prompt_tokens
+        return sequence.demand(self.hasher.block_size, local, output, self._tpot_aim_s)
 
     def on_change(self) -> None:
         """A worker came or went: whoever waited for one is tried again."""
@@ -426,6 +435,12 @@ class Dispatcher:
         self.metrics.prompt_tokens.inc(sequence.prompt_tokens)
         self.metrics.cached_tokens.inc(sequence.cached_tokens or 0)
         self.metrics.sequence_done(sequence.timeline, sequence.generated)
+        self.view.ended(
+            sequence.decode_worker,
+            sequence.active.request.tenant,
+            sequence.prompt_tokens,
+            sequence.generated,
+        )
         tracing.sequence_ended(sequence)
 
     def _release_held(self, sequence: SequenceState) -> None:

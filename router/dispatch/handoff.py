@@ -70,7 +70,11 @@ class HandOffs:
         link = self._taking(sequence.placement.decode)
         if link is None:
             self._view.unplace(sequence.placement.decode, sequence.sequence_id)
-            demand = sequence.demand(self._hasher.block_size)
+            tenant, most = sequence.active.request.tenant, sequence.sampling.max_tokens
+            output = self._view.lengths.expected(
+                tenant, sequence.prompt_tokens, most, sequence.generated
+            )
+            demand = sequence.demand(self._hasher.block_size, output=output)
             name = decode_for(self._view, demand, sequence.prefill_worker, now, self._rng)
             link = self._taking(name)
             if link is None:

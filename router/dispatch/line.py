@@ -2,8 +2,8 @@
 
 Of the most urgent priority, those that can still meet their target go in the order of their due
 times, but where all of them together are too much, the longest of them step aside until the others
-can be met (Moore, 1968). Those that are late anyway, or stepped aside, have a part of the turns, in
-order, so that nobody waits for ever.
+can be met (Moore, 1968). Those that are late anyway, or stepped aside, yield: they have what the
+others leave of the workers, the shortest first and now and then the oldest.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from crossdock.router.dispatch.sequence import SequenceState
+from crossdock.router.placement.view import Busy
 
+INFINITE = float("inf")
 WINDOW = 256  # sequences that are weighed against each other, those due first
-LATE_PART = 1 / 8  # of the seconds that go to others, for those that are late, where some are
+FRESH_S = 0.25  # for so long it stays as it is what was asked of a sequence
+OLDEST_EVERY = 4  # of so many late ones that are begun one is the first that came
 
 
 @dataclass(frozen=True)
 class Work:
     """What is between a sequence and its first token, in seconds of the gateway's clock."""
 
-    due: float = float("inf")  # when the token is to be there
+    due: float = INFINITE  # when the token is to be there
     alone_s: float = 0.0  # on an idle worker
     share_s: float = 0.0  # for which it keeps others waiting
 
@@ -36,19 +39,48 @@ class _Entry:
     sequence: SequenceState
     priority: int
     place: Place
-    work: Work | None = None  # once it was asked for
+    work: Work | None = None
+    known_until: float = float("-inf")  # when it is to be asked for again
+
+
+@dataclass(eq=False)
+class Late:
+    """Sequences that are late and were begun all the same: a chunk for each worker, or a longer
+    prompt. `busy` says how many workers there are, and how long their chunks."""
+
+    busy: Callable[[], Busy]
+    _begun: set[SequenceState] = field(default_factory=set)  # and maybe without token 0
+    _count: int = 0
+
+    @property
+    def room(self) -> bool:
+        """Whether another may be."""
+        self._begun = {each for each in self._begun if each.holders and not each.generated}
+        busy = self.busy()
+        tokens = sum(min(each.placement.uncached_tokens, busy.chunk_tokens) for each in self._begun)
+        return tokens < busy.workers * busy.chunk_tokens
+
+    def begin(self, sequence: SequenceState) -> None:
+        """It is."""
+        self._begun.add(sequence)
+        self._count += 1
+
+    @property
+    def oldest_first(self) -> bool:
+        """Whether the next is not to be the shortest, for once."""
+        return self._count % OLDEST_EVERY == OLDEST_EVERY - 1
 
 
 @dataclass(eq=False)
 class Line:
-    """Sequences that wait. `due` and `work_of` say how urgent one is; the latter is asked once
-    another waits beside it."""
+    """Sequences that wait. `due` and `work_of` say how urgent one is; where nothing is due ever,
+    they go by rank. `late` is shared by all tenants."""
 
     due: Callable[[SequenceState], float]
     work_of: Callable[[SequenceState], Work]
+    late: Late
     _entries: dict[SequenceState, _Entry] = field(default_factory=dict)
     _waiting: dict[int, list[tuple[Place, _Entry]]] = field(default_factory=dict)  # by priority
-    _owed_s: float = 0.0  # to those that are late
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -71,39 +103,63 @@ class Line:
         if not waiting:
             del self._waiting[entry.priority]
 
-    def pop(self, now: float) -> SequenceState:
-        """Takes the next out. Raises ValueError where nobody waits."""
+    def pop(self, now: float, busy_s: float = 0.0) -> SequenceState | None:
+        """Takes the next out, and says whether it yields; None where nobody is to begin now.
+        `busy_s`: for which those before them keep the workers."""
+        if not self._waiting:
+            return None
         waiting = [entry for _, entry in self._waiting[min(self._waiting)][:WINDOW]]
-        chosen = waiting[0] if len(waiting) == 1 else self._choose(waiting, now)
-        self.remove(chosen.sequence)
-        return chosen.sequence
+        chosen = waiting[0] if waiting[0].place[0] == INFINITE else None
+        if chosen is None:
+            chosen = self._choose(waiting, now, busy_s)
+        if chosen is not None:
+            self.remove(chosen.sequence)
+            return chosen.sequence
+        return None
 
-    def _choose(self, waiting: list[_Entry], now: float) -> _Entry:
-        works = [self._work(entry) for entry in waiting]
-        kept = in_time(works, now)
+    def tokens_before(self, now: float, busy_s: float = 0.0) -> int:
+        """Of the prompts that wait, those that go before one that is in time."""
+        entries = list(self._entries.values())
+        if entries and entries[0].place[0] < INFINITE:
+            entries.sort(key=lambda entry: entry.place)
+            entries = [entries[i] for i in in_time(self._works(entries, now), now, busy_s)]
+        return sum(entry.sequence.prompt_tokens for entry in entries)
+
+    def _choose(self, waiting: list[_Entry], now: float, busy_s: float) -> _Entry | None:
+        begun = next((entry for entry in waiting if entry.sequence.generated), None)
+        if begun is not None:
+            return begun  # a client already reads it
+        works = self._works(waiting, now)
+        kept = in_time(works, now, busy_s)
+        late = [i for i in range(len(works)) if i not in kept]
+        if late and self.late.room:
+            chosen = min(late, key=lambda i: waiting[i].place[1])  # by arrival
+            if not self.late.oldest_first:
+                chosen = min(late, key=lambda i: works[i].alone_s)
+            self.late.begin(waiting[chosen].sequence)
+            waiting[chosen].sequence.yields = True
+            return waiting[chosen]
         if not kept:
-            return waiting[0]
-        late = next((i for i in range(len(works)) if i not in kept), None)
-        if late is not None:
-            if self._owed_s >= works[late].share_s:
-                self._owed_s -= works[late].share_s
-                return waiting[late]
-            self._owed_s += LATE_PART * works[min(kept)].share_s
+            return None
+        waiting[min(kept)].sequence.yields = False
         return waiting[min(kept)]
 
-    def _work(self, entry: _Entry) -> Work:
-        if entry.work is None:
-            entry.work = self.work_of(entry.sequence)
-        return entry.work
+    def _works(self, entries: list[_Entry], now: float) -> list[Work]:
+        works = []
+        for entry in entries:
+            if entry.work is None or entry.known_until <= now:
+                entry.work, entry.known_until = self.work_of(entry.sequence), now + FRESH_S
+            works.append(entry.work)
+        return works
 
 
-def in_time(works: list[Work], now: float) -> set[int]:
-    """Which of them, given by due time, are met if only these are begun, in this order: as many as
-    there can be."""
+def in_time(works: list[Work], now: float, busy_s: float = 0.0) -> set[int]:
+    """Which of them, given by due time, are met if only these are begun, in this order, `busy_s`
+    from now: as many as there can be."""
     kept: list[tuple[float, int]] = []  # the longest on top
-    begins = now
+    begins = now + busy_s
     for i, work in enumerate(works):
-        if now + work.alone_s > work.due:
+        if now + busy_s + work.alone_s > work.due:
             continue  # not even if it were the next
         heappush(kept, (-work.share_s, i))
         begins += work.share_s

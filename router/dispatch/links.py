@@ -215,7 +215,7 @@ class WorkerLink:
         view, now = self._owner.view, self._owner.clock()
         if self._worker is not None:
             for each in frame.placed:
-                about = each.sequence_id, each.num_tokens, each.uncached_tokens
+                about = each.sequence_id, each.num_tokens, each.uncached_tokens, each.yields
                 view.placed_elsewhere(self.name, *about, now)
             for sequence_id in frame.computed:
                 view.computed(self.name, sequence_id, now)

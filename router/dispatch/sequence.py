@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from crossdock.router.dispatch.links import WorkerLink
 from crossdock.router.dispatch.ports import Timer
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.dispatch.scored import ScoredPrompt
-from crossdock.router.placement.demand import UNPLACED, Demand, Placement
+from crossdock.router.placement.demand import OUTPUT_TOKENS, UNPLACED, Demand, Placement
 
 
 class Phase(enum.Enum):
@@ -60,6 +61,7 @@ class SequenceState:
     restarts: int = 0  # since the last token gained
     losses: int = 0  # workers that died while they held it
     avoid: set[str] = field(default_factory=set)
+    yields: bool = False  # its first token is late anyway: others go first
     timer: Timer | None = None
     prefill_worker: str = ""
     decode_worker: str = ""  # once it has been told
@@ -185,8 +187,14 @@ class SequenceState:
             timings.predicted_ttft = self.placement.predicted_ttft_s
         return timings
 
-    def demand(self, block_size: int, local_tokens: int = 0) -> Demand:
-        """What it asks of the cluster; `local_tokens`: as Demand has them."""
+    def demand(
+        self,
+        block_size: int,
+        local_tokens: int = 0,
+        output: float = OUTPUT_TOKENS,
+        tpot_s: float = math.inf,
+    ) -> Demand:
+        """What it asks of the cluster; the rest is as Demand has it."""
         # What is to be scored is computed, whatever is cached, and where prompts are.
         reusable = (self.scored - 1) // block_size if self.unscored else None
         return Demand(
@@ -196,6 +204,9 @@ class SequenceState:
             most_tokens=self.prompt_tokens + self.sampling.max_tokens,
             avoid=frozenset(self.avoid),
             local_tokens=0 if self.unscored else local_tokens,
+            output=output,
+            tpot_s=tpot_s,
+            yields=self.yields and not self.generated,
         )
 
     def request_message(self, eos: list[int], handed_off: bool = False) -> pb.SequenceRequest:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from crossdock.router.dispatch.line import Line, Work
+from crossdock.router.dispatch.line import Late, Line, Work
 from crossdock.router.dispatch.sequence import SequenceState
+from crossdock.router.placement.view import Busy
 
 OWED_TOKENS = 4096  # that a tenant may have after a pause, before the others go on
 KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
@@ -27,7 +28,6 @@ EXPECTED_TOKENS = 256  # of a completion at the most, as far as its cost is weig
 class _Queue:
     start: float  # virtual time of its first sequence
     line: Line
-    tokens: int = 0  # of prompts that wait here
 
 
 class Turns:
@@ -41,8 +41,10 @@ class Turns:
         due: Callable[[SequenceState], float] = lambda sequence: math.inf,
         work_of: Callable[[SequenceState], Work] = lambda sequence: Work(),
         clock: Callable[[], float] = lambda: 0.0,
+        busy: Callable[[], Busy] = Busy,
     ) -> None:
         self._room, self._begin, self._clock = room, begin, clock
+        self._busy, self._late = busy, Late(busy)
         self._due, self._work_of = due, work_of
         self._queues: dict[str, _Queue] = {}  # by tenant; none is empty
         self._where: dict[SequenceState, _Queue] = {}
@@ -66,10 +68,11 @@ class Turns:
         if queue is None:
             start = self._present - OWED_TOKENS
             start = max(start, self._finished.pop(request.tenant, start))
-            queue = self._queues[request.tenant] = _Queue(start, Line(self._due, self._work_of))
+            queue = self._queues[request.tenant] = _Queue(
+                start, Line(self._due, self._work_of, self._late)
+            )
         rank = sequence.active.order + sequence.index
         queue.line.add(sequence, rank, next(self._ties))
-        queue.tokens += sequence.prompt_tokens
         self._where[sequence] = queue
 
     def remove(self, sequence: SequenceState) -> None:
@@ -77,24 +80,31 @@ class Turns:
         queue = self._where.pop(sequence, None)
         if queue is not None:
             queue.line.remove(sequence)
-            queue.tokens -= sequence.prompt_tokens
             self._trim(sequence.active.request.tenant, queue)
 
     def pump(self) -> None:
         """Begins what there is room for."""
         while self._where and self._room():
-            self._begin(self._next())
+            sequence = self._next()
+            if sequence is None:
+                return
+            self._begin(sequence)
 
     def tokens_of(self, tenant: str) -> int:
-        """Of the prompts of a tenant that wait."""
+        """Of the prompts of a tenant that wait, but for those that are late anyway."""
         queue = self._queues.get(tenant)
-        return queue.tokens if queue else 0
+        return queue.line.tokens_before(self._clock(), self._busy().seconds) if queue else 0
 
-    def _next(self) -> SequenceState:
-        tenant, queue = min(self._queues.items(), key=lambda item: item[1].start)
-        sequence = queue.line.pop(self._clock())
+    def _next(self) -> SequenceState | None:
+        now, busy_s = self._clock(), self._busy().seconds
+        for tenant, queue in sorted(self._queues.items(), key=lambda item: item[1].start):
+            sequence = queue.line.pop(now, busy_s)
+            if sequence is not None:
+                return self._taken(tenant, queue, sequence)
+        return None
+
+    def _taken(self, tenant: str, queue: _Queue, sequence: SequenceState) -> SequenceState:
         del self._where[sequence]
-        queue.tokens -= sequence.prompt_tokens
         self._present = max(self._present, queue.start)
         queue.start += _cost(sequence)
         self._trim(tenant, queue)

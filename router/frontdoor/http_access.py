@@ -12,6 +12,7 @@ from crossdock.router.frontdoor.gate import Gate, Visit
 
 OPEN = frozenset({"/health", "/ping", "/version"})
 TENANT_HEADER = "X-Crossdock-Tenant"
+RESPONSES = "/v1/responses/"  # workers are asked for each, whatever the method
 VISIT = web.RequestKey("visit", Visit)
 CHALLENGE = web.RequestKey("challenge", bool)
 
@@ -26,7 +27,7 @@ def visit_of(request: web.Request) -> Visit:
 
 def guard(gate: Gate) -> Any:
     """The middleware that lets nobody past it without a credential, where there is to be one, but
-    to say that it is well. What asks for work is a POST, and counted."""
+    to say that it is well. What asks for work is a POST, or for a response, and counted."""
     settings = gate.authenticator.settings
 
     @web.middleware
@@ -42,7 +43,7 @@ def guard(gate: Gate) -> Any:
         request[VISIT] = visit
         if request.path == "/metrics" and settings.required and not visit.principal.metrics:
             raise Forbidden("this credential may not read the figures of all tenants")
-        if request.method == "POST":
+        if request.method == "POST" or request.path.startswith(RESPONSES):
             gate.count(visit)
         return await handler(request)
 

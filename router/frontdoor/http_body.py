@@ -66,6 +66,9 @@ class Bodies:
         if encoding not in ("identity", "gzip", "deflate"):
             limit = "must be gzip, deflate or identity"
             raise InvalidRequest("Content-Encoding", encoding, limit)
+        coding = request.headers.get("Transfer-Encoding", "chunked")
+        if coding.strip().lower() != "chunked":
+            raise InvalidRequest("Transfer-Encoding", coding, "must be chunked")
         if request.content_length is not None and request.content_length > self._most_each:
             raise self._too_large(f"{request.content_length} bytes")
         self._waiting[one] = None

@@ -134,6 +134,8 @@ class ResponseStore:
             return None
         request = pb.FetchStateRequest(tenant=tenant, id=id_)
         answers = await self._ask(asked.named, "FetchState", request)
+        if any(answer and answer.dropped for answer in answers):
+            return None
         if not asked.sure or not all(answer and answer.HasField("data") for answer in answers):
             answers += await self._ask(asked.rest, "FetchState", request)
         if any(answer and answer.dropped for answer in answers):

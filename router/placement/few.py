@@ -14,7 +14,7 @@ from crossdock.router.placement.candidates import (
 )
 from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.view import ClusterView
-from crossdock.router.placement.workers import WorkerView
+from crossdock.router.placement.workers import REUSED, WorkerView
 
 Option = tuple[float, float, WorkerView]
 
@@ -24,6 +24,7 @@ class FewWorkers:
 
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
         self._pairs, self._demand, self._rng = view.pairs, demand, rng
+        self._token_s = view.token_s
         self._depths = view.index.depths(demand.block_hashes)
         self._usable = {
             role: view.usable(role, now, demand.avoid, tokens)
@@ -55,7 +56,7 @@ class FewWorkers:
         options = []
         for worker in self.with_room(self._usable[Role.PREFILL]):
             ttft_s = self._ttft_s(worker)
-            options.append((ttft_s, ttft_s, worker))
+            options.append((ttft_s + self._evicted_s(worker), ttft_s, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
 
     def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
@@ -74,7 +75,8 @@ class FewWorkers:
         options = []
         for excess_s, worker in self._streams(self.with_room(self._usable[Role.COLOCATED])):
             ttft_s = self._ttft_s(worker)
-            options.append((ttft_s + excess_s, ttft_s, worker))
+            cost_s = ttft_s + excess_s + self._evicted_s(worker)
+            options.append((cost_s, ttft_s, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
 
     def local(self) -> list[Computes]:
@@ -103,12 +105,26 @@ class FewWorkers:
 
     def _ttft_s(self, worker: WorkerView) -> float:
         tokens = self._demand.uncached(self.depth(worker))
-        return worker.ttft_s(self._demand.num_tokens - tokens, tokens)
+        return worker.ttft_s(self._demand.num_tokens - tokens, tokens, self._demand.yields)
+
+    def _evicted_s(self, worker: WorkerView) -> float:
+        """To compute again what the prompt's blocks are expected to be in the way of."""
+        demand = self._demand
+        evicted = demand.blocks - self.depth(worker) - worker.numbers.free_blocks
+        return max(evicted, 0) * demand.block_size * (self._token_s * REUSED)
+
+    def _stream_s(self, worker: WorkerView) -> float:
+        """With what the streams there lack of blocks, which some of them are preempted for and
+        computed again elsewhere."""
+        demand = self._demand
+        kept = demand.num_tokens - self.depth(worker) * demand.block_size + demand.output
+        lacking = max(kept - worker.numbers.spare_tokens, 0.0)
+        stream_s = worker.stream_s(demand.mean_context, demand.output, demand.tpot_s)
+        return stream_s + lacking * self._token_s
 
     def _streams(self, workers: Sequence[WorkerView]) -> list[tuple[float, WorkerView]]:
         """Seconds that a stream takes, more than on the best of them."""
-        demand = self._demand
-        seconds = [worker.stream_s(demand.mean_context, demand.output) for worker in workers]
+        seconds = [self._stream_s(worker) for worker in workers]
         least_s = min(seconds)
         return [(stream_s - least_s, worker) for stream_s, worker in zip(seconds, workers)]
 

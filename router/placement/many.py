@@ -19,7 +19,7 @@ from crossdock.router.placement.candidates import (
 from crossdock.router.placement.columns import Columns, Floats, Mask, depth_by_slot
 from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.view import ClusterView
-from crossdock.router.placement.workers import WorkerView
+from crossdock.router.placement.workers import REUSED, WorkerView
 
 
 class ManyWorkers:
@@ -30,7 +30,7 @@ class ManyWorkers:
         self._levels = view.index.levels(demand.block_hashes)
         by_slot = depth_by_slot(self._levels, view.num_slots) if self._levels else None
         self._sides = {
-            role: _Side(view.columns(role), by_slot, demand, tokens, now)
+            role: _Side(view.columns(role), by_slot, demand, tokens, now, view.token_s)
             for role, tokens in demand.held.items()
         }
 
@@ -42,10 +42,9 @@ class ManyWorkers:
 
     def prefills(self) -> list[Computes]:
         side = self._sides[Role.PREFILL]
-        costs = np.where(side.with_room(side.usable), side.ttft_s, np.inf)
+        costs = np.where(side.with_room(side.usable), side.ttft_s + side.evicted_s, np.inf)
         rows = self._nearest(costs, PREFILL_CANDIDATES)
-        seconds = costs[rows].tolist()
-        return list(zip(seconds, seconds, side.at(rows)))
+        return list(zip(costs[rows].tolist(), side.ttft_s[rows].tolist(), side.at(rows)))
 
     def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
         side = self._sides[Role.DECODE]
@@ -63,7 +62,7 @@ class ManyWorkers:
         side = self._sides[Role.COLOCATED]
         ttfts = side.ttft_s
         streams = np.where(side.with_room(side.usable), side.stream_s, np.inf)
-        costs = ttfts + (streams - streams[streams.argmin()])
+        costs = ttfts + (streams - streams[streams.argmin()]) + side.evicted_s
         rows = self._nearest(costs, PREFILL_CANDIDATES)
         return list(zip(costs[rows].tolist(), ttfts[rows].tolist(), side.at(rows)))
 
@@ -114,7 +113,9 @@ class _Side:
         demand: Demand,
         most_tokens: int,
         now: float,
+        token_s: float,
     ) -> None:
+        self._token_s = token_s
         self._columns, self._demand = columns, demand
         self.any = False
         if not columns.workers:
@@ -175,11 +176,22 @@ class _Side:
     def ttft_s(self) -> Floats:
         """Until token 0."""
         cached = self._demand.num_tokens - self.uncached
-        return self.numbers.queue_s + self.prompt_s(cached, self.uncached)
+        numbers, yields = self.numbers, self._demand.yields
+        queue_s = numbers.queue_s + numbers.yielding_s if yields else numbers.queue_s
+        return queue_s + self.prompt_s(cached, self.uncached)
 
     @cached_property
     def stream_s(self) -> Floats:
-        """Of a stream that joins."""
+        """Of a stream that joins; as FewWorkers has it."""
         numbers, demand = self.numbers, self._demand
-        steps_s = numbers.step_s + demand.mean_context * numbers.context_s
-        return numbers.wait * demand.output * steps_s
+        step_s = numbers.step_s + demand.mean_context * numbers.context_s
+        missed_s = np.maximum(step_s - demand.tpot_s, 0.0) * numbers.sequences
+        kept = demand.num_tokens - self.depth * demand.block_size + demand.output
+        lacking = np.maximum(kept - numbers.spare_tokens, 0.0)
+        return numbers.wait * demand.output * (step_s + missed_s) + lacking * self._token_s
+
+    @cached_property
+    def evicted_s(self) -> Floats:
+        """To compute again what the prompt's blocks are expected to be in the way of."""
+        evicted = np.maximum(self._demand.blocks - self.depth - self.numbers.free_blocks, 0)
+        return evicted * self._demand.block_size * (self._token_s * REUSED)

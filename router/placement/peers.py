@@ -179,7 +179,9 @@ def _place(
         decodes = among.usable(Role.DECODE, view.pairs.cut_off([worker.name], now))
         decode, _ = choose(among, among.with_room(decodes))
     depth = among.depth(worker)
-    ttft_s = worker.ttft_s(demand.num_tokens - demand.uncached(depth), demand.uncached(depth))
+    ttft_s = worker.ttft_s(
+        demand.num_tokens - demand.uncached(depth), demand.uncached(depth), demand.yields
+    )
     return Placement.on(worker, decode, demand, now, depth, ttft_s, reason)
 
 

@@ -18,7 +18,8 @@ from crossdock.router.placement.peers import (
 )
 from crossdock.router.placement.view import ClusterView
 
-ALIASES = {"least_latency": "predicted_latency"}  # older name -> name
+OURS = "predicted_latency"
+ALIASES = {"least_latency": OURS}  # older name -> name
 
 
 class Policy(Protocol):
@@ -46,7 +47,7 @@ class Policies:
     def by_name(self) -> dict[str, Policy]:
         """All there are; ALIASES has other names of them."""
         return {
-            "predicted_latency": predicted_latency,
+            OURS: predicted_latency,
             "round_robin": round_robin,
             "least_loaded": least_loaded,
             "prefix_threshold": self.prefix_threshold,

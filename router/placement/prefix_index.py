@@ -79,15 +79,15 @@ class PrefixIndex:
         found: list[Level] = []
         if not block_hashes:
             return found
-        holders = self._holders
-        first = holders.get(block_hashes[0], 0)
+        holders_of = self._holders.get
+        first = holders_of(block_hashes[0], 0)
         # (low, high, mask): each worker of mask holds at least `low` blocks and at most `high`.
         work = [(1, len(block_hashes), first)] if first else []
         while work:
             low, high, mask = work.pop()
             while low < high:
                 middle = (low + high + 1) // 2
-                deep = holders.get(block_hashes[middle - 1], 0) & mask
+                deep = holders_of(block_hashes[middle - 1], 0) & mask
                 if not deep:
                     high = middle - 1
                     continue

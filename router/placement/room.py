@@ -57,12 +57,14 @@ def _has_place(worker: WorkerView) -> bool:
 
 def _computes(worker: WorkerView, now: float) -> bool:
     """Whether it has prompts of this gateway for a while yet, or very many of anybody."""
-    if worker.queued_tokens >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
+    if worker.urgent_tokens >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
         return True
-    if not worker.computing:
+    here = worker.role is Role.PREFILL
+    prompts = [each for each in worker.computing.values() if not (here and each.yields)]
+    if not prompts:
         return False
-    tokens = sum(prompt.tokens for prompt in worker.computing.values())
-    attended = sum(prompt.attention for prompt in worker.computing.values())
+    tokens = sum(prompt.tokens for prompt in prompts)
+    attended = sum(prompt.attention for prompt in prompts)
     takes_s = max(worker.numbers.chunk_s, worker.prompts_s(tokens, attended))
     if worker.prompt_s(0, 1) > FIXED_PART * takes_s:
         return False

@@ -64,7 +64,8 @@ class PoolSpeed:
 
 @dataclass(eq=False)
 class PoolSpeeds:
-    """Both kinds of step of one pool."""
+    """Both kinds of step of one pool, and how long its streams are."""
 
     prefill: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_PREFILL))
     decode: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_DECODE))
+    output: float = 0.0  # tokens that each stream here is expected to draw yet

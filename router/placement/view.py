@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Collection
+from typing import NamedTuple
 
 from crossdock.proto import events
 from crossdock.proto.steps import attention
 from crossdock.proto.types import Role
 from crossdock.router.placement.columns import Columns
 from crossdock.router.placement.demand import Demand
+from crossdock.router.placement.lengths import Lengths
 from crossdock.router.placement.pairs import Pairs
 from crossdock.router.placement.prefix_index import PrefixIndex
-from crossdock.router.placement.speed import PoolSpeeds
+from crossdock.router.placement.speed import DEFAULT_PREFILL, PoolSpeeds
 from crossdock.router.placement.workers import (
     ANY_CHUNK,
     LoadReport,
@@ -21,9 +24,18 @@ from crossdock.router.placement.workers import (
     WorkerView,
 )
 
+WEIGHED = 16  # workers, for how long a prompt takes at the least: those that have the most of it
 MANY = 48  # workers, from which on arrays of all are quicker than a look at each
 SHARED_FOR_S = 10.0  # after what another gateway sent: it may send more
 REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
+
+
+class Busy(NamedTuple):
+    """Of the workers that compute prompts."""
+
+    seconds: float = 0.0  # that one is taken on the average, by prompts that do not yield
+    workers: int = 1
+    chunk_tokens: float = 1  # of a step at the most
 
 
 class ClusterView:
@@ -34,12 +46,15 @@ class ClusterView:
         self.weights_digest = ""  # of who connected last
         self.layout_hash = b""  # of who connected last: block hashes begin with it
         self.index = PrefixIndex()
+        self.lengths = Lengths()
+        self.token_s = DEFAULT_PREFILL.slope  # of a prompt token, as who reported last has it
         self.pairs = Pairs()
         self.shared_until = float("-inf")  # other gateways send work to these workers
         self._columns = {role: Columns() for role in Role}
         self._touched: set[WorkerView] = set()  # whose columns are not written yet
         self._speeds = defaultdict[str, PoolSpeeds](PoolSpeeds)  # by pool
         self._free_slots: list[int] = []
+        self._by_slot: dict[int, WorkerView] = {}
         self._gone: dict[str, WorkerView] = {}  # the last of each name that is not there now
         self._pool_tokens: int | None = None  # see pool_tokens
         self._pool_tokens_until = float("-inf")  # a change, or who is gone being given up
@@ -55,7 +70,7 @@ class ClusterView:
         self._gone.pop(facts.name, None)
         self._gone = {name: worker for name, worker in self._gone.items() if _awaited(worker, now)}
         worker = WorkerView(facts, slot, self._speeds[facts.pool], now)
-        self.workers[facts.name] = worker
+        self.workers[facts.name] = self._by_slot[slot] = worker
         self._columns[facts.role].add(worker)
         self._pool_tokens_until = float("-inf")
         self.layout_hash = facts.layout_hash
@@ -72,6 +87,8 @@ class ClusterView:
     def reported(self, worker: WorkerView, load: LoadReport, now: float) -> None:
         """A worker said how it stands; work placed there that it has counted is counted no more."""
         worker.reported(load, now)
+        if worker.role is not Role.DECODE:
+            self.token_s = worker.speeds.prefill.line.slope
         if self.workers.get(worker.facts.name) is worker:  # else its stream is about to end
             self._put(worker)
 
@@ -88,18 +105,25 @@ class ClusterView:
     # -- what the dispatcher tells ------------------------------------------------------------
 
     def place(
-        self, name: str, key: str, tokens: int, blocks: int, cached: int = 0, context: int = 0
+        self,
+        name: str,
+        key: str,
+        tokens: int,
+        blocks: int,
+        cached: int = 0,
+        context: int = 0,
+        yields: bool = False,
     ) -> None:
         """Work was promised to a worker: it counts there from now on. `tokens`: of a prompt, to
-        compute after `cached` ones; `context`: of a stream that joins."""
+        compute after `cached` ones, and that it `yields`; `context`: of a stream that joins."""
         worker = self.workers.get(name)
         if worker is not None:
             attended = attention(cached, tokens, worker.facts.chunk_tokens or ANY_CHUNK)
-            worker.unseen.put(key, Placed(tokens, blocks, attended, context))
+            worker.unseen.put(key, Placed(tokens, blocks, attended, context, yields))
             self._touch(worker)
 
     def placed_elsewhere(
-        self, name: str, key: str, num_tokens: int, uncached: int, now: float
+        self, name: str, key: str, num_tokens: int, uncached: int, yields: bool, now: float
     ) -> None:
         """Another gateway has sent a prompt of so many tokens there, `uncached` to be computed."""
         self.shared_until = now + SHARED_FOR_S
@@ -108,7 +132,7 @@ class ClusterView:
             size = max(1, worker.facts.block_size)
             uncached = min(uncached, num_tokens)
             blocks = (num_tokens + size) // size
-            self.place(name, key, uncached, blocks, cached=num_tokens - uncached)
+            self.place(name, key, uncached, blocks, num_tokens - uncached, yields=yields)
             self.sent(name, key, now)
 
     def sent(self, name: str, key: str, now: float) -> None:
@@ -126,6 +150,12 @@ class ClusterView:
         worker = self.workers.get(name)
         if worker is not None and worker.computing.pop(key, None) is not None:
             worker.computing_since = now
+
+    def ended(self, decode: str, tenant: str, prompt_tokens: int, generated: int) -> None:
+        """A completion ended there, having so many tokens."""
+        self.lengths.ended(tenant, prompt_tokens, generated)
+        if decode in self.workers:
+            self.workers[decode].speeds.output = self.lengths.mean
 
     def unplace(self, name: str, key: str) -> None:
         worker = self.workers.get(name)
@@ -191,12 +221,26 @@ class ClusterView:
         of it is cached; and how many workers compute prompts."""
         depths = self.index.depths(demand.block_hashes)
         sides = (self._columns[Role.PREFILL], self._columns[Role.COLOCATED])
-        count = sum(len(side) for side in sides)
+        workers = [worker for side in sides for worker in side.workers[:WEIGHED]]
+        holders = (slot for slot in depths if self._by_slot[slot].role is not Role.DECODE)
+        deepest = heapq.nlargest(WEIGHED, holders, key=depths.__getitem__)
+        workers += [self._by_slot[slot] for slot in deepest]
         seconds = []
-        for worker in (worker for side in sides for worker in side.workers):
+        for worker in workers:
             uncached = demand.uncached(depths.get(worker.slot, 0))
             seconds.append(worker.prompt_s(demand.num_tokens - uncached, uncached))
-        return min(seconds, default=0.0), count
+        return min(seconds, default=0.0), sum(len(side) for side in sides)
+
+    def busy(self, now: float) -> Busy:
+        """How the workers that compute prompts stand."""
+        seconds, workers, chunk_tokens = 0.0, 0, float(ANY_CHUNK)
+        for columns in (self.columns(Role.PREFILL), self.columns(Role.COLOCATED)):
+            if columns.workers:
+                usable = columns.usable(1, now)[0]
+                seconds += float(columns.numbers.queue_s[usable].sum())
+                workers += int(usable.sum())
+                chunk_tokens = min(chunk_tokens, float(columns.numbers.chunk_tokens.min()))
+        return Busy(seconds / workers, workers, chunk_tokens) if workers else Busy()
 
     @property
     def ready(self) -> bool:
@@ -242,6 +286,7 @@ class ClusterView:
         self._touched.discard(worker)
         self.index.drop(worker.slot)
         self.pairs.forget(name)
+        del self._by_slot[worker.slot]
         self._free_slots.append(worker.slot)
 
 

@@ -24,12 +24,14 @@ from crossdock.router.placement.speed import (
 
 T = TypeVar("T")
 
+REUSED = 0.1  # how probable it is that somebody will ask for a block that a prompt evicts
 STALE_AFTER_S = 2.5  # workers report at least once a second
 STALE_AT_WORK_AFTER_S = 1.5  # and after each step where they have work
 FAILED_FOR_S = 2.0  # a device that failed a step is left alone for so long while there are others
 SEEN_AFTER_S = 0.05  # a report that arrives this long after a send has counted what was sent
 MEASURED_FOR_S = 10.0  # what was measured longer ago refuses nobody
 MEASURED_UP_TO = 8  # steps this many times as large as any that was measured are not known
+INFINITE = float("inf")
 ANY_CHUNK = 2**53  # tokens of a step, of a worker that does not say
 
 
@@ -69,14 +71,15 @@ class Placed:
     blocks: int
     attention: float = 0.0  # tokens × context of the chunks that compute them
     context: int = 0  # tokens of the stream that joins
+    yields: bool = False  # the prompt lets others go first
     sent_at: float | None = None  # None: reserved, not sent yet
 
 
 class _Unseen(dict[str, Placed]):
     """What was promised to a worker and is not in its reports yet, by key, with its totals."""
 
-    tokens = blocks = context = 0
-    attention = 0.0
+    tokens = blocks = context = yielding_tokens = 0
+    attention = yielding_attention = 0.0
 
     def put(self, key: str, item: Placed) -> None:
         self.drop(key)
@@ -85,6 +88,9 @@ class _Unseen(dict[str, Placed]):
         self.blocks += item.blocks
         self.context += item.context
         self.attention += item.attention
+        if item.yields:
+            self.yielding_tokens += item.tokens
+            self.yielding_attention += item.attention
 
     def drop(self, key: str) -> None:
         item = self.pop(key, None)
@@ -93,6 +99,9 @@ class _Unseen(dict[str, Placed]):
             self.blocks -= item.blocks
             self.context -= item.context
             self.attention -= item.attention
+            if item.yields:
+                self.yielding_tokens -= item.tokens
+                self.yielding_attention -= item.attention
 
 
 class Numbers(NamedTuple, Generic[T]):
@@ -103,10 +112,13 @@ class Numbers(NamedTuple, Generic[T]):
     fresh_until: T  # when it is stale, if nothing is heard of it
     well_from: T  # until then its device may be broken
     available_blocks: T
+    free_blocks: T  # of these, what nobody's cached KV is evicted for
+    spare_tokens: T  # of available_blocks, less what its streams are expected to draw yet
     block_bytes: T
     queued_tokens: T
     sequences: T
-    queue_s: T  # until the prompts that wait there are computed
+    queue_s: T  # until the prompts that wait there are computed, but for those that yield
+    yielding_s: T  # until those are
     chunk_tokens: T  # of a step at the most
     chunk_s: T  # of each chunk, with the step of those who decode there before it
     token_s: T  # more for each token
@@ -135,6 +147,7 @@ class WorkerView:
     prefill_line: Line | None = None  # as it measured itself, or nothing
     decode_line: Line | None = None
     lines: tuple[Line, Line] = DEFAULT_PREFILL, DEFAULT_DECODE  # as presumed, of both kinds
+    output: float = 0.0  # tokens that each stream here is presumed to draw yet
 
     @property
     def name(self) -> str:
@@ -147,6 +160,12 @@ class WorkerView:
     @property
     def queued_tokens(self) -> float:
         return self.numbers.queued_tokens
+
+    @property
+    def urgent_tokens(self) -> float:
+        """Of queued_tokens those of prompts that do not yield."""
+        yielding = self.load.yielding_tokens + self.unseen.yielding_tokens
+        return self.queued_tokens - (yielding if self.role is Role.PREFILL else 0)
 
     @property
     def sequences(self) -> float:
@@ -182,15 +201,20 @@ class WorkerView:
         seconds = tokens / numbers.chunk_tokens * numbers.chunk_s + tokens * numbers.token_s
         return seconds + attended * numbers.attention_s
 
-    def ttft_s(self, cached: float, tokens: float) -> float:
+    def ttft_s(self, cached: float, tokens: float, yields: bool = False) -> float:
         """Predicted time until token 0 of a prompt that comes after those that wait there."""
-        return self.numbers.queue_s + self.prompt_s(cached, tokens)
-
-    def stream_s(self, context: float, output: float) -> float:
-        """Predicted seconds of the steps of a stream that joins, and until there is a place; over
-        `output` tokens, its context on the average of so many."""
         numbers = self.numbers
-        return numbers.wait * output * (numbers.step_s + context * numbers.context_s)
+        queue_s = numbers.queue_s + numbers.yielding_s if yields else numbers.queue_s
+        return queue_s + self.prompt_s(cached, tokens)
+
+    def stream_s(self, context: float, output: float, tpot_s: float = INFINITE) -> float:
+        """Predicted seconds of the steps of a stream that joins, and until there is a place; over
+        `output` tokens, its context on the average of so many. What a step takes beyond `tpot_s`
+        counts for each stream there, since all miss that."""
+        numbers = self.numbers
+        step_s = numbers.step_s + context * numbers.context_s
+        missed_s = max(step_s - tpot_s, 0.0) * numbers.sequences
+        return numbers.wait * output * (step_s + missed_s)
 
     def reported(self, load: LoadReport, now: float) -> None:
         """It said how it stands; work placed there that it has counted is counted no more."""
@@ -216,7 +240,8 @@ class WorkerView:
         self.__dict__.pop("numbers", None)
 
     def presume(self, queued: float, sequences: float) -> tuple[Line, Line]:
-        """How long steps of prompts and of decodes take, as far as is known now."""
+        """How long steps of prompts and of decodes take, as far as is known now; and streams."""
+        self.output = self.speeds.output
         prefill = self.prefill_line if queued else None
         decode = self.decode_line if sequences else None
         self.lines = prefill or self.speeds.prefill.line, decode or self.speeds.decode.line
@@ -234,6 +259,7 @@ class WorkerView:
         sequences = load.waiting + load.running + len(unseen)
         (base, slope, attention_s), (step, share, context_s) = self.presume(queued, sequences)
         blocks = load.free_blocks + load.cached_blocks if load.total_blocks else facts.num_blocks
+        available = blocks - unseen.blocks
         joined = sequences + 1
         most = facts.max_batch or joined  # each of so many streams leaves one place in its time
         # Of those who wait for a place the contexts count when they have one.
@@ -241,18 +267,26 @@ class WorkerView:
         running_s = step + share * min(sequences, most) + context * context_s if sequences else 0.0
         chunk_tokens = facts.chunk_tokens or ANY_CHUNK
         chunk_s = base if facts.role is Role.PREFILL else base + running_s
-        queue_s = queued / chunk_tokens * chunk_s + queued * slope
+        yielding, yielding_attention = 0, 0.0
+        if facts.role is Role.PREFILL:  # elsewhere nobody yields
+            yielding = load.yielding_tokens + unseen.yielding_tokens
+            yielding_attention = load.yielding_attention + unseen.yielding_attention
+        attended = load.queued_attention + unseen.attention - yielding_attention
+        token_s = chunk_s / chunk_tokens + slope
         return Numbers(
             -1 if load.draining else facts.most_tokens,
             float("-inf")
             if load.late
             else self.reported_at + (STALE_AT_WORK_AFTER_S if sequences else STALE_AFTER_S),
             self.failed_at + FAILED_FOR_S,
-            blocks - unseen.blocks,
+            available,
+            min(available, load.free_blocks) if load.total_blocks else available,
+            available * facts.block_size - sequences * self.output,
             facts.block_bytes,
             queued,
             sequences,
-            queue_s + (load.queued_attention + unseen.attention) * attention_s,
+            (queued - yielding) * token_s + attended * attention_s,
+            yielding * token_s + yielding_attention * attention_s,
             chunk_tokens,
             chunk_s,
             slope,

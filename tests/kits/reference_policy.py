@@ -79,10 +79,19 @@ class Reference:
     def queue_s(self, worker: WorkerView) -> float:
         base, slope, attention = worker.lines[0]
         base += 0.0 if worker.role is Role.PREFILL else self.running_s(worker)
-        tokens = self.queued(worker)
-        attended = worker.load.queued_attention
-        attended += sum(each.attention for each in worker.unseen.values())
-        return tokens / self.chunk(worker) * base + tokens * slope + attended * attention
+        load, unseen = worker.load, worker.unseen.values()
+
+        def seconds(tokens: float, attended: float) -> float:
+            return tokens * (base / self.chunk(worker) + slope) + attended * attention
+
+        late = load.yielding_tokens + sum(each.tokens for each in unseen if each.yields)
+        late_attention = load.yielding_attention
+        late_attention += sum(each.attention for each in unseen if each.yields)
+        if worker.role is not Role.PREFILL:
+            late, late_attention = 0, 0.0
+        attended = load.queued_attention + sum(each.attention for each in unseen)
+        urgent_s = seconds(self.queued(worker) - late, attended - late_attention)
+        return urgent_s + (seconds(late, late_attention) if self.demand.yields else 0.0)
 
     def step_s(self, worker: WorkerView, sequences: int) -> float:
         """Of so many, one of which may be new."""
@@ -95,9 +104,21 @@ class Reference:
     def stream_s(self, worker: WorkerView) -> float:
         joined = self.sequences(worker) + 1
         wait = max(1.0, joined / (worker.facts.max_batch or joined))
-        context = self.demand.num_tokens + self.demand.output / 2
+        demand = self.demand
+        context = demand.num_tokens + demand.output / 2
         step_s = self.step_s(worker, joined) + context * worker.lines[1].context
-        return wait * self.demand.output * step_s
+        missed_s = max(step_s - demand.tpot_s, 0.0) * self.sequences(worker)
+        kept = demand.num_tokens - self.depth(worker) * demand.block_size + demand.output
+        drawn = self.sequences(worker) * worker.output
+        lacking = max(0, kept - (self.free(worker) * demand.block_size - drawn))
+        return wait * demand.output * (step_s + missed_s) + lacking * self.view.token_s
+
+    def evicted_s(self, worker: WorkerView) -> float:
+        free, load = self.free(worker), worker.load
+        if load.total_blocks:
+            free = min(free, load.free_blocks)
+        evicted = max(0, self.demand.blocks - self.depth(worker) - free)
+        return evicted * self.demand.block_size * (self.view.token_s * 0.1)
 
     def running_s(self, worker: WorkerView) -> float:
         return self.step_s(worker, self.sequences(worker)) if self.sequences(worker) else 0.0
@@ -141,7 +162,7 @@ class Reference:
 
     def disaggregated(self) -> tuple[float, Placement]:
         room = self.with_room(self.prefills)
-        firsts = self.nearest([(self.ttft_s(worker), worker) for worker in room], 8)
+        firsts = self.nearest([(self.ttft_s(w) + self.evicted_s(w), w) for w in room], 8)
         backs_off, names = self.view.pairs.backs_off, [worker.name for _, worker in firsts]
         linked = [d for d in self.decodes if not all(backs_off(p, d.name, self.now) for p in names)]
         streams = self.excess(self.with_room(linked or self.decodes))
@@ -154,11 +175,12 @@ class Reference:
         prefill = self.best_of_two([(s + min(a for a, _ in after[w]), w) for s, w in firsts])[1]
         after_s, decode = self.best_of_two(after[prefill])
         ttft_s = self.ttft_s(prefill)
-        return ttft_s + after_s, self.placement(prefill, ttft_s, decode)
+        cost_s = ttft_s + self.evicted_s(prefill)
+        return cost_s + after_s, self.placement(prefill, ttft_s, decode)
 
     def colocated(self) -> tuple[float, Placement]:
         streams = self.excess(self.with_room(self.both))
-        costs = [(self.ttft_s(worker) + excess_s, worker) for excess_s, worker in streams]
+        costs = [(self.ttft_s(w) + excess_s + self.evicted_s(w), w) for excess_s, w in streams]
         cost_s, worker = self.best_of_two(self.nearest(costs, 8))
         return cost_s, self.placement(worker, self.ttft_s(worker))
 

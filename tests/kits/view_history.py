@@ -57,6 +57,7 @@ class History:
             step_base_s=known * 0.02 * rng.random(), step_per_sequence_s=0.0001,
             prefill_attention_s=rng.choice([0, 1e-7]), step_context_s=rng.choice([0, 1e-6]),
             queued_attention=busy * 1000, context_tokens=busy * 500,
+            yielding_tokens=busy // 3, yielding_attention=busy * 100,
         )  # fmt: skip
         self.view.reported(self.view.workers[name], load, self.now)
 
@@ -86,6 +87,7 @@ class History:
                 view.pull_failed(one, other, self.now)
             elif kind == 5:
                 view.device_failed(one, self.now)
+                view.ended(one, "tenant", 100, rng.randrange(300))
             elif kind == 6 and self.placed:
                 name, key = self.placed.pop(rng.randrange(len(self.placed)))
                 rng.choice([view.unplace, lambda n, k: view.sent(n, k, self.now)])(name, key)
@@ -100,11 +102,14 @@ class History:
         return Demand(
             tokens, rng.choice(self.chains)[: tokens // BLOCK], BLOCK, most_tokens=tokens + 200,
             avoid=frozenset(avoid), local_tokens=rng.choice([0, 100, 400]),
+            yields=rng.random() < 0.3, output=rng.choice([1.0, 50.0, 333.3]),
+            tpot_s=rng.choice([float("inf"), 0.01]),
         )  # fmt: skip
 
     def placed_as(self, placement: Placement, demand: Demand, key: str) -> None:
         """The sequence goes there, and its workers have not counted it yet."""
         for name in {placement.prefill or placement.decode, placement.decode}:
             tokens, context = placement.uncached_tokens, demand.num_tokens
-            self.view.place(name, key, tokens, demand.blocks, context - tokens, context)
+            cached, yields = context - tokens, demand.yields
+            self.view.place(name, key, tokens, demand.blocks, cached, context, yields)
             self.placed.append((name, key))

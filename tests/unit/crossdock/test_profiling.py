@@ -129,6 +129,16 @@ async def test_a_real_cluster_is_measured_by_what_its_workers_say() -> None:
     fit(measurement.prompts, measurement.steps)
 
 
+async def test_workers_that_do_both_are_measured_too() -> None:
+    pace = Profile(prefill_s=1e-3, decode_s=2e-3, kv_bytes_per_token=64)
+    async with start_engines(Role.COLOCATED, engine=simulated(profile=pace)) as rig:
+        limits = Limits(context=200, chunk=32, block=8, pool=4000, batch=1, decoders=1)
+        async with AsyncClient(rig.gateway.grpc_address) as client:
+            measurement = Measurement(client, limits, {"colocated-0": 32}, seconds=0.5)
+            await measurement.run()
+    assert len(measurement.prompts) >= 2 and measurement.steps
+
+
 def test_what_is_written_is_a_profile_of_the_yaml(tmp_path: Path) -> None:
     errors = Residuals(10, 0.01, 0.03)
     found = Profiled(TRUE, Fit(TRUE, errors, errors), 1, ("Measured at noon.",))

@@ -174,6 +174,13 @@ async def test_malformed_chunks_are_a_bad_request(rig: Rig) -> None:
     assert rig.metric("requests_total", outcome="internal") == 0
 
 
+async def test_a_transfer_coding_that_nobody_undoes_is_refused(rig: Rig) -> None:
+    async with connected(rig) as raw:
+        await raw.send(HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+        status, error = await raw.error()
+        assert (status, error["param"]) == (400, "Transfer-Encoding")
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/nothing"])
 async def test_an_expectation_that_nobody_meets(rig: Rig, path: str) -> None:
     async with connected(rig) as raw:

@@ -7,29 +7,43 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-from crossdock.router.dispatch.line import LATE_PART, Line, Work, in_time
+from crossdock.router.dispatch.line import FRESH_S, OLDEST_EVERY, Late, Line, Work, in_time
+from crossdock.router.placement.view import Busy
 
 
 class Waiting:
     """A line, and one worker that computes what comes out of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, late: int = 1) -> None:
+        """So many that are late may be begun at once."""
         self.asked = 0
-        self.line = Line(lambda each: each.due, self._work)
+        self.line = Line(lambda each: each.due, self._work, Late(lambda: Busy(0.0, late, 10)))
+        self.made: list[Any] = []
         self._count = itertools.count()
 
     def _work(self, sequence: Any) -> Work:
         self.asked += 1
         return Work(sequence.due, sequence.seconds, sequence.seconds)
 
-    def add(self, name: str, due: float, seconds: float = 1.0, priority: int = 0) -> Any:
+    def add(
+        self,
+        name: str,
+        due: float,
+        seconds: float = 1.0,
+        priority: int = 0,
+        generated: int = 0,
+        prompt_tokens: int = 0,
+    ) -> Any:
         request = SimpleNamespace(priority=priority)
         active = SimpleNamespace(request=request)
-        made = Named(name=name, due=due, seconds=seconds, active=active)
+        made = Named(
+            name=name, due=due, seconds=seconds, active=active, generated=generated,
+            holders={}, yields=False, prompt_tokens=prompt_tokens,
+            placement=SimpleNamespace(uncached_tokens=prompt_tokens or 10_000),
+        )  # fmt: skip
         number = next(self._count)
         self.line.add(made, number, number)
+        self.made.append(made)
         return made
 
     def served(self, now: float = 0.0) -> list[tuple[str, bool]]:
@@ -39,6 +53,7 @@ class Waiting:
             sequence = self.line.pop(now)
             now += sequence.seconds
             found.append((sequence.name, now <= sequence.due))
+            assert sequence.yields == (now > sequence.due)
         return found
 
     def names(self, now: float = 0.0) -> list[str]:
@@ -64,21 +79,38 @@ def test_a_more_urgent_priority_goes_before_all() -> None:
     assert waiting.names() == ["urgent", "late"]
 
 
-def test_one_that_waits_alone_is_not_weighed() -> None:
+def test_what_is_never_due_is_not_weighed() -> None:
     waiting = Waiting()
-    waiting.add("a", 1.0)
-    assert waiting.names() == ["a"]
+    for name in "ab":
+        waiting.add(name, float("inf"))
+    assert waiting.line.tokens_before(0.0) == 0 and waiting.names() == ["a", "b"]
     assert waiting.asked == 0
 
 
-def test_what_cannot_be_met_makes_room() -> None:
+def test_what_was_asked_of_a_sequence_is_asked_again_after_a_while() -> None:
+    """Meanwhile more of its prompt may be cached."""
+    waiting = Waiting(late=0)
+    waiting.add("a", 0.0)
+    assert [waiting.line.pop(now) for now in (0.0, FRESH_S / 2, FRESH_S)] == [None] * 3
+    assert waiting.asked == 2
+
+
+def begun(waiting: Waiting, now: float = 0.0) -> list[tuple[str, bool]]:
+    """Who is next at once, and whether it yields, until nobody is."""
+    found = []
+    while (sequence := waiting.line.pop(now)) is not None:
+        found.append((sequence.name, sequence.yields))
+        sequence.holders["p0"] = None
+        now += 0 if sequence.yields else sequence.seconds
+    return found
+
+
+def test_what_cannot_be_met_yields() -> None:
     waiting = Waiting()
     waiting.add("hopeless", 2.0, seconds=5.0)
-    for i in range(3):
+    for i in range(2):
         waiting.add(f"short{i}", 4.0 + i)
-    assert waiting.served() == [
-        ("short0", True), ("short1", True), ("short2", True), ("hopeless", False),
-    ]  # fmt: skip
+    assert begun(waiting) == [("hopeless", True), ("short0", False), ("short1", False)]
 
 
 def test_the_longest_steps_aside_where_all_are_too_much() -> None:
@@ -86,9 +118,44 @@ def test_the_longest_steps_aside_where_all_are_too_much() -> None:
     waiting.add("long", 5.0, seconds=4.0)
     for i in range(4):
         waiting.add(f"short{i}", 5.0)
-    served = waiting.served()
-    assert sum(in_time for _, in_time in served) == 4
-    assert served[-1][0] == "long"
+    assert begun(waiting) == [("long", True), *((f"short{i}", False) for i in range(4))]
+
+
+def test_work_before_them_counts() -> None:
+    waiting = Waiting(late=0)
+    for i in range(3):
+        waiting.add(f"s{i}", 3.0, prompt_tokens=100)
+    assert waiting.line.tokens_before(0.0) == 300
+    assert waiting.line.tokens_before(0.0, busy_s=0.5) == 200
+    assert waiting.line.pop(0.0, busy_s=2.5) is None
+
+
+def test_so_many_that_are_late_are_begun_and_now_and_then_the_oldest() -> None:
+    waiting = Waiting(late=2)
+    for seconds in (9, 5, 8, 4, 3, 7):
+        waiting.add(str(seconds), 1.0, seconds=seconds)
+    assert begun(waiting) == [("3", True), ("4", True)]
+    assert OLDEST_EVERY == 4
+    order = []
+    for _ in range(4):
+        first = next(each for each in waiting.made if each.holders and not each.generated)
+        first.generated = 1
+        order += begun(waiting)
+    assert [name for name, _ in order] == ["5", "9", "7", "8"]
+
+
+def test_short_ones_that_are_late_fill_a_chunk_together() -> None:
+    waiting = Waiting(late=2)
+    for i in range(9):
+        waiting.add(str(i), 0.0, prompt_tokens=3)
+    assert len(begun(waiting)) == 7  # 20 tokens
+
+
+def test_a_stream_that_is_prefilled_again_waits_for_nobody() -> None:
+    waiting = Waiting()
+    waiting.add("short", 5.0)
+    waiting.add("again", 1.0, seconds=30.0, generated=7)
+    assert begun(waiting)[0] == ("again", False)
 
 
 def test_as_many_as_can_be_are_met() -> None:
@@ -116,19 +183,6 @@ def _met(works: Any) -> int:
     return met
 
 
-def test_nobody_waits_for_ever() -> None:
-    """As many as can be met come, for good, and one that is late is begun all the same."""
-    waiting = Waiting()
-    waiting.add("late", 0.0, seconds=4.0)
-    now, names = 0.0, []
-    while "late" not in names and now < 100:
-        while len(waiting.line) < 3:
-            waiting.add("timely", now + 10.0)
-        names.append(waiting.line.pop(now).name)
-        now += 1.0
-    assert len(names) == pytest.approx(1 + 4 / LATE_PART, abs=1)
-
-
 def test_one_that_leaves_is_not_begun() -> None:
     waiting = Waiting()
     gone = waiting.add("gone", 1.0)
@@ -136,5 +190,4 @@ def test_one_that_leaves_is_not_begun() -> None:
     waiting.line.remove(gone)
     assert waiting.names() == ["stays"]
     assert not waiting.line
-    with pytest.raises(ValueError):
-        waiting.line.pop(0.0)
+    assert waiting.line.pop(0.0) is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import openai
 import pytest
+from access_kit import call, start_doors
 from fake_worker import FakeWorker
 from gateway_rig import Rig, start_rig
 from http_kit import SAID, post
@@ -269,3 +270,25 @@ async def test_what_nobody_takes_is_offered_a_few_times_alone(why: str) -> None:
                 worker.states.drop("t", str(number), bounds)
         await going.kept.hand_over([worker.endpoint for worker in staying])
         assert offered <= (3 * AT_ONCE if why == "all of them drain" else entries)
+
+
+async def test_of_one_that_was_deleted_the_two_are_asked_alone(rig: Rig) -> None:
+    store = rig.gateway._responses
+    id_ = store.new_id("t")
+    await store.put("t", id_, Kept(b"{}", [], 0, 0, b"", b""))
+    async with FakeWorker("colocated-0", Role.COLOCATED) as third:
+        await rig.members(*rig.workers, third)
+        assert await store.drop("t", id_)
+        asked: list[object] = []
+        third.kept.fetch = asked.append  # type: ignore[method-assign,assignment]
+        assert await store.get("t", id_) is None and not asked
+
+
+async def test_asking_for_responses_is_counted(tiny_model: Path, tmp_path: Path) -> None:
+    async with start_doors(tiny_model, tmp_path) as doors:
+        key = doors.key("acme", limits={"requests_per_minute": 2})
+        await doors.known(key)
+        found = [(await call(doors.rig, "GET", "/v1/responses/x", key)).status for _ in range(3)]
+        assert found == [404, 404, 429]
+        assert (await call(doors.rig, "DELETE", "/v1/responses/x", key)).status == 429
+        assert (await call(doors.rig, "GET", "/v1/models", key)).status == 200

@@ -309,7 +309,7 @@ def test_a_sequence_goes_where_it_can_be_held_to_its_end(
         connect(view, name, role, num_blocks=blocks)
 
     def chosen(tokens: int, completion: int) -> set[tuple[str | None, str]]:
-        asked = demand(tokens, most_tokens=tokens + completion)
+        asked = demand(tokens, most_tokens=tokens + completion, output=1.0)
         taken = [policy(view, asked, 0.0, rng, turn) for turn in range(40)]
         return {(placement.prefill, placement.decode) for placement in taken}
 

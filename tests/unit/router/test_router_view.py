@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from view_kit import BLOCK, add, cache, connect, make_view, report, two_and_two
+from view_kit import BLOCK, add, cache, connect, demand, make_view, report, two_and_two
 
 from crossdock.proto.types import Role
 from crossdock.router.placement.pairs import DEFAULT_BANDWIDTH, PAIR_BACK_OFF_S
@@ -165,3 +165,18 @@ def test_a_pair_backs_off_longer_each_time_until_a_pull_succeeds() -> None:
     assert not view.pairs.backs_off("p0", "d0", now)
     assert back_off_of(now) == first
     assert back_off_of(now + 10 * longest) == first  # long ago
+
+
+def test_how_busy_workers_are_and_how_long_a_prompt_takes_alone() -> None:
+    view = make_view(d0=Role.DECODE)
+    assert view.busy(0.0).seconds == 0.0
+    for i in range(40):
+        connect(view, f"p{i}", Role.PREFILL, chunk_tokens=512)
+        report(view, f"p{i}", queued_tokens=100 * (i < 4), yielding_tokens=50 * (i < 2))
+    assert view.busy(0.0).seconds == pytest.approx((2 * 0.05 + 2 * 0.1) / 40)
+    assert view.busy(0.0)[1:] == (40, 512)
+    asked = demand(1600)
+    assert view.alone_s(asked) == pytest.approx((1.6, 40))
+    cache(view, "p39", list(asked.block_hashes[:90]))
+    cache(view, "d0", list(asked.block_hashes))
+    assert view.alone_s(asked) == pytest.approx((0.16, 40))
