@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +35,8 @@ KEY = b"a key of this benchmark's cluster"
 PROMPT_TOKENS = 64
 ROLES = {"split": ("prefill", "decode"), "colocated": ("colocated", "colocated")}
 STEP_S = 0.02  # of a decode step of the simulated engine
+
+Serving = Callable[..., Coroutine[Any, Any, None]]  # takes a pipe, and arguments
 
 
 async def worker(
@@ -89,8 +91,8 @@ async def told(pipe: Connection) -> AsyncIterator[Any]:
         yield command
 
 
-def serve(kind: str, pipe: Connection, *arguments: str) -> None:
-    main = worker if kind == "worker" else gateway
+def serve(kind: str | Serving, pipe: Connection, *arguments: Any) -> None:
+    main: Serving = (worker if kind == "worker" else gateway) if isinstance(kind, str) else kind
     if kind == "gateway" and arguments[0]:
         import cProfile
 
@@ -102,7 +104,9 @@ def serve(kind: str, pipe: Connection, *arguments: str) -> None:
 
 
 class Child:
-    def __init__(self, kind: str, *arguments: str) -> None:
+    """A process of its own. `kind`: "worker", "gateway", or what is to run there."""
+
+    def __init__(self, kind: str | Serving, *arguments: Any) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
         self._process = spawn.Process(target=serve, args=(kind, theirs, *arguments), daemon=True)

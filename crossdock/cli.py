@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from crossdock import cli_access, cli_bench, cli_cluster, cli_profile, cli_sim
+from crossdock import cli_access, cli_bench, cli_cluster, cli_plan, cli_profile, cli_sim
 from crossdock.proto.errors import CrossdockError, InvalidRequest, Overloaded
 from crossdock.proto.settings import GATEWAY_ADDRESS
 
@@ -35,6 +35,7 @@ cli_cluster.register(app)
 cli_access.register(app)
 cli_bench.register(app)
 cli_profile.register(app)
+cli_plan.register(app)
 cli_sim.register(app)
 
 Target = Annotated[

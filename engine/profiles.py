@@ -55,6 +55,13 @@ class Profile:
         0.0, "Price of a GPU for an hour, USD; 0: not known.", low=0, high=10_000
     )
 
+    kv_memory_mb: int = setting(
+        0,
+        "KV pool of a worker, MB, that crossdock plan goes by; 0: not known.",
+        low=0,
+        high=4_000_000,
+    )
+
     NAMED: ClassVar[dict[str, Profile]]
 
     def step_s(self, plan: StepPlan) -> float:
@@ -173,6 +180,7 @@ def derived(shape: Shape, gpu: Gpu, gpus: int = 1, warm_up_s: float = 0.0) -> Pr
         link_bytes_per_s=gpus * gpu.nic * gpu.sent,
         start_s=float(round(weights_s + (warm_up_s or gpu.warm_up_s))),
         gpus=gpus,
+        kv_memory_mb=kv_memory_mb(shape, gpu, gpus),
     )
 
 

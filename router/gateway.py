@@ -80,7 +80,7 @@ class GatewayServer:
                 certificates,
             )
             self._responses = responses = ResponseStore(
-                self._reached, config.responses, self._credentials
+                self._reached, config.responses, config.hash_key, self._credentials
             )
             self._closing.push_async_callback(responses.close)
             self._http = http = HttpServer(

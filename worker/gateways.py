@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -35,6 +35,8 @@ class Gateways:
     _streams: dict[str, GatewayStream] = field(default_factory=dict)
     _ids: Iterator[int] = field(default_factory=count)
     _next_event: int = 0  # number of the block event after those that were spread
+    # Prompts being computed that other gateways were told of, by sequence id: their owners.
+    _told: dict[str, str] = field(default_factory=dict)
 
     def open(self, gateway: str, wake: Callable[[], None]) -> GatewayStream:
         """A gateway has connected: its stream begins with a snapshot, and then misses nothing."""
@@ -65,6 +67,7 @@ class Gateways:
         elif kind == "cancel":
             cancel = frame.cancel
             stream.meetings.pop(cancel.sequence_id, None)
+            self._computed([cancel.sequence_id])
             self.host.post(
                 lambda role: role.cancel(cancel.sequence_id, cancel.reason, stream.owner)
             )
@@ -75,6 +78,7 @@ class Gateways:
         """The gateway is gone, or its stream broke: frees all that it had here."""
         stream.meetings.clear()
         self._streams.pop(stream.owner, None)
+        self._computed([key for key, owner in self._told.items() if owner == stream.owner])
         self.host.post(lambda role: role.owner_gone(stream.owner))
 
     def publish(self, turn: Turn) -> None:
@@ -85,6 +89,8 @@ class Gateways:
             self._next_event = turn.first_event + len(turn.events)
         elif not turn:  # a heartbeat, by which a gateway that lost the last events notices it
             events = block_events(self._next_event, [])
+        if self._told:
+            self._computed(_begun(turn))
         for owner, stream in self._streams.items():
             outputs = turn.outputs.get(owner, [])
             if stream.has_snapshot and (outputs or events or turn.load):
@@ -185,7 +191,32 @@ class Gateways:
         """The prompt is computed here."""
         job = self._job(request, stream)
         if job is not None:
+            self._tell_others(request, stream)
             self.host.post(lambda role: role.submit(job))
+
+    def _tell_others(self, request: pb.SequenceRequest, stream: GatewayStream) -> None:
+        """So that they do not send theirs here as well before a load counts this one."""
+        if len(self._streams) < 2:
+            return
+        placed = pb.PlacedPrompt(
+            sequence_id=request.sequence_id,
+            num_tokens=len(request.token_ids),
+            uncached_tokens=request.uncached_tokens,
+        )
+        self._told[request.sequence_id] = stream.owner
+        self._to_others(stream.owner, pb.WorkerFrame(placed=[placed]))
+
+    def _computed(self, sequence_ids: Iterable[str]) -> None:
+        """These have their token 0, or are gone: nothing where others were not told of them."""
+        for sequence_id in sequence_ids:
+            owner = self._told.pop(sequence_id, None)
+            if owner is not None:
+                self._to_others(owner, pb.WorkerFrame(computed=[sequence_id]))
+
+    def _to_others(self, owner: str, frame: pb.WorkerFrame) -> None:
+        for stream in self._streams.values():
+            if stream.owner != owner and stream.has_snapshot:
+                stream.send(frame)
 
     def _job(self, request: pb.SequenceRequest, stream: GatewayStream) -> Job | None:
         """None: it was refused."""
@@ -202,6 +233,16 @@ class Gateways:
         except CrossdockError as error:
             _refuse(stream, request, pb.ERROR_CODE_INVALID, error)
             return None
+
+
+def _begun(turn: Turn) -> list[str]:
+    """The sequences that gained tokens, or ended, and are named."""
+    return [
+        output.sequence_id
+        for outputs in turn.outputs.values()
+        for output in outputs
+        if output.sequence_id and (output.token_ids or output.finish_reason)
+    ]
 
 
 def _refuse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import random
 from collections import Counter
@@ -25,6 +26,15 @@ CALL_TIMEOUT_S = 3.0
 MAX_MESSAGE_BYTES = 64 << 20
 
 
+class _Took(enum.Enum):
+    """What became of an entry that was offered to another worker."""
+
+    TAKEN = "taken"
+    HERE_NOT = "not here"  # that one has it already, or does not answer
+    DRAINS = "drains"  # that one takes nothing more
+    NOWHERE = "nowhere"  # nobody takes it
+
+
 class KeptStates:
     """The calls StoreState, FetchState and DropState, and the way of `states` to other workers."""
 
@@ -35,11 +45,12 @@ class KeptStates:
     def store(self, request: pb.StoreStateRequest) -> pb.StoreStateResponse:
         """Nothing more is taken by one that drains."""
         tenant, id_ = request.tenant, request.id
-        known = request.handed_over and self.states.fetch(tenant, id_) is not None
-        if self._draining or known:
-            return pb.StoreStateResponse(stored=False)
+        if self._draining:
+            return pb.StoreStateResponse(draining=True)
+        if request.handed_over and self.states.fetch(tenant, id_) is not None:
+            return pb.StoreStateResponse()
         stored = self.states.store(tenant, id_, request.data, _bounds(request))
-        return pb.StoreStateResponse(stored=stored)
+        return pb.StoreStateResponse(stored=stored, nowhere=not stored)
 
     def fetch(self, request: pb.FetchStateRequest) -> pb.FetchStateResponse:
         """What is here, or that it was dropped."""
@@ -56,7 +67,7 @@ class KeptStates:
         """Gives each of `others` a part, two copies of one entry never to the same, and takes
         nothing more. What nobody takes stays here."""
         self._draining = True
-        left, refused = iter(self.states.all()), Counter[str]()
+        left, refused, draining = iter(self.states.all()), Counter[str](), set[str]()
         if not others:
             return
         channels = Channels(
@@ -69,10 +80,15 @@ class KeptStates:
             for held in left:
                 shuffled = random.sample(others, len(others))
                 for other in sorted(shuffled, key=lambda each: refused[each.name]):
+                    if other.name in draining:
+                        continue
                     channel = channels.get(other.address, other.incarnation)
-                    if await _took(worker_pb2_grpc.WorkerStub(channel), held):
+                    took = await _offered(worker_pb2_grpc.WorkerStub(channel), held)
+                    if took in (_Took.TAKEN, _Took.NOWHERE):
                         break
-                    refused[other.name] += 1  # others that drain, or are gone, are asked last
+                    refused[other.name] += 1  # those that are gone are asked last
+                    if took is _Took.DRAINS:
+                        draining.add(other.name)
 
         try:
             await asyncio.gather(*(work() for _ in range(AT_ONCE)))
@@ -80,7 +96,7 @@ class KeptStates:
             await channels.keep(())
 
 
-async def _took(worker: worker_pb2_grpc.WorkerStub, held: Held) -> bool:
+async def _offered(worker: worker_pb2_grpc.WorkerStub, held: Held) -> _Took:
     about: dict[str, Any] = {
         "tenant": held.tenant,
         "id": held.id_,
@@ -91,14 +107,18 @@ async def _took(worker: worker_pb2_grpc.WorkerStub, held: Held) -> bool:
     try:
         if held.data is None:
             dropped = pb.DropStateRequest(**about)
-            return not (await worker.DropState(dropped, timeout=CALL_TIMEOUT_S)).draining
+            marked = await worker.DropState(dropped, timeout=CALL_TIMEOUT_S)
+            return _Took.DRAINS if marked.draining else _Took.TAKEN
         request = pb.StoreStateRequest(data=held.data, handed_over=True, **about)
-        return bool((await worker.StoreState(request, timeout=CALL_TIMEOUT_S)).stored)
+        answer = await worker.StoreState(request, timeout=CALL_TIMEOUT_S)
+        if answer.draining or answer.nowhere:
+            return _Took.DRAINS if answer.draining else _Took.NOWHERE
+        return _Took.TAKEN if answer.stored else _Took.HERE_NOT
     except grpc.aio.AioRpcError as error:
         log.info("a kept state was not handed over: %s", error.code().name)
     except Exception:  # the others are
         log.exception("a kept state was not handed over")
-    return False
+    return _Took.HERE_NOT
 
 
 def _bounds(request: pb.StoreStateRequest | pb.DropStateRequest) -> Bounds:

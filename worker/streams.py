@@ -51,6 +51,8 @@ def _merge(into: pb.WorkerFrame, frame: pb.WorkerFrame) -> None:
     into.outputs.extend(frame.outputs)
     if frame.HasField("load"):
         into.load.CopyFrom(frame.load)
+    into.placed.extend(frame.placed)
+    into.computed.extend(frame.computed)
     if frame.HasField("block_events"):
         if not into.HasField("block_events"):
             into.block_events.first_sequence = frame.block_events.first_sequence

@@ -210,13 +210,17 @@ class Gateway:
                 held = key in sequences and sequences[key].holders.get(wire.link.name) is wire.link
                 assert held, "a link keeps a sequence that is over"
         for worker in self.view.workers.values():
-            assert worker.unseen.keys() <= sequences.keys(), "a placement outlived its sequence"
+            placed = {*worker.unseen, *worker.computing}
+            own = {key for key in placed if key.startswith(dispatcher._prefix)}
+            assert own <= sequences.keys(), "a placement outlived its sequence"
         admitted = sum(active.request.num_sequences for active in dispatcher._requests)
         assert dispatcher.active_sequences == admitted, "admission counts what is over"
         for active in dispatcher._requests:
             late = active.request.deadline is not None and active.request.deadline <= now
             assert not late, "a request outlived its deadline"
         for timer in self.timers.pending:
+            if not timer.args:
+                continue  # of the turns
             of = timer.args[0]
             over = of.phase is Phase.DONE if hasattr(of, "phase") else of.ended
             assert not over, "a timer is left of what is over"
@@ -231,7 +235,10 @@ class Gateway:
     @property
     def idle(self) -> bool:
         dispatcher = self.dispatcher
-        kept = dispatcher._requests, dispatcher._sequences, dispatcher._waiting, self.timers.pending
+        computing = [worker.computing for worker in self.view.workers.values()]
+        assert not any(computing), "what another gateway sent is never computed"
+        timers = [timer for timer in self.timers.pending if timer.args]  # but for turns
+        kept = dispatcher._requests, dispatcher._sequences, dispatcher._waiting, timers
         return not any(kept) and dispatcher.active_sequences == 0
 
 

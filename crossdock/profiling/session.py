@@ -104,6 +104,7 @@ def _of_members(
         "kv_bytes_per_token": max(8, of.block_bytes // of.layout.block_size),
         "start_s": round(statistics.median(starts), 2) if starts else 0.0,
         "gpus": math.ceil(of.gpus),
+        "kv_memory_mb": of.num_blocks * of.block_bytes >> 20,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class SimCluster:
         self.site = Site(self.clock, random.Random(seed))
         self.served: list[Served] = []
         self.left = 0  # requests that have not ended
+        self.on_ended: Callable[[Served], None] = lambda served: None
         self._profile = profile
         self.gateways = [self._gateway(index) for index in range(spec.gateway.replicas)]
         self.control = SimControl(spec, self.clock, self._worker, self._tell, self._counts, decide)
@@ -107,15 +109,16 @@ class SimCluster:
         """All that serve."""
         return self.control.workers
 
-    def run(self, trace: Trace) -> list[Served]:
-        """Serves a trace to its end; what came of each request, in the trace's order."""
+    def run(self, trace: Trace, until: Callable[[], bool] = lambda: False) -> list[Served]:
+        """Serves a trace to its end, or `until` there is nothing more to learn; what came of each
+        request, in the trace's order."""
         self.served = [Served(each.at_s, each.input_tokens, 0) for each in trace.requests]
         self.left = len(trace.requests)
         for index, request in enumerate(trace.requests):
             self.clock.call_at(
                 WARM_UP_S + request.at_s, self._arrive, index, request, trace.block_size
             )
-        self.clock.run(lambda: self.left == 0)
+        self.clock.run(lambda: self.left == 0 or until())
         return self.served
 
     def _counts(self) -> Traffic:
@@ -153,7 +156,12 @@ class SimCluster:
             served.error = type(error).__name__
             served.ended_s = asked.at_s
             if not recorder.over:
-                self.left -= 1
+                self.over(served)
+
+    def over(self, served: Served) -> None:
+        """A request has ended, well or not."""
+        self.left -= 1
+        self.on_ended(served)
 
 
 class _Recorder:
@@ -181,13 +189,13 @@ class _Recorder:
     def ended(self, ended: Ended) -> None:
         served, self.over = self._served, True
         served.ended_s = self._clock.now - WARM_UP_S
-        self._cluster.left -= 1
         if ended.error is not None:
             served.error = type(ended.error).__name__
         for sequence in ended.sequences:
             served.cached_tokens = sequence.cached_tokens
             served.prefill_worker = sequence.prefill_worker
             served.decode_worker = sequence.decode_worker
+        self._cluster.over(served)
 
 
 def _prompt(asked: TraceRequest, size: int) -> list[int]:

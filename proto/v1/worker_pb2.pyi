@@ -180,7 +180,7 @@ class TransferStats(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., late_bytes: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "root_hash", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids", "arrival_unix_s", "scored_tokens", "number")
+    __slots__ = ("sequence_id", "token_ids", "block_hashes", "sampling", "prompt_tokens", "root_hash", "deadline_unix_ms", "priority", "traceparent", "eos_token_ids", "arrival_unix_s", "uncached_tokens", "scored_tokens", "number")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +192,7 @@ class SequenceRequest(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ARRIVAL_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
@@ -205,9 +206,10 @@ class SequenceRequest(_message.Message):
     traceparent: str
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     arrival_unix_s: float
+    uncached_tokens: int
     scored_tokens: int
     number: int
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., root_hash: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ..., scored_tokens: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., root_hash: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ..., uncached_tokens: _Optional[int] = ..., scored_tokens: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "decode_worker")
@@ -405,17 +407,31 @@ class BlockEvent(_message.Message):
     block_hash: bytes
     def __init__(self, stored: _Optional[bool] = ..., block_hash: _Optional[bytes] = ...) -> None: ...
 
+class PlacedPrompt(_message.Message):
+    __slots__ = ("sequence_id", "num_tokens", "uncached_tokens")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    num_tokens: int
+    uncached_tokens: int
+    def __init__(self, sequence_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., uncached_tokens: _Optional[int] = ...) -> None: ...
+
 class WorkerFrame(_message.Message):
-    __slots__ = ("hello", "outputs", "load", "block_events")
+    __slots__ = ("hello", "outputs", "load", "block_events", "placed", "computed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    PLACED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerDescription
     outputs: _containers.RepeatedCompositeFieldContainer[SequenceOutput]
     load: Load
     block_events: BlockEvents
-    def __init__(self, hello: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...
+    placed: _containers.RepeatedCompositeFieldContainer[PlacedPrompt]
+    computed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, hello: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., placed: _Optional[_Iterable[_Union[PlacedPrompt, _Mapping]]] = ..., computed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -578,10 +594,14 @@ class StoreStateRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., id: _Optional[str] = ..., data: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., most_tenant_bytes: _Optional[int] = ..., most_bytes: _Optional[int] = ..., handed_over: _Optional[bool] = ...) -> None: ...
 
 class StoreStateResponse(_message.Message):
-    __slots__ = ("stored",)
+    __slots__ = ("stored", "draining", "nowhere")
     STORED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    NOWHERE_FIELD_NUMBER: _ClassVar[int]
     stored: bool
-    def __init__(self, stored: _Optional[bool] = ...) -> None: ...
+    draining: bool
+    nowhere: bool
+    def __init__(self, stored: _Optional[bool] = ..., draining: _Optional[bool] = ..., nowhere: _Optional[bool] = ...) -> None: ...
 
 class FetchStateRequest(_message.Message):
     __slots__ = ("tenant", "id")

@@ -22,6 +22,7 @@ def send(
     tokens, blocks, context = placement.uncached_tokens, demand.blocks, demand.num_tokens
     cached = context - tokens
     message = sequence.request_message(eos)
+    message.uncached_tokens = placement.uncached_tokens
     if placement.prefill is None:
         sequence.phase = Phase.DECODE
         sequence.decode_worker = sequence.prefill_worker = placement.decode

@@ -39,7 +39,7 @@ from crossdock.router.dispatch.line import Work
 from crossdock.router.dispatch.links import Links, WorkerLink
 from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics, StepGain
-from crossdock.router.dispatch.ports import Timers
+from crossdock.router.dispatch.ports import Timer, Timers
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
@@ -51,6 +51,8 @@ from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import WorkerView
 
 log = logging.getLogger(__name__)
+
+APART_S = 0.012  # within which gateways send to a worker that has room again
 
 Said = pb.SequenceOutput | int  # what an output says of one sequence: that it gained this token
 
@@ -97,6 +99,7 @@ class Dispatcher:
         self._hand_offs = HandOffs(view, links, hasher, self._eos, self._rng)
         self._retry_after_s = partial(retry_after_s, view)
         self._turn = 0
+        self._pump: Timer | None = None  # that is due
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._numbered: dict[int, SequenceState] = {}  # the same, by their attempts' numbers
@@ -298,8 +301,16 @@ class Dispatcher:
 
     def on_load(self, worker: WorkerView) -> None:
         """A worker said how it stands: it may take another sequence."""
-        if self._turns and takes_more(worker, self._clock()):
-            self._turns.pump()
+        if self._turns and self._pump is None and takes_more(worker, self._clock()):
+            if self._clock() < self.view.shared_until:
+                # All gateways hear of it at once: the first to send is seen by the others.
+                self._pump = self._timers.call_later(self._rng.random() * APART_S, self._pump_now)
+            else:
+                self._turns.pump()
+
+    def _pump_now(self) -> None:
+        self._pump = None
+        self._turns.pump()
 
     def _guarded(self, sequence: SequenceState, step: Step) -> None:
         try:

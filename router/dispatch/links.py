@@ -195,6 +195,8 @@ class WorkerLink:
             self._take_blocks(frame.block_events)
         if frame.HasField("load") and self._worker is not None:
             self._take_load(self._worker, frame.load)
+        if frame.placed or frame.computed:
+            self._take_others(frame)
         if frame.outputs:
             self._owner.listener.on_outputs(self, frame.outputs)
         if frame.HasField("load") and self._worker is not None:
@@ -207,6 +209,17 @@ class WorkerLink:
         self._owner.view.reported(worker, load, self._owner.clock())
         if load.draining != was_draining:
             self._owner.listener.on_change()
+
+    def _take_others(self, frame: pb.WorkerFrame) -> None:
+        """What other gateways have there counts as if it were placed from here."""
+        view, now = self._owner.view, self._owner.clock()
+        if self._worker is not None:
+            for each in frame.placed:
+                about = each.sequence_id, each.num_tokens, each.uncached_tokens
+                view.placed_elsewhere(self.name, *about, now)
+            for sequence_id in frame.computed:
+                view.computed(self.name, sequence_id, now)
+                view.unplace(self.name, sequence_id)
 
     def _take_blocks(self, batch: pb.BlockEvents) -> None:
         if self._worker is None:

@@ -137,13 +137,13 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
 
 
 def find_request(files: Sequence[Path], request_id: str) -> dict[str, Any]:
-    """The newest line of a request, by its id or that of a client's answer. Raises NotFound."""
+    """The newest line of a request, by its id or that of its answer. Raises NotFound."""
     asked, found = request_id, dict[str, Any]()
     request_id = re.sub(r"^(chat)?cmpl-", "", request_id)
     for _, data in _lines(files):
         if request_id.encode() in data:
             line = json.loads(data)
-            if line.get("id") in (asked, request_id):
+            if line.get("id") in (asked, request_id) or asked == line.get("response"):
                 found = line
     if not found:
         raise NotFound(f"request {asked!r} is not in {', '.join(map(str, files))}")

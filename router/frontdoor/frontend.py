@@ -195,13 +195,13 @@ class Frontend:
         return size
 
     async def with_grammar(
-        self, sampling: SamplingParams, field: str, grammar: Grammar
+        self, arrival: Arrival, sampling: SamplingParams, field: str, grammar: Grammar
     ) -> SamplingParams:
         """With what the answer must match. Raises InvalidRequest, naming `field`, where it cannot
         be used."""
         sampling = replace(sampling, grammar=grammar)
         sampling.validate(self.text.vocab_size)
-        await self.grammars.check(field, grammar)
+        await self.grammars.check(field, grammar, arrival.visit.principal.party)
         return sampling
 
     async def submit(

@@ -4,9 +4,12 @@ it ends, however it ends."""
 from __future__ import annotations
 
 import asyncio
+import string
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from urllib.parse import quote
 
 from crossdock.proto.errors import CrossdockError
 from crossdock.router.config import Price
@@ -21,6 +24,7 @@ from crossdock.router.frontdoor.usage import Usage
 APPROVAL_HEADER = "x-approval-id"
 MODEL_HEADER = "x-crossdock-model"
 MAX_APPROVAL = 256
+_VISIBLE = string.punctuation.replace("%", "")
 FREE = Price()
 
 
@@ -38,6 +42,7 @@ class Visit:
     model: str = ""  # that serves it, once it is chosen
     asked_model: str = ""  # what the client called it
     route: str = ""  # why that model, where a route chose
+    response: str = ""  # id that its answer has of its own, where that is not the request's
 
     def chose(self, model: str, asked: str, route: str = "") -> None:
         """The model of the call is known from now on."""
@@ -130,6 +135,7 @@ class Gate:
             "model": model,
             "asked_model": visit.asked_model,
             "route": visit.route,
+            "response": visit.response,
             "weights": self._weights(model),
             "request": visit.request,
             "ended": ended,
@@ -139,4 +145,11 @@ class Gate:
     def headers(self, visit: Visit) -> dict[str, str]:
         """What every answer says of the limits, and of the model that serves it."""
         found = self.limiter.headers(visit.principal)
-        return found | {MODEL_HEADER: visit.model} if visit.model else found
+        return found | {MODEL_HEADER: in_header(visit.model)} if visit.model else found
+
+
+@lru_cache(256)
+def in_header(name: str) -> str:
+    """A model's name as metadata and headers can hold it: whatever is not visible ASCII, and "%",
+    is percent-encoded, as gRPC has it in grpc-message."""
+    return quote(name, safe=_VISIBLE)

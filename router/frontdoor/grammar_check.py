@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from crossdock.router.frontdoor.child import ENDED_S, end
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # requests whose grammar is new
+MAX_WAITING_EACH = 16  # of one party
 MAX_VERDICTS = 2048  # that are remembered
 PATIENCE_S = 60.0  # of the wall clock: the limits themselves are of processor time and memory
 BEYOND = (
@@ -34,25 +35,25 @@ _ENDS = {-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV, 1}
 
 class GrammarChecker:
     """Asks a process of its own, which is started with the first grammar and again after one that
-    it did not survive. Verdicts are remembered: most requests bring a grammar that others had."""
+    it did not survive. Verdicts are remembered: most requests bring a grammar that others had.
+    Parties that wait take turns, so that nobody waits for more than one grammar of each other."""
 
     def __init__(self, model: str, home: Path) -> None:
         self._command = [sys.executable, "-m", "crossdock.model.grammar_process", model, str(home)]
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()  # why not, by the grammar's digest
         self._process: subprocess.Popen[str] | None = None
-        self._turn = asyncio.Lock()
-        self._waiting = 0
+        self._asking = False
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # by party, the next first
 
-    async def check(self, field: str, grammar: Grammar) -> None:
+    async def check(self, field: str, grammar: Grammar, party: str) -> None:
         """Raises InvalidRequest, naming `field`, for a grammar that cannot be used; Overloaded
-        where too many wait."""
+        where too many wait, of all or of this party."""
         key = hashlib.sha256(f"{grammar.kind}\0{grammar.text}".encode()).digest()
         why = self._verdicts.get(key)
         if why is None:
-            if self._waiting >= MAX_WAITING:
-                raise Overloaded(f"{MAX_WAITING} grammars are being checked")
+            turn = self._turn(party)
             # A client that goes away must not leave a question without its answer.
-            why = await asyncio.shield(asyncio.ensure_future(self._find_out(key, grammar)))
+            why = await asyncio.shield(asyncio.ensure_future(self._find_out(key, grammar, turn)))
         if why:
             raise InvalidRequest(field, grammar.text, why)
 
@@ -61,19 +62,39 @@ class GrammarChecker:
         end(self._process)
         self._process = None
 
-    async def _find_out(self, key: bytes, grammar: Grammar) -> str:
-        self._waiting += 1
+    def _turn(self, party: str) -> asyncio.Future[None]:
+        """Done when it is this one's. Raises Overloaded."""
+        mine = len(self._queues.get(party, ()))
+        if mine >= MAX_WAITING_EACH or sum(map(len, self._queues.values())) >= MAX_WAITING:
+            raise Overloaded("too many grammars wait to be checked")
+        turn = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(party, deque()).append(turn)
+        if not self._asking:
+            self._next()
+        return turn
+
+    async def _find_out(self, key: bytes, grammar: Grammar, turn: asyncio.Future[None]) -> str:
+        await turn
         try:
-            async with self._turn:
-                why = self._verdicts.get(key)
-                if why is None:
-                    why = await asyncio.to_thread(self._ask, grammar)
-                self._verdicts[key] = why
-                while len(self._verdicts) > MAX_VERDICTS:
-                    self._verdicts.popitem(last=False)
-                return why
+            why = self._verdicts.get(key)
+            if why is None:
+                why = await asyncio.to_thread(self._ask, grammar)
+            self._verdicts[key] = why
+            while len(self._verdicts) > MAX_VERDICTS:
+                self._verdicts.popitem(last=False)
+            return why
         finally:
-            self._waiting -= 1
+            self._next()
+
+    def _next(self) -> None:
+        """The turn goes to the next party, which comes behind all others then."""
+        self._asking = bool(self._queues)
+        if self._queues:
+            party = next(iter(self._queues))
+            queue = self._queues.pop(party)
+            queue.popleft().set_result(None)
+            if queue:
+                self._queues[party] = queue
 
     def _ask(self, grammar: Grammar) -> str:
         if self._process is None or self._process.poll() is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import urllib.parse
 from typing import Any
 
-from crossdock.router.frontdoor.gate import MODEL_HEADER, Gate, Visit
+from crossdock.router.frontdoor.gate import MODEL_HEADER, Gate, Visit, in_header
 
 OPEN = "/grpc.health.v1.Health/"
 
@@ -44,7 +44,7 @@ def say_limits(gate: Gate, context: Any, visit: Visit) -> None:
 
 def say_model(context: Any, visit: Visit) -> None:
     """Has the call's initial metadata say which model answers it."""
-    context.set_initial_metadata(((MODEL_HEADER, visit.model),))
+    context.set_initial_metadata(((MODEL_HEADER, in_header(visit.model)),))
 
 
 def client_of(peer: str) -> str:

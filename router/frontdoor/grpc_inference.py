@@ -131,7 +131,7 @@ class InferenceService:
                 own, how = sampling.grammar, frontend.tool_format
                 asked = ("sampling.grammar", own) if own is not None else None
                 if (wanted := form(asked, offer, frontend.text, how, "chat.")) is not None:
-                    guided = await frontend.with_grammar(sampling, *wanted)
+                    guided = await frontend.with_grammar(arrival, sampling, *wanted)
                 if made > n:
                     guided = ranked(guided)
                 field, prompt = await _prompt(frontend, message, offer)

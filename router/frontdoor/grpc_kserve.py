@@ -215,7 +215,7 @@ class KServeService:
                 guided = sampling
                 frontend.validator.check_request(ask.n, sampling)
                 if (asked := grammar_of(ask.body)) is not None:
-                    guided = await frontend.with_grammar(sampling, *asked)
+                    guided = await frontend.with_grammar(arrival, sampling, *asked)
                 check_prompts(ask.field, len(ask.prompts))
                 prompts = [
                     await frontend.encode(ask.field, each) if isinstance(each, str) else each

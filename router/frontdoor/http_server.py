@@ -196,7 +196,7 @@ class HttpServer:
                 frontend.validator.check_request(n, sampling, body.echoes)
                 asked, guided = form_of(body, offer, frontend.text, frontend.tool_format), sampling
                 if asked is not None:
-                    guided = await frontend.with_grammar(sampling, *asked)
+                    guided = await frontend.with_grammar(arrival, sampling, *asked)
                 field, prompts = await read_prompts(frontend, body)
                 if made_each > n:
                     guided = ranked(guided)

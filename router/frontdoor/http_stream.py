@@ -44,12 +44,13 @@ class EventSink:
 
     def tokens(self, index: int, text: str, token_ids: list[int]) -> bool:
         """See request.Sink."""
-        data = self._answer.text_event(index, text)
-        if data is None or not self._has_room():
+        transport = self._transport
+        if self.behind or transport.is_closing() or transport.get_write_buffer_size() > MOST_UNSENT:
             return False
+        data = self._answer.text_event(index, text)
         if data:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return data is not None
 
     def _has_room(self) -> bool:
         transport = self._transport

@@ -229,6 +229,12 @@ _SHAPES_OF: Mapping[type, Mapping[str, Schema]] = {
 }
 _NEEDED: Mapping[type, list[str]] = {CompletionBody: ["prompt"], ResponseBody: ["input"]}
 _EITHER = {TokenizeBody: ("prompt", "messages")}  # one of these, and the other not
+_INTEGER: Schema = {"type": "integer"}
+# With one of these max_tokens may be 0.
+_ASKS_OF_THE_PROMPT: Mapping[type, Mapping[str, Schema]] = {
+    CompletionBody: {"echo": {"const": True}, "prompt_logprobs": _INTEGER},
+    ChatBody: {"max_completion_tokens": _INTEGER, "prompt_logprobs": _INTEGER},
+}
 
 
 def describe(components: dict[str, Any]) -> None:
@@ -243,6 +249,10 @@ def describe(components: dict[str, Any]) -> None:
         if kind in _EITHER:
             one, other = _EITHER[kind]
             told["oneOf"] = [_alone(one, other), _alone(other, one)]
+        if kind in _ASKS_OF_THE_PROMPT:
+            asks = _ASKS_OF_THE_PROMPT[kind].items()
+            told["anyOf"] = [{"properties": {"max_tokens": {"not": {"const": 0}}}}]
+            told["anyOf"] += [{"required": [n], "properties": {n: each}} for n, each in asks]
         if issubclass(kind, SamplingFields):
             _add(properties, CHANGE_THE_ANSWER, CHANGE_NOTHING)
     _add(components[Message.__name__]["properties"], CHANGE_A_MESSAGE, A_MESSAGE_IGNORES)

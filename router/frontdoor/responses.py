@@ -173,6 +173,8 @@ class ResponsesDoor:
 
         def answer(*shared: Any, model: str, **more: Any) -> Answer:
             turn = turns[0]
+            visit = visit_of(request)
+            visit.response = self._store.new_id(turn.tenant)
 
             async def keep(answer: ResponseAnswer) -> bool:
                 return await self._store.put(turn.tenant, answer.id, turn.kept(answer))
@@ -182,7 +184,7 @@ class ResponsesDoor:
                 "model": model,
                 "how": turn.prompts[model].how,
                 "about": turn.about(),
-                "draw_id": self._store.new_id,
+                "id": visit.response,
                 "keep": keep,
                 "stored": turn.body.store is not False,
             }

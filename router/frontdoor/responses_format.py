@@ -30,7 +30,7 @@ class ResponseAnswer(ToolAnswer):
     ends_at_once: ClassVar[bool] = False  # it is kept first
 
     about: Mapping[str, Any] = field(default_factory=dict)  # what it repeats of its request
-    draw_id: Callable[[], str] = field(default=lambda: new_id("resp"))
+    id: str = ""
     keep: Callable[[ResponseAnswer], Awaitable[bool]] | None = None  # whether it is kept
     token_ids: list[int] = field(default_factory=list)  # drawn, the one that ends it included
     output: list[Item] = field(default_factory=list)
@@ -40,11 +40,6 @@ class ResponseAnswer(ToolAnswer):
     _open: bool = False  # the last item of the output is not done
     _unshown: list[dict[str, Any]] = field(default_factory=list)  # log-probabilities
     _finish: FinishReason | None = None
-
-    @cached_property
-    def id(self) -> str:
-        """The response's; drawn when something is said of it first."""
-        return self.draw_id()
 
     @cached_property
     def _parser(self) -> Parser:

@@ -3,13 +3,16 @@
 An id names its workers by the first digits of a hash of their incarnations, so that any gateway
 asks those two, whoever has joined since. Where one of them does not have it all the others are
 asked too: a worker that drains has handed what it kept to one of them, and each knows what was
-deleted while one that kept it was away. What workers hold is told apart by tenant.
+deleted while one that kept it was away. What workers hold is told apart by tenant. An id also
+proves that a gateway of this cluster made it for its tenant: of any other no worker is asked, and
+none remembers that it was deleted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import random
 import re
@@ -36,8 +39,8 @@ COPIES = 2
 CALL_TIMEOUT_S = 3.0
 LEAVING_MS = 60_000.0  # that one which is no member any more may still be handing over
 MAX_MESSAGE_BYTES = 64 << 20  # as workers take them
-_TAG = 6  # digits
-_ID = re.compile(r"resp_([0-9a-f]{12})[0-9a-f]{24}((?:[0-9a-f]{6}){0,2})")
+_TAG, _PROOF = 6, 12  # digits
+_ID = re.compile(r"resp_(([0-9a-f]{12})[0-9a-f]{16}((?:[0-9a-f]{6}){0,2}))([0-9a-f]{12})")
 
 
 class Kept(msgspec.Struct, array_like=True):
@@ -67,16 +70,19 @@ class _Asked(NamedTuple):
 
 
 class ResponseStore:
-    """`reached`: the workers that can be reached now. `clock`: of the day, milliseconds."""
+    """`reached`: the workers that can be reached now. `key`: a secret that all gateways of the
+    cluster have. `clock`: of the day, milliseconds."""
 
     def __init__(
         self,
         reached: Callable[[], Sequence[WorkerEndpoint]],
         settings: ResponsesSettings,
+        key: bytes,
         credentials: Credentials | None = None,
         clock: Callable[[], float] = lambda: 1000 * time.time(),
     ) -> None:
         self._reached, self._settings, self._clock = reached, settings, clock
+        self._key = hmac.digest(key, b"crossdock.responses.v1", "sha256")
         self._members: dict[str, tuple[WorkerEndpoint, float]] = {}  # by incarnation, since when
         self._left: dict[str, tuple[WorkerEndpoint, float]] = {}  # who was one, until when asked
         self._channels = Channels(
@@ -99,26 +105,31 @@ class ResponseStore:
         known = (*self._members.values(), *self._left.values())
         self._channels.retire(each.address for each, _ in known)
 
-    def new_id(self) -> str:
-        """Of a response that two of the workers will keep."""
+    def new_id(self, tenant: str) -> str:
+        """Of a response of this tenant that two of the workers will keep."""
         members = self._reached()
         chosen = random.sample(members, min(COPIES, len(members)))
-        return f"resp_{int(self._clock()):012x}{secrets.token_hex(12)}" + "".join(map(_tag, chosen))
+        made = f"{int(self._clock()):012x}{secrets.token_hex(8)}" + "".join(map(_tag, chosen))
+        return f"resp_{made}{self._proof(tenant, made)}"
 
     async def put(self, tenant: str, id_: str, kept: Kept) -> bool:
-        """Whether at least one worker keeps it now."""
+        """Whether at least one worker keeps it now: others where those that the id names are
+        gone."""
         data = msgspec.msgpack.encode(kept)
         request = pb.StoreStateRequest(tenant=tenant, id=id_, data=data, **self._bounds)
         if request.ByteSize() > MAX_MESSAGE_BYTES:
             return False
-        asked = self._asked(id_)
-        answers = await self._ask(asked.named if asked else (), "StoreState", request)
+        asked = self._asked(tenant, id_)
+        if asked is None:
+            return False
+        others = random.sample(asked.rest, min(len(asked.rest), COPIES - len(asked.named)))
+        answers = await self._ask(asked.named + others, "StoreState", request)
         return any(answer is not None and answer.stored for answer in answers)
 
     async def get(self, tenant: str, id_: str) -> Kept | None:
         """None: nobody has it, or not any more. Raises Unavailable where one who may have it did
         not answer."""
-        asked = self._asked(id_)
+        asked = self._asked(tenant, id_)
         if asked is None:
             return None
         request = pb.FetchStateRequest(tenant=tenant, id=id_)
@@ -138,7 +149,7 @@ class ResponseStore:
     async def drop(self, tenant: str, id_: str) -> bool:
         """Whether it was there. A copy that nobody can be asked for now is not good any more when
         it comes back. Raises Unavailable, as `get` does."""
-        asked = self._asked(id_)
+        asked = self._asked(tenant, id_)
         if asked is None:
             return False
         request = pb.DropStateRequest(tenant=tenant, id=id_, **self._bounds)
@@ -161,13 +172,18 @@ class ResponseStore:
             "most_bytes": int(1_000_000 * settings.max_mb),
         }
 
-    def _asked(self, id_: str) -> _Asked | None:
-        """None where this is no id. One that was away since the response was made may have missed
-        that it was deleted."""
+    def _proof(self, tenant: str, made: str) -> str:
+        """The end of an id, of the rest of it."""
+        told = hmac.digest(self._key, f"{made}{tenant}".encode(), "sha256")
+        return told.hex()[:_PROOF]
+
+    def _asked(self, tenant: str, id_: str) -> _Asked | None:
+        """None where no gateway made this id for this tenant. A worker that was away since may have
+        missed that the response was deleted."""
         found = _ID.fullmatch(id_)
-        if found is None:
+        if found is None or not hmac.compare_digest(found[4], self._proof(tenant, found[1])):
             return None
-        made, tags = int(found[1], 16), re.findall(f"[0-9a-f]{{{_TAG}}}", found[2])
+        made, tags = int(found[2], 16), re.findall(f"[0-9a-f]{{{_TAG}}}", found[3])
         now = self._clock()
         left = [each for each, until in self._left.values() if until > now and _tag(each) in tags]
         asked = _Asked([], [], left, False)

@@ -22,6 +22,7 @@ from crossdock.router.placement.workers import (
 )
 
 MANY = 48  # workers, from which on arrays of all are quicker than a look at each
+SHARED_FOR_S = 10.0  # after what another gateway sent: it may send more
 REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
 
 
@@ -34,6 +35,7 @@ class ClusterView:
         self.layout_hash = b""  # of who connected last: block hashes begin with it
         self.index = PrefixIndex()
         self.pairs = Pairs()
+        self.shared_until = float("-inf")  # other gateways send work to these workers
         self._columns = {role: Columns() for role in Role}
         self._touched: set[WorkerView] = set()  # whose columns are not written yet
         self._speeds = defaultdict[str, PoolSpeeds](PoolSpeeds)  # by pool
@@ -95,6 +97,19 @@ class ClusterView:
             attended = attention(cached, tokens, worker.facts.chunk_tokens or ANY_CHUNK)
             worker.unseen.put(key, Placed(tokens, blocks, attended, context))
             self._touch(worker)
+
+    def placed_elsewhere(
+        self, name: str, key: str, num_tokens: int, uncached: int, now: float
+    ) -> None:
+        """Another gateway has sent a prompt of so many tokens there, `uncached` to be computed."""
+        self.shared_until = now + SHARED_FOR_S
+        worker = self.workers.get(name)
+        if worker is not None:
+            size = max(1, worker.facts.block_size)
+            uncached = min(uncached, num_tokens)
+            blocks = (num_tokens + size) // size
+            self.place(name, key, uncached, blocks, cached=num_tokens - uncached)
+            self.sent(name, key, now)
 
     def sent(self, name: str, key: str, now: float) -> None:
         """The promised work was sent: the worker's own reports will count it soon."""

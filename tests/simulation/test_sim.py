@@ -15,7 +15,7 @@ from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine.profiles import Profile
 from crossdock.proto.errors import ConfigError
 from crossdock.sim import engine
-from crossdock.sim.cluster import SimCluster, load_profile
+from crossdock.sim.cluster import WARM_UP_S, SimCluster, load_profile
 from crossdock.sim.report import SimReport, report
 from crossdock.sim.worker import CALL_S
 
@@ -203,3 +203,30 @@ def test_autoscaled_pools_follow_the_load_and_lose_nothing() -> None:
     assert not late
     for worker in cluster.workers:
         worker.role.state.pool.check_integrity(worker.role.held())
+
+
+def test_a_gateway_counts_what_another_has_sent() -> None:
+    spec = ClusterSpec.parse(SPEC + "gateway: {replicas: 2}\n")
+    cluster = SimCluster(spec, PROFILE)
+    seen: dict[str, list[int]] = {}
+
+    def look(when: str) -> None:
+        other = cluster.gateways[1].view.workers.values()
+        seen[when] = [each.tokens for worker in other for each in worker.computing.values()]
+
+    cluster.clock.call_at(WARM_UP_S + 0.01, look, "sent")
+    cluster.clock.call_at(WARM_UP_S + 0.5, look, "computed")
+    rows = [(0.0, 1000, 50, tuple(range(63))), (2.0, 16, 2, (99,))]
+    first, _ = cluster.run(trace_of(*rows))
+    assert first.ttft_s < 0.5 < first.last_s
+    assert seen == {"sent": [1000], "computed": []}
+
+
+def test_two_gateways_find_as_much_as_one() -> None:
+    trace = shaped(400, rate=16.0)
+
+    def hits(gateways: int) -> int:
+        spec = ClusterSpec.parse(SPEC + f"gateway: {{replicas: {gateways}}}\n")
+        return report("p", simulated(trace, spec), spec.slo).hit_tokens
+
+    assert hits(2) == pytest.approx(hits(1), rel=0.1)

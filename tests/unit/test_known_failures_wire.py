@@ -60,7 +60,8 @@ BOUNDED_OTHERWISE = {
     "router/dispatch/request.py: await self._waiter": "each request has a deadline",
     "router/frontdoor/audit.py: await self._writing": "goes on until it is told to stop",
     "router/frontdoor/grammar_check.py: asyncio.shield(asyncio.ensure_future(self._find_out(key, "
-    "grammar)))": "the process that it asks has PATIENCE_S for each answer",
+    "grammar, turn)))": "the process that it asks has PATIENCE_S for each answer",
+    "router/frontdoor/grammar_check.py: await turn": "each answer before its own has as long",
     "router/frontdoor/grpc_health.py: changed.wait()": _LIFE,
     "router/frontdoor/grpc_kserve.py: room.acquire()": "its requests have deadlines",
     "router/frontdoor/grpc_kserve.py: answers.get()": _WORKLESS,

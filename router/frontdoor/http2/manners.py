@@ -35,10 +35,13 @@ class Block:
 class Manners:
     """Of one client. Its methods raise ConnectionFault where something is too much."""
 
-    __slots__ = ("_early_pings", "_idle", "_over", "_pinged_at", "_resets", "_sent_then")
+    __slots__ = (
+        "_early_pings", "_forgotten", "_idle", "_over", "_pinged_at", "_resets", "_sent_then",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._over: dict[int, Ender] = {}  # oldest first
+        self._forgotten = 0  # the newest of those that are not among them any more
         self._resets = Patience(bounds.RESETS, bounds.RESETS_PER_S, time.monotonic)
         self._idle = Patience(bounds.IDLE_FRAMES, bounds.IDLE_FRAMES_PER_S, time.monotonic)
         self._pinged_at = -bounds.PING_S
@@ -69,11 +72,17 @@ class Manners:
         """A stream is over."""
         self._over[stream_id] = ender
         if len(self._over) > RECENT:
-            del self._over[next(iter(self._over))]
+            oldest = next(iter(self._over))
+            self._forgotten = max(self._forgotten, oldest)
+            del self._over[oldest]
 
     def ender(self, stream_id: int) -> Ender | None:
         """Of a stream that was over lately."""
         return self._over.get(stream_id)
+
+    def forgotten(self, stream_id: int) -> bool:
+        """Whether this may be a stream that was over long ago."""
+        return stream_id <= self._forgotten
 
 
 def peer_name(address: Any) -> str:

@@ -218,6 +218,9 @@ class Session:
         stream = self._streams.get(stream_id)
         if stream is None:
             ender = self._manners.ender(stream_id)
+            if ender is None and self._manners.forgotten(stream_id):
+                self._manners.idle("trailers of streams that are over")
+                return
             if ender is None:
                 raise ConnectionFault(Code.PROTOCOL_ERROR, f"stream {stream_id} is not a new one")
             if ender is Ender.CLIENT:

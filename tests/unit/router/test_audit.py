@@ -18,6 +18,7 @@ import pytest
 from access_kit import Doors, bearer, complete, generate, start_doors
 from gateway_rig import Rig, until
 from prometheus_client import CollectorRegistry
+from responses_kit import client_of
 
 from crossdock.audit_replay import replay
 from crossdock.client import Client
@@ -332,6 +333,23 @@ async def test_a_replay_computes_the_same_tokens(doors: Doors, tmp_path: Path) -
         assert found == ["choice 3: differs from token 2 on"]
     with pytest.raises(NotFound):
         find_request(files, "nothing")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_is_found_by_its_id(doors: Doors, tmp_path: Path, stream: bool) -> None:
+    key = doors.key("acme")
+    await doors.known(key)
+    headers = {"Authorization": f"Bearer {key}"}
+    async with client_of(doors.rig, **headers) as client:
+        asked = {"model": "", "input": "hi", "max_output_tokens": 4}
+        if stream:
+            events = [each async for each in await client.responses.create(**asked, stream=True)]
+            made = events[-1].response
+        else:
+            made = await client.responses.create(**asked)
+    await written(doors.rig, 1)
+    line = find_request(in_order([log_of(tmp_path)]), made.id)
+    assert (line["response"], line["choices"][0]["tokens"]) == (made.id, 4)
 
 
 async def test_who_is_refused_all_the_time_does_not_fill_the_disk(

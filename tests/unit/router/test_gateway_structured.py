@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,9 +15,11 @@ from gateway_rig import Rig, ask, refusal, trailer
 from http_kit import chat, complete, post
 
 from crossdock.engine.profiles import Profile
-from crossdock.proto.types import MAX_GRAMMAR_BYTES, Role
+from crossdock.proto.errors import Overloaded
+from crossdock.proto.types import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, Role
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.frontdoor import grammar_check
+from crossdock.router.frontdoor.grammar_check import GrammarChecker
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
 # Ten seconds and 500 MB of compiling in 35 bytes.
@@ -160,9 +164,39 @@ async def test_too_many_new_grammars_are_turned_away(rig: Rig, monkeypatch: pyte
     assert (status, headers["Retry-After"]) == (429, "1")
 
 
+async def test_who_asks_for_many_grammars_holds_up_himself_alone() -> None:
+    """Parties take turns, and none may fill the queue."""
+    checker = GrammarChecker("simulated", Path())
+    asked: list[str] = []
+    may, begun = threading.Semaphore(0), threading.Semaphore(0)
+
+    def ask_process(grammar: Grammar) -> str:
+        asked.append(grammar.text)
+        begun.release()
+        assert may.acquire(timeout=60)
+        return ""
+
+    checker._ask = ask_process  # type: ignore[method-assign]
+
+    def check(party: str, i: int) -> asyncio.Task[None]:
+        grammar = Grammar(GrammarKind.REGEX, f"{party}{i}")
+        return asyncio.create_task(checker.check("guided_regex", grammar, party))
+
+    greedy = [check("greedy", i) for i in range(grammar_check.MAX_WAITING_EACH + 3)]
+    await asyncio.to_thread(begun.acquire)
+    refused = [each for each in greedy if each.done()]
+    modest = [check("modest", i) for i in range(2)]
+    await asyncio.sleep(0)
+    for _ in range(40):
+        may.release()
+    await asyncio.gather(*(set(greedy) - set(refused)), *modest)
+    assert all(isinstance(each.exception(), Overloaded) for each in refused) and len(refused) == 2
+    assert asked[:5] == ["greedy0", "greedy1", "modest0", "greedy2", "modest1"]
+
+
 async def test_a_client_that_goes_away_leaves_the_check_in_order(rig: Rig):
     leaving = asyncio.create_task(post(rig, *chat(max_tokens=2, guided_regex="a")))
-    while not rig.only.grammars._waiting:
+    while not rig.only.grammars._asking:
         await asyncio.sleep(0.001)
     leaving.cancel()
     status, _, body = await post(rig, *chat(max_tokens=2, guided_regex="(b"))

@@ -17,6 +17,7 @@ from raw_http2 import GRPC, HELLO, OPEN, PSEUDO, WATCH, call, data, head, peer
 from crossdock.proto.http2.frames import (
     ACK,
     END_HEADERS,
+    END_STREAM,
     PADDED,
     PREFACE,
     PRIORITIZED,
@@ -29,6 +30,7 @@ from crossdock.proto.http2.frames import (
     window_update,
 )
 from crossdock.router.frontdoor.http2 import headers
+from crossdock.router.frontdoor.http2.manners import RECENT
 
 
 @pytest.fixture
@@ -219,3 +221,13 @@ async def test_who_makes_us_reset_streams_is_cut_off(rig: Rig) -> None:
         client.say(HELLO, *(head(stream_id=i) + window_update(i, 0) for i in range(1, 8000, 2)))
         _, _, payload = await client.see_kind(Kind.GOAWAY)
         assert struct.unpack_from(">I", payload, 4)[0] == CALM
+
+
+async def test_trailers_of_a_stream_that_was_over_long_ago_are_passed_over(rig: Rig) -> None:
+    last = 2 * RECENT + 3
+    async with peer(rig) as client:
+        for i in range(1, last, 2):
+            client.say(*([HELLO] if i == 1 else []), call(i))
+            await client.trailers(i)
+        client.say(head(fields=(("x-late", "1"),), flags=END_HEADERS | END_STREAM), call(last))
+        assert (await client.trailers(last))["grpc-status"] == "0"

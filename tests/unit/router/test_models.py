@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import numpy as np
@@ -285,3 +286,17 @@ async def test_a_model_that_cannot_be_read_changes_nothing(
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         await both.gateway.update_serving(Serving(broken))
     assert (await complete(both, model="small")).status == 200
+
+
+async def test_a_name_beyond_ascii_can_be_read_in_headers_and_metadata() -> None:
+    name = "größe 7%"
+    async with start_models({name: ServedModel("simulated")}) as rig:
+        answer = await complete(rig, model=name, prompt="hello")
+        assert (answer.status, answer.body["model"]) == (200, name)
+        assert unquote(answer.headers["x-crossdock-model"]) == name
+        call = rig.stub.Generate(replace_model(ask([40, 41], max_tokens=2), name))
+        leading = dict(await call.initial_metadata())
+        assert leading["x-crossdock-model"] == "gr%C3%B6%C3%9Fe%207%25"
+        await collect(call)
+        trailing = dict(await call.trailing_metadata())
+        assert trailing["x-crossdock-model"] == leading["x-crossdock-model"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 from gateway_rig import Rig
@@ -97,3 +98,21 @@ async def test_what_breaks_a_bound_of_texts_and_lists_is_refused(
     status, _, answer = await post(rig, path, least | {"max_tokens": 1, field: value})
     assert status == 400
     assert answer["error"]["param"].startswith(field)
+
+
+@pytest.mark.parametrize("kind", ["ChatBody", "CompletionBody"])
+async def test_max_tokens_may_be_0_where_it_says_so(rig: Rig, kind: str) -> None:
+    path, least = LEAST[kind]
+    root = {"$ref": f"#/components/schemas/{kind}", "components": document()["components"]}
+    more: list[dict[str, Any]] = [{}, {"prompt_logprobs": 1}, {"prompt_logprobs": None}]
+    if kind == "ChatBody":
+        more += [{"max_completion_tokens": 1}, {"max_completion_tokens": None}]
+    else:
+        more += [{"echo": True}, {"echo": False}, {"echo": True, "prompt_logprobs": 0}]
+    for given in more:
+        for tokens in (0, 1, None):
+            body = least | given | {"max_tokens": tokens}
+            told = jsonschema.Draft202012Validator(root).is_valid(body)
+            status, _, answer = await post(rig, path, body)
+            assert told == (status == 200), (body, answer)
+            assert status == 200 or answer["error"]["param"] == "max_tokens"

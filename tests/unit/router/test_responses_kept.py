@@ -19,6 +19,8 @@ from responses_kit import client_of, ending, prompts
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.config import ResponsesSettings
+from crossdock.router.frontdoor.responses_store import Kept
+from crossdock.worker.kept import AT_ONCE
 from crossdock.worker.states import Bounds, States
 
 
@@ -210,3 +212,60 @@ async def test_workers_that_drain_are_asked_while_nobody_else_has_it(
     async with FakeWorker("colocated-0", Role.COLOCATED) as third:
         await rig.members(third)
         assert (await client.responses.retrieve(made.id)).output_text == SAID
+
+
+async def test_of_an_id_that_nobody_made_no_worker_hears(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any
+) -> None:
+    ending(rig, text, SAID)
+    made = (await client.responses.create(model="", input="hi")).id
+    held = [worker.states.all() for worker in rig.workers]
+    forged = [made[:-1] + ("1" if made[-1] == "0" else "0"), "resp_" + "0" * 52]
+    async with client_of(rig, **{"X-Crossdock-Tenant": "other"}) as other:
+        for asking, id_ in ((client, forged[0]), (client, forged[1]), (other, made)):
+            with pytest.raises(openai.NotFoundError):
+                await asking.responses.delete(id_)
+            with pytest.raises(openai.NotFoundError):
+                await asking.responses.retrieve(id_)
+    assert [[each.id_ for each in worker.states.all()] for worker in rig.workers] == [
+        [each.id_ for each in entries] for entries in held
+    ]
+    assert (await client.responses.retrieve(made)).output_text == SAID
+
+
+async def test_where_those_that_an_id_names_are_gone_others_keep_it(rig: Rig) -> None:
+    store = rig.gateway._responses
+    id_ = store.new_id("t")
+    kept = Kept(b"{}", [], 0, 0, b"", b"")
+    async with FakeWorker("colocated-0", Role.COLOCATED) as third:
+        await rig.members(third)
+        assert await store.put("t", id_, kept)
+        assert third.states.fetch("t", id_) and await store.get("t", id_) == kept
+        assert await store.drop("t", id_) and await store.get("t", id_) is None
+
+
+@pytest.mark.parametrize("why", ["all of them drain", "it was deleted"])
+async def test_what_nobody_takes_is_offered_a_few_times_alone(why: str) -> None:
+    bounds, entries = Bounds(3600, 10**7, 10**8), 100
+    async with AsyncExitStack() as stack:
+        going, *staying = [
+            await stack.enter_async_context(FakeWorker(f"w{i}", Role.DECODE)) for i in range(4)
+        ]
+        offered = 0
+        for worker in staying:
+            store = worker.kept.store
+
+            def counted(request: Any, store: Any = store) -> Any:
+                nonlocal offered
+                offered += 1
+                return store(request)
+
+            worker.kept.store = counted  # type: ignore[method-assign]
+            if why == "all of them drain":
+                await worker.kept.hand_over([])
+        for number in range(entries):
+            going.states.store("t", str(number), b"x", bounds)
+            for worker in staying if why == "it was deleted" else ():
+                worker.states.drop("t", str(number), bounds)
+        await going.kept.hand_over([worker.endpoint for worker in staying])
+        assert offered <= (3 * AT_ONCE if why == "all of them drain" else entries)
