@@ -50,7 +50,7 @@ gateway: {{limits: {{max_active: 1000000, max_active_per_tenant: 1000000}}}}
 """
 COMMON = "kv_memory_mb: 100000\n    max_batch: 128\n    chunk_tokens: 4096\n    drain_s: 60"
 BLOCK = 128
-SHARES = ((0.6, 0.75, 0.9), (0.8, 1.0))  # of prefill and decode workers' time
+SHARES = ((0.5, 0.6, 0.7), (0.55, 0.7, 0.85))  # of prefill and decode workers' time
 
 
 @dataclass(frozen=True)

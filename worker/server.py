@@ -174,12 +174,16 @@ class WorkerServer:
         transport that it has, once it is drained and the last lease and pull have ended. `config`
         may differ in name, pool, role and revision. Gateways are disconnected, and meet it anew.
         Raises Unavailable where something is left that does not end."""
-        deadline = time.monotonic() + config.lease_s + config.pull_timeout_s
-        while not await self.call(lambda role: role.draining and role.idle):
-            if time.monotonic() >= deadline:
-                left = "work is left that does not end"
-                raise Unavailable(f"{self.config.name} cannot change its role: {left}")
-            await asyncio.sleep(0.05)
+        try:
+            async with asyncio.timeout(config.lease_s + config.pull_timeout_s):
+                while not await self.call(lambda role: role.draining and role.idle):
+                    await asyncio.sleep(0.05)
+            return await self._go_on_as(config, role_type)
+        except TimeoutError:
+            why = f"{self.config.name} cannot change its role: work is left that does not end"
+            raise Unavailable(why) from None
+
+    async def _go_on_as(self, config: WorkerConfig, role_type: RoleType) -> WorkerEndpoint:
         mine = self.config
         config = replace(mine, name=config.name, pool=config.pool, role=config.role,
                          revision=config.revision)  # fmt: skip
@@ -190,7 +194,8 @@ class WorkerServer:
         told = self.description
         told.name, told.pool, told.revision = config.name, config.pool, config.revision
         told.role = ROLE_TO_PB[config.role]
-        await self.call(lambda role: self._become(config, role_type))
+        async with asyncio.timeout(STALLED_S):
+            await self.call(lambda role: self._become(config, role_type))
         for stream in streams:
             stream.close()
         self.peers.update(())

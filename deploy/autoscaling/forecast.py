@@ -41,6 +41,12 @@ class _Filter:
     p11: float = 0.0
     weight: float = 1.0
 
+    @property
+    def presumed(self) -> float:
+        """The logarithm of its weight where nothing speaks for or against it: arrivals seldom
+        clump."""
+        return -math.log(self.clumping)
+
     def ahead(self, seconds: float) -> _Filter:
         """As it will be if nothing is observed until then."""
         t = seconds
@@ -87,7 +93,10 @@ class Trend:
         if not self.filters:
             return Trend(tuple(_fresh(rate, seconds, *kind) for kind in product(TURNS_S, CLUMPS)))
         moved = [each.ahead(seconds).observed(rate, seconds) for each in self.filters]
-        scores = [MEMORY * math.log(each.weight) + likely for each, likely in moved]
+        scores = [
+            MEMORY * math.log(each.weight) + (1 - MEMORY) * each.presumed + likely
+            for each, likely in moved
+        ]
         best = max(scores)
         weights = [max(math.exp(score - best), LEAST_WEIGHT) for score in scores]
         whole = sum(weights)
@@ -107,7 +116,7 @@ class Trend:
 
 def _fresh(rate: float, seconds: float, turn_s: float, clumping: float) -> _Filter:
     """After a first observation, which says nothing of the slope."""
-    weight = 1 / (len(TURNS_S) * len(CLUMPS))
+    weight = 1 / (clumping * len(TURNS_S) * sum(1 / each for each in CLUMPS))
     first = clumping * max(rate, 1 / seconds) / seconds
     slope = (rate / turn_s) ** 2
     return _Filter(turn_s, clumping, rate, 0.0, first, 0.0, slope, weight)

@@ -40,9 +40,6 @@ def test_a_shift_from_prompts_to_answers_moves_workers_and_fails_nobody() -> Non
     assert [each.output_tokens for each in served] == [row.output_tokens for row in rows]
     causes = [change.cause for _, change in cluster.control.changes]
     assert "flip" in causes
-    # Nobody was started: those who decode now were prefill workers before, and still are the
-    # processes they were, with what they had cached.
-    assert all(member.start_s is None for member in cluster.control.members)
     pools = [member.pool for member in cluster.control.members if member.gone_at is None]
     assert pools.count("decode") > 2 and pools.count("prefill") < 4
     for worker in cluster.workers:
