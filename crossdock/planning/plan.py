@@ -14,14 +14,14 @@ import numpy as np
 from crossdock.bench.traces import Trace, TraceRequest, arrival_times
 from crossdock.deploy.spec import ClusterSpec, PoolSpec
 from crossdock.engine.profiles import MIB, Profile
-from crossdock.engine.simulated import Settings
 from crossdock.planning import guess
 from crossdock.planning.guess import Load
 from crossdock.planning.search import Outcome, Size, best_split, cheapest_pair, fewest
 from crossdock.proto.errors import ConfigError, InvalidRequest
 from crossdock.proto.types import Role
-from crossdock.sim.cluster import Served, SimCluster
+from crossdock.sim.cluster import Served, SimCluster, profile_in
 from crossdock.sim.report import SimReport, meets, report
+from crossdock.worker.config import settings_of
 
 MOST_WORKERS = 1024
 FEWEST_REQUESTS, MOST_REQUESTS = 500, 20_000
@@ -45,11 +45,7 @@ class Pools:
 def profile_of(base: ClusterSpec) -> Profile:
     """That of the first pool, with its KV memory. Raises ConfigError where it has none."""
     name, pool = next(iter(base.pools.items()))
-    if not isinstance(pool.engine, Settings):
-        raise ConfigError(
-            f"pools.{name}.engine.kind", f"{pool.engine.kind!r} has no profile: --profile"
-        )
-    return replace(pool.engine.profile, kv_memory_mb=pool.kv_memory_mb)
+    return replace(profile_in(name, pool.engine), kv_memory_mb=pool.kv_memory_mb)
 
 
 def span(field: str, text: str) -> tuple[int, int]:
@@ -229,7 +225,8 @@ class Planner:
 
     def spec(self, size: Size) -> ClusterSpec:
         """The cluster of this size."""
-        pools, engine = self.pools, Settings(profile=self.profile)
+        simulated: Any = settings_of("simulated")
+        pools, engine = self.pools, simulated(profile=self.profile)
         made = {}
         for role, workers, chunk in (
             (Role.PREFILL, size.prefill, pools.prefill_chunk),

@@ -12,7 +12,6 @@ from crossdock.deploy.runtime import gateway_launch, worker_launch
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.spec_yaml import parse_settings
 from crossdock.engine.profiles import Profile
-from crossdock.engine.simulated import Settings
 from crossdock.proto.errors import ConfigError, CrossdockError
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.router.dispatch.request import Delta, Ended, Request
@@ -22,6 +21,7 @@ from crossdock.sim.control import Decide, SimControl
 from crossdock.sim.engine import VOCAB_SIZE
 from crossdock.sim.gateway import SimGateway
 from crossdock.sim.worker import SimWorker, Site
+from crossdock.worker.config import EngineSettings
 
 CLUSTER_KEY = b"of a simulated cluster"
 WARM_UP_S = 1.0  # before the first request: streams open, peers meet
@@ -66,6 +66,15 @@ def load_profile(name: str) -> Profile:
     return parse_settings(text, name, Profile)
 
 
+def profile_in(pool: str, engine: EngineSettings) -> Profile:
+    """That of a pool's simulated engine. Raises ConfigError for any other."""
+    found = getattr(engine, "profile", None)
+    if not isinstance(found, Profile):
+        message = f"{engine.kind!r} has no profile: --profile"
+        raise ConfigError(f"pools.{pool}.engine.kind", message)
+    return found
+
+
 class SimCluster:
     """The workers and gateways of a spec. `profile` is for pools whose engine has none. Autoscaled
     pools change their sizes as `decide` has it; by themselves where it is not given."""
@@ -95,13 +104,7 @@ class SimCluster:
     def _worker(self, pool: str, name: str) -> SimWorker:
         config = worker_launch(self.spec, pool, name, CLUSTER_KEY).worker
         assert config is not None
-        profile = self._profile
-        if profile is None:
-            if not isinstance(config.engine, Settings):
-                raise ConfigError(
-                    f"pools.{pool}.engine.kind", f"{config.engine.kind!r} has no profile: --profile"
-                )
-            profile = config.engine.profile
+        profile = self._profile or profile_in(pool, config.engine)
         return SimWorker(self.site, config, profile)
 
     @property

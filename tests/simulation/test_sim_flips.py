@@ -1,8 +1,9 @@
-"""Workers of a simulated cluster change their roles, as autoscale() and reconcile() have it."""
+"""Workers of a simulated cluster change their roles, as reconcile() has it."""
 
 from __future__ import annotations
 
 from crossdock.bench.traces import Trace, TraceRequest
+from crossdock.deploy.autoscaling.observation import Observation
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine.profiles import Profile
 from crossdock.sim.cluster import SimCluster
@@ -34,13 +35,17 @@ def test_a_shift_from_prompts_to_answers_moves_workers_and_fails_nobody() -> Non
             names = tuple(range(100 * len(rows), 100 * len(rows) + -(-tokens // 16)))
             rows.append(TraceRequest(at, tokens, answer, names))
             at += 1 / rate
-    cluster = SimCluster(ClusterSpec.parse(SPEC), PROFILE)
+
+    def sizes(seen: Observation, now: float) -> dict[str, int]:
+        return {"prefill": 2, "decode": 4} if now > 125 else {"prefill": 4, "decode": 2}
+
+    cluster = SimCluster(ClusterSpec.parse(SPEC), PROFILE, decide=sizes)
     served = cluster.run(Trace(tuple(rows), 16))
     assert {each.error for each in served} == {""}
     assert [each.output_tokens for each in served] == [row.output_tokens for row in rows]
-    causes = [change.cause for _, change in cluster.control.changes]
-    assert "flip" in causes
-    pools = [member.pool for member in cluster.control.members if member.gone_at is None]
-    assert pools.count("decode") > 2 and pools.count("prefill") < 4
+    members = [member for member in cluster.control.members if member.gone_at is None]
+    pools = [member.pool for member in members]
+    assert (pools.count("prefill"), pools.count("decode")) == (2, 4)
+    assert all(member.start_s is None for member in members), "no process was started for it"
     for worker in cluster.workers:
         worker.role.state.pool.check_integrity(worker.role.held())
