@@ -86,6 +86,8 @@ class Holds:
 async def serve(model: Path) -> None:
     from gateway_rig import start_rig, until
 
+    from crossdock.worker.states import States
+
     holds = Holds()
     loop = asyncio.get_running_loop()
     async with start_rig(model, num_blocks=BLOCKS) as rig:
@@ -99,6 +101,7 @@ async def serve(model: Path) -> None:
             for worker in rig.workers:  # what the fakes remember is not the gateway's
                 for kept in (worker.prefills, worker.decodes, worker.hand_offs, worker.cancels):
                     kept.clear()
+                worker.kept.states = States()
             gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             unit = unit_s()

@@ -82,8 +82,10 @@ def still_well(served: ServedRig, before: dict[str, Any]) -> None:
 ])  # fmt: skip
 def test_bytes_and_messages(served: ServedRig, fuzz: Any, door: str, cases: int) -> None:
     address = getattr(served, door)
-    warmed, wrong = asyncio.run(fuzz.run(address, cases // 2, seed=1))
-    assert not wrong, (warmed, wrong[:10])
+    # What is made once, and kept, comes up late: memory settles after as many cases.
+    for seed in (1, 3):
+        warmed, wrong = asyncio.run(fuzz.run(address, cases // 2, seed=seed))
+        assert not wrong, (warmed, wrong[:10])
     before = served.stats()
     found, wrong = asyncio.run(fuzz.run(address, cases - cases // 2, seed=2))
     assert not wrong, (found, wrong[:10])
