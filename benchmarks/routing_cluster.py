@@ -19,7 +19,7 @@ from crossdock.kvcache.sequence import Sequence, StepPlan
 from crossdock.prefill.scheduler import PrefillScheduler
 from crossdock.proto.errors import Overloaded
 from crossdock.proto.types import Role, SamplingParams
-from crossdock.router.dispatch.admission import check_deadline
+from crossdock.router.dispatch.deadlines import Deadlines
 from crossdock.router.placement.demand import Demand, Placement
 from crossdock.router.placement.latency import predicted_latency
 from crossdock.router.placement.policy import Policy
@@ -296,8 +296,9 @@ class Cluster:
         self._count += 1
         now, key = self.clock.now, f"s{self._count}"
         placement = self.policy(self.view, demand, now, self.rng, self._count)
-        if prompt.deadline is not None:
-            check_deadline(SimpleNamespace(deadline=prompt.deadline), placement, now, lambda: 1.0)  # type: ignore[arg-type]
+        if placement.measured:
+            asked: Any = SimpleNamespace(deadline=prompt.deadline)
+            Deadlines(self.view).check(asked, placement.predicted_ttft_s, now)
         assert placement.prefill is not None
         self.placed.append((now, placement))
         prompt.prefill, prompt.decode = placement.prefill, placement.decode

@@ -69,7 +69,7 @@ class Gateway(Cluster):
     def ask(self, tenant: str, prompt: Prompt) -> None:
         """A request comes in."""
         self._order += 1
-        request = SimpleNamespace(tenant=tenant, priority=0)
+        request = SimpleNamespace(tenant=tenant, priority=0, deadline=None)
         waiting: Any = Waiting(
             active=SimpleNamespace(request=request, order=self._order),
             index=0,

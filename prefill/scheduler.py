@@ -5,7 +5,7 @@
 
 First come, first served within a priority, and the head of the queue is finished before the next
 begins: finishing one prompt early beats advancing two. Only a prompt that yields, being late
-anyway, has others go between its chunks. A prompt looks for its prefix when its first chunk is
+anyway, has others go between its chunks, in steps of their own. A prompt looks for its prefix when its first chunk is
 planned, not when it arrives, so it finds what the prompts before it have just computed.
 """
 
@@ -36,6 +36,8 @@ class PrefillScheduler(Scheduler):
         budget, chunks = self._chunk_tokens, []
         begun = deque(sorted(self._computing, key=self._yields))
         while budget > 0 and (sequence := self._next(begun)) is not None:
+            if chunks and self._yields(sequence) > self._yields(chunks[-1].sequence):
+                break  # those that do not yield would wait for it
             if sequence.yields:  # so that nobody waits for it for long
                 budget = min(budget, max(1, self._chunk_tokens // YIELDING_SHARE))
             chunks.append(self._chunk(sequence, budget))

@@ -34,6 +34,9 @@ class TraceRequest:
     input_tokens: int
     output_tokens: int
     block_ids: tuple[int, ...]  # one name for each block of the prompt, the last maybe partial
+    tenant: str = ""
+    priority: int = 0  # 0 is the most urgent
+    deadline_s: float | None = None  # after its arrival; None: it has none
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class TraceOptions:
 
 
 def load_trace(path: Path, options: TraceOptions = TraceOptions()) -> Trace:
-    """Mooncake .jsonl or Azure .csv. Raises ConfigError naming file, line and column."""
+    """Mooncake .jsonl, whose rows may have `tenant`, `priority` and `deadline_ms` besides, or Azure
+    .csv. Raises ConfigError naming file, line and column."""
     if not path.is_file():
         raise ConfigError("trace", "no such file", str(path))
     azure = path.suffix == ".csv"
@@ -89,6 +93,8 @@ def load_trace(path: Path, options: TraceOptions = TraceOptions()) -> Trace:
                 continue
             if request.input_tokens < 1 or request.output_tokens < 1:
                 raise ConfigError("input_length", "lengths must be 1 or more", f"{path}:{number}")
+            if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
+                raise ConfigError("deadline_ms", "must be above 0", f"{path}:{number}")
             requests.append(request)
     if not requests:
         raise ConfigError("trace", "holds no requests", str(path))
@@ -101,11 +107,15 @@ def _mooncake_row(line: str) -> TraceRequest | None:
     if not line.strip():
         return None
     row = json.loads(line)
+    deadline_ms = row.get("deadline_ms")
     return TraceRequest(
         at_s=float(row["timestamp"]) / 1000,
         input_tokens=int(row["input_length"]),
         output_tokens=int(row["output_length"]),
         block_ids=tuple(int(name) for name in row["hash_ids"]),
+        tenant=str(row.get("tenant", "")),
+        priority=int(row.get("priority", 0)),
+        deadline_s=None if deadline_ms is None else float(deadline_ms) / 1000,
     )
 
 
@@ -132,7 +142,9 @@ def replay(trace: Trace, options: TraceOptions) -> Trace:
         tokens = min(row.input_tokens, options.max_input or row.input_tokens)
         output = min(row.output_tokens, options.max_output or row.output_tokens)
         blocks = row.block_ids[: math.ceil(tokens / trace.block_size)]
-        made.append(TraceRequest(at, tokens, output, blocks))
+        made.append(
+            replace(row, at_s=at, input_tokens=tokens, output_tokens=output, block_ids=blocks)
+        )
     return replace(trace, requests=tuple(sorted(made, key=lambda row: row.at_s)))
 
 
@@ -201,15 +213,21 @@ def _long_tailed(rng: np.random.Generator, mean: float, sigma: float) -> int:
 
 
 def write_mooncake(trace: Trace, path: Path) -> None:
-    """Writes a trace as JSON lines in Mooncake's format."""
+    """Writes a trace as JSON lines in Mooncake's format, and what load_trace reads besides."""
     with path.open("w", encoding="utf-8") as out:
         for row in trace.requests:
-            line = {
+            line: dict[str, Any] = {
                 "timestamp": round(row.at_s * 1000),
                 "input_length": row.input_tokens,
                 "output_length": row.output_tokens,
                 "hash_ids": list(row.block_ids),
             }
+            if row.tenant:
+                line["tenant"] = row.tenant
+            if row.priority:
+                line["priority"] = row.priority
+            if row.deadline_s is not None:
+                line["deadline_ms"] = 1000 * row.deadline_s
             out.write(json.dumps(line) + "\n")
 
 

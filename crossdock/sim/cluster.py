@@ -150,6 +150,9 @@ class SimCluster:
             ),
             received=now,
             received_unix=now,
+            tenant=asked.tenant,
+            priority=asked.priority,
+            deadline=None if asked.deadline_s is None else now + asked.deadline_s,
             on_end=recorder.ended,
         )
         gateway = self.gateways[index % len(self.gateways)]

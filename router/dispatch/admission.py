@@ -1,4 +1,4 @@
-"""How much a gateway takes on: bounds on what is active, and deadlines that can be met."""
+"""How much a gateway takes on: bounds on what is active."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from crossdock.proto.errors import InvalidRequest, Overloaded
 from crossdock.proto.settings import check_settings, setting
-from crossdock.router.dispatch.request import Request
-from crossdock.router.placement.demand import Placement
 from crossdock.router.placement.view import ClusterView
 
 LONGEST_RETRY_S = 60.0
@@ -88,21 +86,6 @@ class Admission:
         self._by_tenant[tenant] -= sequences
         if not self._by_tenant[tenant]:
             del self._by_tenant[tenant]
-
-
-def check_deadline(
-    request: Request, placement: Placement, now: float, retry_after_s: Callable[[], float]
-) -> None:
-    """Refuses what would miss its deadline, at once. A prediction that rests on no measurement
-    refuses nothing. Raises Overloaded."""
-    deadline = request.deadline
-    if deadline is None or not placement.measured or now + placement.predicted_ttft_s <= deadline:
-        return
-    raise Overloaded(
-        f"the first token is predicted in {placement.predicted_ttft_s:.2f} s, "
-        f"after the deadline in {deadline - now:.1f} s",
-        retry_after_s(),
-    )
 
 
 def retry_after_s(view: ClusterView) -> float:

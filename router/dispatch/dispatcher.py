@@ -9,7 +9,6 @@ out, and no task is made per request or per token.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import random
@@ -31,7 +30,8 @@ from crossdock.proto.errors import (
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import attempts, tracing
-from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
+from crossdock.router.dispatch.admission import Admission, Limits, retry_after_s
+from crossdock.router.dispatch.deadlines import Deadlines, passed
 from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
@@ -89,6 +89,7 @@ class Dispatcher:
         self._policy = policy
         self._limits = limits
         self._admission = admission or Admission(limits)  # of all dispatchers of a gateway
+        self.deadlines = Deadlines(view)
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
@@ -107,10 +108,12 @@ class Dispatcher:
         self._turns = Turns(
             lambda: has_room(view, clock()),
             lambda sequence: self._guarded(sequence, self._route),
-            self._due,
+            lambda sequence: self._due(sequence.active.request),
             self._work,
             clock,
             lambda: view.busy(clock()),
+            self._shed,
+            lambda: self.deadlines.part,
         )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
@@ -195,18 +198,17 @@ class Dispatcher:
         active.sequences = make_sequences(active, self.hasher, layout_hash, self._detokenizer_of)
         for sequence in active.sequences:
             sequence.timeline.mark("admitted", now)
-        ahead = self._turns.tokens_of(request.tenant)
+        first, predicted_s = active.sequences[0], 0.0
+        if request.deadline is not None:
+            due = self._due(request)
+            predicted_s = self._turns.seconds_before(request.tenant, request.priority, due)
+            predicted_s += self.view.busy(now).seconds + self._work(first).alone_s
         for sequence in active.sequences:
             if sequence.phase is Phase.ROUTING:
                 self._turns.add(sequence)
         self._turns.pump()
-        first = active.sequences[0]
-        if first in self._turns and request.deadline is not None:
-            demand = self._demand(first)
-            with contextlib.suppress(NoWorker):
-                placement = self._policy(self.view, demand, now, self._rng, self._turn)
-                at = now + self.view.drained_s(ahead)
-                check_deadline(request, placement, at, self._retry_after_s)
+        if request.deadline is not None and first in self._turns:
+            self.deadlines.check_waiting(first, predicted_s, now)
 
     def _take_turn(self, sequence: SequenceState) -> None:
         """It is begun when its tenant's turn comes."""
@@ -234,7 +236,8 @@ class Dispatcher:
             return str(error)
         if not has_place(self.view, demand, now):
             return "every worker that decodes has all that it takes"
-        waits_s = placement.predicted_ttft_s + self.view.drained_s(self._turns.tokens_of(tenant))
+        due = min(latest, now + self._ttft_aim_s)
+        waits_s = placement.predicted_ttft_s + self._turns.seconds_before(tenant, 0, due)
         late = placement.measured and now + waits_s > latest
         return f"the first token is predicted in {waits_s:.2f} s" if late else ""
 
@@ -267,8 +270,7 @@ class Dispatcher:
             return
         finally:
             self.metrics.decision.observe(time.perf_counter() - started)
-        if not sequence.active.started:  # what has begun is carried on
-            check_deadline(sequence.active.request, placement, now, self._retry_after_s)
+        self.deadlines.check_placed(sequence, placement, now)
         link = self._links.get(placement.prefill or placement.decode)
         if link is None:
             why = NoWorker("the chosen worker is not connected")
@@ -282,15 +284,14 @@ class Dispatcher:
         log.debug("%s: %s", sequence.sequence_id, placement)
         attempts.send(sequence, link, self.view, demand, self._eos, now)
 
-    def _due(self, sequence: SequenceState) -> float:
+    def _due(self, request: Request) -> float:
         """When its first token is to be there."""
-        request = sequence.active.request
         aim = request.received + self._ttft_aim_s
         return aim if request.deadline is None else min(aim, request.deadline)
 
     def _work(self, sequence: SequenceState) -> Work:
         alone_s, workers = self.view.alone_s(self._demand(sequence))
-        return Work(self._due(sequence), alone_s, alone_s / max(1, workers))
+        return Work(self._due(sequence.active.request), alone_s, alone_s / max(1, workers))
 
     def _demand(self, sequence: SequenceState) -> Demand:
         output = self.view.lengths.expected(
@@ -326,6 +327,10 @@ class Dispatcher:
             step(sequence)
         except CrossdockError as error:
             self._end(sequence.active, error, "refused")
+
+    def _shed(self, sequence: SequenceState, seconds: float) -> None:
+        check = self.deadlines.check_waiting
+        self._guarded(sequence, lambda each: check(each, seconds, self._clock()))
 
     def _hand_off(self, sequence: SequenceState) -> None:
         """Token 0 is delivered: a decode worker goes on from here, as soon as there is one."""
@@ -411,6 +416,7 @@ class Dispatcher:
             self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
             self.metrics.gained(len(delta.token_ids), first, gap_s)
             if first and gap_s is not None:
+                self.deadlines.learn(sequence, now)
                 self.metrics.started(gap_s, sequence.prompt_tokens, sequence.cached_tokens or 0)
         if delta.finish_reason is not None:
             reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
@@ -455,12 +461,7 @@ class Dispatcher:
     # -- ends ----------------------------------------------------------------------------------
 
     def _deadline_passed(self, active: ActiveRequest) -> None:
-        request = active.request
-        assert request.deadline is not None
-        allowed = request.deadline - request.received
-        generated = sum(sequence.generated for sequence in active.sequences)
-        error = DeadlineExceeded(f"the deadline of {allowed:.2f} s passed at {generated} tokens")
-        self._end(active, error, "deadline")
+        self._end(active, passed(active), "deadline")
 
     def _end(self, active: ActiveRequest, error: CrossdockError | None, why: str) -> None:
         """The one way out of a request: frees what is left of it here and on the workers."""

@@ -8,7 +8,8 @@ others leave of the workers, the shortest first and now and then the oldest.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import sys
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -81,6 +82,7 @@ class Line:
     late: Late
     _entries: dict[SequenceState, _Entry] = field(default_factory=dict)
     _waiting: dict[int, list[tuple[Place, _Entry]]] = field(default_factory=dict)  # by priority
+    tokens: int = 0  # of their prompts
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -93,44 +95,80 @@ class Line:
         priority = sequence.active.request.priority
         entry = _Entry(sequence, priority, (self.due(sequence), rank, tie))
         self._entries[sequence] = entry
+        self.tokens += sequence.prompt_tokens
         insort(self._waiting.setdefault(priority, []), (entry.place, entry), key=_place)
 
     def remove(self, sequence: SequenceState) -> None:
         """It waits no more."""
         entry = self._entries.pop(sequence)
+        self.tokens -= sequence.prompt_tokens
         waiting = self._waiting[entry.priority]
         del waiting[bisect_left(waiting, entry.place, key=_place)]
         if not waiting:
             del self._waiting[entry.priority]
 
-    def pop(self, now: float, busy_s: float = 0.0) -> SequenceState | None:
+    def pop(self, now: float, busy_s: float = 0.0, sharing: float = 1.0) -> SequenceState | None:
         """Takes the next out, and says whether it yields; None where nobody is to begin now.
-        `busy_s`: for which those before them keep the workers."""
+        `busy_s`: for which those before them keep the workers; `sharing`: how many times as long
+        these take as without other tenants."""
         if not self._waiting:
             return None
         waiting = [entry for _, entry in self._waiting[min(self._waiting)][:WINDOW]]
         chosen = waiting[0] if waiting[0].place[0] == INFINITE else None
         if chosen is None:
-            chosen = self._choose(waiting, now, busy_s)
+            chosen = self._choose(waiting, now, busy_s, sharing)
         if chosen is not None:
             self.remove(chosen.sequence)
             return chosen.sequence
         return None
 
-    def tokens_before(self, now: float, busy_s: float = 0.0) -> int:
-        """Of the prompts that wait, those that go before one that is in time."""
-        entries = list(self._entries.values())
-        if entries and entries[0].place[0] < INFINITE:
-            entries.sort(key=lambda entry: entry.place)
-            entries = [entries[i] for i in in_time(self._works(entries, now), now, busy_s)]
-        return sum(entry.sequence.prompt_tokens for entry in entries)
+    def before(
+        self, priority: int, due: float, now: float, busy_s: float = 0.0
+    ) -> list[tuple[SequenceState, Work]]:
+        """Those that go before one so urgent, as far as they are in time; of each priority the
+        first WINDOW at the most."""
+        found: list[tuple[SequenceState, Work]] = []
+        for urgency, waiting in self._waiting.items():
+            if urgency > priority:
+                continue
+            last = (due if urgency == priority else INFINITE, sys.maxsize, 0)
+            first = waiting[: min(WINDOW, bisect_right(waiting, last, key=_place))]
+            entries = [entry for _, entry in first]
+            works = self._works(entries, now)
+            found += [(entries[i].sequence, works[i]) for i in in_time(works, now, busy_s)]
+        return found
 
-    def _choose(self, waiting: list[_Entry], now: float, busy_s: float) -> _Entry | None:
+    def late_ones(
+        self, now: float, busy_s: float = 0.0, sharing: float = 1.0, part: float = 1.0
+    ) -> list[tuple[SequenceState, float]]:
+        """Those with a deadline that are not in time even if all takes but a `part` of what is
+        predicted, and the predicted seconds until their first token if they let the others go
+        first; of each priority of the first WINDOW."""
+        found: list[tuple[SequenceState, float]] = []
+        for waiting in self._waiting.values():
+            entries = [entry for _, entry in waiting[:WINDOW]]
+            if all(entry.sequence.active.request.deadline is None for entry in entries):
+                continue
+            works = self._works(entries, now)
+            hoped = [Work(w.due, part * w.alone_s, part * w.share_s) for w in works]
+            kept = in_time(hoped, now, part * busy_s, sharing)
+            ends_s = busy_s + sharing * sum(works[i].share_s for i in kept)
+            found += [
+                (entry.sequence, ends_s + works[i].alone_s)
+                for i, entry in enumerate(entries)
+                if i not in kept and entry.sequence.active.request.deadline is not None
+            ]
+            busy_s = ends_s
+        return found
+
+    def _choose(
+        self, waiting: list[_Entry], now: float, busy_s: float, sharing: float
+    ) -> _Entry | None:
         begun = next((entry for entry in waiting if entry.sequence.generated), None)
         if begun is not None:
             return begun  # a client already reads it
         works = self._works(waiting, now)
-        kept = in_time(works, now, busy_s)
+        kept = in_time(works, now, busy_s, sharing)
         late = [i for i in range(len(works)) if i not in kept]
         if late and self.late.room:
             chosen = min(late, key=lambda i: waiting[i].place[1])  # by arrival
@@ -153,19 +191,20 @@ class Line:
         return works
 
 
-def in_time(works: list[Work], now: float, busy_s: float = 0.0) -> set[int]:
+def in_time(works: list[Work], now: float, busy_s: float = 0.0, sharing: float = 1.0) -> set[int]:
     """Which of them, given by due time, are met if only these are begun, in this order, `busy_s`
-    from now: as many as there can be."""
-    kept: list[tuple[float, int]] = []  # the longest on top
+    from now: as many as there can be. Each takes `sharing` times its share."""
+    kept: list[tuple[float, int]] = []  # the longest on top, of equal ones the last due
     begins = now + busy_s
     for i, work in enumerate(works):
         if now + busy_s + work.alone_s > work.due:
             continue  # not even if it were the next
-        heappush(kept, (-work.share_s, i))
-        begins += work.share_s
-        if begins - work.share_s + work.alone_s > work.due:
+        share_s = sharing * work.share_s
+        heappush(kept, (-share_s, -i))
+        begins += share_s
+        if begins - share_s + work.alone_s > work.due:
             begins += heappop(kept)[0]
-    return {i for _, i in kept}
+    return {-i for _, i in kept}
 
 
 def _place(item: tuple[Place, _Entry]) -> Place:

@@ -69,6 +69,8 @@ class SequenceState:
     first_tokens: int = 0  # how many came at once with token 0
     steady: WorkerLink | None = None  # where it decodes, once all that comes is tokens till its end
     cached_tokens: int | None = None
+    # When it first waited, and the seconds until its first token as predicted then.
+    predicted: tuple[float, float] | None = None
     scores: list[pb.PromptLogprobs] = field(default_factory=list)  # of its prompt, of all attempts
     scored: int = 1  # of prompt_tokens, those whose scores are here; nothing is said of the first
     prompt_told: bool = False  # the client has what it asked for of the prompt

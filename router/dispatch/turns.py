@@ -3,14 +3,17 @@ waits here and not in the workers, and who asks for little does not wait behind 
 
 Between tenants: start-time fair queueing (Goyal, Vin and Cheng, 1997). Each tenant has a virtual
 time, which its sequences move on by their tokens as they are begun; the one that is furthest behind
-is next. One that asks for less than its share may be behind the present by OWED_TOKENS, so that a
-few that it sends together go together. Within a tenant line.py says who is next; of sequences that
-are due at once the k-th of a request lets as many later requests go first.
+is next. One that asks for less than its share falls behind the present, by BURST_CHUNKS of the
+workers at the most, and has that much at once when it sends a few together. One that is new is
+behind those that are here by OWED_TOKENS and no more, so that a flood goes before nobody. Within a
+tenant line.py says who is next; of sequences that are due at once the k-th of a request lets as
+many later requests go first.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -19,7 +22,9 @@ from crossdock.router.dispatch.line import Late, Line, Work
 from crossdock.router.dispatch.sequence import SequenceState
 from crossdock.router.placement.view import Busy
 
-OWED_TOKENS = 4096  # that a tenant may have after a pause, before the others go on
+OWED_TOKENS = 4096  # that a new tenant may have before the others go on
+BURST_CHUNKS = 8  # of each worker, that a tenant may have which asked for less than its share
+SHED_EVERY_S = 0.02  # it is looked whose deadlines cannot be met any more
 KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
 EXPECTED_TOKENS = 256  # of a completion at the most, as far as its cost is weighed
 
@@ -32,7 +37,9 @@ class _Queue:
 
 class Turns:
     """Sequences that are to be begun. `room` says whether a worker would take another one soon,
-    `begin` begins one and raises nothing. `due` and `work_of` are a Line's."""
+    `begin` begins one and raises nothing; `shed` hears of one with a deadline that is not in time,
+    and of the predicted seconds until its first token, and may end it; `least_part`: of what is
+    predicted, that things take at the least. `due` and `work_of` are a Line's."""
 
     def __init__(
         self,
@@ -42,7 +49,10 @@ class Turns:
         work_of: Callable[[SequenceState], Work] = lambda sequence: Work(),
         clock: Callable[[], float] = lambda: 0.0,
         busy: Callable[[], Busy] = Busy,
+        shed: Callable[[SequenceState, float], object] = lambda sequence, seconds: None,
+        least_part: Callable[[], float] = lambda: 1.0,
     ) -> None:
+        self._shed, self._least_part, self._shed_at = shed, least_part, -math.inf
         self._room, self._begin, self._clock = room, begin, clock
         self._busy, self._late = busy, Late(busy)
         self._due, self._work_of = due, work_of
@@ -66,11 +76,10 @@ class Turns:
         request = sequence.active.request
         queue = self._queues.get(request.tenant)
         if queue is None:
-            start = self._present - OWED_TOKENS
-            start = max(start, self._finished.pop(request.tenant, start))
-            queue = self._queues[request.tenant] = _Queue(
-                start, Line(self._due, self._work_of, self._late)
-            )
+            start = self._start(request.tenant)
+            self._finished.pop(request.tenant, None)
+            queue = _Queue(start, Line(self._due, self._work_of, self._late))
+            self._queues[request.tenant] = queue
         rank = sequence.active.order + sequence.index
         queue.line.add(sequence, rank, next(self._ties))
         self._where[sequence] = queue
@@ -83,22 +92,66 @@ class Turns:
             self._trim(sequence.active.request.tenant, queue)
 
     def pump(self) -> None:
-        """Begins what there is room for."""
+        """Begins what there is room for, and sheds what has come too late for it."""
+        if self._where and self._clock() - self._shed_at >= SHED_EVERY_S:
+            self._shed_at = self._clock()
+            self._shed_late()
         while self._where and self._room():
             sequence = self._next()
             if sequence is None:
                 return
             self._begin(sequence)
 
-    def tokens_of(self, tenant: str) -> int:
-        """Of the prompts of a tenant that wait, but for those that are late anyway."""
-        queue = self._queues.get(tenant)
-        return queue.line.tokens_before(self._clock(), self._busy().seconds) if queue else 0
+    def seconds_before(self, tenant: str, priority: int, due: float) -> float:
+        """For which what goes before another sequence of a tenant keeps the workers: those of its
+        own that are more urgent, and the others' until they have had as much as it."""
+        now, busy_s = self._clock(), self._busy().seconds
+        mine = self._queues.get(tenant)
+        ahead = mine.line.before(priority, due, now, busy_s) if mine else []
+        reached = mine.start if mine else self._start(tenant)
+        reached += sum(_cost(sequence) for sequence, _ in ahead)
+        seconds = sum(work.share_s for _, work in ahead)
+        for other in self._queues.values():
+            if other is mine or other.start >= reached:
+                continue
+            theirs = other.line.before(sys.maxsize, math.inf, now, busy_s)
+            tokens = sum(_cost(sequence) for sequence, _ in theirs)
+            part = min(1.0, (reached - other.start) / tokens) if tokens else 0.0
+            seconds += part * sum(work.share_s for _, work in theirs)
+        return seconds
+
+    def _shed_late(self) -> None:
+        now, busy_s, part = self._clock(), self._busy().seconds, self._least_part()
+        for queue in list(self._queues.values()):
+            sharing = self._sharing(queue)
+            for sequence, seconds in queue.line.late_ones(now, busy_s, sharing, part):
+                self._shed(sequence, seconds)
+
+    def _sharing(self, queue: _Queue) -> float:
+        """How many times as long it takes to compute what waits there, since others take turns:
+        until it is done each other has had as much, or all that it waits for."""
+        mine = max(1, queue.line.tokens)
+        return sum(min(1.0, each.line.tokens / mine) for each in self._queues.values())
+
+    def _start(self, tenant: str) -> float:
+        """Virtual time at which one that has no queue goes on."""
+        oldest = self._oldest
+        if tenant in self._finished:
+            return max(oldest, self._finished[tenant])
+        here = [queue.start for queue in self._queues.values()]
+        least = min((*here, *self._finished.values()), default=self._present)
+        return max(oldest, min(least, self._present) - OWED_TOKENS)
+
+    @property
+    def _oldest(self) -> float:
+        """Virtual time behind which nobody is."""
+        busy = self._busy()
+        return self._present - max(OWED_TOKENS, BURST_CHUNKS * busy.workers * busy.chunk_tokens)
 
     def _next(self) -> SequenceState | None:
         now, busy_s = self._clock(), self._busy().seconds
         for tenant, queue in sorted(self._queues.items(), key=lambda item: item[1].start):
-            sequence = queue.line.pop(now, busy_s)
+            sequence = queue.line.pop(now, busy_s, self._sharing(queue))
             if sequence is not None:
                 return self._taken(tenant, queue, sequence)
         return None
@@ -117,9 +170,8 @@ class Turns:
             del self._queues[tenant]
             self._finished[tenant] = queue.start
             if len(self._finished) > KEPT_TENANTS:
-                owed = self._present - OWED_TOKENS
-                ahead = {t: at for t, at in self._finished.items() if at > owed}
-                self._finished = ahead
+                oldest = self._oldest
+                self._finished = {t: at for t, at in self._finished.items() if at > oldest}
 
 
 def _cost(sequence: SequenceState) -> int:

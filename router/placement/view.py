@@ -203,19 +203,6 @@ class ClusterView:
             worker.failed_at = now
             self._touch(worker)
 
-    def drained_s(self, tokens: int) -> float:
-        """Predicted time in which all workers together compute so many prompt tokens."""
-        sides = (self._columns[Role.PREFILL], self._columns[Role.COLOCATED])
-        count = sum(len(side) for side in sides)
-        if not tokens or not count:
-            return 0.0
-        each = tokens / count
-        return min(
-            worker.prompts_s(each, attention(0, each, worker.numbers.chunk_tokens))
-            for side in sides
-            for worker in side.workers
-        )
-
     def alone_s(self, demand: Demand) -> tuple[float, int]:
         """Predicted seconds until its first token if nothing else were to be computed, where most
         of it is cached; and how many workers compute prompts."""
@@ -230,6 +217,11 @@ class ClusterView:
             uncached = demand.uncached(depths.get(worker.slot, 0))
             seconds.append(worker.prompt_s(demand.num_tokens - uncached, uncached))
         return min(seconds, default=0.0), sum(len(side) for side in sides)
+
+    def knows_prefill(self, tokens: float, now: float) -> bool:
+        """Whether some worker measured lately how long so many tokens take."""
+        sides = (self._columns[Role.PREFILL], self._columns[Role.COLOCATED])
+        return any(worker.knows_prefill(tokens, now) for side in sides for worker in side.workers)
 
     def busy(self, now: float) -> Busy:
         """How the workers that compute prompts stand."""

@@ -66,6 +66,18 @@ def test_replay_options(tmp_path: Path) -> None:
     assert len(set(late)) == 5
 
 
+def test_tenants_priorities_and_deadlines(tmp_path: Path) -> None:
+    said = {"tenant": "a", "priority": -1, "deadline_ms": 1500}
+    rows = [mooncake(0, 20, 5, [0, 1]) | said, mooncake(1000, 20, 5, [0, 1])]
+    trace = traces.load_trace(write(tmp_path / "t.jsonl", *rows), traces.TraceOptions(max_input=9))
+    first, second = trace.requests
+    assert (first.tenant, first.priority, first.deadline_s) == ("a", -1, 1.5)
+    assert (second.tenant, second.priority, second.deadline_s) == ("", 0, None)
+    assert first.input_tokens == 9
+    traces.write_mooncake(trace, tmp_path / "again.jsonl")
+    assert traces.load_trace(tmp_path / "again.jsonl").requests == trace.requests
+
+
 def test_azure_csv(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text(
@@ -86,6 +98,7 @@ def test_azure_csv(tmp_path: Path) -> None:
         ("t.jsonl", "\nnot json\n", "t.jsonl:2"),
         ("t.jsonl", json.dumps(mooncake(0, 0, 1, [1])), "t.jsonl:1"),
         ("t.jsonl", json.dumps(mooncake(0, 9, 1, [])), "hash_ids"),
+        ("t.jsonl", json.dumps(mooncake(0, 9, 1, [1]) | {"deadline_ms": 0}), "deadline_ms"),
         ("t.jsonl", "", "no requests"),
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,x,1\n", "t.csv:2"),
     ],

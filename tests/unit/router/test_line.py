@@ -34,7 +34,7 @@ class Waiting:
         generated: int = 0,
         prompt_tokens: int = 0,
     ) -> Any:
-        request = SimpleNamespace(priority=priority)
+        request = SimpleNamespace(priority=priority, deadline=None)
         active = SimpleNamespace(request=request)
         made = Named(
             name=name, due=due, seconds=seconds, active=active, generated=generated,
@@ -79,11 +79,45 @@ def test_a_more_urgent_priority_goes_before_all() -> None:
     assert waiting.names() == ["urgent", "late"]
 
 
+def test_who_is_due_earlier_or_more_urgent_goes_before() -> None:
+    waiting = Waiting()
+    waiting.add("later", 9.0)
+    waiting.add("earlier", 5.0)
+    waiting.add("urgent", 99.0, priority=-1)
+    waiting.add("can wait", 4.0, priority=1)
+
+    def before(priority: int, due: float) -> set[str]:
+        return {each.name for each, _ in waiting.line.before(priority, due, now=0.0)}
+
+    assert before(0, 6.0) == {"earlier", "urgent"}
+    assert before(0, 9.0) == {"earlier", "urgent", "later"}
+    assert before(-1, 9.0) == set()
+    assert before(1, 3.0) == {"earlier", "urgent", "later"}
+
+
+def test_of_equal_ones_the_last_due_steps_aside() -> None:
+    works = [Work(due=3.0, alone_s=1.0, share_s=1.0) for _ in range(5)]
+    assert in_time(works, 0.0) == {0, 1, 2}
+    assert in_time(works, 0.0, sharing=1.5) == {0, 1}
+
+
+def test_only_those_with_a_deadline_are_told_to_be_late() -> None:
+    waiting = Waiting()
+    for i in range(3):
+        waiting.add(f"aim{i}", 3.0)
+    one = waiting.add("deadline", 3.0)
+    assert waiting.line.late_ones(0.0) == []
+    one.active.request.deadline = 3.0
+    assert waiting.line.late_ones(0.0) == [(one, 4.0)]
+    assert waiting.line.late_ones(0.0, part=0.7) == [], "it may be met, if all is quicker"
+    assert waiting.line.late_ones(0.0, sharing=2.0, part=0.7) == [(one, 5.0)]
+
+
 def test_what_is_never_due_is_not_weighed() -> None:
     waiting = Waiting()
     for name in "ab":
         waiting.add(name, float("inf"))
-    assert waiting.line.tokens_before(0.0) == 0 and waiting.names() == ["a", "b"]
+    assert waiting.names() == ["a", "b"]
     assert waiting.asked == 0
 
 
@@ -125,8 +159,8 @@ def test_work_before_them_counts() -> None:
     waiting = Waiting(late=0)
     for i in range(3):
         waiting.add(f"s{i}", 3.0, prompt_tokens=100)
-    assert waiting.line.tokens_before(0.0) == 300
-    assert waiting.line.tokens_before(0.0, busy_s=0.5) == 200
+    assert len(waiting.line.before(0, 3.0, now=0.0)) == 3
+    assert len(waiting.line.before(0, 3.0, now=0.0, busy_s=0.5)) == 2
     assert waiting.line.pop(0.0, busy_s=2.5) is None
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
 from crossdock.proto.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
-from crossdock.proto.types import FinishReason
-from crossdock.router.dispatch.admission import Admission, Limits, check_deadline
+from crossdock.proto.types import FinishReason, SamplingParams
+from crossdock.router.dispatch.admission import Admission, Limits
+from crossdock.router.dispatch.deadlines import MOST_PART, Deadlines
 from crossdock.router.dispatch.request import Delta, Request, ResponseStream
-from crossdock.router.placement.demand import Placement
+from crossdock.router.placement.view import ClusterView
 
 
 def stream() -> tuple[ResponseStream, list[str]]:
@@ -103,14 +105,35 @@ def test_limits_that_cannot_be(field: str) -> None:
         Limits(**{field: -1})  # type: ignore[arg-type]
 
 
-def test_only_a_measured_prediction_refuses() -> None:
-    def placed(ttft_s: float, measured: bool) -> Placement:
-        return Placement("p", "d", 0, 10, ttft_s, measured)
-
-    from crossdock.proto.types import SamplingParams
-
+def test_a_deadline_that_is_predicted_to_be_missed_is_refused_and_told_when_to_come() -> None:
     request = Request("r", [[1]], SamplingParams(), 0.0, 0.0, deadline=10.0)
-    check_deadline(request, placed(99.0, False), now=1.0, retry_after_s=lambda: 1.0)
-    check_deadline(request, placed(9.0, True), now=1.0, retry_after_s=lambda: 1.0)
-    with pytest.raises(Overloaded, match=r"predicted in 9\.10 s, after the deadline in 9\.0 s"):
-        check_deadline(request, placed(9.1, True), now=1.0, retry_after_s=lambda: 1.0)
+    deadlines = Deadlines(ClusterView())
+    deadlines.part = 1.0
+    deadlines.check(request, 9.0, now=1.0)
+    told = r"predicted in 9\.10 s, after the deadline in 9\.0 s"
+    with pytest.raises(Overloaded, match=told) as refused:
+        deadlines.check(request, 9.1, now=1.0)
+    assert refused.value.retry_after_s == 1.0
+    with pytest.raises(Overloaded) as refused:
+        deadlines.check(request, 14.0, now=1.0)
+    assert refused.value.retry_after_s == 5.0, "then it would come in time"
+
+
+def test_how_much_quicker_things_come_than_predicted_is_learned() -> None:
+    deadlines = Deadlines(ClusterView())
+
+    def came(took_s: float, predicted_s: float) -> None:
+        request = Request("r", [[1]], SamplingParams(), 0.0, 0.0, deadline=10.0)
+        sequence = SimpleNamespace(active=SimpleNamespace(request=request))
+        sequence.predicted = 0.0, predicted_s
+        deadlines.learn(sequence, took_s)  # type: ignore[arg-type]
+
+    for _ in range(300):
+        came(4.5, 9.0)
+    assert deadlines.part == pytest.approx(0.5, rel=0.05)
+    for _ in range(300):
+        came(0.1, 1.0)
+    assert deadlines.part == pytest.approx(0.5, rel=0.05), "far from its deadline: says nothing"
+    for _ in range(300):
+        came(9.0, 9.0)
+    assert deadlines.part == MOST_PART

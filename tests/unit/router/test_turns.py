@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -14,9 +15,10 @@ from access_kit import complete
 from gateway_rig import Rig, start_rig, until
 
 from crossdock.proto.types import Role
-from crossdock.router.dispatch.turns import EXPECTED_TOKENS, OWED_TOKENS, Turns
+from crossdock.router.dispatch.line import Work
+from crossdock.router.dispatch.turns import BURST_CHUNKS, EXPECTED_TOKENS, OWED_TOKENS, Turns
 from crossdock.router.placement.room import has_room, takes_more
-from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.view import Busy, ClusterView
 from crossdock.router.placement.workers import LoadReport, WorkerFacts
 
 SMALL: Any = {"chunk_tokens": 32, "max_batch": 8}  # a pair that says how little it takes
@@ -41,7 +43,7 @@ class Tape:
     def ask(self, tenant: str, count: int = 1, prompt: int = 100, priority: int = 0) -> list[Any]:
         """A request of so many sequences."""
         self._orders += 1
-        request = SimpleNamespace(tenant=tenant, priority=priority)
+        request = SimpleNamespace(tenant=tenant, priority=priority, deadline=None)
         active = SimpleNamespace(request=request, order=self._orders)
         sampling = SimpleNamespace(max_tokens=10_000)
         made = [Sequence(active, i, prompt, sampling) for i in range(count)]
@@ -98,6 +100,22 @@ def test_who_was_away_is_owed_a_little() -> None:
     assert 0 < begun["back"] - begun["always"] <= OWED + 1
 
 
+def test_who_asks_for_less_than_its_share_has_a_burst_at_once() -> None:
+    busy = Busy(workers=2, chunk_tokens=1000)
+    tape = Tape()
+    tape.turns = Turns(tape._has_room, tape._begin, busy=lambda: busy)
+    tape.ask("flood", 1000)
+    for _ in range(30):
+        tape.ask("steady")
+        tape.begin(5)
+    burst = BURST_CHUNKS * 2000 // (100 + EXPECTED_TOKENS)
+    tape.ask("steady", 2 * burst)
+    tape.ask("new", 2 * burst)
+    begun = Counter(tape.begin(2 * burst))
+    assert begun["flood"] == 0
+    assert abs(begun["steady"] - begun["new"]) <= OWED + 1, "who is new goes before nobody"
+
+
 def test_who_takes_pauses_has_no_more_than_a_share() -> None:
     """One that comes with a sequence just as the one before was begun."""
     tape = Tape()
@@ -133,6 +151,22 @@ def test_priority_counts_within_a_tenant_alone() -> None:
     tape.begin(2)
     assert urgent in tape.begun
     assert Counter(s.active.request.tenant for s in tape.begun) == {"a": 1, "b": 1}
+
+
+def test_another_tenants_flood_counts_until_it_has_had_as_much() -> None:
+    turns = Turns(lambda: False, lambda sequence: None, work_of=lambda sequence: Work(share_s=0.1))
+    tape = Tape()
+    tape.turns = turns
+    tape.ask("flood", 100)
+    assert turns.seconds_before("flood", 0, math.inf) == pytest.approx(10)
+    assert turns.seconds_before("new", 0, math.inf) == 0
+    tape.ask("new", 40)
+    alone_s, both_s = 4.0, 8.0
+    assert turns.seconds_before("new", 0, math.inf) == pytest.approx(both_s)
+    assert turns.seconds_before("new", -1, math.inf) == 0
+    assert turns.seconds_before("flood", 0, math.inf) == pytest.approx(10 + alone_s)
+    tape.ask("light")
+    assert turns.seconds_before("new", 0, math.inf) == pytest.approx(both_s + 0.1)
 
 
 def test_what_ended_meanwhile_is_not_begun() -> None:
