@@ -5,8 +5,9 @@
 
 First come, first served within a priority, and the head of the queue is finished before the next
 begins: finishing one prompt early beats advancing two. Only a prompt that yields, being late
-anyway, has others go between its chunks, in steps of their own. A prompt looks for its prefix when its first chunk is
-planned, not when it arrives, so it finds what the prompts before it have just computed.
+anyway, has others go between its chunks, in steps of their own. A prompt looks for its prefix when
+its first chunk is planned, not when it arrives, so it finds what the prompts before it have just
+computed.
 """
 
 from __future__ import annotations
