@@ -16,7 +16,7 @@ from crossdock.client import AsyncClient, Tls
 from crossdock.deploy import admin, credentials
 from crossdock.engine.profiles import Profile
 from crossdock.findings import PairFacts
-from crossdock.profiling.fit import Fit, fit
+from crossdock.profiling.fit import Fit, contention, fit
 from crossdock.profiling.measure import Limits, Measurement
 from crossdock.proto.errors import Unavailable
 from crossdock.proto.v1 import admin_pb2, worker_pb2
@@ -58,6 +58,7 @@ async def profile_cluster(
         pool=min(each.num_blocks * each.layout.block_size for each in decoders),
         batch=min(each.max_batch for each in decoders),
         decoders=len(decoders),
+        neighbours=sum(w.role == worker_pb2.ROLE_PREFILL for w in workers) if status.local else 0,
     )
     chunks = {each.name: each.chunk_tokens for each in prompts}
     async with AsyncClient(target, tls=tls) as client:
@@ -78,7 +79,12 @@ async def profile_cluster(
         if pair.outcome == "ok" and pair.bytes_per_s
     ]
     fitted = fit(measurement.prompts, measurement.steps)
-    found = replace(fitted.profile, **_of_members(workers, decoders[0]), **_of_links(pairs))  # type: ignore[arg-type]
+    found = replace(
+        fitted.profile,
+        contention=contention(measurement.beside, fitted.profile),
+        **_of_members(workers, decoders[0]),
+        **_of_links(pairs),
+    )
     return Profiled(found, fitted, len(pairs), tuple(_notes(status, workers, decoders[0])))
 
 
@@ -128,6 +134,8 @@ def _notes(
     if of.layout.engine == "simulated":
         notes.append("kv_bytes_per_token is what a simulated engine keeps, not what it stands for.")
     if status.local and len(workers) > 1:
-        notes.append("All workers are on one host: where they share its cores, prompts and decodes")
-        notes.append("slow each other down, which no term says.")
+        notes.append(
+            "All workers are on one host: `contention` is what they cost each other there."
+        )
+        notes.append("Set it to 0 to simulate workers that have hardware of their own.")
     return notes

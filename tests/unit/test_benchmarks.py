@@ -294,10 +294,11 @@ def test_predicts_compares_what_both_answered() -> None:
     assert found["TPOT mean"].ratio == pytest.approx(1.5)
     assert (found["hit tokens"].measured, found["hit tokens"].simulated) == (32, 16)
 
-    events = {"routed": 1.0, "first_token": 3.0}
-    timings = [Timings(events, predicted_ttft=2.5), Timings(events), Timings({}, predicted_ttft=1)]
+    events = {"routed": 1.0, "prefill_started": 1.5, "first_token": 3.0}
+    known = Timings(events, predicted_ttft=2.5, prefill_worker="p0")
+    timings = [known, Timings(events), Timings({}, predicted_ttft=1)]
     (only,) = placed(timings)
-    assert only == Placed(1.0, 2.5, 3.0) and only.error == 0.25
+    assert only == Placed(1.0, 2.5, 1.5, 3.0, "p0") and only.error == 0.25
     assert [only.refused_wrongly(d) for d in (2.9, 3.0, 3.4, 3.5)] == [False, True, True, False]
 
 
