@@ -103,7 +103,7 @@ class SimWorker:
         self.loop.woken = self._wake
         self.transport.set_wakeup(self._wake)
         self.peers = Peers(_Calls(self), self._clock)
-        self.gateways = Gateways(self, self._clock)  # type: ignore[arg-type]
+        self.gateways = Gateways(self, self._clock)
 
     def serve(self) -> None:
         """It can be reached from now on."""
