@@ -256,7 +256,9 @@ def test_the_oracle_starts_workers_before_they_are_needed() -> None:
     )
     rows = [TraceRequest(100 + 0.5 * i, 1000, 10, (i,)) for i in range(120)]
     profile = Profile(prefill_token_s=1e-3, decode_s=0.01, decode_sequence_s=1e-3, start_s=20.0)
-    decide = autoscaling.oracle(Trace(tuple(rows), 128), spec, profile, 20.0, (0.8, 0.8))
+    trace = Trace(tuple(rows), 128)
+    known = autoscaling.known_sizes(trace, spec, profile, 20.0, (0.8, 0.8))
+    decide = autoscaling.oracle(known, spec, profile, 20.0)
     sizes = [decide(None, now)["prefill"] for now in (0.0, 70.0, 76.0, 120.0, 170.0)]
     assert sizes == [1, 1, 3, 3, 1]
 
