@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -104,7 +105,7 @@ def to_yaml(found: Profiled, cluster: str) -> str:
 
 def _of_members(
     workers: Sequence[admin_pb2.MemberStatus], of: worker_pb2.WorkerDescription
-) -> dict[str, float]:
+) -> dict[str, Any]:
     starts = [member.start_s for member in workers if member.start_s]
     return {
         "kv_bytes_per_token": max(8, of.block_bytes // of.layout.block_size),
@@ -114,7 +115,7 @@ def _of_members(
     }
 
 
-def _of_links(pairs: Sequence[PairFacts]) -> dict[str, float]:
+def _of_links(pairs: Sequence[PairFacts]) -> dict[str, Any]:
     if not pairs:
         return {}
     return {

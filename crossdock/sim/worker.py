@@ -11,7 +11,6 @@ from crossdock.decode.role import DecodeRole
 from crossdock.engine.profiles import Profile
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import StepPlan
-from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.ticket import INCARNATION_BYTES
 from crossdock.prefill.role import PrefillRole
 from crossdock.proto.convert import ROLE_TO_PB
@@ -24,6 +23,7 @@ from crossdock.sim.engine import PacedEngine
 from crossdock.sim.fabric import Fabric, SimTransport
 from crossdock.sim.host import Host
 from crossdock.worker.config import WorkerConfig
+from crossdock.worker.description import describe, public
 from crossdock.worker.gateways import Gateways
 from crossdock.worker.loop import IDLE_WAIT_S, EngineLoop, Turn
 from crossdock.worker.peers import Met, Peers, Renewed
@@ -81,10 +81,8 @@ class SimWorker:
         self._since = 0.0  # so from here on;
         self._done_s = 0.0  # of the plan's seconds so many were over then
         self._end: Event
-        self.description = self._describe(engine, incarnation)
-        self.public_description = pb.WorkerDescription()
-        self.public_description.CopyFrom(self.description)
-        self.public_description.ClearField("transport_info")
+        self.description = describe(config, engine, self.transport, incarnation, config.name)
+        self.public_description = public(self.description)
         state = WorkerState(
             config=config,
             pool=BlockPool(engine.memory.num_blocks, config.block_size, engine.memory.generations),
@@ -260,25 +258,6 @@ class SimWorker:
 
     def _renewed(self, kept: set[bytes], lost: set[bytes], until: float) -> None:
         self.post(lambda role: role.leases_renewed((kept, lost), until))
-
-    def _describe(self, engine: PacedEngine, incarnation: bytes) -> pb.WorkerDescription:
-        config, memory = self.config, engine.memory
-        return pb.WorkerDescription(
-            name=config.name,
-            pool=config.pool,
-            role=ROLE_TO_PB[config.role],
-            incarnation=incarnation,
-            layout=engine.layout,
-            layout_hash=layout_hash(engine.layout),
-            context_length=min(engine.facts.context_length, memory.num_blocks * config.block_size),
-            num_blocks=memory.num_blocks,
-            block_bytes=memory.block_bytes,
-            transport_info=self.transport.info(),
-            address=config.name,
-            max_batch=config.max_batch,
-            chunk_tokens=config.chunk_tokens,
-            gpus=config.gpus or 0,
-        )
 
 
 class _Calls:
