@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    base = Kind("round_robin", "round_robin")
+    base = Kind("round-robin", "round_robin")
     kinds = [base, Kind("ours", "predicted_latency"), Kind("ours-2", "predicted_latency", 2)]
     with contextlib.ExitStack() as stack:
         targets = []
