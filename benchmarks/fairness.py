@@ -24,7 +24,11 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from rich.table import Table
 
 from crossdock.bench.metrics import percentile
 from crossdock.bench.traces import (
@@ -64,23 +68,21 @@ class Bench:
     seconds: float  # of arrivals
     seed: int
 
-    @property
+    @cached_property
     def capacity(self) -> float:
         """Requests a second that the prefill workers can compute, each prompt by itself, where
         prefixes are found as well as any cache can."""
-        workers, work_s, rate = 0, 0.0, 0.0
+        rate, hits = 0.0, self.rows.hit_rate
         for name, pool in self.spec.pools.items():
             if pool.role == "decode":
                 continue
-            profile, workers = profile_in(name, pool.engine), workers + pool.replicas
-            hits = self.rows.hit_rate
+            profile, work_s = profile_in(name, pool.engine), 0.0
             for row in self.rows.requests:
                 tokens = row.input_tokens * (1 - hits)
                 context = row.input_tokens - tokens / 2
                 work_s += profile.prefill_s + profile.prefill_token_s * tokens
                 work_s += profile.prefill_attention_s * tokens * context
             rate += pool.replicas * len(self.rows.requests) / work_s
-            work_s = 0.0
         return rate
 
     def asked(self, tenant: str, rate: float, salt: int) -> Iterator[TraceRequest]:
@@ -139,7 +141,6 @@ def flooded(bench: Bench, floods: Sequence[float]) -> list[Flooded]:
                 Flooded(times, turns, len(seen), percentile(ttfts, 50), p99, p99 / base, failed,
                         others)
             )  # fmt: skip
-            print(found[-1], flush=True)
     return found
 
 
@@ -216,6 +217,31 @@ def refusals(bench: Bench, load: float, share: float = LET) -> Refused:
     )  # fmt: skip
 
 
+def flood_table(floods: Sequence[Flooded]) -> Table:
+    """What flooded() found."""
+    columns = ("the other asks", "tenants", "requests", "TTFT p50", "p99", "ratio", "failed",
+               "the other's")  # fmt: skip
+    rows = [
+        (f"{each.times:g} ×", "yes" if each.turns else "no", each.requests,
+         f"{each.ttft_p50:.3f}", f"{each.ttft_p99:.3f}", f"{each.ratio:.2f}", each.failed,
+         each.other_failed)
+        for each in floods
+    ]  # fmt: skip
+    return table("A steady tenant beside another", columns, rows, columns)
+
+
+def refusal_table(refused: Sequence[Refused]) -> Table:
+    """What refusals() found at each load."""
+    columns = ("load", "requests", "refused", "after", "let through", "in time", "wrong",
+               "taken and missed", "cut off")  # fmt: skip
+    rows = [
+        (f"{each.load:g}", each.requests, each.refused, f"{1000 * each.refused_after_s:.0f} ms",
+         each.tried, each.wrongly, f"{each.wrong:.2%}", each.missed, each.cut)
+        for each in refused
+    ]  # fmt: skip
+    return table("Early refusal", columns, rows, columns)
+
+
 def main() -> None:
     """Runs the trials and prints a table each."""
     parser = argparse.ArgumentParser(
@@ -225,7 +251,7 @@ def main() -> None:
     parser.add_argument("--cluster", type=Path, default=CLUSTER)
     parser.add_argument("--workers", type=int, default=2, help="of each pool; 0: the file's")
     parser.add_argument("--limit", type=int, default=0, help="only the first rows")
-    parser.add_argument("--seconds", type=float, default=240.0, help="of arrivals, virtual")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, virtual")
     parser.add_argument("--trial", choices=("flood", "deadlines"), action="append")
     parser.add_argument("--flood", type=float, nargs="+", default=FLOODS)
     parser.add_argument("--load", type=float, nargs="+", default=LOADS)
@@ -239,34 +265,17 @@ def main() -> None:
     if options.trace is not None:
         rows = load_trace(options.trace, TraceOptions(options.limit))
     bench = Bench(spec, rows, options.seconds, options.seed)
-    trials, console, found = options.trial or ["flood", "deadlines"], console_of(), {}
+    trials, console = options.trial or ["flood", "deadlines"], console_of()
+    found: dict[str, list[dict[str, Any]]] = {}
     print(f"the prefill workers can compute {bench.capacity:.1f} of these prompts a second")
     if "flood" in trials:
         floods = flooded(bench, options.flood)
         found["flood"] = [asdict(each) for each in floods]
-        columns = ("the other asks", "turns", "requests", "TTFT p50", "p99", "ratio", "failed",
-                   "the other's")  # fmt: skip
-        shown = [
-            (f"{each.times:g} ×", "yes" if each.turns else "no", each.requests,
-             f"{each.ttft_p50:.3f}", f"{each.ttft_p99:.3f}", f"{each.ratio:.2f}", each.failed,
-             each.other_failed)
-            for each in floods
-        ]  # fmt: skip
-        console.print(table("A steady tenant beside another", columns, shown, columns))
+        console.print(flood_table(floods))
     if "deadlines" in trials:
-        refused = []
-        for load in options.load:
-            refused.append(refusals(bench, load))
-            print(refused[-1], f"{refused[-1].wrong:.2%}", flush=True)
+        refused = [refusals(bench, load) for load in options.load]
         found["deadlines"] = [asdict(each) | {"wrong": each.wrong} for each in refused]
-        columns = ("load", "requests", "refused", "after", "let through", "in time", "wrong",
-                   "taken and missed", "cut off")  # fmt: skip
-        shown = [
-            (f"{each.load:g}", each.requests, each.refused, f"{1000 * each.refused_after_s:.0f} ms",
-             each.tried, each.wrongly, f"{each.wrong:.2%}", each.missed, each.cut)
-            for each in refused
-        ]  # fmt: skip
-        console.print(table("Early refusal", columns, shown, columns))
+        console.print(refusal_table(refused))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
