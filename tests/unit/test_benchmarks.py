@@ -327,3 +327,28 @@ def test_predicts_slows_a_trace_down_to_a_load() -> None:
     trace = Trace(asked, 16)
     work_s = 2 * 0.5 + 160 * 0.01 + 0.5 + 80 * 0.01  # two chunks, then one behind a prefix
     assert time_scale(trace, profile, 100, 2, 0.5) == pytest.approx(work_s / (0.5 * 2 * 4.0))
+
+
+def test_fairness_counts_those_that_would_have_been_refused_wrongly() -> None:
+    from fairness import Refused
+
+    told = Refused(
+        load=2.0, requests=1000, refused=360, refused_after_s=0.1, tried=40, wrongly=2, missed=9,
+        cut=3,
+    )  # fmt: skip
+    assert told.wrong == pytest.approx(0.02), "a twentieth of the 400 that it would refuse"
+
+
+def test_fairness_gives_each_tenant_prompts_of_its_own() -> None:
+    from fairness import CLUSTER, Bench
+
+    from crossdock.bench.traces import SyntheticOptions, synthesize
+
+    rows = synthesize(SyntheticOptions(requests=50))
+    bench = Bench(ClusterSpec.load(CLUSTER), rows, seconds=100.0, seed=1)
+    one, two = (list(bench.asked(name, 2.0, salt)) for salt, name in enumerate("ab"))
+    assert len(one) == pytest.approx(200, rel=0.25)
+    names = [{name for row in rows for name in row.block_ids} for rows in (one, two)]
+    assert not names[0] & names[1]
+    assert {row.tenant for row in two} == {"b"}
+    assert [row.input_tokens for row in one[:50]] == [row.input_tokens for row in rows.requests]
