@@ -41,7 +41,9 @@ def summary(placement: Placement) -> str:
 def _sequence(course: Course) -> pb.ExplainedSequence:
     timeline, generated = course.timeline, course.generated
     first, last = timeline.first_token, timeline.last_token
-    decoded = first is not None and last is not None and generated > 1
+    tpot_s = 0.0
+    if first is not None and last is not None and generated > 1:
+        tpot_s = (last - first) / (generated - 1)
     stages = [pb.Stage(name=name, seconds=s) for name, s in timeline.stages().items()]
     return pb.ExplainedSequence(
         index=course.index,
@@ -53,7 +55,7 @@ def _sequence(course: Course) -> pb.ExplainedSequence:
         timings=course.timings,
         stages=stages,
         transfer_s=course.transfer.seconds,
-        tpot_s=(last - first) / (generated - 1) if decoded else 0.0,
+        tpot_s=tpot_s,
     )
 
 

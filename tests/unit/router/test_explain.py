@@ -93,8 +93,11 @@ async def test_one_that_runs_is_told_of_as_far_as_it_is(rig: Rig) -> None:
     assert not found.running and found.error == "Cancelled"
 
 
-async def test_one_that_is_refused_early_shows_what_was_predicted(tiny_model: Path) -> None:
-    async with start_rig(tiny_model) as rig:
+@pytest.mark.parametrize("chunk_tokens", [0, 64])  # with chunks it waits at the gateway
+async def test_one_that_is_refused_early_shows_what_was_predicted(
+    tiny_model: Path, chunk_tokens: int
+) -> None:
+    async with start_rig(tiny_model, chunk_tokens=chunk_tokens) as rig:
         worker = rig.prefills[0]
         worker.report(queued_tokens=10**6, prefill_tokens_per_s=1000.0)
         await until(lambda: rig.gateway.view.workers["prefill-0"].queued_tokens)
