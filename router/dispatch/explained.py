@@ -78,7 +78,8 @@ def _placement(attempt: Attempt, course: Course) -> pb.ExplainedPlacement:
         told.predicted.CopyFrom(_parts(weighed.parts(placement)))
         computes = placement.prefill or placement.decode
         told.computing.extend(_candidates(weighed.computing(), computes))
-        told.decoding.extend(_candidates(weighed.decoding(), placement.decode))
+        if placement.prefill is not None:
+            told.decoding.extend(_candidates(weighed.decoding(), placement.decode))
         told.decode_reason = weighed.why if isinstance(weighed, ByNumber) else ""
     return told
 

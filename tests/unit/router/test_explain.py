@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,17 @@ from http_kit import post
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from view_kit import cache, demand, two_and_two
 
 from crossdock.proto.v1 import admin_pb2, worker_pb2
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.dispatch import tracing
-from crossdock.router.dispatch.recent import Recent
+from crossdock.router.dispatch.explained import explained as explained_request
+from crossdock.router.dispatch.explained import summary
+from crossdock.router.dispatch.lifecycle import Timeline
+from crossdock.router.dispatch.recent import Course, Recent, Trail
+from crossdock.router.dispatch.sequence import Attempt
+from crossdock.router.placement.latency import predicted_latency
 
 
 def explained(rig: Rig, request_id: str) -> admin_pb2.ExplainedRequest:
@@ -174,6 +181,23 @@ def test_of_two_by_one_id_the_newer_is_known_for_as_long_as_it_is_kept() -> None
     assert found is not None and found.active is newer
     recent.began(request("d"))
     assert recent.find("a") is None
+
+
+def test_a_decode_worker_that_computes_the_prompt_is_the_only_one_chosen() -> None:
+    view, asked = two_and_two(), demand(1600, local_tokens=128)
+    cache(view, "d1", list(asked.block_hashes[:99]))
+    placement = predicted_latency(view, asked, 0.0, random.Random(1))
+    timeline, moved = Timeline(0.0, 0.0), worker_pb2.TransferStats()
+    attempts = [Attempt(0.0, placement, "s-1")]
+    course = Course(0, 1600, 1584, 3, None, "d1", "d1", attempts, timeline, moved)
+    trail = Trail("r", "", "m", 5.0, 0.0, None, [course], "", 7.0)
+    found = explained_request(trail, 9.0)
+    assert found.seconds == 2.0 and not found.running
+    [told] = found.sequences[0].placements
+    assert (told.prefill, told.decode, told.decoded_on) == ("", "d1", "d1")
+    assert [each.worker for each in told.computing if each.chosen] == ["d1"]
+    assert len(told.computing) == 3 and not told.decoding
+    assert summary(placement).startswith("quickest_local: d1 queue=0 prompt=0.016 ")
 
 
 @pytest.fixture
