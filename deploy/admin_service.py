@@ -155,11 +155,11 @@ async def explained(controller: Controller, request_id: str) -> admin_pb2.Explai
     found = [admin_pb2.ExplainedRequest.FromString(answer) for answer in answers if answer]
     if found:
         return max(found, key=lambda each: each.received_unix_s)
-    silent = [each.name for each, answer in zip(gateways, answers) if answer is None]
-    but = f"; {', '.join(silent)} did not answer" if silent else ""
+    names = {each.name: answer is None for each, answer in zip(gateways, answers)}
+    asked = ", ".join(name + " (did not answer)" * silent for name, silent in sorted(names.items()))
     raise NotFound(
-        f"request {request_id!r} is not known to any of {len(gateways)} gateways{but}: another "
-        "cluster's, or so long ago that newer ones took its place"
+        f"request {request_id!r} is not known to {asked or 'any gateway'}: it is another "
+        "cluster's, its gateway was replaced, or newer ones took its place"
     )
 
 

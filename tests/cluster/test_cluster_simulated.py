@@ -51,7 +51,7 @@ def test_the_manifest_serves_without_a_model(tmp_path: Path) -> None:
         assert sequence.timings.prefill_worker == placement.prefill
         assert sequence.timings.decode_worker == placement.decoded_on == placement.decode
         assert sequence.generated_tokens == told["usage"]["completion_tokens"]
-        with pytest.raises(NotFound, match="not known to any of 1 gateways"):
+        with pytest.raises(NotFound, match="is not known to gateway-0: it is"):
             admin.explain("nobody's", cluster.admin)
         workers = admin.status(cluster.admin).workers
         assert sorted(w.pool for w in workers) == ["decode"] * 2 + ["prefill"] * 2
