@@ -9,6 +9,7 @@ out, and no task is made per request or per token.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import random
@@ -38,6 +39,7 @@ from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics
 from crossdock.router.dispatch.outputs import Outputs
 from crossdock.router.dispatch.ports import Timer, Timers
+from crossdock.router.dispatch.recent import Recent
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
@@ -72,6 +74,7 @@ class Dispatcher:
         prefix: str,
         ttft_aim_s: float = math.inf,
         tpot_aim_s: float = math.inf,
+        recent: Recent | None = None,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -86,6 +89,7 @@ class Dispatcher:
         self._limits = limits
         self._admission = admission or Admission(limits)  # of all dispatchers of a gateway
         self.deadlines = Deadlines(view)
+        self.recent = recent or Recent()  # likewise
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
@@ -186,6 +190,7 @@ class Dispatcher:
             lambda: self._end(active, Cancelled("the client went away"), "client gone")
         )
         self._requests[active] = None
+        self.recent.began(active)
         self.metrics.traffic.arrived += request.num_sequences
         try:
             self._begin(active, now)
@@ -218,7 +223,7 @@ class Dispatcher:
                 self._turns.add(sequence)
         self._turns.pump()
         if request.deadline is not None and first in self._turns:
-            self.deadlines.check_waiting(first, predicted_s, now)
+            self._check_waiting(first, predicted_s)
 
     def _take_turn(self, sequence: SequenceState) -> None:
         """It is begun when its tenant's turn comes."""
@@ -280,10 +285,12 @@ class Dispatcher:
             return
         finally:
             self.metrics.decision.observe(time.perf_counter() - started)
+        sequence.decided(placement, now)
         self.deadlines.check_placed(sequence, placement, now)
         link = self._links.get(placement.prefill or placement.decode)
         if link is None:
             why = NoWorker("the chosen worker is not connected")
+            sequence.gave_up(str(why))
             self._waiting.add(sequence, self._take_turn, why)
             return
         self._count += 1
@@ -339,8 +346,18 @@ class Dispatcher:
             self._end(sequence.active, error, "refused")
 
     def _shed(self, sequence: SequenceState, seconds: float) -> None:
-        check = self.deadlines.check_waiting
-        self._guarded(sequence, lambda each: check(each, seconds, self._clock()))
+        self._guarded(sequence, lambda each: self._check_waiting(each, seconds))
+
+    def _check_waiting(self, sequence: SequenceState, predicted_s: float) -> None:
+        now = self._clock()
+        try:
+            self.deadlines.check_waiting(sequence, predicted_s, now)
+        except Overloaded:
+            with contextlib.suppress(NoWorker):  # what it would have been, for who asks why
+                demand = self._demand(sequence)
+                placement = self._policy(self.view, demand, now, self._rng, self._turn)
+                sequence.decided(placement, now)
+            raise
 
     def _hand_off(self, sequence: SequenceState) -> None:
         """Token 0 is delivered: a decode worker goes on from here, as soon as there is one."""
@@ -372,6 +389,7 @@ class Dispatcher:
                 sequence.timeline.mark("finished", now)
                 tracing.sequence_ended(sequence)
         self._requests.pop(active)
+        self.recent.ended(active, error, now)
         self._admission.release(active.request.tenant, active.request.num_sequences)
         self.metrics.outcome(error)
         if isinstance(error, (Overloaded, DeadlineExceeded)):
