@@ -81,7 +81,7 @@ def test_deadlines_that_cannot_be_met_are_refused_at_once() -> None:
     refused = [each for _, each in found if each.error == "Overloaded"]
     taken = [each for _, each in found if each.error != "Overloaded"]
     assert 0.3 < len(refused) / len(found) < 0.6
-    assert percentile([each.ended_s - each.at_s for each in refused], 50) < 0.25
+    assert percentile([each.ended_s - each.at_s for each in refused], 50) < 0.4
     met = [each for each in taken if each.ttft_s is not None and each.ttft_s <= 1.0]
     assert len(met) >= 0.8 * len(taken)
 
