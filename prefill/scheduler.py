@@ -36,7 +36,8 @@ class PrefillScheduler(Scheduler):
     def schedule(self, together: float = math.inf) -> StepPlan | None:
         """The next step, or None when nothing can run. Admits as far as the budget reaches; no
         prompt joins a step of `together` tokens, for those in it would wait for it."""
-        budget, chunks = self._chunk_tokens, []
+        budget = self._chunk_tokens
+        chunks: list[Chunk] = []
         begun = deque(sorted(self._computing, key=self._yields))
         while budget > 0 and (sequence := self._next(begun)) is not None:
             if chunks and self._yields(sequence) > self._yields(chunks[-1].sequence):
