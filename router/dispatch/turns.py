@@ -21,6 +21,8 @@ from crossdock.router.placement.view import Busy
 
 OWED_TOKENS = 4096  # that a tenant may have after a pause, before the others go on
 KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
+TURN_TOKENS = 65_536  # begun in one turn of the loop, some 5 ms
+BEGIN_TOKENS = 2048  # as which it counts that a sequence is begun, whatever its length
 EXPECTED_TOKENS = 256  # of a completion at the most, as far as its cost is weighed
 
 
@@ -32,7 +34,8 @@ class _Queue:
 
 class Turns:
     """Sequences that are to be begun. `room` says whether a worker would take another one soon,
-    `begin` begins one and raises nothing. `due` and `work_of` are a Line's."""
+    `begin` begins one and raises nothing. `due` and `work_of` are a Line's;
+    `later` calls after so many seconds."""
 
     def __init__(
         self,
@@ -42,7 +45,10 @@ class Turns:
         work_of: Callable[[SequenceState], Work] = lambda sequence: Work(),
         clock: Callable[[], float] = lambda: 0.0,
         busy: Callable[[], Busy] = Busy,
+        later: Callable[[float, Callable[[], None]], object] = lambda in_s, then: then(),
     ) -> None:
+        self.pumps_later = False
+        self._later = later
         self._room, self._begin, self._clock = room, begin, clock
         self._busy, self._late = busy, Late(busy)
         self._due, self._work_of = due, work_of
@@ -83,12 +89,27 @@ class Turns:
             self._trim(sequence.active.request.tenant, queue)
 
     def pump(self) -> None:
-        """Begins what there is room for."""
+        """Begins what there is room for, some of it in each turn of the loop."""
+        left = TURN_TOKENS
         while self._where and self._room():
+            if left <= 0:
+                return self.pump_later(0.0)
             sequence = self._next()
             if sequence is None:
-                return
+                return None
+            left -= BEGIN_TOKENS + sequence.prompt_tokens
             self._begin(sequence)
+        return None
+
+    def pump_later(self, in_s: float) -> None:
+        """Does so in a while, unless that is to come anyway."""
+        if not self.pumps_later:
+            self.pumps_later = True
+            self._later(in_s, self._pump_now)
+
+    def _pump_now(self) -> None:
+        self.pumps_later = False
+        self.pump()
 
     def tokens_of(self, tenant: str) -> int:
         """Of the prompts of a tenant that wait, but for those that are late anyway."""

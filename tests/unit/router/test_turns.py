@@ -25,10 +25,10 @@ SMALL: Any = {"chunk_tokens": 32, "max_batch": 8}  # a pair that says how little
 class Tape:
     """Turns, and what was begun in which order."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.begun: list[Any] = []
         self.room = 0
-        self.turns = Turns(self._has_room, self._begin)
+        self.turns = Turns(self._has_room, self._begin, **options)
         self._orders = 0
 
     def _has_room(self) -> bool:
@@ -71,6 +71,21 @@ def test_a_flood_does_not_go_before_who_asks_for_little() -> None:
     tape.ask("little")
     assert "little" in tape.begin(2)
     assert len(tape.turns) == 449
+
+
+@pytest.mark.parametrize(("prompt", "at_once"), [(1, 32), (30_000, 3), (10**6, 1)])
+def test_many_are_begun_in_several_turns_of_the_loop(prompt: int, at_once: int) -> None:
+    due: list[Any] = []
+    tape = Tape(later=lambda in_s, then: due.append(then))
+    tape.ask("a", 100, prompt)
+    tape.begin(100)
+    while due:
+        assert len(tape.begun) <= at_once
+        tape.begun.clear()
+        (then,) = due
+        due.clear()
+        then()
+    assert not tape.turns
 
 
 def test_tenants_get_equal_tokens_whatever_their_prompts() -> None:
