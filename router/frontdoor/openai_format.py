@@ -102,6 +102,9 @@ class Answer(ABC):
             if at:
                 await asyncio.sleep(0)
             choices.append(self._choice(delta))
+        return self._body(choices)
+
+    def _body(self, choices: Sequence[Any]) -> bytes:
         return _encode(self._head(self.kind) | {"choices": choices, "usage": self._usage()})
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
