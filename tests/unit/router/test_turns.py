@@ -15,6 +15,7 @@ from gateway_rig import Rig, start_rig, until
 
 from crossdock.proto.types import Role
 from crossdock.router.dispatch.turns import EXPECTED_TOKENS, OWED_TOKENS, Turns
+from crossdock.router.placement import room
 from crossdock.router.placement.room import has_room, takes_more
 from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import LoadReport, WorkerFacts
@@ -202,6 +203,34 @@ def test_room_is_on_a_whole_path() -> None:
     view.connected(facts("c", Role.COLOCATED, max_batch=8, chunk_tokens=512), 0.0)
     assert has_room(view, 0.0)
     assert prefill.queued_tokens == 1200
+
+
+def test_of_many_workers_those_after_the_first_with_room_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    view, looked = ClusterView(), list[str]()
+    for role in (Role.PREFILL, Role.DECODE):
+        for number in range(200):
+            view.connected(facts(f"{role}-{number}", role, chunk_tokens=512, max_batch=8), 0.0)
+    view.place("prefill-0", "s", 2000, 4)
+    real = room.takes_more
+    monkeypatch.setattr(
+        room, "takes_more", lambda worker, now: looked.append(worker.name) or real(worker, now)
+    )
+    assert has_room(view, 0.0)
+    assert looked == ["prefill-0", "prefill-1", "decode-0"]
+
+
+def test_stale_workers_count_where_there_are_no_others() -> None:
+    view = ClusterView()
+    view.connected(facts("p", Role.PREFILL, chunk_tokens=512), 0.0)
+    view.connected(facts("d", Role.DECODE, max_batch=8), 0.0)
+    view.place("p", "s", 2000, 4)
+    assert not has_room(view, 1000.0)
+    fresh = view.connected(facts("q", Role.PREFILL, chunk_tokens=512), 1000.0)
+    assert has_room(view, 1000.0)
+    view.reported(fresh, LoadReport(draining=True), 1000.0)
+    assert not has_room(view, 1000.0)
 
 
 # -- a gateway -------------------------------------------------------------------------------------
