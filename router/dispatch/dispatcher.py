@@ -54,8 +54,6 @@ log = logging.getLogger(__name__)
 
 APART_S = 0.012  # within which gateways send to a worker that has room again
 
-Said = pb.SequenceOutput | int  # what an output says of one sequence: that it gained this token
-
 
 class Dispatcher:
     """The gateway's requests under way."""
@@ -338,21 +336,27 @@ class Dispatcher:
         for output in outputs:  # those not found: cancelled, or of an attempt that was given up
             if not output.numbers:
                 if sequence := self._sequences.get(output.sequence_id):
-                    self._heard(sequence, link, output, gain)
+                    self._heard(sequence, link, output, list(output.token_ids), gain)
                 continue
             for number, token_id in zip(output.numbers, output.token_ids, strict=True):
                 if sequence := self._numbered.get(number):
-                    self._heard(sequence, link, token_id, gain)
+                    self._heard(sequence, link, None, [token_id], gain)
         self.metrics.carried_on(gain)
 
-    def _heard(self, sequence: SequenceState, link: WorkerLink, said: Said, gain: StepGain) -> None:
+    def _heard(
+        self,
+        sequence: SequenceState,
+        link: WorkerLink,
+        output: pb.SequenceOutput | None,  # None: nothing but the tokens
+        token_ids: list[int],
+        gain: StepGain,
+    ) -> None:
         try:
-            token_ids = [said] if isinstance(said, int) else list(said.token_ids)
-            if sequence.steady is link and (isinstance(said, int) or not said.finish_reason):
+            if sequence.steady is link and (output is None or not output.finish_reason):
                 gain.add(len(token_ids), sequence.timeline.token(gain.now))
                 sequence.carry_on(token_ids)
             elif link.name in sequence.holders:
-                output = pb.SequenceOutput(token_ids=token_ids) if isinstance(said, int) else said
+                output = output or pb.SequenceOutput(token_ids=token_ids)
                 self._take(sequence, link, output, gain.now)
         except CrossdockError as error:
             self._end(sequence.active, error, "failed")
