@@ -99,7 +99,9 @@ class Placed:
 
     routed: float
     predicted: float  # of token 0, from `routed`
+    started: float  # its prefill
     first_token: float
+    worker: str  # that computed it
 
     @property
     def error(self) -> float:
@@ -137,9 +139,16 @@ def rows(records: Sequence[RequestRecord], served: Sequence[Served]) -> list[Row
 def placed(timings: Sequence[Timings]) -> list[Placed]:
     """Those whose prediction rested on measurements."""
     return [
-        Placed(each.events["routed"], each.predicted_ttft, each.events["first_token"])
+        Placed(
+            each.events["routed"],
+            each.predicted_ttft,
+            each.events["prefill_started"],
+            each.events["first_token"],
+            each.prefill_worker or each.decode_worker,
+        )
         for each in timings
-        if each.predicted_ttft is not None and {"routed", "first_token"} <= each.events.keys()
+        if each.predicted_ttft is not None
+        and {"routed", "prefill_started", "first_token"} <= each.events.keys()
     ]
 
 
@@ -155,17 +164,8 @@ def pace(
             continue
         of = PromptTime.of(record.cached_tokens, record.prompt_tokens, chunk, 0.0)
         taken = events["first_token"] - events["prefill_started"]
-        found.append(taken / _seconds(of, profile))
+        found.append(taken / of.expected_s(profile))
     return statistics.median(found) if found else math.nan
-
-
-def _seconds(of: PromptTime, profile: Profile) -> float:
-    """That a prompt takes by the profile."""
-    return (
-        profile.prefill_s * of.steps
-        + profile.prefill_token_s * of.tokens
-        + profile.prefill_attention_s * of.attention
-    )
 
 
 def time_scale(trace: Trace, profile: Profile, chunk: int, workers: int, load: float) -> float:
@@ -178,7 +178,7 @@ def time_scale(trace: Trace, profile: Profile, chunk: int, workers: int, load: f
         known = next((i for i, name in enumerate(whole) if name not in seen), len(whole))
         seen.update(whole)
         start = min(known * size, request.input_tokens - 1)
-        work_s += _seconds(PromptTime.of(start, request.input_tokens, chunk, 0.0), profile)
+        work_s += PromptTime.of(start, request.input_tokens, chunk, 0.0).expected_s(profile)
     span = trace.requests[-1].at_s - trace.requests[0].at_s
     return work_s / (load * workers * span)
 
@@ -247,7 +247,7 @@ def trial(layout: str, options: argparse.Namespace) -> dict[str, Any]:
         "profile": asdict(found.profile),
         "fit": {"prefill": asdict(found.fit.prefill), "decode": asdict(found.fit.decode)},
         "rows": [asdict(each) | {"ratio": each.ratio} for each in compared],
-        "prediction_errors": sorted(each.error for each in predictions),
+        "placements": [asdict(each) for each in predictions],
         "wrong_refusals": {d: _wrong(predictions, d) for d in DEADLINES_S},
     }
 

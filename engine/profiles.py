@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from crossdock.proto.errors import ConfigError
 from crossdock.proto.settings import setting
 
 if TYPE_CHECKING:
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 
 BF16_BYTES = 2
 MIB = 1 << 20
+MOST_CONTENTION = 100.0
+
+
+def _check_contention(path: str, parts: tuple[float, ...]) -> None:
+    for others, part in enumerate(parts):
+        if not 0 <= part <= MOST_CONTENTION:
+            limits = f"must be from 0 to {MOST_CONTENTION:g}"
+            raise ConfigError(f"{path}[{others}]", f"{part!r} is not allowed; {limits}")
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,17 @@ class Profile:
         low=0,
         high=10**13,
     )
+    contention: tuple[float, ...] = setting(
+        (),
+        "Where workers share one host's cores: by what part a step takes longer while one other "
+        "worker computes, two others, …; empty: each has hardware of its own.",
+        check=_check_contention,
+    )
     start_s: float = setting(0.0, "Start of a worker until it is ready: seconds.", low=0, high=3600)
     gpus: int = setting(0, "GPUs of a worker.", low=0, high=64)
     usd_per_gpu_hour: float = setting(
         0.0, "Price of a GPU for an hour, USD; 0: not known.", low=0, high=10_000
     )
-
     kv_memory_mb: int = setting(
         0,
         "KV pool of a worker, MB, that crossdock plan goes by; 0: not known.",
@@ -77,6 +91,16 @@ class Profile:
             own = sum(chunk.length**2 for chunk in plan.chunks if chunk.length > 1)
             seconds += self.prefill_attention_s * (work.attention - own / 2)
         return seconds
+
+    def slowdown(self, others: int) -> float:
+        """Times as long as alone that a step takes while so many other workers compute. Beyond
+        those that `contention` knows, each costs as much as these on the average."""
+        parts = self.contention
+        if not parts or others <= 0:
+            return 1.0
+        if others <= len(parts):
+            return 1.0 + parts[others - 1]
+        return 1.0 + parts[-1] * others / len(parts)
 
     def pull_s(self, tokens: int) -> float:
         """Seconds to read the KV of so many tokens over an idle link."""

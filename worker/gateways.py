@@ -9,28 +9,52 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from crossdock.kvtransfer import ticket as tickets
 from crossdock.proto.errors import CrossdockError, Draining, TransferFailed
+from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
 from crossdock.worker.loop import Turn
 from crossdock.worker.outbox import error_output
-from crossdock.worker.peers import Met
+from crossdock.worker.peers import Met, Peers
+from crossdock.worker.role import WorkerRole
 from crossdock.worker.streams import GatewayStream, block_events
 
-if TYPE_CHECKING:
-    from crossdock.worker.server import WorkerServer
-
 log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What Gateways asks of the worker whose they are."""
+
+    config: WorkerConfig
+    hasher: BlockHasher
+    description: pb.WorkerDescription
+    vocab_size: int
+    peers: Peers
+
+    @property
+    def public_description(self) -> pb.WorkerDescription:
+        """Without the key to the pool."""
+
+    def post(self, command: Callable[[WorkerRole], None]) -> None:
+        """Has the command run on the engine's thread, between two steps."""
+
+    def post_snapshot(
+        self,
+        deliver: Callable[[pb.WorkerFrame], None],
+        hello: pb.WorkerDescription | None = None,
+    ) -> None:
+        """Has `deliver` called with the prefix cache and the load, in order with `publish`."""
 
 
 @dataclass(eq=False)
 class Gateways:
     """Owns the streams of all gateways. What a gateway has here ends with its stream."""
 
-    host: WorkerServer
+    host: Host
     clock: Callable[[], float] = time.time
     _streams: dict[str, GatewayStream] = field(default_factory=dict)
     _ids: Iterator[int] = field(default_factory=count)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
@@ -19,7 +18,6 @@ from crossdock.engine.registry import create as create_engine
 from crossdock.engine.registry import memory_type
 from crossdock.kvcache.block_pool import BlockPool, IntegrityError
 from crossdock.kvtransfer.checksum import check_available
-from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.proto import events
@@ -34,6 +32,7 @@ from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.proto.v1 import worker_pb2_grpc
 from crossdock.worker import metrics
 from crossdock.worker.config import WorkerConfig
+from crossdock.worker.description import describe, public
 from crossdock.worker.gateways import Gateways
 from crossdock.worker.kept import KeptStates
 from crossdock.worker.loop import EngineLoop, Turn
@@ -132,10 +131,7 @@ class WorkerServer:
     @property
     def public_description(self) -> pb.WorkerDescription:
         """Without the key to this pool, which is for those who read it."""
-        told = pb.WorkerDescription()
-        told.CopyFrom(self.description)
-        told.ClearField("transport_info")
-        return told
+        return public(self.description)
 
     async def update_peers(self, endpoints: Iterable[WorkerEndpoint]) -> None:
         """The cluster's workers. Returns once all that can be pulled from are known."""
@@ -268,7 +264,7 @@ class WorkerServer:
         engine = create_engine(config, self._allocate)
         self._closing.callback(engine.close)
         engine.warmup()
-        facts, layout, memory = engine.facts, engine.layout, engine.memory
+        facts, memory = engine.facts, engine.memory
         self.vocab_size = facts.vocab_size
         self._transport = create_transport(
             config.transport,
@@ -279,27 +275,7 @@ class WorkerServer:
             host=config.host,
         )
         self._closing.callback(self._transport.close)
-        self.description = pb.WorkerDescription(
-            name=config.name,
-            pool=config.pool,
-            role=ROLE_TO_PB[config.role],
-            incarnation=incarnation,
-            layout=layout,
-            layout_hash=layout_hash(layout),
-            model_id=facts.model_id,
-            context_length=min(facts.context_length, memory.num_blocks * config.block_size),
-            num_blocks=memory.num_blocks,
-            block_bytes=memory.block_bytes,
-            transport=config.transport,
-            transport_info=self._transport.info(),
-            address=address,
-            pid=os.getpid(),
-            node_id=config.node_id,
-            revision=config.revision,
-            max_batch=config.max_batch,
-            chunk_tokens=config.chunk_tokens,
-            gpus=config.gpus,
-        )
+        self.description = describe(config, engine, self._transport, incarnation, address)
         self._state = WorkerState(
             config=config,
             pool=BlockPool(memory.num_blocks, config.block_size, memory.generations),

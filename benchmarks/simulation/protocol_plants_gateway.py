@@ -16,6 +16,7 @@ from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.losses import Losses
+from crossdock.router.dispatch.outputs import Outputs
 from crossdock.router.dispatch.request import Delta
 from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
 from crossdock.router.placement.view import ClusterView
@@ -142,27 +143,25 @@ def scored_again_where_it_was_scored(patch: pytest.MonkeyPatch) -> None:
 
 def token_0_delivered_twice(patch: pytest.MonkeyPatch) -> None:
     """By the prefill worker, and by the decode worker that was told of it."""
-    joined = Dispatcher._joined
+    joined = Outputs._joined
 
-    def deliver_again(
-        self: Dispatcher, sequence: SequenceState, transfer: pb.TransferStats
-    ) -> None:
+    def deliver_again(self: Outputs, sequence: SequenceState, transfer: pb.TransferStats) -> None:
         joined(self, sequence, transfer)
         sequence.active.stream.push(Delta(sequence.index, "", sequence.token_ids[-1:]))
 
-    patch.setattr(Dispatcher, "_joined", deliver_again)
+    patch.setattr(Outputs, "_joined", deliver_again)
 
 
 def late_output_taken(patch: pytest.MonkeyPatch) -> None:
     """What an attempt that was given up still says is delivered."""
-    on_outputs, route = Dispatcher.on_outputs, Dispatcher._route
+    on_outputs, route = Outputs.on_outputs, Dispatcher._route
     attempts: dict[str | int, SequenceState] = {}
 
     def note(self: Dispatcher, sequence: SequenceState) -> None:
         route(self, sequence)
         attempts[sequence.sequence_id] = attempts[sequence.number] = sequence
 
-    def take(self: Dispatcher, link: object, outputs: list[pb.SequenceOutput]) -> None:
+    def take(self: Outputs, link: object, outputs: list[pb.SequenceOutput]) -> None:
         for output in outputs:
             alone = [(output.sequence_id, output)]
             pairs = zip(output.numbers, output.token_ids)
@@ -175,7 +174,7 @@ def late_output_taken(patch: pytest.MonkeyPatch) -> None:
         on_outputs(self, link, outputs)
 
     patch.setattr(Dispatcher, "_route", note)
-    patch.setattr(Dispatcher, "on_outputs", take)
+    patch.setattr(Outputs, "on_outputs", take)
 
 
 def ticket_given_to_two_readers(patch: pytest.MonkeyPatch) -> None:
@@ -245,7 +244,7 @@ def placement_not_taken_back(patch: pytest.MonkeyPatch) -> None:
 
 def held_continuation_forgotten(patch: pytest.MonkeyPatch) -> None:
     """The first of n continuations has its token 0, and the others go on waiting for it."""
-    patch.setattr(Dispatcher, "_release_held", lambda self, sequence: None)
+    patch.setattr(Outputs, "_release_held", lambda self, sequence: None)
 
 
 def lost_worker_not_noticed(patch: pytest.MonkeyPatch) -> None:

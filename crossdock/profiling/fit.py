@@ -41,6 +41,11 @@ class PromptTime:
         tokens = end - start
         return cls(-(-tokens // chunk), tokens, tokens * (start + end) / 2, seconds)
 
+    def expected_s(self, profile: Profile) -> float:
+        """What the profile says that it takes."""
+        steps_s = profile.prefill_s * self.steps + profile.prefill_token_s * self.tokens
+        return steps_s + profile.prefill_attention_s * self.attention
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -49,6 +54,19 @@ class StepTime:
     sequences: int
     context: float
     seconds: float
+
+    def expected_s(self, profile: Profile) -> float:
+        """What the profile says that it takes."""
+        step_s = profile.decode_s + profile.decode_sequence_s * self.sequences
+        return step_s + profile.decode_context_s * self.context
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Work that was done while so many other workers of the same host computed."""
+
+    work: PromptTime | StepTime
+    others: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,24 @@ def fit(prompts: Sequence[PromptTime], steps: Sequence[StepTime]) -> Fit:
         decode_context_s=decode[2],
     )
     return Fit(profile, prefill_errors, decode_errors)
+
+
+def contention(beside: Sequence[Beside], profile: Profile) -> tuple[float, ...]:
+    """By what part of what it takes alone work takes longer while 1, 2, … other workers compute:
+    the mean of prompts' and of decode steps' medians, and no less than with fewer."""
+    found: list[float] = []
+    for others in range(1, max((each.others for each in beside), default=0) + 1):
+        of_kinds = []
+        for kind in (PromptTime, StepTime):
+            parts = [
+                each.work.seconds / each.work.expected_s(profile) - 1
+                for each in beside
+                if each.others == others and isinstance(each.work, kind)
+            ]
+            if parts:
+                of_kinds.append(float(np.median(parts)))
+        found.append(max([*found[-1:], 0.0, float(np.mean(of_kinds)) if of_kinds else 0.0]))
+    return tuple(map(_short, found))
 
 
 def _fitted(

@@ -2,7 +2,8 @@
 
 Prompts go alone, one token out, so that a prefill worker computes one at a time and nobody decodes:
 of several lengths, and again with a suffix behind a prefix that is cached. Then come waves of
-streams that decode together, counted from when the last of them has its first token.
+streams that decode together, counted from when the last of them has its first token. Where workers
+share a host, prompts are sent once more while streams decode: what they cost each other.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 from crossdock.client import AsyncClient
-from crossdock.profiling.fit import PromptTime, StepTime
+from crossdock.profiling.fit import Beside, PromptTime, StepTime
 from crossdock.proto.errors import CrossdockError
 from crossdock.results import Timings
 
@@ -28,6 +30,9 @@ SUFFIXES_SHARE = 0.6  # until these are done as well
 ROUNDS = 4  # of prompts of all lengths, at the most
 BATCHES = (1, 4, 16, 2, 8, 64, 256)  # streams of a decode worker
 WINDOW = 24  # steps of a wave that are counted, about
+WAVES_SHARE = 0.8  # until these are, where workers share a host
+BESIDE_STREAMS = 4
+BESIDE_TOKENS = (64, 1024)  # of a prompt: not over at once, and several in the time
 ENOUGH_WAVES = 4  # these are sent however long they take
 FEWEST_STEPS = 6  # that a step's time is the mean of
 TIMEOUT_S = 120.0
@@ -45,6 +50,7 @@ class Limits:
     pool: int  # of the smallest decode worker's KV
     batch: int  # sequences of a decode worker
     decoders: int  # workers that decode
+    neighbours: int = 0  # workers that only compute prompts, where they share the decoders' host
 
 
 @dataclass
@@ -55,6 +61,16 @@ class Stream:
     arrivals: list[tuple[float, int]] = field(default_factory=list)  # of a message: when, tokens
     cached: int = 0
     timings: Timings | None = None
+    sent: float = 0.0  # by the client
+
+    @property
+    def prefill(self) -> tuple[float, float] | None:
+        """From when to when its prompt was computed, by the client; None where nobody says."""
+        events = self.timings.events if self.timings else {}
+        began, ended = events.get("prefill_started"), events.get("first_token")
+        if began is None or ended is None or ended <= began:
+            return None
+        return self.sent + began, self.sent + ended
 
     @property
     def worker(self) -> str:
@@ -77,6 +93,7 @@ class Measurement:
     ) -> None:
         self.prompts: list[PromptTime] = []
         self.steps: list[StepTime] = []
+        self.beside: list[Beside] = []
         self._client, self._limits, self._chunks = client, limits, chunks
         self._seconds, self._model, self._progress = seconds, model, progress
         self._rng = random.Random(seed)
@@ -92,6 +109,8 @@ class Measurement:
         await self._all_lengths()
         await self._all_suffixes()
         await self._all_waves()
+        if self._limits.neighbours:
+            await self._all_beside()
 
     # -- prompts -------------------------------------------------------------------------------
 
@@ -130,18 +149,18 @@ class Measurement:
         self._progress(f"prompts behind cached prefixes: {len(self.prompts)} measured in all")
 
     async def _prompt(self, token_ids: list[int]) -> None:
-        stream = await self._ask(token_ids, 1)
-        timings = stream.timings
-        if timings is None:
-            return
+        taken = self._taken(await self._ask(token_ids, 1))
+        if taken is not None:
+            self.prompts.append(taken)
+
+    def _taken(self, stream: Stream) -> PromptTime | None:
+        timings, prefill = stream.timings, stream.prefill
+        if timings is None or prefill is None:
+            return None
         chunk = self._chunks.get(timings.prefill_worker or timings.decode_worker)
         if chunk is None:
-            return  # computed where prompts are not, as it happens to what is cached there
-        began, ended = timings.events.get("prefill_started"), timings.events.get("first_token")
-        if began is None or ended is None or ended <= began:
-            return
-        taken = PromptTime.of(stream.cached, stream.prompt, chunk, ended - began)
-        self.prompts.append(taken)
+            return None  # computed where prompts are not, as it happens to what is cached there
+        return PromptTime.of(stream.cached, stream.prompt, chunk, prefill[1] - prefill[0])
 
     # -- decoding ------------------------------------------------------------------------------
 
@@ -152,7 +171,8 @@ class Measurement:
         waves = [(batch, long) for batch in batches for long in (False, True)]
         for number, (batch, long) in enumerate(waves * ROUNDS):
             ahead = self._ahead_s(batch) / self._seconds
-            if number >= ENOUGH_WAVES and self._used + ahead > 1.0:
+            share = WAVES_SHARE if self._limits.neighbours else 1.0
+            if number >= ENOUGH_WAVES and self._used + ahead > share:
                 return
             prompts = self._prompts_of(batch * self._limits.decoders, long)
             await self._wave(prompts)
@@ -189,6 +209,47 @@ class Measurement:
             self._step_s = found[-1].seconds
         self.steps += found
 
+    # -- both ----------------------------------------------------------------------------------
+
+    async def _all_beside(self) -> None:
+        """Prompts while streams decode, at once as many as workers compute them, then one less, and
+        so on; again until the streams or the time are over."""
+        limits, left_s = self._limits, self._seconds * max(0.1, 1.0 - self._used)
+        room = limits.context - 4 * SHORTEST - 1
+        tokens = min(room, WINDOW + int(left_s / self._step_s))
+        streams = [Stream(4 * SHORTEST) for _ in range(min(BESIDE_STREAMS, limits.batch))]
+        wave = asyncio.gather(
+            *(self._ask(self._made_up(each.prompt), tokens, each) for each in streams)
+        )
+        lengths = [n for n in _lengths(BESIDE_TOKENS[0]) if n <= BESIDE_TOKENS[1]]
+        lengths = [n for n in lengths if n < limits.context - 1] or [SHORTEST]
+        begun, counts = time.monotonic(), cycle(range(limits.neighbours, 0, -1))
+        try:
+            while not wave.done() and time.monotonic() - begun < left_s:
+                if min(len(each.arrivals) for each in streams) < 2:
+                    await asyncio.sleep(self._step_s)
+                    continue
+                length = self._rng.choice(lengths)
+                sent = (self._ask(self._made_up(length), 1) for _ in range(next(counts)))
+                prompts = await asyncio.gather(*sent)
+                if not wave.done():
+                    self.beside += self._found_beside(streams, prompts)
+        finally:
+            await wave
+        self._progress(f"prompts beside decodes: {len(self.beside)} measured")
+
+    def _found_beside(self, streams: Sequence[Stream], prompts: Sequence[Stream]) -> list[Beside]:
+        others = len(prompts)
+        taken = [each for each in map(self._taken, prompts) if each is not None]
+        spans = [each.prefill for each in prompts if each.prefill is not None]
+        workers = {each.timings.prefill_worker for each in prompts if each.timings}
+        if len(taken) < len(prompts) or len(workers) < len(prompts):
+            return []  # they were not computed at once
+        found = [Beside(each, others) for each in taken]
+        begin, end = max(begin for begin, _ in spans), min(end for _, end in spans)
+        step = _step_within(streams, begin, end)
+        return [*found, Beside(step, others)] if step is not None else found
+
     # -- requests ------------------------------------------------------------------------------
 
     @property
@@ -205,8 +266,9 @@ class Measurement:
     def _made_up(self, length: int) -> list[int]:
         return self._rng.choices(range(*TOKEN_IDS), k=length)
 
-    async def _ask(self, token_ids: list[int], tokens: int) -> Stream:
-        stream = Stream(len(token_ids))
+    async def _ask(self, token_ids: list[int], tokens: int, stream: Stream | None = None) -> Stream:
+        stream = stream or Stream(len(token_ids))
+        stream.sent = time.perf_counter()
         chunks = self._client.stream(
             token_ids=token_ids,
             model=self._model,
@@ -249,6 +311,20 @@ def steps_of(wave: Sequence[Stream], window: int = WINDOW // 2) -> list[StepTime
             context = statistics.fmean(each for _, each in of_streams)
             found.append(StepTime(sequences, context, seconds))
     return found
+
+
+def _step_within(streams: Sequence[Stream], begin: float, end: float) -> StepTime | None:
+    """The mean step of these streams, all of one batch, between two times; None: too few."""
+    means, contexts = [], []
+    for stream in streams:
+        before = sum(tokens for at, tokens in stream.arrivals if at < begin)
+        within = [(at, tokens) for at, tokens in stream.arrivals if begin <= at <= end]
+        drawn = sum(tokens for _, tokens in within[1:])
+        if drawn < FEWEST_STEPS:
+            return None
+        means.append((within[-1][0] - within[0][0]) / drawn)
+        contexts.append(stream.prompt + before + drawn / 2)
+    return StepTime(len(streams), sum(contexts), statistics.median(means))
 
 
 def _gaps(

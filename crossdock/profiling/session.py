@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,7 +17,7 @@ from crossdock.client import AsyncClient, Tls
 from crossdock.deploy import admin, credentials
 from crossdock.engine.profiles import Profile
 from crossdock.findings import PairFacts
-from crossdock.profiling.fit import Fit, fit
+from crossdock.profiling.fit import Fit, contention, fit
 from crossdock.profiling.measure import Limits, Measurement
 from crossdock.proto.errors import Unavailable
 from crossdock.proto.v1 import admin_pb2, worker_pb2
@@ -58,6 +59,7 @@ async def profile_cluster(
         pool=min(each.num_blocks * each.layout.block_size for each in decoders),
         batch=min(each.max_batch for each in decoders),
         decoders=len(decoders),
+        neighbours=sum(w.role == worker_pb2.ROLE_PREFILL for w in workers) if status.local else 0,
     )
     chunks = {each.name: each.chunk_tokens for each in prompts}
     async with AsyncClient(target, tls=tls) as client:
@@ -78,7 +80,12 @@ async def profile_cluster(
         if pair.outcome == "ok" and pair.bytes_per_s
     ]
     fitted = fit(measurement.prompts, measurement.steps)
-    found = replace(fitted.profile, **_of_members(workers, decoders[0]), **_of_links(pairs))  # type: ignore[arg-type]
+    found = replace(
+        fitted.profile,
+        contention=contention(measurement.beside, fitted.profile),
+        **_of_members(workers, decoders[0]),
+        **_of_links(pairs),
+    )
     return Profiled(found, fitted, len(pairs), tuple(_notes(status, workers, decoders[0])))
 
 
@@ -98,7 +105,7 @@ def to_yaml(found: Profiled, cluster: str) -> str:
 
 def _of_members(
     workers: Sequence[admin_pb2.MemberStatus], of: worker_pb2.WorkerDescription
-) -> dict[str, float]:
+) -> dict[str, Any]:
     starts = [member.start_s for member in workers if member.start_s]
     return {
         "kv_bytes_per_token": max(8, of.block_bytes // of.layout.block_size),
@@ -108,7 +115,7 @@ def _of_members(
     }
 
 
-def _of_links(pairs: Sequence[PairFacts]) -> dict[str, float]:
+def _of_links(pairs: Sequence[PairFacts]) -> dict[str, Any]:
     if not pairs:
         return {}
     return {
@@ -128,6 +135,8 @@ def _notes(
     if of.layout.engine == "simulated":
         notes.append("kv_bytes_per_token is what a simulated engine keeps, not what it stands for.")
     if status.local and len(workers) > 1:
-        notes.append("All workers are on one host: where they share its cores, prompts and decodes")
-        notes.append("slow each other down, which no term says.")
+        notes.append(
+            "All workers are on one host: `contention` is what they cost each other there."
+        )
+        notes.append("Set it to 0 to simulate workers that have hardware of their own.")
     return notes

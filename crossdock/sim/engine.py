@@ -22,14 +22,12 @@ DRAWN_ID = 7
 
 class PacedEngine(Engine):
     """See engine.contract.Engine. Every token is the same, until an answer has as many tokens as
-    its seed says: then it ends. `spend` is told how long a step takes. The pool is as large as
+    its seed says: then it ends. `spend` lets the time of a step pass. The pool is as large as
     `config` says, and has no memory.
 
     A run may stand for `steps` steps of decodes alone that are all alike, one token each."""
 
-    def __init__(
-        self, config: WorkerConfig, profile: Profile, spend: Callable[[float], None]
-    ) -> None:
+    def __init__(self, config: WorkerConfig, profile: Profile, spend: Callable[[], None]) -> None:
         self.facts = EngineFacts("simulated", "", VOCAB_SIZE, CONTEXT_LENGTH)
         self.layout = worker_pb2.KVLayout(
             wire_version=WIRE_VERSION, engine="paced", block_size=config.block_size
@@ -42,7 +40,7 @@ class PacedEngine(Engine):
         self._drawn, self._end = SampledToken(DRAWN_ID), SampledToken(END_ID)
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
-        self._spend(self.seconds(plan, self.steps) / self.steps)
+        self._spend()
         return [self._draw(chunk.sequence) if chunk.sample else [] for chunk in plan.chunks]
 
     def seconds(self, plan: StepPlan, steps: int) -> float:

@@ -11,7 +11,6 @@ from crossdock.decode.role import DecodeRole
 from crossdock.engine.profiles import Profile
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import StepPlan
-from crossdock.kvtransfer.layout import layout_hash
 from crossdock.kvtransfer.ticket import INCARNATION_BYTES
 from crossdock.prefill.role import PrefillRole
 from crossdock.proto.convert import ROLE_TO_PB
@@ -22,7 +21,9 @@ from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.sim.clock import Event, VirtualClock
 from crossdock.sim.engine import PacedEngine
 from crossdock.sim.fabric import Fabric, SimTransport
+from crossdock.sim.host import Host
 from crossdock.worker.config import WorkerConfig
+from crossdock.worker.description import describe, public
 from crossdock.worker.gateways import Gateways
 from crossdock.worker.loop import IDLE_WAIT_S, EngineLoop, Turn
 from crossdock.worker.peers import Met, Peers, Renewed
@@ -33,11 +34,12 @@ CALL_S = 0.0002  # a message between two processes, one way
 
 
 class Site:
-    """What all processes of a simulated cluster share: the clock, the network, who is where."""
+    """What all processes of a simulated cluster share: the clock, the network, the cores, who is
+    where."""
 
     def __init__(self, clock: VirtualClock, rng: random.Random) -> None:
         self.clock, self.rng = clock, rng
-        self.fabric = Fabric(clock)
+        self.fabric, self.host = Fabric(clock), Host()
         self.workers: dict[str, SimWorker] = {}  # by address, which is its name
 
     def post(self, callback: Callable[..., object], *args: object) -> None:
@@ -75,11 +77,12 @@ class SimWorker:
         self._woken = False
         self._plan: StepPlan | None = None  # under way, since `_began`, until `_end`
         self._began = 0.0
+        self._slowed = 1.0  # times as long as alone it takes at present, which is
+        self._since = 0.0  # so from here on;
+        self._done_s = 0.0  # of the plan's seconds so many were over then
         self._end: Event
-        self.description = self._describe(engine, incarnation)
-        self.public_description = pb.WorkerDescription()
-        self.public_description.CopyFrom(self.description)
-        self.public_description.ClearField("transport_info")
+        self.description = describe(config, engine, self.transport, incarnation, config.name)
+        self.public_description = public(self.description)
         state = WorkerState(
             config=config,
             pool=BlockPool(engine.memory.num_blocks, config.block_size, engine.memory.generations),
@@ -98,7 +101,7 @@ class SimWorker:
         self.loop.woken = self._wake
         self.transport.set_wakeup(self._wake)
         self.peers = Peers(_Calls(self), self._clock)
-        self.gateways = Gateways(self, self._clock)  # type: ignore[arg-type]
+        self.gateways = Gateways(self, self._clock)
 
     def serve(self) -> None:
         """It can be reached from now on."""
@@ -155,6 +158,7 @@ class SimWorker:
     def stop(self) -> None:
         """The process ends."""
         self.gone = True
+        self.site.host.leave(self)
         self.transport.close()
         self.site.workers.pop(self.config.name, None)
 
@@ -163,8 +167,8 @@ class SimWorker:
     def _clock(self) -> float:
         return self.site.clock.now + self._offset
 
-    def _spend(self, seconds: float) -> None:
-        self._offset += seconds
+    def _spend(self) -> None:
+        self._offset = 0.0
 
     def _wake(self) -> None:
         """There is something to do: at once, or when the step under way has ended."""
@@ -180,23 +184,36 @@ class SimWorker:
             return
         plan = self.loop.begin()
         if plan is None:
+            self.site.host.leave(self)
             self._rest(self.loop.end())
             return
+        if self.profile.contention and not self.gone:
+            self.site.host.enter(self, self._neighbours)
         self._plan, self._began = plan, self.site.clock.now
+        self._since, self._done_s = self._began, 0.0
         self._plan_for(self.engine.most_steps(plan))
 
     def _plan_for(self, steps: int) -> None:
         assert self._plan is not None
         self.engine.steps = steps
-        seconds = self.engine.seconds(self._plan, steps)
-        self._end = self.site.clock.call_at(self._began + seconds, self._finish)
+        left_s = self.engine.seconds(self._plan, steps) - self._done_s
+        self._end = self.site.clock.call_at(self._since + self._slowed * left_s, self._finish)
+
+    def _neighbours(self, others: int) -> None:
+        """So many other workers compute on this host from now on."""
+        now = self.site.clock.now
+        self._done_s += (now - self._since) / self._slowed
+        self._since, self._slowed = now, self.profile.slowdown(others)
+        if self._plan is not None:
+            self._end.cancel()
+            self._plan_for(self.engine.steps)
 
     def _interrupt(self, plan: StepPlan) -> None:
         """Of several steps that were taken for one, those that have not begun are not taken."""
         if self.engine.steps == 1:
             return
-        elapsed = self.site.clock.now - self._began
-        begun = 1 + int(elapsed / self.engine.seconds(plan, 1))
+        done_s = self._done_s + (self.site.clock.now - self._since) / self._slowed
+        begun = 1 + int(done_s / self.engine.seconds(plan, 1))
         if begun < self.engine.steps:
             self._end.cancel()
             self._plan_for(begun)
@@ -204,9 +221,10 @@ class SimWorker:
     def _finish(self) -> None:
         plan, self._plan, steps = self._plan, None, self.engine.steps
         assert plan is not None
-        self.busy_s += self.site.clock.now - self._began
+        taken_s = self.site.clock.now - self._began
+        self.busy_s += taken_s
         # The loop takes the time of a step by this clock, which stands still.
-        self._offset = -self.engine.seconds(plan, steps) / steps
+        self._offset = -taken_s / steps
         self.loop.step(plan)
         self._offset = 0.0
         self.loop.end()
@@ -240,25 +258,6 @@ class SimWorker:
 
     def _renewed(self, kept: set[bytes], lost: set[bytes], until: float) -> None:
         self.post(lambda role: role.leases_renewed((kept, lost), until))
-
-    def _describe(self, engine: PacedEngine, incarnation: bytes) -> pb.WorkerDescription:
-        config, memory = self.config, engine.memory
-        return pb.WorkerDescription(
-            name=config.name,
-            pool=config.pool,
-            role=ROLE_TO_PB[config.role],
-            incarnation=incarnation,
-            layout=engine.layout,
-            layout_hash=layout_hash(engine.layout),
-            context_length=min(engine.facts.context_length, memory.num_blocks * config.block_size),
-            num_blocks=memory.num_blocks,
-            block_bytes=memory.block_bytes,
-            transport_info=self.transport.info(),
-            address=config.name,
-            max_batch=config.max_batch,
-            chunk_tokens=config.chunk_tokens,
-            gpus=config.gpus or 0,
-        )
 
 
 class _Calls:

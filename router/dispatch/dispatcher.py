@@ -14,11 +14,10 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from crossdock.model.detokenizer import IncrementalDetokenizer
-from crossdock.proto import events
 from crossdock.proto.errors import (
     Cancelled,
     CrossdockError,
@@ -29,18 +28,17 @@ from crossdock.proto.errors import (
     WorkerLost,
 )
 from crossdock.proto.hashing import BlockHasher
-from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch import attempts, tracing
 from crossdock.router.dispatch.admission import Admission, Limits, check_deadline, retry_after_s
-from crossdock.router.dispatch.delivery import detokenize
 from crossdock.router.dispatch.ended import tell
 from crossdock.router.dispatch.handoff import HandOffs
 from crossdock.router.dispatch.line import Work
-from crossdock.router.dispatch.links import Links, WorkerLink
+from crossdock.router.dispatch.links import Links
 from crossdock.router.dispatch.losses import Losses
-from crossdock.router.dispatch.metrics import ModelMetrics, StepGain
+from crossdock.router.dispatch.metrics import ModelMetrics
+from crossdock.router.dispatch.outputs import Outputs
 from crossdock.router.dispatch.ports import Timers
-from crossdock.router.dispatch.request import Delta, Request, ResponseStream
+from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
 from crossdock.router.dispatch.waiting import Step, Waiting
@@ -127,7 +125,20 @@ class Dispatcher:
             route=self._route,
         )
         self.on_lost = self._losses.link_lost
-        self._take_error = self._losses.failed
+        self.on_outputs = Outputs(
+            view,
+            self._hand_offs,
+            self._losses,
+            metrics,
+            clock,
+            self._eos,
+            self._sequences,
+            self._numbered,
+            end=self._end,
+            hand_off=self._hand_off,
+            release=self._release_holders,
+            begin=lambda sequence: self._guarded(sequence, self._take_turn),
+        ).on_outputs
 
     @property
     def active_sequences(self) -> int:
@@ -328,128 +339,6 @@ class Dispatcher:
             self._waiting.add(sequence, self._hand_off, error)
         except WorkerLost as error:
             self._losses.restart(sequence, min(sequence.lost_early), "worker lost", error)
-
-    # -- what the workers say -----------------------------------------------------------------
-
-    def on_outputs(self, link: WorkerLink, outputs: Sequence[pb.SequenceOutput]) -> None:
-        gain = StepGain(self._clock())
-        for output in outputs:  # those not found: cancelled, or of an attempt that was given up
-            if not output.numbers:
-                if sequence := self._sequences.get(output.sequence_id):
-                    self._heard(sequence, link, output, list(output.token_ids), gain)
-                continue
-            for number, token_id in zip(output.numbers, output.token_ids, strict=True):
-                if sequence := self._numbered.get(number):
-                    self._heard(sequence, link, None, [token_id], gain)
-        self.metrics.carried_on(gain)
-
-    def _heard(
-        self,
-        sequence: SequenceState,
-        link: WorkerLink,
-        output: pb.SequenceOutput | None,  # None: nothing but the tokens
-        token_ids: list[int],
-        gain: StepGain,
-    ) -> None:
-        try:
-            if sequence.steady is link and (output is None or not output.finish_reason):
-                gain.add(len(token_ids), sequence.timeline.token(gain.now))
-                sequence.carry_on(token_ids)
-            elif link.name in sequence.holders:
-                output = output or pb.SequenceOutput(token_ids=token_ids)
-                self._take(sequence, link, output, gain.now)
-        except CrossdockError as error:
-            self._end(sequence.active, error, "failed")
-        except Exception as error:  # of one request; the others on the stream go on
-            log.exception("%s: an output could not be delivered", sequence.sequence_id)
-            self._end(sequence.active, CrossdockError(f"internal error: {error!r}"), "failed")
-
-    def _take(
-        self, sequence: SequenceState, link: WorkerLink, output: pb.SequenceOutput, now: float
-    ) -> None:
-        if output.HasField("times"):
-            sequence.timeline.merge(output.times)
-        if output.HasField("error"):
-            self._take_error(sequence, link, output.error)
-            return
-        if sequence.phase is Phase.DECODE:
-            if link.name != sequence.decode_worker:
-                return
-            if sequence.progress.HasField("ticket") and output.token_ids:
-                self._joined(sequence, output.transfer)
-        if output.HasField("prompt_logprobs"):
-            sequence.score(output.prompt_logprobs)
-            return
-        if sequence.cached_tokens is None and (output.token_ids or output.finish_reason):
-            sequence.cached_tokens = output.cached_tokens
-        if output.token_ids or output.finish_reason:
-            self._deliver(sequence, detokenize(sequence, output, self._eos), now)
-        if sequence.phase is Phase.DECODE and sequence.plain:
-            sequence.steady = link
-        if sequence.phase is Phase.PREFILL and link.name == sequence.prefill_worker:
-            sequence.progress.MergeFrom(output.progress)
-            if output.token_ids:
-                self._hand_off(sequence)
-            else:
-                self._hand_offs.advance(sequence, now)
-
-    def _joined(self, sequence: SequenceState, transfer: pb.TransferStats) -> None:
-        """The first token after a hand-off: the prefill worker has nothing of it any more."""
-        for name in [name for name in sequence.holders if name != sequence.decode_worker]:
-            sequence.release(name)
-        sequence.joined(transfer)
-        self.metrics.transferred(transfer)
-        pair = sequence.prefill_worker, sequence.decode_worker
-        self.view.transferred(*pair, transfer.bytes, transfer.seconds)
-
-    def _deliver(self, sequence: SequenceState, delta: Delta, now: float) -> None:
-        """Passes new tokens to the client, and the end of the sequence with the last of them."""
-        delta.prompt = sequence.prompt_to_tell()
-        if delta.token_ids:
-            first, gap_s = sequence.generated == 0, sequence.gained(delta.token_ids, now)
-            self.view.computed(sequence.prefill_worker, sequence.sequence_id, now)
-            self.metrics.gained(len(delta.token_ids), first, gap_s)
-            if first and gap_s is not None:
-                self.metrics.started(gap_s, sequence.prompt_tokens, sequence.cached_tokens or 0)
-        if delta.finish_reason is not None:
-            reserved_early = sequence.phase is Phase.PREFILL and sequence.decode_worker
-            if delta.cut_short or reserved_early:
-                attempts.cancel(sequence, "finished")
-            sequence.finish_reason = delta.finish_reason
-            self._finish(sequence, now)
-            delta.usage, delta.timings = sequence.usage(), sequence.timings()
-        sequence.active.stream.push(delta)
-        if sequence.active.unfinished == 0:
-            self._end(sequence.active, None, "")
-        else:
-            self._release_held(sequence)
-
-    def _finish(self, sequence: SequenceState, now: float) -> None:
-        if sequence.generated:
-            events.emit("last_token", sequence.active.request.request_id)
-        sequence.timeline.mark("finished", now)
-        self._release_holders(sequence)
-        sequence.phase = Phase.DONE
-        sequence.active.unfinished -= 1
-        self.metrics.prompt_tokens.inc(sequence.prompt_tokens)
-        self.metrics.cached_tokens.inc(sequence.cached_tokens or 0)
-        self.metrics.sequence_done(sequence.timeline, sequence.generated)
-        self.view.ended(
-            sequence.decode_worker,
-            sequence.active.request.tenant,
-            sequence.prompt_tokens,
-            sequence.generated,
-        )
-        tracing.sequence_ended(sequence)
-
-    def _release_held(self, sequence: SequenceState) -> None:
-        """The first of n continuations has its prompt's KV in place: the others follow."""
-        n = sequence.active.request.n
-        if n == 1 or sequence.index % n:
-            return
-        for other in sequence.active.sequences[sequence.index + 1 : sequence.index + n]:
-            if other.phase is Phase.HELD and not sequence.active.ended:
-                self._guarded(other, self._take_turn)
 
     # -- ends ----------------------------------------------------------------------------------
 

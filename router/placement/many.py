@@ -143,10 +143,13 @@ class _Side:
 
     def with_room(self, mask: Mask) -> Mask:
         """Of `mask` those that have the blocks; where nobody has, those with the most room."""
+        available = self.numbers.available_blocks
+        if available[available.argmin()] >= self._demand.blocks:
+            return mask  # the usual case, by one look
         fitting = mask & self.room
         if np.count_nonzero(fitting):
             return fitting
-        blocks = np.where(mask, self.numbers.available_blocks, -np.inf)
+        blocks = np.where(mask, available, -np.inf)
         return blocks == blocks[blocks.argmax()]
 
     @cached_property

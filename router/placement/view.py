@@ -146,10 +146,12 @@ class ClusterView:
                 worker.computing[key] = worker.unseen[key]
 
     def computed(self, name: str, key: str, now: float) -> None:
-        """Token 0 came: the worker goes on with the next prompt."""
+        """Token 0 came: the worker goes on with the next prompt. Its report beside that token has
+        counted the sequence, however lately it was sent."""
         worker = self.workers.get(name)
         if worker is not None and worker.computing.pop(key, None) is not None:
             worker.computing_since = now
+            self._seen(worker, key)
 
     def ended(self, decode: str, tenant: str, prompt_tokens: int, generated: int) -> None:
         """A completion ended there, having so many tokens."""
@@ -161,9 +163,7 @@ class ClusterView:
         worker = self.workers.get(name)
         if worker is not None:
             worker.computing.pop(key, None)
-            if key in worker.unseen:
-                worker.unseen.drop(key)
-                self._touch(worker)
+            self._seen(worker, key)
 
     # -- what the policies ask ----------------------------------------------------------------
 
@@ -281,6 +281,11 @@ class ClusterView:
         return self._pool_tokens
 
     # -----------------------------------------------------------------------------------------
+
+    def _seen(self, worker: WorkerView, key: str) -> None:
+        if key in worker.unseen:
+            worker.unseen.drop(key)
+            self._touch(worker)
 
     def _touch(self, worker: WorkerView) -> None:
         worker.changed()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 
+from crossdock.decode import role as decode_worker
+from crossdock.prefill import role as prefill_worker
 from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.types import Role, SamplingParams
@@ -109,3 +112,22 @@ async def settled(*workers: WorkerServer) -> None:
                 assert status.integrity_error == ""
                 await asyncio.sleep(0.01)
         assert (status.integrity_error, list(status.leases)) == ("", [])
+
+
+@contextlib.asynccontextmanager
+async def connected(prefill: WorkerConfig, decode: WorkerConfig) -> AsyncIterator[Pair]:
+    """Both workers, which know each other, with a gateway's streams to them."""
+    workers = prefill_worker.create(prefill), decode_worker.create(decode)
+    streams: tuple[Gateway, ...] = ()
+    try:
+        await workers[1].update_peers([await worker.start() for worker in workers])
+        made = Pair(*workers)
+        streams = made.p, made.d
+        for stream in streams:
+            await stream.connect()
+        yield made
+    finally:
+        for stream in streams:
+            await stream.close()
+        for worker in workers:
+            await worker.stop()

@@ -256,7 +256,9 @@ def test_the_oracle_starts_workers_before_they_are_needed() -> None:
     )
     rows = [TraceRequest(100 + 0.5 * i, 1000, 10, (i,)) for i in range(120)]
     profile = Profile(prefill_token_s=1e-3, decode_s=0.01, decode_sequence_s=1e-3, start_s=20.0)
-    decide = autoscaling.oracle(Trace(tuple(rows), 128), spec, profile, 20.0, (0.8, 0.8))
+    trace = Trace(tuple(rows), 128)
+    known = autoscaling.known_sizes(trace, spec, profile, 20.0, (0.8, 0.8))
+    decide = autoscaling.oracle(known, spec, profile, 20.0)
     sizes = [decide(None, now)["prefill"] for now in (0.0, 70.0, 76.0, 120.0, 170.0)]
     assert sizes == [1, 1, 3, 3, 1]
 
@@ -294,10 +296,11 @@ def test_predicts_compares_what_both_answered() -> None:
     assert found["TPOT mean"].ratio == pytest.approx(1.5)
     assert (found["hit tokens"].measured, found["hit tokens"].simulated) == (32, 16)
 
-    events = {"routed": 1.0, "first_token": 3.0}
-    timings = [Timings(events, predicted_ttft=2.5), Timings(events), Timings({}, predicted_ttft=1)]
+    events = {"routed": 1.0, "prefill_started": 1.5, "first_token": 3.0}
+    known = Timings(events, predicted_ttft=2.5, prefill_worker="p0")
+    timings = [known, Timings(events), Timings({}, predicted_ttft=1)]
     (only,) = placed(timings)
-    assert only == Placed(1.0, 2.5, 3.0) and only.error == 0.25
+    assert only == Placed(1.0, 2.5, 1.5, 3.0, "p0") and only.error == 0.25
     assert [only.refused_wrongly(d) for d in (2.9, 3.0, 3.4, 3.5)] == [False, True, True, False]
 
 

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from worker_kit import PROMPT, Pair, config, sequence, settled
+from worker_kit import PROMPT, Pair, config, connected, sequence, settled
 
-from crossdock.decode import role as decode_worker
 from crossdock.decode.role import DecodeRole
-from crossdock.prefill import role as prefill_worker
 from crossdock.prefill.role import PrefillRole
 from crossdock.proto.errors import Unavailable
 from crossdock.proto.types import Role, WorkerEndpoint
@@ -27,18 +25,10 @@ ROLES = {Role.PREFILL: PrefillRole, Role.DECODE: DecodeRole}
 @pytest.fixture
 async def pair(tiny_model: Path) -> AsyncIterator[Pair]:
     short = {"lease_s": 0.5, "pull_timeout_s": 0.5}
-    prefill = prefill_worker.create(config("prefill-0", Role.PREFILL, tiny_model, **short))
-    decode = decode_worker.create(config("decode-0", Role.DECODE, tiny_model, **short))
-    endpoints = [await worker.start() for worker in (prefill, decode)]
-    await decode.update_peers(endpoints)
-    made = Pair(prefill, decode)
-    await made.p.connect()
-    await made.d.connect()
-    yield made
-    for part in (made.p, made.d):
-        await part.close()
-    for worker in (prefill, decode):
-        await worker.stop()
+    prefill = config("prefill-0", Role.PREFILL, tiny_model, **short)
+    decode = config("decode-0", Role.DECODE, tiny_model, **short)
+    async with connected(prefill, decode) as made:
+        yield made
 
 
 async def flip(worker: WorkerServer, name: str, role: Role) -> WorkerEndpoint:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import urllib3
-from worker_kit import HASHER, PROMPT, ROOT, Gateway, Pair, config, sequence, settled
+from worker_kit import HASHER, PROMPT, ROOT, Gateway, Pair, config, connected, sequence, settled
 
-from crossdock.decode import role as decode_worker
 from crossdock.engine.native import runner
 from crossdock.prefill import role as prefill_worker
 from crossdock.proto.errors import ConfigError, ModelError
@@ -24,18 +23,10 @@ from crossdock.worker.streams import GatewayStream
 
 @pytest.fixture
 async def pair(tiny_model: Path) -> AsyncIterator[Pair]:
-    prefill = prefill_worker.create(config("p", Role.PREFILL, tiny_model))
-    decode = decode_worker.create(config("d", Role.DECODE, tiny_model))
-    endpoints = [await worker.start() for worker in (prefill, decode)]
-    await decode.update_peers(endpoints)
-    made = Pair(prefill, decode)
-    await made.p.connect()
-    await made.d.connect()
-    yield made
-    for part in (made.p, made.d):
-        await part.close()
-    for worker in (prefill, decode):
-        await worker.stop()
+    prefill = config("p", Role.PREFILL, tiny_model)
+    decode = config("d", Role.DECODE, tiny_model)
+    async with connected(prefill, decode) as made:
+        yield made
 
 
 async def test_hand_off_gives_the_tokens_of_one_engine(pair: Pair, tiny_model: Path) -> None:
