@@ -67,6 +67,7 @@ class Day:
     burst_times: float = 1.6
     ramp_s: float = 30.0  # in which a burst comes up, and goes
     prompt: int = 6000
+    longest: int = 20_000  # prompt: one that no idle worker computes in time tells of no rule
     answer: int = 250
     spread: float = 0.6  # sigma of the logarithm of lengths
 
@@ -90,7 +91,9 @@ class Day:
         while (at := at + rng.expovariate(highest)) < self.seconds:
             if rng.random() * highest > self.rate(at, starts):
                 continue
-            prompt = min(60_000, 1 + int(rng.lognormvariate(math.log(self.prompt), self.spread)))
+            prompt = min(
+                self.longest, 1 + int(rng.lognormvariate(math.log(self.prompt), self.spread))
+            )
             answer = min(2_000, 2 + int(rng.lognormvariate(math.log(self.answer), self.spread)))
             blocks = -(-prompt // BLOCK)
             rows.append(TraceRequest(at, prompt, answer, tuple(range(name, name + blocks))))

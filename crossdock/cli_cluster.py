@@ -1,4 +1,4 @@
-"""Commands for who runs a cluster: up, status, doctor, apply, scale, down, model."""
+"""Commands for who runs a cluster: up, status, explain, doctor, apply, scale, down, model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from crossdock.proto.settings import CONTROLLER_ADDRESS
 from crossdock.tables import console_of, table
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
     from rich.console import Console
 
     from crossdock.proto.v1 import admin_pb2, worker_pb2
@@ -42,7 +43,7 @@ models = typer.Typer(help="Fetch and inspect models.", no_args_is_help=True)
 
 def register(app: typer.Typer) -> None:
     """Adds the commands about clusters and models to the command line."""
-    for command in (up, status, doctor, apply, scale, down):
+    for command in (up, status, explain, doctor, apply, scale, down):
         app.command()(command)
     app.add_typer(models, name="model")
 
@@ -80,18 +81,32 @@ def status(
 
     cluster = admin.status(address, check_integrity=check, credential=credential)
     if as_json:
-        from google.protobuf.json_format import MessageToDict
-
-        shown = MessageToDict(
-            cluster, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
-        print(json.dumps(shown, indent=2))
+        print(_json(cluster))
     else:
         show_status(cluster, console_of())
     if check and (wrong := what_is_wrong(cluster)):
         for line in wrong:
             print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def explain(
+    request_id: Annotated[
+        str, Argument(help="X-Request-Id, or the id of the answer: chatcmpl-…, cmpl-…, resp_…")
+    ],
+    address: Address = CONTROLLER_ADDRESS,
+    as_json: Annotated[bool, Option("--json", help="Print all that is known as JSON.")] = False,
+    credential: CredentialFile = None,
+) -> None:
+    """Show where a request went and why, what was predicted of it, and what it took."""
+    from crossdock import explanation
+    from crossdock.deploy import admin
+
+    found = admin.explain(request_id, address, credential=credential)
+    if as_json:
+        print(_json(found))
+    else:
+        explanation.show(found, console_of())
 
 
 def doctor(
@@ -173,6 +188,15 @@ def down(
 
     admin.down(address, drain_s=drain, credential=credential)
     print("down")
+
+
+def _json(message: Message) -> str:
+    from google.protobuf.json_format import MessageToDict
+
+    shown = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return json.dumps(shown, indent=2)
 
 
 def _show_actions(reply: admin_pb2.ApplyResponse, waited: bool, timeout: float) -> None:

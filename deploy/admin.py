@@ -44,6 +44,20 @@ def status(
     return answer
 
 
+def explain(
+    request_id: str,
+    address: str = CONTROLLER_ADDRESS,
+    timeout_s: float = 15.0,
+    credential: Path | None = None,
+) -> admin_pb2.ExplainedRequest:
+    """Where a request, by its id or its answer's, was placed, why, and what it took. Raises
+    NotFound where no gateway knows it, or not any more, and as `status`."""
+    request = admin_pb2.ExplainRequest(request_id=request_id)
+    with _admin(address, credential) as stub:
+        answer: admin_pb2.ExplainedRequest = stub.Explain(request, timeout=timeout_s)
+    return answer
+
+
 def apply(
     path: str | Path,
     address: str = "",

@@ -18,12 +18,13 @@ from crossdock.deploy.runtime import ProcessGone, StartFailed, targets
 from crossdock.deploy.spec import GATEWAY_POOL, ClusterSpec
 from crossdock.proto.channels import listen
 from crossdock.proto.convert import ROLE_TO_PB
-from crossdock.proto.errors import CrossdockError
+from crossdock.proto.errors import CrossdockError, NotFound
 from crossdock.proto.identity import OPERATOR, admit
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import admin_pb2, admin_pb2_grpc
 
 DEFAULT_WAIT_S = 600.0
+EXPLAIN_S = 5.0  # for a gateway to say what it knows of a request
 LISTENING_S = 5.0  # for a member to look at its node
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Status: TypeAlias = admin_pb2.MemberStatus | admin_pb2.GatewayStatus
@@ -42,6 +43,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """What is wanted and what is there, member by member."""
         await self._admit(context)
         return await cluster_status(self._controller, request.check_integrity, request.listening)
+
+    async def Explain(
+        self, request: admin_pb2.ExplainRequest, context: Context
+    ) -> admin_pb2.ExplainedRequest:
+        """The newest request of that id that a gateway knows. NOT_FOUND where none does."""
+        await self._admit(context)
+        async with _errors_sent(context):
+            return await explained(self._controller, request.request_id)
+        raise AssertionError("abort raises")
 
     async def Apply(
         self, request: admin_pb2.ApplyRequest, context: Context
@@ -136,6 +146,29 @@ async def cluster_status(
         autoscaled=controller.scaler.status(),
         metrics_address=controller.metrics_address,
     )
+
+
+async def explained(controller: Controller, request_id: str) -> admin_pb2.ExplainedRequest:
+    """What the gateways know of a request. Raises NotFound, with those that did not answer."""
+    gateways = [each for each in controller.members if each.is_gateway and each.started]
+    answers = await asyncio.gather(*(_asked(each, request_id) for each in gateways))
+    found = [admin_pb2.ExplainedRequest.FromString(answer) for answer in answers if answer]
+    if found:
+        return max(found, key=lambda each: each.received_unix_s)
+    names = {each.name: answer is None for each, answer in zip(gateways, answers)}
+    asked = ", ".join(name + " (did not answer)" * silent for name, silent in sorted(names.items()))
+    raise NotFound(
+        f"request {request_id!r} is not known to {asked or 'any gateway'}: it is another "
+        "cluster's, its gateway was replaced, or newer ones took its place"
+    )
+
+
+async def _asked(gateway: Watched, request_id: str) -> bytes | None:
+    """None where it does not answer."""
+    with contextlib.suppress(TimeoutError, ProcessGone, StartFailed):
+        async with asyncio.timeout(EXPLAIN_S):
+            return await gateway.process.explain(request_id)
+    return None
 
 
 async def _nodes(controller: Controller) -> list[admin_pb2.NodePorts]:

@@ -114,6 +114,9 @@ class Process(Protocol):
     async def traffic(self) -> Mapping[str, Traffic]:
         """What a gateway has counted since it started, by model."""
 
+    async def explain(self, request_id: str) -> bytes:
+        """What a gateway knows of a request, a serialized ExplainedRequest; empty: nothing."""
+
     async def listening(self) -> Sequence[Listening]:
         """The ports of all the cluster's processes on its node."""
 

@@ -144,7 +144,7 @@ class ControllerSpec:
 
     grpc: str = setting(
         CONTROLLER_ADDRESS,
-        "Where the controller answers crossdock status, apply, scale and down.",
+        "Where the controller answers crossdock status, explain, apply, scale and down.",
         kind="address",
     )
     nodes: NodesSpec = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from crossdock.kvcache import block_tables
@@ -18,6 +19,8 @@ from crossdock.worker.config import WorkerConfig
 from crossdock.worker.job import Job
 from crossdock.worker.role import WorkerRole, WorkerState
 from crossdock.worker.server import WorkerServer
+
+FIXED_PART = 0.1  # of a step's time: prompts share a step until its fixed part is no more
 
 
 class PrefillRole(WorkerRole):
@@ -47,13 +50,19 @@ class PrefillRole(WorkerRole):
 
     def schedule(self) -> StepPlan | None:
         """The next chunks; a ticket goes out at once for what the prefix cache holds."""
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self._together)
         for chunk in plan.chunks if plan else ():
             if chunk.start == chunk.sequence.num_cached:
                 job = self.jobs[chunk.sequence.sequence_id]
                 job.mark("prefill_started")
                 self._announce(job)  # what was found in the prefix cache
         return plan
+
+    @property
+    def _together(self) -> float:
+        """Tokens of a step whose fixed part is small; not known before steps were measured."""
+        line = self.step_times.prefill.line
+        return line.base / line.slope * (1 / FIXED_PART - 1) if line.slope else math.inf
 
     def apply(self, plan: StepPlan, tokens: list[list[SampledToken]]) -> None:
         """Announces the blocks that a step filled; a finished prompt gives token 0 and a ticket."""

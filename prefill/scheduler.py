@@ -4,22 +4,24 @@
         └────────────────┴─remove─> gone
 
 First come, first served within a priority, and the head of the queue is finished before the next
-begins: finishing one prompt early beats advancing two. Only a prompt that yields, being late
+begins: finishing one prompt early beats advancing two, so several share a step only as far as that
+saves time. Only a prompt that yields, being late
 anyway, has others go between its chunks. A prompt looks for its prefix when its first chunk is
 planned, not when it arrives, so it finds what the prompts before it have just computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 
 from crossdock.kvcache import block_tables
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
+from crossdock.proto.steps import YIELDING_SHARE
 from crossdock.worker.scheduler import Scheduler
 
-YIELDING_SHARE = 4  # a prompt that yields has chunks of at most this part (1/4) of a step
 YIELDED_STEPS = 16  # without a chunk, before it has one all the same
 
 
@@ -31,15 +33,17 @@ class PrefillScheduler(Scheduler):
         self._yielded = 0  # steps since one that yields had a chunk, where there is such
         super().__init__(pool, chunk_tokens, lookahead, self._computing)
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None when nothing can run. Admits as far as the budget reaches."""
+    def schedule(self, together: float = math.inf) -> StepPlan | None:
+        """The next step, or None when nothing can run. Admits as far as the budget reaches; no
+        prompt joins a step of `together` tokens, for those in it would wait for it."""
         budget, chunks = self._chunk_tokens, []
         begun = deque(sorted(self._computing, key=self._yields))
         while budget > 0 and (sequence := self._next(begun)) is not None:
             if sequence.yields:  # so that nobody waits for it for long
                 budget = min(budget, max(1, self._chunk_tokens // YIELDING_SHARE))
             chunks.append(self._chunk(sequence, budget))
-            budget -= chunks[-1].length
+            used = sum(chunk.length for chunk in chunks)
+            budget = int(min(self._chunk_tokens, together)) - used
         yielded = any(chunk.sequence.yields for chunk in chunks)
         self._yielded = 0 if yielded or not any(s.yields for s in begun) else self._yielded + 1
         return StepPlan(tuple(chunks)) if chunks else None

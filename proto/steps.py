@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+YIELDING_SHARE = 4  # a prompt that yields has chunks of at most this part (1/4) of a step
+
 
 def attention(cached: float, tokens: float, chunk_tokens: float) -> float:
     """Tokens × context, summed over the chunks in which `tokens` that follow `cached` ones are

@@ -11,9 +11,12 @@ from contextlib import AsyncExitStack
 
 from crossdock.proto.identity import Credentials
 from crossdock.proto.types import WorkerEndpoint
+from crossdock.proto.v1 import admin_pb2
 from crossdock.router.config import GatewayConfig as GatewayConfig
 from crossdock.router.dispatch.admission import Admission
+from crossdock.router.dispatch.explained import explained
 from crossdock.router.dispatch.metrics import GatewayMetrics
+from crossdock.router.dispatch.recent import Recent
 from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.dispatch.traffic import Traffic
 from crossdock.router.frontdoor.audit import AuditLog
@@ -47,6 +50,7 @@ class GatewayServer:
             bytes.fromhex(credentials.peer.incarnation) if credentials else os.urandom(16)
         )
         self._admission = Admission(config)
+        self._recent = Recent()
         self._health_changed = asyncio.Event()
         self._served: dict[str, Served] = {}  # by key
         self._serving = Serving()
@@ -66,8 +70,8 @@ class GatewayServer:
         gate = self._gate = await self._make_gate()
         self._models = models = Models(gate, self.metrics)
         changed = self._health_changed.set
-        shared = (config, self._incarnation, dial, self._admission, self.metrics, gate, changed)
-        self._shared = Shared(*shared)
+        common = self._admission, self._recent, self.metrics, gate
+        self._shared = Shared(config, self._incarnation, dial, *common, changed)
         self._closing.callback(self._close_models)
         try:
             await self.update_serving(config.first_serving)
@@ -183,6 +187,15 @@ class GatewayServer:
     def traffic(self) -> dict[str, Traffic]:
         """What was counted of each model's sequences, by its key in the YAML."""
         return {key: served.metrics.traffic.now for key, served in self._served.items()}
+
+    def explain(self, request_id: str) -> admin_pb2.ExplainedRequest | None:
+        """Where a request went, why, and what it took; None where it is not, or no more, known."""
+        trail = self._recent.find(request_id)
+        if trail is None:
+            return None
+        found = explained(trail, time.monotonic())
+        found.gateway, found.policy = self.config.name, self.config.policy
+        return found
 
     @property
     def ready(self) -> bool:

@@ -23,6 +23,7 @@ from crossdock.router.dispatch.admission import Admission
 from crossdock.router.dispatch.dispatcher import Dispatcher
 from crossdock.router.dispatch.links import Links
 from crossdock.router.dispatch.metrics import GatewayMetrics, ModelMetrics
+from crossdock.router.dispatch.recent import Recent
 from crossdock.router.dispatch.streams import Dialer
 from crossdock.router.frontdoor.frontend import Frontend
 from crossdock.router.frontdoor.gate import Gate
@@ -47,6 +48,7 @@ class Shared:
     incarnation: bytes
     dial: Dialer
     admission: Admission
+    recent: Recent
     metrics: GatewayMetrics
     gate: Gate
     on_ready: Callable[[], object]
@@ -100,6 +102,7 @@ class Served:
             policy=config.policies.named(config.policy),
             limits=config,
             admission=shared.admission,
+            recent=shared.recent,
             metrics=self.metrics,
             hasher=BlockHasher(config.hash_key, config.block_size),
             eos_token_ids=text.eos_token_ids,

@@ -136,6 +136,11 @@ class MemberActor:
         """What a gateway has counted, by model; nothing before it serves."""
         return self._server.traffic if self._started else {}
 
+    async def explain(self, request_id: str) -> bytes:
+        """What a gateway knows of a request, as Process."""
+        found = self._server.explain(request_id) if self._started else None
+        return b"" if found is None else found.SerializeToString()
+
     async def listening(self) -> Sequence[Listening]:
         """The ports of all the cluster's processes on this node."""
         return await asyncio.to_thread(listening, pids_here(loopback_host(self._launch.host)))

@@ -74,6 +74,9 @@ class RayProcess:
     async def traffic(self) -> Mapping[str, Traffic]:
         return await call(self._actor.traffic.remote())
 
+    async def explain(self, request_id: str) -> bytes:
+        return await call(self._actor.explain.remote(request_id))
+
     async def listening(self) -> Sequence[Listening]:
         return await call(self._actor.listening.remote())
 

@@ -22,42 +22,57 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from crossdock.proto.v1 import inference_pb2 as crossdock_dot_proto_dot_v1_dot_inference__pb2
 from crossdock.proto.v1 import worker_pb2 as crossdock_dot_proto_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63rossdock/proto/v1/admin.proto\x12\x0c\x63rossdock.v1\x1a\x1f\x63rossdock/proto/v1/worker.proto\"E\n\x17GetClusterStatusRequest\x12\x17\n\x0f\x63heck_integrity\x18\x01 \x01(\x08\x12\x11\n\tlistening\x18\x02 \x01(\x08\"I\n\rListeningPort\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\x05\"H\n\tNodePorts\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12*\n\x05ports\x18\x02 \x03(\x0b\x32\x1b.crossdock.v1.ListeningPort\"\x89\x02\n\x0cMemberStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12 \n\x04role\x18\x03 \x01(\x0e\x32\x12.crossdock.v1.Role\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x05\x12\x0f\n\x07node_id\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\t\x12\x10\n\x08restarts\x18\t \x01(\x05\x12*\n\x06worker\x18\n \x01(\x0b\x32\x1a.crossdock.v1.WorkerStatus\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\r\n\x05model\x18\x0c \x01(\t\x12\x0f\n\x07start_s\x18\r \x01(\x01\"\xa1\x01\n\rGatewayStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04grpc\x18\x03 \x01(\t\x12\x0c\n\x04http\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x05\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\x05\x12\x10\n\x08revision\x18\x07 \x01(\t\x12\x10\n\x08restarts\x18\x08 \x01(\x05\x12\r\n\x05\x65rror\x18\t \x01(\t\":\n\x08\x44\x65\x63ision\x12\x0e\n\x06unix_s\x18\x01 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x93\x01\n\tPoolScale\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\r\n\x05least\x18\x02 \x01(\x05\x12\x0c\n\x04most\x18\x03 \x01(\x05\x12\x0e\n\x06target\x18\x04 \x01(\x05\x12\r\n\x05\x66loor\x18\x05 \x01(\x05\x12\x0c\n\x04keep\x18\x06 \x01(\x05\x12\r\n\x05\x63\x61use\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\t \x01(\x08\"\xec\x02\n\rClusterStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x07workers\x18\x03 \x03(\x0b\x32\x1a.crossdock.v1.MemberStatus\x12-\n\x08gateways\x18\x04 \x03(\x0b\x32\x1b.crossdock.v1.GatewayStatus\x12)\n\tdecisions\x18\x05 \x03(\x0b\x32\x16.crossdock.v1.Decision\x12\x11\n\tconverged\x18\x06 \x01(\x08\x12\x12\n\ngeneration\x18\x07 \x01(\x03\x12\x13\n\x0bwaiting_for\x18\x08 \x03(\t\x12\r\n\x05local\x18\t \x01(\x08\x12&\n\x05nodes\x18\n \x03(\x0b\x32\x17.crossdock.v1.NodePorts\x12+\n\nautoscaled\x18\x0b \x03(\x0b\x32\x17.crossdock.v1.PoolScale\x12\x17\n\x0fmetrics_address\x18\x0c \x01(\t\"p\n\x0c\x41pplyRequest\x12\x0c\n\x04yaml\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\x0c\n\x04wait\x18\x04 \x01(\x08\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\x12\x12\n\ngeneration\x18\x06 \x01(\x03\"n\n\rApplyResponse\x12\x0f\n\x07\x61\x63tions\x18\x01 \x03(\t\x12\x11\n\tconverged\x18\x02 \x01(\x08\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x13\n\x0bwaiting_for\x18\x04 \x03(\t\x12\x10\n\x08hopeless\x18\x05 \x03(\t\"c\n\x0cScaleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\x05\x12\x0c\n\x04wait\x18\x03 \x01(\x08\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x12\n\ngeneration\x18\x05 \x01(\x03\"\x1e\n\x0b\x44ownRequest\x12\x0f\n\x07\x64rain_s\x18\x01 \x01(\x01\"\x0e\n\x0c\x44ownResponse2\xa2\x02\n\x05\x41\x64min\x12V\n\x10GetClusterStatus\x12%.crossdock.v1.GetClusterStatusRequest\x1a\x1b.crossdock.v1.ClusterStatus\x12@\n\x05\x41pply\x12\x1a.crossdock.v1.ApplyRequest\x1a\x1b.crossdock.v1.ApplyResponse\x12@\n\x05Scale\x12\x1a.crossdock.v1.ScaleRequest\x1a\x1b.crossdock.v1.ApplyResponse\x12=\n\x04\x44own\x12\x19.crossdock.v1.DownRequest\x1a\x1a.crossdock.v1.DownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63rossdock/proto/v1/admin.proto\x12\x0c\x63rossdock.v1\x1a\"crossdock/proto/v1/inference.proto\x1a\x1f\x63rossdock/proto/v1/worker.proto\"E\n\x17GetClusterStatusRequest\x12\x17\n\x0f\x63heck_integrity\x18\x01 \x01(\x08\x12\x11\n\tlistening\x18\x02 \x01(\x08\"I\n\rListeningPort\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\x05\"H\n\tNodePorts\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12*\n\x05ports\x18\x02 \x03(\x0b\x32\x1b.crossdock.v1.ListeningPort\"\x89\x02\n\x0cMemberStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12 \n\x04role\x18\x03 \x01(\x0e\x32\x12.crossdock.v1.Role\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x05\x12\x0f\n\x07node_id\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\t\x12\x10\n\x08restarts\x18\t \x01(\x05\x12*\n\x06worker\x18\n \x01(\x0b\x32\x1a.crossdock.v1.WorkerStatus\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\r\n\x05model\x18\x0c \x01(\t\x12\x0f\n\x07start_s\x18\r \x01(\x01\"\xa1\x01\n\rGatewayStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04grpc\x18\x03 \x01(\t\x12\x0c\n\x04http\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x05\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\x05\x12\x10\n\x08revision\x18\x07 \x01(\t\x12\x10\n\x08restarts\x18\x08 \x01(\x05\x12\r\n\x05\x65rror\x18\t \x01(\t\":\n\x08\x44\x65\x63ision\x12\x0e\n\x06unix_s\x18\x01 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x93\x01\n\tPoolScale\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\r\n\x05least\x18\x02 \x01(\x05\x12\x0c\n\x04most\x18\x03 \x01(\x05\x12\x0e\n\x06target\x18\x04 \x01(\x05\x12\r\n\x05\x66loor\x18\x05 \x01(\x05\x12\x0c\n\x04keep\x18\x06 \x01(\x05\x12\r\n\x05\x63\x61use\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\t \x01(\x08\"\xec\x02\n\rClusterStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x07workers\x18\x03 \x03(\x0b\x32\x1a.crossdock.v1.MemberStatus\x12-\n\x08gateways\x18\x04 \x03(\x0b\x32\x1b.crossdock.v1.GatewayStatus\x12)\n\tdecisions\x18\x05 \x03(\x0b\x32\x16.crossdock.v1.Decision\x12\x11\n\tconverged\x18\x06 \x01(\x08\x12\x12\n\ngeneration\x18\x07 \x01(\x03\x12\x13\n\x0bwaiting_for\x18\x08 \x03(\t\x12\r\n\x05local\x18\t \x01(\x08\x12&\n\x05nodes\x18\n \x03(\x0b\x32\x17.crossdock.v1.NodePorts\x12+\n\nautoscaled\x18\x0b \x03(\x0b\x32\x17.crossdock.v1.PoolScale\x12\x17\n\x0fmetrics_address\x18\x0c \x01(\t\"p\n\x0c\x41pplyRequest\x12\x0c\n\x04yaml\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\x0c\n\x04wait\x18\x04 \x01(\x08\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\x12\x12\n\ngeneration\x18\x06 \x01(\x03\"n\n\rApplyResponse\x12\x0f\n\x07\x61\x63tions\x18\x01 \x03(\t\x12\x11\n\tconverged\x18\x02 \x01(\x08\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x13\n\x0bwaiting_for\x18\x04 \x03(\t\x12\x10\n\x08hopeless\x18\x05 \x03(\t\"c\n\x0cScaleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\x05\x12\x0c\n\x04wait\x18\x03 \x01(\x08\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x12\n\ngeneration\x18\x05 \x01(\x03\"\x1e\n\x0b\x44ownRequest\x12\x0f\n\x07\x64rain_s\x18\x01 \x01(\x01\"\x0e\n\x0c\x44ownResponse\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xd4\x01\n\x10\x45xplainedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\x17\n\x0freceived_unix_s\x18\x05 \x01(\x01\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x0f\n\x07running\x18\x07 \x01(\x08\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x32\n\tsequences\x18\t \x03(\x0b\x32\x1f.crossdock.v1.ExplainedSequence\"\xa8\x02\n\x11\x45xplainedSequence\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x04 \x01(\x05\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x34\n\nplacements\x18\x06 \x03(\x0b\x32 .crossdock.v1.ExplainedPlacement\x12&\n\x07timings\x18\x07 \x01(\x0b\x32\x15.crossdock.v1.Timings\x12#\n\x06stages\x18\x08 \x03(\x0b\x32\x13.crossdock.v1.Stage\x12\x12\n\ntransfer_s\x18\t \x01(\x01\x12\x0e\n\x06tpot_s\x18\n \x01(\x01\"&\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"m\n\x0ePredictedParts\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x10\n\x08prompt_s\x18\x02 \x01(\x01\x12\x12\n\neviction_s\x18\x03 \x01(\x01\x12\x12\n\ntransfer_s\x18\x04 \x01(\x01\x12\x10\n\x08stream_s\x18\x05 \x01(\x01\"\xad\x01\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06\x63hosen\x18\x02 \x01(\x08\x12+\n\x05parts\x18\x03 \x01(\x0b\x32\x1c.crossdock.v1.PredictedParts\x12\x15\n\rcached_blocks\x18\x04 \x01(\x05\x12\x12\n\x05\x61ll_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06number\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_all_sB\t\n\x07_number\"\xee\x02\n\x12\x45xplainedPlacement\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07prefill\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x05 \x01(\t\x12\x12\n\ndecoded_on\x18\x06 \x01(\t\x12\x15\n\rcached_blocks\x18\x07 \x01(\x05\x12\x17\n\x0funcached_tokens\x18\x08 \x01(\x05\x12\x10\n\x08measured\x18\t \x01(\x08\x12/\n\tpredicted\x18\n \x01(\x0b\x32\x1c.crossdock.v1.PredictedParts\x12*\n\tcomputing\x18\x0b \x03(\x0b\x32\x17.crossdock.v1.Candidate\x12)\n\x08\x64\x65\x63oding\x18\x0c \x03(\x0b\x32\x17.crossdock.v1.Candidate\x12\x0f\n\x07gave_up\x18\r \x01(\t\x12\x15\n\rdecode_reason\x18\x0e \x01(\t2\xeb\x02\n\x05\x41\x64min\x12V\n\x10GetClusterStatus\x12%.crossdock.v1.GetClusterStatusRequest\x1a\x1b.crossdock.v1.ClusterStatus\x12G\n\x07\x45xplain\x12\x1c.crossdock.v1.ExplainRequest\x1a\x1e.crossdock.v1.ExplainedRequest\x12@\n\x05\x41pply\x12\x1a.crossdock.v1.ApplyRequest\x1a\x1b.crossdock.v1.ApplyResponse\x12@\n\x05Scale\x12\x1a.crossdock.v1.ScaleRequest\x1a\x1b.crossdock.v1.ApplyResponse\x12=\n\x04\x44own\x12\x19.crossdock.v1.DownRequest\x1a\x1a.crossdock.v1.DownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'crossdock.proto.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=81
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=150
-  _globals['_LISTENINGPORT']._serialized_start=152
-  _globals['_LISTENINGPORT']._serialized_end=225
-  _globals['_NODEPORTS']._serialized_start=227
-  _globals['_NODEPORTS']._serialized_end=299
-  _globals['_MEMBERSTATUS']._serialized_start=302
-  _globals['_MEMBERSTATUS']._serialized_end=567
-  _globals['_GATEWAYSTATUS']._serialized_start=570
-  _globals['_GATEWAYSTATUS']._serialized_end=731
-  _globals['_DECISION']._serialized_start=733
-  _globals['_DECISION']._serialized_end=791
-  _globals['_POOLSCALE']._serialized_start=794
-  _globals['_POOLSCALE']._serialized_end=941
-  _globals['_CLUSTERSTATUS']._serialized_start=944
-  _globals['_CLUSTERSTATUS']._serialized_end=1308
-  _globals['_APPLYREQUEST']._serialized_start=1310
-  _globals['_APPLYREQUEST']._serialized_end=1422
-  _globals['_APPLYRESPONSE']._serialized_start=1424
-  _globals['_APPLYRESPONSE']._serialized_end=1534
-  _globals['_SCALEREQUEST']._serialized_start=1536
-  _globals['_SCALEREQUEST']._serialized_end=1635
-  _globals['_DOWNREQUEST']._serialized_start=1637
-  _globals['_DOWNREQUEST']._serialized_end=1667
-  _globals['_DOWNRESPONSE']._serialized_start=1669
-  _globals['_DOWNRESPONSE']._serialized_end=1683
-  _globals['_ADMIN']._serialized_start=1686
-  _globals['_ADMIN']._serialized_end=1976
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=117
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=186
+  _globals['_LISTENINGPORT']._serialized_start=188
+  _globals['_LISTENINGPORT']._serialized_end=261
+  _globals['_NODEPORTS']._serialized_start=263
+  _globals['_NODEPORTS']._serialized_end=335
+  _globals['_MEMBERSTATUS']._serialized_start=338
+  _globals['_MEMBERSTATUS']._serialized_end=603
+  _globals['_GATEWAYSTATUS']._serialized_start=606
+  _globals['_GATEWAYSTATUS']._serialized_end=767
+  _globals['_DECISION']._serialized_start=769
+  _globals['_DECISION']._serialized_end=827
+  _globals['_POOLSCALE']._serialized_start=830
+  _globals['_POOLSCALE']._serialized_end=977
+  _globals['_CLUSTERSTATUS']._serialized_start=980
+  _globals['_CLUSTERSTATUS']._serialized_end=1344
+  _globals['_APPLYREQUEST']._serialized_start=1346
+  _globals['_APPLYREQUEST']._serialized_end=1458
+  _globals['_APPLYRESPONSE']._serialized_start=1460
+  _globals['_APPLYRESPONSE']._serialized_end=1570
+  _globals['_SCALEREQUEST']._serialized_start=1572
+  _globals['_SCALEREQUEST']._serialized_end=1671
+  _globals['_DOWNREQUEST']._serialized_start=1673
+  _globals['_DOWNREQUEST']._serialized_end=1703
+  _globals['_DOWNRESPONSE']._serialized_start=1705
+  _globals['_DOWNRESPONSE']._serialized_end=1719
+  _globals['_EXPLAINREQUEST']._serialized_start=1721
+  _globals['_EXPLAINREQUEST']._serialized_end=1757
+  _globals['_EXPLAINEDREQUEST']._serialized_start=1760
+  _globals['_EXPLAINEDREQUEST']._serialized_end=1972
+  _globals['_EXPLAINEDSEQUENCE']._serialized_start=1975
+  _globals['_EXPLAINEDSEQUENCE']._serialized_end=2271
+  _globals['_STAGE']._serialized_start=2273
+  _globals['_STAGE']._serialized_end=2311
+  _globals['_PREDICTEDPARTS']._serialized_start=2313
+  _globals['_PREDICTEDPARTS']._serialized_end=2422
+  _globals['_CANDIDATE']._serialized_start=2425
+  _globals['_CANDIDATE']._serialized_end=2598
+  _globals['_EXPLAINEDPLACEMENT']._serialized_start=2601
+  _globals['_EXPLAINEDPLACEMENT']._serialized_end=2967
+  _globals['_ADMIN']._serialized_start=2970
+  _globals['_ADMIN']._serialized_end=3333
 # @@protoc_insertion_point(module_scope)

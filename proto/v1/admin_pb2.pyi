@@ -1,3 +1,4 @@
+from crossdock.proto.v1 import inference_pb2 as _inference_pb2
 from crossdock.proto.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -200,3 +201,125 @@ class DownRequest(_message.Message):
 class DownResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainedRequest(_message.Message):
+    __slots__ = ("request_id", "gateway", "model", "policy", "received_unix_s", "seconds", "running", "error", "sequences")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    gateway: str
+    model: str
+    policy: str
+    received_unix_s: float
+    seconds: float
+    running: bool
+    error: str
+    sequences: _containers.RepeatedCompositeFieldContainer[ExplainedSequence]
+    def __init__(self, request_id: _Optional[str] = ..., gateway: _Optional[str] = ..., model: _Optional[str] = ..., policy: _Optional[str] = ..., received_unix_s: _Optional[float] = ..., seconds: _Optional[float] = ..., running: _Optional[bool] = ..., error: _Optional[str] = ..., sequences: _Optional[_Iterable[_Union[ExplainedSequence, _Mapping]]] = ...) -> None: ...
+
+class ExplainedSequence(_message.Message):
+    __slots__ = ("index", "prompt_tokens", "cached_tokens", "generated_tokens", "finish_reason", "placements", "timings", "stages", "transfer_s", "tpot_s")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    finish_reason: str
+    placements: _containers.RepeatedCompositeFieldContainer[ExplainedPlacement]
+    timings: _inference_pb2.Timings
+    stages: _containers.RepeatedCompositeFieldContainer[Stage]
+    transfer_s: float
+    tpot_s: float
+    def __init__(self, index: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., placements: _Optional[_Iterable[_Union[ExplainedPlacement, _Mapping]]] = ..., timings: _Optional[_Union[_inference_pb2.Timings, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., transfer_s: _Optional[float] = ..., tpot_s: _Optional[float] = ...) -> None: ...
+
+class Stage(_message.Message):
+    __slots__ = ("name", "seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    seconds: float
+    def __init__(self, name: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class PredictedParts(_message.Message):
+    __slots__ = ("queue_s", "prompt_s", "eviction_s", "transfer_s", "stream_s")
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_S_FIELD_NUMBER: _ClassVar[int]
+    EVICTION_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    STREAM_S_FIELD_NUMBER: _ClassVar[int]
+    queue_s: float
+    prompt_s: float
+    eviction_s: float
+    transfer_s: float
+    stream_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prompt_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., stream_s: _Optional[float] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("worker", "chosen", "parts", "cached_blocks", "all_s", "number")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ALL_S_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    chosen: bool
+    parts: PredictedParts
+    cached_blocks: int
+    all_s: float
+    number: float
+    def __init__(self, worker: _Optional[str] = ..., chosen: _Optional[bool] = ..., parts: _Optional[_Union[PredictedParts, _Mapping]] = ..., cached_blocks: _Optional[int] = ..., all_s: _Optional[float] = ..., number: _Optional[float] = ...) -> None: ...
+
+class ExplainedPlacement(_message.Message):
+    __slots__ = ("at_s", "sequence_id", "reason", "prefill", "decode", "decoded_on", "cached_blocks", "uncached_tokens", "measured", "predicted", "computing", "decoding", "gave_up", "decode_reason")
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    DECODED_ON_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTING_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    GAVE_UP_FIELD_NUMBER: _ClassVar[int]
+    DECODE_REASON_FIELD_NUMBER: _ClassVar[int]
+    at_s: float
+    sequence_id: str
+    reason: str
+    prefill: str
+    decode: str
+    decoded_on: str
+    cached_blocks: int
+    uncached_tokens: int
+    measured: bool
+    predicted: PredictedParts
+    computing: _containers.RepeatedCompositeFieldContainer[Candidate]
+    decoding: _containers.RepeatedCompositeFieldContainer[Candidate]
+    gave_up: str
+    decode_reason: str
+    def __init__(self, at_s: _Optional[float] = ..., sequence_id: _Optional[str] = ..., reason: _Optional[str] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ..., decoded_on: _Optional[str] = ..., cached_blocks: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., measured: _Optional[bool] = ..., predicted: _Optional[_Union[PredictedParts, _Mapping]] = ..., computing: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., decoding: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., gave_up: _Optional[str] = ..., decode_reason: _Optional[str] = ...) -> None: ...

@@ -39,6 +39,11 @@ class AdminStub:
                 request_serializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.GetClusterStatusRequest.SerializeToString,
                 response_deserializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/crossdock.v1.Admin/Explain',
+                request_serializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.ExplainedRequest.FromString,
+                _registered_method=True)
         self.Apply = channel.unary_unary(
                 '/crossdock.v1.Admin/Apply',
                 request_serializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.ApplyRequest.SerializeToString,
@@ -61,6 +66,13 @@ class AdminServicer:
 
     def GetClusterStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """NOT_FOUND where no gateway knows the request, or not any more.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -90,6 +102,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetClusterStatus,
                     request_deserializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.GetClusterStatusRequest.FromString,
                     response_serializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.ClusterStatus.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=crossdock_dot_proto_dot_v1_dot_admin__pb2.ExplainedRequest.SerializeToString,
             ),
             'Apply': grpc.unary_unary_rpc_method_handler(
                     servicer.Apply,
@@ -134,6 +151,33 @@ class Admin:
             '/crossdock.v1.Admin/GetClusterStatus',
             crossdock_dot_proto_dot_v1_dot_admin__pb2.GetClusterStatusRequest.SerializeToString,
             crossdock_dot_proto_dot_v1_dot_admin__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/crossdock.v1.Admin/Explain',
+            crossdock_dot_proto_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+            crossdock_dot_proto_dot_v1_dot_admin__pb2.ExplainedRequest.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,7 @@ from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics
 from crossdock.router.dispatch.outputs import Outputs
 from crossdock.router.dispatch.ports import Timers
+from crossdock.router.dispatch.recent import Recent
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
 from crossdock.router.dispatch.turns import Turns
@@ -72,6 +73,7 @@ class Dispatcher:
         prefix: str,
         ttft_aim_s: float = math.inf,
         tpot_aim_s: float = math.inf,
+        recent: Recent | None = None,
         on_ready: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -85,6 +87,7 @@ class Dispatcher:
         self._policy = policy
         self._limits = limits
         self._admission = admission or Admission(limits)  # of all dispatchers of a gateway
+        self.recent = recent or Recent()  # likewise
         self.hasher = hasher
         self._eos = sorted(eos_token_ids)
         self._detokenizer_of = detokenizer_of
@@ -182,6 +185,7 @@ class Dispatcher:
             lambda: self._end(active, Cancelled("the client went away"), "client gone")
         )
         self._requests[active] = None
+        self.recent.began(active)
         self.metrics.traffic.arrived += request.num_sequences
         try:
             self._begin(active, now)
@@ -214,7 +218,11 @@ class Dispatcher:
             with contextlib.suppress(NoWorker):
                 placement = self._policy(self.view, demand, now, self._rng, self._turn)
                 at = now + self.view.drained_s(ahead)
-                check_deadline(request, placement, at, self._retry_after_s)
+                try:
+                    check_deadline(request, placement, at, self._retry_after_s)
+                except Overloaded:
+                    first.decided(placement, now)
+                    raise
 
     def _take_turn(self, sequence: SequenceState) -> None:
         """It is begun when its tenant's turn comes."""
@@ -275,11 +283,13 @@ class Dispatcher:
             return
         finally:
             self.metrics.decision.observe(time.perf_counter() - started)
+        sequence.decided(placement, now)
         if not sequence.active.started:  # what has begun is carried on
             check_deadline(sequence.active.request, placement, now, self._retry_after_s)
         link = self._links.get(placement.prefill or placement.decode)
         if link is None:
             why = NoWorker("the chosen worker is not connected")
+            sequence.gave_up(str(why))
             self._waiting.add(sequence, self._take_turn, why)
             return
         self._count += 1
@@ -366,6 +376,7 @@ class Dispatcher:
                 sequence.timeline.mark("finished", now)
                 tracing.sequence_ended(sequence)
         self._requests.pop(active)
+        self.recent.ended(active, error, now)
         self._admission.release(active.request.tenant, active.request.num_sequences)
         self.metrics.outcome(error)
         if isinstance(error, (Overloaded, DeadlineExceeded)):

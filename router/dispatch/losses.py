@@ -69,6 +69,7 @@ class Losses:
         """Prompt and delivered tokens are prefilled again, elsewhere if there is an elsewhere; a
         token depends on nothing else, so the stream goes on as if nothing had happened."""
         delay_s = restart_delay_s(sequence, cause, failure, self._limits)
+        sequence.gave_up(f"{cause} on {culprit}")
         attempts.cancel(sequence, cause)
         self.release(sequence)
         sequence.avoid.add(culprit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -86,6 +87,7 @@ class Request:
     model: str = ""  # that serves it, by its own name
     asked_model: str = ""  # what the client called it: its name, an alias, a route, or nothing
     route: str = ""  # why that model, where a route chose
+    response: str = ""  # id that its answer has of its own
     tenant: str = ""  # who takes turns with others, and has one share of the room
     priority: int = 0
     cache_salt: bytes = b""
@@ -126,6 +128,11 @@ class Delta:
         self.stop_reason = later.stop_reason
         self.usage = later.usage
         self.timings = later.timings
+
+
+def request_id_of(answer: str) -> str:
+    """A request's id, from what the OpenAI API calls its answer: chatcmpl- or cmpl- before it."""
+    return re.sub(r"^(chat)?cmpl-", "", answer)
 
 
 class Sink(Protocol):

@@ -39,6 +39,20 @@ class Phase(enum.Enum):
     DONE = "done"
 
 
+MOST_ATTEMPTS = 8  # of a sequence that are told of: the first, and the newest
+
+
+@dataclass(eq=False, slots=True)
+class Attempt:
+    """A placement, and what became of it."""
+
+    at: float  # seconds since the request was received
+    placement: Placement
+    sequence_id: str = ""  # once it was sent
+    decode_worker: str = ""  # that was told of it, once it was given up
+    gave_up: str = ""  # why, and on whom
+
+
 @dataclass(eq=False)
 class SequenceState:
     """One continuation of one prompt, from admission to its last token."""
@@ -74,6 +88,7 @@ class SequenceState:
     prompt_told: bool = False  # the client has what it asked for of the prompt
     transfer: pb.TransferStats = field(default_factory=pb.TransferStats)  # of all attempts
     finish_reason: FinishReason | None = None
+    attempts: list[Attempt] = field(default_factory=list)  # of which MOST_ATTEMPTS are kept
 
     @property
     def generated(self) -> int:
@@ -117,9 +132,20 @@ class SequenceState:
             self.root_hash, self.hashes = root, []
         hasher.extend(self.hashes, self.token_ids, root)
 
+    def decided(self, placement: Placement, now: float) -> None:
+        """It is to go there, unless that is too late for it."""
+        if len(self.attempts) == MOST_ATTEMPTS:
+            del self.attempts[1]
+        self.attempts.append(Attempt(now - self.active.request.received, placement))
+
+    def gave_up(self, why: str) -> None:
+        """The newest attempt has failed."""
+        self.attempts[-1].decode_worker, self.attempts[-1].gave_up = self.decode_worker, why
+
     def placed(self, sequence_id: str, number: int, placement: Placement) -> None:
-        """A new attempt begins, under another id and number."""
+        """A new attempt begins, as was decided, under another id and number."""
         self.sequence_id, self.number = sequence_id, number
+        self.attempts[-1].sequence_id = sequence_id
         self.placement, self.decode_worker = placement, ""
         self.progress.Clear()
         self.lost_early.clear()
@@ -176,13 +202,8 @@ class SequenceState:
         )
 
     def timings(self) -> inference_pb2.Timings:
-        timings = self.timeline.timings()
-        timings.prefill_worker = self.prefill_worker
-        timings.decode_worker = self.decode_worker
-        timings.transferred_bytes = self.transfer.bytes
-        timings.transferred_blocks = self.transfer.blocks
-        timings.late_bytes = self.transfer.late_bytes
-        timings.recomputed_tokens = self.transfer.recomputed_tokens
+        where = self.prefill_worker, self.decode_worker
+        timings = timings_of(self.timeline, *where, self.transfer)
         if self.placement.measured:
             timings.predicted_ttft = self.placement.predicted_ttft_s
         return timings
@@ -249,6 +270,20 @@ class ActiveRequest:
     started: bool = False  # something was sent to a worker
     ended: bool = False
     error: CrossdockError | None = None  # that ended it
+
+
+def timings_of(
+    timeline: Timeline, prefill_worker: str, decode_worker: str, transfer: pb.TransferStats
+) -> inference_pb2.Timings:
+    """When it was where, and what moved there."""
+    timings = timeline.timings()
+    timings.prefill_worker = prefill_worker
+    timings.decode_worker = decode_worker
+    timings.transferred_bytes = transfer.bytes
+    timings.transferred_blocks = transfer.blocks
+    timings.late_bytes = transfer.late_bytes
+    timings.recomputed_tokens = transfer.recomputed_tokens
+    return timings
 
 
 def make_sequences(

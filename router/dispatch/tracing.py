@@ -10,6 +10,7 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from crossdock.proto.errors import CrossdockError
+from crossdock.router.dispatch.explained import summary
 from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES
 from crossdock.router.dispatch.request import Request
 from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
@@ -64,6 +65,8 @@ def sequence_ended(sequence: SequenceState) -> None:
     if sequence.placement.reason is not None:
         reason = sequence.placement.reason.value
         span.set_attribute(f"crossdock.placement_reason.{sequence.index}", reason)
+    placements = [summary(attempt.placement) for attempt in sequence.attempts]
+    span.set_attribute(f"crossdock.placements.{sequence.index}", placements)
     span.set_attribute(f"crossdock.prefill_worker.{sequence.index}", sequence.prefill_worker)
     span.set_attribute(f"crossdock.decode_worker.{sequence.index}", sequence.decode_worker)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from crossdock.proto.errors import NotFound
+from crossdock.router.dispatch.request import request_id_of
 
 FIRST = "0" * 64  # `prev` of line 0
 MAX_FOUND = 20
@@ -139,7 +139,7 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
 def find_request(files: Sequence[Path], request_id: str) -> dict[str, Any]:
     """The newest line of a request, by its id or that of its answer. Raises NotFound."""
     asked, found = request_id, dict[str, Any]()
-    request_id = re.sub(r"^(chat)?cmpl-", "", request_id)
+    request_id = request_id_of(request_id)
     for _, data in _lines(files):
         if request_id.encode() in data:
             line = json.loads(data)

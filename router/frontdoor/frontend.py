@@ -260,6 +260,7 @@ class Frontend:
                 model=self.model_id,
                 asked_model=visit.asked_model,
                 route=visit.route,
+                response=visit.response,
                 on_end=partial(self.gate.ended, visit),
                 shown=self.text.ids_of(self.tool_format.markers) if offer.tools else frozenset(),
             )

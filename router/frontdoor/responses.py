@@ -166,6 +166,7 @@ class ResponsesDoor:
         async def read(arrival: Arrival) -> ChatBody:
             body: ResponseBody = await self._read(request, arrival, ResponseBody)
             turns.append(await self._turn(request, body))
+            arrival.visit.response = self._store.new_id(turns[0].tenant)
             return turns[0].chat
 
         async def read_prompts(frontend: Frontend, chat: ChatBody) -> tuple[str, list[list[int]]]:
@@ -173,8 +174,7 @@ class ResponsesDoor:
 
         def answer(*shared: Any, model: str, **more: Any) -> Answer:
             turn = turns[0]
-            visit = visit_of(request)
-            visit.response = self._store.new_id(turn.tenant)
+            answer_id = visit_of(request).response
 
             async def keep(answer: ResponseAnswer) -> bool:
                 return await self._store.put(turn.tenant, answer.id, turn.kept(answer))
@@ -184,7 +184,7 @@ class ResponsesDoor:
                 "model": model,
                 "how": turn.prompts[model].how,
                 "about": turn.about(),
-                "id": visit.response,
+                "id": answer_id,
                 "keep": keep,
                 "stored": turn.body.store is not False,
             }

@@ -7,7 +7,9 @@ from typing import Protocol
 
 from crossdock.proto.types import Role
 from crossdock.router.placement.demand import Demand, NoWorker
+from crossdock.router.placement.prefix_index import Level
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.weighed import Computes
 from crossdock.router.placement.workers import WorkerView
 
 # How many of each side are weighed as pairs, since each pair has a link of its own.
@@ -15,9 +17,6 @@ PREFILL_CANDIDATES = 8
 DECODE_CANDIDATES = 8
 
 
-# A worker that may compute the prompt: seconds until token 0, with what the stream loses where it
-# goes on there to the end; seconds until token 0; and which it is.
-Computes = tuple[float, float, WorkerView]
 # One that may go on from token 0: seconds of the stream, more than on the best of them; bytes to
 # pull; and which it is.
 Decodes = tuple[float, float, WorkerView]
@@ -25,6 +24,8 @@ Decodes = tuple[float, float, WorkerView]
 
 class Candidates(Protocol):
     """For one demand at one time. Of equal workers any are taken where there are too many."""
+
+    levels: list[Level]  # of the prompt's blocks, as the index had them
 
     def depth(self, worker: WorkerView) -> int:
         """Leading blocks of the prompt that it holds."""

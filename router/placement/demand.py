@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from crossdock.proto.errors import Unavailable
 from crossdock.proto.types import Role
+from crossdock.router.placement.weighed import Weighed
 from crossdock.router.placement.workers import WorkerView
 
 OUTPUT_TOKENS = 100.0  # of a completion of which nothing is known
@@ -85,6 +86,7 @@ class Placement:
     predicted_ttft_s: float
     measured: bool  # the prediction rests on what its worker measured lately of such prompts
     reason: Reason | None = None
+    weighed: Weighed | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def on(
@@ -96,6 +98,7 @@ class Placement:
         depth: int,
         ttft_s: float,
         reason: Reason,
+        weighed: Weighed | None = None,
     ) -> Placement:
         """`worker`, which holds `depth` blocks, computes the prompt; `decode`: None where it goes
         on to the end."""
@@ -108,6 +111,7 @@ class Placement:
             predicted_ttft_s=ttft_s,
             measured=worker.knows_prefill(worker.queued_tokens + uncached, now),
             reason=reason,
+            weighed=weighed,
         )
 
 

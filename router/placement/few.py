@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
+from typing import TypeVar
 
 from crossdock.proto.types import Role
 from crossdock.router.placement.candidates import (
     DECODE_CANDIDATES,
     PREFILL_CANDIDATES,
-    Computes,
     Decodes,
 )
 from crossdock.router.placement.demand import Demand
+from crossdock.router.placement.prefix_index import depths
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.weighed import Computes
 from crossdock.router.placement.workers import REUSED, WorkerView
 
-Option = tuple[float, float, WorkerView]
+Option = TypeVar("Option", Computes, Decodes)
 
 
 class FewWorkers:
@@ -25,7 +27,8 @@ class FewWorkers:
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
         self._pairs, self._demand, self._rng = view.pairs, demand, rng
         self._token_s = view.token_s
-        self._depths = view.index.depths(demand.block_hashes)
+        self.levels = view.index.levels(demand.block_hashes)
+        self._depths = depths(self.levels)
         self._usable = {
             role: view.usable(role, now, demand.avoid, tokens)
             for role, tokens in demand.held.items()
@@ -53,10 +56,10 @@ class FewWorkers:
         return [worker for worker in workers if worker.available_blocks == roomiest]
 
     def prefills(self) -> list[Computes]:
-        options = []
+        options: list[Computes] = []
         for worker in self.with_room(self._usable[Role.PREFILL]):
             ttft_s = self._ttft_s(worker)
-            options.append((ttft_s + self._evicted_s(worker), ttft_s, worker))
+            options.append((ttft_s + self._evicted_s(worker), ttft_s, 0.0, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
 
     def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
@@ -72,11 +75,11 @@ class FewWorkers:
         return self._nearest(options, DECODE_CANDIDATES, costs)
 
     def colocated(self) -> list[Computes]:
-        options = []
+        options: list[Computes] = []
         for excess_s, worker in self._streams(self.with_room(self._usable[Role.COLOCATED])):
             ttft_s = self._ttft_s(worker)
             cost_s = ttft_s + excess_s + self._evicted_s(worker)
-            options.append((cost_s, ttft_s, worker))
+            options.append((cost_s, ttft_s, excess_s, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
 
     def local(self) -> list[Computes]:
@@ -94,13 +97,13 @@ class FewWorkers:
         able = [worker for worker in able if self._has_room(worker)]
         if not able:
             return []
-        options = []
+        options: list[Computes] = []
         for excess_s, worker in self._streams(decodes):
             if worker in able:
                 cached = demand.num_tokens - demand.uncached(self.depth(worker))
                 ttft_s = min(prefill.prompt_s(cached, tokens(worker)) for prefill in prefills)
                 ttft_s += worker.numbers.running_s
-                options.append((ttft_s + excess_s, ttft_s, worker))
+                options.append((ttft_s + excess_s, ttft_s, excess_s, worker))
         return self._nearest(options, DECODE_CANDIDATES)
 
     def _ttft_s(self, worker: WorkerView) -> float:

@@ -7,18 +7,20 @@ from collections.abc import Collection, Sequence
 from operator import itemgetter
 
 from crossdock.proto.types import Role
-from crossdock.router.placement.candidates import Candidates, Computes, Decodes, nobody
+from crossdock.router.placement.candidates import Candidates, Decodes, nobody
 from crossdock.router.placement.demand import Demand, Placement, Reason
 from crossdock.router.placement.few import FewWorkers
 from crossdock.router.placement.many import ManyWorkers
 from crossdock.router.placement.view import MANY, ClusterView
+from crossdock.router.placement.weighed import Computes, Predicted, Pull
 from crossdock.router.placement.workers import WorkerView
 
 TIE_RELATIVE = 0.05
 TIE_ABSOLUTE_S = 0.0005
 BACK_OFF_S = 1e6  # a pair whose pulls fail comes after all others
 
-Pull = tuple[float, float, str]  # as of Decodes, with the worker's name
+# As of Predicted: who may compute the prompt, and these with the best of who may decode.
+Paired = tuple[Sequence[Computes], Sequence[float], Sequence[Pull], Sequence[float]]
 Way = tuple[float, Computes, WorkerView | None]  # seconds; None: it goes on where it is computed
 
 
@@ -42,9 +44,10 @@ def predicted_latency(
     ways += [choice.colocated()] if choice.among.any_of(Role.COLOCATED) else []
     if not ways:
         raise nobody(view, demand, choice.among)
-    _, (_, ttft_s, worker), decode = min(ways, key=_SECONDS)
-    reason = _REASONS[worker.role]
-    return Placement.on(worker, decode, demand, now, choice.among.depth(worker), ttft_s, reason)
+    _, (_, ttft_s, _, worker), decode = min(ways, key=_SECONDS)
+    reason, depth = _REASONS[worker.role], choice.among.depth(worker)
+    weighed = choice.weighed(demand.yields)
+    return Placement.on(worker, decode, demand, now, depth, ttft_s, reason, weighed)
 
 
 def decode_for(
@@ -66,6 +69,8 @@ class _Choice:
         self._pairs, self._now, self._rng = view.pairs, now, rng
         kind = ManyWorkers if len(view.workers) >= MANY else FewWorkers
         self.among: Candidates = kind(view, demand, now, rng)
+        self._paired: Paired = (), (), (), ()
+        self._both: list[Computes] = []  # who may do all of it
 
     @property
     def pairs(self) -> bool:
@@ -76,22 +81,25 @@ class _Choice:
         prefills = sorted(self.among.prefills(), key=_SECONDS)
         cut_off: Collection[str] = ()
         if self._pairs.any_backs_off:
-            names = [worker.name for _, _, worker in prefills]
+            names = [worker.name for *_, worker in prefills]
             cut_off = self._pairs.cut_off(names, self._now)
         decodes = self.among.decodes(cut_off)
         pulls = _pulls(decodes)
         least_s = min(excess_s + nbytes * self._pairs.least for excess_s, nbytes, _ in pulls)
         costs: list[float] = []
+        afters: list[list[float]] = []
         limit = float("inf")
-        for ttft_s, _, worker in prefills:
-            if ttft_s + least_s > limit:
+        for first_s, _, _, worker in prefills:
+            if first_s + least_s > limit:
                 break  # nor is one of those after it among the best
-            cost_s = ttft_s + min(self.after_token_0(worker.facts.name, pulls))
+            afters.append(self.after_token_0(worker.facts.name, pulls))
+            cost_s = first_s + min(afters[-1])
             costs.append(cost_s)
             limit = min(limit, _tie(cost_s))
-        prefill = prefills[self.best_of_two(costs)]
-        after = self.after_token_0(prefill[2].name, pulls)
+        chosen = self.best_of_two(costs)
+        prefill, after = prefills[chosen], afters[chosen]
         best = self.best_of_two(after)
+        self._paired = prefills, costs, pulls, after
         return prefill[0] + after[best], prefill, decodes[best][2]
 
     def colocated(self) -> Way:
@@ -125,8 +133,19 @@ class _Choice:
         return other if costs[other] < costs[one] else one
 
     def _alone(self, options: Sequence[Computes]) -> Way:
-        best = options[self.best_of_two([cost_s for cost_s, _, _ in options])]
+        self._both += options
+        best = options[self.best_of_two([option[0] for option in options])]
         return best[0], best, None
+
+    def weighed(self, yields: bool) -> Predicted:
+        """What it went by, for who asks later."""
+        prefills = self._paired[0]
+        queues = [option[3].numbers.queue_s for option in prefills]
+        if yields:
+            yielding = [option[3].numbers.yielding_s for option in prefills]
+            queues = [queue_s + more_s for queue_s, more_s in zip(queues, yielding)]
+        queues += [_before_s(worker) for _, _, _, worker in self._both]
+        return Predicted(*self._paired, self._both, queues, self.among.levels)
 
 
 _SECONDS = itemgetter(0)
@@ -139,6 +158,13 @@ _REASONS = {  # by the role of who computes the prompt
 
 def _pulls(decodes: Sequence[Decodes]) -> list[Pull]:
     return [(excess_s, nbytes, worker.facts.name) for excess_s, nbytes, worker in decodes]
+
+
+def _before_s(worker: WorkerView) -> float:
+    """Until a prompt is computed where its stream goes on: one who decodes takes a few tokens into
+    its next step."""
+    numbers = worker.numbers
+    return numbers.running_s if worker.role is Role.DECODE else numbers.queue_s
 
 
 def _tie(seconds: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,13 @@ from crossdock.proto.types import Role
 from crossdock.router.placement.candidates import (
     DECODE_CANDIDATES,
     PREFILL_CANDIDATES,
-    Computes,
     Decodes,
 )
 from crossdock.router.placement.columns import Columns, Floats, Mask, depth_by_slot
 from crossdock.router.placement.demand import Demand
+from crossdock.router.placement.prefix_index import depth_at
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.weighed import Computes
 from crossdock.router.placement.workers import REUSED, WorkerView
 
 
@@ -27,15 +29,15 @@ class ManyWorkers:
 
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
         self._pairs, self._demand, self._rng = view.pairs, demand, rng
-        self._levels = view.index.levels(demand.block_hashes)
-        by_slot = depth_by_slot(self._levels, view.num_slots) if self._levels else None
+        self.levels = view.index.levels(demand.block_hashes)
+        by_slot = depth_by_slot(self.levels, view.num_slots) if self.levels else None
         self._sides = {
             role: _Side(view.columns(role), by_slot, demand, tokens, now, view.token_s)
             for role, tokens in demand.held.items()
         }
 
     def depth(self, worker: WorkerView) -> int:
-        return next((depth for mask, depth in self._levels if mask >> worker.slot & 1), 0)
+        return depth_at(self.levels, worker.slot)
 
     def any_of(self, role: Role) -> bool:
         return self._sides[role].any
@@ -44,7 +46,8 @@ class ManyWorkers:
         side = self._sides[Role.PREFILL]
         costs = np.where(side.with_room(side.usable), side.ttft_s + side.evicted_s, np.inf)
         rows = self._nearest(costs, PREFILL_CANDIDATES)
-        return list(zip(costs[rows].tolist(), side.ttft_s[rows].tolist(), side.at(rows)))
+        ttfts = side.ttft_s[rows].tolist()
+        return list(zip(costs[rows].tolist(), ttfts, repeat(0.0), side.at(rows)))
 
     def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
         side = self._sides[Role.DECODE]
@@ -62,13 +65,15 @@ class ManyWorkers:
         side = self._sides[Role.COLOCATED]
         ttfts = side.ttft_s
         streams = np.where(side.with_room(side.usable), side.stream_s, np.inf)
-        costs = ttfts + (streams - streams[streams.argmin()]) + side.evicted_s
+        streams -= streams[streams.argmin()]
+        costs = ttfts + streams + side.evicted_s
         rows = self._nearest(costs, PREFILL_CANDIDATES)
-        return list(zip(costs[rows].tolist(), ttfts[rows].tolist(), side.at(rows)))
+        found = (each[rows].tolist() for each in (costs, ttfts, streams))
+        return list(zip(*found, side.at(rows)))
 
     def local(self) -> list[Computes]:
         demand, most = self._demand, self._demand.local_tokens
-        if not most or not any(demand.uncached(depth) <= most for _, depth in self._levels):
+        if not most or not any(demand.uncached(depth) <= most for _, depth in self.levels):
             return []
         prefills, side = self._sides[Role.PREFILL], self._sides[Role.DECODE]
         held = prefills.depth[prefills.usable].max()
@@ -83,7 +88,8 @@ class ManyWorkers:
             cached = demand.num_tokens - float(side.uncached[row])
             ttft_s = float(prefills.prompt_s(cached, float(tokens[row]))[prefills.usable].min())
             ttft_s += float(side.numbers.running_s[row])
-            options.append((ttft_s + float(streams[row]), ttft_s, side.workers[row]))
+            excess_s = float(streams[row])
+            options.append((ttft_s + excess_s, ttft_s, excess_s, side.workers[row]))
         rows = self._nearest(np.array([option[0] for option in options]), DECODE_CANDIDATES)
         return [options[row] for row in rows.tolist()]
 

@@ -10,6 +10,7 @@ looked at by itself: 1,000 of them take milliseconds.
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -18,14 +19,16 @@ from typing import TypeVar
 
 from crossdock.proto.settings import setting
 from crossdock.proto.types import Role
-from crossdock.router.placement.candidates import nobody
+from crossdock.router.placement.candidates import PREFILL_CANDIDATES, nobody
 from crossdock.router.placement.demand import Demand, Placement, Reason
 from crossdock.router.placement.few import FewWorkers
 from crossdock.router.placement.view import ClusterView
+from crossdock.router.placement.weighed import ByNumber, Compared
 from crossdock.router.placement.workers import WorkerView
 
 T = TypeVar("T")
-Choice = tuple[WorkerView, Reason]
+# Which, why, and the number of each that it went by, if by any.
+Choice = tuple[WorkerView, Reason, Sequence[float]]
 # Which of these: they compute the prompt, or (all of them decode workers) go on from token 0.
 Choose = Callable[[FewWorkers, Sequence[WorkerView]], Choice]
 
@@ -43,10 +46,10 @@ def round_robin(
     def choose(among: FewWorkers, workers: Sequence[WorkerView]) -> Choice:
         nonlocal pairs
         if workers[0].role is Role.DECODE:
-            return workers[pairs % len(workers)], Reason.IN_TURN
+            return workers[pairs % len(workers)], Reason.IN_TURN, ()
         rounds, place = divmod(turn, len(workers))
         pairs = rounds * sum(worker.role is Role.PREFILL for worker in workers) + place
-        return workers[place], Reason.IN_TURN
+        return workers[place], Reason.IN_TURN, ()
 
     return _place(view, demand, now, rng, choose)
 
@@ -92,13 +95,13 @@ class PrefixThreshold:
             loads = [worker.sequences for worker in workers]
             least, most = min(loads), max(loads)
             if most - least > self.balance_abs and most > self.balance_rel * least:
-                return _least_loaded(workers, rng)[0], Reason.IMBALANCED
+                return _any_of(least, workers, loads, rng), Reason.IMBALANCED, loads
             depths = [among.depth(worker) for worker in workers]
             deepest = max(depths)
             if deepest * demand.block_size <= self.cache_threshold * demand.num_tokens:
-                return _least_loaded(workers, rng)[0], Reason.SHORT_PREFIX
+                return _any_of(least, workers, loads, rng), Reason.SHORT_PREFIX, loads
             holders = [worker for worker, depth in zip(workers, depths) if depth == deepest]
-            return _least_loaded(holders, rng)[0], Reason.LONGEST_PREFIX
+            return _least_loaded(holders, rng)[0], Reason.LONGEST_PREFIX, depths
 
         return _place(view, demand, now, rng, choose)
 
@@ -151,7 +154,7 @@ class KvCost:
                 costs.append(cost)
             chosen = self._drawn(costs, rng)
             least = costs[chosen] == min(costs)
-            return workers[chosen], Reason.LEAST_COST if least else Reason.SAMPLED_COST
+            return workers[chosen], Reason.LEAST_COST if least else Reason.SAMPLED_COST, costs
 
         return _place(view, demand, now, rng, choose)
 
@@ -173,22 +176,42 @@ def _place(
     firsts += among.usable(Role.COLOCATED)
     if not firsts:
         raise nobody(view, demand, among)
-    worker, reason = choose(among, among.with_room(firsts))
+    able = among.with_room(firsts)
+    worker, reason, numbers = choose(among, able)
+    weighed = ByNumber(_best(able, numbers, worker, reason))
     decode = None
     if worker.role is Role.PREFILL:
-        decodes = among.usable(Role.DECODE, view.pairs.cut_off([worker.name], now))
-        decode, _ = choose(among, among.with_room(decodes))
+        able = among.with_room(among.usable(Role.DECODE, view.pairs.cut_off([worker.name], now)))
+        decode, why, numbers = choose(among, able)
+        weighed = ByNumber(weighed.computes, _best(able, numbers, decode, why), why)
     depth = among.depth(worker)
-    ttft_s = worker.ttft_s(
-        demand.num_tokens - demand.uncached(depth), demand.uncached(depth), demand.yields
-    )
-    return Placement.on(worker, decode, demand, now, depth, ttft_s, reason)
+    tokens = demand.uncached(depth)
+    prompt = demand.num_tokens - tokens, tokens
+    ttft_s = worker.ttft_s(*prompt, demand.yields)
+    weighed = weighed._replace(before_s=ttft_s - worker.prompt_s(*prompt))
+    return Placement.on(worker, decode, demand, now, depth, ttft_s, reason, weighed)
+
+
+def _best(
+    workers: Sequence[WorkerView], numbers: Sequence[float], chosen: WorkerView, reason: Reason
+) -> list[Compared]:
+    """What is told of them later: the best, and the one that was chosen."""
+    sign = -1 if reason is Reason.LONGEST_PREFIX else 1
+    others = [(sign * n, i) for i, n in enumerate(numbers) if workers[i] is not chosen]
+    told = heapq.nsmallest(PREFILL_CANDIDATES - 1, others)
+    told += [(sign * n, i) for i, n in enumerate(numbers) if workers[i] is chosen]
+    return [(workers[i].name, numbers[i]) for _, i in sorted(told)]
 
 
 def _least_loaded(workers: Sequence[WorkerView], rng: random.Random) -> Choice:
-    least = min(worker.sequences for worker in workers)
-    tied = [worker for worker in workers if worker.sequences == least]
-    return _any(tied, rng), Reason.LEAST_LOADED
+    loads = [worker.sequences for worker in workers]
+    return _any_of(min(loads), workers, loads, rng), Reason.LEAST_LOADED, loads
+
+
+def _any_of(
+    number: float, workers: Sequence[WorkerView], numbers: Sequence[float], rng: random.Random
+) -> WorkerView:
+    return _any([worker for worker, has in zip(workers, numbers) if has == number], rng)
 
 
 def _any(options: Sequence[T], rng: random.Random) -> T:

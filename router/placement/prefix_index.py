@@ -62,13 +62,7 @@ class PrefixIndex:
 
     def depths(self, block_hashes: Sequence[bytes]) -> dict[int, int]:
         """Slot -> how many leading blocks of the chain it holds; who holds none is absent."""
-        found: dict[int, int] = {}
-        for mask, depth in self.levels(block_hashes):
-            while mask:
-                lowest = mask & -mask
-                found[lowest.bit_length() - 1] = depth
-                mask ^= lowest
-        return found
+        return depths(self.levels(block_hashes))
 
     def levels(self, block_hashes: Sequence[bytes]) -> list[Level]:
         """The same by depth: which workers hold so many leading blocks and no more.
@@ -113,3 +107,19 @@ class PrefixIndex:
         while len(self._alone) <= slot:
             self._alone.append(1 << len(self._alone))
         return self._alone[slot]
+
+
+def depths(levels: Iterable[Level]) -> dict[int, int]:
+    """The same by slot."""
+    found: dict[int, int] = {}
+    for mask, depth in levels:
+        while mask:
+            lowest = mask & -mask
+            found[lowest.bit_length() - 1] = depth
+            mask ^= lowest
+    return found
+
+
+def depth_at(levels: Iterable[Level], slot: int) -> int:
+    """Of one worker."""
+    return next((depth for mask, depth in levels if mask >> slot & 1), 0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
 
-from crossdock.proto.steps import attention
+from crossdock.proto.steps import YIELDING_SHARE, attention
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.router.placement.speed import (
@@ -273,6 +273,9 @@ class WorkerView:
             yielding_attention = load.yielding_attention + unseen.yielding_attention
         attended = load.queued_attention + unseen.attention - yielding_attention
         token_s = chunk_s / chunk_tokens + slope
+        begun_s = 0.0  # of a chunk that yielded to nobody, half of which is over on the average
+        if yielding:
+            begun_s = (base + min(yielding, chunk_tokens / YIELDING_SHARE) * slope) / 2
         return Numbers(
             -1 if load.draining else facts.most_tokens,
             float("-inf")
@@ -285,7 +288,7 @@ class WorkerView:
             facts.block_bytes,
             queued,
             sequences,
-            (queued - yielding) * token_s + attended * attention_s,
+            (queued - yielding) * token_s + attended * attention_s + begun_s,
             yielding * token_s + yielding_attention * attention_s,
             chunk_tokens,
             chunk_s,

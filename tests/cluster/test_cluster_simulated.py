@@ -14,6 +14,7 @@ from ray_kit import serving
 
 from crossdock.client import Client
 from crossdock.deploy import admin
+from crossdock.proto.errors import NotFound
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 MANIFEST = Path(__file__).resolve().parents[2] / "deploy" / "manifests" / "simulated.yaml"
@@ -39,7 +40,19 @@ def test_the_manifest_serves_without_a_model(tmp_path: Path) -> None:
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=30) as answer:
-            assert json.load(answer)["choices"][0]["message"]["content"].isascii()
+            told = json.load(answer)
+        assert told["choices"][0]["message"]["content"].isascii()
+        found = admin.explain(told["id"], cluster.admin)
+        [sequence] = found.sequences
+        [placement] = sequence.placements
+        assert f"chatcmpl-{found.request_id}" == told["id"] and not found.running
+        assert {each.worker for each in placement.computing} == {"prefill-0", "prefill-1"}
+        assert {each.worker for each in placement.decoding} == {"decode-0", "decode-1"}
+        assert sequence.timings.prefill_worker == placement.prefill
+        assert sequence.timings.decode_worker == placement.decoded_on == placement.decode
+        assert sequence.generated_tokens == told["usage"]["completion_tokens"]
+        with pytest.raises(NotFound, match="is not known to gateway-0: it is"):
+            admin.explain("nobody's", cluster.admin)
         workers = admin.status(cluster.admin).workers
         assert sorted(w.pool for w in workers) == ["decode"] * 2 + ["prefill"] * 2
         for worker in workers:

@@ -52,6 +52,7 @@ class FakeProcess(Applies):
         self.was: list[str] = []  # its names before it changed its role
         self.served = Traffic()  # what a gateway has counted
         self.deaf = False  # does not say it
+        self.explained: dict[str, bytes] = {}  # what a gateway knows, by request id
         self.serving: Serving | None = None  # what a gateway was told of models
         self.slow_updates = 0  # so many of the next ones take their time
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -129,6 +130,11 @@ class FakeProcess(Applies):
         if self.deaf:
             raise ProcessGone("deaf")
         return {"": self.served}
+
+    async def explain(self, request_id: str) -> bytes:
+        if self.deaf:
+            raise ProcessGone("deaf")
+        return self.explained.get(request_id, b"")
 
     async def listening(self) -> list[Listening]:
         return [Listening("fake", self.number, "0.0.0.0", self.number)]

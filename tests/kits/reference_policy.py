@@ -89,8 +89,9 @@ class Reference:
         late_attention += sum(each.attention for each in unseen if each.yields)
         if worker.role is not Role.PREFILL:
             late, late_attention = 0, 0.0
+        begun_s = (base + min(late, self.chunk(worker) / 4) * slope) / 2 if late else 0.0
         attended = load.queued_attention + sum(each.attention for each in unseen)
-        urgent_s = seconds(self.queued(worker) - late, attended - late_attention)
+        urgent_s = seconds(self.queued(worker) - late, attended - late_attention) + begun_s
         return urgent_s + (seconds(late, late_attention) if self.demand.yields else 0.0)
 
     def step_s(self, worker: WorkerView, sequences: int) -> float:

@@ -129,7 +129,7 @@ def test_steps_taken_together_change_next_to_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(engine, "MOST_STEPS", 1)
     apart = report("p", simulated(trace), spec.slo)
     for name in ("ttft_p50", "ttft_p90", "tpot_mean", "tpot_p99"):
-        assert getattr(together, name) == pytest.approx(getattr(apart, name), rel=0.05)
+        assert getattr(together, name) == pytest.approx(getattr(apart, name), rel=0.1)
     assert together.output_tokens == apart.output_tokens
 
 

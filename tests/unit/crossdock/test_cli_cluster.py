@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import run
+from cli_kit import fake_admin, run
 
 import crossdock.deploy
 from crossdock.cli_cluster import what_is_wrong
-from crossdock.deploy import admin
 from crossdock.proto import errors
 from crossdock.proto.v1 import admin_pb2, worker_pb2
 
@@ -55,19 +52,6 @@ def cluster() -> admin_pb2.ClusterStatus:
         generation=3,
         waiting_for=["decode-0 is starting: exit 7"],
     )
-
-
-def fake_admin(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
-    """Fakes that take what the real functions take, so that a wrong call still fails."""
-    for name, function in functions.items():
-        real = inspect.signature(getattr(admin, name))
-
-        def checked(*args: Any, _real: Any = real, _do: Any = function, **named: Any) -> Any:
-            bound = _real.bind(*args, **named)
-            bound.apply_defaults()
-            return _do(**bound.arguments)
-
-        monkeypatch.setattr(admin, name, checked)
 
 
 def test_status_shows_workers_gateways_and_decisions(

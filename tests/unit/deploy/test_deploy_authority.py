@@ -195,6 +195,7 @@ async def test_of_several_the_one_for_the_address_is_taken(controller, store, ad
 async def test_nobody_but_an_operator_gets_an_answer_from_admin(controller, address, tmp_path):
     requests = {
         "GetClusterStatus": admin_pb2.GetClusterStatusRequest(),
+        "Explain": admin_pb2.ExplainRequest(request_id="any"),
         "Apply": admin_pb2.ApplyRequest(yaml="{}"),
         "Scale": admin_pb2.ScaleRequest(pool="decode", replicas=0),
         "Down": admin_pb2.DownRequest(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import count
 
 import pytest
@@ -46,8 +47,10 @@ def shape(plan: StepPlan | None) -> list[tuple[str, int, int, bool]]:
     return [(c.sequence.sequence_id, c.start, c.length, c.sample) for c in chunks]
 
 
-def prefill_step(scheduler: PrefillScheduler) -> list[tuple[str, int, int, bool]]:
-    plan = scheduler.schedule()
+def prefill_step(
+    scheduler: PrefillScheduler, together: float = math.inf
+) -> list[tuple[str, int, int, bool]]:
+    plan = scheduler.schedule(together)
     for chunk in plan.chunks if plan else ():
         scheduler.computed(chunk)
     return shape(plan)
@@ -66,6 +69,20 @@ def test_prefill_chunks_fill_the_budget_in_order_of_arrival() -> None:
     assert prefill_step(scheduler) == [(a.sequence_id, 100, 30, True), (b.sequence_id, 0, 50, True)]
     assert prefill_step(scheduler) == []
     assert scheduler.waiting == scheduler.running == scheduler.queued.tokens == 0
+
+
+def test_prompts_share_a_step_only_as_far_as_that_saves_time() -> None:
+    scheduler = PrefillScheduler(BlockPool(64, BLOCK), chunk_tokens=100)
+    a, b, c = sequence([7] * 130), sequence([8] * 50), sequence([9] * 10)
+    for prompt in (a, b, c):
+        scheduler.add(prompt)
+    assert prefill_step(scheduler, 40) == [(a.sequence_id, 0, 100, False)], "one alone has it all"
+    assert prefill_step(scheduler, 40) == [
+        (a.sequence_id, 100, 30, True),
+        (b.sequence_id, 0, 10, False),
+    ]
+    assert prefill_step(scheduler, 40) == [(b.sequence_id, 10, 40, True)]
+    assert prefill_step(scheduler, 40) == [(c.sequence_id, 0, 10, True)]
 
 
 def test_cached_tokens_of_waiting_prompts_are_not_queued() -> None:
