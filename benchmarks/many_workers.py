@@ -1,7 +1,7 @@
 """What many workers cost a gateway: CPU seconds of its process for a streamed request, and how late
 its event loop is, before 200 simulated workers and before two of them, in turn in one run.
 
-The workers are stand-ins that compute nothing (light_workers.py), so that what is measured is the
+The workers are fakes that compute nothing (light_workers.py), so that what is measured is the
 gateway, and share `--hosts` processes. Both gateways are processes of their own. What the hosts
 used of a core is told with each round: much less than one, or the gateway waits for them.
 
