@@ -1,9 +1,9 @@
 """What many workers cost a gateway: CPU seconds of its process for a streamed request, and how late
 its event loop is, before 200 simulated workers and before two of them, in turn in one run.
 
-The workers are real (gRPC, roles, schedulers, block pools, an engine thread each), on a simulated
-engine, and share `--hosts` processes. Both gateways are processes of their own. It wants a core for
-each: where the hosts get too little of one, they answer no ping in time and gateways leave them.
+The workers are fakes that compute nothing (light_workers.py), so that what is measured is the
+gateway, and share `--hosts` processes. Both gateways are processes of their own. What the hosts
+used of a core is told with each round: much less than one, or the gateway waits for them.
 
     python benchmarks/many_workers.py
     python benchmarks/many_workers.py --workers 64 --concurrency 128 --requests 256   # smaller
@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from gateway_cpu import KEY, Child, GrpcClient, HttpClient, load, told
+from light_workers import LightWorker
 
 from crossdock.model.store import SIMULATED
-from crossdock.proto.types import WorkerEndpoint
+from crossdock.proto.types import Role, WorkerEndpoint
 
 LAG_EVERY_S = 0.01
 PREFILL_SHARE = 0.1  # of the workers; at least one
@@ -36,33 +37,17 @@ LIMITS = {"http": 2.0, "grpc": 1.5}  # ms of CPU a request, aimed at
 
 
 async def host(pipe: Connection, roles: str, first: int, step_s: float) -> None:
-    """Workers of these roles in this process, one after the other."""
-    from crossdock.decode import role as decode
-    from crossdock.engine.profiles import Profile
-    from crossdock.engine.simulated import Settings
-    from crossdock.prefill import role as prefill
-    from crossdock.proto.types import Role
-    from crossdock.worker.config import WorkerConfig
-
-    engine = Settings(profile=Profile(decode_s=step_s, prefill_s=0.002, kv_bytes_per_token=64))
-    servers = []
+    """Workers of these roles in this process."""
+    workers, endpoints = [], []
     for number, letter in enumerate(roles, first):
         role = Role.PREFILL if letter == "p" else Role.DECODE
-        config = WorkerConfig(
-            name=f"{role}-{number}", pool=str(role), role=role, cluster_key=KEY, model=SIMULATED,
-            engine=engine, home=Path(os.devnull), transport="local", max_batch=512,
-            chunk_tokens=2048, kv_memory_mb=8,
-        )  # fmt: skip
-        servers.append((prefill if role is Role.PREFILL else decode).create(config))
-        await servers[-1].start()
-    pipe.send([asdict(server.endpoint) for server in servers])
-    async for members in told(pipe):
-        if members is None:
-            pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-            continue
-        for server in servers:
-            await server.update_peers(members)
-        pipe.send(True)
+        workers.append(LightWorker(f"{role}-{number}", role, step_s))
+        endpoints.append(await workers[-1].start())
+    pipe.send([asdict(endpoint) for endpoint in endpoints])
+    async for _ in told(pipe):
+        pipe.send((time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    for worker in workers:
+        await worker.stop()
 
 
 async def gateway(pipe: Connection) -> None:
@@ -118,26 +103,32 @@ class Cluster:
         members = [WorkerEndpoint(**each) for each in described]
         self.front = Child(gateway)
         self.addresses = dict(zip(("grpc", "http"), self.front.pipe.recv()))
-        for child in (*self.hosts, self.front):
-            child.ask(members)
+        self.front.ask(members)
         self.start_s = time.monotonic() - began
 
     @property
     def megabytes(self) -> float:
         """Of all workers' processes."""
-        return sum(child.ask(None) for child in self.hosts) / 1024
+        return sum(child.ask(None)[1] for child in self.hosts) / 1024
+
+    @property
+    def hosts_s(self) -> float:
+        """CPU seconds of the busiest of them."""
+        return max(float(child.ask(None)[0]) for child in self.hosts)
 
     async def measure(
         self, kind: str, options: argparse.Namespace, number: int
-    ) -> tuple[float, list[float]]:
-        """Milliseconds of CPU a request, and the loop's delays."""
+    ) -> tuple[float, list[float], float]:
+        """Milliseconds of CPU a request, the loop's delays, and the hosts' share of a core."""
         client = CLIENTS[kind](self.addresses[kind], options.tokens)
         await load(client, options.concurrency, options.concurrency, number)  # connections
         before, _ = self.front.ask(None)
+        hosts_s, began = self.hosts_s, time.monotonic()
         await load(client, options.requests, options.concurrency, number + 1)
         after, late = self.front.ask(None)
+        busy = (self.hosts_s - hosts_s) / (time.monotonic() - began)
         await client.close()
-        return 1000 * (after - before) / options.requests, late
+        return 1000 * (after - before) / options.requests, late, busy
 
     def end(self) -> None:
         for child in (self.front, *self.hosts):
@@ -149,12 +140,12 @@ async def rounds(clusters: dict[int, Cluster], options: argparse.Namespace) -> d
     for number in range(options.rounds):
         for kind in CLIENTS:
             for workers, cluster in clusters.items():
-                cpu_ms, late = await cluster.measure(kind, options, 2 * number)
+                cpu_ms, late, busy = await cluster.measure(kind, options, 2 * number)
                 found.setdefault(kind, {}).setdefault(workers, []).append((cpu_ms, late))
                 p99 = 1000 * statistics.quantiles(late, n=100)[-1]
                 print(
                     f"{kind}, {workers} workers: {cpu_ms:.2f} ms of gateway CPU a request, loop "
-                    f"late by {p99:.1f} ms p99",
+                    f"late by {p99:.1f} ms p99, hosts {100 * busy:.0f} % of a core",
                     flush=True,
                 )
     return {kind: summed(of, kind) for kind, of in found.items()}
@@ -178,7 +169,7 @@ def summed(of: dict[int, list[tuple[float, list[float]]]], kind: str) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=200)
-    parser.add_argument("--hosts", type=int, default=4, help="processes that the workers share")
+    parser.add_argument("--hosts", type=int, default=2, help="processes that the workers share")
     parser.add_argument("--requests", type=int, default=1500)
     parser.add_argument("--concurrency", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=64)

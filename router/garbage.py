@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 
-# Of objects that are made and not freed, before the youngest are looked through: some 2 ms. By
-# default it is 700, which a batch of requests makes in a step, though few leave cycles behind.
-YOUNG_OBJECTS = 20_000
+# Of objects that are made and not freed, before the youngest are looked through: 0.5 ms, or 3 ms to
+# free them where all are garbage. By default it is 700, which a batch of requests makes in a step,
+# though few leave cycles behind.
+YOUNG_OBJECTS = 5_000
 ROUNDS = 20  # of the younger, before the older ones are looked through
 
 

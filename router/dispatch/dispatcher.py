@@ -38,7 +38,7 @@ from crossdock.router.dispatch.links import Links
 from crossdock.router.dispatch.losses import Losses
 from crossdock.router.dispatch.metrics import ModelMetrics
 from crossdock.router.dispatch.outputs import Outputs
-from crossdock.router.dispatch.ports import Timer, Timers
+from crossdock.router.dispatch.ports import Timers
 from crossdock.router.dispatch.recent import Recent
 from crossdock.router.dispatch.request import Request, ResponseStream
 from crossdock.router.dispatch.sequence import ActiveRequest, Phase, SequenceState, make_sequences
@@ -101,7 +101,6 @@ class Dispatcher:
         self._hand_offs = HandOffs(view, links, hasher, self._eos, self._rng)
         self._retry_after_s = partial(retry_after_s, view)
         self._turn = 0
-        self._pump: Timer | None = None  # that is due
         self._count = self._arrivals = 0
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._numbered: dict[int, SequenceState] = {}  # the same, by their attempts' numbers
@@ -114,6 +113,7 @@ class Dispatcher:
             lambda: view.busy(clock()),
             self._shed,
             lambda: self.deadlines.part,
+            timers.call_later,
         )
         self._waiting = Waiting(
             timers, limits.worker_wait_s, lambda each, why: self._end(each.active, why, "no worker")
@@ -229,7 +229,7 @@ class Dispatcher:
         """It is begun when its tenant's turn comes."""
         sequence.phase = Phase.ROUTING
         self._turns.add(sequence)
-        self._turns.pump()
+        self._turns.pump_later(0.0)  # of many at once, only some in this turn
 
     def _admit(self, request: Request, now: float) -> None:
         if self.retired:
@@ -328,16 +328,12 @@ class Dispatcher:
 
     def on_load(self, worker: WorkerView) -> None:
         """A worker said how it stands: it may take another sequence."""
-        if self._turns and self._pump is None and takes_more(worker, self._clock()):
+        if self._turns and not self._turns.pumps_later and takes_more(worker, self._clock()):
             if self._clock() < self.view.shared_until:
                 # All gateways hear of it at once: the first to send is seen by the others.
-                self._pump = self._timers.call_later(self._rng.random() * APART_S, self._pump_now)
+                self._turns.pump_later(self._rng.random() * APART_S)
             else:
                 self._turns.pump()
-
-    def _pump_now(self) -> None:
-        self._pump = None
-        self._turns.pump()
 
     def _guarded(self, sequence: SequenceState, step: Step) -> None:
         try:
@@ -399,6 +395,7 @@ class Dispatcher:
             self.metrics.e2e.observe(now - active.request.received)
         tracing.end(active, error, now)
         tell(active, self.view, error, now)
+        active.sequences = []  # each of which holds the request
         active.stream.end(error)
 
     def _release_holders(self, sequence: SequenceState) -> None:

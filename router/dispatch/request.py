@@ -176,6 +176,7 @@ class ResponseStream:
     def end(self, error: CrossdockError | None = None) -> None:
         self.ended = True
         self._error = error
+        self._on_close = _nothing  # what it was holds the request, which holds this
         self._wake()
 
     # -- the reader's side --------------------------------------------------------------------
@@ -219,12 +220,15 @@ class ResponseStream:
 
     def close(self) -> None:
         """The reader is gone: whatever still runs for it stops."""
-        if not self.ended:
-            self._on_close()
+        self._on_close()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _merge(into: dict[int, Delta], delta: Delta) -> None:

@@ -26,6 +26,8 @@ OWED_TOKENS = 4096  # that a new tenant may have before the others go on
 BURST_CHUNKS = 8  # of each worker, that a tenant may have which asked for less than its share
 SHED_EVERY_S = 0.02  # it is looked whose deadlines cannot be met any more
 KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
+TURN_TOKENS = 65_536  # begun in one turn of the loop, some 5 ms
+BEGIN_TOKENS = 2048  # as which it counts that a sequence is begun, whatever its length
 EXPECTED_TOKENS = 256  # of a completion at the most, as far as its cost is weighed
 
 
@@ -39,7 +41,8 @@ class Turns:
     """Sequences that are to be begun. `room` says whether a worker would take another one soon,
     `begin` begins one and raises nothing; `shed` hears of one with a deadline that is not in time,
     and of the predicted seconds until its first token, and may end it; `least_part`: of what is
-    predicted, that things take at the least. `due` and `work_of` are a Line's."""
+    predicted, that things take at the least; `later` calls after so many seconds. `due` and
+    `work_of` are a Line's."""
 
     def __init__(
         self,
@@ -51,7 +54,10 @@ class Turns:
         busy: Callable[[], Busy] = Busy,
         shed: Callable[[SequenceState, float], object] = lambda sequence, seconds: None,
         least_part: Callable[[], float] = lambda: 1.0,
+        later: Callable[[float, Callable[[], None]], object] = lambda in_s, then: then(),
     ) -> None:
+        self.pumps_later = False
+        self._later = later
         self._shed, self._least_part, self._shed_at = shed, least_part, -math.inf
         self._room, self._begin, self._clock = room, begin, clock
         self._busy, self._late = busy, Late(busy)
@@ -92,15 +98,31 @@ class Turns:
             self._trim(sequence.active.request.tenant, queue)
 
     def pump(self) -> None:
-        """Begins what there is room for, and sheds what has come too late for it."""
+        """Begins what there is room for, some of it in each turn of the loop, and sheds what has
+        come too late for it."""
         if self._where and self._clock() - self._shed_at >= SHED_EVERY_S:
             self._shed_at = self._clock()
             self._shed_late()
+        left = TURN_TOKENS
         while self._where and self._room():
+            if left <= 0:
+                return self.pump_later(0.0)
             sequence = self._next()
             if sequence is None:
-                return
+                return None
+            left -= BEGIN_TOKENS + sequence.prompt_tokens
             self._begin(sequence)
+        return None
+
+    def pump_later(self, in_s: float) -> None:
+        """Does so in a while, unless that is to come anyway."""
+        if not self.pumps_later:
+            self.pumps_later = True
+            self._later(in_s, self._pump_now)
+
+    def _pump_now(self) -> None:
+        self.pumps_later = False
+        self.pump()
 
     def seconds_before(self, tenant: str, priority: int, due: float) -> float:
         """For which what goes before another sequence of a tenant keeps the workers: those of its

@@ -108,6 +108,7 @@ class Gate:
         cost = self._close(visit, ended.prompt_tokens, ended.cached_tokens, ended.generated_tokens)
         self._usage.add(visit.principal, visit.model, ended, cost)
         self._write(visit, ended.error, ended)
+        visit.request = None  # which holds the visit
 
     def _close(self, visit: Visit, prompt: int = 0, cached: int = 0, generated: int = 0) -> float:
         """Gives back what it held; returns what it cost."""

@@ -70,6 +70,7 @@ def refuse(context: Any, error: Exception) -> None:
     trailers.append(("retriable", "true" if error.retriable else "false"))
     trailers.append((DETAILS_KEY, details_of(error).SerializeToString()))
     context.refuse(grpc.StatusCode[error.grpc_status], str(error), tuple(trailers))
+    error.__traceback__ = None  # of frames that hold the error
 
 
 async def abort(context: Any, error: CrossdockError) -> NoReturn:

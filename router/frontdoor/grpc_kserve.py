@@ -270,6 +270,7 @@ async def _first(answer: Coroutine[Any, Any, Any], serving: asyncio.Task[None]) 
 
 
 def _failed(request: Any, error: CrossdockError) -> pb.ModelStreamInferResponse:
+    error.__traceback__ = None  # of frames that hold the error
     failed = pb.ModelStreamInferResponse(error_message=str(error))
     failed.infer_response.id = getattr(request, "id", "")
     failed.infer_response.parameters[fmt.FINAL].bool_param = True  # nothing follows of this one

@@ -109,16 +109,22 @@ async def answered(request: web.Request, handler: Handler, outcome: Outcome) -> 
     try:
         return await handler(request)
     except CrossdockError as error:
-        found = error
+        return _told(request, error, outcome)
     except web.HTTPException as error:
-        found = _named(request, error)
+        error.__traceback__ = None  # of frames that hold what it was found under
+        return _told(request, _named(request, error), outcome)
     except ConnectionError:
         raise
     except Exception:
         log.exception("%s %s failed", request.method, show(request.path))
-        found = CrossdockError("internal error; the gateway's log has it")
-    outcome(found)
-    return error_response(found, request.path)
+        hidden = CrossdockError("internal error; the gateway's log has it")
+        return _told(request, hidden, outcome)
+
+
+def _told(request: web.Request, error: CrossdockError, outcome: Outcome) -> web.Response:
+    outcome(error)
+    error.__traceback__ = None  # of frames that hold what raised it, which holds it
+    return error_response(error, request.path)
 
 
 def _named(request: web.Request, error: web.HTTPException) -> CrossdockError:

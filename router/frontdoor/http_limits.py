@@ -141,6 +141,7 @@ class Connection(web.RequestHandler):
         """The answer to what no handler saw: HTTP that cannot be parsed, mostly."""
         if isinstance(exc, HttpProcessingError):
             error: CrossdockError = _malformed(exc)
+            exc.__traceback__ = None  # of aiohttp's frame that holds it
             log.info("%s: %s", _peer(self), error)
         else:
             error = CrossdockError("internal error; the gateway's log has it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -92,28 +93,28 @@ class Answer(ABC):
         body = self._head(self.event_kind) | {"choices": [], "usage": self._usage()}
         return b"data: " + _encode(body) + b"\n\n" + done
 
-    def whole(self, deltas: Sequence[Delta]) -> bytes:
-        """The answer of a request that was not streamed; one delta an index."""
+    async def told(self, deltas: Sequence[Delta]) -> bytes:
+        """The answer of a request that was not streamed; one delta an index. Others run between
+        them: one may be thousands of log-probabilities."""
+        await self.prepare(deltas)
         choices = []
-        for delta in deltas:
-            self._take(delta, first=True)
-            choices.append(
-                {
-                    "index": delta.index,
-                    **self._content(delta),
-                    "logprobs": self._logprobs_of(delta),
-                    "finish_reason": delta.finish_reason,
-                }
-            )
+        for at, delta in enumerate(deltas):
+            if at:
+                await asyncio.sleep(0)
+            choices.append(self._choice(delta))
         return self._body(choices)
 
     def _body(self, choices: Sequence[Any]) -> bytes:
         return _encode(self._head(self.kind) | {"choices": choices, "usage": self._usage()})
 
-    async def told(self, deltas: Sequence[Delta]) -> bytes:
-        """`whole`, once what must come before it is done."""
-        await self.prepare(deltas)
-        return self.whole(deltas)
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        self._take(delta, first=True)
+        return {
+            "index": delta.index,
+            **self._content(delta),
+            "logprobs": self._logprobs_of(delta),
+            "finish_reason": delta.finish_reason,
+        }
 
     async def end(self) -> bytes:
         """`last_events`, likewise."""

@@ -18,12 +18,24 @@ STREAMS_AHEAD = 0.25  # of a batch: what is prefilled while others still decode
 def has_room(view: ClusterView, now: float) -> bool:
     """Whether some path through the cluster has room; also where there is no path at all, since
     that is not what turns are for."""
-    usable = {role: view.usable(role, now, tokens=1) for role in Role}
-    pair, colocated = (usable[Role.PREFILL], usable[Role.DECODE]), usable[Role.COLOCATED]
-    if not all(pair) and not colocated:
+    colocated = _some_take_more(view, Role.COLOCATED, now)
+    if colocated:
         return True
-    some = (any(takes_more(worker, now) for worker in side) for side in (colocated, *pair))
-    return next(some) or all(some)
+    pair = [_some_take_more(view, role, now) for role in (Role.PREFILL, Role.DECODE)]
+    if None in pair:
+        return colocated is None
+    return all(pair)
+
+
+def _some_take_more(view: ClusterView, role: Role, now: float) -> bool | None:
+    """Whether a usable worker of a role has room; None: there is none. Of many the first with room
+    is the last that is looked at."""
+    found = None
+    for worker in view.some_usable(role, now):
+        if takes_more(worker, now):
+            return True
+        found = False
+    return found
 
 
 def has_place(view: ClusterView, demand: Demand, now: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from crossdock.proto import events
@@ -186,6 +186,20 @@ class ClusterView:
             return fresh or alive
         untried = [w for w in alive if w.name not in avoid]
         return [w for w in fresh if w.name not in avoid] or fresh or untried or alive
+
+    def some_usable(self, role: Role, now: float) -> Iterator[WorkerView]:
+        """The same for a sequence of one token, one after the other as they are asked for."""
+        stale, any_fresh = [], False
+        for worker in self._columns[role].workers:
+            if worker.numbers.most_tokens < 1:
+                continue
+            if worker.is_stale(now):
+                stale.append(worker)
+            else:
+                any_fresh = True
+                yield worker
+        if not any_fresh:
+            yield from stale
 
     @property
     def num_slots(self) -> int:

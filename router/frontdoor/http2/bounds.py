@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 WHOLE_S = 60.0  # from the head of a call to the end of its only message
 FIRST_S = 0.2  # for the first message of a stream that is refused
@@ -54,6 +55,13 @@ class Patience:
         return self._left < 0
 
 
+class Holder(Protocol):
+    """A call that holds what came for it."""
+
+    def give_up(self) -> None:
+        """Drops that, and ends."""
+
+
 class Held:
     """Bytes of messages that came and are not read yet, over all connections. Where they are more
     than `most`, the call that holds the longest is told to give up."""
@@ -61,19 +69,19 @@ class Held:
     def __init__(self, most: int) -> None:
         self.most = most
         self.bytes = 0
-        self._by: dict[Callable[[], object], int] = {}  # oldest first
+        self._by: dict[Holder, int] = {}  # oldest first
 
-    def add(self, give_up: Callable[[], object], size: int) -> None:
-        """`give_up` of the call that has `size` bytes more, or fewer where negative."""
+    def add(self, holder: Holder, size: int) -> None:
+        """`holder` has `size` bytes more, or fewer where negative."""
         self.bytes += size
-        holds = self._by.get(give_up, 0) + size
+        holds = self._by.get(holder, 0) + size
         if holds:
-            self._by[give_up] = holds
+            self._by[holder] = holds
         else:
-            self._by.pop(give_up, None)
+            self._by.pop(holder, None)
         if size > 0:  # who gives up comes here too
             while self.bytes > self.most and self._by:
-                next(iter(self._by))()
+                next(iter(self._by)).give_up()
 
 
 def most_held(limit: int) -> int:

@@ -133,7 +133,8 @@ class Context:
         else:
             self._close()
         if self._task is not None:
-            self._task.cancel()
+            task, self._task = self._task, None  # which would keep it, and why it was cancelled
+            task.cancel()
 
     # -- the call -----------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from functools import partial
 
 from crossdock.proto.http2 import frames
 from crossdock.proto.http2.frames import (
@@ -143,7 +142,6 @@ class Stream:
         self._arrived: asyncio.Future[None] | None = None
         self._owed = 0  # bytes for which the client gets room again
         self._waits_with = 0  # bytes that are held until the first message is here
-        self._give_up = partial(self.fail, 8, f"unread messages hold over {held.most} bytes")
 
     # -- what is sent -------------------------------------------------------------------------
 
@@ -223,7 +221,7 @@ class Stream:
     def wait(self, size: int) -> None:
         """A call of so many bytes waits for its first message, and they count as that does."""
         self._waits_with = size
-        self._held.add(self._give_up, size)
+        self._held.add(self, size)
 
     def receive(self, data: bytes, counted: int) -> None:
         """DATA came, that used `counted` bytes of the window. Raises StreamFault."""
@@ -238,7 +236,7 @@ class Stream:
         if self.failure is not None or not self.open:
             return
         self._received += data
-        self._held.add(self._give_up, len(data))
+        self._held.add(self, len(data))
         self._cut()
         self._make_room()
 
@@ -257,6 +255,10 @@ class Stream:
         self.drop()
         self._wake()
 
+    def give_up(self) -> None:
+        """See bounds.Holder."""
+        self.fail(8, f"unread messages hold over {self._held.most} bytes")
+
     def drop(self) -> None:
         """Forgets what is not read."""
         queued = sum(len(data) + QUEUED_BYTES for _, data in self._messages)
@@ -265,7 +267,7 @@ class Stream:
         self._received.clear()
         self._messages.clear()
         if size:
-            self._held.add(self._give_up, -size)
+            self._held.add(self, -size)
 
     def close(self) -> None:
         """The stream is over, both ways."""
@@ -294,7 +296,7 @@ class Stream:
         if not self._messages:
             return None
         found = self._messages.popleft()
-        self._held.add(self._give_up, -len(found[1]) - QUEUED_BYTES - self._waits_with)
+        self._held.add(self, -len(found[1]) - QUEUED_BYTES - self._waits_with)
         self._waits_with = 0
         self._make_room()
         return found
@@ -316,7 +318,7 @@ class Stream:
             self._messages.append((flag == 1, bytes(data[start:at])))
         if found:
             del data[:at]
-            self._held.add(self._give_up, found * (QUEUED_BYTES - MESSAGE_BYTES))
+            self._held.add(self, found * (QUEUED_BYTES - MESSAGE_BYTES))
             self._wake()
         if wrong is not None:
             self.fail(*wrong)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,21 +49,15 @@ class ToolAnswer(ChatAnswer):
             _encode(said.finish_reason),
         )
 
-    def whole(self, deltas: Sequence[Delta]) -> bytes:
-        """See Answer.whole."""
-        choices = []
-        for delta in deltas:
-            self._take(delta, first=False)
-            said = self._reading.take(delta)
-            choices.append(
-                {
-                    "index": delta.index,
-                    "message": {"role": "assistant", "refusal": None} | _message(said),
-                    "logprobs": self._logprobs_of(delta),
-                    "finish_reason": said.finish_reason,
-                }
-            )
-        return self._body(choices)
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        self._take(delta, first=False)
+        said = self._reading.take(delta)
+        return {
+            "index": delta.index,
+            "message": {"role": "assistant", "refusal": None} | _message(said),
+            "logprobs": self._logprobs_of(delta),
+            "finish_reason": said.finish_reason,
+        }
 
 
 def _message(said: Gained) -> dict[str, Any]:

@@ -85,6 +85,7 @@ async def test_the_process_is_started_again_where_it_ended(rig: Rig) -> None:
     assert await aside.call("encode", "x")
     os.kill(aside._child.pid, signal.SIGSTOP)
     asked = asyncio.create_task(aside.call("encode", "y"))
+    await asyncio.sleep(0)  # it is given to the thread
     await until(lambda: aside._thread._work_queue.empty())
     os.kill(aside._child.pid, signal.SIGKILL)
     with pytest.raises(Unavailable):

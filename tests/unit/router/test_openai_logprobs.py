@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from gateway_rig import Rig, start_rig
 from http_kit import complete, events, post, say
 
 from crossdock.proto.v1 import inference_pb2
+from crossdock.router.dispatch.request import Delta
 from crossdock.router.frontdoor.openai_format import CompletionAnswer
 from crossdock.router.frontdoor.openai_prompt import PromptAnswers
 
@@ -23,6 +25,22 @@ def top_of(text: Any, ids: list[int]) -> dict[str, float]:
     for rank, token_id in enumerate(ids):
         found.top.add(token_id=token_id, logprob=-rank)
     return answer._tokens(0, [found])["top_logprobs"][0]
+
+
+async def test_others_run_between_the_choices_of_a_whole_answer(text: Any) -> None:
+    answer = CompletionAnswer(text, "r", 0, "m", 8, False, False, "fp", PromptAnswers(text, 8))
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(others())
+    told = json.loads(await answer.told([Delta(index, "x", [1]) for index in range(8)]))
+    running.cancel()
+    assert len(told["choices"]) == 8 and turns >= 7
 
 
 def test_partial_characters_have_names_of_their_own(text: Any) -> None:

@@ -17,6 +17,7 @@ from gateway_rig import Rig, start_rig, until
 from crossdock.proto.types import Role
 from crossdock.router.dispatch.line import Work
 from crossdock.router.dispatch.turns import BURST_CHUNKS, EXPECTED_TOKENS, OWED_TOKENS, Turns
+from crossdock.router.placement import room
 from crossdock.router.placement.room import has_room, takes_more
 from crossdock.router.placement.view import Busy, ClusterView
 from crossdock.router.placement.workers import LoadReport, WorkerFacts
@@ -27,10 +28,10 @@ SMALL: Any = {"chunk_tokens": 32, "max_batch": 8}  # a pair that says how little
 class Tape:
     """Turns, and what was begun in which order."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.begun: list[Any] = []
         self.room = 0
-        self.turns = Turns(self._has_room, self._begin)
+        self.turns = Turns(self._has_room, self._begin, **options)
         self._orders = 0
 
     def _has_room(self) -> bool:
@@ -73,6 +74,21 @@ def test_a_flood_does_not_go_before_who_asks_for_little() -> None:
     tape.ask("little")
     assert "little" in tape.begin(2)
     assert len(tape.turns) == 449
+
+
+@pytest.mark.parametrize(("prompt", "at_once"), [(1, 32), (30_000, 3), (10**6, 1)])
+def test_many_are_begun_in_several_turns_of_the_loop(prompt: int, at_once: int) -> None:
+    due: list[Any] = []
+    tape = Tape(later=lambda in_s, then: due.append(then))
+    tape.ask("a", 100, prompt)
+    tape.begin(100)
+    while due:
+        assert len(tape.begun) <= at_once
+        tape.begun.clear()
+        (then,) = due
+        due.clear()
+        then()
+    assert not tape.turns
 
 
 def test_tenants_get_equal_tokens_whatever_their_prompts() -> None:
@@ -221,6 +237,34 @@ def test_room_is_on_a_whole_path() -> None:
     view.connected(facts("c", Role.COLOCATED, max_batch=8, chunk_tokens=512), 0.0)
     assert has_room(view, 0.0)
     assert prefill.queued_tokens == 1200
+
+
+def test_of_many_workers_those_after_the_first_with_room_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    view, looked = ClusterView(), list[str]()
+    for role in (Role.PREFILL, Role.DECODE):
+        for number in range(200):
+            view.connected(facts(f"{role}-{number}", role, chunk_tokens=512, max_batch=8), 0.0)
+    view.place("prefill-0", "s", 2000, 4)
+    real = room.takes_more
+    monkeypatch.setattr(
+        room, "takes_more", lambda worker, now: looked.append(worker.name) or real(worker, now)
+    )
+    assert has_room(view, 0.0)
+    assert looked == ["prefill-0", "prefill-1", "decode-0"]
+
+
+def test_stale_workers_count_where_there_are_no_others() -> None:
+    view = ClusterView()
+    view.connected(facts("p", Role.PREFILL, chunk_tokens=512), 0.0)
+    view.connected(facts("d", Role.DECODE, max_batch=8), 0.0)
+    view.place("p", "s", 2000, 4)
+    assert not has_room(view, 1000.0)
+    fresh = view.connected(facts("q", Role.PREFILL, chunk_tokens=512), 1000.0)
+    assert has_room(view, 1000.0)
+    view.reported(fresh, LoadReport(draining=True), 1000.0)
+    assert not has_room(view, 1000.0)
 
 
 # -- a gateway -------------------------------------------------------------------------------------
