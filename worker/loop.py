@@ -24,6 +24,7 @@ from crossdock.worker.streams import block_events
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+STEADY_LOAD_S = 0.05  # how often the load is told while streams just go on
 IDLE_WAIT_S = 0.5  # the reaper's own timer: an idle worker turns over at least this often
 # A step is late once it has taken this many times what such steps take, and this much more.
 LATE_FACTOR, LATE_S = 4.0, 0.25
@@ -58,6 +59,12 @@ class Turn:
     def __bool__(self) -> bool:
         return bool(self.outputs or self.events or self.ticket_releases)
 
+    @property
+    def steady(self) -> bool:
+        """Nothing but more tokens of streams that go on."""
+        outputs = (output for outputs in self.outputs.values() for output in outputs)
+        return not self.events and all(output.numbers for output in outputs)
+
 
 class EngineLoop:
     """Owns the thread on which the role, its pool and the engine live. `publish` is called there
@@ -71,6 +78,7 @@ class EngineLoop:
         self._wakeup = threading.Event()
         self._stopping = False
         self._failed_steps = 0  # since the device last ran anything
+        self._load_told = -math.inf
         self.last_turn = time.monotonic()
         self._due = math.inf  # when the turn under way is late
         self._thread: threading.Thread | None = None
@@ -169,7 +177,9 @@ class EngineLoop:
         releases, state.ticket_releases = state.ticket_releases, []
         turn = Turn(state.outbox.take(), None, first_event, events, releases)
         if turn:
-            turn.load = self._role.load()
+            now = state.clock()
+            if not turn.steady or now - self._load_told >= STEADY_LOAD_S:
+                turn.load, self._load_told = self._role.load(), now
             self._publish(turn)
         return bool(turn)
 

@@ -23,7 +23,7 @@ from crossdock.router.dispatch.traffic import Traffic
 
 MEAN_S = 120.0  # in which what is known of lengths comes to count a third of what it did
 START_WEIGHT = 0.5  # of the newest start among those measured
-BAND = 1.28  # deviations of the forecast's mean up to which workers are kept
+BAND = 0.67  # deviations of the forecast's mean up to which workers are kept: three cases of four
 WAIT_PART = 0.5  # of TTFT: a queue that takes longer is one worker too few
 LEAST_MISSES = 3  # in one interval: fewer are chance
 LEAST_BUSY = 0.25  # of its time: those who miss their aims on idler workers are helped by none more

@@ -389,7 +389,7 @@ def test_a_ramp_is_met_before_it_comes():
 
 def test_a_fresh_state_takes_nobody_away_at_once():
     """As after a restart of the controller, at a load that needs what is there."""
-    arrivals = poisson(lambda t: 20.0, 300, random.Random(6))
+    arrivals = poisson(lambda t: 24.0, 300, random.Random(6))
     world = World(CONFIG)
     world.run(arrivals, Autoscaler(CONFIG), 300, first=(8, 4))
     assert min(prefill for _, prefill, _ in world.sizes[:6]) == 8
