@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import inference_pb2, worker_pb2_grpc
 from crossdock.proto.v1 import worker_pb2 as pb
+from crossdock.worker.loop import STEADY_LOAD_S
 
 BLOCKS, BLOCK_TOKENS, BLOCK_BYTES = 4096, 16, 1024
 MAX_BATCH, CHUNK_TOKENS = 512, 2048
@@ -33,7 +35,7 @@ class LightWorker(worker_pb2_grpc.WorkerServicer):
         self._prompts: list[pb.SequenceRequest] = []  # that wait for the next step
         self._joining: list[pb.SequenceRequest] = []
         self._left: dict[int, list[Any]] = {}  # by number: tokens to come, sequence id
-        self._stepping = False
+        self._stepping, self._load_told = False, 0.0
 
     async def start(self) -> WorkerEndpoint:
         """Serves from now on, under this address."""
@@ -121,8 +123,12 @@ class LightWorker(worker_pb2_grpc.WorkerServicer):
             outputs.append(pb.SequenceOutput(transfer=pulled, **about))
             gained = len(each.token_ids) - each.prompt_tokens
             self._left[each.number] = [each.sampling.max_tokens - gained - 1, each.sequence_id]
-        outputs += [steady] if steady.numbers else []
-        self._outbox.put_nowait(pb.WorkerFrame(outputs=outputs, load=self._load()))
+        frame = pb.WorkerFrame(outputs=[*outputs, steady] if steady.numbers else outputs)
+        now = time.monotonic()
+        if outputs or now - self._load_told >= STEADY_LOAD_S:
+            frame.load.CopyFrom(self._load())
+            self._load_told = now
+        self._outbox.put_nowait(frame)
         self._stepping = bool(self._left)
         if self._stepping:
             asyncio.get_running_loop().call_later(self._step_s, self._step)
