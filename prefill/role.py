@@ -60,9 +60,12 @@ class PrefillRole(WorkerRole):
 
     @property
     def _together(self) -> float:
-        """Tokens of a step whose fixed part is small; not known before steps were measured."""
-        line = self.step_times.prefill.line
-        return line.base / line.slope * (1 / FIXED_PART - 1) if line.slope else math.inf
+        """Tokens of a step whose fixed part is small. Where that is not known prompts share steps,
+        from which it is learned."""
+        fit = self.step_times.prefill
+        if not fit.told_apart or not fit.line.slope:
+            return math.inf
+        return fit.line.base / fit.line.slope * (1 / FIXED_PART - 1)
 
     def apply(self, plan: StepPlan, tokens: list[list[SampledToken]]) -> None:
         """Announces the blocks that a step filled; a finished prompt gives token 0 and a ticket."""

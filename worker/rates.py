@@ -19,6 +19,7 @@ MOST_CONTEXT = 1 / 64  # of a token's own time: that of its attention to another
 KNOWN = 1.5  # times what was seen lately, a step is one of which something can be expected
 # What a step takes beyond so many times the usual deviation, and this part of its time, is a pause.
 OUTLIER, LEAST_OUTLIER = 3.0, 0.1
+LEAST_VARIATION = 0.04  # variance of sizes over their mean's square: less tells nothing apart
 QUICK = 0.7  # of what is known stays known after a step that takes so much less
 STEADY = 0.95  # of the usual deviation is of the steps before the last
 
@@ -81,6 +82,12 @@ class StepFit:
         self.largest = max(size, self.decay * self.largest)
         self._farthest = max(context, self.decay * self._farthest)
         self._line = None
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether sizes differed enough lately to tell the base from the slope."""
+        n, x, _, _, xx, *_ = self._sums
+        return n * xx > (1 + LEAST_VARIATION) * x * x
 
     @property
     def line(self) -> Line:

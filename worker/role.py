@@ -249,6 +249,8 @@ class WorkerRole(ABC):
             total_blocks=pool.num_blocks,
             prefill_tokens_per_s=1 / prompts.line.slope if prompts.line.slope else 0.0,
             prefill_base_s=prompts.line.base,
+            prefill_alike=0 < 2 * prompts.largest <= self.state.config.chunk_tokens
+            and not prompts.told_apart,
             prefill_attention_s=prompts.line.context,
             prefill_step_tokens=round(prompts.largest),
             step_base_s=step.base,

@@ -352,7 +352,7 @@ class SequenceOutput(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., numbers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "running", "queued_tokens", "queued_attention", "yielding_tokens", "yielding_attention", "context_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "step_context_s", "draining", "prefill_base_s", "prefill_attention_s", "prefill_step_tokens", "age_s", "late")
+    __slots__ = ("waiting", "running", "queued_tokens", "queued_attention", "yielding_tokens", "yielding_attention", "context_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "step_context_s", "draining", "prefill_base_s", "prefill_alike", "prefill_attention_s", "prefill_step_tokens", "age_s", "late")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -369,6 +369,7 @@ class Load(_message.Message):
     STEP_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PREFILL_BASE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ALIKE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
@@ -389,11 +390,12 @@ class Load(_message.Message):
     step_context_s: float
     draining: bool
     prefill_base_s: float
+    prefill_alike: bool
     prefill_attention_s: float
     prefill_step_tokens: int
     age_s: float
     late: bool
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., queued_attention: _Optional[int] = ..., yielding_tokens: _Optional[int] = ..., yielding_attention: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., step_base_s: _Optional[float] = ..., step_per_sequence_s: _Optional[float] = ..., step_context_s: _Optional[float] = ..., draining: _Optional[bool] = ..., prefill_base_s: _Optional[float] = ..., prefill_attention_s: _Optional[float] = ..., prefill_step_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., late: _Optional[bool] = ...) -> None: ...
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., queued_attention: _Optional[int] = ..., yielding_tokens: _Optional[int] = ..., yielding_attention: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., step_base_s: _Optional[float] = ..., step_per_sequence_s: _Optional[float] = ..., step_context_s: _Optional[float] = ..., draining: _Optional[bool] = ..., prefill_base_s: _Optional[float] = ..., prefill_alike: _Optional[bool] = ..., prefill_attention_s: _Optional[float] = ..., prefill_step_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., late: _Optional[bool] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
     __slots__ = ("first_sequence", "events", "snapshot")

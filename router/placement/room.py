@@ -75,6 +75,8 @@ def _computes(worker: WorkerView, now: float) -> bool:
     prompts = [each for each in worker.computing.values() if not (here and each.yields)]
     if not prompts:
         return False
+    if worker.load.prefill_alike:
+        return False  # several together will tell
     tokens = sum(prompt.tokens for prompt in prompts)
     attended = sum(prompt.attention for prompt in prompts)
     takes_s = max(worker.numbers.chunk_s, worker.prompts_s(tokens, attended))

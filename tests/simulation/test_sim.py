@@ -66,6 +66,15 @@ def shaped(requests: int = 120, rate: float = 12.0) -> Trace:
     )
 
 
+def test_equal_prompts_share_steps_where_a_step_takes_as_long_whatever_is_in_it() -> None:
+    """Prompts of one length, one a step, would never tell what of its time is fixed."""
+    fixed = replace(PROFILE, prefill_s=0.02, prefill_token_s=0.0, prefill_attention_s=0.0)
+    spec = spec_of(prefill=1, decode=1)
+    rows = [(5.0 * (i // 40), 64, 2, tuple(range(4 * i, 4 * i + 4))) for i in range(400)]
+    ttfts = [each.ttft_s or 0.0 for each in SimCluster(spec, fixed).run(trace_of(*rows))]
+    assert max(ttfts[40:]) < 0.25, "eight of 64 tokens share a step of 512: 40 take five"
+
+
 def test_quick_prompts_follow_each_other_without_a_pause() -> None:
     """Two chunks that take less than it takes until a report is sure to have counted them: the next
     goes when token 0 comes, not when the worker, idle by then, reports in a second."""

@@ -188,3 +188,17 @@ def test_a_step_is_late_by_its_own_length(monkeypatch: pytest.MonkeyPatch, token
     worker.turn()
     assert late == ([True, True] if tokens == 1 else [False, True])
     assert not worker.loop.late, "it is over"
+
+
+def test_base_and_slope_are_told_apart_by_steps_that_differ() -> None:
+    fit = StepFit(by_size=True)
+    assert not fit.told_apart
+    for _ in range(50):
+        fit.observe(200, 20_000, 0.02)
+    assert not fit.told_apart, "they are all alike"
+    for size in (200, 400, 600):
+        fit.observe(size, 20_000, 0.02)
+    assert fit.told_apart
+    for _ in range(1000):
+        fit.observe(200, 20_000, 0.02)
+    assert not fit.told_apart, "and forgotten"
