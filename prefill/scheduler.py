@@ -36,17 +36,17 @@ class PrefillScheduler(Scheduler):
     def schedule(self, together: float = math.inf) -> StepPlan | None:
         """The next step, or None when nothing can run. Admits as far as the budget reaches; no
         prompt joins a step of `together` tokens, for those in it would wait for it."""
-        budget = self._chunk_tokens
+        most, used = self._chunk_tokens, 0
         chunks: list[Chunk] = []
         begun = deque(sorted(self._computing, key=self._yields))
-        while budget > 0 and (sequence := self._next(begun)) is not None:
+        while used < most and (sequence := self._next(begun)) is not None:
             if chunks and self._yields(sequence) > self._yields(chunks[-1].sequence):
                 break  # those that do not yield would wait for it
             if sequence.yields:  # so that nobody waits for it for long
-                budget = min(budget, max(1, self._chunk_tokens // YIELDING_SHARE))
-            chunks.append(self._chunk(sequence, budget))
-            used = sum(chunk.length for chunk in chunks)
-            budget = int(min(self._chunk_tokens, together)) - used
+                most = min(most, used + max(1, self._chunk_tokens // YIELDING_SHARE))
+            chunks.append(self._chunk(sequence, most - used))
+            used += chunks[-1].length
+            most = int(min(most, together))
         yielded = any(chunk.sequence.yields for chunk in chunks)
         self._yielded = 0 if yielded or not any(s.yields for s in begun) else self._yielded + 1
         return StepPlan(tuple(chunks)) if chunks else None

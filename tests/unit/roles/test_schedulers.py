@@ -14,7 +14,7 @@ from crossdock.decode.scheduler import DecodeScheduler
 from crossdock.kvcache import block_tables
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import Sequence, StepPlan, finish_of
-from crossdock.prefill.scheduler import YIELDED_STEPS, PrefillScheduler
+from crossdock.prefill.scheduler import PrefillScheduler
 from crossdock.proto.hashing import BlockHasher
 from crossdock.proto.types import FinishReason, SamplingParams
 
@@ -465,38 +465,3 @@ def test_finish_of(token: int, options: dict[str, object], expected: object) -> 
     seq.token_ids.append(token)
     assert finish_of(seq, context_length=100) == expected
     assert finish_of(seq, context_length=5) == (expected or (FinishReason.LENGTH, ""))
-
-
-def unlike(tokens: int) -> Sequence:
-    """A prompt that shares no prefix with others."""
-    first = 10_000 * next(_arrivals)
-    return sequence(list(range(first, first + tokens)))
-
-
-def test_a_prompt_that_yields_has_what_the_others_leave() -> None:
-    pool = BlockPool(1000, 16)
-    scheduler = PrefillScheduler(pool, chunk_tokens=64)
-    late = unlike(400)
-    late.yields = True
-    scheduler.add(late)
-
-    def lengths() -> dict[str, int]:
-        plan = scheduler.schedule()
-        for chunk in plan.chunks:
-            scheduler.computed(chunk)
-        return {chunk.sequence.sequence_id: chunk.length for chunk in plan.chunks}
-
-    assert lengths() == {late.sequence_id: 16}, "a short one, so that nobody waits for long"
-    others = [unlike(96), unlike(10)]
-    for each in others:
-        scheduler.add(each)
-    assert scheduler.queued.yielding_tokens == 384
-    first, second = others
-    assert lengths() == {first.sequence_id: 64}
-    assert lengths() == {first.sequence_id: 32, second.sequence_id: 10}, "nor is a step longer"
-    assert lengths() == {late.sequence_id: 16}
-    steps = [unlike(64) for _ in range(40)]
-    for each in steps:
-        scheduler.add(each)
-    had = [late.sequence_id in lengths() for _ in range(40)]
-    assert sum(had) == 40 // (YIELDED_STEPS + 1), "nobody starves"
