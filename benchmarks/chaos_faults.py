@@ -18,7 +18,8 @@ from pathlib import Path
 from chaos_journal import EVENTS, ROLES, Journal, Worker
 
 TRIP_S = 30.0  # for an event to come to pass once it is waited for
-TRIES = 3
+TRIES = 5
+TO_STRIKE_S = 0.1
 GAP_S = 0.15  # from one fault to the next, at least
 AHEAD = 4  # so many are looked at: while one role comes back, the other is hurt
 
@@ -51,6 +52,11 @@ class Struck:
     worker: str = ""
     spare: bool = True  # another worker of the role was up, and stayed up at first
     aimed: bool = True  # False: the second of two in quick succession
+
+    @property
+    def stood_in(self) -> str:
+        """The event in which its request stood still, empty where it had gone on."""
+        return self.planned.event if self.aimed and not self.planned.delay_s else ""
 
 
 def plan(rng: random.Random, rounds: int) -> list[Planned]:
@@ -138,12 +144,14 @@ class Faults:
                 message = await asyncio.wait_for(loop.sock_recv(trips, 1000), TRIP_S)
             else:
                 return False
-        pid, _, who, go_on = message.decode().split(" ")
+        pid, _, who, until, go_on = message.decode().split(" ")
         self.journal.refresh()
         request = self.journal.request_of(who)
         if fault.delay_s:
             Path(go_on).touch()
             await asyncio.sleep(fault.delay_s)
+        elif time.monotonic() > float(until) - TO_STRIKE_S:
+            return False  # heard of too late: it may have gone on
         try:
             return await self._hit(fault, int(pid), request)
         finally:

@@ -110,14 +110,19 @@ def starts(struck: Sequence[Struck], journal: Journal) -> list[float]:
 
 def struck_states(struck: Sequence[Struck], journal: Journal) -> dict[Kind, Counter[str]]:
     """How many requests each kind of fault struck in each state: the one it was aimed at, and for
-    signals all that the victim held."""
+    signals all that the victim held. A request that one process kept standing still may have gone
+    on in another, as where a prompt is pulled while it is computed: it was struck in both."""
     counts: dict[Kind, Counter[str]] = {kind: Counter() for kind in Kind}
     for hit in struck:
         hurt = {hit.request} if hit.aimed else set()
         if hit.worker:
             hurt |= set(journal.held_by(hit.worker, hit.at))
         for request in hurt & journal.lives.keys():
-            counts[hit.planned.kind][journal.lives[request].state(hit.at)] += 1
+            states = {journal.lives[request].state(hit.at)}
+            if request == hit.request:
+                states |= {hit.stood_in} & set(STATES)
+            for state in states:
+                counts[hit.planned.kind][state] += 1
     return counts
 
 

@@ -40,9 +40,9 @@ def reached(event: str, who: str, detail: str) -> None:
     except FileNotFoundError:
         return
     go_on = f"{FOLDER}/go-{os.getpid()}-{time.monotonic_ns()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as trips, contextlib.suppress(OSError):
-        trips.sendto(f"{os.getpid()} {event} {who} {go_on}".encode(), f"{FOLDER}/trips")
     end = time.monotonic() + HOLD_S
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as trips, contextlib.suppress(OSError):
+        trips.sendto(f"{os.getpid()} {event} {who} {end} {go_on}".encode(), f"{FOLDER}/trips")
     while time.monotonic() < end:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(go_on)

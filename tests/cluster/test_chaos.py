@@ -66,7 +66,7 @@ def journal(tmp_path: Path):
 def kill(at: float, worker: str, **fields):
     from chaos_faults import Kind, Planned, Struck
 
-    planned = Planned(Kind.KILL, "joined", worker.partition("-")[0])
+    planned = Planned(Kind.KILL, fields.pop("event", "joined"), worker.partition("-")[0])
     return Struck(planned, at, "r1", worker, **fields)
 
 
@@ -111,6 +111,15 @@ def test_recovery_is_from_the_kill_to_the_next_token_of_what_the_victim_held(jou
     ]
     assert starts(struck, journal) == [5.5]
     assert struck_states(struck, journal)["kill"] == Counter({"joined": 3})
+
+
+def test_a_request_that_stands_still_in_one_process_may_have_gone_on_in_another(journal) -> None:
+    from chaos_report import struck_states
+
+    held = kill(3.65, PREFILL, event="ticket_offered")
+    second = kill(3.65, PREFILL, event="ticket_offered", aimed=False)
+    expected = Counter({"ticket_offered": 1, "pulled": 2})
+    assert struck_states([held, second], journal)["kill"] == expected
 
 
 @pytest.mark.parametrize(
