@@ -105,7 +105,7 @@ class Dispatcher:
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._numbered: dict[int, SequenceState] = {}  # the same, by their attempts' numbers
         self._turns = Turns(
-            lambda: has_room(view, clock()),
+            lambda yields: has_room(view, clock(), yields),
             lambda sequence: self._guarded(sequence, self._route),
             lambda sequence: self._due(sequence.active.request),
             self._work,

@@ -16,7 +16,13 @@ from gateway_rig import Rig, start_rig, until
 
 from crossdock.proto.types import Role
 from crossdock.router.dispatch.line import Work
-from crossdock.router.dispatch.turns import BURST_CHUNKS, EXPECTED_TOKENS, OWED_TOKENS, Turns
+from crossdock.router.dispatch.turns import (
+    BURST_CHUNKS,
+    EXPECTED_FOR_S,
+    EXPECTED_TOKENS,
+    OWED_TOKENS,
+    Turns,
+)
 from crossdock.router.placement import room
 from crossdock.router.placement.busy import Busy
 from crossdock.router.placement.room import has_room, takes_more
@@ -35,7 +41,7 @@ class Tape:
         self.turns = Turns(self._has_room, self._begin, **options)
         self._orders = 0
 
-    def _has_room(self) -> bool:
+    def _has_room(self, yields: bool) -> bool:
         return self.room > 0
 
     def _begin(self, sequence: Any) -> None:
@@ -62,7 +68,8 @@ class Tape:
 
 class Sequence(SimpleNamespace):
     def __init__(self, active: Any, index: int, prompt: int, sampling: Any) -> None:
-        super().__init__(active=active, index=index, prompt_tokens=prompt, sampling=sampling)
+        about = {"active": active, "index": index, "prompt_tokens": prompt, "sampling": sampling}
+        super().__init__(**about, yields=False)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -115,6 +122,38 @@ def test_who_was_away_is_owed_a_little() -> None:
     tape.ask("back", 400)
     begun = Counter(tape.begin(100))
     assert 0 < begun["back"] - begun["always"] <= OWED + 1
+
+
+def test_a_floods_prompts_yield_while_one_who_asks_for_less_is_expected_back() -> None:
+    now, room = 0.0, {False: 9, True: 9}  # for prompts that do not yield, and beside those that do
+    tape, busy = Tape(), Busy(workers=2, chunk_tokens=300)
+
+    def begin(sequence: Any) -> None:
+        room[False] -= not sequence.yields
+        room[True] -= 1
+        tape.begun.append(sequence)
+
+    has_room = room.__getitem__
+    tape.turns = Turns(lambda y: has_room(y) > 0, begin, clock=lambda: now, busy=lambda: busy)
+
+    def begun(beside: int) -> list[tuple[str, bool]]:
+        room.update({False: 9, True: beside})
+        tape.begun.clear()
+        tape.turns.pump()
+        return [(each.active.request.tenant, each.yields) for each in tape.begun]
+
+    tape.ask("flood", 200)
+    assert begun(9) == 9 * [("flood", False)], "nobody else is here"
+    tape.ask("little")
+    assert begun(3) == [("little", False), ("flood", True), ("flood", True)]
+    tape.ask("little")
+    assert begun(0) == [("little", False)], "what yields has no room, and keeps it from nobody"
+    now = EXPECTED_FOR_S
+    assert begun(1) == 9 * [("flood", False)], "it has not come back"
+    tape.ask("little")
+    while len(tape.turns) > 7:
+        assert begun(1)[-1] == ("flood", True)
+    assert begun(1) == [("flood", True), *6 * [("flood", False)]], "what is left is no flood"
 
 
 def test_who_asks_for_less_than_its_share_has_a_burst_at_once() -> None:
@@ -171,7 +210,9 @@ def test_priority_counts_within_a_tenant_alone() -> None:
 
 
 def test_another_tenants_flood_counts_until_it_has_had_as_much() -> None:
-    turns = Turns(lambda: False, lambda sequence: None, work_of=lambda sequence: Work(share_s=0.1))
+    turns = Turns(
+        lambda yields: False, lambda sequence: None, work_of=lambda sequence: Work(share_s=0.1)
+    )
     tape = Tape()
     tape.turns = turns
     tape.ask("flood", 100)
@@ -250,7 +291,7 @@ def test_of_many_workers_those_after_the_first_with_room_are_not_looked_at(
     view.place("prefill-0", "s", 2000, 4)
     real = room.takes_more
     monkeypatch.setattr(
-        room, "takes_more", lambda worker, now: looked.append(worker.name) or real(worker, now)
+        room, "takes_more", lambda worker, *how: looked.append(worker.name) or real(worker, *how)
     )
     assert has_room(view, 0.0)
     assert looked == ["prefill-0", "prefill-1", "decode-0"]
