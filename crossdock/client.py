@@ -413,6 +413,8 @@ def translate(error: Any) -> errors.CrossdockError:
         return _invalid(kind, message)
     if kind is errors.CrossdockError:
         return kind(f"{code.name}: {message}")
+    if "failed to connect" in message and "Socket closed" in message:
+        message += "; a gateway with TLS closes connections without: --ca FILE, Tls or grpcs://"
     return kind(message or code.name)
 
 

@@ -117,6 +117,12 @@ async def test_both_doors_serve_who_trusts_their_authority_and_nobody_in_plain(
     assert await over_http(rig, trusting(other)) == "refused"
 
 
+async def test_who_forgot_tls_is_told_where_it_would_be_given(rig: Rig) -> None:
+    async with AsyncClient(rig.gateway.grpc_address) as client:
+        with pytest.raises(Unavailable, match=r"TLS.*--ca FILE"):
+            await client.generate(PROMPT, max_tokens=2, timeout=20)
+
+
 def test_a_target_may_say_that_it_is_tls(rig_address: str = "localhost:1") -> None:
     with Client(f"grpcs://{rig_address}") as client:
         assert client.target == rig_address
