@@ -126,7 +126,7 @@ def _plain(index: int, message: Message) -> dict[str, Any]:
 
 
 def _from_system(message: dict[str, Any]) -> dict[str, Any]:
-    """A developer's message, to a template without that role, as the system's, which it replaced."""
+    """What a template that knows no developer is shown of one: the role that it had before."""
     return message | {"role": "system"} if message.get("role") == _DEVELOPER else message
 
 
