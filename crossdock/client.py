@@ -414,7 +414,7 @@ def translate(error: Any) -> errors.CrossdockError:
     if kind is errors.CrossdockError:
         return kind(f"{code.name}: {message}")
     if "failed to connect" in message and "Socket closed" in message:
-        message += "; a gateway with TLS closes connections without: --ca FILE, Tls or grpcs://"
+        message += "; if it speaks TLS: --ca FILE, and --cert FILE where it asks for one (Tls(…))"
     return kind(message or code.name)
 
 
