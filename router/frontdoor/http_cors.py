@@ -5,13 +5,13 @@ from __future__ import annotations
 from aiohttp import web
 
 METHODS = "GET, POST, DELETE, OPTIONS"
+LIMITS = [
+    f"X-RateLimit-{what}-{kind}"
+    for kind in ("Requests", "Tokens")
+    for what in ("Limit", "Remaining", "Reset")
+]
 ANSWERED = ", ".join(
-    ("X-Request-Id", "Retry-After", "X-Should-Retry", "X-Crossdock-Model")
-    + tuple(
-        f"X-RateLimit-{what}-{kind}"
-        for kind in ("Requests", "Tokens")
-        for what in ("Limit", "Remaining", "Reset")
-    )
+    ["X-Request-Id", "Retry-After", "X-Should-Retry", "X-Crossdock-Model", *LIMITS]
 )
 MAX_AGE_S = 600  # for which a browser remembers the answer
 
