@@ -17,11 +17,12 @@ import typer
 from typer import Argument, Option
 
 from crossdock import cli_access, cli_bench, cli_cluster, cli_plan, cli_profile, cli_sim
+from crossdock.cli_gateway import Authority, Certificate, Target, connect
 from crossdock.proto.errors import CrossdockError, InvalidRequest, Overloaded
 from crossdock.proto.settings import GATEWAY_ADDRESS
 
 if TYPE_CHECKING:
-    from crossdock.client import Client, RequestFields
+    from crossdock.client import RequestFields
     from crossdock.results import Chunk, Result, ToolCall
 
 app = typer.Typer(
@@ -38,28 +39,6 @@ cli_profile.register(app)
 cli_plan.register(app)
 cli_sim.register(app)
 
-Target = Annotated[
-    str,
-    Option(
-        "--target",
-        "--address",
-        envvar="CROSSDOCK_TARGET",
-        help="The gateway's gRPC address, host:port.",
-    ),
-]
-Authority = Annotated[
-    str,
-    Option(
-        "--ca",
-        envvar="CROSSDOCK_CA",
-        help="Speak TLS with the gateway and trust this authority (PEM). With grpcs://host:port as "
-        "the target, those that the machine trusts.",
-    ),
-]
-Certificate = Annotated[
-    str,
-    Option("--cert", help="The client's own certificate and its key (PEM), where asked for."),
-]
 Model = Annotated[str, Option(help="Model name; the cluster's own when empty.")]
 System = Annotated[str, Option(help="A system message before the conversation.")]
 MaxTokens = Annotated[
@@ -127,7 +106,7 @@ def generate(
     if system and not as_chat:
         raise typer.BadParameter("--system needs the chat template: not with --raw")
     given: Any = [*_system(system), {"role": "user", "content": text}] if as_chat else text
-    with _client(target, ca, cert) as client:
+    with connect(target, ca, cert) as client:
         if as_json or not stream or n != 1:
             _show_result(client.generate(given, timeout=timeout, **fields), as_json)
         else:
@@ -162,7 +141,7 @@ def chat(
         import readline  # noqa: F401  input() edits lines with it
     messages = _system(system)
     calls: list[ToolCall] = []  # that have no result yet
-    with _client(target, ca, cert) as client:
+    with connect(target, ca, cert) as client:
         for said in _lines("> " if interactive else ""):
             if said == "/exit":
                 return
@@ -252,16 +231,6 @@ def _sampling(context: typer.Context) -> RequestFields:
     """The options of the command line that say how tokens are drawn, where they were given."""
     given = {name: context.params.get(name) for name in SAMPLING_OPTIONS}
     return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
-
-
-def _client(target: str, ca: str, cert: str) -> Client:
-    from crossdock.client import Client, Tls
-    from crossdock.proto.errors import InvalidRequest
-
-    try:
-        return Client(target, tls=Tls(ca, cert) if ca or cert else None)
-    except InvalidRequest as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, BadParameter, Option
 
+from crossdock.cli_gateway import Authority, Certificate, Target, connect
 from crossdock.proto.settings import GATEWAY_ADDRESS
 from crossdock.tables import console_of, table
 
@@ -186,20 +187,19 @@ def audit_verify(
 def audit_replay(
     request_id: Annotated[str, Argument(help="The request's id.")],
     files: LogFiles,
-    target: Annotated[
-        str, Option("--target", envvar="CROSSDOCK_TARGET", help="The gateway, host:port.")
-    ] = GATEWAY_ADDRESS,
+    target: Target = GATEWAY_ADDRESS,
+    ca: Authority = "",
+    cert: Certificate = "",
     timeout: Annotated[float, Option(help="Seconds.")] = 600.0,
 ) -> None:
     """Compute a request again, and compare its tokens with those in the log; exit 1 where they
     differ. Needs audit.prompts: keep."""
     from crossdock.audit_replay import replay
-    from crossdock.client import Client
     from crossdock.router.frontdoor.audit_chain import find_request, in_order
 
     _check_there(files)
     line = find_request(in_order(files), request_id)
-    with Client(target) as client:
+    with connect(target, ca, cert) as client:
         differences = replay(line, client, timeout)
     for difference in differences:
         print(f"error: {difference}", file=sys.stderr)

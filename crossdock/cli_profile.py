@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
+from crossdock.cli_gateway import Authority, Certificate
 from crossdock.proto.settings import CONTROLLER_ADDRESS, GATEWAY_ADDRESS
 from crossdock.tables import console_of, table
 
@@ -38,12 +39,8 @@ def profile(
         float, Option(min=5, help="How long to measure for, about; links come on top.")
     ] = 60.0,
     model: Annotated[str, Option(help="Model name; the cluster's first when empty.")] = "",
-    ca: Annotated[
-        str, Option(envvar="CROSSDOCK_CA", help="Trust this authority (PEM); speak TLS.")
-    ] = "",
-    cert: Annotated[
-        str, Option("--cert", help="The client's own certificate and its key (PEM).")
-    ] = "",
+    ca: Authority = "",
+    cert: Certificate = "",
     credential: Annotated[
         Path | None,
         Option(

@@ -413,6 +413,8 @@ def translate(error: Any) -> errors.CrossdockError:
         return _invalid(kind, message)
     if kind is errors.CrossdockError:
         return kind(f"{code.name}: {message}")
+    if "failed to connect" in message and "Socket closed" in message:
+        message += "; if it speaks TLS: --ca FILE, and --cert FILE where it asks for one (Tls(…))"
     return kind(message or code.name)
 
 

@@ -22,6 +22,7 @@ Message = Mapping[str, Any]
 
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _END = "\U000f0001"  # of private use: after it a final message goes on
+_DEVELOPER = "developer"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class ChatTemplate:
         if name not in self._templates:
             raise InvalidRequest("messages", shown, "this model has no default chat template")
         plain = [_plain(i, message) for i, message in enumerate(messages)]
+        if _DEVELOPER not in self._sources[name]:
+            plain = [_from_system(message) for message in plain]
         if how.continue_final_message:
             plain[-1]["content"] = (plain[-1].get("content") or "") + _END
         given = {name: value for name, value in how.options.items() if name not in _OURS}
@@ -120,6 +123,11 @@ def _plain(index: int, message: Message) -> dict[str, Any]:
             raise InvalidRequest(where, part, "each part must be a text: this model takes no other")
         texts.append(text)
     return {**message, "content": "".join(texts)}
+
+
+def _from_system(message: dict[str, Any]) -> dict[str, Any]:
+    """What a template that knows no developer is shown of one: the role that it had before."""
+    return message | {"role": "system"} if message.get("role") == _DEVELOPER else message
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from aiohttp import web
 
 METHODS = "GET, POST, DELETE, OPTIONS"
-ANSWERED = "X-Request-Id, Retry-After, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests"
+LIMITS = [
+    f"X-RateLimit-{what}-{kind}"
+    for kind in ("Requests", "Tokens")
+    for what in ("Limit", "Remaining", "Reset")
+]
+ANSWERED = ", ".join(
+    ["X-Request-Id", "Retry-After", "X-Should-Retry", "X-Crossdock-Model", *LIMITS]
+)
 MAX_AGE_S = 600  # for which a browser remembers the answer
 
 

@@ -170,7 +170,7 @@ class Limiter:
     def _check_concurrent(self, account: Account, sequences: int) -> None:
         limit = self._share(account.limits.max_concurrent)
         if limit and sequences > limit:
-            most = f"at most {limit}, this credential's max_concurrent"
+            most = self._at_most(limit, account.limits.max_concurrent, "max_concurrent")
             raise InvalidRequest("n", f"{sequences} sequences (prompts × n)", most)
         if limit and account.active + sequences > limit:
             raise RateLimited(
@@ -185,7 +185,8 @@ class Limiter:
         if not limit:
             return
         if tokens > limit:
-            most = f"at most {limit}, this credential's tokens_per_minute, prompt and completion"
+            name = "tokens_per_minute, prompt and completion"
+            most = self._at_most(limit, account.limits.tokens_per_minute, name)
             raise InvalidRequest("max_tokens", f"{tokens:.0f} tokens", most)
         used = account.tokens.used(now)
         if used + tokens > limit:
@@ -236,6 +237,10 @@ class Limiter:
     def _share(self, limit: int) -> int:
         """This gateway's part of a limit, rounded up; 0 is no limit."""
         return -(-limit // self._gateways)
+
+    def _at_most(self, share: int, limit: int, name: str) -> str:
+        of = f", one of {self._gateways} gateways' share of {limit}" if share != limit else ""
+        return f"at most {share}, this credential's {name}{of}"
 
 
 def period_of(per: str, unix_s: float) -> str:

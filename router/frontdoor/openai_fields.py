@@ -118,7 +118,8 @@ def _check(field: str, value: Any, harmless: tuple[Any, ...]) -> None:
 
 def _check_known(prefix: str, unknown: Collection[str]) -> None:
     for name in sorted(unknown):
-        raise InvalidRequest(prefix + name, "given", "is not known here, and gateway.strict is on")
+        limit = "is not known here, and gateway.http_options.strict is on"
+        raise InvalidRequest(prefix + name, "given", limit)
 
 
 def _same(value: Any, other: Any) -> bool:

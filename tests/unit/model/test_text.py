@@ -409,6 +409,14 @@ def test_text_parts_are_joined():
         render("{{ messages[0].content }}", messages)
 
 
+def test_a_developer_is_the_system_to_a_template_that_knows_none():
+    messages = [{"role": "developer", "content": "a"}, {"role": "user", "content": "developer"}]
+    roles = "{% for m in messages %}{{ m.role }} {% endfor %}"
+    assert render(roles, messages) == "system user "
+    knows = "{% set first = 'developer' %}" + roles
+    assert render(knows, messages) == "developer user "
+
+
 def test_what_a_template_refuses_is_the_requests_fault():
     messages = [{"role": "user", "content": None}]
     for source, why in {

@@ -196,6 +196,7 @@ async def test_unknown_fields_are_ignored_or_refused_as_configured(tiny_model: P
                 status, _, answer = await post(rig, path, body | {"max_tokens": 1})
                 assert status == (400 if strict else 200)
                 assert not strict or answer["error"]["param"] == field
+                assert not strict or "gateway.http_options.strict" in answer["error"]["message"]
             assert (await post(rig, "/v1/chat/completions", known))[0] == 200
 
 

@@ -17,14 +17,14 @@ import aiohttp
 import openai
 import pytest
 from cli_kit import run
-from gateway_rig import PROMPT, Rig, start_rig
+from gateway_rig import PROMPT, Rig, start_rig, until
 from trust_kit import AUTHORITY, door
 
 from crossdock.client import AsyncClient, Client, Tls
 from crossdock.deploy.authority import Authority
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.proto.errors import ConfigError, InvalidRequest, Unavailable
-from crossdock.router.config import GatewayConfig, TlsFiles
+from crossdock.router.config import AuditSettings, GatewayConfig, TlsFiles
 from crossdock.router.frontdoor import tls as doors
 from crossdock.router.gateway import GatewayServer
 
@@ -115,6 +115,12 @@ async def test_both_doors_serve_who_trusts_their_authority_and_nobody_in_plain(
     other = files.write("other.pem", AUTHORITY.certificate)
     assert await over_grpc(rig, Tls(other)) == "refused"
     assert await over_http(rig, trusting(other)) == "refused"
+
+
+async def test_who_forgot_tls_is_told_where_it_would_be_given(rig: Rig) -> None:
+    async with AsyncClient(rig.gateway.grpc_address) as client:
+        with pytest.raises(Unavailable, match=r"TLS.*--ca FILE"):
+            await client.generate(PROMPT, max_tokens=2, timeout=20)
 
 
 def test_a_target_may_say_that_it_is_tls(rig_address: str = "localhost:1") -> None:
@@ -261,6 +267,25 @@ async def test_clients_need_no_more_than_the_authority(
     context = ssl.create_default_context()  # as a program that trusts what the machine does
     assert await over_http(rig, context) == "served"
     assert await over_grpc(rig, Tls()) == "served"
+
+
+async def test_what_was_written_down_is_repeated_over_tls(
+    tiny_model: Path,
+    files: Files,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    audit = AuditSettings(file=str(files.folder / "audit"), prompts="keep")
+    async with start_rig(tiny_model, tls=files.settings, audit=audit) as rig:
+        ca, log = files.folder / "ca.pem", f"{audit.file}.gateway-0"
+        async with AsyncClient(rig.gateway.grpc_address, tls=Tls(ca)) as client:
+            done = await client.generate(PROMPT, max_tokens=2)
+        await until(lambda: done.request_id in Path(log).read_text())
+        again = ("audit", "replay", done.request_id, log, "--target", rig.gateway.grpc_address)
+        code, out, err = await asyncio.to_thread(run, capsys, *again, "--ca", str(ca))
+        assert code == 0 and "the same 2 tokens" in out, err
+        monkeypatch.setenv("CROSSDOCK_CA", str(ca))
+        assert (await asyncio.to_thread(run, capsys, *again))[0] == 0
 
 
 async def test_the_command_line_speaks_tls(

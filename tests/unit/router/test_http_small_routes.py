@@ -76,6 +76,8 @@ async def test_pages_of_allowed_origins_may_call(tiny_model: Path) -> None:
             async with web.post(rig.url + path, json=body, headers={"Origin": ours}) as answer:
                 assert answer.headers["Access-Control-Allow-Origin"] == ours
                 assert answer.headers["Vary"] == "Origin"
+                readable = answer.headers["Access-Control-Expose-Headers"]
+        assert {"X-Should-Retry", "X-RateLimit-Reset-Tokens"} < set(readable.split(", "))
     async with start_rig(tiny_model) as rig:
         _, headers, _ = await get(rig, "/health", Origin=ours)
         assert "Access-Control-Allow-Origin" not in headers

@@ -211,6 +211,8 @@ def test_several_gateways_hold_their_shares() -> None:
         limits.count_request(who)
     with pytest.raises(RateLimited, match="limit 4"):
         limits.count_request(who)
+    with pytest.raises(InvalidRequest, match=r"at most 4, .* one of 3 gateways' share of 10"):
+        limits.admit(of(tokens_per_minute=10), Work(1, 1, 4), FREE)
 
 
 def test_limits_that_change_keep_what_was_used() -> None:
