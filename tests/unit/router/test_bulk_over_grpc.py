@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -110,9 +111,7 @@ async def test_ids_that_no_model_takes_are_counted_alone(
     assert not checked
 
 
-async def test_an_error_quotes_little_of_what_was_sent(
-    rig: Rig, tiny_model: Any, tmp_path: Any
-) -> None:
+async def test_an_error_quotes_little_of_what_was_sent(tiny_model: Path, tmp_path: Path) -> None:
     error = InvalidRequest("f" * 5000, 1, "x" * 5000)
     assert len(error.field) <= MOST_FIELD + 1 and len(error.limit) <= MOST_LIMIT + 1
     async with start_doors(tiny_model, tmp_path) as doors:

@@ -16,7 +16,13 @@ from gateway_rig import Rig, start_rig, until
 
 from crossdock.proto.types import Role
 from crossdock.router.dispatch.line import Work
-from crossdock.router.dispatch.turns import BURST_CHUNKS, EXPECTED_TOKENS, OWED_TOKENS, Turns
+from crossdock.router.dispatch.turns import (
+    BURST_CHUNKS,
+    EXPECTED_TOKENS,
+    KEPT_TENANTS,
+    OWED_TOKENS,
+    Turns,
+)
 from crossdock.router.placement import room
 from crossdock.router.placement.room import has_room, takes_more
 from crossdock.router.placement.view import Busy, ClusterView
@@ -41,10 +47,17 @@ class Tape:
         self.room -= 1
         self.begun.append(sequence)
 
-    def ask(self, tenant: str, count: int = 1, prompt: int = 100, priority: int = 0) -> list[Any]:
+    def ask(
+        self,
+        tenant: str,
+        count: int = 1,
+        prompt: int = 100,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[Any]:
         """A request of so many sequences."""
         self._orders += 1
-        request = SimpleNamespace(tenant=tenant, priority=priority, deadline=None)
+        request = SimpleNamespace(tenant=tenant, priority=priority, deadline=deadline)
         active = SimpleNamespace(request=request, order=self._orders)
         sampling = SimpleNamespace(max_tokens=10_000)
         made = [Sequence(active, i, prompt, sampling) for i in range(count)]
@@ -130,6 +143,31 @@ def test_who_asks_for_less_than_its_share_has_a_burst_at_once() -> None:
     begun = Counter(tape.begin(2 * burst))
     assert begun["flood"] == 0
     assert abs(begun["steady"] - begun["new"]) <= OWED + 1, "who is new goes before nobody"
+
+
+def test_of_tenants_that_come_once_few_are_remembered() -> None:
+    tape = Tape()
+    for i in range(3 * KEPT_TENANTS):
+        tape.ask(f"{i}")
+        tape.begin()
+        assert len(tape.turns._finished) <= KEPT_TENANTS
+
+
+def test_a_request_that_is_late_is_told_once() -> None:
+    told: list[Any] = []
+
+    def shed(sequence: Any, seconds: float) -> None:
+        told.append(sequence)
+        for each in asked:
+            turns.remove(each)
+
+    late = Work(due=1.0, alone_s=5.0, share_s=5.0)
+    turns = Turns(lambda: False, lambda _: None, lambda _: 1.0, lambda _: late, shed=shed)
+    tape = Tape()
+    tape.turns = turns
+    asked = tape.ask("a", 8, deadline=1.0)
+    turns.pump()
+    assert told == asked[:1] and not turns
 
 
 def test_who_takes_pauses_has_no_more_than_a_share() -> None:
