@@ -84,6 +84,7 @@ def _read(given: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Te
     if len(given.shape) > MAX_DIMENSIONS:
         dimensions = f"{len(given.shape)} dimensions"
         raise InvalidRequest(f"{name}.shape", dimensions, f"at most {MAX_DIMENSIONS}")
+    values: Sequence[Any] | np.ndarray
     if raw is None:
         values = _typed(name, datatype, given.contents)
     else:
