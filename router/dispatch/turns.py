@@ -93,7 +93,8 @@ class Turns:
         self._where[sequence] = queue
 
     def remove(self, sequence: SequenceState) -> None:
-        """It has ended; nothing where it does not wait."""
+        """It has ended, whether it waited or was begun."""
+        self._late.forget(sequence)
         queue = self._where.pop(sequence, None)
         if queue is not None:
             queue.line.remove(sequence)

@@ -75,7 +75,9 @@ class Tape:
 
 class Sequence(SimpleNamespace):
     def __init__(self, active: Any, index: int, prompt: int, sampling: Any) -> None:
-        super().__init__(active=active, index=index, prompt_tokens=prompt, sampling=sampling)
+        super().__init__(
+            active=active, index=index, prompt_tokens=prompt, sampling=sampling, generated=0
+        )
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -169,6 +171,20 @@ def test_a_request_that_is_late_is_told_once() -> None:
     asked = tape.ask("a", 8, deadline=1.0)
     turns.pump()
     assert told == asked[:1] and not turns
+
+
+def test_nothing_is_kept_of_a_late_one_that_has_ended() -> None:
+    late = Work(due=1.0, alone_s=5.0, share_s=5.0)
+    busy = Busy(workers=1, chunk_tokens=1000)
+    tape = Tape()
+    tape.turns = Turns(
+        tape._has_room, tape._begin, lambda _: 1.0, lambda _: late, busy=lambda: busy
+    )
+    (asked,) = tape.ask("a")
+    tape.begin()
+    assert tape.begun == [asked] and asked in tape.turns._late._begun
+    tape.turns.remove(asked)
+    assert not tape.turns._late._begun
 
 
 def test_who_takes_pauses_has_no_more_than_a_share() -> None:
