@@ -37,7 +37,7 @@ OUTPUTS: dict[str, tuple[str, list[int]]] = {
 }
 TOKEN_TYPES = ("INT32", "INT64", "UINT32")
 MAX_PARAMETERS = 64
-MAX_SAMPLING_MARKS = 32_768  # in the JSON of sampling_parameters: as many values at the most
+MAX_SAMPLING_MARKS = 16_384  # in the JSON of sampling_parameters: as many values at the most
 EMPTY_FINAL = "triton_enable_empty_final_response"
 FINAL = "triton_final_response"
 ELSEWHERE = {  # sampling parameters that this protocol has another place for, or none

@@ -52,6 +52,7 @@ class TextProcess:
     def __init__(self, files: ModelFiles) -> None:
         self._files = files
         self._turns = InTurn()
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, "text-process")
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -73,6 +74,7 @@ class TextProcess:
 
     def close(self) -> None:
         """Ends the process; what it is asked still is not answered."""
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         end(self._child)
 
@@ -82,6 +84,8 @@ class TextProcess:
         head = msgspec.msgpack.encode([name, arguments])
         loop = asyncio.get_running_loop()
         async with self._turns.turn(party):
+            if self._closed:
+                raise Unavailable("the model is served no more, or by another process")
             error, found = await loop.run_in_executor(self._thread, self._answer, head, large)
         if error:
             raise _error(*error)

@@ -131,6 +131,17 @@ async def test_the_process_is_asked_for_who_asks(rig: Rig, monkeypatch: pytest.M
     assert parties == ["acme"]
 
 
+async def test_who_waits_for_a_process_that_is_closed_may_come_again(rig: Rig) -> None:
+    aside = rig.only.aside
+    await aside._turns.join("a")
+    asked = asyncio.create_task(aside.call("b", "encode", "x"))
+    await asyncio.sleep(0)
+    aside.close()
+    aside._turns.next()
+    with pytest.raises(Unavailable):
+        await asked
+
+
 async def test_what_the_process_refuses_is_raised_as_it_was(rig: Rig) -> None:
     large = json.dumps({"prompt": "x", "n": "7", "user": "x" * 20_000}).encode()
     with pytest.raises(InvalidRequest, match="n: '7' is not allowed; must be an integer") as found:
