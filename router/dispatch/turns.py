@@ -17,7 +17,9 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from heapq import nlargest
 from itertools import count
+from operator import itemgetter
 
 from crossdock.router.dispatch.line import Late, Line, Work
 from crossdock.router.dispatch.sequence import SequenceState
@@ -27,7 +29,7 @@ OWED_TOKENS = 4096  # that a new tenant may have before the others go on
 BURST_CHUNKS = 8  # of each worker, that a tenant may have which asked for less than its share
 EXPECTED_FOR_S = 10.0  # after its newest, another of a tenant that asked for less than its share
 SHED_EVERY_S = 0.02  # it is looked whose deadlines cannot be met any more
-KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
+KEPT_TENANTS = 1000  # of those with no queue, before all but half that are furthest ahead are not
 TURN_TOKENS = 65_536  # begun in one turn of the loop, some 5 ms
 BEGIN_TOKENS = 2048  # as which it counts that a sequence is begun, whatever its length
 EXPECTED_TOKENS = 256  # of a completion at the most, as far as its cost is weighed
@@ -96,7 +98,8 @@ class Turns:
         self._where[sequence] = queue
 
     def remove(self, sequence: SequenceState) -> None:
-        """It has ended; nothing where it does not wait."""
+        """It has ended, whether it waited or was begun."""
+        self._late.forget(sequence)
         queue = self._where.pop(sequence, None)
         if queue is not None:
             queue.line.remove(sequence)
@@ -152,7 +155,8 @@ class Turns:
         for queue in list(self._queues.values()):
             sharing = self._sharing(queue)
             for sequence, seconds in queue.line.late_ones(now, busy_s, sharing, part):
-                self._shed(sequence, seconds)
+                if sequence in self._where:  # not ended with another of its request
+                    self._shed(sequence, seconds)
 
     def _sharing(self, queue: _Queue) -> float:
         """How many times as long it takes to compute what waits there, since others take turns:
@@ -203,8 +207,9 @@ class Turns:
             del self._queues[tenant]
             self._finished[tenant] = queue.start
             if len(self._finished) > KEPT_TENANTS:
+                ahead = nlargest(KEPT_TENANTS // 2, self._finished.items(), key=itemgetter(1))
                 oldest = self._oldest
-                self._finished = {t: at for t, at in self._finished.items() if at > oldest}
+                self._finished = {t: at for t, at in ahead if at > oldest}
 
 
 def _cost(sequence: SequenceState) -> int:

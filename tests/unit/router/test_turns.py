@@ -20,6 +20,7 @@ from crossdock.router.dispatch.turns import (
     BURST_CHUNKS,
     EXPECTED_FOR_S,
     EXPECTED_TOKENS,
+    KEPT_TENANTS,
     OWED_TOKENS,
     Turns,
 )
@@ -48,10 +49,17 @@ class Tape:
         self.room -= 1
         self.begun.append(sequence)
 
-    def ask(self, tenant: str, count: int = 1, prompt: int = 100, priority: int = 0) -> list[Any]:
+    def ask(
+        self,
+        tenant: str,
+        count: int = 1,
+        prompt: int = 100,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[Any]:
         """A request of so many sequences."""
         self._orders += 1
-        request = SimpleNamespace(tenant=tenant, priority=priority, deadline=None)
+        request = SimpleNamespace(tenant=tenant, priority=priority, deadline=deadline)
         active = SimpleNamespace(request=request, order=self._orders)
         sampling = SimpleNamespace(max_tokens=10_000)
         made = [Sequence(active, i, prompt, sampling) for i in range(count)]
@@ -69,7 +77,7 @@ class Tape:
 class Sequence(SimpleNamespace):
     def __init__(self, active: Any, index: int, prompt: int, sampling: Any) -> None:
         about = {"active": active, "index": index, "prompt_tokens": prompt, "sampling": sampling}
-        super().__init__(**about, yields=False)
+        super().__init__(**about, generated=0, yields=False)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -151,6 +159,7 @@ def test_a_floods_prompts_yield_while_one_who_asks_for_less_is_expected_back() -
     now = EXPECTED_FOR_S
     assert begun(1) == 9 * [("flood", False)], "it has not come back"
     tape.ask("little")
+    assert begun(1) == [("little", False)]
     while len(tape.turns) > 7:
         assert begun(1)[-1] == ("flood", True)
     assert begun(1) == [("flood", True), *6 * [("flood", False)]], "what is left is no flood"
@@ -170,6 +179,45 @@ def test_who_asks_for_less_than_its_share_has_a_burst_at_once() -> None:
     begun = Counter(tape.begin(2 * burst))
     assert begun["flood"] == 0
     assert abs(begun["steady"] - begun["new"]) <= OWED + 1, "who is new goes before nobody"
+
+
+def test_of_tenants_that_come_once_few_are_remembered() -> None:
+    tape = Tape()
+    for i in range(3 * KEPT_TENANTS):
+        tape.ask(f"{i}")
+        tape.begin()
+        assert len(tape.turns._finished) <= KEPT_TENANTS
+
+
+def test_a_request_that_is_late_is_told_once() -> None:
+    told: list[Any] = []
+
+    def shed(sequence: Any, seconds: float) -> None:
+        told.append(sequence)
+        for each in asked:
+            turns.remove(each)
+
+    late = Work(due=1.0, alone_s=5.0, share_s=5.0)
+    turns = Turns(lambda: False, lambda _: None, lambda _: 1.0, lambda _: late, shed=shed)
+    tape = Tape()
+    tape.turns = turns
+    asked = tape.ask("a", 8, deadline=1.0)
+    turns.pump()
+    assert told == asked[:1] and not turns
+
+
+def test_nothing_is_kept_of_a_late_one_that_has_ended() -> None:
+    late = Work(due=1.0, alone_s=5.0, share_s=5.0)
+    busy = Busy(workers=1, chunk_tokens=1000)
+    tape = Tape()
+    tape.turns = Turns(
+        tape._has_room, tape._begin, lambda _: 1.0, lambda _: late, busy=lambda: busy
+    )
+    (asked,) = tape.ask("a")
+    tape.begin()
+    assert tape.begun == [asked] and asked in tape.turns._late._begun
+    tape.turns.remove(asked)
+    assert not tape.turns._late._begun
 
 
 def test_who_takes_pauses_has_no_more_than_a_share() -> None:
