@@ -45,10 +45,12 @@ def merge_runs(
     local = np.asarray(local_ids, dtype=np.int64)
     order = np.argsort(remote, kind="stable")
     remote, local = remote[order], local[order]
-    breaks = np.flatnonzero((np.diff(remote) != 1) | (np.diff(local) != 1)) + 1
-    starts = np.concatenate(([0], breaks)).astype(np.int64) if len(remote) else breaks
-    merged = (remote[starts], local[starts], np.diff(np.append(starts, len(remote))))
-    single = (remote, local, np.ones_like(remote))
+    begins = np.ones(len(remote), dtype=bool)  # whether each block is the first of a run
+    begins[1:] = (remote[1:] - remote[:-1] != 1) | (local[1:] - local[:-1] != 1)
+    starts = np.flatnonzero(begins)
+    length = np.empty_like(starts)
+    length[:-1], length[-1:] = starts[1:] - starts[:-1], len(remote) - starts[-1:]
+    merged, single = (remote[starts], local[starts], length), (remote, local, np.ones_like(remote))
     columns = [merged if end_to_end else single for end_to_end in packed]
     region = np.repeat(np.arange(len(columns)), [len(length) for _, _, length in columns])
     first, second, length = (np.concatenate(parts) for parts in zip(*columns, strict=True))

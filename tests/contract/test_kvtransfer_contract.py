@@ -142,14 +142,16 @@ def test_scattered_blocks_are_moved_in_runs(world: World) -> None:
     puller, peer = world.puller(), world.standing
     remote = [30, 31, 32, 5, 6, 50, 9, 8]
     local = [10, 11, 12, 20, 21, 22, 41, 40]
-    before = world.transport.stats.descriptors
+    stats = world.transport.stats
+    before, reads, fences = stats.descriptors, stats.reads, stats.fences
     puller.start("s", computed(peer.ticket(remote)), remote, local, later())
     assert world.run(puller)["s"].error is None
     assert world.holds(peer, remote, local)
+    assert (stats.reads - reads, stats.fences - fences) == (1, 1)  # whatever a block is made of
     # 30-32, 5-6, 50, and 8-9, which are in order on both sides however they were listed: runs in
     # regions whose blocks lie end to end, blocks in the two that interleave.
     wanted = {"block-major": 4, "parts": 4 + 8 + 8}[world.layout]
-    assert world.transport.stats.descriptors - before == wanted
+    assert stats.descriptors - before == wanted
 
 
 def test_only_the_blocks_asked_for_are_moved(world: World) -> None:
