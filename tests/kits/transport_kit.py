@@ -28,20 +28,29 @@ from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
 
 NUM_BLOCKS = 64
 BLOCK_BYTES = 12_288
+ROOM = 512  # behind a block, where a layout leaves some
 WAIT_S = 20.0
 START_S = 60.0
 KEY = b"contract"
 
 
 def regions_of(layout: str, address: int) -> tuple[Region, ...]:
-    """A pool's regions from that address on; of "parts" and "padded" one pool can read another."""
+    """A pool's regions from that address on. Of "parts" and "woven" one pool can read another: in
+    both the first part of each block is next to that of the block before; in "woven" the other two
+    interleave, with room behind them."""
     if layout == "block-major":
         return (Region(address, BLOCK_BYTES, BLOCK_BYTES),)
-    parts, padding = (4096, 6144, 2048), 512 if layout == "padded" else 0
-    first = Region(address, parts[0], parts[0])
-    stride = parts[1] + parts[2] + padding  # the other two interleave
-    behind = address + NUM_BLOCKS * parts[0]
-    return first, Region(behind, stride, parts[1]), Region(behind + parts[1], stride, parts[2])
+    one, two, three = 4096, 6144, 2048
+    behind = address + NUM_BLOCKS * one
+    if layout == "parts":
+        last = Region(behind + NUM_BLOCKS * two, three, three)
+        return Region(address, one, one), Region(behind, two, two), last
+    stride = two + three + ROOM
+    return (
+        Region(address, one, one),
+        Region(behind, stride, two),
+        Region(behind + two, stride, three),
+    )
 
 
 def content(seed: int, block_id: int) -> np.ndarray:
@@ -70,7 +79,7 @@ class Pool:
     ) -> None:
         self.incarnation = new_incarnation()
         library = "nixl" if name == "fake" else name
-        room = NUM_BLOCKS * (BLOCK_BYTES + 512)
+        room = NUM_BLOCKS * (BLOCK_BYTES + ROOM)
         buffer, generations, self._free = allocate(library, room, NUM_BLOCKS)
         self.memory = PoolMemory(regions_of(layout, buffer.ctypes.data), NUM_BLOCKS, generations)
         self.parts = self.memory.views()

@@ -119,7 +119,7 @@ def test_peers_of_unlike_regions_are_refused_with_both_named() -> None:
 
 
 def test_an_owner_refuses_runs_of_blocks_that_do_not_lie_end_to_end() -> None:
-    owner = Worker(layout="padded")
+    owner = Worker(layout="woven")
     wicked = Reader(owner)
     answer = wicked.ask(Kind.READ, np.array([(0, 3, 2), (1, 3, 2)], dtype="<i8").tobytes())
     assert answer.kind == Kind.REFUSED
@@ -128,7 +128,7 @@ def test_an_owner_refuses_runs_of_blocks_that_do_not_lie_end_to_end() -> None:
     owner.pool.close()
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [("parts", "padded"), ("padded", "parts")])
+@pytest.mark.parametrize(("mine", "theirs"), [("parts", "woven"), ("woven", "parts")])
 def test_strides_are_each_pools_own(mine: str, theirs: str) -> None:
     """Over NCCL, whose owner computes its own addresses: both sides post the same pieces."""
     reader, owner = Worker(layout=mine), Worker(seed=3, layout=theirs)
