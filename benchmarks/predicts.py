@@ -1,6 +1,6 @@
 """What the simulator and the router predict, beside what a cluster does.
 
-    python benchmarks/predicts.py TRACE [--limit 60] [--layout 1p1d 2p1d] [--json FILE]
+    python benchmarks/predicts.py TRACE [--limit 60] [--layout 1p1d 2p1d] [--contend] [--json FILE]
 
 For each layout a local cluster with the default model is started and profiled (as `crossdock
 profile` does), then the trace is replayed on it, slowed down until its prompts keep the prefill
@@ -8,12 +8,16 @@ workers busy for --load of the time; then the same requests, sent when they were
 the simulator with that profile. Beside it what each placement predicted of its TTFT, and which
 requests a deadline would have refused although it was met: their deadline is not sent, so that
 what would have become of them is known.
+
+Each worker has a fixed share of the cores, as on a cluster it has hardware of its own. With
+--contend, or where the system grants no shares, they slow each other down.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -24,16 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import clusters
+import shares
 
 from crossdock.bench.load import Arrival, Job, open_loop
 from crossdock.bench.metrics import RequestRecord, percentile
 from crossdock.bench.traces import PromptMaker, Trace, TraceOptions, TraceRequest, load_trace
 from crossdock.client import AsyncClient
+from crossdock.deploy import admin
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine.profiles import Profile
 from crossdock.profiling.fit import PromptTime
 from crossdock.profiling.session import Profiled, profile_cluster
 from crossdock.results import Timings
+from crossdock.router.dispatch.deadlines import FIRST_PART
 from crossdock.sim.cluster import Served, SimCluster
 from crossdock.tables import console_of, table
 
@@ -47,6 +54,7 @@ WARM_LENGTHS = (32, 64, 128, 256, 512, 768, 1024, 1536) * 2  # before the simula
 WARM_GAP_S = 8.0
 WARM_NAMES = 1 << 28  # of their blocks: no trace's own
 TIMEOUT_S = 300.0
+FOR_WORKERS = 0.9  # of the cores
 
 
 class TimedEndpoint:
@@ -110,8 +118,9 @@ class Placed:
         return abs(self.predicted - taken) / taken
 
     def refused_wrongly(self, deadline_s: float) -> bool:
-        """It would have been refused, and was in time."""
-        return self.routed + self.predicted > deadline_s >= self.first_token
+        """It would have been refused, by what a gateway goes by before it has learned anything of
+        its predictions, and was in time."""
+        return self.routed + FIRST_PART * self.predicted > deadline_s >= self.first_token
 
 
 def rows(records: Sequence[RequestRecord], served: Sequence[Served]) -> list[Row]:
@@ -170,7 +179,7 @@ def pace(
 
 def time_scale(trace: Trace, profile: Profile, chunk: int, workers: int, load: float) -> float:
     """Of the trace's times, so that its prompts, cached as well as can be, keep so many prefill
-    workers busy for `load` of the time."""
+    workers busy for `load` of the time, all the while being slowed down by the other workers."""
     seen: set[int] = set()
     work_s, size = 0.0, trace.block_size
     for request in trace.requests:
@@ -180,7 +189,7 @@ def time_scale(trace: Trace, profile: Profile, chunk: int, workers: int, load: f
         start = min(known * size, request.input_tokens - 1)
         work_s += PromptTime.of(start, request.input_tokens, chunk, 0.0).expected_s(profile)
     span = trace.requests[-1].at_s - trace.requests[0].at_s
-    return work_s / (load * workers * span)
+    return work_s * profile.slowdown(workers) / (load * workers * span)
 
 
 def simulate(
@@ -222,7 +231,15 @@ def trial(layout: str, options: argparse.Namespace) -> dict[str, Any]:
     yaml = clusters.spec(f"predicts-{os.getpid()}", POOLS.format(prefill=workers))
     spec = ClusterSpec.parse(yaml)
     chunk = spec.pools["prefill"].chunk_tokens
-    with clusters.running(yaml) as cluster:
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(clusters.running(yaml))
+        if not options.contend:
+            members = admin.status(cluster.admin).workers
+            cores = FOR_WORKERS * min(1.0, (os.cpu_count() or 1) / len(members))
+            pids = [member.pid for member in members]
+            why = stack.enter_context(shares.own_share(pids, cores))
+            had = f"no shares of cores ({why})" if why else f"{cores:.2f} cores each"
+            print(f"{layout}: {len(members)} workers, {had}")
         found = asyncio.run(profile_cluster(cluster.grpc, cluster.admin, options.seconds))
         whole = load_trace(options.trace, TraceOptions(limit=options.limit))
         scale = time_scale(whole, found.profile, chunk, workers, options.load)
@@ -242,6 +259,7 @@ def trial(layout: str, options: argparse.Namespace) -> dict[str, Any]:
         "requests": len(records),
         "failed": failed,
         "time_scale": scale,
+        "contend": options.contend,
         "pace": slower,
         "load_average": os.getloadavg(),
         "profile": asdict(found.profile),
@@ -301,6 +319,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--load", type=float, default=0.5, help="of the prefill workers")
     parser.add_argument("--seconds", type=float, default=60.0, help="for which it is profiled")
+    parser.add_argument("--contend", action="store_true", help="no fixed shares of the cores")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.trace.is_file():

@@ -213,17 +213,17 @@ class Dispatcher:
         active.sequences = make_sequences(active, self.hasher, layout_hash, self._detokenizer_of)
         for sequence in active.sequences:
             sequence.timeline.mark("admitted", now)
-        first, predicted_s = active.sequences[0], 0.0
-        if request.deadline is not None:
+        first, before_s = active.sequences[0], 0.0
+        if request.deadline is not None and self._turns:
             due = self._due(request)
-            predicted_s = self._turns.seconds_before(request.tenant, request.priority, due)
-            predicted_s += self.view.busy(now).seconds + self._work(first).alone_s
+            before_s = self._turns.seconds_before(request.tenant, request.priority, due)
+        busy_s = self.view.busy(now).seconds
         for sequence in active.sequences:
             if sequence.phase is Phase.ROUTING:
                 self._turns.add(sequence)
         self._turns.pump()
         if request.deadline is not None and first in self._turns:
-            self._check_waiting(first, predicted_s)
+            self._check_waiting(first, before_s + busy_s + self._work(first).alone_s)
 
     def _take_turn(self, sequence: SequenceState) -> None:
         """It is begun when its tenant's turn comes."""

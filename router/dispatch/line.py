@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from crossdock.router.dispatch.sequence import SequenceState
-from crossdock.router.placement.view import Busy
+from crossdock.router.placement.busy import Busy
 
 INFINITE = float("inf")
 WINDOW = 256  # sequences that are weighed against each other, those due first

@@ -20,7 +20,7 @@ from itertools import count
 
 from crossdock.router.dispatch.line import Late, Line, Work
 from crossdock.router.dispatch.sequence import SequenceState
-from crossdock.router.placement.view import Busy
+from crossdock.router.placement.busy import Busy
 
 OWED_TOKENS = 4096  # that a new tenant may have before the others go on
 BURST_CHUNKS = 8  # of each worker, that a tenant may have which asked for less than its share

@@ -7,11 +7,12 @@ from collections.abc import Collection, Sequence
 from operator import itemgetter
 
 from crossdock.proto.types import Role
+from crossdock.router.placement.busy import MANY
 from crossdock.router.placement.candidates import Candidates, Decodes, nobody
 from crossdock.router.placement.demand import Demand, Placement, Reason
 from crossdock.router.placement.few import FewWorkers
 from crossdock.router.placement.many import ManyWorkers
-from crossdock.router.placement.view import MANY, ClusterView
+from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.weighed import Computes, Predicted, Pull
 from crossdock.router.placement.workers import WorkerView
 

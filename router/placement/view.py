@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
 
 from crossdock.proto import events
 from crossdock.proto.steps import attention
 from crossdock.proto.types import Role
+from crossdock.router.placement.busy import MANY, Busy, busy
 from crossdock.router.placement.columns import Columns
 from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.lengths import Lengths
@@ -25,17 +25,9 @@ from crossdock.router.placement.workers import (
 )
 
 WEIGHED = 16  # workers, for how long a prompt takes at the least: those that have the most of it
-MANY = 48  # workers, from which on arrays of all are quicker than a look at each
 SHARED_FOR_S = 10.0  # after what another gateway sent: it may send more
+BUSY_FOR_S = 0.01  # what was found of all stays so, if nobody changes but by time
 REPLACED_WITHIN_S = 60.0  # a lost worker, as a rule: what only it can hold is not refused
-
-
-class Busy(NamedTuple):
-    """Of the workers that compute prompts."""
-
-    seconds: float = 0.0  # that one is taken on the average, by prompts that do not yield
-    workers: int = 1
-    chunk_tokens: float = 1  # of a step at the most
 
 
 class ClusterView:
@@ -58,6 +50,8 @@ class ClusterView:
         self._gone: dict[str, WorkerView] = {}  # the last of each name that is not there now
         self._pool_tokens: int | None = None  # see pool_tokens
         self._pool_tokens_until = float("-inf")  # a change, or who is gone being given up
+        self._busy: Busy | None = None  # see busy; None: somebody has changed
+        self._busy_until = float("-inf")
 
     # -- what the links tell ------------------------------------------------------------------
 
@@ -72,7 +66,7 @@ class ClusterView:
         worker = WorkerView(facts, slot, self._speeds[facts.pool], now)
         self.workers[facts.name] = self._by_slot[slot] = worker
         self._columns[facts.role].add(worker)
-        self._pool_tokens_until = float("-inf")
+        self._pool_tokens_until, self._busy = float("-inf"), None
         self.layout_hash = facts.layout_hash
         self.weights_digest = facts.weights_digest
         return worker
@@ -239,14 +233,11 @@ class ClusterView:
 
     def busy(self, now: float) -> Busy:
         """How the workers that compute prompts stand."""
-        seconds, workers, chunk_tokens = 0.0, 0, float(ANY_CHUNK)
-        for columns in (self.columns(Role.PREFILL), self.columns(Role.COLOCATED)):
-            if columns.workers:
-                usable = columns.usable(1, now)[0]
-                seconds += float(columns.numbers.queue_s[usable].sum())
-                workers += int(usable.sum())
-                chunk_tokens = min(chunk_tokens, float(columns.numbers.chunk_tokens.min()))
-        return Busy(seconds / workers, workers, chunk_tokens) if workers else Busy()
+        if self._busy is None or now >= self._busy_until:
+            columns = self.columns if len(self.workers) >= MANY else self._columns.__getitem__
+            sides = [columns(role) for role in (Role.PREFILL, Role.COLOCATED)]
+            self._busy, self._busy_until = busy(sides, now), now + BUSY_FOR_S
+        return self._busy
 
     @property
     def ready(self) -> bool:
@@ -285,6 +276,7 @@ class ClusterView:
 
     def _put(self, worker: WorkerView) -> None:
         """Few workers are looked at one by one: their columns can wait until they are asked for."""
+        self._busy = None
         if len(self.workers) >= MANY:
             self._columns[worker.role].put(worker)
         else:
@@ -292,7 +284,7 @@ class ClusterView:
 
     def _forget(self, name: str) -> None:
         worker = self._gone[name] = self.workers.pop(name)
-        self._pool_tokens_until = float("-inf")
+        self._pool_tokens_until, self._busy = float("-inf"), None
         self._columns[worker.role].remove(worker)
         self._touched.discard(worker)
         self.index.drop(worker.slot)

@@ -10,6 +10,7 @@ import sys
 import types
 from argparse import Namespace
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,8 @@ def test_predicts_compares_what_both_answered() -> None:
     timings = [known, Timings(events), Timings({}, predicted_ttft=1)]
     (only,) = placed(timings)
     assert only == Placed(1.0, 2.5, 1.5, 3.0, "p0") and only.error == 0.25
-    assert [only.refused_wrongly(d) for d in (2.9, 3.0, 3.4, 3.5)] == [False, True, True, False]
+    sure = Placed(1.0, 4.0, 1.5, 3.0, "p0")  # 0.7 of that are 2.8 s
+    assert [sure.refused_wrongly(d) for d in (2.9, 3.0, 3.7, 3.8)] == [False, True, True, False]
 
 
 def test_predicts_tells_how_much_slower_prompts_were() -> None:
@@ -327,6 +329,18 @@ def test_predicts_slows_a_trace_down_to_a_load() -> None:
     trace = Trace(asked, 16)
     work_s = 2 * 0.5 + 160 * 0.01 + 0.5 + 80 * 0.01  # two chunks, then one behind a prefix
     assert time_scale(trace, profile, 100, 2, 0.5) == pytest.approx(work_s / (0.5 * 2 * 4.0))
+    slowed = replace(profile, contention=(0.1, 0.5))
+    assert time_scale(trace, slowed, 100, 2, 0.5) == pytest.approx(1.5 * work_s / (0.5 * 2 * 4.0))
+
+
+def test_a_share_of_cores_that_cannot_be_had_is_said_and_leaves_nothing() -> None:
+    import shares
+
+    nobody = 2**22 + 1  # beyond the largest process id
+    with shares.own_share([nobody], 0.5) as why:
+        assert why
+    groups = [*shares.V1.glob("crossdock-*"), *shares.V2.glob("crossdock-*")]
+    assert not [group for group in groups if str(nobody) in group.name]
 
 
 def test_fairness_counts_those_that_would_have_been_refused_wrongly() -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from crossdock.router.dispatch.line import FRESH_S, OLDEST_EVERY, Late, Line, Work, in_time
-from crossdock.router.placement.view import Busy
+from crossdock.router.placement.busy import Busy
 
 
 class Waiting:

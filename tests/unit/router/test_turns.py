@@ -18,8 +18,9 @@ from crossdock.proto.types import Role
 from crossdock.router.dispatch.line import Work
 from crossdock.router.dispatch.turns import BURST_CHUNKS, EXPECTED_TOKENS, OWED_TOKENS, Turns
 from crossdock.router.placement import room
+from crossdock.router.placement.busy import Busy
 from crossdock.router.placement.room import has_room, takes_more
-from crossdock.router.placement.view import Busy, ClusterView
+from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.workers import LoadReport, WorkerFacts
 
 SMALL: Any = {"chunk_tokens": 32, "max_batch": 8}  # a pair that says how little it takes
