@@ -47,7 +47,7 @@ def checksums(memory: PoolMemory, block_ids: Sequence[int]) -> list[int]:
 def _sum(parts: Iterable[npt.NDArray[np.uint8]]) -> int:
     total = 0
     for part in parts:
-        total = xxh3_64_intdigest(part, total)
+        total = xxh3_64_intdigest(part.data, total)
     return total
 
 
