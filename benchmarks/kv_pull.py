@@ -57,7 +57,7 @@ class Pool:
 def serve(transport: str, num_blocks: int, regions: int) -> None:
     """The prefill side: answers `released COUNT` when so many releases came, since start."""
     pool = Pool(transport, num_blocks, regions)
-    for view in pool.memory.views():
+    for view in pool.memory.views:
         view[:] = np.arange(view.shape[1]).astype(np.uint8)
     news = threading.Event()
     pool.transport.set_wakeup(news.set)

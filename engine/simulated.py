@@ -92,7 +92,7 @@ class SimulatedEngine(Engine):
             block_size=block_size,
             regions=region_sizes(memory.regions),
         )
-        (blocks,) = memory.views()
+        (blocks,) = memory.views
         self._kv: KV = blocks.view(np.uint64)  # [blocks, block_size]
         self._flat = self._kv.reshape(-1)
         self._block_size, self._drawn_ids = block_size, drawn_ids

@@ -36,7 +36,7 @@ def checksums(memory: PoolMemory, block_ids: Sequence[int]) -> list[int]:
     does not have."""
     check_ids(block_ids, memory.num_blocks, "checksummed")
     if memory.memory_type == "DRAM":
-        views = memory.views()
+        views = memory.views
         return [_sum(view[block_id] for view in views) for block_id in block_ids]
     sums: dict[int, int] = {}
     for first, parts in _copied(memory, block_ids):

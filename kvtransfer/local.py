@@ -34,7 +34,7 @@ class _Peer(Peer):
     # Once it is connected, and its pool mapped:
     connection: socket.socket = field(init=False)
     generations: Generations = field(init=False)  # int64 [num_blocks], the peer's own
-    blocks: list[npt.NDArray[np.uint8]] = field(init=False)  # see PoolMemory.views; the peer's own
+    views: tuple[npt.NDArray[np.uint8], ...] = field(init=False)  # of its blocks in each region
 
 
 @dataclass(eq=False)
@@ -56,7 +56,6 @@ class LocalTransport(ThreadedTransport[_Peer]):
             raise TransferFailed("the local transport needs a KV pool in shared memory")
         self._incarnation = incarnation
         self._memory = memory
-        self._own_blocks = memory.views()
         self._segment, self._regions = file
         self._copies: deque[_Copy] = deque()
         self._listener: socket.socket | None = None
@@ -99,7 +98,7 @@ class LocalTransport(ThreadedTransport[_Peer]):
             return
         peer.connection = _connect(peer)
         try:
-            peer.generations, peer.blocks = map_pool(peer.segment, peer.num_blocks, peer.regions)
+            peer.generations, peer.views = map_pool(peer.segment, peer.num_blocks, peer.regions)
         except (OSError, ValueError) as error:
             peer.connection.close()
             raise TransferFailed(f"peer {peer.name}: its pool cannot be mapped: {error}") from error
@@ -168,7 +167,7 @@ class LocalTransport(ThreadedTransport[_Peer]):
         budget = _SLICE_BYTES
         while budget > 0 and copy.run < len(copy.runs):
             length, region = int(copy.runs.length[copy.run]), int(copy.runs.region[copy.run])
-            mine, theirs = self._own_blocks[region], copy.peer.blocks[region]
+            mine, theirs = self._memory.views[region], copy.peer.views[region]
             nbytes = self._memory.regions[region].nbytes
             count = min(max(1, budget // nbytes), length - copy.offset)
             remote = int(copy.runs.remote[copy.run]) + copy.offset

@@ -149,7 +149,7 @@ atexit.register(_remove_own)
 
 def map_pool(
     name: str, num_blocks: int, regions: Sequence[Region]
-) -> tuple[Generations, list[npt.NDArray[np.uint8]]]:
+) -> tuple[Generations, tuple[npt.NDArray[np.uint8], ...]]:
     """The peer's generations, and its blocks in each region, readable only. `regions`: see
     `file_of`. Raises ValueError for what the file does not hold."""
     nbytes = max(region.address + region.extent(num_blocks) for region in regions)
@@ -160,4 +160,5 @@ def map_pool(
         os.close(fd)
     generations = np.frombuffer(pages, dtype=np.int64, count=num_blocks)
     whole = np.frombuffer(pages, dtype=np.uint8)
-    return generations, [strided(whole, region.address, region, num_blocks) for region in regions]
+    views = (strided(whole, region.address, region, num_blocks) for region in regions)
+    return generations, tuple(views)

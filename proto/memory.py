@@ -81,11 +81,13 @@ class PoolMemory:
         """Of one block, in all regions."""
         return sum(region.nbytes for region in self.regions)
 
-    def views(self) -> list[npt.NDArray[np.uint8]]:
-        """uint8 [num_blocks, nbytes] of each region, over the pool itself. Host memory only."""
+    @cached_property
+    def views(self) -> tuple[npt.NDArray[np.uint8], ...]:
+        """uint8 [num_blocks, nbytes] of each region, over the pool itself. Raises ValueError for
+        memory that is not the host's."""
         if self.memory_type != "DRAM":
             raise ValueError(f"a view of {self.memory_type} memory was asked for")
-        return [self._view(region) for region in self.regions]
+        return tuple(self._view(region) for region in self.regions)
 
     def _view(self, region: Region) -> npt.NDArray[np.uint8]:
         raw = (ctypes.c_uint8 * region.extent(self.num_blocks)).from_address(region.address)

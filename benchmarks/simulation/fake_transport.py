@@ -149,7 +149,7 @@ class FakeTransport:
             except ValueError as error:
                 self.settle(handle, str(error))
                 return
-            for mine, theirs in zip(self.memory.views(), peer.memory.views(), strict=True):
+            for mine, theirs in zip(self.memory.views, peer.memory.views, strict=True):
                 mine[local] = theirs[remote]
             self.stats.reads += 1
             self.stats.blocks += len(remote)

@@ -81,10 +81,10 @@ def test_facts_layout_and_memory_agree(engine: Engine) -> None:
     assert (layout.model_id, layout.weights_digest) == (facts.model_id, facts.weights_digest)
     assert (layout.block_size, memory.num_blocks) == (BLOCK, 12)
     assert layout.regions == region_sizes(memory.regions)
-    assert [part.shape for part in memory.views()] == [(12, each.nbytes) for each in memory.regions]
+    assert [part.shape for part in memory.views] == [(12, each.nbytes) for each in memory.regions]
     assert facts.vocab_size > 256 and facts.context_length == 2048 and facts.tokens_per_step == 1
     engine.warmup()
-    assert not any(part.any() for part in memory.views())
+    assert not any(part.any() for part in memory.views)
 
 
 def test_tokens_depend_on_the_prefix_and_on_the_kv_in_its_blocks(engine: Engine) -> None:
@@ -92,7 +92,7 @@ def test_tokens_depend_on_the_prefix_and_on_the_kv_in_its_blocks(engine: Engine)
     assert continued(engine, sequence(PROMPT, 8, 9, 10, 11), 6) == right
     assert continued(engine, sequence([*PROMPT[:-1], 9], 3, 1, 2, 5), 6) != right
     # The same, on KV that was carried from one pool's blocks to others, and on KV that was not.
-    moved, parts = sequence(PROMPT, 0, 4, 6, 7), engine.memory.views()
+    moved, parts = sequence(PROMPT, 0, 4, 6, 7), engine.memory.views
     for part in parts:
         part[[0, 4, 6]] = part[[8, 9, 10]]
     ((token,),) = engine.run(StepPlan((Chunk(moved, len(PROMPT) - 1, 1, True),)))

@@ -82,7 +82,7 @@ class Pool:
         room = NUM_BLOCKS * (BLOCK_BYTES + ROOM)
         buffer, generations, self._free = allocate(library, room, NUM_BLOCKS)
         self.memory = PoolMemory(regions_of(layout, buffer.ctypes.data), NUM_BLOCKS, generations)
-        self.parts = self.memory.views()
+        self.parts = self.memory.views
         if name == "nccl":
             options = {"communicators": FakeCommunicators(), "key": KEY, **options}
             self.transport: Transport = NcclTransport(self.incarnation, self.memory, **options)

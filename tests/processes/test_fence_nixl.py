@@ -61,7 +61,7 @@ class Side:
         self.incarnation = new_incarnation()
         buffer, generations, self._free = allocate(name, 2 * NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
         self.memory = PoolMemory(regions_of(layout, buffer.ctypes.data), NUM_BLOCKS, generations)
-        self.parts = [part.view(np.uint64) for part in self.memory.views()]
+        self.parts = [part.view(np.uint64) for part in self.memory.views]
         self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, generations)
         self.transport: Transport = create_transport(name, self.incarnation, self.memory)
 

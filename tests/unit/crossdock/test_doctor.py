@@ -302,10 +302,10 @@ async def test_what_is_read_stays_out_of_blocks_in_use(cluster: Cluster) -> None
     prefill, decode = cluster.workers
     mine = await decode.call(lambda role: role.state.pool.allocate(role.state.pool.num_free - 4))
     memory = await decode.call(lambda role: role.state.memory)
-    memory.views()[0][mine] = 7
+    memory.views[0][mine] = 7
     link = await cluster.link(decode, prefill)
     assert link.outcome == worker_pb2.LINK_OUTCOME_OK and link.blocks == 2
-    assert (memory.views()[0][mine] == 7).all()
+    assert (memory.views[0][mine] == 7).all()
     await decode.call(lambda role: role.state.pool.release(mine))
     await cluster.nothing_held()
 

@@ -41,7 +41,7 @@ def memory(request: pytest.FixtureRequest) -> Iterator[PoolMemory]:
 
 
 def one_by_one(memory: PoolMemory, ids: list[int]) -> list[int]:
-    views = memory.views()
+    views = memory.views
     sums = dict.fromkeys(ids, 0)
     for block_id in sums:
         for view in views:
@@ -59,7 +59,7 @@ def test_one_changed_bit_anywhere_is_seen(memory: PoolMemory) -> None:
     before = checksums(memory, range(NUM_BLOCKS))
     assert len(set(before)) == NUM_BLOCKS
     assert all(0 <= value < 1 << 64 for value in before)
-    for part in memory.views():
+    for part in memory.views:
         for byte in (0, 1, part.shape[1] // 2, part.shape[1] - 1):
             part[5, byte] ^= 1
             after = checksums(memory, range(NUM_BLOCKS))
@@ -92,7 +92,7 @@ def test_vram_as_it_is(memory: PoolMemory) -> None:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         pytest.skip(f"no GPU: {error}")
-    on_device = [cupy.asarray(part) for part in memory.views()]
+    on_device = [cupy.asarray(part) for part in memory.views]
     regions = tuple(Region(part.data.ptr, part.shape[1], part.shape[1]) for part in on_device)
     vram = replace(memory, regions=regions, memory_type="VRAM")
     cupy.cuda.Device().synchronize()

@@ -66,7 +66,7 @@ def content() -> np.ndarray:
 def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     buffer, generations, close = allocate("nccl", NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
     memory = PoolMemory.block_major(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
-    (blocks,) = memory.views()
+    (blocks,) = memory.views
     blocks[:] = content()
     vram = replace(memory, memory_type="VRAM")
     monkeypatch.setenv("NCCL_COMM_BLOCKING", "")

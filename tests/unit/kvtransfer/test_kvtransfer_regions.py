@@ -42,8 +42,8 @@ def test_a_block_is_the_parts_of_its_regions() -> None:
     at = buffer.ctypes.data
     memory = PoolMemory((Region(at + 32, 8, 3), Region(at, 4, 4)), 4, NO_COUNTERS)
     assert memory.block_bytes == 7
-    assert [view[2].tolist() for view in memory.views()] == [[48, 49, 50], [8, 9, 10, 11]]
-    memory.views()[0][3] = 0
+    assert [view[2].tolist() for view in memory.views] == [[48, 49, 50], [8, 9, 10, 11]]
+    memory.views[0][3] = 0
     assert buffer[56:60].tolist() == [0, 0, 0, 59]
 
 
@@ -56,10 +56,10 @@ def test_an_engines_tensors_are_a_pool_as_they_are() -> None:
     )
     memory = PoolMemory(regions, 4, NO_COUNTERS)
     assert region_sizes(regions) == "3 x 1024"
-    for layer, view in zip(layers, memory.views(), strict=True):
+    for layer, view in zip(layers, memory.views, strict=True):
         assert np.array_equal(view.view(np.float32), layer.reshape(4, -1).numpy())
     layers[1][2] = 7.0
-    assert (memory.views()[1][2].view(np.float32) == 7.0).all()
+    assert (memory.views[1][2].view(np.float32) == 7.0).all()
 
 
 def test_runs_are_merged_in_regions_that_are_packed_on_both_sides() -> None:
