@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+MESSAGE_BYTES = 1 << 16  # of a message to a method that has no limit of its own
 WHOLE_S = 60.0  # from the head of a call to the end of its only message
 FIRST_S = 0.2  # for the first message of a stream that is refused
 WRITE_S = 30.0  # for a client to read more of what waits for it

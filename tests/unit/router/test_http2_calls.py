@@ -46,7 +46,7 @@ def same(message: bytes) -> bytes:
 @asynccontextmanager
 async def serving(kind: str, handler: Any, age_s: float = 0.0) -> AsyncIterator[tuple[Server, int]]:
     """A server of the one method /t.T/M, and its port."""
-    server = Server(lambda call: None, lambda call, error: None, 1 << 20, age_s)
+    server = Server(lambda call: None, lambda call, error: None, {"/t.T/M": 1 << 20}, age_s)
     method = getattr(grpc, f"{kind}_rpc_method_handler")(handler, same, same)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"M": method}),))
     port = await server.listen("127.0.0.1:0", None)
