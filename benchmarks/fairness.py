@@ -67,6 +67,7 @@ class Bench:
     rows: Trace
     seconds: float  # of arrivals
     seed: int
+    other: float = OTHER
 
     @cached_property
     def capacity(self) -> float:
@@ -124,7 +125,7 @@ def flooded(bench: Bench, floods: Sequence[float]) -> list[Flooded]:
         for times in (1.0, *floods):
             capacity = bench.capacity
             steady = bench.asked("steady", STEADY * capacity, 1)
-            other = bench.asked("other", times * OTHER * capacity, 2)
+            other = bench.asked("other", times * bench.other * capacity, 2)
             trace = bench.trace(steady, other)
             mine = [row.tenant == "steady" for row in trace.requests]
             if not turns:
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--trial", choices=("flood", "deadlines"), action="append")
     parser.add_argument("--flood", type=float, nargs="+", default=FLOODS)
     parser.add_argument("--load", type=float, nargs="+", default=LOADS)
+    parser.add_argument("--other", type=float, default=OTHER, help="of the prefill workers, once")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -264,7 +266,7 @@ def main() -> None:
     rows = synthesize(MADE_UP)
     if options.trace is not None:
         rows = load_trace(options.trace, TraceOptions(options.limit))
-    bench = Bench(spec, rows, options.seconds, options.seed)
+    bench = Bench(spec, rows, options.seconds, options.seed, options.other)
     trials, console = options.trial or ["flood", "deadlines"], console_of()
     found: dict[str, list[dict[str, Any]]] = {}
     print(f"the prefill workers can compute {bench.capacity:.1f} of these prompts a second")

@@ -1,11 +1,11 @@
 """How fast KV blocks are pulled, fenced and released, beside the bare library in the same run.
 
-    python benchmarks/kv_pull.py [--transport nixl] [--blocks 64] [--json out.json]
+    python benchmarks/kv_pull.py [--transport nixl] [--blocks 64] [--regions 1] [--json out.json]
 
 Two processes. `bare` posts one NIXL READ of the same runs with nothing around it; `prepared` posts
-the same blocks by index from prepared lists of one descriptor a block; `pull` is Puller.start to
-its READ's end, `fence` from there to joined, with the release notification on its way. Their
-rounds alternate, and ratios are of medians: such machines are noisy.
+the same blocks by index from prepared lists of one descriptor a block and region; `pull` is
+Puller.start to its READ's end, `fence` from there to joined, with the release notification on its
+way. Their rounds alternate, and ratios are of medians: such machines are noisy.
 """
 
 from __future__ import annotations
@@ -20,23 +20,32 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from crossdock.kvtransfer.nixl_info import descriptors, parse_info
 from crossdock.kvtransfer.pull import Puller
+from crossdock.kvtransfer.regions import Ints, RegionTable, merge_runs
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
-from crossdock.kvtransfer.transport import PoolMemory, merge_runs
+from crossdock.kvtransfer.transport import PoolMemory, Region
 from crossdock.proto.v1.worker_pb2 import PromptProgress
 
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 4  # SmolLM2-135M in float32, 16 tokens a block
 
 
+def regions_at(address: int, num_blocks: int, count: int) -> tuple[Region, ...]:
+    """As many equal parts of a block, each for all blocks end to end: as one tensor a layer."""
+    size = BLOCK_BYTES // count
+    return tuple(Region(address + i * num_blocks * size, size, size) for i in range(count))
+
+
 class Pool:
-    def __init__(self, transport: str, num_blocks: int) -> None:
+    def __init__(self, transport: str, num_blocks: int, regions: int) -> None:
         self.incarnation = new_incarnation()
         buffer, generations, self._free = allocate(transport, num_blocks * BLOCK_BYTES, num_blocks)
         buffer[:] = 1
-        self.memory = PoolMemory(buffer.ctypes.data, num_blocks, BLOCK_BYTES, generations)
+        laid_out = regions_at(buffer.ctypes.data, num_blocks, regions)
+        self.memory = PoolMemory(laid_out, num_blocks, generations)
         self.transport = create_transport(transport, self.incarnation, self.memory)
 
     def close(self) -> None:
@@ -45,17 +54,17 @@ class Pool:
         self._free()
 
 
-def serve(transport: str, num_blocks: int) -> None:
+def serve(transport: str, num_blocks: int, regions: int) -> None:
     """The prefill side: answers `released COUNT` when so many releases came, since start."""
-    pool = Pool(transport, num_blocks)
-    pool.memory.blocks()[:] = np.arange(BLOCK_BYTES).astype(np.uint8)
+    pool = Pool(transport, num_blocks, regions)
+    for view in pool.memory.views:
+        view[:] = np.arange(view.shape[1]).astype(np.uint8)
     news = threading.Event()
     pool.transport.set_wakeup(news.set)
     pool.transport.expect_notifications(True)
     described = {
         "incarnation": pool.incarnation.hex(),
         "info": pool.transport.info().hex(),
-        "kv_ptr": pool.memory.kv_ptr,
     }
     print("> " + json.dumps(described), flush=True)
     count = 0
@@ -69,15 +78,15 @@ def serve(transport: str, num_blocks: int) -> None:
 
 
 class Peer:
-    def __init__(self, transport: str, num_blocks: int) -> None:
+    def __init__(self, transport: str, num_blocks: int, regions: int) -> None:
         command = [sys.executable, __file__, "--serve", transport, "--pool", str(num_blocks)]
+        command += ["--regions", str(regions)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         described = self.answer()
         self.incarnation = bytes.fromhex(str(described["incarnation"]))
         self.info = bytes.fromhex(str(described["info"]))
-        self.kv_ptr = int(str(described["kv_ptr"]))
 
     @property
     def pid(self) -> int:
@@ -105,37 +114,44 @@ class Peer:
 class BareNixl:
     """The same blocks with the library alone, on an agent of its own in this process."""
 
-    def __init__(self, peer: Peer, num_blocks: int) -> None:
+    def __init__(self, peer: Peer, num_blocks: int, regions: int) -> None:
         from crossdock.kvtransfer import nixl as ours
 
         buffer, _, self._free = allocate("nixl", num_blocks * BLOCK_BYTES, num_blocks)
         buffer[:] = 1
         self._buffer = buffer
-        self._peer = peer
+        self._regions, self._num_blocks = regions, num_blocks
+        self._local = RegionTable(regions_at(buffer.ctypes.data, num_blocks, regions))
         with ours._sleeping_progress_thread():
             self._agent = ours.api.nixl_agent("bare", ours.api.nixl_agent_config())
-        self._local_ptr = buffer.ctypes.data
-        self._agent.register_memory([(self._local_ptr, buffer.nbytes, 0, "")], "DRAM")
-        self._agent.add_remote_agent(parse_info(peer.info, peer.incarnation).metadata)
-        ids, ones = np.arange(num_blocks), np.ones(num_blocks, dtype=np.int64)
-        self._describe = lambda base, first, length: self._agent.get_xfer_descs(
-            descriptors(base, first, length, BLOCK_BYTES, 0), "DRAM"
-        )
+        self._agent.register_memory([(buffer.ctypes.data, buffer.nbytes, 0, "")], "DRAM")
+        info = parse_info(peer.info, peer.incarnation)
+        self._agent.add_remote_agent(info.metadata)
+        self._remote = RegionTable(info.regions)
         self._name = peer.incarnation.hex()
+        region, ids = map(np.ravel, np.indices((regions, num_blocks)))
+        each = (region, ids, np.ones_like(ids))
         self._prepared_local = self._agent.prep_xfer_dlist(
-            "NIXL_INIT_AGENT", self._describe(self._local_ptr, ids, ones)
+            "NIXL_INIT_AGENT", self._describe(self._local.spans(*each))
         )
         self._prepared_remote = self._agent.prep_xfer_dlist(
-            self._name, self._describe(peer.kv_ptr, ids, ones)
+            self._name, self._describe(self._remote.spans(*each))
         )
+
+    def _describe(self, spans: tuple[Ints, Ints]) -> object:
+        return self._agent.get_xfer_descs(descriptors(*spans, 0), "DRAM")
+
+    def _places(self, ids: list[int]) -> npt.NDArray[np.int32]:
+        firsts = np.arange(self._regions)[:, None] * self._num_blocks
+        return (firsts + np.array(ids)).ravel().astype(np.int32)
 
     def runs(self, remote: list[int], local: list[int]) -> float:
         start = time.perf_counter()
-        runs = merge_runs(remote, local)
+        runs = merge_runs(remote, local, [True] * self._regions)
         request = self._agent.initialize_xfer(
             "READ",
-            self._describe(self._local_ptr, runs.local, runs.length),
-            self._describe(self._peer.kv_ptr, runs.remote, runs.length),
+            self._describe(self._local.spans(runs.region, runs.local, runs.length)),
+            self._describe(self._remote.spans(runs.region, runs.remote, runs.length)),
             self._name,
         )
         return self._finish(request, start)
@@ -145,9 +161,9 @@ class BareNixl:
         request = self._agent.make_prepped_xfer(
             "READ",
             self._prepared_local,
-            np.array(local, dtype=np.int32),
+            self._places(local),
             self._prepared_remote,
-            np.array(remote, dtype=np.int32),
+            self._places(remote),
         )
         return self._finish(request, start)
 
@@ -207,28 +223,32 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--pool", type=int, default=512, help="blocks of each pool")
+    parser.add_argument("--regions", type=int, default=1, help="parts of a block: 1, 30, …")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.pool)
+        serve(options.serve, options.pool, options.regions)
         return
-    report = measure(options.transport, options.blocks, options.rounds, options.pool)
+    sizes = (options.blocks, options.rounds, options.pool, options.regions)
+    report = measure(options.transport, *sizes)
     text = json.dumps(report, indent=2)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")
 
 
-def measure(transport: str, num_blocks: int, rounds: int, pool_blocks: int) -> dict[str, object]:
-    peer = Peer(transport, pool_blocks)
-    mine = Pool(transport, pool_blocks)
+def measure(
+    transport: str, num_blocks: int, rounds: int, pool_blocks: int, regions: int
+) -> dict[str, object]:
+    peer = Peer(transport, pool_blocks, regions)
+    mine = Pool(transport, pool_blocks, regions)
     news = threading.Event()
     mine.transport.set_wakeup(news.set)
     mine.transport.add_peer(peer.incarnation, peer.info, pool_blocks, BLOCK_BYTES)
     warm_s = mine.transport.warm(peer.incarnation)
     puller = Puller(mine.transport, mine.memory, time.perf_counter)
-    bare = BareNixl(peer, pool_blocks) if transport == "nixl" else None
+    bare = BareNixl(peer, pool_blocks, regions) if transport == "nixl" else None
     rng = np.random.default_rng(0)
     times: dict[str, dict[str, list[float]]] = {}
     pulls = 0
@@ -259,6 +279,7 @@ def measure(transport: str, num_blocks: int, rounds: int, pool_blocks: int) -> d
         "transport": transport,
         "blocks": num_blocks,
         "block_bytes": BLOCK_BYTES,
+        "regions": regions,
         "warm_ms": round(warm_s * 1e3, 3),
         "descriptors_a_pull": stats.descriptors / stats.reads,
         "cpu_idle": round(idle, 4),

@@ -61,7 +61,10 @@ class Gateway(Cluster):
     """A cluster whose prompts wait for their tenants' turns."""
 
     def __init__(self, turns: bool) -> None:
-        room = (lambda: has_room(self.view, self.clock.now)) if turns else (lambda: True)
+
+        def room(yields: bool) -> bool:
+            return not turns or has_room(self.view, self.clock.now, yields)
+
         self.turns = Turns(room, self._begin)
         super().__init__(SPEED, prefills=1, decodes=1)
         self._order = 0

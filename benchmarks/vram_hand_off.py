@@ -33,9 +33,10 @@ import torch
 
 from crossdock.kvtransfer.nixl_info import parse_info
 from crossdock.kvtransfer.pull import Puller
+from crossdock.kvtransfer.regions import merge_runs
 from crossdock.kvtransfer.registry import create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
-from crossdock.kvtransfer.transport import PoolMemory, merge_runs
+from crossdock.kvtransfer.transport import PoolMemory
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Pool:
         self.incarnation = new_incarnation()
         self.blocks = torch.zeros((shape.pool, shape.block_bytes), dtype=torch.uint8, device=device)
         synchronize(device)
-        self.memory = PoolMemory(
-            kv_ptr=self.blocks.data_ptr(),
+        self.memory = PoolMemory.block_major(
+            self.blocks.data_ptr(),
             num_blocks=shape.pool,
             block_bytes=shape.block_bytes,
             generations=np.zeros(shape.pool, dtype=np.int64),
@@ -104,7 +105,6 @@ def serve(shape: Shape, device: str) -> None:
     described = {
         "incarnation": pool.incarnation.hex(),
         "info": pool.transport.info().hex(),
-        "kv_ptr": pool.memory.kv_ptr,
     }
     print("> " + json.dumps(described), flush=True)
     sys.stdin.read()
@@ -123,7 +123,6 @@ class Peer:
                 described = json.loads(line[2:])
                 self.incarnation = bytes.fromhex(described["incarnation"])
                 self.info = bytes.fromhex(described["info"])
-                self.kv_ptr = int(described["kv_ptr"])
                 return
         raise RuntimeError("the serving process ended")
 
@@ -169,6 +168,8 @@ class BareNixl:
         from crossdock.kvtransfer import nixl as ours
 
         self._peer, self._shape = peer, shape
+        info = parse_info(peer.info, peer.incarnation)
+        self._remote_ptr = info.regions[0].address
         self._kind = "VRAM" if device == "cuda" else "DRAM"
         self._pool = torch.zeros(shape.pool * shape.block_bytes, dtype=torch.uint8, device=device)
         synchronize(device)
@@ -176,7 +177,7 @@ class BareNixl:
             self._agent: Any = ours.api.nixl_agent("bare", ours.api.nixl_agent_config())
         region = [(self._pool.data_ptr(), self._pool.nbytes, 0, "")]
         self._registered = self._agent.register_memory(region, self._kind)
-        self._agent.add_remote_agent(parse_info(peer.info, peer.incarnation).metadata)
+        self._agent.add_remote_agent(info.metadata)
 
     def read(
         self,
@@ -190,7 +191,7 @@ class BareNixl:
         request = self._agent.initialize_xfer(
             "READ",
             self._listed(self._pool.data_ptr() + pieces.local, pieces.nbytes),
-            self._listed(self._peer.kv_ptr + pieces.remote, pieces.nbytes),
+            self._listed(self._remote_ptr + pieces.remote, pieces.nbytes),
             self._peer.incarnation.hex(),
         )
         state = self._agent.transfer(request)

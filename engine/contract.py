@@ -23,7 +23,7 @@ from crossdock.proto.settings import setting
 from crossdock.proto.v1 import worker_pb2
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WIRE_VERSION = 2  # 2: keyed block hashes, tickets bound to their prompt
+WIRE_VERSION = 3  # 2: keyed block hashes, tickets bound to their prompt; 3: pools of regions
 
 # (bytes, blocks) -> zeroed host memory uint8 [bytes] that the worker's transport can read, and
 # generations int64 [blocks]. The caller of `create` owns both and outlives the engine.

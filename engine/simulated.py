@@ -33,7 +33,7 @@ from crossdock.model.config import load_config
 from crossdock.model.store import resolve
 from crossdock.model.text import TextModel, load_text
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.memory import MemoryType, PoolMemory
+from crossdock.proto.memory import MemoryType, PoolMemory, region_sizes
 from crossdock.proto.settings import setting
 from crossdock.proto.types import SamplingParams
 from crossdock.proto.v1 import worker_pb2
@@ -90,8 +90,10 @@ class SimulatedEngine(Engine):
             weights_digest=facts.weights_digest,
             dtype="uint64",
             block_size=block_size,
+            regions=region_sizes(memory.regions),
         )
-        self._kv: KV = memory.blocks().view(np.uint64)  # [blocks, block_size]
+        (blocks,) = memory.views
+        self._kv: KV = blocks.view(np.uint64)  # [blocks, block_size]
         self._flat = self._kv.reshape(-1)
         self._block_size, self._drawn_ids = block_size, drawn_ids
         self._profile, self._spend = profile, spend
@@ -268,7 +270,7 @@ def create(config: EngineConfig, allocate: Allocate) -> SimulatedEngine:
     num_blocks = config.blocks_of(config.block_size * settings.profile.kv_bytes_per_token)
     block_bytes = config.block_size * POSITION_BYTES
     buffer, generations = allocate(num_blocks * block_bytes, num_blocks)
-    memory = PoolMemory(buffer.ctypes.data, num_blocks, block_bytes, generations)
+    memory = PoolMemory.block_major(buffer.ctypes.data, num_blocks, block_bytes, generations)
     model = load_config(files)
     facts = EngineFacts(
         files.model_id,

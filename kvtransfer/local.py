@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import selectors
 import socket
@@ -17,9 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.shared_memory import NAME, cleanup_stale, map_pool, segment_at
+from crossdock.kvtransfer.regions import Runs
+from crossdock.kvtransfer.shared_memory import NAME, cleanup_stale, file_of, map_pool
 from crossdock.kvtransfer.threaded import Peer, ThreadedTransport
-from crossdock.kvtransfer.transport import Generations, Handle, PoolMemory, Runs
+from crossdock.kvtransfer.transport import Generations, Handle, PoolMemory, Region
 from crossdock.proto.errors import TransferFailed
 
 _SLICE_BYTES = 4 << 20  # copied between two looks at commands and sockets
@@ -30,12 +30,11 @@ _MESSAGE_BYTES = 64
 @dataclass(eq=False)
 class _Peer(Peer):
     segment: str
-    kv_offset: int
     unsent: deque[bytes] = field(default_factory=deque)  # releases that its socket had no room for
     # Once it is connected, and its pool mapped:
     connection: socket.socket = field(init=False)
     generations: Generations = field(init=False)  # int64 [num_blocks], the peer's own
-    blocks: npt.NDArray[np.uint8] = field(init=False)  # [num_blocks, block_bytes], the peer's own
+    views: tuple[npt.NDArray[np.uint8], ...] = field(init=False)  # of its blocks in each region
 
 
 @dataclass(eq=False)
@@ -48,29 +47,27 @@ class _Copy:
 
 
 class LocalTransport(ThreadedTransport[_Peer]):
-    """See transport.Transport. Its memory has to come from `allocate_segment`."""
+    """See transport.Transport. All regions of its memory lie in one `allocate_segment`."""
 
     def __init__(self, incarnation: bytes, memory: PoolMemory) -> None:
         super().__init__(f"local-{incarnation.hex()[:8]}")
-        segment = segment_at(memory.kv_ptr)
-        if segment is None:
+        file = file_of(memory)
+        if file is None:
             raise TransferFailed("the local transport needs a KV pool in shared memory")
         self._incarnation = incarnation
         self._memory = memory
-        self._own_blocks = memory.blocks()
-        self._segment = segment
+        self._segment, self._regions = file
         self._copies: deque[_Copy] = deque()
         self._listener: socket.socket | None = None
         self._readers: set[socket.socket] = set()
         self._start()
 
     def info(self) -> bytes:
-        """JSON: the shared segment, where its KV begins, number of blocks and bytes of each."""
+        """JSON: the shared segment, number of blocks, offset, stride and bytes of each region."""
         described = {
-            "segment": self._segment.name,
-            "kv_offset": self._segment.kv_offset,
+            "segment": self._segment,
             "num_blocks": self._memory.num_blocks,
-            "block_bytes": self._memory.block_bytes,
+            "regions": [(each.address, each.stride, each.nbytes) for each in self._regions],
         }
         return json.dumps(described).encode()
 
@@ -86,23 +83,22 @@ class LocalTransport(ThreadedTransport[_Peer]):
     def _described(self, incarnation: bytes, info: bytes) -> _Peer:
         try:
             found = json.loads(info)
-            name, kv_offset = str(found["segment"]), int(found["kv_offset"])
-            num_blocks, block_bytes = int(found["num_blocks"]), int(found["block_bytes"])
+            name, num_blocks = str(found["segment"]), int(found["num_blocks"])
+            regions = tuple(Region(*map(int, numbers)) for numbers in found["regions"])
         except (ValueError, KeyError, TypeError) as error:
             message = "the peer's transport info is not the local transport's"
             raise TransferFailed(message) from error
-        if not NAME.fullmatch(name) or kv_offset % mmap.PAGESIZE or kv_offset < num_blocks * 8:
+        offsets = [region.address for region in regions]
+        if not NAME.fullmatch(name) or min(offsets, default=0) < num_blocks * 8:
             raise TransferFailed("the peer's transport info names no pool")
-        return _Peer(incarnation, num_blocks, block_bytes, name, kv_offset)
+        return _Peer(incarnation, num_blocks, regions, name)
 
     def _add(self, peer: _Peer) -> None:
         if peer.incarnation in self._peers:
             return
         peer.connection = _connect(peer)
         try:
-            peer.generations, peer.blocks = map_pool(
-                peer.segment, peer.kv_offset, peer.num_blocks, peer.block_bytes
-            )
+            peer.generations, peer.views = map_pool(peer.segment, peer.num_blocks, peer.regions)
         except (OSError, ValueError) as error:
             peer.connection.close()
             raise TransferFailed(f"peer {peer.name}: its pool cannot be mapped: {error}") from error
@@ -168,14 +164,16 @@ class LocalTransport(ThreadedTransport[_Peer]):
 
     def _copy_slice(self, copy: _Copy) -> bool:
         """Copies some megabytes; True when all is copied."""
-        budget = max(1, _SLICE_BYTES // self._memory.block_bytes)
-        while budget and copy.run < len(copy.runs):
-            length = int(copy.runs.length[copy.run])
-            count = min(budget, length - copy.offset)
+        budget = _SLICE_BYTES
+        while budget > 0 and copy.run < len(copy.runs):
+            length, region = int(copy.runs.length[copy.run]), int(copy.runs.region[copy.run])
+            mine, theirs = self._memory.views[region], copy.peer.views[region]
+            nbytes = self._memory.regions[region].nbytes
+            count = min(max(1, budget // nbytes), length - copy.offset)
             remote = int(copy.runs.remote[copy.run]) + copy.offset
             local = int(copy.runs.local[copy.run]) + copy.offset
-            self._own_blocks[local : local + count] = copy.peer.blocks[remote : remote + count]
-            budget -= count
+            mine[local : local + count] = theirs[remote : remote + count]
+            budget -= count * nbytes
             copy.offset += count
             if copy.offset == length:
                 copy.run, copy.offset = copy.run + 1, 0

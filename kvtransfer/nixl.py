@@ -26,9 +26,16 @@ import nixl._api as api
 import numpy as np
 
 from crossdock.kvtransfer.memory import Scratch, spans_of
-from crossdock.kvtransfer.nixl_info import PoolInfo, descriptors, pack_info, parse_info
+from crossdock.kvtransfer.nixl_info import (
+    PoolInfo,
+    descriptors,
+    pack_info,
+    parse_info,
+    stretches,
+)
+from crossdock.kvtransfer.regions import RegionTable, Runs
 from crossdock.kvtransfer.threaded import Peer, ThreadedTransport, polling_pause, reason_of
-from crossdock.kvtransfer.transport import Handle, PoolMemory, Runs
+from crossdock.kvtransfer.transport import Handle, PoolMemory
 from crossdock.kvtransfer.ucx import environment
 from crossdock.proto.errors import TransferFailed
 
@@ -48,6 +55,7 @@ _making_agent = threading.Lock()  # holds while settings of the whole process ar
 @dataclass(eq=False)
 class _Peer(Peer):
     memory: PoolInfo
+    table: RegionTable
     connected: bool = False
     broken: str | None = None  # why it is lost, until a probe over a new connection came back
     in_flight: int = 0
@@ -83,7 +91,7 @@ class NixlTransport(ThreadedTransport[_Peer]):
     ) -> None:
         super().__init__(f"nixl-{incarnation.hex()[:8]}")
         self._incarnation = incarnation
-        self._memory = memory
+        self._memory, self._table = memory, RegionTable(memory.regions)
         self._ucx = dict(ucx or {})
         self._loopback = loopback
         self._active: list[_Transfer] = []
@@ -110,7 +118,7 @@ class NixlTransport(ThreadedTransport[_Peer]):
             self._agent = api.nixl_agent(self._incarnation.hex(), config)
         if "UCX" not in self._agent.backends:
             raise TransferFailed("NIXL has no UCX plugin here")
-        pool = [(memory.kv_ptr, memory.kv_bytes, memory.device_id, "")]
+        pool = [(*stretch, memory.device_id, "") for stretch in stretches(memory)]
         counters = [
             (array.ctypes.data, array.nbytes, 0, "")
             for array in (memory.generations, self._scratch.entries)
@@ -123,7 +131,8 @@ class NixlTransport(ThreadedTransport[_Peer]):
 
     def _described(self, incarnation: bytes, info: bytes) -> _Peer:
         memory = parse_info(info, incarnation)
-        return _Peer(incarnation, memory.num_blocks, memory.block_bytes, memory)
+        table = RegionTable(memory.regions)
+        return _Peer(incarnation, memory.num_blocks, memory.regions, memory, table)
 
     def _add(self, described: _Peer) -> None:
         peer = self._peers.get(described.incarnation)
@@ -198,13 +207,13 @@ class NixlTransport(ThreadedTransport[_Peer]):
             raise TransferFailed(f"peer {peer.name} is lost: {peer.broken}")
 
     def _read(self, handle: Handle, peer: _Peer, runs: Runs) -> None:
-        mine, theirs, size = self._memory, peer.memory, self._memory.block_bytes
-        local = descriptors(mine.kv_ptr, runs.local, runs.length, size, mine.device_id)
-        remote = descriptors(theirs.kv_ptr, runs.remote, runs.length, size, theirs.device_id)
+        local = self._table.spans(runs.region, runs.local, runs.length)
+        remote = peer.table.spans(runs.region, runs.remote, runs.length)
+        mine, theirs = self._memory, peer.memory
         self._post(
             _Transfer(handle, peer, None, lambda: self._end_read(handle, runs)),
-            self._agent.get_xfer_descs(local, mine.memory_type),
-            self._agent.get_xfer_descs(remote, theirs.memory_type),
+            self._agent.get_xfer_descs(descriptors(*local, mine.device_id), mine.memory_type),
+            self._agent.get_xfer_descs(descriptors(*remote, theirs.device_id), theirs.memory_type),
             b"",
         )
 
@@ -229,9 +238,10 @@ class NixlTransport(ThreadedTransport[_Peer]):
         scratch = self._scratch.take(int(spans.length.sum()))
         if scratch is None:
             return False
-        entries, offset = self._scratch.entries, scratch.start + spans.offset
-        local = descriptors(entries.ctypes.data, offset, spans.length, 8, 0)
-        remote = descriptors(peer.memory.generations_ptr, spans.first, spans.length, 8, 0)
+        entries, nbytes = self._scratch.entries, 8 * spans.length
+        mine = entries.ctypes.data + 8 * (scratch.start + spans.offset)
+        local = descriptors(mine, nbytes, 0)
+        remote = descriptors(peer.memory.generations_ptr + 8 * spans.first, nbytes, 0)
 
         def done() -> None:
             self._end_fence(handle, entries[scratch.start + spans.places])

@@ -15,14 +15,16 @@ import os
 import re
 import secrets
 import stat
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.transport import Generations, PoolBuffers
+from crossdock.kvtransfer.transport import Generations, PoolBuffers, PoolMemory, Region
 from crossdock.proto.errors import TransferFailed
+from crossdock.proto.memory import strided
 
 _SHM = Path("/dev/shm")
 NAME = re.compile(r"crossdock-\d+-[0-9a-f]{32}")
@@ -35,6 +37,7 @@ class Segment:
     name: str
     fd: int
     kv_offset: int
+    kv_bytes: int
 
     def remove(self) -> None:
         """For its owner; those who have it mapped keep it."""
@@ -51,8 +54,8 @@ def allocate_segment(nbytes: int, num_blocks: int) -> PoolBuffers:
     """See registry.allocate. Raises TransferFailed when /dev/shm has no room."""
     cleanup_stale()
     kv_offset = -(-num_blocks * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
-    segment = _create_file(kv_offset + max(nbytes, 1), kv_offset)
-    pages = mmap.mmap(segment.fd, kv_offset + max(nbytes, 1))
+    segment = _create_file(kv_offset, max(nbytes, 1))
+    pages = mmap.mmap(segment.fd, kv_offset + segment.kv_bytes)
     generations = np.frombuffer(pages, dtype=np.int64, count=num_blocks)
     buffer = np.frombuffer(pages, dtype=np.uint8, count=nbytes, offset=kv_offset)
     address = buffer.ctypes.data
@@ -68,9 +71,18 @@ def allocate_segment(nbytes: int, num_blocks: int) -> PoolBuffers:
     return buffer, generations, close
 
 
-def segment_at(kv_ptr: int) -> Segment | None:
-    """This process's pool whose block 0 is at that address."""
-    return _segments.get(kv_ptr)
+def file_of(memory: PoolMemory) -> tuple[str, tuple[Region, ...]] | None:
+    """The segment of this process that holds all regions of a pool, and they with offsets in its
+    file for addresses. None: there is none."""
+    regions = memory.regions
+    start = min(region.address for region in regions)
+    end = max(region.address + region.extent(memory.num_blocks) for region in regions)
+    for base, segment in list(_segments.items()):
+        if base <= start and end <= base + segment.kv_bytes:
+            shift = segment.kv_offset - base
+            moved = (replace(region, address=region.address + shift) for region in regions)
+            return segment.name, tuple(moved)
+    return None
 
 
 def cleanup_stale() -> list[str]:
@@ -101,10 +113,10 @@ def _open_own(path: Path) -> int:
     return fd
 
 
-def _create_file(nbytes: int, kv_offset: int) -> Segment:
+def _create_file(kv_offset: int, kv_bytes: int) -> Segment:
     """A file that is locked before it is linked anywhere, so that no janitor finds it unlocked."""
     fd = os.open(_SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    name = f"crossdock-{os.getpid()}-{secrets.token_hex(16)}"
+    name, nbytes = f"crossdock-{os.getpid()}-{secrets.token_hex(16)}", kv_offset + kv_bytes
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         os.posix_fallocate(fd, 0, nbytes)  # a full /dev/shm is an error here, not a SIGBUS later
@@ -114,7 +126,7 @@ def _create_file(nbytes: int, kv_offset: int) -> Segment:
         raise TransferFailed(
             f"no shared memory for a KV pool of {nbytes} bytes under {_SHM}: {error.strerror}"
         ) from error
-    return Segment(name, fd, kv_offset)
+    return Segment(name, fd, kv_offset, kv_bytes)
 
 
 def _link(fd: int, path: Path) -> None:
@@ -136,14 +148,17 @@ atexit.register(_remove_own)
 
 
 def map_pool(
-    name: str, kv_offset: int, num_blocks: int, block_bytes: int
-) -> tuple[Generations, npt.NDArray[np.uint8]]:
-    """The peer's generations and blocks, readable only."""
+    name: str, num_blocks: int, regions: Sequence[Region]
+) -> tuple[Generations, tuple[npt.NDArray[np.uint8], ...]]:
+    """The peer's generations, and its blocks in each region, readable only. `regions`: see
+    `file_of`. Raises ValueError for what the file does not hold."""
+    nbytes = max(region.address + region.extent(num_blocks) for region in regions)
     fd = _open_own(_SHM / name)
     try:
-        pages = mmap.mmap(fd, kv_offset + num_blocks * block_bytes, prot=mmap.PROT_READ)
+        pages = mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
     finally:
         os.close(fd)
     generations = np.frombuffer(pages, dtype=np.int64, count=num_blocks)
-    blocks = np.frombuffer(pages, np.uint8, num_blocks * block_bytes, kv_offset)
-    return generations, blocks.reshape(num_blocks, block_bytes)
+    whole = np.frombuffer(pages, dtype=np.uint8)
+    views = (strided(whole, region.address, region, num_blocks) for region in regions)
+    return generations, tuple(views)

@@ -15,15 +15,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from crossdock.kvtransfer.regions import Runs, match_regions, merge_runs
 from crossdock.kvtransfer.transport import (
     Generations,
     Handle,
     HandleState,
     PoolMemory,
-    Runs,
+    Region,
     TransportStats,
     check_ids,
-    merge_runs,
 )
 from crossdock.proto.errors import TransferFailed
 
@@ -36,11 +36,12 @@ _CLOSE_GRACE_S = 2.0  # for transfers under way, whose memory is given back afte
 
 @dataclass(eq=False)
 class Peer:
-    """Whom a transport reads from: one life of a process, and the size of its pool."""
+    """Whom a transport reads from: one life of a process, and where its pool lies."""
 
     incarnation: bytes
     num_blocks: int
-    block_bytes: int
+    regions: tuple[Region, ...]
+    packed: Sequence[bool] = field(init=False)  # [regions] see match_regions
     removed: bool = field(default=False, kw_only=True)
 
     @property
@@ -84,16 +85,13 @@ class ThreadedTransport(ABC, Generic[P]):
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
         """See Transport.add_peer. Raises TransferFailed, also where info and pool do not agree."""
         peer = self._described(incarnation, info)
-        if (peer.num_blocks, peer.block_bytes) != (num_blocks, block_bytes):
+        told = sum(region.nbytes for region in peer.regions)
+        if (peer.num_blocks, told) != (num_blocks, block_bytes):
             raise TransferFailed(
                 f"peer {peer.name} describes {num_blocks} blocks of {block_bytes} bytes, "
-                f"its transport {peer.num_blocks} of {peer.block_bytes}"
+                f"its transport {peer.num_blocks} of {told}"
             )
-        if block_bytes != self._memory.block_bytes:
-            raise TransferFailed(
-                f"peer {peer.name} has blocks of {block_bytes} bytes, "
-                f"here they have {self._memory.block_bytes}"
-            )
+        peer.packed = match_regions(peer.name, peer.regions, self._memory.regions)
         self._call(lambda: self._add(peer))
 
     def remove_peer(self, incarnation: bytes) -> None:
@@ -111,7 +109,7 @@ class ThreadedTransport(ABC, Generic[P]):
             check_ids(remote_ids, peer.num_blocks, "remote")
             check_ids(local_ids, self._memory.num_blocks, "local")
             if len(remote_ids):
-                self._read(handle, peer, merge_runs(remote_ids, local_ids))
+                self._read(handle, peer, merge_runs(remote_ids, local_ids, peer.packed))
             else:
                 self._finish(handle)
 
@@ -314,11 +312,10 @@ class ThreadedTransport(ABC, Generic[P]):
 
     def _end_read(self, handle: Handle, runs: Runs) -> None:
         """The blocks of these runs are here."""
-        blocks = int(runs.length.sum())
         self.stats.reads += 1
-        self.stats.blocks += blocks
+        self.stats.blocks += runs.blocks
         self.stats.descriptors += len(runs)
-        self.stats.bytes += blocks * self._memory.block_bytes
+        self.stats.bytes += runs.blocks * self._memory.block_bytes
         self._finish(handle)
 
     def _end_fence(self, handle: Handle, generations: Generations) -> None:

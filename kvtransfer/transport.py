@@ -18,6 +18,7 @@ import numpy.typing as npt
 from crossdock.proto.memory import Generations as Generations
 from crossdock.proto.memory import MemoryType as MemoryType
 from crossdock.proto.memory import PoolMemory as PoolMemory
+from crossdock.proto.memory import Region as Region
 
 # What holds a KV pool: uint8 [bytes], int64 [num_blocks] generations, and what gives both back.
 PoolBuffers = tuple[npt.NDArray[np.uint8], Generations, Callable[[], None]]
@@ -86,7 +87,7 @@ class TransportStats:
 
     reads: int = 0
     blocks: int = 0
-    descriptors: int = 0  # of block reads: one for each run of consecutive blocks
+    descriptors: int = 0  # of block reads: one for each run of consecutive blocks of a region
     bytes: int = 0
     fences: int = 0
     failures: int = 0
@@ -138,30 +139,6 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Ends the thread and every connection; pending handles fail. Blocks briefly."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Blocks grouped into runs that are consecutive on both sides, in ascending remote order."""
-
-    remote: npt.NDArray[np.int64]  # [runs] first block of each
-    local: npt.NDArray[np.int64]  # [runs]
-    length: npt.NDArray[np.int64]  # [runs] blocks
-
-    def __len__(self) -> int:
-        return len(self.length)
-
-
-def merge_runs(remote_ids: Sequence[int], local_ids: Sequence[int] | Generations) -> Runs:
-    """One run for each stretch of blocks that is consecutive remotely and locally."""
-    remote = np.asarray(remote_ids, dtype=np.int64)
-    local = np.asarray(local_ids, dtype=np.int64)
-    order = np.argsort(remote, kind="stable")
-    remote, local = remote[order], local[order]
-    breaks = np.flatnonzero((np.diff(remote) != 1) | (np.diff(local) != 1)) + 1
-    starts = np.concatenate(([0], breaks)).astype(np.int64) if len(remote) else breaks
-    length = np.diff(np.append(starts, len(remote)))
-    return Runs(remote[starts], local[starts], length)
 
 
 def check_ids(ids: Sequence[int] | Generations, num_blocks: int, what: str) -> None:

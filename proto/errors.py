@@ -53,6 +53,7 @@ class InvalidRequest(CrossdockError):
     outcome = "invalid"
 
     def __init__(self, field: str, value: object, limit: str) -> None:
+        field, limit = _clipped(field, MOST_FIELD), _clipped(limit, MOST_LIMIT)
         super().__init__(f"{field}: {show(value)} is not allowed; {limit}")
         self.field, self.value, self.limit = field, value, limit
 
@@ -240,6 +241,7 @@ class ModelError(CrossdockError):
 
 MOST_SHOWN = 120  # characters of a value in a message
 MOST_ENTRIES = 8  # of a list or object in a message
+MOST_FIELD, MOST_LIMIT = 256, 1000  # characters of what else may quote what was sent
 
 
 def show(value: object, depth: int = 3) -> str:
@@ -263,6 +265,10 @@ def show(value: object, depth: int = 3) -> str:
         more = [f"… {len(value)} in all"] if len(value) > MOST_ENTRIES else []
         return _cut(f"{{{', '.join(shown + more)}}}")
     return _cut(repr(value))
+
+
+def _clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _cut(shown: str, length: int | None = None) -> str:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from crossdock.kvtransfer.regions import match_regions, merge_runs
 from crossdock.kvtransfer.transport import (
     Handle,
     PoolMemory,
     TransportStats,
     check_ids,
-    merge_runs,
 )
 from crossdock.proto.errors import TransferFailed
 
@@ -105,7 +105,7 @@ class FakeTransport:
     def __init__(self, network: FakeNetwork, incarnation: bytes, memory: PoolMemory) -> None:
         self._network = network
         self._incarnation = incarnation
-        self._peers: set[bytes] = set()
+        self._peers: dict[bytes, list[bool]] = {}  # see match_regions
         self._released: list[bytes] = []
         self._wakeup: Callable[[], None] = lambda: None
         self.memory = memory
@@ -118,17 +118,17 @@ class FakeTransport:
 
     def add_peer(self, incarnation: bytes, info: bytes, num_blocks: int, block_bytes: int) -> None:
         """Raises TransferFailed for a peer that is gone or whose blocks have another size."""
-        if info != incarnation or incarnation not in self._network.transports:
+        peer = self._network.transports.get(incarnation)
+        if info != incarnation or peer is None:
             raise TransferFailed(f"peer {incarnation.hex()} cannot be reached")
-        if block_bytes != self.memory.block_bytes:
-            raise TransferFailed(
-                f"peer {incarnation.hex()} has blocks of {block_bytes} bytes, "
-                f"here they have {self.memory.block_bytes}"
-            )
-        self._peers.add(incarnation)
+        told = peer.memory.block_bytes
+        if block_bytes != told:
+            raise TransferFailed(f"peer {incarnation.hex()} has blocks of {told} bytes")
+        theirs, mine = peer.memory.regions, self.memory.regions
+        self._peers[incarnation] = match_regions(incarnation.hex(), theirs, mine)
 
     def remove_peer(self, incarnation: bytes) -> None:
-        self._peers.discard(incarnation)
+        self._peers.pop(incarnation, None)
 
     def warm(self, incarnation: bytes, timeout_s: float = 5.0) -> float:
         peer = self._network.transports.get(incarnation)
@@ -140,7 +140,7 @@ class FakeTransport:
         self, incarnation: bytes, remote_ids: Sequence[int], local_ids: Sequence[int]
     ) -> Handle:
         remote, local = list(remote_ids), list(local_ids)
-        handle = Handle()
+        handle, packed = Handle(), self._peers.get(incarnation, ())
 
         def act(peer: FakeTransport) -> None:
             try:
@@ -149,10 +149,11 @@ class FakeTransport:
             except ValueError as error:
                 self.settle(handle, str(error))
                 return
-            self.memory.blocks()[local] = peer.memory.blocks()[remote]
+            for mine, theirs in zip(self.memory.views, peer.memory.views, strict=True):
+                mine[local] = theirs[remote]
             self.stats.reads += 1
             self.stats.blocks += len(remote)
-            self.stats.descriptors += len(merge_runs(remote, local))
+            self.stats.descriptors += len(merge_runs(remote, local, packed))
             self.stats.bytes += len(remote) * self.memory.block_bytes
             self.settle(handle)
 

@@ -140,7 +140,7 @@ class Site:
         )
         size = BLOCK * POSITION_BYTES
         kv, generations = np.zeros(blocks * size, np.uint8), np.zeros(blocks, np.int64)
-        memory = PoolMemory(kv.ctypes.data, blocks, size, generations)
+        memory = PoolMemory.block_major(kv.ctypes.data, blocks, size, generations)
         facts = EngineFacts("simulated", "", VOCAB, CONTEXT, self.tokens_per_step)
         engine = self.engine_type(facts, memory, BLOCK, Profile(), VOCAB)
         engine.buffer = kv  # lives as long

@@ -34,7 +34,9 @@ class PacedEngine(Engine):
         )
         block_bytes = config.block_size * profile.kv_bytes_per_token
         num_blocks = config.blocks_of(block_bytes)
-        self.memory = PoolMemory(0, num_blocks, block_bytes, np.zeros(num_blocks, np.int64))
+        self.memory = PoolMemory.block_major(
+            0, num_blocks, block_bytes, np.zeros(num_blocks, np.int64)
+        )
         self.steps = 1
         self._profile, self._spend, self._block_size = profile, spend, config.block_size
         self._drawn, self._end = SampledToken(DRAWN_ID), SampledToken(END_ID)

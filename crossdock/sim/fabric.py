@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from crossdock.engine.profiles import Profile
-from crossdock.kvtransfer.transport import Handle, TransportStats, check_ids, merge_runs
+from crossdock.kvtransfer.regions import merge_runs
+from crossdock.kvtransfer.transport import Handle, TransportStats, check_ids
 from crossdock.proto.errors import TransferFailed
 from crossdock.proto.memory import PoolMemory
 from crossdock.sim.clock import VirtualClock

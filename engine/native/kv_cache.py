@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
 from crossdock.engine.contract import WIRE_VERSION
 from crossdock.model.config import ModelConfig
+from crossdock.proto.memory import PoolMemory, region_sizes
 from crossdock.proto.v1 import worker_pb2
 
 
@@ -51,15 +54,17 @@ class KVCache:
         elements = 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim
         return elements * dtype.itemsize
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block, which is contiguous."""
-        return self.bytes_per_block(self._config, self.block_size, self.dtype)
-
-    @property
-    def data_ptr(self) -> int:
-        """Address of block 0; block i lies i * block_bytes behind it."""
-        return self.data.data_ptr()
+    @cached_property
+    def memory(self) -> PoolMemory:
+        """The same for transports: every block is contiguous, and they lie end to end."""
+        return PoolMemory.block_major(
+            self.data.data_ptr(),
+            self.num_blocks,
+            self.bytes_per_block(self._config, self.block_size, self.dtype),
+            self.generations,
+            "DRAM" if self.device.type == "cpu" else "VRAM",
+            self.device.index or 0,
+        )
 
     def layout(self, model_id: str, digest: str) -> worker_pb2.KVLayout:
         """All that must agree before another worker may read this cache."""
@@ -74,4 +79,5 @@ class KVCache:
             kv_heads=self._config.num_kv_heads,
             head_dim=self._config.head_dim,
             tp_degree=1,
+            regions=region_sizes(self.memory.regions),
         )

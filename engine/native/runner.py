@@ -21,7 +21,6 @@ from crossdock.kvcache.sequence import Chunk, SampledToken, Sequence, StepPlan
 from crossdock.model.config import ModelConfig, load_config
 from crossdock.model.text import load_text
 from crossdock.proto.errors import ConfigError, NotFinite
-from crossdock.proto.memory import PoolMemory
 from crossdock.proto.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -74,14 +73,7 @@ class ModelRunner(Engine):
             files.model_id, files.digest, self.config.vocab_size, self.config.context_length
         )
         self.layout = self.kv.layout(files.model_id, files.digest)
-        self.memory = PoolMemory(
-            kv_ptr=self.kv.data_ptr,
-            num_blocks=num_blocks,
-            block_bytes=self.kv.block_bytes,
-            generations=self.kv.generations,
-            memory_type="DRAM" if self.device.type == "cpu" else "VRAM",
-            device_id=self.device.index or 0,
-        )
+        self.memory = self.kv.memory
 
     @staticmethod
     def kv_bytes_per_block(

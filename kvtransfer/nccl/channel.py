@@ -41,7 +41,7 @@ class Kind(enum.IntEnum):
     PROOF = 1
     BYE = 2  # why the sender ends the connection
     MEET = 3  # the id of the communicator to join
-    READ = 4  # int64 [runs, 2]: first block, blocks
+    READ = 4  # int64 [runs, 3]: region, first block, blocks
     SENDING = 5  # the blocks of that request are posted now
     FENCE = 6  # length of the notification, notification, int64 [blocks] ids
     GENERATIONS = 7  # int64 [blocks]

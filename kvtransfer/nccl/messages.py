@@ -14,32 +14,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.kvtransfer.transport import Generations, PoolMemory, Runs, check_ids
+from crossdock.kvtransfer.regions import Runs, pack_regions, parse_regions
+from crossdock.kvtransfer.transport import Generations, PoolMemory, Region, check_ids
 from crossdock.proto.errors import TransferFailed
 
 Address = tuple[socket.AddressFamily, Any]  # the second as sockets of that family take it
 
-# Version, incarnation, blocks, block bytes, port; then the host.
-_INFO = struct.Struct("<B16sQQH")
-_INFO_VERSION = 1
+# Version, incarnation, blocks, port; then regions and the host.
+_INFO = struct.Struct("<B16sQH")
+_INFO_VERSION = 2  # 2: regions in place of one block size
 _MAX_NOTIFICATION = 255
 
 
 def pack_info(incarnation: bytes, memory: PoolMemory, host: str, port: int) -> bytes:
     """What a peer's `parse_info` reads: version, incarnation, pool, and where to connect."""
-    head = (_INFO_VERSION, incarnation, memory.num_blocks, memory.block_bytes, port)
-    return _INFO.pack(*head) + host.encode()
+    head = _INFO.pack(_INFO_VERSION, incarnation, memory.num_blocks, port)
+    return head + pack_regions(memory.regions) + host.encode()
 
 
-def parse_info(info: bytes, incarnation: bytes) -> tuple[Address, tuple[int, int]]:
-    """Where the peer listens; its number of blocks and their bytes. May ask a name server."""
+def parse_info(info: bytes, incarnation: bytes) -> tuple[Address, int, tuple[Region, ...]]:
+    """Where the peer listens; its number of blocks and its regions. May ask a name server."""
     if len(info) <= _INFO.size or info[0] != _INFO_VERSION:
         raise TransferFailed("the peer's transport info is not NCCL's, or of another version")
-    _, told, num_blocks, block_bytes, port = _INFO.unpack_from(info)
+    _, told, num_blocks, port = _INFO.unpack_from(info)
     if told != incarnation:
         raise TransferFailed(f"peer {incarnation.hex()} sent the transport info of {told.hex()}")
-    host = info[_INFO.size :].decode(errors="replace")
-    return resolve(host, port), (num_blocks, block_bytes)
+    regions, host = parse_regions(info[_INFO.size :])
+    return resolve(host.decode(errors="replace"), port), num_blocks, regions
 
 
 def resolve(host: str, port: int) -> Address:
@@ -52,24 +53,32 @@ def resolve(host: str, port: int) -> Address:
 
 
 def pack_read(runs: Runs) -> bytes:
-    """int64 [runs, 2]: first remote block and number of blocks of each run."""
-    return np.column_stack((runs.remote, runs.length)).astype("<i8").tobytes()
+    """int64 [runs, 3]: region, first remote block and number of blocks of each run."""
+    return np.column_stack((runs.region, runs.remote, runs.length)).astype("<i8").tobytes()
 
 
-def parse_read(body: bytes, num_blocks: int) -> npt.NDArray[np.int64]:
-    """int64 [runs, 2]: first block and blocks of each, all of them inside the pool."""
-    if len(body) % 16:
+def parse_read(body: bytes, num_blocks: int, regions: Sequence[Region]) -> npt.NDArray[np.int64]:
+    """int64 [3, runs]: region, first block and blocks of each, all of them inside the pool, and
+    each of them one stretch of memory."""
+    if len(body) % 24:
         raise ValueError(f"a read of {len(body)} bytes")
-    runs = np.frombuffer(body, dtype="<i8").reshape(-1, 2).astype(np.int64)
-    if len(runs) > num_blocks:
-        raise ValueError(f"a read of {len(runs)} runs, the pool has {num_blocks} blocks")
-    first, count = runs[:, 0], runs[:, 1]
+    runs = np.frombuffer(body, dtype="<i8").reshape(-1, 3).astype(np.int64)
+    most = num_blocks * len(regions)
+    if len(runs) > most:
+        raise ValueError(f"a read of {len(runs)} runs, the pool has {most} parts of blocks")
+    region, first, count = runs.T
+    strange = (region < 0) | (region >= len(regions))
+    if strange.any():
+        raise ValueError(f"region {region[np.argmax(strange)]}, the pool has {len(regions)}")
     # Each bound by itself: a sum could leave 64 bits.
     outside = (first < 0) | (count < 1) | (count > num_blocks) | (first > num_blocks - count)
     if outside.any():
-        begin, length = runs[np.argmax(outside)].tolist()
+        _, begin, length = runs[np.argmax(outside)].tolist()
         raise ValueError(f"{length} blocks from {begin}, the pool has {num_blocks}")
-    return runs
+    apart = np.array([not each.packed for each in regions])[region] & (count > 1)
+    if apart.any():
+        raise ValueError(f"blocks of region {region[np.argmax(apart)]} do not lie end to end")
+    return runs.T
 
 
 def pack_fence(notify: bytes, ids: Sequence[int]) -> bytes:

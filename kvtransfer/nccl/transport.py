@@ -19,13 +19,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from crossdock.kvtransfer.nccl import messages
 from crossdock.kvtransfer.nccl.channel import Channel, Frame, Kind
-from crossdock.kvtransfer.nccl.communicator import Communicators
+from crossdock.kvtransfer.nccl.communicator import Communicators, Span
 from crossdock.kvtransfer.nccl.link import OWNER, READER, Link, Rank, Request
+from crossdock.kvtransfer.regions import Ints, RegionTable, Runs, merge_runs
 from crossdock.kvtransfer.threaded import (
     Peer,
     ThreadedTransport,
@@ -33,7 +31,7 @@ from crossdock.kvtransfer.threaded import (
     reason_of,
     wait_for,
 )
-from crossdock.kvtransfer.transport import Generations, Handle, PoolMemory, Runs, merge_runs
+from crossdock.kvtransfer.transport import Generations, Handle, PoolMemory
 from crossdock.proto.errors import TransferFailed
 
 log = logging.getLogger(__name__)
@@ -76,6 +74,7 @@ class NcclTransport(ThreadedTransport[_Peer]):
             raise TransferFailed("the nccl transport needs the cluster's key")
         super().__init__(f"nccl-{incarnation.hex()[:8]}")
         self._incarnation, self._memory = incarnation, memory
+        self._table = RegionTable(memory.regions)
         self._key, self._host = key, host
         self._communicators = communicators or communicators_of_nccl()
         self._listener: socket.socket | None = None
@@ -85,7 +84,7 @@ class NcclTransport(ThreadedTransport[_Peer]):
         self._start()
 
     def info(self) -> bytes:
-        """Incarnation, blocks and their size, and the TCP port where peers ask for reads."""
+        """Incarnation, blocks and their regions, and the TCP port where peers ask for reads."""
         assert self._listener is not None
         port = self._listener.getsockname()[1]
         return messages.pack_info(self._incarnation, self._memory, self._host, port)
@@ -118,12 +117,13 @@ class NcclTransport(ThreadedTransport[_Peer]):
         self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _described(self, incarnation: bytes, info: bytes) -> _Peer:
-        address, blocks = messages.parse_info(info, incarnation)
-        return _Peer(incarnation, *blocks, address)
+        address, num_blocks, regions = messages.parse_info(info, incarnation)
+        return _Peer(incarnation, num_blocks, regions, address)
 
     def _add(self, peer: _Peer) -> None:
         known = self._peers.get(peer.incarnation)
-        if known and (known.address, known.num_blocks) == (peer.address, peer.num_blocks):
+        told = (peer.address, peer.num_blocks, peer.regions)
+        if known and (known.address, known.num_blocks, known.regions) == told:
             known.removed, known.retry_at = False, 0.0
             return
         if known and known.link is not None:
@@ -201,7 +201,7 @@ class NcclTransport(ThreadedTransport[_Peer]):
             else:
                 self._finish(handle)
 
-        request = Request(handle, done, self._spans(np.column_stack((runs.local, runs.length))))
+        request = Request(handle, done, self._spans(runs.region, runs.local, runs.length))
         self._link(peer).ask(request, Kind.READ, messages.pack_read(runs), time.monotonic())
 
     def _fence(self, handle: Handle, peer: _Peer, remote_ids: Sequence[int], notify: bytes) -> None:
@@ -216,10 +216,10 @@ class NcclTransport(ThreadedTransport[_Peer]):
 
         self._link(peer).ask(Request(handle, done), Kind.FENCE, body, time.monotonic())
 
-    def _spans(self, runs: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Address and bytes of runs [runs, 2] of this pool."""
-        base, size = self._memory.kv_ptr, self._memory.block_bytes
-        return [(base + first * size, count * size) for first, count in runs.tolist()]
+    def _spans(self, region: Ints, first: Ints, length: Ints) -> list[Span]:
+        """Address and bytes of runs of this pool."""
+        address, nbytes = self._table.spans(region, first, length)
+        return list(zip(address.tolist(), nbytes.tolist()))
 
     # On the transport's thread: frames.
 
@@ -248,8 +248,9 @@ class NcclTransport(ThreadedTransport[_Peer]):
         if kind == Kind.MEET:
             link.meet(body, time.monotonic())
         elif kind == Kind.READ:
-            runs = messages.parse_read(body, self._memory.num_blocks)
-            link.give(number, self._spans(runs), time.monotonic())
+            memory = self._memory
+            runs = messages.parse_read(body, memory.num_blocks, memory.regions)
+            link.give(number, self._spans(*runs), time.monotonic())
         elif kind == Kind.FENCE:
             notify, ids = messages.parse_fence(body, self._memory.num_blocks)
             found = messages.pack_generations(self._memory.generations[ids])

@@ -62,7 +62,7 @@ LINK_OUTCOME_READ_FAILED: LinkOutcome
 LINK_OUTCOME_BUSY: LinkOutcome
 
 class KVLayout(_message.Message):
-    __slots__ = ("wire_version", "model_id", "weights_digest", "dtype", "block_size", "layers", "kv_heads", "head_dim", "tp_degree", "engine")
+    __slots__ = ("wire_version", "model_id", "weights_digest", "dtype", "block_size", "layers", "kv_heads", "head_dim", "tp_degree", "engine", "regions")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class KVLayout(_message.Message):
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     TP_DEGREE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     model_id: str
     weights_digest: str
@@ -83,7 +84,8 @@ class KVLayout(_message.Message):
     head_dim: int
     tp_degree: int
     engine: str
-    def __init__(self, wire_version: _Optional[int] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., tp_degree: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
+    regions: str
+    def __init__(self, wire_version: _Optional[int] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., tp_degree: _Optional[int] = ..., engine: _Optional[str] = ..., regions: _Optional[str] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
     __slots__ = ("name", "pool", "role", "incarnation", "layout", "layout_hash", "model_id", "context_length", "num_blocks", "block_bytes", "transport", "transport_info", "address", "pid", "node_id", "revision", "metrics_address", "max_batch", "chunk_tokens", "gpus")

@@ -105,7 +105,7 @@ class Dispatcher:
         self._sequences: dict[str, SequenceState] = {}  # by sequence id
         self._numbered: dict[int, SequenceState] = {}  # the same, by their attempts' numbers
         self._turns = Turns(
-            lambda: has_room(view, clock()),
+            lambda yields: has_room(view, clock(), yields),
             lambda sequence: self._guarded(sequence, self._route),
             lambda sequence: self._due(sequence.active.request),
             self._work,
@@ -293,6 +293,7 @@ class Dispatcher:
             sequence.gave_up(str(why))
             self._waiting.add(sequence, self._take_turn, why)
             return
+        self._waiting.remove(sequence)
         self._count += 1
         sequence.placed(f"{self._prefix}-{self._count}", self._count, placement)
         self._sequences[sequence.sequence_id] = self._numbered[sequence.number] = sequence
@@ -359,6 +360,7 @@ class Dispatcher:
         """Token 0 is delivered: a decode worker goes on from here, as soon as there is one."""
         try:
             self._hand_offs.complete(sequence, self._clock())
+            self._waiting.remove(sequence)
         except NoWorker as error:
             self._waiting.add(sequence, self._hand_off, error)
         except WorkerLost as error:

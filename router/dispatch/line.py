@@ -66,6 +66,10 @@ class Late:
         self._begun.add(sequence)
         self._count += 1
 
+    def forget(self, sequence: SequenceState) -> None:
+        """It has ended, or waits again."""
+        self._begun.discard(sequence)
+
     @property
     def oldest_first(self) -> bool:
         """Whether the next is not to be the shortest, for once."""

@@ -15,12 +15,16 @@ from crossdock.router.dispatch.lifecycle import STALL_STAGES, TTFT_STAGES
 from crossdock.router.dispatch.request import Request
 from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
 
+TRACE_CONTEXT = ("traceparent", "tracestate")
+MOST_CHARACTERS = 512  # of either, as W3C has it; what is wrong with it is a line in the log
+
 _tracer = trace.get_tracer("crossdock.router")
 
 
 def context_of(headers: Mapping[str, str]) -> Any:
     """The trace context that a client's headers or metadata carried (W3C)."""
-    return propagate.extract(headers)
+    given = {name: headers.get(name, "") for name in TRACE_CONTEXT}
+    return propagate.extract({k: v for k, v in given.items() if 0 < len(v) <= MOST_CHARACTERS})
 
 
 def start(request: Request) -> tuple[Span, str]:

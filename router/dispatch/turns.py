@@ -5,9 +5,10 @@ Between tenants: start-time fair queueing (Goyal, Vin and Cheng, 1997). Each ten
 time, which its sequences move on by their tokens as they are begun; the one that is furthest behind
 is next. One that asks for less than its share falls behind the present, by BURST_CHUNKS of the
 workers at the most, and has that much at once when it sends a few together. One that is new is
-behind those that are here by OWED_TOKENS and no more, so that a flood goes before nobody. Within a
-tenant line.py says who is next; of sequences that are due at once the k-th of a request lets as
-many later requests go first.
+behind those that are here by OWED_TOKENS and no more, so that a flood goes before nobody. While
+one that has fallen so far behind is expected back, those of whom much waits have their prompts
+yield on the workers, so that it does not wait for these either. Within a tenant line.py says who is
+next; of sequences that are due at once the k-th of a request lets as many later requests go first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from heapq import nlargest
 from itertools import count
+from operator import itemgetter
 
 from crossdock.router.dispatch.line import Late, Line, Work
 from crossdock.router.dispatch.sequence import SequenceState
@@ -24,8 +27,9 @@ from crossdock.router.placement.busy import Busy
 
 OWED_TOKENS = 4096  # that a new tenant may have before the others go on
 BURST_CHUNKS = 8  # of each worker, that a tenant may have which asked for less than its share
+EXPECTED_FOR_S = 10.0  # after its newest, another of a tenant that asked for less than its share
 SHED_EVERY_S = 0.02  # it is looked whose deadlines cannot be met any more
-KEPT_TENANTS = 1000  # of those with no queue, before those that are not ahead are forgotten
+KEPT_TENANTS = 1000  # of those with no queue, before all but half that are furthest ahead are not
 TURN_TOKENS = 65_536  # begun in one turn of the loop, some 5 ms
 BEGIN_TOKENS = 2048  # as which it counts that a sequence is begun, whatever its length
 EXPECTED_TOKENS = 256  # of a completion at the most, as far as its cost is weighed
@@ -38,15 +42,15 @@ class _Queue:
 
 
 class Turns:
-    """Sequences that are to be begun. `room` says whether a worker would take another one soon,
-    `begin` begins one and raises nothing; `shed` hears of one with a deadline that is not in time,
-    and of the predicted seconds until its first token, and may end it; `least_part`: of what is
-    predicted, that things take at the least; `later` calls after so many seconds. `due` and
-    `work_of` are a Line's."""
+    """Sequences that are to be begun. `room` says whether a worker would take another one soon, or
+    another that yields; `begin` begins one and raises nothing; `shed` hears of one with a deadline
+    that is not in time, and of the predicted seconds until its first token, and may end it;
+    `least_part`: of what is predicted, that things take at the least; `later` calls after so many
+    seconds. `due` and `work_of` are a Line's."""
 
     def __init__(
         self,
-        room: Callable[[], bool],
+        room: Callable[[bool], bool],
         begin: Callable[[SequenceState], object],
         due: Callable[[SequenceState], float] = lambda sequence: math.inf,
         work_of: Callable[[SequenceState], Work] = lambda sequence: Work(),
@@ -66,6 +70,7 @@ class Turns:
         self._where: dict[SequenceState, _Queue] = {}
         self._present = 0.0  # virtual time at which the last one was begun
         self._finished: dict[str, float] = {}  # where tenants with no queue now had come to
+        self._saver, self._saver_until = "", -math.inf  # who asked for less than its share last
         self._ties = count()
 
     def __len__(self) -> int:
@@ -82,7 +87,9 @@ class Turns:
         request = sequence.active.request
         queue = self._queues.get(request.tenant)
         if queue is None:
-            start = self._start(request.tenant)
+            start, oldest = self._start(request.tenant), self._oldest
+            if start <= oldest:
+                self._saver, self._saver_until = request.tenant, self._clock() + EXPECTED_FOR_S
             self._finished.pop(request.tenant, None)
             queue = _Queue(start, Line(self._due, self._work_of, self._late))
             self._queues[request.tenant] = queue
@@ -91,7 +98,8 @@ class Turns:
         self._where[sequence] = queue
 
     def remove(self, sequence: SequenceState) -> None:
-        """It has ended; nothing where it does not wait."""
+        """It has ended, whether it waited or was begun."""
+        self._late.forget(sequence)
         queue = self._where.pop(sequence, None)
         if queue is not None:
             queue.line.remove(sequence)
@@ -104,7 +112,7 @@ class Turns:
             self._shed_at = self._clock()
             self._shed_late()
         left = TURN_TOKENS
-        while self._where and self._room():
+        while self._where and self._room(False):
             if left <= 0:
                 return self.pump_later(0.0)
             sequence = self._next()
@@ -147,7 +155,8 @@ class Turns:
         for queue in list(self._queues.values()):
             sharing = self._sharing(queue)
             for sequence, seconds in queue.line.late_ones(now, busy_s, sharing, part):
-                self._shed(sequence, seconds)
+                if sequence in self._where:  # not ended with another of its request
+                    self._shed(sequence, seconds)
 
     def _sharing(self, queue: _Queue) -> float:
         """How many times as long it takes to compute what waits there, since others take turns:
@@ -171,10 +180,16 @@ class Turns:
         return self._present - max(OWED_TOKENS, BURST_CHUNKS * busy.workers * busy.chunk_tokens)
 
     def _next(self) -> SequenceState | None:
-        now, busy_s = self._clock(), self._busy().seconds
+        now, busy = self._clock(), self._busy()
+        busy_s, much = busy.seconds, busy.workers * busy.chunk_tokens
+        expected = self._saver if now < self._saver_until else ""
         for tenant, queue in sorted(self._queues.items(), key=lambda item: item[1].start):
+            owes = expected not in ("", tenant) and queue.line.tokens > much
+            if owes and not self._room(True):
+                continue
             sequence = queue.line.pop(now, busy_s, self._sharing(queue))
             if sequence is not None:
+                sequence.yields = sequence.yields or owes
                 return self._taken(tenant, queue, sequence)
         return None
 
@@ -192,8 +207,9 @@ class Turns:
             del self._queues[tenant]
             self._finished[tenant] = queue.start
             if len(self._finished) > KEPT_TENANTS:
+                ahead = nlargest(KEPT_TENANTS // 2, self._finished.items(), key=itemgetter(1))
                 oldest = self._oldest
-                self._finished = {t: at for t, at in self._finished.items() if at > oldest}
+                self._finished = {t: at for t, at in ahead if at > oldest}
 
 
 def _cost(sequence: SequenceState) -> int:

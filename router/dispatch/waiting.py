@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from crossdock.proto.errors import Unavailable
-from crossdock.router.dispatch.ports import Timers
+from crossdock.router.dispatch.ports import Timer, Timers
 from crossdock.router.dispatch.sequence import SequenceState
 from crossdock.router.placement.demand import NoWorker
 
@@ -16,12 +16,13 @@ Step = Callable[[SequenceState], None]
 @dataclass(eq=False)
 class Waiting:
     """Each sequence has its next step here, to be tried when a worker appears. After `wait_s`
-    seconds, all its tries together, it is passed to `give_up` with why."""
+    seconds without one, all its tries together, it is passed to `give_up` with why."""
 
     timers: Timers
     wait_s: float
     give_up: Callable[[SequenceState, NoWorker], None]
     _steps: dict[SequenceState, Step] = field(default_factory=dict)
+    _limits: dict[SequenceState, Timer] = field(default_factory=dict)  # also while one is tried
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -30,29 +31,26 @@ class Waiting:
         return iter(self._steps)
 
     def add(self, sequence: SequenceState, step: Step, why: Unavailable) -> None:
-        """Has `step` tried when a worker appears; the sequence's timer is the wait's until then."""
+        """Has `step` tried when a worker appears."""
         self._steps[sequence] = step
-        if sequence.timer is None:
+        if sequence not in self._limits:
             error = NoWorker(f"{why} (waited {self.wait_s:g} s)")
-            sequence.timer = self.timers.call_later(self.wait_s, self._over, sequence, error)
+            limit = self.timers.call_later(self.wait_s, self._over, sequence, error)
+            self._limits[sequence] = limit
 
     def remove(self, sequence: SequenceState) -> None:
-        """The sequence has ended; its timer is the caller's."""
+        """It has its worker, or has ended."""
         self._steps.pop(sequence, None)
+        if (limit := self._limits.pop(sequence, None)) is not None:
+            limit.cancel()
 
     def try_all(self, run: Callable[[SequenceState, Step], None]) -> None:
         """A worker came or went: `run` is called with every sequence and its step."""
-        for sequence, step in list(self._steps.items()):
-            if self._steps.pop(sequence, None) is None:
-                continue
-            timer, sequence.timer = sequence.timer, None
-            run(sequence, step)
-            if sequence in self._steps:  # still nobody: the wait goes on from where it was
-                sequence.stop_timer()
-                sequence.timer = timer
-            elif timer is not None:
-                timer.cancel()
+        for sequence in list(self._steps):
+            if (step := self._steps.pop(sequence, None)) is not None:
+                run(sequence, step)
 
     def _over(self, sequence: SequenceState, error: NoWorker) -> None:
-        self.remove(sequence)
-        self.give_up(sequence, error)
+        del self._limits[sequence]
+        if self._steps.pop(sequence, None) is not None:  # else there is one, and it waits for room
+            self.give_up(sequence, error)

@@ -84,6 +84,7 @@ class Frontend:
     tool_format: ToolFormat
     aliases: tuple[str, ...] = ()  # other names that clients may use
     tokenized: Tokenized | None = None  # where other models are asked about the same request
+    party: str = ""  # who takes turns with others, where that is one
 
     @property
     def model_id(self) -> str:
@@ -94,9 +95,10 @@ class Frontend:
         """The same model under these names besides its own, writing calls of tools like this."""
         return replace(self, aliases=aliases, tool_format=tool_format)
 
-    def candidate(self, tokenized: Tokenized) -> Frontend:
-        """The same model as one of several that may serve a request."""
-        return replace(self, tokenized=tokenized)
+    def asked_by(self, party: str, tokenized: Tokenized | None = None) -> Frontend:
+        """The same model for a request of this party; `tokenized` where it is one of several that
+        may serve it."""
+        return replace(self, party=party, tokenized=tokenized)
 
     def arrival(
         self, visit: Visit, trace_context: Any = None, timeout_s: float | None = None
@@ -130,7 +132,7 @@ class Frontend:
 
     async def starts(self, text: str, token_ids: Sequence[int]) -> list[int]:
         """See TextModel.starts."""
-        return await self.aside.call("starts", text, token_ids)
+        return await self.aside.call(self.party, "starts", text, token_ids)
 
     async def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text of a prompt. Others run after a long one."""
@@ -173,7 +175,7 @@ class Frontend:
 
         async def make() -> list[int]:
             if size > INLINE_CHARACTERS:
-                return await self.aside.call(method, *arguments)
+                return await self.aside.call(self.party, method, *arguments)
             found: list[int] = getattr(self.text, method)(*arguments)
             return found
 

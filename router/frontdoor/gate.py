@@ -100,6 +100,7 @@ class Gate:
         if not visit.closed:
             self._close(visit)
             self._write(visit, error, None)
+            visit.request = None  # which holds the visit
 
     def ended(self, visit: Visit, ended: Ended) -> None:
         """A request has ended, well or not."""

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from crossdock.model.grammar_process import CPU_S, MEMORY_BYTES
 from crossdock.proto.errors import InvalidRequest, Overloaded, Unavailable
 from crossdock.proto.types import Grammar
 from crossdock.router.frontdoor.child import ENDED_S, end
+from crossdock.router.frontdoor.in_turn import InTurn
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,13 @@ _ENDS = {-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV, 1}
 class GrammarChecker:
     """Asks a process of its own, which is started with the first grammar and again after one that
     it did not survive. Verdicts are remembered: most requests bring a grammar that others had.
-    Parties that wait take turns, so that nobody waits for more than one grammar of each other."""
+    Parties that wait take turns."""
 
     def __init__(self, model: str, home: Path) -> None:
         self._command = [sys.executable, "-m", "crossdock.model.grammar_process", model, str(home)]
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()  # why not, by the grammar's digest
         self._process: subprocess.Popen[str] | None = None
-        self._asking = False
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # by party, the next first
+        self._turns = InTurn()
 
     async def check(self, field: str, grammar: Grammar, party: str) -> None:
         """Raises InvalidRequest, naming `field`, for a grammar that cannot be used; Overloaded
@@ -64,14 +64,10 @@ class GrammarChecker:
 
     def _turn(self, party: str) -> asyncio.Future[None]:
         """Done when it is this one's. Raises Overloaded."""
-        mine = len(self._queues.get(party, ()))
-        if mine >= MAX_WAITING_EACH or sum(map(len, self._queues.values())) >= MAX_WAITING:
+        mine, all_ = self._turns.waiting(party), self._turns.waiting()
+        if mine >= MAX_WAITING_EACH or all_ >= MAX_WAITING:
             raise Overloaded("too many grammars wait to be checked")
-        turn = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(party, deque()).append(turn)
-        if not self._asking:
-            self._next()
-        return turn
+        return self._turns.join(party)
 
     async def _find_out(self, key: bytes, grammar: Grammar, turn: asyncio.Future[None]) -> str:
         await turn
@@ -84,17 +80,7 @@ class GrammarChecker:
                 self._verdicts.popitem(last=False)
             return why
         finally:
-            self._next()
-
-    def _next(self) -> None:
-        """The turn goes to the next party, which comes behind all others then."""
-        self._asking = bool(self._queues)
-        if self._queues:
-            party = next(iter(self._queues))
-            queue = self._queues.pop(party)
-            queue.popleft().set_result(None)
-            if queue:
-                self._queues[party] = queue
+            self._turns.next()
 
     def _ask(self, grammar: Grammar) -> str:
         if self._process is None or self._process.poll() is not None:

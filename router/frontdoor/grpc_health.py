@@ -17,6 +17,8 @@ HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1.ServerReflection"
 REFLECTION_ALPHA = "grpc.reflection.v1alpha.ServerReflection"
 
+MAX_WATCHES = 4096  # at once, which nobody needs a credential for, some 5 kB each
+
 Status: TypeAlias = health_pb2.HealthCheckResponse
 
 
@@ -31,6 +33,7 @@ class Health(health_pb2_grpc.HealthServicer):
         self._services = frozenset(services) | {""}
         self._serving = False
         self._changed = asyncio.Event()  # a new one for each change
+        self._watches = 0
 
     def set(self, serving: bool) -> None:
         """What every check answers from now on, and what watchers are told."""
@@ -54,14 +57,22 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> AsyncIterator[Status]:
-        """The status now and whenever it changes; SERVICE_UNKNOWN for what is not offered."""
+        """The status now and whenever it changes; SERVICE_UNKNOWN for what is not offered.
+        RESOURCE_EXHAUSTED where MAX_WATCHES are open."""
+        if self._watches >= MAX_WATCHES:
+            why = f"{MAX_WATCHES} watches are open, which is the limit; Check is answered"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
         told = None
-        while True:
-            changed, status = self._changed, self._status(request.service)
-            if status != told:
-                told = status
-                yield status
-            await changed.wait()
+        self._watches += 1
+        try:
+            while True:
+                changed, status = self._changed, self._status(request.service)
+                if status != told:
+                    told = status
+                    yield status
+                await changed.wait()
+        finally:
+            self._watches -= 1
 
     def _status(self, service: str) -> Status:
         if service not in self._services:

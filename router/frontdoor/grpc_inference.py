@@ -216,6 +216,7 @@ async def _prompt(
     if kind == "text":
         return "text", await frontend.encode("text", message.text)
     if kind == "token_ids":
+        frontend.validator.check_length("token_ids", len(message.token_ids.ids))
         return "token_ids", list(message.token_ids.ids)
     if kind == "chat":
         conversation = conversation_of_pb(message.chat, offer)

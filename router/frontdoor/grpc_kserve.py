@@ -26,7 +26,6 @@ from crossdock.router.frontdoor.http2.call import Aborted
 from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.openai_schemas import DEFAULT_COMPLETION_TOKENS, sampling_of
 from crossdock.router.frontdoor.structured import grammar_of
-from crossdock.router.frontdoor.validate import check_prompts
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +215,6 @@ class KServeService:
                 frontend.validator.check_request(ask.n, sampling)
                 if (asked := grammar_of(ask.body)) is not None:
                     guided = await frontend.with_grammar(arrival, sampling, *asked)
-                check_prompts(ask.field, len(ask.prompts))
                 prompts = [
                     await frontend.encode(ask.field, each) if isinstance(each, str) else each
                     for each in ask.prompts

@@ -38,10 +38,16 @@ class Connection(web.RequestHandler):
     """One connection. Closed where its client reads nothing for WRITE_S seconds. A client that has
     closed its own side alone still gets the answers that it asked for."""
 
-    def __init__(self, server: web.Server, outcome: Outcome, **options: Any) -> None:
+    def __init__(
+        self,
+        server: web.Server,
+        outcome: Outcome,
+        closed: Callable[[Connection], object],
+        **options: Any,
+    ) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(server, loop=loop, lingering_time=LINGER_S, **options)
-        self._outcome = outcome
+        self._outcome, self._closed = outcome, closed
         self._timer: asyncio.TimerHandle | None = None  # of an answer that is not read
         self._probing: asyncio.Handle | None = None
         self.malformed = False  # the body of the request that is being handled
@@ -80,6 +86,7 @@ class Connection(web.RequestHandler):
         self._stop_timer()
         if self._probing is not None:
             self._probing.cancel()
+        self._closed(self)
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -199,7 +206,7 @@ class Runner(web.AppRunner):
         server, loop = super().server, asyncio.get_running_loop()
         assert server is not None, "not set up"
         options = {"access_log": None, "auto_decompress": False, "keepalive_timeout": IDLE_S}
-        made = Connection(server, self._outcome, read_bufsize=READ_BYTES, **options)
+        made = Connection(server, self._outcome, self._forget, read_bufsize=READ_BYTES, **options)
         self._silent[made] = loop.call_later(HEAD_S, self._close, made)
         if len(self._silent) > MAX_SILENT:
             self._close(next(iter(self._silent)))

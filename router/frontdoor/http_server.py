@@ -163,7 +163,8 @@ class HttpServer:
         check_media_type(request)
         with self._bodies.reading() as one:
             parts = await self._bodies.read(one, request, arrival.deadline)
-            return await self._models.default.aside.read_body(parts, kind, self._settings.strict)
+            party, strict = visit_of(request).principal.party, self._settings.strict
+            return await self._models.default.aside.read_body(party, parts, kind, strict)
 
     async def _read_small(self, request: web.Request, kind: Any) -> Any:
         """The body of a request that asks for no tokens."""

@@ -27,7 +27,8 @@ def add_tokenize_routes(router: web.UrlDispatcher, models: Models, read: ReadBod
 
     async def tokenize(request: web.Request) -> web.StreamResponse:
         body: TokenizeBody = await read(request, TokenizeBody)
-        frontend = models.seen(body.model or "", visit_of(request).principal)
+        principal = visit_of(request).principal
+        frontend = models.seen(body.model or "", principal).asked_by(principal.party)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("prompt", body.prompt, "either prompt or messages must be given")
         if body.messages is not None:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.v1 import kserve_pb2 as pb
@@ -15,6 +16,8 @@ from crossdock.router.dispatch.request import Delta
 from crossdock.router.frontdoor.json_body import parse_object
 from crossdock.router.frontdoor.kserve_tensors import BYTES, Tensor, add_output, read_inputs
 from crossdock.router.frontdoor.openai_schemas import CompletionBody, read_body
+from crossdock.router.frontdoor.tools.conversation import check_json
+from crossdock.router.frontdoor.validate import check_prompts
 
 # Tensor -> datatype, shape, as the metadata tell them.
 INPUTS: dict[str, tuple[str, list[int]]] = {
@@ -33,6 +36,8 @@ OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "num_output_tokens": ("INT32", [-1]),
 }
 TOKEN_TYPES = ("INT32", "INT64", "UINT32")
+MAX_PARAMETERS = 64
+MAX_SAMPLING_MARKS = 16_384  # in the JSON of sampling_parameters: as many values at the most
 EMPTY_FINAL = "triton_enable_empty_final_response"
 FINAL = "triton_final_response"
 ELSEWHERE = {  # sampling parameters that this protocol has another place for, or none
@@ -51,7 +56,7 @@ ELSEWHERE = {  # sampling parameters that this protocol has another place for, o
 class Ask:
     """What one ModelInferRequest wants."""
 
-    prompts: Sequence[str | Sequence[int]]
+    prompts: Sequence[str | Sequence[int] | np.ndarray]
     field: str  # that the prompts came in
     body: CompletionBody  # its sampling parameters
     stream: bool
@@ -76,6 +81,9 @@ class Ask:
         for name in inputs:
             if name not in INPUTS:
                 raise InvalidRequest("inputs", name, f"the inputs are {', '.join(INPUTS)}")
+        if len(request.parameters) > MAX_PARAMETERS:
+            given = f"{len(request.parameters)} parameters"
+            raise InvalidRequest("parameters", given, f"at most {MAX_PARAMETERS}")
         parameters = {name: _value(given) for name, given in request.parameters.items()}
         empty_final = bool(parameters.pop(EMPTY_FINAL, False))
         if empty_final and not streams:
@@ -86,10 +94,7 @@ class Ask:
                 limit = "must be an integer of at least 0"
                 raise InvalidRequest(f"parameters.{name}", value, limit)
         field, prompts = _prompts(inputs)
-        outputs = tuple(output.name for output in request.outputs)
-        for name in outputs:
-            if name not in OUTPUTS:
-                raise InvalidRequest("outputs", name, f"the outputs are {', '.join(OUTPUTS)}")
+        outputs = _outputs(request)
         by_default = ("text_output",) if field == "text_input" else ("output_ids",)
         stream = _flag(inputs, "stream", False)
         if stream and not streams:
@@ -126,6 +131,18 @@ class Ask:
         return answer
 
 
+def _outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
+    """Names of those that are asked for, each once."""
+    found: dict[str, None] = {}
+    for output in request.outputs:
+        if output.name not in OUTPUTS:
+            raise InvalidRequest("outputs", output.name, f"the outputs are {', '.join(OUTPUTS)}")
+        if output.name in found:
+            raise InvalidRequest("outputs", output.name, "is there twice")
+        found[output.name] = None
+    return tuple(found)
+
+
 def _output(name: str, delta: Delta) -> Any:
     if name == "text_output":
         return delta.text.encode()
@@ -148,6 +165,7 @@ def _prompts(inputs: dict[str, Tensor]) -> tuple[str, list[Any]]:
         raise InvalidRequest("inputs", found, "one of text_input and input_ids must be given")
     tensor = given[0]
     if tensor.name == "text_input":
+        check_prompts(tensor.name, len(tensor.values))
         return tensor.name, tensor.texts()
     if tensor.datatype not in TOKEN_TYPES:
         limit = f"must be one of {', '.join(TOKEN_TYPES)}"
@@ -158,7 +176,8 @@ def _prompts(inputs: dict[str, Tensor]) -> tuple[str, list[Any]]:
         )
     length = tensor.shape[-1]
     count = tensor.shape[0] if len(tensor.shape) == 2 else 1
-    return tensor.name, [list(tensor.values[i * length : (i + 1) * length]) for i in range(count)]
+    check_prompts(tensor.name, count)
+    return tensor.name, [tensor.values[i * length : (i + 1) * length] for i in range(count)]
 
 
 def _flag(inputs: dict[str, Tensor], name: str, default: bool) -> bool:
@@ -175,6 +194,7 @@ def _sampling(inputs: dict[str, Tensor], parameters: dict[str, Any]) -> Completi
     if "sampling_parameters" in inputs:
         inputs["sampling_parameters"].one()
         (text,) = inputs["sampling_parameters"].texts()
+        check_json("sampling_parameters", [text], MAX_SAMPLING_MARKS)
         for name, value in parse_object(text.encode() or b"{}").items():
             if name in fields:
                 limit = "is given in parameters as well"

@@ -105,7 +105,7 @@ class Limiter:
         where it is more than the whole limit, or Unavailable where a budget needs what was spent
         and that cannot be read; then nothing is set aside."""
         account, now = self._account(principal), self._clock()
-        each = min(work.max_tokens, account.expected) if work.open_ended else work.max_tokens
+        each = self._each(account, work)
         tokens = work.prompt_tokens + work.sequences * each
         cost = price.cost(work.prompt_tokens, 0, work.sequences * each)
         self._check_concurrent(account, work.sequences)
@@ -166,6 +166,16 @@ class Limiter:
         return found
 
     # -----------------------------------------------------------------------------------------
+
+    def _each(self, account: Account, work: Work) -> float:
+        """Tokens of each completion that are set aside: where the request does not say, those that
+        are expected, as far as the whole limit has room for them."""
+        if not work.open_ended:
+            return work.max_tokens
+        each = min(work.max_tokens, account.expected)
+        if limit := self._share(account.limits.tokens_per_minute):
+            each = min(each, max(0, limit - work.prompt_tokens) / work.sequences)
+        return each
 
     def _check_concurrent(self, account: Account, sequences: int) -> None:
         limit = self._share(account.limits.max_concurrent)

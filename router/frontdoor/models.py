@@ -102,7 +102,8 @@ class Models:
         visit = arrival.visit
         rules = self._routes.get(name)
         if rules is None:
-            frontend = self.find(name, visit.principal.named(tenant))
+            principal = visit.principal.named(tenant)
+            frontend = self.find(name, principal).asked_by(principal.party)
             visit.chose(frontend.model_id, name)
             return Choice(frontend, await prepare(frontend))
         principal = visit.principal.named(tenant)
@@ -111,10 +112,10 @@ class Models:
         )
         tokenized = Tokenized()
         candidates = {
-            each: Candidate(frontend.candidate(tokenized), prepare)
+            each: Candidate(frontend.asked_by(principal.party, tokenized), prepare)
             for each, frontend in self._by_name.items()
         }
         model, why = await route(name, rules, candidates, asked)
         visit.chose(model, name, why)
         self.metrics.routed.inc(1, name, model)
-        return Choice(self._by_name[model], await candidates[model].prepared())
+        return Choice(candidates[model].frontend, await candidates[model].prepared())

@@ -11,7 +11,7 @@ import numpy as np
 
 from crossdock.proto.convert import SAMPLING_SCALARS
 from crossdock.proto.errors import InvalidRequest
-from crossdock.proto.types import MAX_LOGPROBS, SamplingParams
+from crossdock.proto.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from crossdock.router.frontdoor import openai_fields
 from crossdock.router.frontdoor.json_body import parse_object, to_struct
 from crossdock.router.frontdoor.structured import StructuredFields
@@ -228,6 +228,9 @@ def _is_token(value: Any) -> bool:
 
 
 def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
+    if len(given) > MAX_LOGIT_BIAS:
+        limit = f"at most {MAX_LOGIT_BIAS} entries"
+        raise InvalidRequest("logit_bias", f"{len(given)} entries", limit)
     found = {}
     for key, bias in given.items():
         if not re.fullmatch(r"[0-9]{1,10}", key):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from crossdock.proto.errors import Forbidden, InvalidRequest
+from crossdock.proto.errors import Forbidden, InvalidRequest, show
 from crossdock.proto.types import SamplingParams
 from crossdock.router.config import KeyLimits
 from crossdock.router.frontdoor.validate import UNLIMITED
@@ -42,7 +42,7 @@ class Principal:
             return self
         if self.trusting:
             return replace(self, tenant=tenant)
-        raise Forbidden(f"{tenant!r} is not the tenant of this credential", "tenant")
+        raise Forbidden(f"{show(tenant)} is not the tenant of this credential", "tenant")
 
     def priority(self, asked: int) -> int:
         """The priority of a request; 0 is what one that asks for none asks for. Raises

@@ -33,6 +33,7 @@ from crossdock.proto import errors
 from crossdock.proto.errors import CrossdockError, InvalidRequest, Unavailable
 from crossdock.router.frontdoor import openai_schemas
 from crossdock.router.frontdoor.child import end
+from crossdock.router.frontdoor.in_turn import InTurn
 from crossdock.router.frontdoor.openai_schemas import Body, CompletionBody, prompts_of, read_body
 from crossdock.router.frontdoor.validate import check_prompts
 
@@ -46,36 +47,46 @@ MAX_VALUES = 32_768  # in a large body, beside its prompt
 
 class TextProcess:
     """The gateway's side. Its methods raise what the work raises, and Unavailable where the process
-    ended under it."""
+    ended under it. The parties that ask take turns."""
 
     def __init__(self, files: ModelFiles) -> None:
         self._files = files
+        self._turns = InTurn()
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, "text-process")
         self._child: subprocess.Popen[bytes] | None = None
 
-    async def read_body(self, parts: Sequence[bytes], kind: type[Body], strict: bool) -> Body:
+    async def read_body(
+        self, party: str, parts: Sequence[bytes], kind: type[Body], strict: bool
+    ) -> Body:
         """What openai_schemas.read_body returns; of a completion, ids of prompts are numpy's."""
         if sum(map(len, parts)) <= INLINE_BYTES:
             return read_body(b"".join(parts), kind, strict)
-        packed = await self._ask(parts, "read_body", kind.__name__, strict)
+        packed = await self._ask(party, parts, "read_body", kind.__name__, strict)
         body = msgspec.msgpack.decode(packed, type=kind)
         if isinstance(body, CompletionBody) and isinstance(body.prompt, list):
             body.prompt = [_unpack(p) if isinstance(p, bytes) else p for p in body.prompt]
         return body
 
-    async def call(self, method: str, *arguments: Any) -> list[int]:
+    async def call(self, party: str, method: str, *arguments: Any) -> list[int]:
         """The token ids, or other numbers, that this method of TextModel returns."""
-        return await listed(_unpack(await self._ask((), "call", method, list(arguments))))
+        return await listed(_unpack(await self._ask(party, (), "call", method, list(arguments))))
 
     def close(self) -> None:
         """Ends the process; what it is asked still is not answered."""
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         end(self._child)
 
-    async def _ask(self, large: Sequence[bytes], name: str, *arguments: Any) -> bytearray:
+    async def _ask(
+        self, party: str, large: Sequence[bytes], name: str, *arguments: Any
+    ) -> bytearray:
         head = msgspec.msgpack.encode([name, arguments])
         loop = asyncio.get_running_loop()
-        error, found = await loop.run_in_executor(self._thread, self._answer, head, large)
+        async with self._turns.turn(party):
+            if self._closed:
+                raise Unavailable("the model is served no more, or by another process")
+            error, found = await loop.run_in_executor(self._thread, self._answer, head, large)
         if error:
             raise _error(*error)
         return found

@@ -48,19 +48,23 @@ class Validator:
 
     def check_prompt(self, field: str, token_ids: Sequence[int] | np.ndarray) -> None:
         """Raises InvalidRequest for a prompt that is empty, out of the vocabulary or too long."""
-        if not len(token_ids):
-            raise InvalidRequest(field, [], "must not be empty")
-        if len(token_ids) >= self.capacity:
-            raise ContextLengthExceeded(
-                field,
-                f"{len(token_ids)} tokens",
-                f"at most {self.capacity - 1} tokens before the first one generated, as "
-                f"{self._capacity_reason()}",
-            )
+        self.check_length(field, len(token_ids))
         wrong = _first_outside(token_ids, self.text.vocab_size)
         if wrong is not None:
             limit = f"token ids must be from 0 to {self.text.vocab_size - 1}"
             raise InvalidRequest(field, wrong, limit)
+
+    def check_length(self, field: str, tokens: int) -> None:
+        """Raises InvalidRequest for a prompt of so many tokens that is empty or too long."""
+        if not tokens:
+            raise InvalidRequest(field, [], "must not be empty")
+        if tokens >= self.capacity:
+            raise ContextLengthExceeded(
+                field,
+                f"{tokens} tokens",
+                f"at most {self.capacity - 1} tokens before the first one generated, as "
+                f"{self._capacity_reason()}",
+            )
 
     def check_request(self, n: int, sampling: SamplingParams, echo: bool = False) -> None:
         """What can be known before the prompt is tokenized. `echo`: it is part of the answer.
@@ -133,13 +137,17 @@ def check_label(field: str, value: str) -> None:
     check_unicode(field, value)
 
 
+def check_count_of_messages(field: str, count: int) -> None:
+    """Before they are looked at. Raises InvalidRequest for too many messages."""
+    if count > MAX_MESSAGES:
+        raise InvalidRequest(field, f"{count} messages", f"at most {MAX_MESSAGES} messages")
+
+
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raises InvalidRequest for a conversation that no template takes."""
     if not messages:
         raise InvalidRequest("messages", [], "must hold at least one message")
-    if len(messages) > MAX_MESSAGES:
-        limit = f"at most {MAX_MESSAGES} messages"
-        raise InvalidRequest("messages", f"{len(messages)} messages", limit)
+    check_count_of_messages("messages", len(messages))
     for i, message in enumerate(messages):
         role = message["role"]
         if role not in ROLES:

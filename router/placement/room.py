@@ -15,24 +15,24 @@ CHUNKS_AHEAD = 2  # of prompts, whatever is expected
 STREAMS_AHEAD = 0.25  # of a batch: what is prefilled while others still decode
 
 
-def has_room(view: ClusterView, now: float) -> bool:
+def has_room(view: ClusterView, now: float, yields: bool = False) -> bool:
     """Whether some path through the cluster has room; also where there is no path at all, since
-    that is not what turns are for."""
-    colocated = _some_take_more(view, Role.COLOCATED, now)
+    that is not what turns are for. For one that `yields`: beside those that do, too."""
+    colocated = _some_take_more(view, Role.COLOCATED, now, yields)
     if colocated:
         return True
-    pair = [_some_take_more(view, role, now) for role in (Role.PREFILL, Role.DECODE)]
+    pair = [_some_take_more(view, role, now, yields) for role in (Role.PREFILL, Role.DECODE)]
     if None in pair:
         return colocated is None
     return all(pair)
 
 
-def _some_take_more(view: ClusterView, role: Role, now: float) -> bool | None:
+def _some_take_more(view: ClusterView, role: Role, now: float, yields: bool) -> bool | None:
     """Whether a usable worker of a role has room; None: there is none. Of many the first with room
     is the last that is looked at."""
     found = None
     for worker in view.some_usable(role, now):
-        if takes_more(worker, now):
+        if takes_more(worker, now, yields):
             return True
         found = False
     return found
@@ -50,10 +50,10 @@ def has_place(view: ClusterView, demand: Demand, now: float) -> bool:
     )
 
 
-def takes_more(worker: WorkerView, now: float) -> bool:
+def takes_more(worker: WorkerView, now: float, yields: bool = False) -> bool:
     """Whether this worker has room. One that does not say how much it takes has."""
     facts = worker.facts
-    if worker.role is not Role.DECODE and facts.chunk_tokens and _computes(worker, now):
+    if worker.role is not Role.DECODE and facts.chunk_tokens and _computes(worker, now, yields):
         return False
     return worker.role is Role.PREFILL or _has_place(worker)
 
@@ -67,12 +67,14 @@ def _has_place(worker: WorkerView) -> bool:
     return load.waiting < ahead and worker.sequences < most + ahead
 
 
-def _computes(worker: WorkerView, now: float) -> bool:
-    """Whether it has prompts of this gateway for a while yet, or very many of anybody."""
-    if worker.urgent_tokens >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
+def _computes(worker: WorkerView, now: float, yields: bool) -> bool:
+    """Whether it has prompts of this gateway for a while yet, or very many of anybody, that one
+    which `yields` or does not would wait for."""
+    queued = worker.queued_tokens if yields else worker.urgent_tokens
+    if queued >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
         return True
-    here = worker.role is Role.PREFILL
-    prompts = [each for each in worker.computing.values() if not (here and each.yields)]
+    passes = worker.role is Role.PREFILL and not yields
+    prompts = [each for each in worker.computing.values() if not (passes and each.yields)]
     if not prompts:
         return False
     if worker.load.prefill_alike:

@@ -25,6 +25,7 @@ from crossdock.engine.simulated import draw, weights
 from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.kvtransfer.layout import check_layouts, layout_hash
 from crossdock.proto.errors import ConfigError, LayoutMismatch
+from crossdock.proto.memory import region_sizes
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.peer_calls import met
@@ -79,10 +80,11 @@ def test_facts_layout_and_memory_agree(engine: Engine) -> None:
     facts, layout, memory = engine.facts, engine.layout, engine.memory
     assert (layout.model_id, layout.weights_digest) == (facts.model_id, facts.weights_digest)
     assert (layout.block_size, memory.num_blocks) == (BLOCK, 12)
-    assert memory.blocks().shape == (12, memory.block_bytes)
+    assert layout.regions == region_sizes(memory.regions)
+    assert [part.shape for part in memory.views] == [(12, each.nbytes) for each in memory.regions]
     assert facts.vocab_size > 256 and facts.context_length == 2048 and facts.tokens_per_step == 1
     engine.warmup()
-    assert not memory.blocks().any()
+    assert not any(part.any() for part in memory.views)
 
 
 def test_tokens_depend_on_the_prefix_and_on_the_kv_in_its_blocks(engine: Engine) -> None:
@@ -90,14 +92,18 @@ def test_tokens_depend_on_the_prefix_and_on_the_kv_in_its_blocks(engine: Engine)
     assert continued(engine, sequence(PROMPT, 8, 9, 10, 11), 6) == right
     assert continued(engine, sequence([*PROMPT[:-1], 9], 3, 1, 2, 5), 6) != right
     # The same, on KV that was carried from one pool's blocks to others, and on KV that was not.
-    moved, blocks = sequence(PROMPT, 0, 4, 6, 7), engine.memory.blocks()
-    blocks[[0, 4, 6]] = blocks[[8, 9, 10]]
+    moved, parts = sequence(PROMPT, 0, 4, 6, 7), engine.memory.views
+    for part in parts:
+        part[[0, 4, 6]] = part[[8, 9, 10]]
     ((token,),) = engine.run(StepPlan((Chunk(moved, len(PROMPT) - 1, 1, True),)))
     assert token.token_id == right[0]
-    after = blocks[6].copy()
-    blocks[4] = 0
+    after = [part[6].copy() for part in parts]
+    for part in parts:
+        part[4] = 0
     ((token,),) = engine.run(StepPlan((Chunk(moved, len(PROMPT) - 1, 1, True),)))
-    assert token.token_id != right[0] or (blocks[6] != after).any()  # of the last position
+    assert token.token_id != right[0] or any(
+        (part[6] != before).any() for part, before in zip(parts, after, strict=True)
+    )  # of the last position
 
 
 def scored(engine: Engine, blocks: tuple[int, ...], *lengths: int) -> list[tuple[Any, ...]]:

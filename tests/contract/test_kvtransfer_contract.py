@@ -38,12 +38,13 @@ SHM = Path("/dev/shm")
 
 
 class World:
-    """This process's pool on one kind of transport, and the peers it reads from."""
+    """This process's pool on one kind of transport, and the peers it reads from: `standing` lays
+    its blocks out as this one does, with parts every second peer leaves them where it likes."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, layout: str) -> None:
+        self.name, self.layout = name, layout
         self.network = FakeNetwork()
-        self.pool = Pool(name, self.network)
+        self.pool = Pool(name, self.network, layout)
         self.transport = self.pool.transport
         self.peers: list[Peer] = []
         self._news = threading.Event()
@@ -53,8 +54,11 @@ class World:
 
     def spawn(self) -> Peer:
         seed = len(self.peers) + 1
+        layout = "woven" if self.layout == "parts" and seed % 2 == 0 else self.layout
         peer: Peer = (
-            FakePeer(self.network, seed) if self.name == "fake" else ProcessPeer(self.name, seed)
+            FakePeer(self.network, seed, layout)
+            if self.name == "fake"
+            else ProcessPeer(self.name, seed, layout=layout)
         )
         self.peers.append(peer)
         self.add(peer)
@@ -64,7 +68,7 @@ class World:
         self.transport.add_peer(peer.incarnation, peer.info, NUM_BLOCKS, BLOCK_BYTES)
 
     def puller(self, **limits: int) -> Puller:
-        self.pool.blocks[:] = 0
+        self.pool.clear()
         return Puller(self.transport, self.pool.memory, time.monotonic, **limits)
 
     def until(self, check: Callable[[], bool]) -> None:
@@ -91,7 +95,7 @@ class World:
 
     def holds(self, peer: Peer, remote_ids: Sequence[int], local_ids: Sequence[int]) -> bool:
         return all(
-            np.array_equal(self.pool.blocks[local], content(peer.seed, remote))
+            np.array_equal(self.pool.block(local), content(peer.seed, remote))
             for remote, local in zip(remote_ids, local_ids, strict=True)
         )
 
@@ -110,9 +114,14 @@ class World:
 NIXL = pytest.param("nixl", marks=pytest.mark.slow)  # its processes take seconds to load it
 
 
+@pytest.fixture(scope="module", params=["block-major", "parts"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=["fake", "local", NIXL, "nccl"])
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    world = World(request.param)
+def world(request: pytest.FixtureRequest, layout: str) -> Iterator[World]:
+    world = World(request.param, layout)
     yield world
     world.close()
 
@@ -126,19 +135,25 @@ def test_a_pull_moves_the_bytes_and_joins(world: World) -> None:
     assert (done.transfer.blocks, done.transfer.bytes) == (16, 16 * BLOCK_BYTES)
     assert done.started_at <= done.pulled_at <= done.fenced_at
     assert world.holds(peer, ids, range(16))
-    assert not world.pool.blocks[16:].any()
+    assert world.pool.written() == set(range(16))
 
 
-def test_scattered_blocks_are_moved_in_runs(world: World) -> None:
-    puller, peer = world.puller(), world.standing
+@pytest.mark.parametrize("whose", ["standing", "second"])
+def test_scattered_blocks_are_moved_in_runs(world: World, whose: str) -> None:
+    puller, peer = world.puller(), getattr(world, whose)
+    peer.reset()
     remote = [30, 31, 32, 5, 6, 50, 9, 8]
     local = [10, 11, 12, 20, 21, 22, 41, 40]
-    before = world.transport.stats.descriptors
+    stats = world.transport.stats
+    before, reads, fences = stats.descriptors, stats.reads, stats.fences
     puller.start("s", computed(peer.ticket(remote)), remote, local, later())
     assert world.run(puller)["s"].error is None
     assert world.holds(peer, remote, local)
-    # 30-32, 5-6, 50, and 8-9, which are in order on both sides however they were listed.
-    assert world.transport.stats.descriptors - before == 4
+    assert (stats.reads - reads, stats.fences - fences) == (1, 1)  # whatever a block is made of
+    # 30-32, 5-6, 50, and 8-9, which are in order on both sides however they were listed: in each
+    # region; and block by block where they do not lie end to end at the peer.
+    apart = {"standing": 3 * 4, "second": 4 + 8 + 8}[whose]
+    assert stats.descriptors - before == (4 if world.layout == "block-major" else apart)
 
 
 def test_only_the_blocks_asked_for_are_moved(world: World) -> None:
@@ -321,7 +336,7 @@ def test_a_removed_peer_can_be_added_again(world: World) -> None:
 
 
 def test_a_closed_transport_refuses(world: World) -> None:
-    pool = Pool(world.name, world.network)
+    pool = Pool(world.name, world.network, world.layout)
     pool.transport.close()
     handle = pool.transport.read_blocks(world.standing.incarnation, [0], [0])
     assert handle.state is HandleState.FAILED

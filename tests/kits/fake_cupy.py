@@ -57,16 +57,24 @@ def alloc_pinned_memory(nbytes: int) -> ctypes.Array[ctypes.c_uint8]:
     return type("PinnedMemoryPointer", pages, {"ptr": property(ctypes.addressof)})()  # type: ignore[no-any-return]
 
 
-def memcpyAsync(dst: int, src: int, size: int, kind: int, stream: int) -> None:
+def memcpy2DAsync(
+    dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: int, stream: int
+) -> None:
     assert kind == DEVICE_TO_HOST
-    stream_of(stream).work.append(lambda: ctypes.memmove(dst, src, size))
+    assert width <= min(dpitch, spitch)
+
+    def copy() -> None:
+        for row in range(height):
+            ctypes.memmove(dst + row * dpitch, src + row * spitch, width)
+
+    stream_of(stream).work.append(copy)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **cuda: object) -> types.ModuleType:
     """`import cupy` finds this for the length of a test."""
     module = types.ModuleType("cupy")
     runtime = types.SimpleNamespace(
-        memcpyAsync=memcpyAsync, memcpyDeviceToHost=DEVICE_TO_HOST, getDeviceCount=lambda: 8
+        memcpy2DAsync=memcpy2DAsync, memcpyDeviceToHost=DEVICE_TO_HOST, getDeviceCount=lambda: 8
     )
     parts = {
         "Device": Device,

@@ -41,10 +41,10 @@ def settled(*handles: Handle) -> list[HandleState]:
 class Worker:
     """A pool with its transport, and the fake's faults."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, layout: str = "block-major") -> None:
         self.seed = seed
         self.nccl = FakeCommunicators()
-        self.pool = Pool("nccl", communicators=self.nccl)
+        self.pool = Pool("nccl", layout=layout, communicators=self.nccl)
         self.pool.fill(seed)
         assert isinstance(self.pool.transport, NcclTransport)
         self.transport = self.pool.transport
@@ -62,11 +62,11 @@ class Worker:
         return self.transport.read_blocks(owner.incarnation, remote, local)
 
     def holds(self, owner: Worker | ProcessPeer, remote: int, local: int) -> bool:
-        return np.array_equal(self.pool.blocks[local], content(owner.seed, remote))
+        return np.array_equal(self.pool.block(local), content(owner.seed, remote))
 
     def reads_again(self, owner: Worker | ProcessPeer) -> bool:
         """Whether a read works, maybe after the pause before a lost peer is dialed again."""
-        self.pool.blocks[0] = 0
+        self.pool.clear()
         read = self.read(owner, [5], [0])
         return settled(read) == [HandleState.DONE] and self.holds(owner, 5, 0)
 
@@ -89,7 +89,7 @@ class Reader:
     """The reader's end of a channel, for messages that no transport sends."""
 
     def __init__(self, owner: Worker, key: bytes = KEY) -> None:
-        (_, address), _ = messages.parse_info(owner.transport.info(), owner.incarnation)
+        (_, address), *_ = messages.parse_info(owner.transport.info(), owner.incarnation)
         sock = socket.create_connection(address[:2], timeout=WAIT_S)
         sock.setblocking(False)
         self.channel = Channel(sock, key, new_incarnation(), owner.incarnation)

@@ -23,14 +23,34 @@ from crossdock.kvtransfer.nccl.transport import NcclTransport
 from crossdock.kvtransfer.pull import Puller
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
-from crossdock.kvtransfer.transport import PoolMemory, Transport
+from crossdock.kvtransfer.transport import PoolMemory, Region, Transport
 from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
 
 NUM_BLOCKS = 64
 BLOCK_BYTES = 12_288
+ROOM = 512  # behind a block, where a layout leaves some
 WAIT_S = 20.0
 START_S = 60.0
 KEY = b"contract"
+
+
+def regions_of(layout: str, address: int) -> tuple[Region, ...]:
+    """A pool's regions from that address on. Of "parts" and "woven" one pool can read another: in
+    both the first part of each block is next to that of the block before; in "woven" the other two
+    interleave, with room behind them."""
+    if layout == "block-major":
+        return (Region(address, BLOCK_BYTES, BLOCK_BYTES),)
+    one, two, three = 4096, 6144, 2048
+    behind = address + NUM_BLOCKS * one
+    if layout == "parts":
+        last = Region(behind + NUM_BLOCKS * two, three, three)
+        return Region(address, one, one), Region(behind, two, two), last
+    stride = two + three + ROOM
+    return (
+        Region(address, one, one),
+        Region(behind, stride, two),
+        Region(behind + two, stride, three),
+    )
 
 
 def content(seed: int, block_id: int) -> np.ndarray:
@@ -50,12 +70,19 @@ def computed(ticket: Ticket) -> PromptProgress:
 class Pool:
     """A pool and its transport: what one worker has."""
 
-    def __init__(self, name: str, network: FakeNetwork | None = None, **options: object) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: FakeNetwork | None = None,
+        layout: str = "block-major",
+        **options: object,
+    ) -> None:
         self.incarnation = new_incarnation()
         library = "nixl" if name == "fake" else name
-        buffer, generations, self._free = allocate(library, NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
-        self.memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
-        self.blocks = buffer.reshape(NUM_BLOCKS, BLOCK_BYTES)
+        room = NUM_BLOCKS * (BLOCK_BYTES + ROOM)
+        buffer, generations, self._free = allocate(library, room, NUM_BLOCKS)
+        self.memory = PoolMemory(regions_of(layout, buffer.ctypes.data), NUM_BLOCKS, generations)
+        self.parts = self.memory.views
         if name == "nccl":
             options = {"communicators": FakeCommunicators(), "key": KEY, **options}
             self.transport: Transport = NcclTransport(self.incarnation, self.memory, **options)
@@ -65,18 +92,36 @@ class Pool:
         else:
             self.transport = create_transport(name, self.incarnation, self.memory, **options)
 
+    def block(self, block_id: int) -> np.ndarray:
+        """Its bytes now, region after region."""
+        return np.concatenate([part[block_id] for part in self.parts])
+
+    def write(self, block_id: int, block: np.ndarray) -> None:
+        start = 0
+        for part in self.parts:
+            part[block_id] = block[start : start + part.shape[1]]
+            start += part.shape[1]
+
+    def clear(self) -> None:
+        for part in self.parts:
+            part[:] = 0
+
+    def written(self) -> set[int]:
+        """The blocks that are not all zeros."""
+        return {row for part in self.parts for row in np.flatnonzero(part.any(axis=1)).tolist()}
+
     def fill(self, seed: int) -> None:
         for block_id in range(NUM_BLOCKS):
-            self.blocks[block_id] = content(seed, block_id)
+            self.write(block_id, content(seed, block_id))
         self.memory.generations[:] = 100 + np.arange(NUM_BLOCKS)
 
     def change_owner(self, block_id: int) -> None:
         self.memory.generations[block_id] += 1
-        self.blocks[block_id] = 255
+        self.write(block_id, np.full(BLOCK_BYTES, 255, dtype=np.uint8))
 
     def close(self) -> None:
         self.transport.close()
-        del self.blocks, self.memory
+        del self.parts, self.memory
         self._free()
 
 
@@ -119,10 +164,10 @@ class Peer(ABC):
 
 
 class FakePeer(Peer):
-    def __init__(self, network: FakeNetwork, seed: int) -> None:
+    def __init__(self, network: FakeNetwork, seed: int, layout: str = "block-major") -> None:
         self._network, self.seed = network, seed
         self._seen: set[bytes] = set()
-        self._pool = Pool("fake", network)
+        self._pool = Pool("fake", network, layout)
         self._pool.fill(seed)
         self.incarnation, self.info = self._pool.incarnation, self._pool.transport.info()
 
@@ -141,13 +186,19 @@ class FakePeer(Peer):
 
 
 class ProcessPeer(Peer):
-    def __init__(self, name: str, seed: int, ucx: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        ucx: dict[str, str] | None = None,
+        layout: str = "block-major",
+    ) -> None:
         self.seed = seed
         context = multiprocessing.get_context("spawn")
         if name == "nixl":  # whose import takes seconds, most of them torch's
             context = forked()
         self._pipe, theirs = multiprocessing.Pipe()
-        arguments = (name, seed, ucx or {}, theirs)
+        arguments = (name, seed, ucx or {}, layout, theirs)
         self._process = context.Process(target=serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -195,10 +246,10 @@ def later() -> float:
     return time.monotonic() + WAIT_S
 
 
-def serve(name: str, seed: int, ucx: dict[str, str], pipe: Connection) -> None:
+def serve(name: str, seed: int, ucx: dict[str, str], layout: str, pipe: Connection) -> None:
     """The peer process: obeys (change, block), (reset, None) and (releases, ticket ids)."""
     options = {"ucx": ucx} if name == "nixl" else {}
-    pool = Pool(name, **options)
+    pool = Pool(name, layout=layout, **options)
     pool.fill(seed)
     news = threading.Event()
     pool.transport.set_wakeup(news.set)

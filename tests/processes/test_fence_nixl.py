@@ -24,7 +24,7 @@ from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.kvtransfer.pull import PullDone, Puller
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
-from crossdock.kvtransfer.transport import Handle, HandleState, PoolMemory, Transport
+from crossdock.kvtransfer.transport import Handle, HandleState, PoolMemory, Region, Transport
 from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
 
 NUM_BLOCKS = 48
@@ -37,25 +37,44 @@ BEFORE, DURING, BETWEEN, NEVER = "before the read", "during the read", "before t
 SOMEBODY_ELSES = (1 << 64) - 1  # content() stays below
 
 
-def content(round_: int, block_id: int) -> np.ndarray:
-    """uint64 [BLOCK_BYTES / 8]: what an offered block holds, another in every round."""
-    return np.full(BLOCK_BYTES // 8, (round_ * NUM_BLOCKS + block_id) % (1 << 32), dtype=np.uint64)
+def content(round_: int, block_id: int) -> int:
+    """What every 8 bytes of an offered block hold, another in every round."""
+    return (round_ * NUM_BLOCKS + block_id) % (1 << 32)
+
+
+def regions_of(layout: str, address: int) -> tuple[Region, ...]:
+    """All of a block in one; or a third of it in each of two tensors and the rest in a third one,
+    with room between its blocks."""
+    if layout == "block-major":
+        return (Region(address, BLOCK_BYTES, BLOCK_BYTES),)
+    third, room = BLOCK_BYTES // 24 * 8, 4096
+    starts = [address + place * NUM_BLOCKS * third for place in range(3)]
+    rest = BLOCK_BYTES - 2 * third
+    last = Region(starts[2], rest + room, rest)
+    return Region(starts[0], third, third), Region(starts[1], third, third), last
 
 
 class Side:
     """One process's pool of blocks, and its transport."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, layout: str) -> None:
         self.incarnation = new_incarnation()
-        buffer, generations, self._free = allocate(name, NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
-        self.memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
-        self.kv = buffer.view(np.uint64).reshape(NUM_BLOCKS, -1)
+        buffer, generations, self._free = allocate(name, 2 * NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
+        self.memory = PoolMemory(regions_of(layout, buffer.ctypes.data), NUM_BLOCKS, generations)
+        self.parts = [part.view(np.uint64) for part in self.memory.views]
         self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, generations)
         self.transport: Transport = create_transport(name, self.incarnation, self.memory)
 
+    def write(self, block_ids: Sequence[int], value: int) -> None:
+        for part in self.parts:
+            part[block_ids] = value
+
+    def holds(self, block_id: int, value: int) -> bool:
+        return all((part[block_id] == value).all() for part in self.parts)
+
     def close(self) -> None:
         self.transport.close()
-        del self.kv, self.memory, self.pool
+        del self.parts, self.memory, self.pool
         self._free()
 
 
@@ -63,8 +82,8 @@ class Side:
 
 
 class PrefillSide(Side):
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, layout: str) -> None:
+        super().__init__(name, layout)
         settings = OfferSettings("p", "", self.incarnation, b"layout", b"a key of this test")
         self._offers = Offers(time.monotonic, settings, self.pool.release)
         self._others: list[int] = []  # blocks that are not offered
@@ -78,7 +97,7 @@ class PrefillSide(Side):
         random.Random(round_).shuffle(ids)
         offered, self._others = ids[:blocks], ids[blocks:]
         for block_id in offered:
-            self.kv[block_id] = content(round_, block_id)
+            self.write([block_id], content(round_, block_id))
         self.transport.expect_notifications(True)
         generations = self.pool.generations[offered].tolist()
         ticket = self._offers.announce(offered, generations, len(offered) * BLOCK_SIZE, b"p" * 16)
@@ -89,7 +108,7 @@ class PrefillSide(Side):
         """The offer is revoked, and so many of its blocks get a new owner that writes on them."""
         self._offers.revoke_sequence("s", "gateway")
         self._new_owner = self.pool.allocate(blocks)
-        self.kv[self._new_owner] = SOMEBODY_ELSES
+        self.write(self._new_owner, SOMEBODY_ELSES)
         return self._new_owner
 
     def settle(self) -> str:
@@ -105,8 +124,8 @@ class PrefillSide(Side):
         return f"{self.pool.num_used} blocks are in use" if self.pool.num_used else ""
 
 
-def serve(name: str) -> None:
-    side = PrefillSide(name)
+def serve(name: str, layout: str) -> None:
+    side = PrefillSide(name, layout)
 
     def answer(value: object) -> None:
         print("> " + json.dumps(value), flush=True)  # libraries print too
@@ -124,9 +143,9 @@ def serve(name: str) -> None:
 class Peer:
     """The prefill side's process."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, layout: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, name],
+            [sys.executable, __file__, name, layout],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -213,8 +232,8 @@ class Round:
 class Bench:
     """This process's decode side and one prefill process."""
 
-    def __init__(self, name: str) -> None:
-        self.side, self.peer = Side(name), Peer(name)
+    def __init__(self, name: str, layout: str) -> None:
+        self.side, self.peer = Side(name, layout), Peer(name, layout)
         self.news = threading.Event()
         self.side.transport.set_wakeup(self.news.set)
         self.side.transport.add_peer(self.peer.incarnation, self.peer.info, NUM_BLOCKS, BLOCK_BYTES)
@@ -244,11 +263,11 @@ class Bench:
         elif when is BETWEEN:
             transport.on_fence = rewrite
         local = self.side.pool.allocate(blocks)
-        self.side.kv[local] = 0
+        self.side.write(local, 0)
         done = self._pull(transport, ticket, local)
         came_of_it = Round(when, ticket, rewritten, done)
         came_of_it.right = all(
-            np.array_equal(self.side.kv[mine], content(self._rounds, theirs))
+            self.side.holds(mine, content(self._rounds, theirs))
             for mine, theirs in zip(local, ticket.block_ids, strict=True)
         )
         self.side.pool.release(local)
@@ -279,9 +298,14 @@ class Bench:
         self.peer.close()
 
 
+@pytest.fixture(scope="module", params=["block-major", "regions"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=["nixl", "local"])
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    bench = Bench(request.param)
+def bench(request: pytest.FixtureRequest, layout: str) -> Iterator[Bench]:
+    bench = Bench(request.param, layout)
     yield bench
     bench.close()
 
@@ -321,4 +345,4 @@ def test_without_the_fence_wrong_kv_is_accepted(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

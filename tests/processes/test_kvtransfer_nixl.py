@@ -100,7 +100,7 @@ def test_a_frozen_peer_holds_its_readers_blocks_until_it_is_over(bench: Bench) -
     peer = bench.spawn()
     puller = Puller(bench.transport, bench.pool.memory, time.monotonic)
     ids = list(range(NUM_BLOCKS))
-    bench.pool.blocks[:] = 0
+    bench.pool.clear()
     freeze(peer.pid)
     puller.start(
         "s",
@@ -127,10 +127,10 @@ def test_a_frozen_peer_holds_its_readers_blocks_until_it_is_over(bench: Bench) -
         bench.news.wait(0.02)
     assert done[0].error == "deadline passed"
     # Here the bytes came after all: whoever reused those blocks before had lost them.
-    assert np.array_equal(bench.pool.blocks[7], content(peer.seed, 7))
-    bench.pool.blocks[:] = 0
+    assert np.array_equal(bench.pool.block(7), content(peer.seed, 7))
+    bench.pool.clear()
     bench.add(peer)
-    assert not bench.pool.blocks.any()
+    assert not bench.pool.written()
 
 
 def test_a_killed_peer_ends_what_hangs_on_it(bench: Bench) -> None:
@@ -236,4 +236,4 @@ def test_a_broken_connection_is_made_again(bench: Bench) -> None:
     read = transport.read_blocks(peer.incarnation, [1], [0])
     bench.settled(read)
     assert read.state is HandleState.DONE
-    assert np.array_equal(bench.pool.blocks[0], content(peer.seed, 1))
+    assert np.array_equal(bench.pool.block(0), content(peer.seed, 1))

@@ -50,12 +50,12 @@ class Conversation:
         return messages, self.add_generation_prompt, more
 
 
-def check_json(field: str, texts: Iterable[str]) -> None:
+def check_json(field: str, texts: Iterable[str], most: int = MAX_MARKS) -> None:
     """Bounds what JSON that comes within texts is made objects of, which nothing else does. Raises
     InvalidRequest."""
     found = sum(text.count(mark) for text in texts for mark in "{[,")
-    if found > MAX_MARKS:
-        limit = f"at most {MAX_MARKS} of {{, [ and , in all of a request's"
+    if found > most:
+        limit = f"at most {most} of {{, [ and , in all of a request's"
         raise InvalidRequest(field, f"{found} of {{, [ and ,", limit)
 
 

@@ -9,12 +9,21 @@ from typing import Any
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of, check_json
-from crossdock.router.frontdoor.tools.offer import Choice, Offer, Tool, make_offer, make_tool
+from crossdock.router.frontdoor.tools.offer import (
+    Choice,
+    Offer,
+    Tool,
+    check_count,
+    make_offer,
+    make_tool,
+)
 from crossdock.router.frontdoor.tools.reading import CallPiece
+from crossdock.router.frontdoor.validate import MAX_MESSAGES, check_count_of_messages
 
 
 def offer_of_pb(chat: pb.Chat) -> Offer:
     """What is offered. Raises InvalidRequest."""
+    check_count("chat.tools", len(chat.tools))
     check_json("chat.tools", [tool.parameters for tool in chat.tools])
     found = [_tool(f"chat.tools[{i}]", tool) for i, tool in enumerate(chat.tools)]
     said = chat.tool_choice
@@ -25,6 +34,10 @@ def offer_of_pb(chat: pb.Chat) -> Offer:
 
 def conversation_of_pb(chat: pb.Chat, offer: Offer) -> Conversation:
     """What the template is given. Raises InvalidRequest."""
+    check_count_of_messages("chat.messages", len(chat.messages))
+    calls = sum(len(message.tool_calls) for message in chat.messages)
+    if calls > MAX_MESSAGES:  # each of which has its own message that answers it
+        raise InvalidRequest("chat.messages", f"{calls} tool calls", f"at most {MAX_MESSAGES}")
     arguments = [call.arguments for message in chat.messages for call in message.tool_calls]
     check_json("chat", [*arguments, chat.template_kwargs])
     return Conversation(

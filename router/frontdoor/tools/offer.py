@@ -45,6 +45,7 @@ def offer_of(tools: Any, choice: Any, parallel: bool | None) -> Offer:
     """From the body's `tools`, `tool_choice` and `parallel_tool_calls`. Raises InvalidRequest."""
     if tools is not None and not isinstance(tools, list):
         raise InvalidRequest("tools", tools, "must be a list of tools")
+    check_count("tools", len(tools or ()))
     found = [_tool(f"tools[{i}]", tool) for i, tool in enumerate(tools or [])]
     if found or choice not in (None, "auto", "none"):
         name = "tool_choice.function.name"
@@ -52,13 +53,17 @@ def offer_of(tools: Any, choice: Any, parallel: bool | None) -> Offer:
     return Offer()
 
 
+def check_count(field: str, count: int) -> None:
+    """Before they are looked at. Raises InvalidRequest for too many tools."""
+    if count > MAX_TOOLS:
+        raise InvalidRequest(field, f"{count} tools", f"at most {MAX_TOOLS}")
+
+
 def make_offer(
     found: Sequence[Tool], choice: Choice, parallel: bool, *, prefix: str = "", named: str
 ) -> Offer:
     """With `none` nothing is offered; a named tool is the only one. `prefix` stands before the
     names of fields, `named` is where the tool's name is said. Raises InvalidRequest."""
-    if len(found) > MAX_TOOLS:
-        raise InvalidRequest(f"{prefix}tools", f"{len(found)} tools", f"at most {MAX_TOOLS}")
     names = [tool.name for tool in found]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

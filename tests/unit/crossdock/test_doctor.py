@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
@@ -301,10 +302,10 @@ async def test_what_is_read_stays_out_of_blocks_in_use(cluster: Cluster) -> None
     prefill, decode = cluster.workers
     mine = await decode.call(lambda role: role.state.pool.allocate(role.state.pool.num_free - 4))
     memory = await decode.call(lambda role: role.state.memory)
-    memory.blocks()[mine] = 7
+    memory.views[0][mine] = 7
     link = await cluster.link(decode, prefill)
     assert link.outcome == worker_pb2.LINK_OUTCOME_OK and link.blocks == 2
-    assert (memory.blocks()[mine] == 7).all()
+    assert (memory.views[0][mine] == 7).all()
     await decode.call(lambda role: role.state.pool.release(mine))
     await cluster.nothing_held()
 
@@ -331,6 +332,7 @@ async def test_a_layout_mismatch_names_the_fields(cluster: Cluster, tmp_path: Pa
     assert set(found) == {"d1", "d1 <- p0"}
     for what in found.values():
         assert "block_size" in what and "32" in what and "16" in what and "digest" in what
+        assert re.search(r"regions is '1 x \d+'.* '1 x \d+'", what)
     await cluster.nothing_held()
 
 

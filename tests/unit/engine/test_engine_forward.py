@@ -172,8 +172,8 @@ def test_pool_in_an_outside_buffer(folder: Path, reference: torch.nn.Module) -> 
     assert error(ours, reference_logits(reference, sequence.token_ids)) <= TOLERANCE
     written = buffer[:nbytes].reshape(NUM_BLOCKS, -1).any(axis=1)
     assert set(written.nonzero()[0]) == set(sequence.block_table)
-    assert runner.kv.data_ptr == buffer.ctypes.data
-    assert runner.kv.block_bytes * NUM_BLOCKS == nbytes
+    assert runner.memory.regions[0].address == buffer.ctypes.data
+    assert runner.memory.block_bytes * NUM_BLOCKS == nbytes
     assert runner.kv.generations is generations
 
 

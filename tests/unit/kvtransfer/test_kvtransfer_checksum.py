@@ -14,24 +14,39 @@ import xxhash
 from crossdock.kvtransfer import checksum
 from crossdock.kvtransfer.checksum import check_available, checksums
 from crossdock.kvtransfer.registry import allocate
-from crossdock.kvtransfer.transport import PoolMemory
+from crossdock.kvtransfer.transport import PoolMemory, Region
 from crossdock.proto.errors import ConfigError
 
 NUM_BLOCKS = 24
 BLOCK_BYTES = 4096
 
 
-@pytest.fixture
-def memory() -> Iterator[PoolMemory]:
-    buffer, generations, close = allocate("nixl", NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
+@pytest.fixture(params=["block-major", "regions"])
+def memory(request: pytest.FixtureRequest) -> Iterator[PoolMemory]:
+    """Of one region, or of three, two of which interleave with room behind them."""
+    buffer, generations, close = allocate("nixl", 2 * NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
     buffer[:] = np.random.default_rng(0).integers(0, 256, len(buffer), dtype=np.uint8)
-    yield PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
+    start = buffer.ctypes.data
+    regions: tuple[Region, ...] = (Region(start, BLOCK_BYTES, BLOCK_BYTES),)
+    if request.param == "regions":
+        behind = start + 1000 * NUM_BLOCKS
+        regions = (
+            Region(start, 1000, 1000),
+            Region(behind, 3333, 96),
+            Region(behind + 96, 3333, 3000),
+        )
+    yield PoolMemory(regions, NUM_BLOCKS, generations)
     del buffer, generations
     close()
 
 
 def one_by_one(memory: PoolMemory, ids: list[int]) -> list[int]:
-    return [xxhash.xxh3_64_intdigest(memory.blocks()[block_id].tobytes()) for block_id in ids]
+    views = memory.views
+    sums = dict.fromkeys(ids, 0)
+    for block_id in sums:
+        for view in views:
+            sums[block_id] = xxhash.xxh3_64_intdigest(view[block_id].tobytes(), sums[block_id])
+    return [sums[block_id] for block_id in ids]
 
 
 def test_they_are_xxh3_in_the_order_asked_for(memory: PoolMemory) -> None:
@@ -44,11 +59,12 @@ def test_one_changed_bit_anywhere_is_seen(memory: PoolMemory) -> None:
     before = checksums(memory, range(NUM_BLOCKS))
     assert len(set(before)) == NUM_BLOCKS
     assert all(0 <= value < 1 << 64 for value in before)
-    for byte in (0, 1, BLOCK_BYTES // 2, BLOCK_BYTES - 1):
-        memory.blocks()[5, byte] ^= 1
-        after = checksums(memory, range(NUM_BLOCKS))
-        assert [i for i in range(NUM_BLOCKS) if after[i] != before[i]] == [5]
-        memory.blocks()[5, byte] ^= 1
+    for part in memory.views:
+        for byte in (0, 1, part.shape[1] // 2, part.shape[1] - 1):
+            part[5, byte] ^= 1
+            after = checksums(memory, range(NUM_BLOCKS))
+            assert [i for i in range(NUM_BLOCKS) if after[i] != before[i]] == [5]
+            part[5, byte] ^= 1
 
 
 @pytest.mark.parametrize("wrong", [-1, NUM_BLOCKS])
@@ -76,8 +92,9 @@ def test_vram_as_it_is(memory: PoolMemory) -> None:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         pytest.skip(f"no GPU: {error}")
-    on_device = cupy.asarray(memory.blocks())
-    vram = replace(memory, kv_ptr=on_device.data.ptr, memory_type="VRAM")
+    on_device = [cupy.asarray(part) for part in memory.views]
+    regions = tuple(Region(part.data.ptr, part.shape[1], part.shape[1]) for part in on_device)
+    vram = replace(memory, regions=regions, memory_type="VRAM")
     cupy.cuda.Device().synchronize()
     ids = [9, 3, 4, 5, 23, 0, 4]
     assert checksums(vram, ids) == one_by_one(memory, ids)

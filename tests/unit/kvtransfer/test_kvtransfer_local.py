@@ -22,7 +22,7 @@ from crossdock.kvtransfer.local import LocalTransport
 from crossdock.kvtransfer.registry import allocate
 from crossdock.kvtransfer.shared_memory import allocate_segment, cleanup_stale, map_pool
 from crossdock.kvtransfer.ticket import new_incarnation
-from crossdock.kvtransfer.transport import HandleState, PoolMemory
+from crossdock.kvtransfer.transport import HandleState, PoolMemory, Region
 from crossdock.proto.errors import TransferFailed
 
 OWNER = """
@@ -100,7 +100,9 @@ def test_no_room_is_an_error_that_says_so() -> None:
 def test_private_memory_is_refused() -> None:
     buffer, generations, close = allocate("nixl", 4096, 1)
     with pytest.raises(TransferFailed, match="shared memory"):
-        LocalTransport(new_incarnation(), PoolMemory(buffer.ctypes.data, 1, 4096, generations))
+        LocalTransport(
+            new_incarnation(), PoolMemory.block_major(buffer.ctypes.data, 1, 4096, generations)
+        )
     close()
 
 
@@ -125,20 +127,28 @@ def test_releases_to_a_busy_peer_wait_for_it() -> None:
         pool.close()
 
 
+SEGMENT = (
+    b'{"segment": "crossdock-1-00000000000000000000000000000000", "num_blocks": 1, "regions": %s}'
+)
+
+
 @pytest.mark.parametrize(
     "info",
     [
         b"",
         b"[]",
-        b'{"segment": "../etc/passwd", "kv_offset": 4096, "num_blocks": 1, "block_bytes": 4096}',
-        b'{"segment": "crossdock-1-00000000000000000000000000000000", "kv_offset": 1,'
-        b' "num_blocks": 1, "block_bytes": 4096}',
+        b'{"segment": "../etc/passwd", "num_blocks": 1, "regions": [[4096, 4096, 4096]]}',
+        SEGMENT % b"[[1, 4096, 4096]]",  # over the generations
+        SEGMENT % b"[[4096, 2048, 4096]]",
+        SEGMENT % b"[[4096, 0, 0]]",
+        SEGMENT % b"[[-4096, 4096, 4096]]",
+        SEGMENT % b"[]",
     ],
 )
 def test_info_that_names_no_pool_is_refused(info: bytes) -> None:
     buffer, generations, close = allocate("local", 4096, 1)
     transport = LocalTransport(
-        new_incarnation(), PoolMemory(buffer.ctypes.data, 1, 4096, generations)
+        new_incarnation(), PoolMemory.block_major(buffer.ctypes.data, 1, 4096, generations)
     )
     with pytest.raises(TransferFailed, match="transport info"):
         transport.add_peer(new_incarnation(), info, 1, 4096)
@@ -172,7 +182,7 @@ def test_what_another_put_under_a_pools_name_is_left_alone(tmp_path: Path) -> No
         assert foreign.exists() == (os.geteuid() == 0)
         for path in (pipe, link):
             with pytest.raises(OSError):
-                map_pool(path.name, 0, 1, 4096)
+                map_pool(path.name, 1, [Region(0, 4096, 4096)])
     finally:
         for path in (pipe, link, foreign):
             path.unlink(missing_ok=True)

@@ -24,9 +24,10 @@ from transport_kit import (
 
 from crossdock.kvtransfer.nccl import link as nccl_link
 from crossdock.kvtransfer.nccl.channel import Kind
+from crossdock.kvtransfer.regions import merge_runs
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
-from crossdock.kvtransfer.transport import HandleState, PoolMemory, merge_runs
+from crossdock.kvtransfer.transport import HandleState, PoolMemory
 from crossdock.proto.errors import TransferFailed
 
 # Aborts.
@@ -153,11 +154,11 @@ def test_a_frozen_peer_writes_nothing_once_it_was_given_up(
         read = reader.read(peer, list(range(32)), list(range(32)))
         fence = reader.transport.read_generations(peer.incarnation, [1], b"late")
         assert settled(read, fence) == [HandleState.FAILED, HandleState.FAILED]
-        reader.pool.blocks[:] = 0  # their next owner's
+        reader.pool.clear()  # their next owner's
         monkeypatch.undo()
         os.kill(peer.pid, signal.SIGCONT)
         until(lambda: reader.reads_again(peer))
-        assert not reader.pool.blocks[1:].any()
+        assert reader.pool.written() <= {0}
     finally:
         peer.kill()
         reader.pool.close()
@@ -194,7 +195,7 @@ def test_without_cupy_it_says_what_to_install() -> None:
     if importlib.util.find_spec("cupy") is not None:
         pytest.skip("cupy is installed here")
     buffer, generations, close = allocate("nccl", 4096, 1)
-    memory = PoolMemory(buffer.ctypes.data, 1, 4096, generations)
+    memory = PoolMemory.block_major(buffer.ctypes.data, 1, 4096, generations)
     with pytest.raises(TransferFailed, match=r"crossdock\[gpu\]"):
         create_transport("nccl", new_incarnation(), memory, cluster_key=KEY)
     close()

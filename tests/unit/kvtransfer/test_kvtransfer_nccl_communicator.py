@@ -43,7 +43,7 @@ class Bench:
     read: Callable[[], np.ndarray]  # uint8 [blocks, block_bytes], as it is now
 
     def span(self, first: int, count: int = 1) -> tuple[int, int]:
-        return self.memory.kv_ptr + first * BLOCK_BYTES, count * BLOCK_BYTES
+        return self.memory.regions[0].address + first * BLOCK_BYTES, count * BLOCK_BYTES
 
     def alone(self) -> Communicator:
         joined = self.communicators.join(self.communicators.unique_id(), 0, ranks=1)
@@ -65,22 +65,27 @@ def content() -> np.ndarray:
 @pytest.fixture(params=["fake", "cupy on a fake", "cupy"])
 def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     buffer, generations, close = allocate("nccl", NUM_BLOCKS * BLOCK_BYTES, NUM_BLOCKS)
-    memory = PoolMemory(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
-    memory.blocks()[:] = content()
+    memory = PoolMemory.block_major(buffer.ctypes.data, NUM_BLOCKS, BLOCK_BYTES, generations)
+    (blocks,) = memory.views
+    blocks[:] = content()
     vram = replace(memory, memory_type="VRAM")
     monkeypatch.setenv("NCCL_COMM_BLOCKING", "")
     if request.param == "fake":
-        bench = Bench(FakeCommunicators(), memory, lambda: memory.blocks().copy())
+        bench = Bench(FakeCommunicators(), memory, blocks.copy)
     elif request.param == "cupy":
         cupy = real_cupy()
         on_device = cupy.asarray(content())
         cupy.cuda.Device().synchronize()
         bench = Bench(
-            ours(), replace(vram, kv_ptr=on_device.data.ptr), lambda: cupy.asnumpy(on_device)
+            ours(),
+            PoolMemory.block_major(
+                on_device.data.ptr, NUM_BLOCKS, BLOCK_BYTES, generations, "VRAM"
+            ),
+            lambda: cupy.asnumpy(on_device),
         )
     else:
         on_a_stand_in(monkeypatch)
-        bench = Bench(ours(), vram, lambda: memory.blocks().copy())
+        bench = Bench(ours(), vram, blocks.copy)
     bench.communicators.open(bench.memory)
     yield bench
     close()
@@ -177,7 +182,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Communicators:
 
 
 def vram() -> PoolMemory:
-    return PoolMemory(0, 1, 1, np.zeros(1, dtype=np.int64), "VRAM", device_id=3)
+    return PoolMemory.block_major(0, 1, 1, np.zeros(1, dtype=np.int64), "VRAM", device_id=3)
 
 
 def test_no_call_may_wait_and_the_thread_has_its_device(calls: Communicators) -> None:

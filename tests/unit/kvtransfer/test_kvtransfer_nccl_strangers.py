@@ -22,8 +22,8 @@ from crossdock.kvtransfer.transport import HandleState
 from crossdock.proto.errors import TransferFailed
 
 
-def runs(*pairs: tuple[int, int]) -> bytes:
-    return np.array(pairs, dtype="<i8").tobytes()
+def runs(*pairs: tuple[int, int], region: int = 0) -> bytes:
+    return np.array([(region, *pair) for pair in pairs], dtype="<i8").tobytes()
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,8 @@ def runs(*pairs: tuple[int, int]) -> bytes:
         (runs((2**63 - 1, 1)), "the pool has 64"),
         (runs((1, 2**63 - 1)), "the pool has 64"),
         (runs(*[(0, 1)] * (NUM_BLOCKS + 1)), "65 runs"),
+        (runs((0, 1), region=1), "region 1, the pool has 1"),
+        (runs((0, 1), region=-1), "region -1, the pool has 1"),
         (b"odd", "3 bytes"),
     ],
 )
@@ -157,7 +159,7 @@ def test_a_listener_asks_for_the_proof(pair: tuple[Worker, Worker]) -> None:
         def _proves(self, mac: bytes, role: bytes) -> bool:
             return True
 
-    (_, address), _ = messages.parse_info(owner.transport.info(), owner.incarnation)
+    (_, address), *_ = messages.parse_info(owner.transport.info(), owner.incarnation)
     sock = socket.create_connection(address[:2], timeout=WAIT_S)
     sock.setblocking(False)
     wicked = Trusting(sock, b"a guess", new_incarnation(), owner.incarnation)
@@ -181,7 +183,7 @@ def test_strangers_are_few_and_do_not_stay(
 ) -> None:
     monkeypatch.setattr(nccl_link, "HANDSHAKE_S", 1.5)
     reader, owner = pair
-    (_, address), _ = messages.parse_info(owner.transport.info(), owner.incarnation)
+    (_, address), *_ = messages.parse_info(owner.transport.info(), owner.incarnation)
     silent = [socket.create_connection(address[:2]) for _ in range(80)]
     noisy = socket.create_connection(address[:2])
     noisy.send(b"GET / HTTP/1.1\r\n\r\n" * 100)

@@ -10,9 +10,10 @@ from transport_kit import held
 from crossdock.kvtransfer.memory import allocate_pages
 from crossdock.kvtransfer.offers import Offers, OfferSettings
 from crossdock.kvtransfer.pull import PullDone, Puller
+from crossdock.kvtransfer.regions import merge_runs
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
-from crossdock.kvtransfer.transport import HandleState, PoolMemory, Transport, merge_runs
+from crossdock.kvtransfer.transport import HandleState, PoolMemory, Transport
 from crossdock.proto.errors import ConfigError, TransferFailed
 from crossdock.proto.v1.worker_pb2 import PromptProgress, Ticket
 
@@ -23,7 +24,7 @@ class Side:
     def __init__(self, network: FakeNetwork) -> None:
         self.incarnation = new_incarnation()
         buffer, generations, self._free = allocate_pages(BLOCKS * BYTES, BLOCKS)
-        self.memory = PoolMemory(buffer.ctypes.data, BLOCKS, BYTES, generations)
+        self.memory = PoolMemory.block_major(buffer.ctypes.data, BLOCKS, BYTES, generations)
         self.blocks = buffer.reshape(BLOCKS, BYTES)
         self.transport: Transport = FakeTransport(network, self.incarnation, self.memory)
 

@@ -29,6 +29,7 @@ def layout(**changes: object) -> KVLayout:
         "head_dim": 64,
         "tp_degree": 1,
         "engine": "native",
+        "regions": "30 x 49152",
     }
     return KVLayout(**(fields | changes))
 

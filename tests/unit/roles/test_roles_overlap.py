@@ -233,7 +233,7 @@ def test_bytes_that_are_not_those_sent_are_refused(site: Site, corrupt: bool) ->
     d.turn()
     site.network.deliver(1)
     if corrupt:
-        d.transport.memory.blocks()[made.sequence.block_table[3], 5] ^= 1
+        d.transport.memory.views[0][made.sequence.block_table[3], 5] ^= 1
     site.network.deliver()
     d.turn(12)
     outputs = d.take()

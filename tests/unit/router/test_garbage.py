@@ -6,11 +6,14 @@ import contextlib
 import gc
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import access_kit as keyed
 import aiohttp
 import grpc
 import pytest
+from access_kit import start_doors
 from gateway_rig import PROMPT, Rig, until
 from http_kit import complete, post
 from raw_http import connected
@@ -113,4 +116,17 @@ async def test_a_call_leaves_no_cycle(rig: Rig, most: int) -> None:
     with cycles() as found:
         for _ in range(TIMES):
             await ask()
+    assert not found
+
+
+async def test_who_is_refused_by_a_limit_leaves_no_cycle(tiny_model: Path, tmp_path: Path) -> None:
+    async with start_doors(tiny_model, tmp_path) as doors:
+        key = doors.key("acme", limits={"tokens_per_minute": 42})
+        await doors.known(key)
+        assert (await keyed.complete(doors.rig, key)).status == 200  # of 42 tokens
+        assert (await keyed.complete(doors.rig, key)).status == 429
+        with cycles() as found:
+            for _ in range(TIMES):
+                assert (await keyed.complete(doors.rig, key)).status == 429
+            await until(lambda: not doors.rig.metric("http_connections"))
     assert not found

@@ -34,6 +34,7 @@ from crossdock.model.store import resolve
 from crossdock.model.text import load_text
 from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.results import read_result
+from crossdock.router.frontdoor import grpc_health
 from crossdock.router.frontdoor.grpc_health import HEALTH, REFLECTION, REFLECTION_ALPHA
 from crossdock.router.frontdoor.grpc_inference import SERVICE as NAME
 from crossdock.router.frontdoor.grpc_kserve import KSERVE
@@ -321,6 +322,24 @@ async def test_a_watcher_that_leaves_takes_no_other_with_it(rig: Rig) -> None:
     await rig.members(rig.prefills[0])
     assert (await other.read()).status == NOT_SERVING
     other.cancel()
+
+
+async def test_so_many_watch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody needs a credential for it, and each is kept."""
+    monkeypatch.setattr(grpc_health, "MAX_WATCHES", 2)
+    stub = health_pb2_grpc.HealthStub(rig.channel)
+    request = health_pb2.HealthCheckRequest(service=NAME)
+    watches = [stub.Watch(request) for _ in range(2)]
+    for watch in watches:
+        assert (await watch.read()).status == SERVING
+    with pytest.raises(grpc.aio.AioRpcError, match="2 watches are open") as refused:
+        await stub.Watch(request).read()
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await stub.Check(request)).status == SERVING
+    watches[0].cancel()
+    await until(lambda: rig.gateway._grpc._health._watches == 1)
+    assert (await stub.Watch(request).read()).status == SERVING
+    watches[1].cancel()
 
 
 async def test_health_lists_all_services(rig: Rig) -> None:

@@ -56,6 +56,14 @@ async def test_a_connection_is_closed_where_no_further_head_comes(
         writer.close()
 
 
+async def test_who_has_left_is_not_counted_among_the_silent(rig: Rig) -> None:
+    silent = rig.gateway._http._runner._silent
+    _, writer = await connection(rig.gateway.http_address)
+    await until(lambda: silent)
+    writer.transport.abort()
+    await until(lambda: not silent, 5.0)
+
+
 async def test_the_oldest_connection_without_a_request_makes_room(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

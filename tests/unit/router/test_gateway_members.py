@@ -28,6 +28,21 @@ async def test_a_worker_that_appears_serves_who_waited(tiny_model: Path) -> None
         assert list((await call).completions[0].token_ids) == PROMPT[:3]
 
 
+async def test_a_wait_is_one_whoever_comes_and_goes(tiny_model: Path) -> None:
+    async with start_rig(tiny_model, worker_wait_s=30.0) as rig:
+        await rig.members(rig.prefills[0])
+        call = rig.stub.GenerateUnary(ask(PROMPT, max_tokens=3))
+        await until(lambda: rig.metric("waiting_sequences") == 1)
+        limits = rig.only.dispatcher._waiting._limits
+        before = list(limits.values())
+        rig.only.dispatcher.on_change()
+        await until(lambda: rig.metric("waiting_sequences") == 1)
+        assert len(before) == 1 and list(limits.values()) == before
+        await rig.members()
+        assert len((await call).completions[0].token_ids) == 3
+        assert not limits
+
+
 async def test_who_leaves_the_membership_finishes_what_it_has(
     tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

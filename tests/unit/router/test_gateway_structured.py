@@ -196,7 +196,7 @@ async def test_who_asks_for_many_grammars_holds_up_himself_alone() -> None:
 
 async def test_a_client_that_goes_away_leaves_the_check_in_order(rig: Rig):
     leaving = asyncio.create_task(post(rig, *chat(max_tokens=2, guided_regex="a")))
-    while not rig.only.grammars._asking:
+    while not rig.only.grammars._turns._taken:
         await asyncio.sleep(0.001)
     leaving.cancel()
     status, _, body = await post(rig, *chat(max_tokens=2, guided_regex="(b"))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gateway_rig import Rig, ask, collect, start_rig, until
+from gateway_rig import PROMPT, Rig, ask, collect, start_rig, until
+from http_kit import complete, post
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -92,3 +93,14 @@ async def test_without_an_sdk_the_clients_context_still_travels(tiny_model: Path
         assert rig.prefills[0].prefills[0].sequence.traceparent == header[1]
         await collect(rig.stub.Generate(ask(max_tokens=1)))
         assert rig.prefills[0].prefills[1].sequence.traceparent == ""
+
+
+async def test_a_client_writes_little_to_the_log(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = {"baggage": ",".join(["no baggage"] * 100), "tracestate": "x" * 5000}
+    headers["traceparent"] = f"00-{'a' * 32}-{'b' * 16}-01"
+    assert (await post(rig, *complete(max_tokens=1), headers=headers))[0] == 200
+    metadata = tuple(headers.items())
+    await rig.stub.GenerateUnary(ask(PROMPT, max_tokens=1), metadata=metadata)
+    assert not [each for each in caplog.records if each.name.startswith("opentelemetry")]

@@ -142,6 +142,19 @@ def test_a_longer_one_is_owed() -> None:
         limits.admit(who, Work(1, 1, 1), FREE)
 
 
+def test_a_request_that_says_no_length_is_never_too_long_for_a_small_limit() -> None:
+    """Whatever completions before it had."""
+    clock = Clock()
+    limits, who = limiter(clock), of(tokens_per_minute=100)
+    for _ in range(3):
+        limits.settle(limits.admit(who, Work(10, 2, 8000, open_ended=True), FREE), 10, 0, 5000)
+        with pytest.raises(RateLimited):
+            limits.admit(who, Work(10, 1, 8000, open_ended=True), FREE)
+        clock.now += 61
+    with pytest.raises(InvalidRequest, match="101 tokens"):
+        limits.admit(who, Work(101, 1, 8000, open_ended=True), FREE)
+
+
 def test_sequences_at_once() -> None:
     limits, who = limiter(Clock()), of(max_concurrent=4)
     first = limits.admit(who, Work(10, 3, 10), FREE)

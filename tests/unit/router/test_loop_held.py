@@ -6,14 +6,17 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
 
+import msgspec
 import pytest
 from gateway_rig import Rig, until
 from http_kit import complete, post
 from loop_probe import loop_watched, post_from_afar
 
 from crossdock.proto.errors import ContextLengthExceeded, InvalidRequest, Unavailable
+from crossdock.proto.v1 import inference_pb2 as pb
 from crossdock.router.frontdoor import frontend as frontend_file
 from crossdock.router.frontdoor import text_process
 from crossdock.router.frontdoor.openai_schemas import ChatBody, CompletionBody, read_body
@@ -33,7 +36,7 @@ BODIES = {
 async def test_a_large_body_is_parsed_beside_the_loop(rig: Rig, name: str) -> None:
     path, body = BODIES[name]
     started = b'{"messages":[]}' + b" " * 99_999
-    await rig.only.aside.read_body([started], ChatBody, False)
+    await rig.only.aside.read_body("", [started], ChatBody, False)
     begun = time.process_time()
     read_body(body, CompletionBody if "chat" not in path else ChatBody)
     alone_s = time.process_time() - begun
@@ -82,21 +85,67 @@ async def test_long_texts_are_tokenized_as_short_ones_are(
 
 async def test_the_process_is_started_again_where_it_ended(rig: Rig) -> None:
     aside = rig.only.aside
-    assert await aside.call("encode", "x")
+    assert await aside.call("", "encode", "x")
     os.kill(aside._child.pid, signal.SIGSTOP)
-    asked = asyncio.create_task(aside.call("encode", "y"))
+    asked = asyncio.create_task(aside.call("", "encode", "y"))
     await asyncio.sleep(0)  # it is given to the thread
     await until(lambda: aside._thread._work_queue.empty())
     os.kill(aside._child.pid, signal.SIGKILL)
     with pytest.raises(Unavailable):
         await asked
-    assert await aside.call("encode", "x")
+    assert await aside.call("", "encode", "x")
+
+
+async def test_parties_take_turns_at_the_process(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    aside, asked, go = rig.only.aside, list[str](), threading.Event()
+
+    def answer(head: bytes, large: object) -> tuple[list[str], bytearray]:
+        go.wait(20)
+        asked.append(msgspec.msgpack.decode(head)[1][1][0])
+        return [], bytearray(4)
+
+    monkeypatch.setattr(aside, "_answer", answer)
+    calls = [asyncio.create_task(aside.call("flood", "encode", f"{i}")) for i in range(6)]
+    calls.append(asyncio.create_task(aside.call("little", "encode", "little")))
+    await asyncio.sleep(0)
+    calls[3].cancel()
+    go.set()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert asked == ["0", "1", "little", "2", "4", "5"]
+    assert await aside.call("flood", "encode", "6") == [0]
+
+
+async def test_the_process_is_asked_for_who_asks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontend_file, "INLINE_CHARACTERS", 3)
+    monkeypatch.setattr(text_process, "INLINE_BYTES", 1)
+    join, parties = rig.only.aside._turns.join, list[str]()
+    monkeypatch.setattr(rig.only.aside._turns, "join", lambda p: parties.append(p) or join(p))
+    acme = {"headers": {"X-Crossdock-Tenant": "acme"}}
+    assert (await post(rig, *complete(prompt="some text", max_tokens=1), **acme))[0] == 200
+    assert parties == ["address 127.0.0.1", "acme"]  # before the body is read nobody is named
+    parties.clear()
+    assert (await post(rig, "/tokenize", {"prompt": "some text"}))[0] == 200
+    assert set(parties) == {"address 127.0.0.1"}
+    parties.clear()
+    await rig.stub.GenerateUnary(pb.GenerateRequest(text="some text", tenant="acme"))
+    assert parties == ["acme"]
+
+
+async def test_who_waits_for_a_process_that_is_closed_may_come_again(rig: Rig) -> None:
+    aside = rig.only.aside
+    await aside._turns.join("a")
+    asked = asyncio.create_task(aside.call("b", "encode", "x"))
+    await asyncio.sleep(0)
+    aside.close()
+    aside._turns.next()
+    with pytest.raises(Unavailable):
+        await asked
 
 
 async def test_what_the_process_refuses_is_raised_as_it_was(rig: Rig) -> None:
     large = json.dumps({"prompt": "x", "n": "7", "user": "x" * 20_000}).encode()
     with pytest.raises(InvalidRequest, match="n: '7' is not allowed; must be an integer") as found:
-        await rig.only.aside.read_body([large], CompletionBody, False)
+        await rig.only.aside.read_body("", [large], CompletionBody, False)
     assert found.value.field == "n"
 
 

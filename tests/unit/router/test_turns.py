@@ -16,7 +16,14 @@ from gateway_rig import Rig, start_rig, until
 
 from crossdock.proto.types import Role
 from crossdock.router.dispatch.line import Work
-from crossdock.router.dispatch.turns import BURST_CHUNKS, EXPECTED_TOKENS, OWED_TOKENS, Turns
+from crossdock.router.dispatch.turns import (
+    BURST_CHUNKS,
+    EXPECTED_FOR_S,
+    EXPECTED_TOKENS,
+    KEPT_TENANTS,
+    OWED_TOKENS,
+    Turns,
+)
 from crossdock.router.placement import room
 from crossdock.router.placement.busy import Busy
 from crossdock.router.placement.room import has_room, takes_more
@@ -35,17 +42,24 @@ class Tape:
         self.turns = Turns(self._has_room, self._begin, **options)
         self._orders = 0
 
-    def _has_room(self) -> bool:
+    def _has_room(self, yields: bool) -> bool:
         return self.room > 0
 
     def _begin(self, sequence: Any) -> None:
         self.room -= 1
         self.begun.append(sequence)
 
-    def ask(self, tenant: str, count: int = 1, prompt: int = 100, priority: int = 0) -> list[Any]:
+    def ask(
+        self,
+        tenant: str,
+        count: int = 1,
+        prompt: int = 100,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[Any]:
         """A request of so many sequences."""
         self._orders += 1
-        request = SimpleNamespace(tenant=tenant, priority=priority, deadline=None)
+        request = SimpleNamespace(tenant=tenant, priority=priority, deadline=deadline)
         active = SimpleNamespace(request=request, order=self._orders)
         sampling = SimpleNamespace(max_tokens=10_000)
         made = [Sequence(active, i, prompt, sampling) for i in range(count)]
@@ -62,7 +76,8 @@ class Tape:
 
 class Sequence(SimpleNamespace):
     def __init__(self, active: Any, index: int, prompt: int, sampling: Any) -> None:
-        super().__init__(active=active, index=index, prompt_tokens=prompt, sampling=sampling)
+        about = {"active": active, "index": index, "prompt_tokens": prompt, "sampling": sampling}
+        super().__init__(**about, generated=0, yields=False)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -117,6 +132,39 @@ def test_who_was_away_is_owed_a_little() -> None:
     assert 0 < begun["back"] - begun["always"] <= OWED + 1
 
 
+def test_a_floods_prompts_yield_while_one_who_asks_for_less_is_expected_back() -> None:
+    now, room = 0.0, {False: 9, True: 9}  # for prompts that do not yield, and beside those that do
+    tape, busy = Tape(), Busy(workers=2, chunk_tokens=300)
+
+    def begin(sequence: Any) -> None:
+        room[False] -= not sequence.yields
+        room[True] -= 1
+        tape.begun.append(sequence)
+
+    has_room = room.__getitem__
+    tape.turns = Turns(lambda y: has_room(y) > 0, begin, clock=lambda: now, busy=lambda: busy)
+
+    def begun(beside: int) -> list[tuple[str, bool]]:
+        room.update({False: 9, True: beside})
+        tape.begun.clear()
+        tape.turns.pump()
+        return [(each.active.request.tenant, each.yields) for each in tape.begun]
+
+    tape.ask("flood", 200)
+    assert begun(9) == 9 * [("flood", False)], "nobody else is here"
+    tape.ask("little")
+    assert begun(3) == [("little", False), ("flood", True), ("flood", True)]
+    tape.ask("little")
+    assert begun(0) == [("little", False)], "what yields has no room, and keeps it from nobody"
+    now = EXPECTED_FOR_S
+    assert begun(1) == 9 * [("flood", False)], "it has not come back"
+    tape.ask("little")
+    assert begun(1) == [("little", False)]
+    while len(tape.turns) > 7:
+        assert begun(1)[-1] == ("flood", True)
+    assert begun(1) == [("flood", True), *6 * [("flood", False)]], "what is left is no flood"
+
+
 def test_who_asks_for_less_than_its_share_has_a_burst_at_once() -> None:
     busy = Busy(workers=2, chunk_tokens=1000)
     tape = Tape()
@@ -131,6 +179,45 @@ def test_who_asks_for_less_than_its_share_has_a_burst_at_once() -> None:
     begun = Counter(tape.begin(2 * burst))
     assert begun["flood"] == 0
     assert abs(begun["steady"] - begun["new"]) <= OWED + 1, "who is new goes before nobody"
+
+
+def test_of_tenants_that_come_once_few_are_remembered() -> None:
+    tape = Tape()
+    for i in range(3 * KEPT_TENANTS):
+        tape.ask(f"{i}")
+        tape.begin()
+        assert len(tape.turns._finished) <= KEPT_TENANTS
+
+
+def test_a_request_that_is_late_is_told_once() -> None:
+    told: list[Any] = []
+
+    def shed(sequence: Any, seconds: float) -> None:
+        told.append(sequence)
+        for each in asked:
+            turns.remove(each)
+
+    late = Work(due=1.0, alone_s=5.0, share_s=5.0)
+    turns = Turns(lambda: False, lambda _: None, lambda _: 1.0, lambda _: late, shed=shed)
+    tape = Tape()
+    tape.turns = turns
+    asked = tape.ask("a", 8, deadline=1.0)
+    turns.pump()
+    assert told == asked[:1] and not turns
+
+
+def test_nothing_is_kept_of_a_late_one_that_has_ended() -> None:
+    late = Work(due=1.0, alone_s=5.0, share_s=5.0)
+    busy = Busy(workers=1, chunk_tokens=1000)
+    tape = Tape()
+    tape.turns = Turns(
+        tape._has_room, tape._begin, lambda _: 1.0, lambda _: late, busy=lambda: busy
+    )
+    (asked,) = tape.ask("a")
+    tape.begin()
+    assert tape.begun == [asked] and asked in tape.turns._late._begun
+    tape.turns.remove(asked)
+    assert not tape.turns._late._begun
 
 
 def test_who_takes_pauses_has_no_more_than_a_share() -> None:
@@ -171,7 +258,9 @@ def test_priority_counts_within_a_tenant_alone() -> None:
 
 
 def test_another_tenants_flood_counts_until_it_has_had_as_much() -> None:
-    turns = Turns(lambda: False, lambda sequence: None, work_of=lambda sequence: Work(share_s=0.1))
+    turns = Turns(
+        lambda yields: False, lambda sequence: None, work_of=lambda sequence: Work(share_s=0.1)
+    )
     tape = Tape()
     tape.turns = turns
     tape.ask("flood", 100)
@@ -250,7 +339,7 @@ def test_of_many_workers_those_after_the_first_with_room_are_not_looked_at(
     view.place("prefill-0", "s", 2000, 4)
     real = room.takes_more
     monkeypatch.setattr(
-        room, "takes_more", lambda worker, now: looked.append(worker.name) or real(worker, now)
+        room, "takes_more", lambda worker, *how: looked.append(worker.name) or real(worker, *how)
     )
     assert has_room(view, 0.0)
     assert looked == ["prefill-0", "prefill-1", "decode-0"]
