@@ -242,7 +242,8 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="one case again, by the seed that was printed")
     given = parser.parse_args()
     if given.case is not None:
-        print(*random.Random(given.case).choice(KINDS)(random.Random(given.case)), sep="\n")
+        rng = random.Random(given.case)
+        print(*rng.choice(KINDS)(rng), sep="\n")
         print(asyncio.run(one(given.address, given.case)))
         return 0
     found, wrong = asyncio.run(run(given.address, given.cases, given.seed))

@@ -155,7 +155,9 @@ class EngineLoop:
         return plan
 
     def end(self) -> bool:
-        """The end of a turn. Returns whether there is news of it."""
+        """The end of a turn. Returns whether there is news of it: the load counts what was sent
+        while the step ran, as who reads it presumes."""
+        self._take_commands()
         self.last_turn = time.monotonic()
         self._expect(IDLE_WAIT_S)
         return self.flush()

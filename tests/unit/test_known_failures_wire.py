@@ -69,6 +69,7 @@ BOUNDED_OTHERWISE = {
     "router/frontdoor/grpc_kserve.py: await serving": "has ended",
     "router/frontdoor/grpc_kserve.py: asyncio.wait({getting, serving}, "
     "return_when=asyncio.FIRST_COMPLETED)": _WORKLESS,
+    "router/frontdoor/in_turn.py: await mine": "whoever has the turn waits PATIENCE_S at the most",
     "router/frontdoor/http2/call.py: await answers": "the handler's own waits are here",
     "router/frontdoor/http2/stream.py: await self._arrived": "WHOLE_S, and in a stream of the "
     "client's its life: pings and the connection's end",

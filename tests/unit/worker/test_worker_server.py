@@ -97,6 +97,34 @@ async def test_a_worker_says_at_once_that_its_engine_hangs(
     assert (await next_load(late=False)).age_s < 1.0
 
 
+async def test_the_load_at_a_steps_end_counts_what_came_while_it_ran(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, entered = threading.Event(), threading.Event()
+    run = pair.prefill._loop._runner.run
+
+    def waits(plan: object) -> object:
+        entered.set()
+        stuck.wait(60)
+        return run(plan)
+
+    monkeypatch.setattr(pair.prefill._loop._runner, "run", waits)
+    try:
+        await pair.p.send(prefill=worker_pb2.PrefillRequest(sequence=sequence("a", PROMPT)))
+        await asyncio.to_thread(entered.wait, 20)
+        await pair.p.send(prefill=worker_pb2.PrefillRequest(sequence=sequence("b", PROMPT)))
+        async with asyncio.timeout(20):
+            while not pair.prefill._loop._commands:  # the stream has brought it
+                await asyncio.sleep(0.01)
+    finally:
+        stuck.set()
+    async with asyncio.timeout(20):
+        while not (frame := await pair.p._call.read()).outputs:
+            pass
+    assert [output.sequence_id for output in frame.outputs] == ["a"]
+    assert frame.load.waiting == 1 and frame.load.queued_tokens > 0
+
+
 async def test_leases_are_renewed_and_released_by_call(pair: Pair) -> None:
     first = await pair.first("s", PROMPT)
     ids = [first.progress.ticket.ticket_id, b"?" * 16]
