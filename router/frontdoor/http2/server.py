@@ -116,7 +116,8 @@ class Server:
         return Connection(self._shared)
 
     def _opened(self, connection: Connection) -> None:
-        if len(self._connections) >= bounds.MAX_CONNECTIONS and not self._made_room():
+        full = len(self._connections) >= http_limits.max_connections()
+        if full and not self._made_room():
             connection.abort()
             return
         self._connections.add(connection)
