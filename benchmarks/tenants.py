@@ -27,6 +27,7 @@ from routing_cluster import BLOCK, Cluster, Prompt, Speed, chain
 
 from crossdock.bench.run import describe_machine
 from crossdock.proto.errors import RateLimited
+from crossdock.proto.steps import Yields
 from crossdock.router.config import KeyLimits
 from crossdock.router.dispatch.turns import Turns
 from crossdock.router.frontdoor.limits import Limiter
@@ -62,7 +63,7 @@ class Gateway(Cluster):
 
     def __init__(self, turns: bool) -> None:
 
-        def room(yields: bool) -> bool:
+        def room(yields: Yields) -> bool:
             return not turns or has_room(self.view, self.clock.now, yields)
 
         self.turns = Turns(room, self._begin)

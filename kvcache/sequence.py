@@ -33,7 +33,7 @@ class Sequence:
     num_scored: int = 0  # of prompt_tokens, those whose log-probabilities are not asked for
     priority: int = 0
     arrival: float = 0.0
-    yields: bool = False  # the chunks of its prompt wait for those of prompts that do not
+    yields: int = 0  # the chunks of its prompt wait for those of prompts with a smaller number
 
     @property
     def draws(self) -> bool:

@@ -5,9 +5,9 @@
 
 First come, first served within a priority, and the head of the queue is finished before the next
 begins: finishing one prompt early beats advancing two, so several share a step only as far as that
-saves time. Only a prompt that yields, being late anyway, has others go between its chunks, which
-are steps of their own. A prompt looks for its prefix when its first chunk is planned, not when it
-arrives, so it finds what the prompts before it have just computed.
+saves time. Only a prompt that yields, being late or one of many, has others go between its chunks,
+which are steps of their own. A prompt looks for its prefix when its first chunk is planned, not
+when it arrives, so it finds what the prompts before it have just computed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ class PrefillScheduler(Scheduler):
 
     def __init__(self, pool: BlockPool, chunk_tokens: int, lookahead: int = 0) -> None:
         self._computing: list[Sequence] = []
-        self._yielded = 0  # steps since one that yields had a chunk, where there is such
+        self._last = 0  # of whom is begun: the most that one yields
+        self._yielded = 0  # steps since such a one had a chunk, where there is one
         super().__init__(pool, chunk_tokens, lookahead, self._computing)
 
     def schedule(self, together: float = math.inf) -> StepPlan | None:
         """The next step, or None when nothing can run. Admits as far as the budget reaches; no
         prompt joins a step of `together` tokens, for those in it would wait for it."""
         most, used = self._chunk_tokens, 0
+        self._last = max((sequence.yields for sequence in self._computing), default=0)
         chunks: list[Chunk] = []
         begun = deque(sorted(self._computing, key=self._yields))
         while used < most and (sequence := self._next(begun)) is not None:
@@ -47,15 +49,15 @@ class PrefillScheduler(Scheduler):
             chunks.append(self._chunk(sequence, most - used))
             used += chunks[-1].length
             most = int(min(most, together))
-        yielded = any(chunk.sequence.yields for chunk in chunks)
-        self._yielded = 0 if yielded or not any(s.yields for s in begun) else self._yielded + 1
+        waits = self._last and all(chunk.sequence.yields < self._last for chunk in chunks)
+        self._yielded = self._yielded + 1 if waits else 0
         return StepPlan(tuple(chunks)) if chunks else None
 
     def _next(self, begun: deque[Sequence]) -> Sequence | None:
-        """Who has a chunk next: the first of those `begun`, unless one that yields is and one that
-        does not waits, with room for it."""
+        """Who has a chunk next: the first of those `begun`, unless one waits to which it yields,
+        with room for it."""
         waiting = self._waiting[0] if self._waiting else None
-        if begun and (waiting is None or self._yields(waiting) or not self._yields(begun[0])):
+        if begun and (waiting is None or self._yields(waiting) >= self._yields(begun[0])):
             return begun.popleft()
         if waiting is not None and self._take_blocks(waiting):
             self._computing.append(self._waiting.pop(0))
@@ -66,9 +68,10 @@ class PrefillScheduler(Scheduler):
         reusable = sequence.reusable
         return block_tables.take(self._pool, sequence, reusable, lookahead=self._lookahead)
 
-    def _yields(self, sequence: Sequence) -> bool:
-        """Whether others go first; not for ever."""
-        return sequence.yields and self._yielded < YIELDED_STEPS
+    def _yields(self, sequence: Sequence) -> int:
+        """To whom; not for ever."""
+        starved = self._yielded >= YIELDED_STEPS and sequence.yields == self._last
+        return -1 if starved else sequence.yields
 
     def computed(self, chunk: Chunk, drawn: int = 1) -> None:
         """Takes note that a chunk's KV is in its blocks, and of how many tokens were drawn after

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import enum
+
+
+class Yields(enum.IntEnum):
+    """Whom a prompt lets go first on a prefill worker: all of a smaller number."""
+
+    NOT = 0
+    OF_MANY = 1  # its tenant has much that waits, and another is expected that asks for less
+    LATE = 2  # its first token is late anyway
+
+
 YIELDING_SHARE = 4  # a prompt that yields has chunks of at most this part (1/4) of a step
 
 

@@ -10,6 +10,7 @@ from crossdock.proto import events
 from crossdock.proto.convert import sampling_from_pb
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.hashing import HASH_BYTES, BlockHasher
+from crossdock.proto.steps import Yields
 from crossdock.proto.v1 import worker_pb2 as pb
 
 
@@ -101,7 +102,7 @@ class Job:
             root_hash=request.root_hash,
             num_scored=request.scored_tokens,
             priority=request.priority,
-            yields=request.yields,
+            yields=min(max(request.yields, Yields.NOT), Yields.LATE),
             arrival=min(request.arrival_unix_s or arrival, arrival),
         )
         deadline = request.deadline_unix_ms / 1000 if request.deadline_unix_ms else None

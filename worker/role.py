@@ -243,6 +243,8 @@ class WorkerRole(ABC):
             queued_attention=round(queued.attention),
             yielding_tokens=queued.yielding_tokens,
             yielding_attention=round(queued.yielding_attention),
+            late_tokens=queued.late_tokens,
+            late_attention=round(queued.late_attention),
             context_tokens=scheduler.context_tokens,
             free_blocks=pool.num_free,
             cached_blocks=pool.num_evictable,

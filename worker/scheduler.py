@@ -10,7 +10,7 @@ from typing import NamedTuple
 from crossdock.kvcache import block_tables
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import Chunk, Sequence
-from crossdock.proto.steps import attention
+from crossdock.proto.steps import Yields, attention
 
 
 class Queued(NamedTuple):
@@ -18,8 +18,10 @@ class Queued(NamedTuple):
 
     tokens: int  # uncached
     attention: float  # tokens × context, over the chunks that they will be
-    yielding_tokens: int  # of both, what lets others go first
+    yielding_tokens: int  # of both, of prompts that yield, being of many of one tenant
     yielding_attention: float
+    late_tokens: int  # and being late
+    late_attention: float
 
 
 class Scheduler(ABC):
@@ -62,12 +64,17 @@ class Scheduler(ABC):
     @property
     def queued(self) -> Queued:
         """Prompts still to be computed here, with what is cached now."""
-        tokens, attended = [0, 0], [0.0, 0.0]
+        tokens, attended = [0, 0, 0], [0.0, 0.0, 0.0]  # by Yields
         for cached, sequence in self._uncomputed():
             left = sequence.num_tokens - cached
             tokens[sequence.yields] += left
             attended[sequence.yields] += attention(cached, left, self._chunk_tokens)
-        return Queued(sum(tokens), sum(attended), tokens[True], attended[True])
+        of_many, late = Yields.OF_MANY, Yields.LATE
+        return Queued(
+            *(sum(tokens), sum(attended)),
+            *(tokens[of_many], attended[of_many]),
+            *(tokens[late], attended[late]),
+        )
 
     @property
     def context_tokens(self) -> int:
@@ -94,7 +101,7 @@ class Scheduler(ABC):
         return Chunk.of(sequence, sequence.num_computed, length)
 
 
-def order(sequence: Sequence) -> tuple[int, bool, float]:
+def order(sequence: Sequence) -> tuple[int, int, float]:
     """Arrival is at the gateway, and a restart keeps it: so who is first here is preempted by
     nobody and ends, then the next, and whoever was preempted before gets its turn."""
     return sequence.priority, sequence.yields, sequence.arrival

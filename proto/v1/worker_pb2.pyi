@@ -210,10 +210,10 @@ class SequenceRequest(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     arrival_unix_s: float
     uncached_tokens: int
-    yields: bool
+    yields: int
     scored_tokens: int
     number: int
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., root_hash: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ..., uncached_tokens: _Optional[int] = ..., yields: _Optional[bool] = ..., scored_tokens: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., root_hash: _Optional[bytes] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., arrival_unix_s: _Optional[float] = ..., uncached_tokens: _Optional[int] = ..., yields: _Optional[int] = ..., scored_tokens: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "decode_worker")
@@ -354,13 +354,15 @@ class SequenceOutput(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., times: _Optional[_Union[SequenceTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., numbers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "running", "queued_tokens", "queued_attention", "yielding_tokens", "yielding_attention", "context_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "step_context_s", "draining", "prefill_base_s", "prefill_alike", "prefill_attention_s", "prefill_step_tokens", "age_s", "late")
+    __slots__ = ("waiting", "running", "queued_tokens", "queued_attention", "yielding_tokens", "yielding_attention", "late_tokens", "late_attention", "context_tokens", "free_blocks", "cached_blocks", "total_blocks", "prefill_tokens_per_s", "step_base_s", "step_per_sequence_s", "step_context_s", "draining", "prefill_base_s", "prefill_alike", "prefill_attention_s", "prefill_step_tokens", "age_s", "late")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_ATTENTION_FIELD_NUMBER: _ClassVar[int]
     YIELDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     YIELDING_ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    LATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LATE_ATTENTION_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -382,6 +384,8 @@ class Load(_message.Message):
     queued_attention: int
     yielding_tokens: int
     yielding_attention: int
+    late_tokens: int
+    late_attention: int
     context_tokens: int
     free_blocks: int
     cached_blocks: int
@@ -397,7 +401,7 @@ class Load(_message.Message):
     prefill_step_tokens: int
     age_s: float
     late: bool
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., queued_attention: _Optional[int] = ..., yielding_tokens: _Optional[int] = ..., yielding_attention: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., step_base_s: _Optional[float] = ..., step_per_sequence_s: _Optional[float] = ..., step_context_s: _Optional[float] = ..., draining: _Optional[bool] = ..., prefill_base_s: _Optional[float] = ..., prefill_alike: _Optional[bool] = ..., prefill_attention_s: _Optional[float] = ..., prefill_step_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., late: _Optional[bool] = ...) -> None: ...
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., queued_attention: _Optional[int] = ..., yielding_tokens: _Optional[int] = ..., yielding_attention: _Optional[int] = ..., late_tokens: _Optional[int] = ..., late_attention: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., step_base_s: _Optional[float] = ..., step_per_sequence_s: _Optional[float] = ..., step_context_s: _Optional[float] = ..., draining: _Optional[bool] = ..., prefill_base_s: _Optional[float] = ..., prefill_alike: _Optional[bool] = ..., prefill_attention_s: _Optional[float] = ..., prefill_step_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., late: _Optional[bool] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
     __slots__ = ("first_sequence", "events", "snapshot")
@@ -426,8 +430,8 @@ class PlacedPrompt(_message.Message):
     sequence_id: str
     num_tokens: int
     uncached_tokens: int
-    yields: bool
-    def __init__(self, sequence_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., yields: _Optional[bool] = ...) -> None: ...
+    yields: int
+    def __init__(self, sequence_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., yields: _Optional[int] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
     __slots__ = ("hello", "outputs", "load", "block_events", "placed", "computed")

@@ -217,7 +217,7 @@ class Dispatcher:
         if request.deadline is not None and self._turns:
             due = self._due(request)
             before_s = self._turns.seconds_before(request.tenant, request.priority, due)
-        busy_s = self.view.busy(now).seconds
+        busy_s = self._turns.busy_s(request.tenant) if request.deadline is not None else 0.0
         for sequence in active.sequences:
             if sequence.phase is Phase.ROUTING:
                 self._turns.add(sequence)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from crossdock.proto.steps import Yields
 from crossdock.router.dispatch.sequence import SequenceState
 from crossdock.router.placement.busy import Busy
 
@@ -179,11 +180,11 @@ class Line:
             if not self.late.oldest_first:
                 chosen = min(late, key=lambda i: works[i].alone_s)
             self.late.begin(waiting[chosen].sequence)
-            waiting[chosen].sequence.yields = True
+            waiting[chosen].sequence.yields = Yields.LATE
             return waiting[chosen]
         if not kept:
             return None
-        waiting[min(kept)].sequence.yields = False
+        waiting[min(kept)].sequence.yields = Yields.NOT
         return waiting[min(kept)]
 
     def _works(self, entries: list[_Entry], now: float) -> list[Work]:

@@ -17,6 +17,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from crossdock.proto.convert import ROLE_FROM_PB
+from crossdock.proto.steps import Yields
 from crossdock.proto.types import WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.router.dispatch.ports import Timer, Timers
@@ -215,7 +216,8 @@ class WorkerLink:
         view, now = self._owner.view, self._owner.clock()
         if self._worker is not None:
             for each in frame.placed:
-                about = each.sequence_id, each.num_tokens, each.uncached_tokens, each.yields
+                yields = min(max(each.yields, Yields.NOT), Yields.LATE)
+                about = each.sequence_id, each.num_tokens, each.uncached_tokens, yields
                 view.placed_elsewhere(self.name, *about, now)
             for sequence_id in frame.computed:
                 view.computed(self.name, sequence_id, now)

@@ -13,6 +13,7 @@ from crossdock.proto import events
 from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.errors import CrossdockError
 from crossdock.proto.hashing import BlockHasher
+from crossdock.proto.steps import Yields
 from crossdock.proto.types import FinishReason, SamplingParams
 from crossdock.proto.v1 import inference_pb2
 from crossdock.proto.v1 import worker_pb2 as pb
@@ -75,7 +76,7 @@ class SequenceState:
     restarts: int = 0  # since the last token gained
     losses: int = 0  # workers that died while they held it
     avoid: set[str] = field(default_factory=set)
-    yields: bool = False  # its first token is late anyway: others go first
+    yields: Yields = Yields.NOT
     timer: Timer | None = None
     prefill_worker: str = ""
     decode_worker: str = ""  # once it has been told
@@ -229,7 +230,7 @@ class SequenceState:
             local_tokens=0 if self.unscored else local_tokens,
             output=output,
             tpot_s=tpot_s,
-            yields=self.yields and not self.generated,
+            yields=Yields.NOT if self.generated else self.yields,
         )
 
     def request_message(self, eos: list[int], handed_off: bool = False) -> pb.SequenceRequest:

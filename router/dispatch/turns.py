@@ -21,6 +21,7 @@ from heapq import nlargest
 from itertools import count
 from operator import itemgetter
 
+from crossdock.proto.steps import Yields
 from crossdock.router.dispatch.line import Late, Line, Work
 from crossdock.router.dispatch.sequence import SequenceState
 from crossdock.router.placement.busy import Busy
@@ -42,15 +43,15 @@ class _Queue:
 
 
 class Turns:
-    """Sequences that are to be begun. `room` says whether a worker would take another one soon, or
-    another that yields; `begin` begins one and raises nothing; `shed` hears of one with a deadline
-    that is not in time, and of the predicted seconds until its first token, and may end it;
-    `least_part`: of what is predicted, that things take at the least; `later` calls after so many
-    seconds. `due` and `work_of` are a Line's."""
+    """Sequences that are to be begun. `room` says whether a worker would take another one soon that
+    yields so; `begin` begins one and raises nothing; `shed` hears of one with a deadline that is
+    not in time, and of the predicted seconds until its first token, and may end it; `least_part`:
+    of what is predicted, that things take at the least; `later` calls after so many seconds. `due`
+    and `work_of` are a Line's."""
 
     def __init__(
         self,
-        room: Callable[[bool], bool],
+        room: Callable[[Yields], bool],
         begin: Callable[[SequenceState], object],
         due: Callable[[SequenceState], float] = lambda sequence: math.inf,
         work_of: Callable[[SequenceState], Work] = lambda sequence: Work(),
@@ -112,7 +113,7 @@ class Turns:
             self._shed_at = self._clock()
             self._shed_late()
         left = TURN_TOKENS
-        while self._where and self._room(False):
+        while self._where and self._room(Yields.NOT):
             if left <= 0:
                 return self.pump_later(0.0)
             sequence = self._next()
@@ -132,11 +133,15 @@ class Turns:
         self.pumps_later = False
         self.pump()
 
+    def busy_s(self, tenant: str) -> float:
+        """For which the workers are taken by what one of this tenant comes after."""
+        return self._busy_s(self._yields(tenant, self._queues.get(tenant)))
+
     def seconds_before(self, tenant: str, priority: int, due: float) -> float:
         """For which what goes before another sequence of a tenant keeps the workers: those of its
         own that are more urgent, and the others' until they have had as much as it."""
-        now, busy_s = self._clock(), self._busy().seconds
-        mine = self._queues.get(tenant)
+        now, mine = self._clock(), self._queues.get(tenant)
+        busy_s = self.busy_s(tenant)
         ahead = mine.line.before(priority, due, now, busy_s) if mine else []
         reached = mine.start if mine else self._start(tenant)
         reached += sum(_cost(sequence) for sequence, _ in ahead)
@@ -151,9 +156,9 @@ class Turns:
         return seconds
 
     def _shed_late(self) -> None:
-        now, busy_s, part = self._clock(), self._busy().seconds, self._least_part()
-        for queue in list(self._queues.values()):
-            sharing = self._sharing(queue)
+        now, part = self._clock(), self._least_part()
+        for tenant, queue in list(self._queues.items()):
+            sharing, busy_s = self._sharing(queue), self._busy_s(self._yields(tenant, queue))
             for sequence, seconds in queue.line.late_ones(now, busy_s, sharing, part):
                 if sequence in self._where:  # not ended with another of its request
                     self._shed(sequence, seconds)
@@ -180,18 +185,29 @@ class Turns:
         return self._present - max(OWED_TOKENS, BURST_CHUNKS * busy.workers * busy.chunk_tokens)
 
     def _next(self) -> SequenceState | None:
-        now, busy = self._clock(), self._busy()
-        busy_s, much = busy.seconds, busy.workers * busy.chunk_tokens
-        expected = self._saver if now < self._saver_until else ""
+        now = self._clock()
         for tenant, queue in sorted(self._queues.items(), key=lambda item: item[1].start):
-            owes = expected not in ("", tenant) and queue.line.tokens > much
-            if owes and not self._room(True):
+            yields = self._yields(tenant, queue)
+            if yields and not self._room(yields):
                 continue
-            sequence = queue.line.pop(now, busy_s, self._sharing(queue))
+            sequence = queue.line.pop(now, self._busy_s(yields), self._sharing(queue))
             if sequence is not None:
-                sequence.yields = sequence.yields or owes
+                sequence.yields = max(sequence.yields, yields)
                 return self._taken(tenant, queue, sequence)
         return None
+
+    def _yields(self, tenant: str, queue: _Queue | None) -> Yields:
+        """Of what is in time: whether it is of many, and another tenant expected."""
+        busy = self._busy()
+        if self._saver in ("", tenant) or queue is None or self._clock() >= self._saver_until:
+            return Yields.NOT
+        much = queue.line.tokens > busy.workers * busy.chunk_tokens
+        return Yields.OF_MANY if much else Yields.NOT
+
+    def _busy_s(self, yields: Yields) -> float:
+        """For which the workers are taken by what does not yield to one that yields so."""
+        busy = self._busy()
+        return busy.seconds + busy.yielding_s if yields else busy.seconds
 
     def _taken(self, tenant: str, queue: _Queue, sequence: SequenceState) -> SequenceState:
         del self._where[sequence]

@@ -30,7 +30,7 @@ class Demand:
     local_tokens: int = 0  # that a decode worker which has all before them may compute itself
     output: float = OUTPUT_TOKENS  # tokens that it is expected to draw
     tpot_s: float = float("inf")  # that streams aim at
-    yields: bool = False  # its prompt is late anyway, and lets others go first
+    yields: int = 0  # see Yields
 
     @property
     def held(self) -> dict[Role, int]:

@@ -138,13 +138,10 @@ class _Choice:
         best = options[self.best_of_two([option[0] for option in options])]
         return best[0], best, None
 
-    def weighed(self, yields: bool) -> Predicted:
+    def weighed(self, yields: int) -> Predicted:
         """What it went by, for who asks later."""
         prefills = self._paired[0]
-        queues = [option[3].numbers.queue_s for option in prefills]
-        if yields:
-            yielding = [option[3].numbers.yielding_s for option in prefills]
-            queues = [queue_s + more_s for queue_s, more_s in zip(queues, yielding)]
+        queues = [option[3].numbers.before_s(yields) for option in prefills]
         queues += [_before_s(worker) for _, _, _, worker in self._both]
         return Predicted(*self._paired, self._both, queues, self.among.levels)
 

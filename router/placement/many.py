@@ -185,8 +185,7 @@ class _Side:
     def ttft_s(self) -> Floats:
         """Until token 0."""
         cached = self._demand.num_tokens - self.uncached
-        numbers, yields = self.numbers, self._demand.yields
-        queue_s = numbers.queue_s + numbers.yielding_s if yields else numbers.queue_s
+        queue_s = self.numbers.before_s(self._demand.yields)
         return queue_s + self.prompt_s(cached, self.uncached)
 
     @cached_property

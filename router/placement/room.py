@@ -3,6 +3,7 @@ in order of arrival, where nobody's turn counts."""
 
 from __future__ import annotations
 
+from crossdock.proto.steps import Yields
 from crossdock.proto.types import Role
 from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.view import ClusterView
@@ -15,9 +16,9 @@ CHUNKS_AHEAD = 2  # of prompts, whatever is expected
 STREAMS_AHEAD = 0.25  # of a batch: what is prefilled while others still decode
 
 
-def has_room(view: ClusterView, now: float, yields: bool = False) -> bool:
+def has_room(view: ClusterView, now: float, yields: int = 0) -> bool:
     """Whether some path through the cluster has room; also where there is no path at all, since
-    that is not what turns are for. For one that `yields`: beside those that do, too."""
+    that is not what turns are for. For one that `yields`, those count that do so as well."""
     colocated = _some_take_more(view, Role.COLOCATED, now, yields)
     if colocated:
         return True
@@ -27,7 +28,7 @@ def has_room(view: ClusterView, now: float, yields: bool = False) -> bool:
     return all(pair)
 
 
-def _some_take_more(view: ClusterView, role: Role, now: float, yields: bool) -> bool | None:
+def _some_take_more(view: ClusterView, role: Role, now: float, yields: int) -> bool | None:
     """Whether a usable worker of a role has room; None: there is none. Of many the first with room
     is the last that is looked at."""
     found = None
@@ -50,7 +51,7 @@ def has_place(view: ClusterView, demand: Demand, now: float) -> bool:
     )
 
 
-def takes_more(worker: WorkerView, now: float, yields: bool = False) -> bool:
+def takes_more(worker: WorkerView, now: float, yields: int = 0) -> bool:
     """Whether this worker has room. One that does not say how much it takes has."""
     facts = worker.facts
     if worker.role is not Role.DECODE and facts.chunk_tokens and _computes(worker, now, yields):
@@ -67,14 +68,13 @@ def _has_place(worker: WorkerView) -> bool:
     return load.waiting < ahead and worker.sequences < most + ahead
 
 
-def _computes(worker: WorkerView, now: float, yields: bool) -> bool:
+def _computes(worker: WorkerView, now: float, yields: int) -> bool:
     """Whether it has prompts of this gateway for a while yet, or very many of anybody, that one
-    which `yields` or does not would wait for."""
-    queued = worker.queued_tokens if yields else worker.urgent_tokens
-    if queued >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
+    which `yields` so would wait for."""
+    if worker.tokens_before(yields) >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
         return True
-    passes = worker.role is Role.PREFILL and not yields
-    prompts = [each for each in worker.computing.values() if not (passes and each.yields)]
+    last = yields if worker.role is Role.PREFILL else Yields.LATE
+    prompts = [each for each in worker.computing.values() if each.yields <= last]
     if not prompts:
         return False
     if worker.load.prefill_alike:

@@ -106,7 +106,7 @@ class ClusterView:
         blocks: int,
         cached: int = 0,
         context: int = 0,
-        yields: bool = False,
+        yields: int = 0,
     ) -> None:
         """Work was promised to a worker: it counts there from now on. `tokens`: of a prompt, to
         compute after `cached` ones, and that it `yields`; `context`: of a stream that joins."""
@@ -117,7 +117,7 @@ class ClusterView:
             self._touch(worker)
 
     def placed_elsewhere(
-        self, name: str, key: str, num_tokens: int, uncached: int, yields: bool, now: float
+        self, name: str, key: str, num_tokens: int, uncached: int, yields: int, now: float
     ) -> None:
         """Another gateway has sent a prompt of so many tokens there, `uncached` to be computed."""
         self.shared_until = now + SHARED_FOR_S

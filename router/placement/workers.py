@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from crossdock.proto.steps import YIELDING_SHARE, attention
+from crossdock.proto.steps import YIELDING_SHARE, Yields, attention
 from crossdock.proto.types import Role
 from crossdock.proto.v1 import worker_pb2
 from crossdock.router.placement.speed import (
@@ -71,15 +71,19 @@ class Placed:
     blocks: int
     attention: float = 0.0  # tokens × context of the chunks that compute them
     context: int = 0  # tokens of the stream that joins
-    yields: bool = False  # the prompt lets others go first
+    yields: int = 0  # see Yields
     sent_at: float | None = None  # None: reserved, not sent yet
 
 
 class _Unseen(dict[str, Placed]):
     """What was promised to a worker and is not in its reports yet, by key, with its totals."""
 
-    tokens = blocks = context = yielding_tokens = 0
-    attention = yielding_attention = 0.0
+    tokens = blocks = context = 0
+    attention = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_yields = [[0, 0.0] for _ in Yields]  # tokens, and their attention
 
     def put(self, key: str, item: Placed) -> None:
         self.drop(key)
@@ -88,9 +92,9 @@ class _Unseen(dict[str, Placed]):
         self.blocks += item.blocks
         self.context += item.context
         self.attention += item.attention
-        if item.yields:
-            self.yielding_tokens += item.tokens
-            self.yielding_attention += item.attention
+        of = self.by_yields[item.yields]
+        of[0] += item.tokens
+        of[1] += item.attention
 
     def drop(self, key: str) -> None:
         item = self.pop(key, None)
@@ -99,9 +103,9 @@ class _Unseen(dict[str, Placed]):
             self.blocks -= item.blocks
             self.context -= item.context
             self.attention -= item.attention
-            if item.yields:
-                self.yielding_tokens -= item.tokens
-                self.yielding_attention -= item.attention
+            of = self.by_yields[item.yields]
+            of[0] -= item.tokens
+            of[1] -= item.attention
 
 
 class Numbers(NamedTuple, Generic[T]):
@@ -118,7 +122,8 @@ class Numbers(NamedTuple, Generic[T]):
     queued_tokens: T
     sequences: T
     queue_s: T  # until the prompts that wait there are computed, but for those that yield
-    yielding_s: T  # until those are
+    yielding_s: T  # until those are of them that are of many
+    late_s: T  # and those that are late
     chunk_tokens: T  # of a step at the most
     chunk_s: T  # of each chunk, with the step of those who decode there before it
     token_s: T  # more for each token
@@ -127,6 +132,13 @@ class Numbers(NamedTuple, Generic[T]):
     step_s: T  # of one with a sequence more
     context_s: T  # more for each token of its context
     wait: T  # steps for each of that sequence's, with those in which others have the places
+
+    def before_s(self, yields: int) -> T:
+        """Until the prompts are computed that one comes after which yields so."""
+        seconds: Any = self.queue_s
+        if yields:
+            seconds = seconds + self.yielding_s
+        return seconds + self.late_s if yields > 1 else seconds
 
 
 @dataclass(eq=False)
@@ -161,11 +173,14 @@ class WorkerView:
     def queued_tokens(self) -> float:
         return self.numbers.queued_tokens
 
-    @property
-    def urgent_tokens(self) -> float:
-        """Of queued_tokens those of prompts that do not yield."""
-        yielding = self.load.yielding_tokens + self.unseen.yielding_tokens
-        return self.queued_tokens - (yielding if self.role is Role.PREFILL else 0)
+    def tokens_before(self, yields: int) -> float:
+        """Of queued_tokens those of prompts that do not yield to one that does so."""
+        if self.role is not Role.PREFILL:
+            return self.queued_tokens
+        load, unseen = self.load, self.unseen.by_yields
+        late = load.late_tokens + unseen[Yields.LATE][0]
+        of_many = load.yielding_tokens + unseen[Yields.OF_MANY][0]
+        return self.queued_tokens - (0 if yields > 1 else late) - (0 if yields else of_many)
 
     @property
     def sequences(self) -> float:
@@ -201,11 +216,9 @@ class WorkerView:
         seconds = tokens / numbers.chunk_tokens * numbers.chunk_s + tokens * numbers.token_s
         return seconds + attended * numbers.attention_s
 
-    def ttft_s(self, cached: float, tokens: float, yields: bool = False) -> float:
+    def ttft_s(self, cached: float, tokens: float, yields: int = 0) -> float:
         """Predicted time until token 0 of a prompt that comes after those that wait there."""
-        numbers = self.numbers
-        queue_s = numbers.queue_s + numbers.yielding_s if yields else numbers.queue_s
-        return queue_s + self.prompt_s(cached, tokens)
+        return self.numbers.before_s(yields) + self.prompt_s(cached, tokens)
 
     def stream_s(self, context: float, output: float, tpot_s: float = INFINITE) -> float:
         """Predicted seconds of the steps of a stream that joins, and until there is a place; over
@@ -267,15 +280,20 @@ class WorkerView:
         running_s = step + share * min(sequences, most) + context * context_s if sequences else 0.0
         chunk_tokens = facts.chunk_tokens or ANY_CHUNK
         chunk_s = base if facts.role is Role.PREFILL else base + running_s
-        yielding, yielding_attention = 0, 0.0
+        of_many, late, of_many_attention, late_attention = 0, 0, 0.0, 0.0
         if facts.role is Role.PREFILL:  # elsewhere nobody yields
-            yielding = load.yielding_tokens + unseen.yielding_tokens
-            yielding_attention = load.yielding_attention + unseen.yielding_attention
-        attended = load.queued_attention + unseen.attention - yielding_attention
+            _, (of_many, of_many_attention), (late, late_attention) = unseen.by_yields
+            of_many += load.yielding_tokens
+            of_many_attention += load.yielding_attention
+            late += load.late_tokens
+            late_attention += load.late_attention
+        attended = load.queued_attention + unseen.attention - of_many_attention - late_attention
         token_s = chunk_s / chunk_tokens + slope
+        of_many_s = of_many * token_s + of_many_attention * attention_s
+        late_s = late * token_s + late_attention * attention_s
         begun_s = 0.0  # of a chunk that yielded to nobody, half of which is over on the average
-        if yielding:
-            begun_s = (base + min(yielding, chunk_tokens / YIELDING_SHARE) * slope) / 2
+        if of_many or late:
+            begun_s = (base + min(of_many + late, chunk_tokens / YIELDING_SHARE) * slope) / 2
         return Numbers(
             -1 if load.draining else facts.most_tokens,
             float("-inf")
@@ -288,8 +306,9 @@ class WorkerView:
             facts.block_bytes,
             queued,
             sequences,
-            (queued - yielding) * token_s + attended * attention_s + begun_s,
-            yielding * token_s + yielding_attention * attention_s,
+            (queued - of_many - late) * token_s + attended * attention_s + begun_s,
+            of_many_s - begun_s if of_many else 0.0,
+            late_s if of_many else late_s - begun_s,
             chunk_tokens,
             chunk_s,
             slope,

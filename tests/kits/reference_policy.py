@@ -84,15 +84,26 @@ class Reference:
         def seconds(tokens: float, attended: float) -> float:
             return tokens * (base / self.chunk(worker) + slope) + attended * attention
 
-        late = load.yielding_tokens + sum(each.tokens for each in unseen if each.yields)
-        late_attention = load.yielding_attention
-        late_attention += sum(each.attention for each in unseen if each.yields)
-        if worker.role is not Role.PREFILL:
-            late, late_attention = 0, 0.0
-        begun_s = (base + min(late, self.chunk(worker) / 4) * slope) / 2 if late else 0.0
+        def yielding(how: int, tokens: float, attended: float) -> tuple[float, float]:
+            if worker.role is not Role.PREFILL:
+                return 0, 0.0
+            here = [each for each in unseen if each.yields == how]
+            tokens += sum(each.tokens for each in here)
+            return tokens, attended + sum(each.attention for each in here)
+
+        of_many = yielding(1, load.yielding_tokens, load.yielding_attention)
+        late = yielding(2, load.late_tokens, load.late_attention)
+        last = of_many[0] + late[0]
+        begun_s = (base + min(last, self.chunk(worker) / 4) * slope) / 2 if last else 0.0
         attended = load.queued_attention + sum(each.attention for each in unseen)
-        urgent_s = seconds(self.queued(worker) - late, attended - late_attention) + begun_s
-        return urgent_s + (seconds(late, late_attention) if self.demand.yields else 0.0)
+        urgent = self.queued(worker) - last, attended - of_many[1] - late[1]
+        yields = self.demand.yields
+        found = seconds(*urgent) + begun_s
+        if yields:
+            found += seconds(*of_many) - begun_s if of_many[0] else 0.0
+        if yields == 2:
+            found += seconds(*late) if of_many[0] else seconds(*late) - begun_s
+        return found
 
     def step_s(self, worker: WorkerView, sequences: int) -> float:
         """Of so many, one of which may be new."""

@@ -57,7 +57,8 @@ class History:
             step_base_s=known * 0.02 * rng.random(), step_per_sequence_s=0.0001,
             prefill_attention_s=rng.choice([0, 1e-7]), step_context_s=rng.choice([0, 1e-6]),
             queued_attention=busy * 1000, context_tokens=busy * 500,
-            yielding_tokens=busy // 3, yielding_attention=busy * 100,
+            yielding_tokens=busy // 4, yielding_attention=busy * 100,
+            late_tokens=busy // 3, late_attention=busy * 50,
         )  # fmt: skip
         self.view.reported(self.view.workers[name], load, self.now)
 
@@ -102,7 +103,7 @@ class History:
         return Demand(
             tokens, rng.choice(self.chains)[: tokens // BLOCK], BLOCK, most_tokens=tokens + 200,
             avoid=frozenset(avoid), local_tokens=rng.choice([0, 100, 400]),
-            yields=rng.random() < 0.3, output=rng.choice([1.0, 50.0, 333.3]),
+            yields=rng.choice([0, 0, 0, 1, 2]), output=rng.choice([1.0, 50.0, 333.3]),
             tpot_s=rng.choice([float("inf"), 0.01]),
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ class Waiting:
     def __init__(self, late: int = 1) -> None:
         """So many that are late may be begun at once."""
         self.asked = 0
-        self.line = Line(lambda each: each.due, self._work, Late(lambda: Busy(0.0, late, 10)))
+        self.line = Line(lambda each: each.due, self._work, Late(lambda: Busy(0.0, 0.0, late, 10)))
         self.made: list[Any] = []
         self._count = itertools.count()
 
@@ -53,7 +53,7 @@ class Waiting:
             sequence = self.line.pop(now)
             now += sequence.seconds
             found.append((sequence.name, now <= sequence.due))
-            assert sequence.yields == (now > sequence.due)
+            assert bool(sequence.yields) == (now > sequence.due)
         return found
 
     def names(self, now: float = 0.0) -> list[str]:
@@ -133,7 +133,7 @@ def begun(waiting: Waiting, now: float = 0.0) -> list[tuple[str, bool]]:
     """Who is next at once, and whether it yields, until nobody is."""
     found = []
     while (sequence := waiting.line.pop(now)) is not None:
-        found.append((sequence.name, sequence.yields))
+        found.append((sequence.name, bool(sequence.yields)))
         sequence.holders["p0"] = None
         now += 0 if sequence.yields else sequence.seconds
     return found

@@ -14,6 +14,7 @@ import pytest
 from access_kit import complete
 from gateway_rig import Rig, start_rig, until
 
+from crossdock.proto.steps import Yields
 from crossdock.proto.types import Role
 from crossdock.router.dispatch.line import Work
 from crossdock.router.dispatch.turns import (
@@ -42,7 +43,7 @@ class Tape:
         self.turns = Turns(self._has_room, self._begin, **options)
         self._orders = 0
 
-    def _has_room(self, yields: bool) -> bool:
+    def _has_room(self, yields: Yields) -> bool:
         return self.room > 0
 
     def _begin(self, sequence: Any) -> None:
@@ -77,7 +78,7 @@ class Tape:
 class Sequence(SimpleNamespace):
     def __init__(self, active: Any, index: int, prompt: int, sampling: Any) -> None:
         about = {"active": active, "index": index, "prompt_tokens": prompt, "sampling": sampling}
-        super().__init__(**about, generated=0, yields=False)
+        super().__init__(**about, generated=0, yields=Yields.NOT)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -133,36 +134,38 @@ def test_who_was_away_is_owed_a_little() -> None:
 
 
 def test_a_floods_prompts_yield_while_one_who_asks_for_less_is_expected_back() -> None:
-    now, room = 0.0, {False: 9, True: 9}  # for prompts that do not yield, and beside those that do
+    now, room = 0.0, {Yields.NOT: 9, Yields.OF_MANY: 9}
+    in_time, of_many = ("flood", Yields.NOT), ("flood", Yields.OF_MANY)
+    little = ("little", Yields.NOT)
     tape, busy = Tape(), Busy(workers=2, chunk_tokens=300)
 
     def begin(sequence: Any) -> None:
-        room[False] -= not sequence.yields
-        room[True] -= 1
+        room[Yields.NOT] -= not sequence.yields
+        room[Yields.OF_MANY] -= 1
         tape.begun.append(sequence)
 
     has_room = room.__getitem__
     tape.turns = Turns(lambda y: has_room(y) > 0, begin, clock=lambda: now, busy=lambda: busy)
 
-    def begun(beside: int) -> list[tuple[str, bool]]:
-        room.update({False: 9, True: beside})
+    def begun(beside: int) -> list[tuple[str, Yields]]:
+        room.update({Yields.NOT: 9, Yields.OF_MANY: beside})
         tape.begun.clear()
         tape.turns.pump()
         return [(each.active.request.tenant, each.yields) for each in tape.begun]
 
     tape.ask("flood", 200)
-    assert begun(9) == 9 * [("flood", False)], "nobody else is here"
+    assert begun(9) == 9 * [in_time], "nobody else is here"
     tape.ask("little")
-    assert begun(3) == [("little", False), ("flood", True), ("flood", True)]
+    assert begun(3) == [little, of_many, of_many]
     tape.ask("little")
-    assert begun(0) == [("little", False)], "what yields has no room, and keeps it from nobody"
+    assert begun(0) == [little], "what yields has no room, and keeps it from nobody"
     now = EXPECTED_FOR_S
-    assert begun(1) == 9 * [("flood", False)], "it has not come back"
+    assert begun(1) == 9 * [in_time], "it has not come back"
     tape.ask("little")
-    assert begun(1) == [("little", False)]
+    assert begun(1) == [little]
     while len(tape.turns) > 7:
-        assert begun(1)[-1] == ("flood", True)
-    assert begun(1) == [("flood", True), *6 * [("flood", False)]], "what is left is no flood"
+        assert begun(1)[-1] == of_many
+    assert begun(1) == [of_many, *6 * [in_time]], "what is left is no flood"
 
 
 def test_who_asks_for_less_than_its_share_has_a_burst_at_once() -> None:
