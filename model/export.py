@@ -18,6 +18,7 @@ import numpy as np
 from crossdock.model.config import ModelConfig, load_config
 from crossdock.model.store import INDEX, ModelFiles, Progress, check_room, resolve, weight_files
 from crossdock.model.tensors import tensor_shapes
+from crossdock.model.tokenizer_parts import TokenizerParts
 from crossdock.proto.errors import ConfigError, ModelError
 
 BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # of a folder
@@ -133,31 +134,44 @@ def _convert_gguf(files: ModelFiles, fresh: Path, dtype: str, progress: Progress
     dtype = config.dtype if dtype == "auto" else dtype
     size = sum(math.prod(shape) for shape in tensor_shapes(config).values()) * DTYPES[dtype].size
     check_room(fresh, size)
-    ids = {f"{name}_id": parts.tokenizer.token_to_id(text) for name, text in parts.special.items()}
-    if eos := list(config.eos_token_ids):
-        ids["eos_token_id"] = eos if len(eos) > 1 else eos[0]
-    ids.pop("unk_token_id", None)
-    tokenizer_config = {
+    ids = _token_ids(config, parts)
+    for name, value in {
+        "config.json": _hf_config(config, files.path) | ids | {"torch_dtype": dtype},
+        "generation_config.json": ids,
+        "tokenizer_config.json": _tokenizer_config(config, parts),
+        "special_tokens_map.json": dict(parts.special),
+    }.items():
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (fresh / name).write_text(text, encoding="utf-8")
+    told = parts.tokenizer.to_str(pretty=True)
+    (fresh / "tokenizer.json").write_text(told, encoding="utf-8")
+    progress(f"writing the weights as {dtype} ({size / 1e6:.0f} MB)")
+    _write_weights(files.path, config, DTYPES[dtype], fresh / "model.safetensors")
+
+
+def _token_ids(config: ModelConfig, parts: TokenizerParts) -> dict[str, Any]:
+    """bos_token_id, eos_token_id (all that end an answer), pad_token_id: those that there are."""
+    special = {name: text for name, text in parts.special.items() if name != "unk_token"}
+    ids: dict[str, Any] = {
+        f"{name}_id": parts.tokenizer.token_to_id(text) for name, text in special.items()
+    }
+    eos = list(config.eos_token_ids)
+    return ids | ({"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})
+
+
+def _tokenizer_config(config: ModelConfig, parts: TokenizerParts) -> dict[str, Any]:
+    told: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **parts.special,
         "model_max_length": config.context_length,
         "clean_up_tokenization_spaces": False,
     }
-    if parts.template:
+    if [*parts.template] == ["default"]:
+        told["chat_template"] = parts.template["default"]
+    elif parts.template:
         named = [{"name": name, "template": text} for name, text in parts.template.items()]
-        plain = parts.template["default"] if [*parts.template] == ["default"] else None
-        tokenizer_config["chat_template"] = plain or named
-    for name, value in {
-        "config.json": _hf_config(config, files.path) | ids | {"torch_dtype": dtype},
-        "generation_config.json": ids,
-        "tokenizer_config.json": tokenizer_config,
-        "special_tokens_map.json": dict(parts.special),
-    }.items():
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        (fresh / name).write_text(text, encoding="utf-8")
-    parts.tokenizer.save(str(fresh / "tokenizer.json"))
-    progress(f"writing the weights as {dtype} ({size / 1e6:.0f} MB)")
-    _write_weights(files.path, config, DTYPES[dtype], fresh / "model.safetensors")
+        told["chat_template"] = named
+    return told
 
 
 def _hf_config(config: ModelConfig, source: Path) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_model_export_tells_where_and_refuses_what_is_there(
     command = ("model", "export", str(tiny_model), str(folder))
     code, out, err = run(capsys, *command)
     assert (code, out.strip()) == (0, str(folder))
-    assert "copying 3 files" in err
+    assert "copying 4 files" in err
     code, out, err = run(capsys, *command)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(f"error: folder: {folder} is not empty; --force")

@@ -23,6 +23,7 @@ from crossdock.model.config import FAMILIES, load_config
 from crossdock.model.export import export_model
 from crossdock.model.store import NOWHERE, resolve
 from crossdock.model.text import load_text
+from crossdock.model.tokenizer_parts import TokenizerParts
 from crossdock.proto.errors import ConfigError, ModelError
 from crossdock.proto.types import SamplingParams
 
@@ -137,6 +138,19 @@ def test_a_llama_with_a_window_is_a_mistral(tmp_path: Path) -> None:
     folder = exported(tmp_path / "hf.gguf", tmp_path / "out")
     config = load_config(resolve(str(folder)))
     assert (config.architecture, config.sliding_window) == ("mistral", 24)
+
+
+def test_all_templates_and_all_ends_of_an_answer_are_told(tmp_path: Path) -> None:
+    config = load_config(resolve(str(make_tiny_model(tmp_path / "hf"))))
+    tokenizer = load_text(resolve(str(tmp_path / "hf"))).tokenizer
+    parts = TokenizerParts(tokenizer, {"default": "D", "tool_use": "T"}, {"unk_token": "a"})
+    told = export._tokenizer_config(config, parts)["chat_template"]
+    assert {each["name"]: each["template"] for each in told} == parts.template
+    bare = replace(parts, template={})
+    assert "chat_template" not in export._tokenizer_config(config, bare)
+    assert export._token_ids(replace(config, eos_token_ids=(2, 1)), bare) == {
+        "eos_token_id": [2, 1]
+    }
 
 
 # -- what cannot be written ------------------------------------------------------------------
