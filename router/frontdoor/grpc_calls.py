@@ -12,8 +12,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from crossdock.proto.errors import CrossdockError, InvalidRequest, Overloaded, RequestTooLarge
 from crossdock.router.dispatch import tracing
 from crossdock.router.frontdoor.frontend import Arrival, Frontend
-from crossdock.router.frontdoor.grpc_access import enter, metadata_of
+from crossdock.router.frontdoor.grpc_access import enter, metadata_of, who
 from crossdock.router.frontdoor.http2.call import Aborted
+from crossdock.router.frontdoor.large_messages import INLINE_BYTES, Kind, undecodable
 
 FOREVER_S = 10 * 365 * 86400.0
 DOMAIN = "crossdock"  # of google.rpc.ErrorInfo
@@ -32,25 +33,33 @@ def arrival_of(frontend: Frontend, context: Any) -> Arrival:
 
 
 def parser(parse: Callable[[bytes], Any], limit: int) -> Callable[[bytes], Any]:
-    """`parse` for gRPC to call; an error in place of a message is for the handler to raise, see
-    `checked`. limit: bytes of a message."""
+    """`parse` for gRPC to call. An error in place of a message is for the handler to raise, see
+    `checked`; large ones stay bytes, see `parsed`. limit: bytes of a message."""
 
     def parse_or_say_why(data: bytes) -> Any:
-        size = f"{len(data)} bytes"
         if len(data) > limit:
-            return RequestTooLarge("message", size, f"at most {limit} bytes")
+            return RequestTooLarge("message", f"{len(data)} bytes", f"at most {limit} bytes")
         try:
-            return parse(data)
+            return parse(data) if len(data) <= INLINE_BYTES else data
         except DecodeError as error:
-            return InvalidRequest(
-                "message", size, f"must be a valid message with strings in UTF-8: {error}"
-            )
+            return undecodable(data, error)
 
     return parse_or_say_why
 
 
+async def parsed(given: Any, kind: Kind, frontend: Frontend, context: Any) -> Any:
+    """What `parser` gave, parsed beside the loop where it is large: a message, or an error."""
+    if not isinstance(given, bytes):
+        return given
+    try:
+        party = who(frontend.gate, context).principal.party
+        return await frontend.aside.read_message(party, given, kind)
+    except CrossdockError as error:
+        return error
+
+
 def checked(message: Any) -> Any:
-    """A message that `parser` gave. Raises the error that it gave instead."""
+    """A message that `parser` or `parsed` gave. Raises the error that it gave instead."""
     if isinstance(message, CrossdockError):
         raise message
     return message

@@ -44,7 +44,9 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Status:
         """NOT_FOUND for a service that is not offered."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"no service {request.service!r:.200} here"
+            )
         return self._status(request.service)
 
     async def List(

@@ -19,7 +19,7 @@ from crossdock.router.dispatch.scored import ScoredPrompt
 from crossdock.router.frontdoor.best_of import best, made_of, ranked
 from crossdock.router.frontdoor.frontend import NO_OFFER, Frontend, Prepared
 from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, say_model, who
-from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parsed, parser
 from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.tools.chat import form
 from crossdock.router.frontdoor.tools.grpc_chat import calls_to_pb, conversation_of_pb, offer_of_pb
@@ -71,6 +71,7 @@ class InferenceService:
         """While the client reads, a response is sent where its delta is pushed, without a task's
         turn for each token; for one that does not, deltas merge until it does."""
         try:
+            request = await parsed(request, pb.GenerateRequest, self._models.default, context)
             submitted = await self._submit(request, context, streams=True)
             stream, response = submitted.stream, Responses(submitted)
             sink = MessageSink(context, response)
@@ -89,6 +90,7 @@ class InferenceService:
 
     async def _generate_unary(self, request: Any, context: Any) -> pb.GenerateUnaryResponse:
         try:
+            request = await parsed(request, pb.GenerateRequest, self._models.default, context)
             submitted = await self._submit(request, context)
             with contextlib.closing(submitted.stream):
                 deltas = await submitted.stream.whole()

@@ -21,7 +21,7 @@ from crossdock.router.dispatch.request import ResponseStream
 from crossdock.router.frontdoor import kserve_format as fmt
 from crossdock.router.frontdoor.frontend import Frontend, Prepared
 from crossdock.router.frontdoor.grpc_access import metadata_of, say_limits, say_model, who
-from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parser
+from crossdock.router.frontdoor.grpc_calls import abort, arrival_of, checked, parsed, parser
 from crossdock.router.frontdoor.http2.call import Aborted
 from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.openai_schemas import DEFAULT_COMPLETION_TOKENS, sampling_of
@@ -133,6 +133,7 @@ class KServeService:
     # -- inference ----------------------------------------------------------------------------
 
     async def _infer(self, request: Any, context: Any) -> pb.ModelInferResponse:
+        request = await parsed(request, pb.ModelInferRequest, self._models.default, context)
         ask, stream = await self._submit(request, context, streams=False)
         with contextlib.closing(stream):
             return ask.answer(request, await stream.whole())
@@ -167,6 +168,7 @@ class KServeService:
     async def _answer(self, request: Any, context: Any, put: Answer) -> None:
         """Answers one request of a stream, whatever becomes of it."""
         try:
+            request = await parsed(request, pb.ModelInferRequest, self._models.default, context)
             ask, stream = await self._submit(request, context, streams=True)
             with contextlib.closing(stream):
                 if ask.stream:

@@ -20,6 +20,10 @@ from crossdock.router.frontdoor.models import Models
 from crossdock.router.frontdoor.tls import DoorCertificates
 
 HARD_LIMIT_FACTOR = 8  # beyond this many times max_body_bytes a message is not even read
+LARGE = (  # methods that take more than a line
+    *(f"/{SERVICE}/{name}" for name in ("Generate", "GenerateUnary")),
+    *(f"/{KSERVE}/{name}" for name in ("ModelInfer", "ModelStreamInfer")),
+)
 
 
 class GrpcServer:
@@ -46,7 +50,7 @@ class GrpcServer:
         self._server = server = Server(
             partial(admit, self._models.gate),
             refuse,
-            self._max_body_bytes * HARD_LIMIT_FACTOR,
+            dict.fromkeys(LARGE, self._max_body_bytes * HARD_LIMIT_FACTOR),
             self._connection_age_s,
         )
         inference = InferenceService(self._models, self._max_body_bytes)

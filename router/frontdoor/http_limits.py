@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -29,9 +30,30 @@ LINGER_S = 2.0  # for the rest of a body that was refused
 READ_BYTES = 1 << 16  # of a body that nobody takes, about
 SEND_BYTES = 1 << 18  # of answers on their way that the kernel holds for a connection, about
 MAX_SILENT = 4096
+MAX_CONNECTIONS = 20_000  # of HTTP, and of gRPC: the one that is idle for the longest makes room
+DESCRIPTORS = 0.4  # of the process's, that either may have
 _PROBE_S = (0.01, 1.0)  # how soon it is seen that a client that had half closed is gone
 _TCP_CLOSE = 7  # Linux's state of a socket that was reset
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # what every client skips
+
+
+def max_connections() -> int:
+    """How many there may be of either kind, where the process has descriptors for so many."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, int(DESCRIPTORS * soft))
+
+
+class Owner(Protocol):
+    """Whose a connection is."""
+
+    def opened(self, connection: Connection) -> None: ...
+
+    def answered(self, connection: Connection) -> None:
+        """A request has its answer, and the next one has not begun."""
+
+    def closed(self, connection: Connection) -> None: ...
 
 
 class Connection(web.RequestHandler):
@@ -42,12 +64,12 @@ class Connection(web.RequestHandler):
         self,
         server: web.Server,
         outcome: Outcome,
-        closed: Callable[[Connection], object],
+        owner: Owner,
         **options: Any,
     ) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(server, loop=loop, lingering_time=LINGER_S, **options)
-        self._outcome, self._closed = outcome, closed
+        self._outcome, self._owner = outcome, owner
         self._timer: asyncio.TimerHandle | None = None  # of an answer that is not read
         self._probing: asyncio.Handle | None = None
         self.malformed = False  # the body of the request that is being handled
@@ -57,6 +79,7 @@ class Connection(web.RequestHandler):
         if (sock := transport.get_extra_info("socket")) is not None:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        self._owner.opened(self)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -82,12 +105,24 @@ class Connection(web.RequestHandler):
         if transport is not None and transport.get_write_buffer_size():
             self._loop.call_later(WRITE_S, transport.abort)
 
+    def abort(self) -> None:
+        """Closes it at once."""
+        if self.transport is not None:
+            self.transport.abort()
+
     def connection_lost(self, exc: BaseException | None) -> None:
         self._stop_timer()
         if self._probing is not None:
             self._probing.cancel()
-        self._closed(self)
+        self._owner.closed(self)
         super().connection_lost(exc)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        done = await super().finish_response(request, resp, start_time)
+        self._owner.answered(self)
+        return done
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """True keeps the connection while a request that is all here waits for its answer."""
@@ -164,8 +199,9 @@ class Connection(web.RequestHandler):
 
 class Runner(web.AppRunner):
     """Closes connections that bring no request within HEAD_S seconds, and the oldest of them where
-    there are more than MAX_SILENT. Leaves compressed bodies to their reader: aiohttp would inflate
-    a refused one to its end, on the loop."""
+    there are more than MAX_SILENT; where there are too many in all, the one that is idle for the
+    longest, or the new one. Leaves compressed bodies to their reader: aiohttp would inflate a
+    refused one to its end, on the loop."""
 
     def __init__(
         self, app: web.Application, around: Around, outcome: Outcome, **options: Any
@@ -173,7 +209,9 @@ class Runner(web.AppRunner):
         # A client that goes away cancels its handler, and that its request.
         super().__init__(app, handler_cancellation=True, **options)
         self._around, self._outcome = around, outcome
+        self._connections: set[Connection] = set()
         self._silent: dict[Connection, asyncio.TimerHandle] = {}  # oldest first
+        self._idle: dict[Connection, None] = {}  # between two requests, the longest first
 
     @property
     def server(self) -> Any:
@@ -183,8 +221,7 @@ class Runner(web.AppRunner):
     @property
     def connections(self) -> int:
         """How many are open."""
-        server = super().server
-        return 0 if server is None else len(server.connections)
+        return len(self._connections)
 
     async def setup(self) -> None:
         """Also puts `around` around every handler, and around what finds none."""
@@ -199,14 +236,35 @@ class Runner(web.AppRunner):
         return await self._around(request, handler)
 
     def _forget(self, connection: Any) -> None:
+        self._idle.pop(connection, None)
         if connection in self._silent:
             self._silent.pop(connection).cancel()
+
+    # -- for connections ----------------------------------------------------------------------
+
+    def opened(self, connection: Connection) -> None:
+        """See Owner."""
+        self._connections.add(connection)
+        if len(self._connections) > max_connections():
+            one = next(iter(self._idle), connection)
+            self._forget(one)
+            one.abort()
+
+    def answered(self, connection: Connection) -> None:
+        """See Owner."""
+        if connection in self._connections:
+            self._idle[connection] = None
+
+    def closed(self, connection: Connection) -> None:
+        """See Owner."""
+        self._connections.discard(connection)
+        self._forget(connection)
 
     def _accept(self) -> Connection:
         server, loop = super().server, asyncio.get_running_loop()
         assert server is not None, "not set up"
         options = {"access_log": None, "auto_decompress": False, "keepalive_timeout": IDLE_S}
-        made = Connection(server, self._outcome, self._forget, read_bufsize=READ_BYTES, **options)
+        made = Connection(server, self._outcome, self, read_bufsize=READ_BYTES, **options)
         self._silent[made] = loop.call_later(HEAD_S, self._close, made)
         if len(self._silent) > MAX_SILENT:
             self._close(next(iter(self._silent)))

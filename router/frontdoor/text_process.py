@@ -1,4 +1,5 @@
-"""A process beside the gateway for what would hold its loop: large bodies and long texts.
+"""A process beside the gateway for what would hold its loop: large bodies and messages, and long
+texts.
 
 JSON of 8 MB takes up to seconds to become Python objects, and a tokenizer a second for a megabyte
 of text; either holds the interpreter for as long, whatever thread it runs on. The process is
@@ -34,7 +35,9 @@ from crossdock.proto.errors import CrossdockError, InvalidRequest, Unavailable
 from crossdock.router.frontdoor import openai_schemas
 from crossdock.router.frontdoor.child import end
 from crossdock.router.frontdoor.in_turn import InTurn
+from crossdock.router.frontdoor.large_messages import KINDS, Kind, condensed
 from crossdock.router.frontdoor.openai_schemas import Body, CompletionBody, prompts_of, read_body
+from crossdock.router.frontdoor.shares import Shares
 from crossdock.router.frontdoor.validate import check_prompts
 
 INLINE_BYTES = 16_384  # a larger body is parsed by the process
@@ -43,6 +46,7 @@ ANSWER_S = 60.0  # for one question
 SLICE_TOKENS = 65_536  # of which lists are made without letting others run
 MAX_TOKENS = 262_144  # to detokenize
 MAX_VALUES = 32_768  # in a large body, beside its prompt
+MOST_ASKED = 128 * 2**20  # bytes of what waits for the process, which parties share
 
 
 class TextProcess:
@@ -51,7 +55,7 @@ class TextProcess:
 
     def __init__(self, files: ModelFiles) -> None:
         self._files = files
-        self._turns = InTurn()
+        self._turns, self._asked = InTurn(), Shares(MOST_ASKED)
         self._closed = False
         self._thread = ThreadPoolExecutor(1, "text-process")
         self._child: subprocess.Popen[bytes] | None = None
@@ -68,6 +72,11 @@ class TextProcess:
             body.prompt = [_unpack(p) if isinstance(p, bytes) else p for p in body.prompt]
         return body
 
+    async def read_message(self, party: str, data: bytes, kind: Kind) -> Any:
+        """A message of few enough parts, see large_messages."""
+        name = kind.DESCRIPTOR.full_name
+        return kind.FromString(bytes(await self._ask(party, (data,), "read_message", name)))
+
     async def call(self, party: str, method: str, *arguments: Any) -> list[int]:
         """The token ids, or other numbers, that this method of TextModel returns."""
         return await listed(_unpack(await self._ask(party, (), "call", method, list(arguments))))
@@ -83,10 +92,12 @@ class TextProcess:
     ) -> bytearray:
         head = msgspec.msgpack.encode([name, arguments])
         loop = asyncio.get_running_loop()
-        async with self._turns.turn(party):
-            if self._closed:
-                raise Unavailable("the model is served no more, or by another process")
-            error, found = await loop.run_in_executor(self._thread, self._answer, head, large)
+        size = len(head) + sum(map(len, large))
+        with self._asked.taken(party, size):
+            async with self._turns.turn(party):
+                if self._closed:
+                    raise Unavailable("the model is served no more, or by another process")
+                error, found = await loop.run_in_executor(self._thread, self._answer, head, large)
         if error:
             raise _error(*error)
         return found
@@ -169,6 +180,10 @@ def _read_body(files: ModelFiles, data: bytes, kind: str, strict: bool) -> bytes
     return packed
 
 
+def _read_message(files: ModelFiles, data: bytes, kind: str) -> bytes:
+    return condensed(data, KINDS[kind])
+
+
 def _check_size(body: dict[str, Any]) -> None:
     """Bounds what the gateway makes objects of."""
     body.pop("prompt", None)
@@ -202,7 +217,11 @@ def _call(files: ModelFiles, data: bytes, method: str, arguments: list[Any]) -> 
     return _pack(getattr(load_text(files), method)(*arguments))
 
 
-_ANSWERS: dict[str, Callable[..., bytes]] = {"read_body": _read_body, "call": _call}
+_ANSWERS: dict[str, Callable[..., bytes]] = {
+    "read_body": _read_body,
+    "read_message": _read_message,
+    "call": _call,
+}
 
 
 # -- frames ----------------------------------------------------------------------------------------

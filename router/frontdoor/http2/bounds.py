@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+MESSAGE_BYTES = 1 << 16  # of a message to a method that has no limit of its own
 WHOLE_S = 60.0  # from the head of a call to the end of its only message
 FIRST_S = 0.2  # for the first message of a stream that is refused
 WRITE_S = 30.0  # for a client to read more of what waits for it
@@ -14,7 +15,6 @@ LEAST_READ = 1 << 15  # bytes that it reads meanwhile
 LINGER_S = 1.0  # so that who is told why the connection ends can read it
 MAX_STREAMS = 4096  # calls at once of a connection
 MAX_SILENT = 4096  # connections that have said nothing yet
-MAX_CONNECTIONS = 20_000  # of all: the one that has had no call for the longest makes room
 IDLE_S = 1800.0  # without a call, before a connection is asked to be made anew
 TURN_S = 0.002  # that frames of a connection are read for before others have their turn
 WINDOW_BYTES = 1 << 18  # that a stream may send before it is read

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -36,7 +36,11 @@ class Rules:
     handler: Callable[[str], grpc.RpcMethodHandler | None]  # of a method's path
     admit: Callable[[Context], None]  # raises what `refuse` tells the client
     refuse: Callable[[Context, Exception], None]
-    limit: int  # bytes of a message
+    limits: Mapping[str, int]  # bytes of a message, by the paths of methods that take large ones
+
+    def limit(self, path: str) -> int:
+        """Bytes of a message to the method of this path."""
+        return self.limits.get(path, bounds.MESSAGE_BYTES)
 
 
 class Context:
@@ -227,9 +231,10 @@ class Context:
         if self._head.encoding == "identity":
             await self.abort(grpc.StatusCode.INTERNAL, "a compressed message, and no grpc-encoding")
         try:
+            limit = self._rules.limit(self._head.path)
             if len(data) > INLINE_BYTES:
-                return await asyncio.to_thread(_inflate, data, self._rules.limit)
-            return _inflate(data, self._rules.limit)
+                return await asyncio.to_thread(_inflate, data, limit)
+            return _inflate(data, limit)
         except ValueError as error:
             await self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except zlib.error:

@@ -31,13 +31,14 @@ WARNED_S = 5.0  # between both GOAWAYs of a connection that is old
 
 class Server:
     """Serves gRPC. `admit` looks at each call before its message is read, and what it raises
-    `refuse` turns into a status; messages of more than `limit` bytes are refused."""
+    `refuse` turns into a status. `limits`: bytes of a message, by the paths of the methods that
+    take more than bounds.MESSAGE_BYTES."""
 
     def __init__(
         self,
         admit: Callable[[Context], None],
         refuse: Callable[[Context, Exception], None],
-        limit: int,
+        limits: Mapping[str, int],
         connection_age_s: float = 0.0,
     ) -> None:
         self._handlers: list[grpc.GenericRpcHandler] = []
@@ -49,8 +50,8 @@ class Server:
         self._ages: dict[Connection, asyncio.TimerHandle] = {}
         self._listening: list[asyncio.Server] = []
         self._ticking: asyncio.Handle | None = None
-        rules = Rules(self._handler, admit, refuse, limit)
-        held = Held(bounds.most_held(limit))
+        rules = Rules(self._handler, admit, refuse, limits)
+        held = Held(bounds.most_held(max(limits.values())))
         self._shared = Shared(
             rules, held, self._opened, self._greeted, self._busy, self._freed, self._closed
         )
@@ -115,7 +116,8 @@ class Server:
         return Connection(self._shared)
 
     def _opened(self, connection: Connection) -> None:
-        if len(self._connections) >= bounds.MAX_CONNECTIONS and not self._made_room():
+        full = len(self._connections) >= http_limits.max_connections()
+        if full and not self._made_room():
             connection.abort()
             return
         self._connections.add(connection)

@@ -202,7 +202,7 @@ class Session:
         if len(self._streams) >= bounds.MAX_STREAMS:
             raise StreamFault(Code.REFUSED_STREAM, stream_id, "too many calls at once")
         out, rules = self._out, self._rules
-        stream = Stream(stream_id, out, self._held, rules.limit, head.length)
+        stream = Stream(stream_id, out, self._held, rules.limit(head.path), head.length)
         if flags & END_STREAM:
             stream.end()
         stream.wait(bounds.CALL_BYTES + head.size)

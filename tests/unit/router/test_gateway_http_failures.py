@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
 import pytest
 from gateway_rig import Rig, start_rig, until
 from http_kit import complete, events, post
+from raw_http import Raw, connected, request
 
 from crossdock.proto.v1 import worker_pb2
 from crossdock.router.frontdoor import http_limits
@@ -84,6 +87,52 @@ async def test_the_oldest_connection_without_a_request_makes_room(
         assert (await held)[0] == 200
         for _, writer in opened:
             writer.close()
+
+
+async def test_the_connection_that_is_idle_for_the_longest_makes_room(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_limits, "MAX_CONNECTIONS", 3)
+    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with start_rig(tiny_model) as rig, AsyncExitStack() as stack:
+
+        async def opened() -> Raw:
+            return await stack.enter_async_context(connected(rig))
+
+        async def asks(raw: Raw) -> None:
+            await raw.send(health)
+            assert (await raw.answer())[0] == 200
+
+        rig.prefills[0].gate.clear()
+        busy, first, second = [await opened() for _ in range(3)]
+        await busy.send(request(b'{"prompt": "x", "max_tokens": 1}'))
+        await until(lambda: rig.prefills[0].running)
+        for raw in (first, second, first):  # of which the second is idle for longer now
+            await asks(raw)
+        third = await opened()
+        await second.closed()
+        for raw in (third, first):
+            await asks(raw)
+        assert rig.metric("http_connections") == 3
+        for raw in (third, first):  # from now on all are busy
+            await raw.send(request(b'{"prompt": "x", "max_tokens": 1}'))
+        await until(lambda: len(rig.prefills[0].running) == 3)
+        await (await opened()).closed()
+        rig.prefills[0].gate.set()
+        for raw in (busy, first, third):
+            assert (await raw.answer())[0] == 200
+    runner = rig.gateway._http._runner
+    assert not (runner._connections or runner._idle or runner._silent)
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "most"), [(1024, 409), (50_000, 20_000), (resource.RLIM_INFINITY, 20_000)]
+)
+def test_as_many_connections_as_there_are_descriptors_for(
+    descriptors: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (descriptors, descriptors))
+    assert http_limits.max_connections() == most
 
 
 async def test_too_many_get_429_and_retry_after(tiny_model: Path) -> None:

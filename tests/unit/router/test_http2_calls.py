@@ -27,6 +27,7 @@ from crossdock.proto.http2.frames import (
     settings,
     window_update,
 )
+from crossdock.router.frontdoor import http_limits
 from crossdock.router.frontdoor.http2 import bounds, manners
 from crossdock.router.frontdoor.http2.server import Server
 from crossdock.router.frontdoor.http2.stream import Stream
@@ -46,7 +47,7 @@ def same(message: bytes) -> bytes:
 @asynccontextmanager
 async def serving(kind: str, handler: Any, age_s: float = 0.0) -> AsyncIterator[tuple[Server, int]]:
     """A server of the one method /t.T/M, and its port."""
-    server = Server(lambda call: None, lambda call, error: None, 1 << 20, age_s)
+    server = Server(lambda call: None, lambda call, error: None, {"/t.T/M": 1 << 20}, age_s)
     method = getattr(grpc, f"{kind}_rpc_method_handler")(handler, same, same)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"M": method}),))
     port = await server.listen("127.0.0.1:0", None)
@@ -265,7 +266,7 @@ def test_pings_of_clients_that_keep_alive_are_no_flood(monkeypatch: pytest.Monke
 
 async def test_connections_without_calls_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """In number and in time, the one that has had no call for the longest first."""
-    monkeypatch.setattr(bounds, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(http_limits, "MAX_CONNECTIONS", 2)
 
     async def waits(request: bytes, context: Any) -> AsyncIterator[bytes]:
         yield b""

@@ -107,7 +107,7 @@ async def test_what_is_unusual_and_allowed(rig: Rig) -> None:
 async def test_a_bomb_is_not_inflated(rig: Rig) -> None:
     """80 KB that are 80 MB."""
     async with peer(rig) as client:
-        client.say(HELLO, head(more=(("grpc-encoding", "gzip"),)))
+        client.say(HELLO, head(GENERATE, (("grpc-encoding", "gzip"),)))
         bomb = compressed(bytes(80_000_000))
         for at in range(0, len(bomb), 16_000):
             client.say(data(bomb[at : at + 16_000], flags=END_STREAM * (at + 16_000 >= len(bomb))))
@@ -257,9 +257,9 @@ async def test_messages_that_nobody_reads_are_bounded(
     held.most = 100_000
     part = b"\0\0\x0f\xff\xff" + bytes(16_000)
     async with peer(rig) as one, peer(rig) as other:
-        one.say(HELLO, head(), *(data(part, flags=0) for _ in range(3)))
+        one.say(HELLO, head(GENERATE), *(data(part, flags=0) for _ in range(3)))
         await until(lambda: held.bytes > 40_000)
-        other.say(HELLO, head(), *(data(part, flags=0) for _ in range(4)))
+        other.say(HELLO, head(GENERATE), *(data(part, flags=0) for _ in range(4)))
         trailers = await one.trailers()
         assert (trailers["grpc-status"], "100000 bytes" in trailers["grpc-message"]) == ("8", True)
         await until(lambda: 4 * len(part) < held.bytes < 5 * len(part))
