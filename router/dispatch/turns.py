@@ -193,8 +193,14 @@ class Turns:
             sequence = queue.line.pop(now, self._busy_s(yields), self._sharing(queue))
             if sequence is not None:
                 sequence.yields = max(sequence.yields, yields)
+                if sequence.yields is Yields.LATE and not yields and self._any_of_many:
+                    sequence.yields = Yields.OF_MANY  # it comes after its own tenant's, not theirs
                 return self._taken(tenant, queue, sequence)
         return None
+
+    @property
+    def _any_of_many(self) -> bool:
+        return any(self._yields(tenant, queue) for tenant, queue in self._queues.items())
 
     def _yields(self, tenant: str, queue: _Queue | None) -> Yields:
         """Of what is in time: whether it is of many, and another tenant expected."""

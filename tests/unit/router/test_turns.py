@@ -168,6 +168,24 @@ def test_a_floods_prompts_yield_while_one_who_asks_for_less_is_expected_back() -
     assert begun(1) == [of_many, *6 * [in_time]], "what is left is no flood"
 
 
+def test_who_is_late_comes_after_its_own_tenant_and_not_after_anothers_flood() -> None:
+    tape, busy = Tape(), Busy(workers=2, chunk_tokens=300)
+    late = Work(due=1.0, alone_s=9.0)
+
+    def due(sequence: Any) -> float:
+        return 1.0 if sequence.active.request.tenant == "little" else math.inf
+
+    tape.turns = Turns(tape._has_room, tape._begin, due, lambda sequence: late, busy=lambda: busy)
+    tape.ask("little")
+    tape.begin(9)
+    assert [each.yields for each in tape.begun] == [Yields.LATE]
+    tape.turns.remove(tape.begun[0])
+    tape.ask("flood", 100)
+    tape.begin(50)
+    tape.ask("little")
+    assert tape.begin(1) == ["little"] and tape.begun[-1].yields is Yields.OF_MANY
+
+
 def test_who_asks_for_less_than_its_share_has_a_burst_at_once() -> None:
     busy = Busy(workers=2, chunk_tokens=1000)
     tape = Tape()
