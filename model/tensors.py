@@ -71,8 +71,13 @@ def check_tensors(
         dtype, shape = found[name]
         if not readable(dtype):
             raise ModelError(f"{path}: tensor {name}: dtype {dtype} is not supported")
-        if shape != wanted:
-            raise ModelError(f"{path}: tensor {name} has shape {list(shape)}, not {list(wanted)}")
+        check_shape(path, name, shape, wanted)
+
+
+def check_shape(path: Path, name: str, shape: Shape, wanted: Shape) -> None:
+    """Raises ModelError naming file and tensor where the shapes differ."""
+    if shape != wanted:
+        raise ModelError(f"{path}: tensor {name} has shape {list(shape)}, not {list(wanted)}")
 
 
 @functools.cache

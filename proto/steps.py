@@ -6,7 +6,7 @@ import enum
 
 
 class Yields(enum.IntEnum):
-    """Whom a prompt lets go first on a prefill worker: all of a smaller number."""
+    """Whose chunks a prompt waits for on a prefill worker: those of all smaller numbers."""
 
     NOT = 0
     OF_MANY = 1  # its tenant has much that waits, and another is expected that asks for less

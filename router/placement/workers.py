@@ -280,7 +280,7 @@ class WorkerView:
         running_s = step + share * min(sequences, most) + context * context_s if sequences else 0.0
         chunk_tokens = facts.chunk_tokens or ANY_CHUNK
         chunk_s = base if facts.role is Role.PREFILL else base + running_s
-        of_many, late, of_many_attention, late_attention = 0, 0, 0.0, 0.0
+        of_many = late = of_many_attention = late_attention = 0.0
         if facts.role is Role.PREFILL:  # elsewhere nobody yields
             _, (of_many, of_many_attention), (late, late_attention) = unseen.by_yields
             of_many += load.yielding_tokens

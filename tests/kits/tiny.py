@@ -195,8 +195,8 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType,
     odd: Mapping[str, type] = MappingProxyType({}),
 ) -> None:
-    """Turns a folder of make_tiny_model into a GGUF, q and k interleaved as converters write them.
-    `odd` tensors are written as plain numbers of another type."""
+    """Turns a folder of make_tiny_model into a GGUF as converters write them: q and k interleaved,
+    llama3 scaling as divisors. `odd` tensors are written as plain numbers of another type."""
     config = json.loads((folder / "config.json").read_text())
     arch = config["model_type"]
     writer = gguf.GGUFWriter(path, arch)
@@ -209,8 +209,11 @@ def write_gguf(
     writer.add_key_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_eos_token_id(2)
-    writer.add_token_list(["a", "ü", "<|end|>"])
+    if window := config.get("sliding_window"):
+        writer.add_sliding_window(window)
+    if scaling := config.get("rope_scaling"):
+        writer.add_tensor("rope_freqs.weight", _divisors(config, **scaling))
+    _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.numpy()
         if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -227,3 +230,37 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _divisors(
+    config: dict,
+    rope_type: str,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> np.ndarray:
+    """Of each frequency, as llama.cpp's converter has them for llama3."""
+    found = []
+    for index in range(0, config["head_dim"], 2):
+        wavelength = 2 * np.pi * config["rope_theta"] ** (index / config["head_dim"])
+        turns = original_max_position_embeddings / wavelength
+        smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        if turns > high_freq_factor:
+            found.append(1.0)
+        else:
+            found.append(factor if smooth < 0 else 1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, told: dict) -> None:
+    vocab, special = told["model"]["vocab"], {token["content"] for token in told["added_tokens"]}
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in told["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from crossdock.engine.native.weights.dequantize import dequantize
 from crossdock.model.config import ModelConfig
-from crossdock.model.gguf_file import GGUFFile, gguf_name, open_gguf
+from crossdock.model.gguf_file import GGUFFile, open_gguf
+from crossdock.model.gguf_weights import read_gguf_tensor
 from crossdock.model.store import ModelFiles, weight_files, weight_map
+from crossdock.model.tensors import check_shape
 from crossdock.proto.errors import ModelError
 
 
@@ -58,42 +58,19 @@ class SafetensorsWeights:
             tensor = shard.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{path}: tensor {name}: {error}") from error
-        _check(name, tuple(tensor.shape), out, path)
+        check_shape(path, name, tuple(tensor.shape), tuple(out.shape))
         out.copy_(tensor)
 
 
 class GGUFWeights:
-    """Dequantized on reading. Of llama models the rows of q and k are put back in half-split
-    order: the file keeps the two halves of each head interleaved."""
+    """Dequantized on reading."""
 
     def __init__(self, source: GGUFFile, config: ModelConfig) -> None:
         self._source, self._config = source, config
 
     def read(self, name: str, out: torch.Tensor) -> None:
         """Dequantizes a tensor into `out`, by its Hugging Face name. Raises ModelError."""
-        path, file_name = self._source.path, gguf_name(name)
-        tensor = self._source.tensor(file_name)
-        _check(file_name, tuple(int(size) for size in reversed(tensor.shape)), out, path)
         values = out if out.dtype == torch.float32 else torch.empty(out.shape)
-        try:
-            rows = self._half_split(file_name, np.asarray(tensor.data))
-            dequantize(rows, tensor.tensor_type, values.numpy())
-        except (NotImplementedError, ValueError) as error:
-            kind = tensor.tensor_type.name
-            raise ModelError(f"{path}: tensor {file_name} ({kind}): {error}") from error
+        read_gguf_tensor(self._source, self._config, name, values.numpy())
         if values is not out:
             out.copy_(values)
-
-    def _half_split(self, name: str, rows: np.ndarray) -> np.ndarray:
-        heads = {"attn_q": self._config.num_heads, "attn_k": self._config.num_kv_heads}
-        parts = name.split(".")
-        if self._config.architecture != "llama" or len(parts) != 4 or parts[2] not in heads:
-            return rows
-        count = heads[parts[2]]
-        pairs = rows.reshape(count, len(rows) // count // 2, 2, *rows.shape[1:])
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _check(name: str, shape: tuple[int, ...], out: torch.Tensor, path: Path) -> None:
-    if shape != tuple(out.shape):
-        raise ModelError(f"{path}: tensor {name} has shape {list(shape)}, not {list(out.shape)}")

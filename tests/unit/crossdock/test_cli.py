@@ -226,6 +226,21 @@ def test_model_show_describes_a_folder(capsys: Any, tiny_model: Path) -> None:
     assert len(facts["digest"]) == 64
 
 
+def test_model_export_tells_where_and_refuses_what_is_there(
+    capsys: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    command = ("model", "export", str(tiny_model), str(folder))
+    code, out, err = run(capsys, *command)
+    assert (code, out.strip()) == (0, str(folder))
+    assert "copying 4 files" in err
+    code, out, err = run(capsys, *command)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: folder: {folder} is not empty; --force")
+    assert run(capsys, *command, "--force")[0] == 0
+    assert "'int8' must be one of auto, float32" in run(capsys, *command, "--dtype", "int8")[2]
+
+
 def test_model_fetch_of_an_unknown_name_is_refused(capsys: Any) -> None:
     code, _, err = run(capsys, "model", "fetch", "gpt-17")
     assert (code, err.count("\n")) == (1, 1)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from offline import LLM
 
-from crossdock.engine.native.weights.load import gguf_name
 from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
+from crossdock.model.gguf_file import gguf_name
 from crossdock.proto.types import FinishReason, SamplingParams
 
 pytestmark = pytest.mark.slow

@@ -15,10 +15,10 @@ from tiny import make_tiny_model, write_gguf
 
 from crossdock.engine.native.rope import rope_table
 from crossdock.engine.native.runner import ModelRunner
-from crossdock.engine.native.weights.dequantize import dequantize
 from crossdock.engine.native.weights.load import load_weights
 from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.model.config import load_config
+from crossdock.model.dequantize import dequantize
 from crossdock.model.store import INDEX, ModelFiles, resolve
 from crossdock.proto.errors import ConfigError, ModelError
 from crossdock.proto.types import SamplingParams
