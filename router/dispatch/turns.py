@@ -72,6 +72,7 @@ class Turns:
         self._present = 0.0  # virtual time at which the last one was begun
         self._finished: dict[str, float] = {}  # where tenants with no queue now had come to
         self._saver, self._saver_until = "", -math.inf  # who asked for less than its share last
+        self._of_many: dict[str, set[SequenceState]] = {}  # by tenant, begun, maybe with token 0
         self._ties = count()
 
     def __len__(self) -> int:
@@ -101,6 +102,8 @@ class Turns:
     def remove(self, sequence: SequenceState) -> None:
         """It has ended, whether it waited or was begun."""
         self._late.forget(sequence)
+        if begun := self._of_many.get(sequence.active.request.tenant):
+            begun.discard(sequence)
         queue = self._where.pop(sequence, None)
         if queue is not None:
             queue.line.remove(sequence)
@@ -193,6 +196,8 @@ class Turns:
             sequence = queue.line.pop(now, self._busy_s(yields), self._sharing(queue))
             if sequence is not None:
                 sequence.yields = max(sequence.yields, yields)
+                if yields:
+                    self._of_many.setdefault(tenant, set()).add(sequence)
                 if sequence.yields is Yields.LATE and not yields and self._any_of_many:
                     sequence.yields = Yields.OF_MANY  # it comes after its own tenant's, not theirs
                 return self._taken(tenant, queue, sequence)
@@ -203,12 +208,23 @@ class Turns:
         return any(self._yields(tenant, queue) for tenant, queue in self._queues.items())
 
     def _yields(self, tenant: str, queue: _Queue | None) -> Yields:
-        """Of what is in time: whether it is of many, and another tenant expected."""
-        busy = self._busy()
-        if self._saver in ("", tenant) or queue is None or self._clock() >= self._saver_until:
+        """Of what is in time: whether it is of many, and another tenant expected that is behind;
+        also while others of its own that are begun were, lest it go before them."""
+        expected = self._saver not in ("", tenant) and self._clock() < self._saver_until
+        if queue is None or not expected or queue.start <= self._position(self._saver):
             return Yields.NOT
+        begun = {each for each in self._of_many.pop(tenant, ()) if _is_computed(each)}
+        if begun:
+            self._of_many[tenant] = begun
+            return Yields.OF_MANY
+        busy = self._busy()
         much = queue.line.tokens > busy.workers * busy.chunk_tokens
         return Yields.OF_MANY if much else Yields.NOT
+
+    def _position(self, tenant: str) -> float:
+        """Virtual time to which it has come."""
+        queue = self._queues.get(tenant)
+        return queue.start if queue else self._finished.get(tenant, -math.inf)
 
     def _busy_s(self, yields: Yields) -> float:
         """For which the workers are taken by what does not yield to one that yields so."""
@@ -232,6 +248,11 @@ class Turns:
                 ahead = nlargest(KEPT_TENANTS // 2, self._finished.items(), key=itemgetter(1))
                 oldest = self._oldest
                 self._finished = {t: at for t, at in ahead if at > oldest}
+
+
+def _is_computed(sequence: SequenceState) -> bool:
+    """Whether a worker has its prompt and no token has come."""
+    return bool(sequence.holders) and not sequence.generated
 
 
 def _cost(sequence: SequenceState) -> int:

@@ -78,7 +78,7 @@ class Tape:
 class Sequence(SimpleNamespace):
     def __init__(self, active: Any, index: int, prompt: int, sampling: Any) -> None:
         about = {"active": active, "index": index, "prompt_tokens": prompt, "sampling": sampling}
-        super().__init__(**about, generated=0, yields=Yields.NOT)
+        super().__init__(**about, generated=0, yields=Yields.NOT, holders=set())
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -166,6 +166,44 @@ def test_a_floods_prompts_yield_while_one_who_asks_for_less_is_expected_back() -
     while len(tape.turns) > 7:
         assert begun(1)[-1] == of_many
     assert begun(1) == [of_many, *6 * [in_time]], "what is left is no flood"
+
+
+def test_who_floods_now_is_yielded_to_no_more() -> None:
+    busy = Busy(workers=2, chunk_tokens=300)
+    tape = Tape()
+
+    def has_room(yields: Yields) -> bool:
+        return not yields and tape.room > 0  # no worker takes more of those that yield
+
+    tape.turns = Turns(has_room, tape._begin, busy=lambda: busy)
+    tape.ask("little")
+    tape.ask("other", 300)
+    tape.begin(101)
+    tape.ask("little", 300)
+    begun = Counter(tape.begin(100))
+    assert begun["little"] > begun["other"] > 30, "once it has had as much, it is behind no more"
+
+
+def test_of_one_tenant_no_later_prompt_goes_before_those_that_yield() -> None:
+    busy, tape = Busy(workers=2, chunk_tokens=300), Tape()
+    tape.turns = Turns(tape._has_room, tape._begin, busy=lambda: busy)
+    tape.ask("flood", 100)
+    tape.begin(50)
+    tape.ask("little")
+    tape.begin(51)
+    assert tape.begun[-1].yields is Yields.NOT, "what was left was not much"
+    tape.ask("flood", 20)
+    tape.ask("little")
+    tape.begin(3)
+    first = tape.begun[-1]
+    assert first.yields is Yields.OF_MANY
+    first.holders = {"p0"}
+    tape.begin(18)
+    assert tape.begun[-1].yields is Yields.OF_MANY and not tape.turns
+    first.generated = 1
+    tape.ask("flood")
+    tape.begin()
+    assert tape.begun[-1].yields is Yields.NOT
 
 
 def test_who_is_late_comes_after_its_own_tenant_and_not_after_anothers_flood() -> None:
