@@ -102,12 +102,15 @@ class Turns:
     def remove(self, sequence: SequenceState) -> None:
         """It has ended, whether it waited or was begun."""
         self._late.forget(sequence)
-        if begun := self._of_many.get(sequence.active.request.tenant):
+        tenant = sequence.active.request.tenant
+        if begun := self._of_many.get(tenant):
             begun.discard(sequence)
+            if not begun:
+                del self._of_many[tenant]
         queue = self._where.pop(sequence, None)
         if queue is not None:
             queue.line.remove(sequence)
-            self._trim(sequence.active.request.tenant, queue)
+            self._trim(tenant, queue)
 
     def pump(self) -> None:
         """Begins what there is room for, some of it in each turn of the loop, and sheds what has
