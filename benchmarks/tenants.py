@@ -79,6 +79,9 @@ class Gateway(Cluster):
             index=0,
             prompt_tokens=prompt.tokens,
             sampling=SimpleNamespace(max_tokens=prompt.output),
+            generated=0,
+            holders=(),
+            yields=Yields.NOT,
             prompt=prompt,
         )
         self.turns.add(waiting)

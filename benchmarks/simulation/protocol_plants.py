@@ -170,8 +170,8 @@ def peer_keyed_by_address(patch: pytest.MonkeyPatch) -> None:
         self: MoodyTransport, incarnation: bytes, handle: object, act: object
     ) -> object:
         at_home = resident(self.network, incarnation)
-        if incarnation in self._peers:
-            self._peers.add(at_home)
+        if (packed := self._peers.get(incarnation)) is not None:
+            self._peers[at_home] = packed
         return post(self, at_home, handle, act)
 
     patch.setattr(MoodyTransport, "_post", post_by_address)
