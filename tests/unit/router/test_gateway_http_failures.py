@@ -126,7 +126,7 @@ async def test_the_connection_that_is_idle_for_the_longest_makes_room(
 
 
 @pytest.mark.parametrize(
-    ("descriptors", "most"), [(1024, 409), (50_000, 20_000), (resource.RLIM_INFINITY, 20_000)]
+    ("descriptors", "most"), [(1024, 563), (50_000, 20_000), (resource.RLIM_INFINITY, 20_000)]
 )
 def test_as_many_connections_as_there_are_descriptors_for(
     descriptors: int, most: int, monkeypatch: pytest.MonkeyPatch
