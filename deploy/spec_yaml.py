@@ -119,6 +119,8 @@ class _Reader:
                 message = f"{node.value!r} is not allowed; one of {', '.join(named)}, or a mapping"
                 raise ConfigError(path, message, self._at(node))
             return named[node.value]
+        if kind is Any:
+            return self._plain(node, path)
         if kind is EngineSettings:
             kind = self._engine_settings(node, path)
         if is_dataclass(kind):
@@ -165,6 +167,14 @@ class _Reader:
             return settings_of(str(named[0].value) if named else "native")
         except ConfigError as error:
             raise ConfigError(_join(path, "kind"), error.message, self._at(named[0])) from None
+
+    def _plain(self, node: yaml.Node, path: str) -> Any:
+        """Somebody else's setting: whatever YAML has."""
+        if isinstance(node, yaml.MappingNode):
+            return {k: self.read(v, Any, _join(path, k)) for k, v in self._entries(node, path)}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(each, Any, f"{path}[{i}]") for i, each in enumerate(node.value)]
+        return yaml.SafeLoader("").construct_object(node)
 
     def _entries(self, node: yaml.Node, path: str) -> Iterable[tuple[str, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ class EngineSettings:
     """The YAML's `engine`; each kind adds fields of its own."""
 
     kind: str = setting()  # a name of registry.ENGINES, where it is documented
+    any_family: ClassVar[bool] = False  # whether it knows models that this project does not
 
     def check_kv_dtype(self, dtype: str) -> None:
         """Raises ConfigError where engines of this kind hold no such KV."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from crossdock.engine.contract import Allocate, EngineConfig, EngineSettings
 from crossdock.engine.registry import kind_setting
@@ -23,12 +23,16 @@ INSTALL = 'vLLM is not installed here: pip install "crossdock[vllm]", or make vl
 class Settings(EngineSettings):
     """`engine: {kind: vllm, …}`"""
 
+    any_family: ClassVar[bool] = True
     kind: str = kind_setting("vllm")
     args: Mapping[str, Any] = setting(
         factory=no_entries,
         doc="Of a vllm engine: vLLM's own EngineArgs, {trust_remote_code: true, …}. What Crossdock "
         "decides (model, blocks, batches, caching) is not among them.",
     )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "args", dict(self.args))  # of the YAML: settings are sent
 
     def check_kv_dtype(self, dtype: str) -> None:
         if dtype != "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,14 +51,17 @@ class VllmEngine(Engine):
         layout: worker_pb2.KVLayout,
         memory: PoolMemory,
         grammars: Grammars,
+        threads: int,
     ) -> None:
         self.facts, self.layout, self.memory = facts, layout, memory
+        self._threads, self._thread = threads, 0
         self._executor, self._grammars = executor, grammars
         self._runner: Any = executor.driver_worker.worker.model_runner
         self._batch = RunnerBatch(self._runner)
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
         self._check(plan)
+        self._have_threads()
         masks = self._grammars.begin([chunk.sequence for chunk in plan.chunks if chunk.sample])
         with torch.inference_mode():
             computed = self._compute(plan)
@@ -84,6 +88,13 @@ class VllmEngine(Engine):
         """See contract.Engine.close."""
         self._grammars.close()
         self._executor.shutdown()
+
+    def _have_threads(self) -> None:
+        """OpenMP counts its threads for each thread that computes, and this is not the one that
+        made the model. vLLM's workers forbid torch.set_num_threads, which is the same."""
+        if self._thread != (thread := threading.get_ident()):
+            self._thread = thread
+            torch._C.set_num_threads(self._threads)
 
     def _compute(self, plan: StepPlan) -> Computed:
         try:
@@ -147,8 +158,8 @@ def _successors(chunk: Chunk, start: int) -> tuple[np.ndarray, np.ndarray]:
 
 def create_engine(config: EngineConfig, allocate: Allocate) -> VllmEngine:
     """See registry.create."""
-    torch.set_num_threads(config.threads)
-    files = resolve(config.model, config.home)
+    torch._C.set_num_threads(config.threads)
+    files = resolve(config.model, config.home, any_family=True)
     options = vllm_config(config, files)
     executor = UniProcExecutor(options)
     shape = BlockShape.of(options, executor)
@@ -172,6 +183,7 @@ def create_engine(config: EngineConfig, allocate: Allocate) -> VllmEngine:
         _layout(files, shape, memory),
         memory,
         Grammars(functools.partial(load_text, files)),
+        config.threads,
     )
 
 

@@ -206,7 +206,7 @@ kv: {transport: local, lease_s: 7}
 """
 
 WRONG = [
-    ("kind: simulated, profile", "kind: vllm, profile", 6, "pools.prefill.engine.kind", "native"),
+    ("kind: simulated, profile", "kind: sglang, profile", 6, "pools.prefill.engine.kind", "native"),
     ("profile: cpu-135m", "profile: tpu", 6, "pools.prefill.engine.profile", "instant, cpu-135m"),
     ("profile: cpu-135m", "speed: 1", 6, "pools.prefill.engine.speed", "unknown field"),
     ("decode_s: 0.01", "decode_s: -1", 11, "pools.decode.engine.profile.decode_s", "from 0 to 60"),
