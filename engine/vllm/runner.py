@@ -58,12 +58,15 @@ class VllmEngine(Engine):
         self._executor, self._grammars = executor, grammars
         self._runner: Any = executor.driver_worker.worker.model_runner
         self._batch = RunnerBatch(self._runner)
+        self._tainted: set[int] = set()  # blocks that may hold a NaN
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
         self._check(plan)
         self._have_threads()
         masks = self._grammars.begin([chunk.sequence for chunk in plan.chunks if chunk.sample])
         with torch.inference_mode():
+            if self._tainted:
+                self._clean(plan)
             computed = self._compute(plan)
             rows = self._batch.rows(plan)
             self._check_finite(plan, computed, rows)
@@ -129,18 +132,28 @@ class VllmEngine(Engine):
         finite &= computed.logits.sum(-1).isfinite().cpu().numpy()
         if not finite.all():
             wrong = [chunk for chunk, row in zip(plan.chunks, rows) if not finite[row]]
+            self._tainted.update(*(chunk.sequence.block_table for chunk in wrong))
             raise NotFinite(
                 "KV or logits are not finite: out of the range of the model's dtype?",
                 [chunk.sequence.sequence_id for chunk in wrong],
             )
 
+    def _clean(self, plan: StepPlan) -> None:
+        """vLLM's kernels multiply what no token has written yet by 0, and a NaN stays one: a block
+        whose first token comes now is zeroed if it may hold one. Others' tokens are in the rest."""
+        size = self.layout.block_size
+        begun = {b for c in plan.chunks for b in c.sequence.block_table[-(-c.start // size) :]}
+        if blocks := sorted(begun & self._tainted):
+            self._tainted.difference_update(blocks)
+            for layer in self._runner.kv_caches:
+                layer.unflatten(0, (self.memory.num_blocks, -1))[blocks] = 0
+
     def _score(self, plan: StepPlan, computed: Computed, rows: np.ndarray) -> None:
         scored = [(chunk, row) for chunk, row in zip(plan.chunks, rows) if chunk.scores is not None]
         if not scored:
             return
-        places, successors = zip(
-            *(_successors(chunk, computed.starts[row]) for chunk, row in scored)
-        )
+        parts = [_successors(chunk, computed.starts[row]) for chunk, row in scored]
+        places, successors = (np.concatenate(each) for each in zip(*parts))
         score(
             lambda hidden: self._runner.model.compute_logits(hidden).float(),
             computed.hidden[torch.from_numpy(places).to(computed.hidden.device)],
