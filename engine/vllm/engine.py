@@ -1,6 +1,5 @@
 """vLLM's models: what the YAML says of them, and how an engine of them is made."""
 
-# ruff: noqa: RUF009  (setting() is dataclasses.field with documentation)
 from __future__ import annotations
 
 from collections.abc import Mapping

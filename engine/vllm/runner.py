@@ -138,11 +138,13 @@ class VllmEngine(Engine):
         scored = [(chunk, row) for chunk, row in zip(plan.chunks, rows) if chunk.scores is not None]
         if not scored:
             return
-        places, successors = zip(*(_successors(chunk, computed.starts[row]) for chunk, row in scored))
+        places, successors = zip(
+            *(_successors(chunk, computed.starts[row]) for chunk, row in scored)
+        )
         score(
             lambda hidden: self._runner.model.compute_logits(hidden).float(),
-            computed.hidden[torch.from_numpy(np.concatenate(places)).to(computed.hidden.device)],
-            np.concatenate(successors),
+            computed.hidden[torch.from_numpy(places).to(computed.hidden.device)],
+            successors,
             max(chunk.scores.top for chunk, _ in scored if chunk.scores is not None),
             self.facts.vocab_size,
         ).spread(plan)

@@ -1,5 +1,4 @@
-"""Tests over vLLM: skipped where it is not installed. `make test-vllm` runs them; the suite does not
-have vLLM and leaves them out."""
+"""Tests over vLLM, skipped where it is not installed: `make test-vllm` runs them."""
 
 from __future__ import annotations
 

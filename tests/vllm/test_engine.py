@@ -12,13 +12,12 @@ from reference import undisturbed
 
 from crossdock.proto.types import Role
 
+
 async def test_40_prompts_get_the_tokens_of_vllm_alone(small_llama: Path) -> None:
     given, tokens = prompts(40, 2000, 380), 32
     right = await asyncio.to_thread(undisturbed, small_llama, given, tokens)
     options = {"block_size": 32, "chunk_tokens": 256, "kv_memory_mb": 64}
-    rig = start_engines(
-        Role.COLOCATED, model=str(small_llama), engine=simulated("vllm"), **options
-    )
+    rig = start_engines(Role.COLOCATED, model=str(small_llama), engine=simulated("vllm"), **options)
     async with rig as engines:
         at_once = asyncio.Semaphore(AT_ONCE)
 
