@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +15,7 @@ import yaml
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.model.store import KNOWN_MODELS, SIMULATED
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.settings import check_settings
+from crossdock.proto.settings import check_settings, closest
 from crossdock.worker.config import EngineSettings, settings_of
 
 T = TypeVar("T")
@@ -174,7 +173,9 @@ class _Reader:
             return {k: self.read(v, Any, _join(path, k)) for k, v in self._entries(node, path)}
         if isinstance(node, yaml.SequenceNode):
             return [self.read(each, Any, f"{path}[{i}]") for i, each in enumerate(node.value)]
-        return yaml.SafeLoader("").construct_object(node)
+        kinds = {"bool": bool, "int": int, "float": float}
+        tag = node.tag.removeprefix(_TAG)
+        return None if tag == "null" else self._scalar(node, kinds.get(tag, str), path)
 
     def _entries(self, node: yaml.Node, path: str) -> Iterable[tuple[str, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):
@@ -208,10 +209,9 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]}?"
+def _suggest(word: str, known: Collection[str]) -> str:
+    if close := closest(word, known):
+        return f"did you mean {close}?"
     return f"known are {', '.join(known)}"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from crossdock.engine.contract import Allocate, EngineConfig, EngineSettings
 from crossdock.engine.registry import kind_setting
+from crossdock.engine.vllm.args import check_args
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import MemoryType
 from crossdock.proto.settings import no_entries, setting
@@ -28,6 +29,7 @@ class Settings(EngineSettings):
         factory=no_entries,
         doc="Of a vllm engine: vLLM's own EngineArgs, {trust_remote_code: true, …}. What Crossdock "
         "decides (model, blocks, batches, caching) is not among them.",
+        check=check_args,
     )
 
     def __post_init__(self) -> None:
