@@ -11,7 +11,7 @@ import jwt
 
 from crossdock.proto.errors import ConfigError, Unauthenticated
 from crossdock.router.config import JwtSettings
-from crossdock.router.frontdoor.principal import Principal
+from crossdock.router.frontdoor.principal import MOST_TENANT, Principal
 
 # What each kind of key signs with. Never "none", and never HMAC: its key would be the public one.
 ALGORITHMS: dict[tuple[Any, Any], str] = {
@@ -109,6 +109,9 @@ def _principal(claims: Mapping[str, Any], settings: JwtSettings) -> Principal:
     tenant = claims.get(settings.tenant_claim)
     if not isinstance(tenant, str) or not tenant:
         raise Unauthenticated(f"the bearer token has no claim {settings.tenant_claim!r}")
+    if len(tenant) > MOST_TENANT:
+        claim = f"{settings.tenant_claim!r} has {len(tenant)} characters"
+        raise Unauthenticated(f"the bearer token's {claim}, more than {MOST_TENANT}")
     models = claims.get(settings.models_claim, []) if settings.models_claim else []
     models = models.split() if isinstance(models, str) else models
     if not isinstance(models, list) or not all(isinstance(name, str) for name in models):

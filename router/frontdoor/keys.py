@@ -14,6 +14,7 @@ import re
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -26,7 +27,12 @@ import yaml
 from crossdock.proto.errors import ConfigError, NotFound
 from crossdock.proto.settings import check_settings
 from crossdock.router.config import KeyLimits
-from crossdock.router.frontdoor.principal import LEAST_URGENT, MOST_URGENT, Principal
+from crossdock.router.frontdoor.principal import (
+    LEAST_URGENT,
+    MOST_TENANT,
+    MOST_URGENT,
+    Principal,
+)
 
 PREFIX = "xd-"
 ID_BYTES, SECRET_BYTES = 6, 32
@@ -89,7 +95,9 @@ def add_key(path: Path, principal: Mapping[str, Any]) -> str:
     not there. Returns the key, which is kept nowhere. Raises ConfigError."""
     key, key_id = make_key()
     entry = {"id": key_id, "hash": f"sha256:{digest(key)}", **principal}
-    _read("key", entry)
+    _, made = _read("key", entry)
+    if made.expires is not None and made.expires <= time.time():
+        raise ConfigError("key.expires", f"{principal['expires']!r} has passed")
     with _changing(path, missing_ok=True) as entries:
         entries.append(entry)
     return key
@@ -200,6 +208,9 @@ def _read(place: str, entry: Mapping[str, Any]) -> tuple[str, Principal]:
     for name in ("id", "hash", "tenant"):
         if not entry.get(name):
             raise ConfigError(f"{place}.{name}", "is missing")
+    if len(entry["tenant"]) > MOST_TENANT:
+        length = len(entry["tenant"])
+        raise ConfigError(f"{place}.tenant", f"has {length} characters, more than {MOST_TENANT}")
     if not _ID.fullmatch(entry["id"]):
         raise ConfigError(f"{place}.id", f"{entry['id']!r} is not allowed")
     hashed = _HASH.fullmatch(entry["hash"])

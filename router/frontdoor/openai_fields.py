@@ -70,6 +70,10 @@ CHANGE_A_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "prefix": (False,),
     "partial": (False,),
 }
+CHANGE_A_STREAM: Mapping[str, tuple[Any, ...]] = {  # in its stream_options
+    "continuous_usage_stats": (False,),
+}
+A_STREAM_IGNORES = frozenset({"include_obfuscation"})  # padding against who watches the wire
 CHANGE_NOTHING = frozenset(
     {
         "metadata",
@@ -84,6 +88,7 @@ CHANGE_NOTHING = frozenset(
     }
 )
 A_MESSAGE_IGNORES = frozenset({"name"})
+A_PART_IGNORES = frozenset({"cache_control"})  # what is cached here is found without it
 
 
 def check_fields(raw: Mapping[str, Any], known: Collection[str], strict: bool) -> None:
@@ -97,8 +102,22 @@ def check_fields(raw: Mapping[str, Any], known: Collection[str], strict: bool) -
         _check_known("", raw.keys() - known - CHANGE_THE_ANSWER.keys() - CHANGE_NOTHING)
 
 
-def check_messages(raw: Mapping[str, Any], known: Collection[str], strict: bool) -> None:
-    """The same for the fields of its messages."""
+def check_stream(raw: Mapping[str, Any], known: Collection[str], strict: bool) -> None:
+    """The same for the fields of its stream_options."""
+    options = raw.get("stream_options")
+    if not isinstance(options, dict):
+        return
+    for name, harmless in CHANGE_A_STREAM.items():
+        _check(f"stream_options.{name}", options.get(name), harmless)
+    if strict:
+        unknown = options.keys() - known - CHANGE_A_STREAM.keys() - A_STREAM_IGNORES
+        _check_known("stream_options.", unknown)
+
+
+def check_messages(
+    raw: Mapping[str, Any], known: Collection[str], part: Collection[str], strict: bool
+) -> None:
+    """The same for the fields of its messages, and of the parts that a message's content has."""
     messages = raw.get("messages")
     for i, message in enumerate(messages if isinstance(messages, list) else []):
         if not isinstance(message, dict):
@@ -109,6 +128,10 @@ def check_messages(raw: Mapping[str, Any], known: Collection[str], strict: bool)
         if strict:
             named = message.keys() - known - CHANGE_A_MESSAGE.keys() - A_MESSAGE_IGNORES
             _check_known(f"messages[{i}].", named)
+            content = message.get("content")
+            for j, each in enumerate(content if isinstance(content, list) else []):
+                named = each.keys() - part - A_PART_IGNORES if isinstance(each, dict) else ()
+                _check_known(f"messages[{i}].content[{j}].", named)
 
 
 def _check(field: str, value: Any, harmless: tuple[Any, ...]) -> None:

@@ -174,7 +174,9 @@ def read_body(body: bytes, kind: type[Body], strict: bool = False) -> Body:
     `strict`, that is also one that is not known."""
     raw = parse_object(body)
     openai_fields.check_fields(raw, kind.__struct_fields__, strict)
-    openai_fields.check_messages(raw, Message.__struct_fields__, strict)
+    openai_fields.check_stream(raw, StreamOptions.__struct_fields__, strict)
+    parts = ContentPart.__struct_fields__
+    openai_fields.check_messages(raw, Message.__struct_fields__, parts, strict)
     return to_struct(raw, kind)
 
 

@@ -11,6 +11,7 @@ from crossdock.router.config import KeyLimits
 from crossdock.router.frontdoor.validate import UNLIMITED
 
 LEAST_URGENT, MOST_URGENT = 2**31 - 1, -(2**31)
+MOST_TENANT = 256  # characters of a tenant's name, which metrics, logs and accounts repeat
 
 
 @dataclass(frozen=True)

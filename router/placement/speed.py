@@ -2,7 +2,8 @@
 
 An idle worker's measurement is as old as its last work, and a new one has none. Going by them would
 keep work from a worker for ever because its first request was slow. Workers of one pool run on
-equal hardware, so an idle one is presumed to be as fast as its pool has lately been.
+equal hardware, so an idle one is presumed to be as fast as its pool has lately been: all of them by
+the same numbers, or those that were looked at lately would differ from the others.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Line(NamedTuple):
 DEFAULT_PREFILL = Line(0.0, 0.001)
 DEFAULT_DECODE = Line(0.02, 0.005)
 WEIGHT = 0.1  # of the newest measurement in a pool's running mean
+PRESUMED_FOR_S = 0.5  # what idle workers go by stays for so long
 # A sequence more costs the others of its batch this part of a step at the least, measured or not.
 LEAST_SHARE = 0.005
 
@@ -46,7 +48,7 @@ def decode_line(load: worker_pb2.Load) -> Line | None:
 class PoolSpeed:
     """Running mean over what the workers of one pool have measured of one kind of step."""
 
-    default: Line
+    line: Line  # of a worker that goes by its pool
     mean: Line | None = None  # None: nobody has measured
 
     def measured(self, new: Line) -> None:
@@ -56,11 +58,6 @@ class PoolSpeed:
         else:
             self.mean = Line(*[old + WEIGHT * (now - old) for old, now in zip(self.mean, new)])
 
-    @property
-    def line(self) -> Line:
-        """Of a worker that goes by its pool."""
-        return self.mean or self.default
-
 
 @dataclass(eq=False)
 class PoolSpeeds:
@@ -69,3 +66,22 @@ class PoolSpeeds:
     prefill: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_PREFILL))
     decode: PoolSpeed = field(default_factory=lambda: PoolSpeed(DEFAULT_DECODE))
     output: float = 0.0  # tokens that each stream here is expected to draw yet
+    ended: float = 0.0  # tokens that those that ended lately have drawn
+    _due: float = float("-inf")  # when it is brought up to date
+
+    def renew(self, now: float) -> bool:
+        """Brings up to date what is presumed of the pool, if it is time. Returns whether it has
+        changed: then all its workers' numbers are to be made anew."""
+        if now < self._due:
+            return False
+        before = self._presumed()
+        for speed in (self.prefill, self.decode):
+            speed.line = speed.mean or speed.line
+        self.output = self.ended
+        if self._presumed() == before:
+            return False
+        self._due = now + PRESUMED_FOR_S
+        return True
+
+    def _presumed(self) -> tuple[Line, Line, float]:
+        return self.prefill.line, self.decode.line, self.output

@@ -85,6 +85,10 @@ class ClusterView:
             self.token_s = worker.speeds.prefill.line.slope
         if self.workers.get(worker.facts.name) is worker:  # else its stream is about to end
             self._put(worker)
+        if worker.speeds.renew(now):
+            for other in self.workers.values():
+                if other.speeds is worker.speeds:
+                    self._touch(other)
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
         """A pull between the two was measured."""
@@ -151,7 +155,7 @@ class ClusterView:
         """A completion ended there, having so many tokens."""
         self.lengths.ended(tenant, prompt_tokens, generated)
         if decode in self.workers:
-            self.workers[decode].speeds.output = self.lengths.mean
+            self.workers[decode].speeds.ended = self.lengths.mean
 
     def unplace(self, name: str, key: str) -> None:
         worker = self.workers.get(name)

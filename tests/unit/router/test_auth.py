@@ -148,12 +148,22 @@ async def test_a_broken_or_missing_file_leaves_the_last_good_one(doors: Doors, c
 
 
 async def test_an_expired_key(doors: Doors) -> None:
-    key, good = doors.key("acme", expires="2020-01-31"), doors.key("acme", expires="2999-01-31")
-    await doors.known(good)
+    key = doors.key("acme", expires="2998-01-31")
+    doors.file.write_text(doors.file.read_text().replace("2998", "2020"))
+    await doors.known(doors.key("acme", expires="2999-01-31"))
     refused = await complete(doors.rig, key)
     assert (refused.status, refused.error["code"]) == (401, "invalid_api_key")
     assert refused.error["message"].startswith("Incorrect API key provided: ")  # litellm looks
     assert "expired" in refused.error["message"]
+
+
+def test_a_key_that_nobody_could_use_is_not_made(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    with pytest.raises(ConfigError, match=r"key\.expires.*2020-01-31.*has passed"):
+        keyring.add_key(file, {"tenant": "acme", "expires": "2020-01-31"})
+    with pytest.raises(ConfigError, match=r"key\.tenant.*257 characters, more than 256"):
+        keyring.add_key(file, {"tenant": "a" * 257})
+    assert not file.exists()
 
 
 async def test_tenant_and_priority_come_from_the_credential(doors: Doors) -> None:
@@ -259,6 +269,7 @@ async def test_bearer_tokens(tiny_model: Path, tmp_path: Path, algorithm: str, m
             "for another": issuer.token(aud="another"),
             "without an end": issuer.token(exp=None),
             "without a tenant": issuer.token(tenant=None),
+            "of a tenant with a long name": issuer.token(tenant="a" * 257),
             "of another key": Issuer(algorithm).token(),
             "of an unknown key": Issuer(algorithm, kid="k2").token(),
             "unsigned": forged(issuer, "none"),

@@ -20,6 +20,7 @@ from crossdock.proto.v1 import worker_pb2
 from crossdock.router.config import HttpSettings
 
 LONG = "word " * 2500
+TEXT_PART = {"type": "text", "text": "x"}
 BAD = [
     (complete(prompt=""), "prompt", "empty"),
     (complete(prompt=[]), "prompt", "empty"),
@@ -183,13 +184,25 @@ async def test_what_changes_a_message_is_refused_by_name(rig: Rig) -> None:
         assert (status, answer["error"]["param"]) == (400, f"messages[1].{field}")
 
 
+async def test_what_changes_a_stream_is_refused_by_name(rig: Rig) -> None:
+    asked = complete(stream=True, stream_options={"continuous_usage_stats": True})
+    status, _, answer = await post(rig, *asked)
+    assert (status, answer["error"]["param"]) == (400, "stream_options.continuous_usage_stats")
+
+
 async def test_unknown_fields_are_ignored_or_refused_as_configured(tiny_model: Path) -> None:
     unknown = [
         ("tempreature", complete(tempreature=0.5)),
         ("messages[0].colour", chat(messages=[{"role": "user", "content": "x", "colour": 1}])),
+        ("stream_options.usage", complete(stream_options={"usage": True})),
+        (
+            "messages[0].content[0].colour",
+            chat(messages=[{"role": "user", "content": [TEXT_PART | {"colour": 1}]}]),
+        ),
     ]
     known = hello(max_tokens=1, user="me", metadata={"a": "b"}, store=False, tools=[])
-    known["messages"][0]["name"] = "Ann"
+    known["messages"][0] |= {"name": "Ann", "content": [TEXT_PART | {"cache_control": {}}]}
+    known["stream_options"] = {"include_usage": True, "include_obfuscation": False}
     for strict in (False, True):
         async with start_rig(tiny_model, http_options=HttpSettings(strict=strict)) as rig:
             for field, (path, body) in unknown:

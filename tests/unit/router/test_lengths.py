@@ -60,8 +60,8 @@ def test_streams_go_where_their_blocks_will_be_there(rng: random.Random) -> None
     for _ in range(100):
         view.ended("d0", "t", 160, 200)
     for name, running, free in (("d0", 10, 100), ("d1", 10, 900)):
-        report(view, name, running=running, free_blocks=free, **steps)
-    assert {predicted_latency(view, asked, 0.0, rng).decode for _ in range(20)} == {"d1"}
+        report(view, name, now=1.0, running=running, free_blocks=free, **steps)
+    assert {predicted_latency(view, asked, 1.0, rng).decode for _ in range(20)} == {"d1"}
 
 
 def test_a_prompt_goes_where_it_evicts_nothing(rng: random.Random) -> None:

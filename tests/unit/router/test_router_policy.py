@@ -380,6 +380,23 @@ def test_the_next_turn_of_a_chat_goes_to_the_decode_worker_that_has_the_last(
         assert placement.predicted_ttft_s == pytest.approx(0.048)
 
 
+def test_a_chat_stays_where_its_worker_alone_was_measured_lately(rng: random.Random) -> None:
+    """What a worker measured in the last turn is presumed of those that were idle meanwhile, too:
+    they are no quicker for having been looked at before that."""
+    view = two_and_two()
+    chat_on(view, "d1")
+    for name in ("p0", "p1"):
+        report(view, name, prefill_tokens_per_s=100_000.0)
+    for name in ("d0", "d1"):
+        report(view, name, step_base_s=0.001)
+    for turn in range(20):
+        now, step_s = turn / 10, 0.001 * (1 + turn)
+        asked = demand(480, local_tokens=64, output=100.0)
+        assert predicted_latency(view, asked, now, rng).prefill is None
+        report(view, "d1", now=now, running=1, step_base_s=step_s)
+        report(view, "d1", now=now, step_base_s=step_s)
+
+
 def test_a_decode_worker_computes_no_more_than_it_may(rng: random.Random) -> None:
     view = two_and_two()
     chat_on(view, "d1")
