@@ -1,6 +1,6 @@
-"""Names and types of vLLM's EngineArgs, with which manifests are checked where vLLM is not installed.
+"""Names and types of vLLM's EngineArgs, with which manifests are checked where there is no vLLM.
 
-python tools/vllm_args.py engine/vllm/engine_args.yaml    # writes those of the vLLM that is installed
+python tools/vllm_args.py engine/vllm/engine_args.yaml    # writes those of the installed one
 """
 
 from __future__ import annotations
