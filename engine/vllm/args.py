@@ -96,7 +96,7 @@ ONLY_1 = (
     "prefill_context_parallel_size",
     "tensor_parallel_size",
 )
-_TYPES = {
+_TYPES: Mapping[str | None, tuple[Any, str]] = {  # by its name in the table
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
