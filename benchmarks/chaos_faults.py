@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import math
 import os
 import random
 import signal
@@ -59,15 +60,17 @@ class Struck:
         return self.planned.event if self.aimed and not self.planned.delay_s else ""
 
 
-def plan(rng: random.Random, rounds: int) -> list[Planned]:
+def plan(rng: random.Random, rounds: float) -> list[Planned]:
     """In every round, at every event: each role killed and paused at it, the client gone at it and
-    soon after. Beyond that each role is killed soon after ten events, both workers after two."""
+    soon after. Beyond that each role is killed soon after ten events, both workers after two. Of a
+    part of a round so many of these, by chance."""
 
     def soon() -> float:
         return rng.choice((0.01, 0.05, 0.2)) * rng.random()
 
     made: list[Planned] = []
-    for _ in range(rounds):
+    whole = math.ceil(rounds)
+    for _ in range(whole):
         for event in EVENTS:
             over = event in ("last_token", "finished")  # nobody is left to go away soon after it
             delays = (0.0, 0.0 if over else soon())
@@ -80,7 +83,7 @@ def plan(rng: random.Random, rounds: int) -> list[Planned]:
             for index, event in enumerate(rng.sample(EVENTS, 10)):
                 made.append(Planned(Kind.KILL, event, role, delay_s=soon(), twice=index < 2))
     rng.shuffle(made)
-    return made
+    return made[: round(len(made) * rounds / whole)]
 
 
 @dataclass

@@ -46,8 +46,7 @@ import uvloop
 from gateway_cpu import STEP_S, Child
 
 from crossdock.deploy.home import crossdock_home
-from crossdock.model.config import load_config
-from crossdock.model.gguf_tokenizer import read_gguf_tokenizer
+from crossdock.model.export import export_model
 from crossdock.model.store import resolve
 from crossdock.proto.types import Role, WorkerEndpoint
 
@@ -339,38 +338,9 @@ def ours(model: str, home: Path, profile: str) -> Iterator[Front]:
 
 
 def write_peer_model(model: str, home: Path, folder: Path) -> None:
-    """The model's tokenizer and configuration as other servers read them, without weights, and the
-    pace of simulated workers as Dynamo's mockers read it: what our workers take, at any length."""
-    files = resolve(model, home)
-    parts, config = read_gguf_tokenizer(files.path), load_config(files)
-    folder.mkdir(parents=True, exist_ok=True)
-    parts.tokenizer.save(str(folder / "tokenizer.json"))
-    eos = parts.tokenizer.token_to_id(parts.special["eos_token"])
-    described = {
-        "config.json": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": config.architecture,
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "max_position_embeddings": config.context_length,
-            "bos_token_id": parts.tokenizer.token_to_id(parts.special["bos_token"]),
-            "eos_token_id": eos,
-            "torch_dtype": "float32",
-        },
-        "generation_config.json": {"eos_token_id": eos},
-        "tokenizer_config.json": {
-            **parts.special,
-            "chat_template": parts.template["default"],
-            "model_max_length": config.context_length,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        },
-    }
-    for name, content in described.items():
-        (folder / name).write_text(json.dumps(content, indent=2))
+    """The model as other servers read it, and the pace of simulated workers as Dynamo's mockers
+    read it: what our workers take, at any length."""
+    export_model(model, folder, home, force=True)
     ends = np.array([1.0, 1e9])  # of every grid: between them the pace is the same
     np.savez(
         folder / "pace.npz",

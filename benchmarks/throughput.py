@@ -14,6 +14,8 @@ import asyncio
 import contextlib
 import json
 import secrets
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,17 @@ def config(endpoint: str, options: argparse.Namespace, number: int) -> BenchConf
     )
 
 
-def measure(endpoints: dict[str, str], options: argparse.Namespace) -> dict[str, list[Run]]:
+def measure(
+    endpoints: dict[str, str],
+    options: argparse.Namespace,
+    turn: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> dict[str, list[Run]]:
+    """Each endpoint's rounds, by its name; a round is within its `turn`."""
     runs: dict[str, list[Run]] = {name: [] for name in endpoints}
     for number in range(options.rounds):
         for name, endpoint in endpoints.items():
-            report = asyncio.run(run_bench(config(endpoint, options, number)))
+            with turn(name):
+                report = asyncio.run(run_bench(config(endpoint, options, number)))
             runs[name].append(report.run)
             rate = report.results["output_throughput"]
             print(
@@ -95,6 +103,17 @@ def main() -> int:
 
 
 def show(results: dict[str, dict[str, Any]]) -> bool:
+    show_figures(results)
+    kept = True
+    for name, value_of, bound, kind in BOUNDS:
+        value = value_of(results["crossdock"])
+        holds = value >= bound if kind == "at least" else value <= bound
+        kept = kept and holds
+        print(f"{'ok  ' if holds else 'MISS'} {name}: {value:.3f}, {kind} {bound}")
+    return kept
+
+
+def show_figures(results: dict[str, dict[str, Any]]) -> None:
     for name, each in results.items():
         ttft, itl = each["ttft_s"], each["itl_s"]
         print(
@@ -108,13 +127,6 @@ def show(results: dict[str, dict[str, Any]]) -> bool:
         )
         print(f"TTFT p50 ratio {ours['ttft_s']['p50'] / theirs['ttft_s']['p50']:.2f}, ", end="")
         print(f"ITL p99 ratio {ours['itl_s']['p99'] / theirs['itl_s']['p99']:.2f}")
-    kept = True
-    for name, value_of, bound, kind in BOUNDS:
-        value = value_of(results["crossdock"])
-        holds = value >= bound if kind == "at least" else value <= bound
-        kept = kept and holds
-        print(f"{'ok  ' if holds else 'MISS'} {name}: {value:.3f}, {kind} {bound}")
-    return kept
 
 
 def arguments() -> argparse.Namespace:
@@ -122,6 +134,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--endpoint", default="", help="grpc://host:port of a running cluster")
     parser.add_argument("--peer", default="", help="http://host:port of an OpenAI server")
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    add_load(parser)
+    return parser.parse_args()
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """What is sent, and where the figures go."""
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--requests", type=int, default=32, help="a round")
     parser.add_argument("--concurrency", type=int, default=8)
@@ -129,7 +147,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31))
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -387,6 +387,12 @@ class ClusterSpec:
             return {"model.id": self.model.id}
         return {f"models.{name}.id": model.id for name, model in self.models.items()}
 
+    def any_family(self, source: str) -> bool:
+        """Whether all engines that serve the model of that field know more models than this
+        project."""
+        name = source.removeprefix("models.").removesuffix(".id") if self.models else ""
+        return all(pool.engine.any_family for pool in self.pools_by_model[name].values())
+
     @property
     def serving(self) -> Serving:
         """What clients may ask its gateways for, which may change while they run."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +15,7 @@ import yaml
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.model.store import KNOWN_MODELS, SIMULATED
 from crossdock.proto.errors import ConfigError
-from crossdock.proto.settings import check_settings
+from crossdock.proto.settings import check_settings, closest
 from crossdock.worker.config import EngineSettings, settings_of
 
 T = TypeVar("T")
@@ -119,6 +118,8 @@ class _Reader:
                 message = f"{node.value!r} is not allowed; one of {', '.join(named)}, or a mapping"
                 raise ConfigError(path, message, self._at(node))
             return named[node.value]
+        if kind is Any:
+            return self._plain(node, path)
         if kind is EngineSettings:
             kind = self._engine_settings(node, path)
         if is_dataclass(kind):
@@ -166,6 +167,16 @@ class _Reader:
         except ConfigError as error:
             raise ConfigError(_join(path, "kind"), error.message, self._at(named[0])) from None
 
+    def _plain(self, node: yaml.Node, path: str) -> Any:
+        """Somebody else's setting: whatever YAML has."""
+        if isinstance(node, yaml.MappingNode):
+            return {k: self.read(v, Any, _join(path, k)) for k, v in self._entries(node, path)}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(each, Any, f"{path}[{i}]") for i, each in enumerate(node.value)]
+        kinds = {"bool": bool, "int": int, "float": float}
+        tag = node.tag.removeprefix(_TAG)
+        return None if tag == "null" else self._scalar(node, kinds.get(tag, str), path)
+
     def _entries(self, node: yaml.Node, path: str) -> Iterable[tuple[str, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):
             message = f"must be a mapping, not {_describe(node)}"
@@ -198,10 +209,9 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]}?"
+def _suggest(word: str, known: Collection[str]) -> str:
+    if close := closest(word, known):
+        return f"did you mean {close}?"
     return f"known are {', '.join(known)}"
 
 

@@ -144,7 +144,7 @@ class Cluster:
             try:
                 if model_id in models.KNOWN_MODELS:
                     models.fetch(model_id, home, progress=self._say)
-                found = models.resolve(model_id, home)
+                found = models.resolve(model_id, home, self.spec.any_family(field))
                 load_text(found)  # shape, tokenizer and chat template: whatever is not supported
             except ModelError as error:
                 raise ModelError(f"{self._where(field)}: {field}: {error}") from None

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ class EngineSettings:
     """The YAML's `engine`; each kind adds fields of its own."""
 
     kind: str = setting()  # a name of registry.ENGINES, where it is documented
+    any_family: ClassVar[bool] = False  # whether it knows models that this project does not
 
     def check_kv_dtype(self, dtype: str) -> None:
         """Raises ConfigError where engines of this kind hold no such KV."""
@@ -58,6 +59,10 @@ class EngineConfig:
     kv_dtype: str = setting("auto", "Type of keys and values. auto: model.dtype.", choices=DTYPES)
     block_size: int = setting(16, "Tokens in one KV block.", choices=(8, 16, 32, 64, 128))
     kv_memory_mb: int = setting(512, "Size of one worker's KV pool, MB.", low=1, high=4_000_000)
+    max_batch: int = setting(64, "Most sequences in one engine step.", low=1, high=4096)
+    chunk_tokens: int = setting(
+        256, "Most prompt tokens computed in one engine step.", low=1, high=65_536
+    )
     kv_blocks: int = 0  # 0: as many as kv_memory_mb holds
     threads: int = setting(1, "CPU threads of the engine.", low=1, high=1024)
     home: Path = NOWHERE  # where fetched models and digests are

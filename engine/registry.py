@@ -14,6 +14,7 @@ from crossdock.proto.settings import setting
 ENGINES = {
     "native": "crossdock.engine.native.engine",
     "simulated": "crossdock.engine.simulated",
+    "vllm": "crossdock.engine.vllm.engine",
 }
 
 

@@ -68,6 +68,15 @@ class ModelConfig:
         return self.sliding_window or 0 if layer >= self.sliding_window_from else 0
 
 
+@dataclass(frozen=True)
+class TextLimits:
+    """What whoever only reads and writes a model's tokens knows of it, of any family."""
+
+    vocab_size: int
+    context_length: int  # tokens
+    eos_token_ids: tuple[int, ...]
+
+
 # The model without weights: END and the 256 bytes.
 _BYTES = ModelConfig(
     *("bytes", 257, 0, 0, 0, 0, 0, 0, 0.0, 0.0, True), context_length=262_144, eos_token_ids=(0,)
@@ -86,6 +95,33 @@ def load_config(files: ModelFiles) -> ModelConfig:
         config = _from_hf(files.path)
     _check(config, files.path)
     return config
+
+
+def load_limits(files: ModelFiles) -> TextLimits:
+    """Raises ModelError naming file and field for whatever is missing or wrong."""
+    if files.format != "hf":
+        config = load_config(files)
+        return TextLimits(config.vocab_size, config.context_length, config.eos_token_ids)
+    path = files.path / "config.json"
+    whole = read_json(path)
+    # Models of more than text keep what is of its own apart.
+    inner = whole.get("text_config")
+    raw = _Fields(whole | (inner if isinstance(inner, dict) else {}), path)
+    limits = TextLimits(
+        raw.integer("vocab_size"),
+        raw.integer("max_position_embeddings"),
+        _union(whole.get("eos_token_id"), raw.get("eos_token_id"), _generation_eos(files.path)),
+    )
+    for name in ("vocab_size", "context_length"):
+        if getattr(limits, name) < 1:
+            raise ModelError(f"{path}: {name}: {getattr(limits, name)} must be at least 1")
+    return limits
+
+
+def _generation_eos(folder: Path) -> int | list[int] | None:
+    path = folder / "generation_config.json"
+    found: int | list[int] | None = read_json(path).get("eos_token_id") if path.exists() else None
+    return found
 
 
 def _from_hf(folder: Path) -> ModelConfig:
@@ -112,8 +148,6 @@ def _from_hf(folder: Path) -> ModelConfig:
     layers = raw.integer("num_hidden_layers")
     rope_theta, rope_scaling = _hf_rope(raw)
     window, window_from = _hf_window(raw, architecture, layers)
-    generation_path = folder / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.exists() else {}
     return ModelConfig(
         architecture=architecture,
         vocab_size=raw.integer("vocab_size"),
@@ -131,7 +165,7 @@ def _from_hf(folder: Path) -> ModelConfig:
         **FAMILIES[architecture],
         sliding_window=window,
         sliding_window_from=window_from,
-        eos_token_ids=_union(raw.get("eos_token_id"), generation.get("eos_token_id")),
+        eos_token_ids=_union(raw.get("eos_token_id"), _generation_eos(folder)),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
 

@@ -30,7 +30,8 @@ MEMORY_BYTES = 512 << 20  # of all that is kept, beyond the tokenizer
 def main(model: str, home: str) -> None:
     """Answers until its input ends."""
     sys.setrecursionlimit(10_000)  # nesting is llguidance's to refuse
-    compiler = GrammarCompiler(load_text(resolve(model, Path(home))))
+    files = resolve(model, Path(home), any_family=True)
+    compiler = GrammarCompiler(load_text(files))
     assert compiler.tokenizer is not None
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES, hard))

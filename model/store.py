@@ -67,13 +67,14 @@ class ModelFiles:
     digest: str  # of the weights, see digest.py; hexadecimal
 
 
-def resolve(model_id: str, home: Path = NOWHERE) -> ModelFiles:
+def resolve(model_id: str, home: Path = NOWHERE, any_family: bool = False) -> ModelFiles:
     """Finds a known model that was fetched into `home`, a Hugging Face folder, or a .gguf file.
     SIMULATED is always there: a tokenizer of bytes without weights, for the simulated engine alone.
     Digests are remembered in `home`.
 
-    All but the values of its weights is checked. Raises ModelError naming the path and what is
-    wrong with it, or the tensor that is not supported.
+    All but the values of its weights is checked; `any_family`: not whether this project's own
+    engine knows what is in a folder. Raises ModelError naming the path and what is wrong with it,
+    or the tensor that is not supported.
     """
     if model_id == SIMULATED:
         return ModelFiles(SIMULATED, Path(SIMULATED), "bytes", "")
@@ -90,7 +91,7 @@ def resolve(model_id: str, home: Path = NOWHERE) -> ModelFiles:
         return _gguf_files(model_id, path, home)
     path = Path(model_id).expanduser()
     if path.is_dir():
-        return _folder_files(path.absolute(), home)
+        return _folder_files(path.absolute(), home, any_family)
     if path.is_file():
         return _gguf_files(path.stem, path.absolute(), home)
     raise ModelError(
@@ -116,7 +117,7 @@ def _gguf_files(model_id: str, path: Path, home: Path) -> ModelFiles:
     return _checked(files, home, {"model.gguf": path}, found, can_dequantize, gguf_name)
 
 
-def _folder_files(folder: Path, home: Path) -> ModelFiles:
+def _folder_files(folder: Path, home: Path, any_family: bool) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: config.json is missing; is this a Hugging Face model folder?")
     weights, named = weight_files(folder), weight_map(folder)
@@ -127,7 +128,10 @@ def _folder_files(folder: Path, home: Path) -> ModelFiles:
         if named.get(tensor, name) == name
     }
     others = {name: folder / name for name in ("config.json", INDEX) if (folder / name).is_file()}
-    return _checked(ModelFiles(folder.name, folder, "hf", ""), home, weights | others, found)
+    files = ModelFiles(folder.name, folder, "hf", "")
+    if any_family:
+        return _with_digest(files, home, weights | others)
+    return _checked(files, home, weights | others, found)
 
 
 def _checked(files: ModelFiles, home: Path, weights: Mapping[str, Path], *found: Any) -> ModelFiles:
@@ -136,6 +140,10 @@ def _checked(files: ModelFiles, home: Path, weights: Mapping[str, Path], *found:
     from crossdock.model.tensors import check_tensors
 
     check_tensors(files.path, load_config(files), *found)
+    return _with_digest(files, home, weights)
+
+
+def _with_digest(files: ModelFiles, home: Path, weights: Mapping[str, Path]) -> ModelFiles:
     with _reading(files.path):
         return replace(files, digest=weights_digest(weights, _records(home)))
 

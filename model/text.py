@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from crossdock.model.byte_tokenizer import byte_tokenizer
 from crossdock.model.chat_template import ChatTemplate
-from crossdock.model.config import load_config
+from crossdock.model.config import load_limits
 from crossdock.model.hf_tokenizer import read_hf_tokenizer
 from crossdock.model.plain_text import PlainText
 from crossdock.model.store import ModelFiles
@@ -131,7 +131,7 @@ class TextModel:
 @functools.lru_cache(maxsize=4)
 def load_text(files: ModelFiles) -> TextModel:
     """Reads tokenizer and chat template. Raises ModelError naming what is missing or wrong."""
-    config = load_config(files)
+    limits = load_limits(files)
     if files.format == "bytes":
         parts = byte_tokenizer()
     elif files.format == "gguf":
@@ -141,7 +141,7 @@ def load_text(files: ModelFiles) -> TextModel:
     else:
         parts = read_hf_tokenizer(files.path)
     template = ChatTemplate(parts.template, parts.special, str(files.path))
-    eos = set(config.eos_token_ids)
+    eos = set(limits.eos_token_ids)
     if (eos_id := parts.tokenizer.token_to_id(parts.special.get("eos_token", ""))) is not None:
         eos.add(eos_id)
     return TextModel(
@@ -149,6 +149,6 @@ def load_text(files: ModelFiles) -> TextModel:
         pieces=TokenBytes(parts.tokenizer, str(files.path)),
         template=template if parts.template else None,
         eos_token_ids=frozenset(eos),
-        vocab_size=config.vocab_size,
-        context_length=config.context_length,
+        vocab_size=limits.vocab_size,
+        context_length=limits.context_length,
     )

@@ -6,6 +6,7 @@ read, checked and documented from that declaration.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import ipaddress
 import math
@@ -58,6 +59,11 @@ def given(record: Any) -> dict[str, Any]:
     shared = [about for about in fields(record) if "of" in about.metadata]
     values = {about.metadata["of"]: getattr(record, about.name) for about in shared}
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def closest(word: str, known: Collection[str]) -> str:
+    """The known name that a misspelt one was meant to be; "" where none is like it."""
+    return "".join(difflib.get_close_matches(word, known, n=1, cutoff=0.6))
 
 
 def no_entries() -> Mapping[str, Any]:

@@ -65,7 +65,7 @@ class LoadedText:
     @classmethod
     def of(cls, source: str, home: Path) -> LoadedText:
         """Reads them; for a thread. Raises ModelError."""
-        files = resolve(source, home)
+        files = resolve(source, home, any_family=True)
         text = load_text(files)
         if text.template is not None:
             _ = text.template.takes_tools  # looked up once: parsing a template holds the loop

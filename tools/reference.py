@@ -16,7 +16,7 @@ from crossdock.worker.config import ENGINES, EngineSettings, settings_of
 
 BEGIN = "<!-- reference: made by tools/reference.py; edit deploy/spec.py instead -->"
 END = "<!-- end of reference -->"
-_NAMES = {str: "string", int: "whole number", float: "number", bool: "true or false"}
+_NAMES = {str: "string", int: "whole number", float: "number", bool: "true or false", Any: "value"}
 
 
 def reference() -> str:

@@ -63,10 +63,6 @@ class WorkerConfig(EngineConfig):
         "that its bytes are those sent as well; on a GPU that needs cupy.",
         choices=("fence", "checksum"),
     )
-    max_batch: int = setting(64, "Most sequences in one engine step.", low=1, high=4096)
-    chunk_tokens: int = setting(
-        256, "Most prompt tokens computed in one engine step.", low=1, high=65_536
-    )
     max_waiting: int = setting(1024, "Sequences that wait beside them.", low=1, high=1_000_000)
     host: str = "127.0.0.1"
     port: int = 0

@@ -14,7 +14,7 @@ from crossdock.engine.native.attention.ops import make_ops
 from crossdock.engine.native.batch import make_batch
 from crossdock.engine.native.kv_cache import KVCache
 from crossdock.engine.native.models.llama import LlamaModel
-from crossdock.engine.native.sampler import sample
+from crossdock.engine.native.sampler import sample_step
 from crossdock.engine.native.scorer import Scored, score
 from crossdock.engine.native.weights.load import load_weights
 from crossdock.kvcache.sequence import Chunk, SampledToken, Sequence, StepPlan
@@ -88,17 +88,8 @@ class ModelRunner(Engine):
         return KVCache.bytes_per_block(config, block_size, resolve_kv_dtype(kv_dtype, resolved))
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
-        sampled = [chunk.sequence for chunk in plan.chunks if chunk.sample]
-        masks = self._grammars.begin(sampled)
-        logits = self.logits(plan)
-        ready = masks.collect()
-        if len(ready) < len(sampled):
-            logits = logits[[place for place, _ in ready]]
-        rows = [sampled[place] for place, _ in ready]
-        drawn = dict(zip(map(id, rows), sample(logits, rows, [mask for _, mask in ready])))
-        return [
-            [drawn[key]] if (key := id(chunk.sequence)) in drawn else [] for chunk in plan.chunks
-        ]
+        masks = self._grammars.begin([chunk.sequence for chunk in plan.chunks if chunk.sample])
+        return sample_step(plan, self.logits(plan), masks)
 
     def logits(self, plan: StepPlan, every_token: bool = False) -> torch.Tensor:
         """As `run`, with all scores, but returns the logits: float32 [sampled chunks, or all

@@ -14,15 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossdock.engine.grammars import Mask
+from crossdock.engine.grammars import Mask, StepMasks
 from crossdock.engine.native.philox import uniform
-from crossdock.kvcache.sequence import SampledToken, Sequence
+from crossdock.kvcache.sequence import SampledToken, Sequence, StepPlan
 from crossdock.proto.types import SamplingParams
 
 _LOWEST = torch.finfo(torch.float32).min
 
 # Below this the distribution is one token for any logits of a model: drawn as greedy.
 LEAST_TEMPERATURE = 1e-5
+
+
+def sample_step(plan: StepPlan, logits: Tensor, masks: StepMasks) -> list[list[SampledToken]]:
+    """What follows each chunk of a plan, from the logits of those with `sample`, in their order:
+    nothing after those whose mask is not there in time. Raises GrammarFailed."""
+    sampled = [chunk.sequence for chunk in plan.chunks if chunk.sample]
+    ready = masks.collect()
+    if len(ready) < len(sampled):
+        logits = logits[[place for place, _ in ready]]
+    rows = [sampled[place] for place, _ in ready]
+    drawn = dict(zip(map(id, rows), sample(logits, rows, [mask for _, mask in ready])))
+    return [[drawn[key]] if (key := id(chunk.sequence)) in drawn else [] for chunk in plan.chunks]
 
 
 def sample(

@@ -130,7 +130,7 @@ def check_messages(
             _check_known(f"messages[{i}].", named)
             content = message.get("content")
             for j, each in enumerate(content if isinstance(content, list) else []):
-                named = each.keys() - part - A_PART_IGNORES if isinstance(each, dict) else ()
+                named = each.keys() - part - A_PART_IGNORES if isinstance(each, dict) else set()
                 _check_known(f"messages[{i}].content[{j}].", named)
 
 

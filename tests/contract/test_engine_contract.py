@@ -7,10 +7,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from engine_contract import (  # noqa: F401  (tests)
+    continued,
+    make,
+    sequence,
+    test_facts_layout_and_memory_agree,
+    test_prompts_are_scored_alike_in_any_chunks_and_blocks,
+    test_tokens_depend_on_the_prefix_and_on_the_kv_in_its_blocks,
+)
 from engines_kit import KEY, expected, simulated, start_engines
 from gateway_rig import ask, collect, ids_of
 from roles_kit import kv_of_tokens
@@ -18,122 +25,26 @@ from source_rules import ROOT, sources
 
 from crossdock.deploy.runtime import worker_launch
 from crossdock.deploy.spec import ClusterSpec
-from crossdock.engine import registry
-from crossdock.engine.contract import Engine, EngineConfig
+from crossdock.engine.contract import Engine
 from crossdock.engine.profiles import Profile
 from crossdock.engine.simulated import draw, weights
-from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
+from crossdock.kvcache.sequence import Chunk, StepPlan
 from crossdock.kvtransfer.layout import check_layouts, layout_hash
 from crossdock.proto.errors import ConfigError, LayoutMismatch
-from crossdock.proto.memory import region_sizes
 from crossdock.proto.types import Role, SamplingParams
 from crossdock.worker.config import WorkerConfig
 from crossdock.worker.peer_calls import met
 
-CONCRETE = ("crossdock.engine.native", "crossdock.engine.simulated")
+CONCRETE = ("crossdock.engine.native", "crossdock.engine.simulated", "crossdock.engine.vllm")
+
+
 BLOCK = 8
-
-
-def make(kind: str, model: object, **settings: object) -> Engine:
-    config = EngineConfig(
-        engine=registry.settings_of(kind)(kind=kind),
-        model=str(model),
-        **({"block_size": BLOCK, "kv_blocks": 12} | settings),  # type: ignore[arg-type]
-    )
-
-    def allocate(nbytes: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-        buffers.append(np.zeros(nbytes, np.uint8))
-        return buffers[-1], np.zeros(num_blocks, np.int64)
-
-    buffers: list[np.ndarray] = []
-    engine = registry.create(config, allocate)
-    engine.buffers = buffers  # type: ignore[attr-defined]
-    return engine
+PROMPT = [(7 * i) % 200 + 3 for i in range(2 * BLOCK + 5)]
 
 
 @pytest.fixture(params=["native", "simulated"])
 def engine(request: pytest.FixtureRequest, tiny_model: Path) -> Engine:
     return make(request.param, tiny_model)
-
-
-def sequence(ids: list[int], *blocks: int) -> Sequence:
-    params = SamplingParams(temperature=0.0)
-    return Sequence("s", list(ids), len(ids), params, block_table=list(blocks))
-
-
-def continued(engine: Engine, one: Sequence, tokens: int) -> list[int]:
-    """Runs the prompt in two chunks, then token by token."""
-    half = one.num_tokens // 2
-    assert engine.run(StepPlan((Chunk(one, 0, half, False),))) == [[]]
-    chunk = Chunk(one, half, one.num_tokens - half, True)
-    for _ in range(tokens):
-        ((token,),) = engine.run(StepPlan((chunk,)))
-        one.token_ids.append(token.token_id)
-        chunk = Chunk(one, one.num_tokens - 1, 1, True)
-    return one.token_ids[-tokens:]
-
-
-PROMPT = [(7 * i) % 200 + 3 for i in range(21)]
-
-
-def test_facts_layout_and_memory_agree(engine: Engine) -> None:
-    facts, layout, memory = engine.facts, engine.layout, engine.memory
-    assert (layout.model_id, layout.weights_digest) == (facts.model_id, facts.weights_digest)
-    assert (layout.block_size, memory.num_blocks) == (BLOCK, 12)
-    assert layout.regions == region_sizes(memory.regions)
-    assert [part.shape for part in memory.views] == [(12, each.nbytes) for each in memory.regions]
-    assert facts.vocab_size > 256 and facts.context_length == 2048 and facts.tokens_per_step == 1
-    engine.warmup()
-    assert not any(part.any() for part in memory.views)
-
-
-def test_tokens_depend_on_the_prefix_and_on_the_kv_in_its_blocks(engine: Engine) -> None:
-    right = continued(engine, sequence(PROMPT, 3, 1, 2, 5), 6)
-    assert continued(engine, sequence(PROMPT, 8, 9, 10, 11), 6) == right
-    assert continued(engine, sequence([*PROMPT[:-1], 9], 3, 1, 2, 5), 6) != right
-    # The same, on KV that was carried from one pool's blocks to others, and on KV that was not.
-    moved, parts = sequence(PROMPT, 0, 4, 6, 7), engine.memory.views
-    for part in parts:
-        part[[0, 4, 6]] = part[[8, 9, 10]]
-    ((token,),) = engine.run(StepPlan((Chunk(moved, len(PROMPT) - 1, 1, True),)))
-    assert token.token_id == right[0]
-    after = [part[6].copy() for part in parts]
-    for part in parts:
-        part[4] = 0
-    ((token,),) = engine.run(StepPlan((Chunk(moved, len(PROMPT) - 1, 1, True),)))
-    assert token.token_id != right[0] or any(
-        (part[6] != before).any() for part, before in zip(parts, after, strict=True)
-    )  # of the last position
-
-
-def scored(engine: Engine, blocks: tuple[int, ...], *lengths: int) -> list[tuple[Any, ...]]:
-    one = sequence(PROMPT, *blocks)
-    one.sampling = SamplingParams(max_tokens=0, prompt_logprobs=2)
-    found: list[tuple[Any, ...]] = []
-    for length in lengths:
-        other = Chunk(sequence(PROMPT[:8], 11), 0, 8, True)
-        chunk = Chunk.of(one, one.num_computed, length)
-        one.num_computed += length
-        _, drawn = engine.run(StepPlan((other, chunk)))
-        assert drawn == [] and other.scores is None
-        if (scores := chunk.scores) is not None:
-            assert scores.first == len(found) + 1
-            assert scores.top_ids.shape == scores.top_logprobs.shape == (scores.count, 2)
-            tops = zip(scores.top_ids.tolist(), scores.top_logprobs.tolist())
-            found += zip(scores.logprobs.tolist(), scores.ranks.tolist(), tops)
-    return found
-
-
-def test_prompts_are_scored_alike_in_any_chunks_and_blocks(engine: Engine) -> None:
-    """Each token by all that comes before it and nothing else; the first by nothing."""
-    whole = scored(engine, (3, 1, 2), 21)
-    assert len(whole) == len(PROMPT) - 1
-    for found in (scored(engine, (8, 9, 10), 8, 5, 7, 1), scored(engine, (3, 1, 2), 1, 20)):
-        for (logprob, rank, (ids, values)), right in zip(found, whole, strict=True):
-            assert (rank, ids) == (right[1], right[2][0])
-            assert [logprob, *values] == pytest.approx([right[0], *right[2][1]], abs=1e-4)
-            assert logprob <= values[0] and values == sorted(values, reverse=True)
-            assert (rank == 1) == (logprob == values[0])
 
 
 @pytest.mark.parametrize("blocks", [(3, 9, 2, 5), (1, 3, 2, 5), (3, 3, 2, 5), (3, 0, 2, 5)])
@@ -206,7 +117,7 @@ kv: {transport: local, lease_s: 7}
 """
 
 WRONG = [
-    ("kind: simulated, profile", "kind: vllm, profile", 6, "pools.prefill.engine.kind", "native"),
+    ("kind: simulated, profile", "kind: sglang, profile", 6, "pools.prefill.engine.kind", "native"),
     ("profile: cpu-135m", "profile: tpu", 6, "pools.prefill.engine.profile", "instant, cpu-135m"),
     ("profile: cpu-135m", "speed: 1", 6, "pools.prefill.engine.speed", "unknown field"),
     ("decode_s: 0.01", "decode_s: -1", 11, "pools.decode.engine.profile.decode_s", "from 0 to 60"),

@@ -125,7 +125,8 @@ class Cluster:
 
     def start_gateway(self) -> str:
         """Returns its gRPC address, once it is ready. The newest serves; others may be dead."""
-        gateway = Process("gateway", name=f"g{len(self.gateways)}", model=self._model)
+        same = {name: self._settings[name] for name in ("block_size",) if name in self._settings}
+        gateway = Process("gateway", name=f"g{len(self.gateways)}", model=self._model, **same)
         self.gateways.append(gateway)
         self.grpc, self.http = gateway.answer()
         gateway.ask(members=self._members())

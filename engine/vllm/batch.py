@@ -1,0 +1,115 @@
+"""What vLLM's model runner is told of a step, and what it knows from the one before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
+
+_GREEDY = SamplingParams(temperature=0.0)  # tokens are not drawn by vLLM
+
+
+@dataclass
+class _Known:
+    """How much of a sequence the runner has."""
+
+    request_id: str
+    sent: int  # tokens that it began with
+    tokens: int
+    blocks: list[int]
+
+
+class RunnerBatch:
+    """The sequences of the last step, which are rows of the runner's persistent batch. All others
+    it has forgotten: to go on with them, or on other blocks, they are sent anew."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._known: dict[Sequence, _Known] = {}
+        self._gone: set[str] = set()  # that the runner has and this has not
+        self._ids = count()
+
+    def begin(self, plan: StepPlan) -> SchedulerOutput:
+        """Each sequence has one chunk. Once the step is computed, `rows` says where."""
+        new: list[NewRequestData] = []
+        cached = CachedRequestData.make_empty()
+        last, self._known = self._known, {}
+        scheduled: dict[str, int] = {}
+        for chunk in plan.chunks:
+            known = last.get(chunk.sequence)
+            if known is not None and self._go_on(known, chunk, cached):
+                del last[chunk.sequence]
+            else:
+                known = self._send(chunk, new)
+            self._known[chunk.sequence] = known
+            scheduled[known.request_id] = chunk.length
+        self._gone.update(known.request_id for known in last.values())
+        step = SchedulerOutput.make_empty()
+        step.scheduled_new_reqs, step.scheduled_cached_reqs = new, cached
+        step.num_scheduled_tokens = scheduled
+        step.total_num_scheduled_tokens = plan.num_tokens
+        step.finished_req_ids, self._gone = self._gone, set()
+        return step
+
+    def rows(self, plan: StepPlan) -> np.ndarray:
+        """int64 [chunks]: the row of each in the runner's batch."""
+        index, known = self._runner.input_batch.req_id_to_index, self._known
+        return np.array([index[known[chunk.sequence].request_id] for chunk in plan.chunks])
+
+    def forget(self) -> None:
+        """After a step that raised: what the runner has may be half done."""
+        self._gone = {*self._runner.requests, *self._runner.input_batch.req_id_to_index}
+        self._known = {}
+
+    def _send(self, chunk: Chunk, new: list[NewRequestData]) -> _Known:
+        sequence = chunk.sequence
+        tokens, blocks = list(sequence.token_ids), list(sequence.block_table)
+        known = _Known(str(next(self._ids)), len(tokens), len(tokens), blocks)
+        new.append(
+            NewRequestData(
+                req_id=known.request_id,
+                prompt_token_ids=tokens,
+                mm_features=[],
+                sampling_params=_GREEDY,
+                pooling_params=None,
+                block_ids=(list(blocks),),
+                num_computed_tokens=chunk.start,
+                lora_request=None,
+            )
+        )
+        return known
+
+    def _go_on(self, known: _Known, chunk: Chunk, cached: CachedRequestData) -> bool:
+        """Tells the runner what is new. False: it cannot go on with what it has."""
+        table, have = chunk.sequence.block_table, len(known.blocks)
+        more: tuple[list[int], ...] | None = None
+        if table != known.blocks:
+            if table[:have] != known.blocks:
+                return False
+            known.blocks.extend(table[have:])
+            more = (table[have:],)
+        self._append(known, chunk.sequence.token_ids)
+        cached.req_ids.append(known.request_id)
+        cached.new_block_ids.append(more)
+        cached.num_computed_tokens.append(chunk.start)
+        cached.num_output_tokens.append(known.tokens - known.sent)
+        return True
+
+    def _append(self, known: _Known, token_ids: list[int]) -> None:
+        """The tokens that came since, in place of those that the runner would have drawn."""
+        start, end = known.tokens, len(token_ids)
+        if start == end:
+            return
+        batch, more = self._runner.input_batch, token_ids[start:]
+        row = batch.req_id_to_index[known.request_id]
+        batch.token_ids_cpu[row, start:end] = more
+        batch.is_token_ids[row, start:end] = True
+        batch.num_tokens_no_spec[row] = end
+        self._runner.requests[known.request_id].output_token_ids.extend(more)
+        known.tokens = end

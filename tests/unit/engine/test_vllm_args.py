@@ -1,0 +1,124 @@
+"""What a manifest may say of a vllm engine, checked where vLLM is not installed."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from crossdock.deploy.spec import ClusterSpec
+from crossdock.engine.vllm.args import INSTEAD, ONLY_1, REFUSED, check_args, known_args
+from crossdock.proto.errors import ConfigError
+
+TEXT = """\
+apiVersion: crossdock/v1
+kind: Cluster
+metadata: {name: any}
+model: {id: some-folder}
+pools:
+  prefill: {role: prefill, engine: {kind: vllm}}
+  decode:
+    role: decode
+    engine:
+      kind: vllm
+      args:
+        max_model_len: 4096
+        trust_remote_code: true
+        cpu_offload_gb: 2
+        quantization: null
+        load_format: "dummy"
+        kv_cache_dtype: fp8
+        ignore_patterns: ["*.bin", original]
+        hf_overrides: {rope_scaling: {factor: 2.5}, layers: [1, two, null]}
+kv: {block_size: 32}
+"""
+SAID = {
+    "max_model_len": 4096,
+    "trust_remote_code": True,
+    "cpu_offload_gb": 2,
+    "quantization": None,
+    "load_format": "dummy",
+    "kv_cache_dtype": "fp8",
+    "ignore_patterns": ["*.bin", "original"],
+    "hf_overrides": {"rope_scaling": {"factor": 2.5}, "layers": [1, "two", None]},
+}
+
+
+def test_arguments_are_as_the_manifest_says_them_by_pool() -> None:
+    spec = ClusterSpec.parse(TEXT)
+    assert spec.pools["decode"].engine.args == SAID
+    assert spec.pools["prefill"].engine.args == {}
+    assert ClusterSpec.parse(spec.to_yaml()) == spec
+    assert pickle.loads(pickle.dumps(spec.pools["decode"].engine)).args == SAID
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_model_length", "8", "no such field; did you mean max_model_len?"),
+        ("zzz", "8", "vLLM's EngineArgs have no such field"),
+        ("max_model_len", "4k", "'4k' is not allowed; must be a whole number or null"),
+        ("max_model_len", "true", "true is not allowed; must be a whole number or null"),
+        ("max_model_len", "2.5", "2.5 is not allowed; must be a whole number or null"),
+        ("trust_remote_code", "1", "1 is not allowed; must be true or false"),
+        ("load_format", "[a]", "['a'] is not allowed; must be a string"),
+        ("hf_overrides", "7", "7 is not allowed; must be a mapping"),
+        ("safetensors_load_strategy", "soon", "'soon' is not allowed; must be one of lazy, eager"),
+        ("model", "x", "is not of args; say it with model.id"),
+        ("tokenizer_mode", "hf", "say it with model.id"),
+        ("block_size", "32", "say it with kv.block_size"),
+        ("num_gpu_blocks_override", "9", "say it with pools.NAME.kv_memory_mb"),
+        ("max_num_seqs", "9", "say it with pools.NAME.max_batch"),
+        ("max_num_batched_tokens", "9", "say it with pools.NAME.chunk_tokens"),
+        ("kv_transfer_config", "{}", "say it with kv.transport"),
+        ("seed", "1", "say it with the seed of a request"),
+        ("enable_prefix_caching", "false", "is not of args: Crossdock does that"),
+        ("scheduling_policy", "fcfs", "is not of args: Crossdock does that"),
+        ("speculative_config", "{}", "a step draws one token"),
+        ("enable_lora", "true", "requests cannot name adapters"),
+        ("limit_mm_per_prompt", "{}", "what is served here is text"),
+        ("data_parallel_rank", "0", "say pools.NAME.replicas"),
+        ("pipeline_parallel_size", "2", "2 is not allowed; a vllm engine has 1"),
+        ("data_parallel_size", "true", "true is not allowed; a vllm engine has 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_field_and_line(name: str, value: str, message: str) -> None:
+    lines = [line for line in TEXT.splitlines() if not line.startswith(f"        {name}:")]
+    lines.insert(lines.index("      args:") + 1, f"        {name}: {value}")
+    text = "\n".join(lines)
+    with pytest.raises(ConfigError) as caught:
+        ClusterSpec.parse(text, "c.yaml")
+    assert caught.value.field == f"pools.decode.engine.args.{name}"
+    assert message in caught.value.message
+    line = 1 + text.splitlines().index(f"        {name}: {value}")
+    assert caught.value.where == f"c.yaml:{line}"
+
+
+def test_what_is_nested_in_them_is_yaml_as_well() -> None:
+    twice = TEXT.replace("{factor: 2.5}", "{factor: 2.5, factor: 3}")
+    with pytest.raises(ConfigError, match=r"rope_scaling\.factor: is given twice"):
+        ClusterSpec.parse(twice)
+    dated = TEXT.replace("factor: 2.5", "factor: 2026-01-01")
+    with pytest.raises(ConfigError, match=r"rope_scaling\.factor: .*quote it"):
+        ClusterSpec.parse(dated)
+
+
+def test_one_of_each_is_what_there_is() -> None:
+    check_args("args", dict.fromkeys(ONLY_1, 1))
+
+
+def test_what_is_refused_is_vllms() -> None:
+    from fnmatch import filter as matching
+
+    known = list(known_args())
+    assert not [name for name in (*INSTEAD, *REFUSED, *ONLY_1) if not matching(known, name)]
+
+
+def test_manifests_are_checked_without_vllm() -> None:
+    code = (
+        "import sys; from crossdock.deploy.spec import ClusterSpec; "
+        f"ClusterSpec.parse({TEXT!r}); sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
