@@ -14,7 +14,7 @@ from crossdock.router.placement.view import ClusterView
 FIRST_PART = 0.7  # before anything was learned
 LEAST_PART, MOST_PART = 0.3, 0.95
 NEAR = 0.5  # of the time until its deadline, from which on a prediction is learned from
-QUANTILE = 0.25  # of first tokens come in a smaller part of the time that was predicted
+QUANTILE = 0.10  # of first tokens come in a smaller part of the time that was predicted
 STEP = 0.02  # by which one that does moves it, relative
 
 
