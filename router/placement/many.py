@@ -79,8 +79,8 @@ class ManyWorkers:
         held = prefills.depth[prefills.usable].max()
         ahead = side.depth > held
         if held and demand.answered_by:
-            rows = side.rows([demand.answered_by])
-            ahead[rows] |= side.depth[rows] == held
+            last = side.rows([demand.answered_by])
+            ahead[last] |= side.depth[last] == held
         able = side.usable & ahead
         if not np.count_nonzero(able):
             return []
