@@ -179,7 +179,7 @@ class Outcome:
         ends, kills = self.ends(), self.kills
         never = sum(each.end is None for each in self.asked)
         part = min(1, self.rounds)
-        requests, faults, each_role = (int(m * part) for m in (MIN_REQUESTS, MIN_FAULTS, MIN_KILLS))
+        requests, faults = int(MIN_REQUESTS * part), int(MIN_FAULTS * part)
         missing = self.not_struck() if part == 1 else []
         checks = {
             f"{len(self.asked)} requests of {requests}": len(self.asked) < requests,
@@ -190,10 +190,9 @@ class Outcome:
             f"faults that found no place: {self.missed[:5]}": bool(self.missed),
             f"nobody struck: {', '.join(missing)}": bool(missing),
         }
-        for role in ROLES:
-            checks[f"{kills[role]} kills of {role} workers of {each_role}"] = (
-                kills[role] < each_role
-            )
+        for role in ROLES if part == 1 else ():
+            few = kills[role] < MIN_KILLS
+            checks[f"{kills[role]} kills of {role} workers of {MIN_KILLS}"] = few
         found = [text for text, fails in checks.items() if fails]
         errors = [f"{e.request}: {e.error}" for e in self.asked if e.end in (End.FAILED, End.HUNG)]
         return [*found, *self.wrong(), *errors, *self.unsettled]

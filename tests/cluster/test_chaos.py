@@ -180,3 +180,4 @@ def test_a_plan_aims_every_kind_at_every_event_and_is_the_seeds_own() -> None:
     assert made == plan(random.Random(1), 1) != plan(random.Random(2), 1)
     assert all(0.5 <= p.pause_s <= 6.0 for p in made if p.kind is Kind.PAUSE)
     assert len(plan(random.Random(1), 3)) == 3 * len(made)
+    assert plan(random.Random(1), 0.5) == made[: len(made) // 2]
