@@ -30,7 +30,7 @@ class Columns:
 
     def __init__(self) -> None:
         self.workers: list[WorkerView] = []  # by row
-        self._rows: dict[WorkerView, int] = {}
+        self._rows: dict[str, int] = {}  # by name
         # No worker holds less, is stale before or well later than:
         self._holds, self._fresh_until, self._well_from = INFINITE, INFINITE, -INFINITE
         self._make_room(FIRST_ROWS)
@@ -45,7 +45,7 @@ class Columns:
         self._seat(worker, len(self.workers) - 1)
 
     def remove(self, worker: WorkerView) -> None:
-        row, last = self._rows.pop(worker), self.workers.pop()
+        row, last = self._rows.pop(worker.name), self.workers.pop()
         if last is not worker:
             self.workers[row] = last
             self._seat(last, row)
@@ -53,7 +53,7 @@ class Columns:
 
     def put(self, worker: WorkerView) -> None:
         """Its numbers have changed."""
-        row, numbers = self._rows[worker], worker.numbers
+        row, numbers = self._rows[worker.name], worker.numbers
         for column, number in zip(self._cells, numbers):
             column[row] = number
         self._holds = min(self._holds, numbers.most_tokens)
@@ -78,15 +78,14 @@ class Columns:
 
     def rows(self, names: Iterable[str]) -> list[int]:
         """Of the workers of these names that are here."""
-        wanted = set(names)
-        return [row for row, worker in enumerate(self.workers) if worker.name in wanted]
+        return [self._rows[name] for name in names if name in self._rows]
 
     def of_slots(self, by_slot: Floats | None) -> Floats:
         """Of one number a slot those of these workers; None: 0 for all."""
         return NOTHING if by_slot is None else by_slot[self._slots[: len(self.workers)]]
 
     def _seat(self, worker: WorkerView, row: int) -> None:
-        self._rows[worker] = row
+        self._rows[worker.name] = row
         self._slots[row] = worker.slot
         self.put(worker)
         self.__dict__.pop("numbers", None)

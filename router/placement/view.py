@@ -81,14 +81,14 @@ class ClusterView:
     def reported(self, worker: WorkerView, load: LoadReport, now: float) -> None:
         """A worker said how it stands; work placed there that it has counted is counted no more."""
         worker.reported(load, now)
-        if worker.role is not Role.DECODE:
-            self.token_s = worker.speeds.prefill.line.slope
         if self.workers.get(worker.facts.name) is worker:  # else its stream is about to end
             self._put(worker)
         if worker.speeds.renew(now):
             for other in self.workers.values():
                 if other.speeds is worker.speeds:
                     self._touch(other)
+        if worker.role is not Role.DECODE:
+            self.token_s = worker.speeds.prefill.line.slope
 
     def transferred(self, prefill: str, decode: str, nbytes: int, seconds: float) -> None:
         """A pull between the two was measured."""

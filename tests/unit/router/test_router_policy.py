@@ -55,6 +55,13 @@ def test_a_new_worker_is_presumed_as_fast_as_its_pool(rng: random.Random) -> Non
     assert predicted_latency(view, demand(100), 0.0, rng).decode == "d1"
 
 
+def test_what_was_first_measured_of_prompts_is_known_at_once() -> None:
+    view = ClusterView()
+    connect(view, "p0", Role.PREFILL)
+    report(view, "p0", prefill_tokens_per_s=100.0)
+    assert view.token_s == pytest.approx(0.01)
+
+
 def test_a_slower_worker_needs_a_shorter_queue(rng: random.Random) -> None:
     view, asked = two_and_two(), demand(1000)
     report(view, "p0", prefill_tokens_per_s=250.0, queued_tokens=10)
