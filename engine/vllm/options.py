@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from crossdock.engine.contract import EngineConfig
 from crossdock.engine.vllm.engine import Settings
 from crossdock.model.store import ModelFiles
-from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
+from crossdock.proto.errors import ConfigError, ModelError
 
 # The runner's logits are read from its own state: one process, one version of it.
 ENVIRONMENT = {
@@ -20,7 +20,6 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
-ALONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 def vllm_config(config: EngineConfig, files: ModelFiles) -> VllmConfig:
@@ -34,16 +33,8 @@ def vllm_config(config: EngineConfig, files: ModelFiles) -> VllmConfig:
     settings = config.engine
     assert isinstance(settings, Settings)
     args = {"enforce_eager": current_platform.is_cpu()} | dict(settings.args)
-    for name in ALONE:
-        if args.get(name, 1) != 1:
-            raise ConfigError(f"engine.args.{name}", f"{args[name]!r} is not supported here: 1")
-    own = _own(config, files)
-    if taken := sorted(own.keys() & args.keys()):
-        raise ConfigError(f"engine.args.{taken[0]}", "is not of args: Crossdock sets it")
     try:
-        return EngineArgs(**args, **own).create_engine_config()
-    except CrossdockError:
-        raise
+        return EngineArgs(**args, **_own(config, files)).create_engine_config()
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{files.path}: vLLM: {error}") from error
 
