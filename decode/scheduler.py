@@ -105,6 +105,10 @@ class DecodeScheduler(Scheduler):
         sequence.num_computed = chunk.end + (taken - 1 if chunk.sample else 0)
         block_tables.seal_full(self._pool, sequence)
 
+    def ended(self, sequence: Sequence) -> None:
+        """It has ended well, and is about to be removed: who goes on with it finds all of it."""
+        block_tables.keep_tail(self._pool, sequence)
+
     def _uncomputed(self) -> Iterator[tuple[int, Sequence]]:
         yield from ((self._cached(s), s) for s in self._waiting if s not in self._remote)
         yield from ((s.num_computed, s) for s in self._running if s.num_uncomputed > 1)
@@ -115,7 +119,8 @@ class DecodeScheduler(Scheduler):
             return False
         reusable = self._remote.get(sequence, sequence.reusable)  # all of a pulled one is computed
         step = block_tables.blocks_for(1 + self._lookahead, self._pool.block_size)
-        return block_tables.take(self._pool, sequence, reusable, spare=step * batch)
+        here = sequence not in self._remote
+        return block_tables.take(self._pool, sequence, reusable, spare=step * batch, tail=here)
 
     def _reserves_early(self, sequence: Sequence) -> bool:
         """Its prompt is still being computed elsewhere: token 0 is not known."""

@@ -10,6 +10,10 @@ another used block has the same hash, that one is cached instead and the first b
 
 Presence is monotone: a block is cached only while its parent is. So blocks are evicted leaves
 first, the least recently used leaf first.
+
+A block that a sequence left in part can be kept as the tail of its last full one (`keep_tail`), for
+who goes on with the same tokens: a chat's next turn. It is a leaf like others, but nobody else's
+business: no event tells of it, and who takes it is its next owner.
 """
 
 from __future__ import annotations
@@ -71,6 +75,7 @@ class BlockPool:
         self._twins: dict[bytes, list[int]] = {}  # used blocks with the hash of a cached one
         self._parent: dict[bytes, bytes | None] = {}
         self._children: dict[bytes, set[bytes]] = {}  # only of hashes that have some
+        self._tails: dict[bytes, tuple[int, ...]] = {}  # tokens, by what _tail_of has for a hash
         # Eviction order: (time of last use, id), with stale entries skipped when they come up.
         self._leaves: list[tuple[int, int]] = []
         self._last_use = [0] * num_blocks
@@ -152,6 +157,37 @@ class BlockPool:
             self._cache_instead(block_hash, cached, block_id)
             self._free.put((cached,))
 
+    def keep_tail(self, block_id: int, parent: bytes, token_ids: Sequence[int]) -> None:
+        """When the caller releases this block of its, which holds just these tokens after the block
+        hashed `parent`, it stays for who goes on with them, in place of another tail there."""
+        if not token_ids or parent not in self._cached or self._hash_of[block_id] is not None:
+            return
+        tail = _tail_of(parent)
+        before = self._cached.get(tail)
+        if before is not None:
+            if self._references[before]:
+                return
+            self._num_evictable -= 1
+            self._uncache(tail)
+            self._free.put((before,))
+        self._tails[tail] = tuple(token_ids)
+        self._hash_of[block_id] = tail
+        self._store(tail, parent, block_id)
+
+    def acquire_tail(self, parent: bytes, token_ids: Sequence[int]) -> tuple[int, int] | None:
+        """The block that was kept after the block hashed `parent`, if it holds the first of these
+        tokens, and how many: the caller is its new owner, with one reference, and fills it on."""
+        tail = _tail_of(parent)
+        kept = self._tails.get(tail, ())
+        block = self._cached.get(tail)
+        if block is None or self._references[block] or tuple(token_ids[: len(kept)]) != kept:
+            return None
+        self._num_evictable -= 1
+        self._uncache(tail)
+        self.generations[block] += 1
+        self._references[block] = 1
+        return block, len(kept)
+
     # -- ownership -----------------------------------------------------------------------------
 
     def allocate(self, n: int, after: int | None = None) -> list[int]:
@@ -199,12 +235,15 @@ class BlockPool:
     def snapshot(self) -> tuple[int, list[BlockEvent]]:
         """Every cached block as a stored event, parents first, numbered so that first + len(events)
         is the next event's number. Those not yet drained are part of it: drain before."""
-        events: list[BlockEvent] = [(True, block_hash) for block_hash in self._cached]
+        known = (block_hash for block_hash in self._cached if block_hash not in self._tails)
+        events: list[BlockEvent] = [(True, block_hash) for block_hash in known]
         return self._next_event - len(events), events
 
     # -- block hashes --------------------------------------------------------------------------
 
     def _emit(self, stored: bool, block_hash: bytes) -> None:
+        if block_hash in self._tails:
+            return
         self._events.append((stored, block_hash))
         self._next_event += 1
 
@@ -230,6 +269,7 @@ class BlockPool:
                 if self._references[block] == 0:
                     self._push_leaf(block)
         self._emit(False, block_hash)
+        self._tails.pop(block_hash, None)
 
     def _cache_instead(self, block_hash: bytes, old: int, new: int) -> None:
         self._hash_of[old] = None
@@ -351,11 +391,17 @@ class BlockPool:
         for block, known in enumerate(self._hash_of):
             if known is not None and self._cached.get(known) != block:
                 _check(block in self._twins.get(known, ()), f"block {block} has a lost hash")
+        _check(self._tails.keys() <= self._cached.keys(), "a tail is lost")
         twins = [(key, block) for key, blocks in self._twins.items() for block in blocks]
         for key, block in twins:
             _check(self._hash_of[block] == key, f"block {block} is a twin of nothing")
             cached = self._cached[key]
             _check(self._references[cached] > 0, f"unused cached block beside {block}")
+
+
+def _tail_of(block_hash: bytes) -> bytes:
+    """What a tail after this block is cached under: no block's hash."""
+    return block_hash + b"tail"
 
 
 def _check(ok: bool, message: str) -> None:

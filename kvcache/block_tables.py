@@ -22,15 +22,24 @@ def uncached(pool: BlockPool, sequence: Sequence) -> int:
 
 
 def take(
-    pool: BlockPool, sequence: Sequence, max_cached: int, *, spare: int = 0, lookahead: int = 0
+    pool: BlockPool,
+    sequence: Sequence,
+    max_cached: int,
+    *,
+    spare: int = 0,
+    lookahead: int = 0,
+    tail: bool = False,
 ) -> bool:
     """Gives a sequence blocks for all its tokens and `lookahead` more, up to `max_cached` tokens
-    from the prefix cache. False, and takes nothing, unless `spare` blocks stay available."""
+    from the prefix cache; with a `tail` of them, for who computes what follows. False, and takes
+    nothing, unless `spare` blocks stay available."""
     num_tokens = sequence.num_tokens + lookahead
     needed = min(blocks_for(num_tokens, pool.block_size), pool.num_blocks)
     if not pool.fits(sequence.block_hashes[: max_cached // pool.block_size], needed + spare):
         return False
     attach_prefix(pool, sequence, max_cached)
+    if tail:
+        attach_tail(pool, sequence, max_cached)
     grow(pool, sequence, num_tokens)
     return True
 
@@ -41,6 +50,28 @@ def attach_prefix(pool: BlockPool, sequence: Sequence, max_tokens: int) -> None:
     sequence.block_table = hits
     sequence.num_sealed = len(hits)
     sequence.num_computed = sequence.num_cached = len(hits) * pool.block_size
+
+
+def attach_tail(pool: BlockPool, sequence: Sequence, max_tokens: int) -> None:
+    """Takes, after its cached blocks, the part of a block that was kept after them, where that
+    holds the sequence's next tokens, up to `max_tokens` in all."""
+    full = sequence.num_sealed
+    cached = full * pool.block_size
+    if full:
+        rest = sequence.token_ids[cached : min(max_tokens, cached + pool.block_size)]
+        if found := pool.acquire_tail(sequence.block_hashes[full - 1], rest):
+            block, tokens = found
+            sequence.block_table.append(block)
+            sequence.num_computed = sequence.num_cached = cached + tokens
+
+
+def keep_tail(pool: BlockPool, sequence: Sequence) -> None:
+    """Of a sequence that is about to be released: the tokens after its last full block are kept for
+    who goes on with them."""
+    full = sequence.num_sealed
+    tokens = sequence.token_ids[full * pool.block_size : sequence.num_computed]
+    if full and tokens:
+        pool.keep_tail(sequence.block_table[full], sequence.block_hashes[full - 1], tokens)
 
 
 def grow(pool: BlockPool, sequence: Sequence, num_tokens: int) -> None:

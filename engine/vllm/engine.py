@@ -16,7 +16,7 @@ from crossdock.proto.settings import no_entries, setting
 if TYPE_CHECKING:
     from crossdock.engine.vllm.runner import VllmEngine
 
-INSTALL = 'vLLM is not installed here: pip install "crossdock[vllm]", or make vllm for a CPU'
+INSTALL = """vLLM is not installed here: make vllm, or "vLLM's models" in docs/operations.md"""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,42 @@ def test_free_runs_against_a_set():
 # -- the pool, by example --------------------------------------------------------------------
 
 
+def test_a_tail_is_for_who_goes_on_with_its_tokens():
+    pool = BlockPool(4, BLOCK)
+    hashes = hashes_of(1, 2)
+    table = fill(pool, hashes) + pool.allocate(1)
+    pool.drain_events()
+    pool.keep_tail(table[2], hashes[1], [7, 8])
+    assert pool.acquire_tail(hashes[1], [7, 8, 9]) is None, "it is still used"
+    pool.release(table)
+    assert (pool.num_free, pool.num_evictable) == (1, 3)
+    assert stored(pool) == hashes and pool.drain_events()[1] == []
+    assert pool.acquire_tail(hashes[1], [7]) is None
+    assert pool.acquire_tail(hashes[1], [7, 9, 8]) is None
+    assert pool.acquire_tail(hashes[0], [7, 8]) is None
+    pool.acquire_prefix(hashes)
+    generation = pool.generations[table[2]]
+    assert pool.acquire_tail(hashes[1], [7, 8, 9]) == (table[2], 2)
+    assert pool.generations[table[2]] == generation + 1
+    assert pool.acquire_tail(hashes[1], [7, 8, 9]) is None, "it has an owner"
+    pool.check_integrity([table])
+
+
+def test_a_newer_tail_takes_the_place_of_an_older_and_goes_before_its_parent():
+    pool = BlockPool(4, BLOCK)
+    hashes = hashes_of(1)
+    table = fill(pool, hashes) + pool.allocate(2)
+    for block, tokens in zip(table[1:], ([5], [6])):
+        pool.keep_tail(block, hashes[0], tokens)
+        pool.release([block])
+    assert (pool.num_free, pool.num_evictable) == (2, 1)
+    pool.release(table[:1])
+    pool.release(pool.allocate(3))
+    assert pool.peek_prefix(hashes) == 1 and pool.num_evictable == 1
+    assert pool.acquire_tail(hashes[0], [6]) is None
+    pool.check_integrity()
+
+
 def test_prefix_is_reused_and_counted():
     pool = BlockPool(8, BLOCK)
     hashes = hashes_of(1, 2, 3)

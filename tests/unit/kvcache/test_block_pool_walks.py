@@ -141,6 +141,7 @@ class Sequences(RuleBasedStateMachine):
 
 
 short_chains = st.lists(st.integers(0, 1), min_size=1, max_size=3)
+tails = st.lists(st.integers(0, 1), min_size=1, max_size=BLOCK - 1)
 
 
 class Blocks(RuleBasedStateMachine):
@@ -153,6 +154,7 @@ class Blocks(RuleBasedStateMachine):
         self.pool = BlockPool(10, BLOCK)
         self.replay = Replay()
         self.held: list[int] = []
+        self.kept: dict[int, tuple[bytes, list[int]]] = {}  # what was last kept in a block
 
     @rule(target=blocks, n=st.integers(1, 10))
     def allocate(self, n):
@@ -182,6 +184,26 @@ class Blocks(RuleBasedStateMachine):
         self.replay.parents.update(zip(hashes, [None, *hashes]))
         if self.pool._hash_of[block] is None:
             self.pool.seal(block, hashes[-1], hashes[-2] if len(hashes) > 1 else None)
+
+    @rule(block=blocks, chain=short_chains, tokens=tails)
+    def keep_tail(self, block, chain, tokens):
+        self.pool.keep_tail(block, hashes_of(*chain)[-1], tokens)
+        if self.pool._hash_of[block] in self.pool._tails:
+            self.kept[block] = (hashes_of(*chain)[-1], tokens)
+
+    @rule(target=blocks, chain=short_chains, tokens=tails)
+    def acquire_tail(self, chain, tokens):
+        parent = hashes_of(*chain)[-1]
+        before = self.pool.generations.copy()
+        found = self.pool.acquire_tail(parent, tokens)
+        if found is None:
+            return multiple()
+        block, count = found
+        assert block not in self.held
+        assert self.kept[block] == (parent, tokens[:count])
+        assert list(np.flatnonzero(self.pool.generations != before)) == [block]
+        self.held.append(block)
+        return block
 
     @invariant()
     def all_is_accounted_for(self):

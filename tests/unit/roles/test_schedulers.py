@@ -261,6 +261,28 @@ def test_decode_caches_generated_blocks_for_the_next_turn() -> None:
     assert pool.peek_prefix(next_turn) == 2
 
 
+def test_decode_goes_on_in_the_middle_of_the_last_turns_last_block() -> None:
+    pool = BlockPool(16, BLOCK)
+    scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=64)
+    last = joined(scheduler, 30)
+    for _ in range(10):
+        decode_step(scheduler)
+    table, history = list(last.block_table), last.num_tokens
+    scheduler.ended(last)
+    scheduler.remove(last)
+    pool.check_integrity()
+    following = sequence(0)
+    following.token_ids = [*last.token_ids, *range(100, 105)]
+    HASHER.extend(following.block_hashes, following.token_ids, ROOT)
+    scheduler.add(following)
+    scheduler.reserve()
+    assert following.block_table == table
+    assert following.num_cached == history - 1, "the last token's KV was never needed"
+    plan, _ = scheduler.schedule()
+    assert shape(plan) == [(following.sequence_id, history - 1, 6, True)]
+    pool.check_integrity(scheduler.held)
+
+
 def test_decode_computes_a_prompt_without_a_ticket_beside_decodes() -> None:
     pool = BlockPool(32, BLOCK)
     scheduler = DecodeScheduler(pool, max_batch=4, chunk_tokens=50)
