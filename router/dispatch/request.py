@@ -88,6 +88,7 @@ class Request:
     asked_model: str = ""  # what the client called it: its name, an alias, a route, or nothing
     route: str = ""  # why that model, where a route chose
     response: str = ""  # id that its answer has of its own
+    answered_by: str = ""  # decode worker of the turn that this one goes on from
     tenant: str = ""  # who takes turns with others, and has one share of the room
     priority: int = 0
     cache_salt: bytes = b""

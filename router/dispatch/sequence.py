@@ -231,6 +231,7 @@ class SequenceState:
             output=output,
             tpot_s=tpot_s,
             yields=Yields.NOT if self.generated else self.yields,
+            answered_by=self.active.request.answered_by,
         )
 
     def request_message(self, eos: list[int], handed_off: bool = False) -> pb.SequenceRequest:

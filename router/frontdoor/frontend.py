@@ -263,6 +263,7 @@ class Frontend:
                 asked_model=visit.asked_model,
                 route=visit.route,
                 response=visit.response,
+                answered_by=visit.answered_by,
                 on_end=partial(self.gate.ended, visit),
                 shown=self.text.ids_of(self.tool_format.markers) if offer.tools else frozenset(),
             )

@@ -43,6 +43,7 @@ class Visit:
     asked_model: str = ""  # what the client called it
     route: str = ""  # why that model, where a route chose
     response: str = ""  # id that its answer has of its own, where that is not the request's
+    answered_by: str = ""  # decode worker of the turn that this one goes on from
 
     def chose(self, model: str, asked: str, route: str = "") -> None:
         """The model of the call is known from now on."""

@@ -144,6 +144,7 @@ class Turn:
             answered=len(self.items),
             token_ids=ids.tobytes(),
             context=prompt.context if answer.shows_all else b"",  # else it is rendered anew
+            answered_by=answer.answered_by,
         )
 
 
@@ -167,6 +168,8 @@ class ResponsesDoor:
             body: ResponseBody = await self._read(request, arrival, ResponseBody)
             turns.append(await self._turn(request, body))
             arrival.visit.response = self._store.new_id(turns[0].tenant)
+            if (last := turns[0].previous) is not None:
+                arrival.visit.answered_by = last.answered_by
             return turns[0].chat
 
         async def read_prompts(frontend: Frontend, chat: ChatBody) -> tuple[str, list[list[int]]]:

@@ -34,6 +34,7 @@ class ResponseAnswer(ToolAnswer):
     keep: Callable[[ResponseAnswer], Awaitable[bool]] | None = None  # whether it is kept
     token_ids: list[int] = field(default_factory=list)  # drawn, the one that ends it included
     output: list[Item] = field(default_factory=list)
+    answered_by: str = ""  # the decode worker
     stored: bool = True
     _events: list[bytes] = field(default_factory=list)  # not sent yet
     _number: int = 0  # of the next event
@@ -127,6 +128,7 @@ class ResponseAnswer(ToolAnswer):
             self._item(event)
         if delta.finish_reason is not None:
             self._finish = delta.finish_reason
+            self.answered_by = delta.timings.decode_worker if delta.timings else ""
             if not self.output:
                 self._begin_message()
             self._close(self.status)

@@ -52,6 +52,7 @@ class Kept(msgspec.Struct, array_like=True):
     answered: int  # and where the response's output does
     token_ids: bytes  # prompt and answer, 4 bytes each
     context: bytes  # what else the prompt was rendered from, hashed
+    answered_by: str = ""  # the decode worker
 
     @property
     def tokens(self) -> list[int]:

@@ -44,10 +44,10 @@ class Candidates(Protocol):
         """Those with room that do both phases at the least cost, at most PREFILL_CANDIDATES."""
 
     def local(self) -> list[Computes]:
-        """Decode workers that have more of the prompt than any prefill worker, and may compute the
-        rest: a few tokens, those that wait there already included, so that no stream waits for
-        long. That is presumed to take as long as on the fastest prefill worker. At most
-        DECODE_CANDIDATES."""
+        """Decode workers that have more of the prompt than any prefill worker, or answered the turn
+        before it and have as many blocks, and may compute the rest: a few tokens, those that wait
+        there already included, so that no stream waits for long. That is presumed to take as long
+        as on the fastest prefill worker. At most DECODE_CANDIDATES."""
 
 
 def nobody(

@@ -93,7 +93,12 @@ class FewWorkers:
             return worker.queued_tokens + demand.uncached(self.depth(worker))
 
         held = max(self.depth(worker) for worker in prefills)
-        able = [w for w in decodes if self.depth(w) > held and tokens(w) <= most]
+
+        def ahead(worker: WorkerView) -> bool:
+            depth = self.depth(worker)
+            return depth > held or (worker.name == demand.answered_by and depth == held > 0)
+
+        able = [worker for worker in decodes if ahead(worker) and tokens(worker) <= most]
         able = [worker for worker in able if self._has_room(worker)]
         if not able:
             return []

@@ -77,7 +77,11 @@ class ManyWorkers:
             return []
         prefills, side = self._sides[Role.PREFILL], self._sides[Role.DECODE]
         held = prefills.depth[prefills.usable].max()
-        able = side.usable & (side.depth > held)
+        ahead = side.depth > held
+        if held and demand.answered_by:
+            last = side.rows([demand.answered_by])
+            ahead[last] |= side.depth[last] == held
+        able = side.usable & ahead
         if not np.count_nonzero(able):
             return []
         tokens = side.numbers.queued_tokens + side.uncached
@@ -140,10 +144,13 @@ class _Side:
     def at(self, rows: npt.NDArray[np.intp]) -> list[WorkerView]:
         return [self.workers[row] for row in rows.tolist()]
 
+    def rows(self, names: Iterable[str]) -> list[int]:
+        return self._columns.rows(names)
+
     def without(self, mask: Mask, names: Iterable[str]) -> Mask:
         """Of `mask` those that are not called so."""
         found = mask.copy()
-        for row in self._columns.rows(names):
+        for row in self.rows(names):
             found[row] = False
         return found
 

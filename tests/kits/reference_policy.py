@@ -204,7 +204,8 @@ class Reference:
             depth, uncached = self.depth(worker), self.uncached(worker)
             tokens, cached = self.queued(worker) + uncached, self.demand.num_tokens - uncached
             room = needed - depth <= self.free(worker)
-            if depth > held and tokens <= self.demand.local_tokens and room:
+            last = worker.name == self.demand.answered_by and depth == held > 0
+            if (depth > held or last) and tokens <= self.demand.local_tokens and room:
                 ttft_s = min(self.prompt_s(prefill, cached, tokens) for prefill in self.prefills)
                 ttft_s += self.running_s(worker)
                 options.append((ttft_s + excess_s, (ttft_s, worker)))

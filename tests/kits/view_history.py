@@ -104,7 +104,7 @@ class History:
             tokens, rng.choice(self.chains)[: tokens // BLOCK], BLOCK, most_tokens=tokens + 200,
             avoid=frozenset(avoid), local_tokens=rng.choice([0, 100, 400]),
             yields=rng.choice([0, 0, 0, 1, 2]), output=rng.choice([1.0, 50.0, 333.3]),
-            tpot_s=rng.choice([float("inf"), 0.01]),
+            tpot_s=rng.choice([float("inf"), 0.01]), answered_by=rng.choice(["", *names]),
         )  # fmt: skip
 
     def placed_as(self, placement: Placement, demand: Demand, key: str) -> None:

@@ -15,7 +15,9 @@ TURNS = 10
 Told = tuple[list[float], list[str]]
 
 
-async def session(rig: EngineRig, turns: int = TURNS, first: int = 8) -> Told:
+async def session(
+    rig: EngineRig, turns: int = TURNS, first: int = 8, answer_tokens: int = 40
+) -> Told:
     """The part of each turn's history that was found in a cache, from the second on; and what was
     answered. The first message is `first` times as long as the others."""
     found, answers, history, previous = [], [], 0, None
@@ -26,7 +28,7 @@ async def session(rig: EngineRig, turns: int = TURNS, first: int = 8) -> Told:
                 model="",
                 input=said,
                 previous_response_id=previous,
-                max_output_tokens=40,
+                max_output_tokens=answer_tokens,
                 temperature=0,
             )
             usage, previous = response.usage, response.id
@@ -58,6 +60,13 @@ async def test_a_short_one_finds_the_block_too_that_its_last_answer_ended_in(
     async with start_engines(*roles, block_size=64) as rig:
         found, computed = await session(rig, 4, 1)
         assert min(found) < 0.9 and computed == answers
+
+
+async def test_a_short_answer_is_gone_on_from_where_it_was_given() -> None:
+    """It fills no block more than its prompt, which a prefill worker has as well."""
+    async with start_engines(Role.PREFILL, Role.DECODE, Role.DECODE, block_size=64) as rig:
+        found, _ = await session(rig, 4, 2, 5)
+        assert min(found) >= 0.98
 
 
 async def test_workers_of_both_phases_find_it_too() -> None:

@@ -413,6 +413,18 @@ def test_a_prompt_that_prefill_workers_have_as_well_is_theirs(rng: random.Random
     assert predicted_latency(view, demand(480, local_tokens=64), 0.0, rng).prefill is not None
 
 
+def test_the_worker_that_answered_the_last_turn_needs_no_block_more_than_others(
+    rng: random.Random,
+) -> None:
+    """It may have the block that the answer ended in, of which nobody is told."""
+    view = two_and_two()
+    chat_on(view, "d1", prefill_blocks=27)
+    for name, decode in (("d1", "d1"), ("d0", None), ("nobody", None)):
+        asked = demand(480, local_tokens=64, answered_by=name)
+        chosen = predicted_latency(view, asked, 0.0, rng)
+        assert (chosen.decode if chosen.prefill is None else None) == decode
+
+
 def test_a_crowded_decode_worker_is_left_for_another(rng: random.Random) -> None:
     view, asked = two_and_two(), demand(480, local_tokens=64)
     chat_on(view, "d1")
