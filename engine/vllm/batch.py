@@ -29,19 +29,21 @@ class RunnerBatch:
     """The sequences of the last step, which are rows of the runner's persistent batch. All others
     it has forgotten: to go on with them, or on other blocks, they are sent anew."""
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
+    def __init__(self, runner: Any, block_size: int, num_blocks: int) -> None:
+        self._runner, self._block_size, self._num_blocks = runner, block_size, num_blocks
         self._known: dict[Sequence, _Known] = {}
         self._gone: set[str] = set()  # that the runner has and this has not
         self._ids = count()
 
     def begin(self, plan: StepPlan) -> SchedulerOutput:
-        """Each sequence has one chunk. Once the step is computed, `rows` says where."""
+        """Each sequence has one chunk. Once the step is computed, `rows` says where. Raises
+        ValueError for what the model's kernels would read or write without looking."""
         new: list[NewRequestData] = []
         cached = CachedRequestData.make_empty()
         last, self._known = self._known, {}
         scheduled: dict[str, int] = {}
         for chunk in plan.chunks:
+            self._check_tokens(chunk)
             known = last.get(chunk.sequence)
             if known is not None and self._go_on(known, chunk, cached):
                 del last[chunk.sequence]
@@ -67,9 +69,23 @@ class RunnerBatch:
         self._gone = {*self._runner.requests, *self._runner.input_batch.req_id_to_index}
         self._known = {}
 
+    def _check_tokens(self, chunk: Chunk) -> None:
+        sequence, end = chunk.sequence, chunk.end
+        if chunk.length < 1 or chunk.start < 0 or end > sequence.num_tokens:
+            tokens = f"tokens {chunk.start} to {end} of {sequence.num_tokens}"
+            raise ValueError(f"sequence {sequence.sequence_id}: {tokens}")
+        if end > len(sequence.block_table) * self._block_size:
+            held = f"{len(sequence.block_table)} blocks of {self._block_size} tokens"
+            raise ValueError(f"sequence {sequence.sequence_id}: {held} do not hold {end} tokens")
+
+    def _check_blocks(self, blocks: list[int]) -> None:
+        if blocks and (min(blocks) < 0 or max(blocks) >= self._num_blocks):
+            raise ValueError(f"block ids must be from 0 to {self._num_blocks - 1}")
+
     def _send(self, chunk: Chunk, new: list[NewRequestData]) -> _Known:
         sequence = chunk.sequence
         tokens, blocks = list(sequence.token_ids), list(sequence.block_table)
+        self._check_blocks(blocks)
         known = _Known(str(next(self._ids)), len(tokens), len(tokens), blocks)
         new.append(
             NewRequestData(
@@ -92,8 +108,9 @@ class RunnerBatch:
         if table != known.blocks:
             if table[:have] != known.blocks:
                 return False
-            known.blocks.extend(table[have:])
             more = (table[have:],)
+            self._check_blocks(more[0])
+            known.blocks.extend(more[0])
         self._append(known, chunk.sequence.token_ids)
         cached.req_ids.append(known.request_id)
         cached.new_block_ids.append(more)

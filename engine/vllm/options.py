@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from crossdock.engine.contract import EngineConfig
 from crossdock.engine.vllm.engine import Settings
 from crossdock.model.store import ModelFiles
-from crossdock.proto.errors import ConfigError, CrossdockError, ModelError
+from crossdock.proto.errors import ConfigError, ModelError
 
 # The runner's logits are read from its own state: one process, one version of it.
 ENVIRONMENT = {
@@ -35,8 +35,6 @@ def vllm_config(config: EngineConfig, files: ModelFiles) -> VllmConfig:
     args = {"enforce_eager": current_platform.is_cpu()} | dict(settings.args)
     try:
         return EngineArgs(**args, **_own(config, files)).create_engine_config()
-    except CrossdockError:
-        raise
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{files.path}: vLLM: {error}") from error
 

@@ -57,11 +57,10 @@ class VllmEngine(Engine):
         self._threads, self._thread = threads, 0
         self._executor, self._grammars = executor, grammars
         self._runner: Any = executor.driver_worker.worker.model_runner
-        self._batch = RunnerBatch(self._runner)
+        self._batch = RunnerBatch(self._runner, layout.block_size, memory.num_blocks)
         self._tainted: set[int] = set()  # blocks that may hold a NaN
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
-        self._check(plan)
         self._have_threads()
         masks = self._grammars.begin([chunk.sequence for chunk in plan.chunks if chunk.sample])
         with torch.inference_mode():
@@ -109,21 +108,6 @@ class VllmEngine(Engine):
             state, self._runner.execute_model_state = self._runner.execute_model_state, None
         starts = self._runner.query_start_loc.np[: len(plan.chunks) + 1]
         return Computed(state.logits, state.hidden_states, starts)
-
-    def _check(self, plan: StepPlan) -> None:
-        """Raises ValueError for what the model's kernels would read or write without looking."""
-        size, blocks = self.layout.block_size, self.memory.num_blocks
-        for chunk in plan.chunks:
-            table = chunk.sequence.block_table
-            where = f"sequence {chunk.sequence.sequence_id}"
-            if chunk.length < 1 or chunk.start < 0 or chunk.end > chunk.sequence.num_tokens:
-                tokens = f"tokens {chunk.start} to {chunk.end} of {chunk.sequence.num_tokens}"
-                raise ValueError(f"{where}: {tokens}")
-            if chunk.end > len(table) * size:
-                held = f"{len(table)} blocks of {size} tokens"
-                raise ValueError(f"{where}: {held} do not hold {chunk.end} tokens")
-            if min(table) < 0 or max(table) >= blocks:
-                raise ValueError(f"{where}: block ids must be from 0 to {blocks - 1}")
 
     def _check_finite(self, plan: StepPlan, computed: Computed, rows: np.ndarray) -> None:
         """A NaN in the KV of a token is one in what the layers make of it. Waits for the device."""

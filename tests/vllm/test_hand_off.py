@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from prompts import AT_ONCE, prompts
 from reference import undisturbed
 
 from crossdock.client import AsyncClient
+from crossdock.proto.types import Grammar, GrammarKind
 from crossdock.results import Result
 
 BLOCK, TOKENS = 32, 32
@@ -32,12 +34,12 @@ def cluster_of(model: Path, **settings: object) -> Iterator[Cluster]:
         cluster.close()
 
 
-def ask(cluster: Cluster, given: Sequence[list[int]], **fields: object) -> list[Result]:
+def ask(cluster: Cluster, given: Sequence[list[int] | str], **fields: object) -> list[Result]:
     async def answers() -> list[Result]:
         at_once = asyncio.Semaphore(AT_ONCE)
         async with AsyncClient(cluster.grpc) as client:
 
-            async def one(prompt: list[int]) -> Result:
+            async def one(prompt: list[int] | str) -> Result:
                 async with at_once:
                     return await client.generate(
                         prompt,
@@ -92,3 +94,18 @@ def test_a_prefix_that_8_requests_share_is_computed_once(small_llama: Path) -> N
 
 def tokens_and_hits(cluster: Cluster, given: list[list[int]]) -> list[int]:
     return [ask(cluster, [prompt])[0].usage.cached_tokens for prompt in given]
+
+
+def test_sampled_and_constrained_answers_go_on_after_the_hand_off(small_llama: Path) -> None:
+    """By seed and position, and by what the grammar allows after token 0."""
+    given = ["freight " * words for words in (3, 20, 80)]
+    sampled = {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.3}
+    with cluster_of(small_llama, transport="local") as cluster:
+        whole = tokens_of(ask(cluster, given, **sampled))
+        form = Grammar(GrammarKind.REGEX, "[a-f]{12}")
+        formed = ask(cluster, given, grammar=form, temperature=1.0, ignore_eos=False)
+        repeated = tokens_of(ask(cluster, given, **sampled))
+        greedy = tokens_of(ask(cluster, given))
+    assert repeated == whole != greedy
+    assert all(re.fullmatch("[a-f]{12}", each.completions[0].text) for each in formed)
+    assert all(each.completions[0].timings.transferred_blocks for each in formed)
