@@ -110,6 +110,13 @@ class DecodeRole(WorkerRole):
             del self._pulls[pull_id]
             self._pull_failed(job, str(error))
 
+    def cancel(self, sequence_id: str, reason: str, owner: str) -> None:
+        """See WorkerRole.cancel: a stop string may have ended it, or its turn is asked for again."""
+        job = self.job_of(sequence_id, owner)
+        if job is not None:
+            self._scheduler.ended(job.sequence)
+        super().cancel(sequence_id, reason, owner)
+
     def poll(self) -> None:
         """Ends pulls that are terminal or overdue, and tickets whose lease ended unread."""
         for done in self._puller.poll():

@@ -106,7 +106,7 @@ class DecodeScheduler(Scheduler):
         block_tables.seal_full(self._pool, sequence)
 
     def ended(self, sequence: Sequence) -> None:
-        """It has ended well, and is about to be removed: who goes on with it finds all of it."""
+        """Not by a failure, and is about to be removed: who goes on with it finds all of it."""
         block_tables.keep_tail(self._pool, sequence)
 
     def _uncomputed(self) -> Iterator[tuple[int, Sequence]]:

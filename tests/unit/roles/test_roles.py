@@ -127,6 +127,21 @@ def test_cancelled_while_pulling_keeps_its_blocks_until_the_read_is_terminal(sit
     all_free(p, d)
 
 
+def test_what_a_stop_string_ended_is_gone_on_from_to_its_last_token(site: Site) -> None:
+    """The gateway finds it, and cancels."""
+    d = site.worker(Role.COLOCATED)
+    first = job(PROMPT, max_tokens=50)
+    d.role.submit(first)
+    d.turn(6)
+    said = tokens_of(d.take())
+    d.role.cancel(first.id, "finished", owner="gateway")
+    d.role.submit(job([*PROMPT, *said, 7, 8]))
+    d.turn(2)
+    assert d.take()[0].cached_tokens == len(PROMPT) + len(said) - 1
+    d.turn(40)
+    all_free(d)
+
+
 def test_an_expired_lease_frees_the_blocks_and_fails_the_pull(site: Site) -> None:
     p, d = pair(site)
     first = prefill(p, PROMPT)
