@@ -8,7 +8,7 @@ from pathlib import Path
 from engines_kit import simulated, start_engines
 from gateway_rig import ask, collect, ids_of
 from prompts import AT_ONCE, prompts
-from reference import undisturbed
+from vllm_alone import undisturbed
 
 from crossdock.proto.types import Role
 

@@ -13,7 +13,7 @@ from engines_kit import simulated
 from families import make_gemma, make_moe
 from process_kit import Cluster
 from prompts import AT_ONCE, prompts
-from reference import undisturbed
+from vllm_alone import undisturbed
 
 from crossdock.client import AsyncClient
 from crossdock.proto.types import Grammar, GrammarKind

@@ -33,7 +33,7 @@ def main() -> None:
         enforce_eager=True,
         skip_tokenizer_init=True,
         language_model_only=True,
-        kv_cache_memory_bytes=256 << 20,
+        kv_cache_memory_bytes=512 << 20,
     )
     greedy = SamplingParams(
         temperature=0.0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False
