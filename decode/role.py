@@ -111,7 +111,7 @@ class DecodeRole(WorkerRole):
             self._pull_failed(job, str(error))
 
     def cancel(self, sequence_id: str, reason: str, owner: str) -> None:
-        """See WorkerRole.cancel: a stop string may have ended it, or its turn is asked for again."""
+        """See WorkerRole.cancel. A stop string may have ended it, or its turn comes again."""
         job = self.job_of(sequence_id, owner)
         if job is not None:
             self._scheduler.ended(job.sequence)
