@@ -31,6 +31,11 @@ from crossdock.proto.errors import Overloaded
 BlockEvent = tuple[bool, bytes]  # (stored, else removed; block hash)
 
 
+# Of a pool's blocks no more than 1/8 are kept as tails: short chats that nobody goes on with would
+# push as many full blocks out as they have.
+TAIL_SHARE = 8
+
+
 class OutOfBlocks(Overloaded):
     """More blocks were asked for than are free or evictable. Nothing was taken."""
 
@@ -163,16 +168,25 @@ class BlockPool:
         if not token_ids or parent not in self._cached or self._hash_of[block_id] is not None:
             return
         tail = _tail_of(parent)
-        before = self._cached.get(tail)
-        if before is not None:
-            if self._references[before]:
+        if tail in self._tails and not self._drop_tail(tail):
+            return
+        if len(self._tails) >= max(1, self.num_blocks // TAIL_SHARE):
+            oldest = next(iter(self._tails))
+            if not self._drop_tail(oldest):
                 return
-            self._num_evictable -= 1
-            self._uncache(tail)
-            self._free.put((before,))
         self._tails[tail] = tuple(token_ids)
         self._hash_of[block_id] = tail
         self._store(tail, parent, block_id)
+
+    def _drop_tail(self, tail: bytes) -> bool:
+        """Frees the block of one; False where it is still its sequence's."""
+        block = self._cached[tail]
+        if self._references[block]:
+            return False
+        self._num_evictable -= 1
+        self._uncache(tail)
+        self._free.put((block,))
+        return True
 
     def acquire_tail(self, parent: bytes, token_ids: Sequence[int]) -> tuple[int, int] | None:
         """The block that was kept after the block hashed `parent`, if it holds the first of these

@@ -9,6 +9,8 @@ from __future__ import annotations
 from crossdock.kvcache.block_pool import BlockPool
 from crossdock.kvcache.sequence import Sequence
 
+LEAST_TAIL = 4  # tokens: fewer would let who shares a cache guess another's text token by token
+
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Blocks that hold `num_tokens`, the last one maybe in part."""
@@ -70,7 +72,7 @@ def keep_tail(pool: BlockPool, sequence: Sequence) -> None:
     who goes on with them."""
     full = sequence.num_sealed
     tokens = sequence.token_ids[full * pool.block_size : sequence.num_computed]
-    if full and tokens:
+    if full and len(tokens) >= LEAST_TAIL:
         pool.keep_tail(sequence.block_table[full], sequence.block_hashes[full - 1], tokens)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from block_kit import BLOCK, fill, hashes_of, stored
 
-from crossdock.kvcache.block_pool import BlockPool, IntegrityError, OutOfBlocks
+from crossdock.kvcache.block_pool import TAIL_SHARE, BlockPool, IntegrityError, OutOfBlocks
 from crossdock.kvcache.free_runs import FreeRuns
 
 
@@ -89,6 +89,17 @@ def test_a_newer_tail_takes_the_place_of_an_older_and_goes_before_its_parent():
     pool.release(pool.allocate(3))
     assert pool.peek_prefix(hashes) == 1 and pool.num_evictable == 1
     assert pool.acquire_tail(hashes[0], [6]) is None
+    pool.check_integrity()
+
+
+def test_tails_of_chats_that_nobody_goes_on_with_leave_room_for_full_blocks():
+    pool = BlockPool(24, BLOCK)
+    heads = [hashes_of(i) for i in range(24)]
+    for head in heads:
+        table = fill(pool, head) + pool.allocate(1)
+        pool.keep_tail(table[1], head[0], [1, 2, 3])
+        pool.release(table)
+    assert sum(map(pool.peek_prefix, heads)) >= 24 - 24 // TAIL_SHARE - 1  # 12 without a bound
     pool.check_integrity()
 
 
