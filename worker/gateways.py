@@ -241,7 +241,9 @@ class Gateways:
     def _to_others(self, owner: str, frame: pb.WorkerFrame) -> None:
         for stream in self._streams.values():
             if stream.owner != owner and stream.has_snapshot:
-                stream.send(frame)
+                own = pb.WorkerFrame()  # what follows may be merged into it
+                own.CopyFrom(frame)
+                stream.send(own)
 
     def _job(self, request: pb.SequenceRequest, stream: GatewayStream) -> Job | None:
         """None: it was refused."""

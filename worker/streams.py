@@ -23,7 +23,8 @@ class GatewayStream:
         self._wake = wake
 
     def send(self, frame: pb.WorkerFrame) -> None:
-        """Never blocks: frames that the network has not taken yet are merged."""
+        """Never blocks: frames that the network has not taken yet are merged. The frame is this
+        stream's from now on."""
         last = self._frames[-1] if self._frames else None
         if last is None or _keeps_to_itself(last) or _keeps_to_itself(frame):
             self._frames.append(frame)

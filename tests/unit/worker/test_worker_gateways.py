@@ -32,3 +32,26 @@ def test_a_heartbeat_says_where_the_block_events_stand() -> None:
     )
     assert heard(Turn(output, pb.Load(), 5)) is None, "a token's frame stays small"
     assert heard(Turn(load=pb.Load())) == pb.BlockEvents(first_sequence=5)
+
+
+def test_what_several_gateways_are_told_is_each_ones_own() -> None:
+    """Frames that wait are merged: a shared one would have gathered every stream's block events."""
+    host: Any = SimpleNamespace(
+        post_snapshot=lambda begin, hello: begin(
+            pb.WorkerFrame(block_events=block_events(0, [], snapshot=True))
+        ),
+        public_description=None,
+    )
+    gateways = Gateways(host)
+    streams = [gateways.open(name, lambda: None) for name in ("a", "b", "c")]
+    for stream in streams:
+        stream.take()
+    gateways._told["s"] = streams[0].owner
+    drawn = pb.SequenceOutput(sequence_id="s", token_ids=[1])
+    events = [(True, b"x"), (True, b"y")]
+    gateways.publish(Turn({streams[0].owner: [drawn]}, pb.Load(), 0, events))
+    for other in streams[1:]:
+        frame = other.take()
+        assert frame is not None and list(frame.computed) == ["s"]
+        assert frame.block_events == block_events(0, events)
+        assert other.take() is None
