@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import threading
 import time
@@ -78,8 +79,11 @@ def write_spec(path: Path, model: Path, prefill=1, decode=1, on_p="", on_d="", n
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """Not of those that the kernel gives to others: one of these may be taken before it is used."""
+    while True:
+        port = random.randrange(21_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def ask(cluster: Cluster, salt: int = 0, tokens: int = 8, timeout: float = 30.0):

@@ -100,12 +100,12 @@ async def test_a_worker_says_at_once_that_its_engine_hangs(
 async def test_the_load_at_a_steps_end_counts_what_came_while_it_ran(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stuck, entered = threading.Event(), threading.Event()
+    steps, entered = threading.Semaphore(0), threading.Event()
     run = pair.prefill._loop._runner.run
 
     def waits(plan: object) -> object:
         entered.set()
-        stuck.wait(60)
+        steps.acquire(timeout=60)
         return run(plan)
 
     monkeypatch.setattr(pair.prefill._loop._runner, "run", waits)
@@ -116,11 +116,12 @@ async def test_the_load_at_a_steps_end_counts_what_came_while_it_ran(
         async with asyncio.timeout(20):
             while not pair.prefill._loop._commands:  # the stream has brought it
                 await asyncio.sleep(0.01)
+        steps.release()  # one: frames of those after it might be merged with what it says
+        async with asyncio.timeout(20):
+            while not (frame := await pair.p._call.read()).outputs:
+                pass
     finally:
-        stuck.set()
-    async with asyncio.timeout(20):
-        while not (frame := await pair.p._call.read()).outputs:
-            pass
+        steps.release(100)
     assert [output.sequence_id for output in frame.outputs] == ["a"]
     assert frame.load.waiting == 1 and frame.load.queued_tokens > 0
 
