@@ -126,6 +126,7 @@ class Pair:
         end = time.monotonic() + WAIT_S + 1
         while not (done := puller.poll()):
             assert time.monotonic() < end, "the pull never ended"
+            time.sleep(0.0005)  # the transport's thread needs the interpreter
         return done[0]
 
 
