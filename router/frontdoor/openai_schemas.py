@@ -26,6 +26,7 @@ class StreamOptions(msgspec.Struct):
     """The body's `stream_options`."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: each event tells the usage so far
 
 
 class SamplingFields(StructuredFields, kw_only=True):
