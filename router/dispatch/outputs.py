@@ -21,7 +21,6 @@ from crossdock.router.placement.view import ClusterView
 
 log = logging.getLogger(__name__)
 
-Said = pb.SequenceOutput | int  # what an output says of one sequence: that it gained this token
 End = Callable[[ActiveRequest, CrossdockError | None, str], None]
 
 
@@ -51,22 +50,29 @@ class Outputs:
         for output in outputs:  # those not found: cancelled, or of an attempt that was given up
             if not output.numbers:
                 if sequence := self._sequences.get(output.sequence_id):
-                    self._heard(sequence, link, output, gain)
+                    self._heard(sequence, link, list(output.token_ids), output, gain)
                 continue
             for number, token_id in zip(output.numbers, output.token_ids, strict=True):
                 if sequence := self._numbered.get(number):
-                    self._heard(sequence, link, token_id, gain)
+                    self._heard(sequence, link, [token_id], None, gain)
         self._metrics.carried_on(gain)
 
-    def _heard(self, sequence: SequenceState, link: WorkerLink, said: Said, gain: StepGain) -> None:
+    def _heard(
+        self,
+        sequence: SequenceState,
+        link: WorkerLink,
+        token_ids: list[int],
+        output: pb.SequenceOutput | None,
+        gain: StepGain,
+    ) -> None:
+        """`output`: what was said of it; None where that is the tokens alone."""
         try:
-            token_ids = [said] if isinstance(said, int) else list(said.token_ids)
-            if sequence.steady is link and (isinstance(said, int) or not said.finish_reason):
+            if sequence.steady is link and (output is None or not output.finish_reason):
                 gain.add(len(token_ids), sequence.timeline.token(gain.now))
                 sequence.carry_on(token_ids)
             elif link.name in sequence.holders:
-                output = pb.SequenceOutput(token_ids=token_ids) if isinstance(said, int) else said
-                self._take(sequence, link, output, gain.now)
+                said = pb.SequenceOutput(token_ids=token_ids) if output is None else output
+                self._take(sequence, link, said, gain.now)
         except CrossdockError as error:
             self.end(sequence.active, error, "failed")
         except Exception as error:  # of one request; the others on the stream go on

@@ -26,7 +26,14 @@ from crossdock.proto.convert import sampling_to_pb
 from crossdock.proto.errors import ConfigError, Unavailable
 from crossdock.router.config import AuditSettings
 from crossdock.router.dispatch.request import Ended, Request
-from crossdock.router.frontdoor.audit_chain import FIRST, Chain, line_hash
+from crossdock.router.frontdoor.audit_chain import (
+    FIRST,
+    Chain,
+    head_of,
+    line_hash,
+    read_head,
+    unlike_head,
+)
 from crossdock.router.frontdoor.audit_refusals import Refusals
 
 log = logging.getLogger(__name__)
@@ -65,9 +72,11 @@ class AuditLog:
         except OSError as error:
             raise ConfigError("audit.file", f"{self.path}: {error.strerror}") from None
         log.info("audit log %s, signed by %s", self.path, self._file.chain.public)
-        self._pending.append(
-            {"kind": "opened", "time": time.time(), "gateway": name, "lost": self._file.lost}
-        )
+        opened = {"kind": "opened", "time": time.time(), "gateway": name, "lost": self._file.lost}
+        if why := self._file.unlike_head:
+            log.error("audit log %s: is not as it was left: %s", self.path, why)
+            opened["unlike_head"] = why
+        self._pending.append(opened)
 
     def check(self) -> None:
         """Raises Unavailable where requests are to be refused, since no line can be written."""
@@ -165,6 +174,10 @@ class _File:
         self._fd = self._open()
         self.lost, n, prev = self._resume()
         self.chain = Chain(seed, n, prev)
+        self.unlike_head = unlike_head(path, self.chain.public)
+        if n == 0:
+            with contextlib.suppress(OSError):  # a full disk is the first batch's to find
+                self._write_head()
 
     def write(self, records: Sequence[dict[str, Any]], keep: bool) -> None:
         """Appends lines and a checkpoint; all of it, or nothing. Raises OSError."""
@@ -220,21 +233,15 @@ class _File:
 
     def _after_rotated(self) -> tuple[int, str]:
         """Where the chain goes on in an empty file: as its head says."""
-        try:
-            head = json.loads(self._head.read_bytes())
-            return int(head["lines"]), str(head["hash"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0, FIRST
-
-    @property
-    def _head(self) -> Path:
-        return self._path.with_name(self._path.name + ".head")
+        head = read_head(self._path)
+        return (head["lines"], head["hash"]) if head is not None else (0, FIRST)
 
     def _write_head(self) -> None:
-        made = self._head.with_name(self._head.name + ".new")
+        head = head_of(self._path)
+        made = head.with_name(head.name + ".new")
         with made.open("wb") as file:
             file.write(self.chain.head())
-        os.replace(made, self._head)
+        os.replace(made, head)
 
     def _rotate(self) -> None:
         taken = [int(p.suffix[1:]) for p in self._path.parent.glob(f"{self._path.name}.*")

@@ -70,7 +70,7 @@ def line_hash(line: bytes) -> str:
 
 
 def _signed(kind: str, n: int, digest: str) -> bytes:
-    return f"crossdock.audit.v1 {kind} {n} {digest}".encode()
+    return f"crossdock.audit.v1 {kind} {n} {digest}".encode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
     wrong: list[str] = []
     keys: dict[str, None] = {}
     n, prev, requests, signed = 0, FIRST, 0, 0
-    hashes: dict[int, str] = {}
+    known: dict[int, tuple[str, str]] = {}  # by number, a line's hash and who signed it
     strangers: set[str] = set()
     begun = False
     for where, data in _lines(files):
@@ -108,7 +108,9 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
         try:
             line = json.loads(data)
             number, before = line["n"], line["prev"]
-        except (ValueError, KeyError, TypeError):
+            if type(number) is not int or not isinstance(before, str):
+                raise TypeError("n is a number, prev a text")
+        except (ValueError, KeyError, TypeError, RecursionError):
             wrong.append(f"{where}: is no line of an audit log, or a part of one")
             prev, n = digest, n + 1
             continue
@@ -119,6 +121,8 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
             wrong.append(f"{where}: is line {number} where line {n} was due: missing or moved")
         elif before != prev:
             wrong.append(f"{where}: line {number} does not follow from the one before: changed")
+        if line.get("kind") == "opened" and (why := line.get("unlike_head")):
+            wrong.append(f"{where}: when its gateway started, {why}")
         if line.get("kind") == "checkpoint":
             signed = number + 1
             keys[str(line.get("key"))] = None
@@ -128,11 +132,11 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
                 wrong.append(f"{where}: {why}")
         requests += line.get("kind") == "request"
         n, prev = number + 1, digest
-        hashes[number] = digest
+        known[number] = digest, str(line.get("key", ""))
     if signed != n:
         wrong.append(f"the last {n - signed} lines are not signed: cut off, or their gateway died")
     if files and len(wrong) < MAX_FOUND:
-        wrong += _check_head(files[-1], hashes, n, trusted, strangers)
+        wrong += _check_head(files[-1], known, n, trusted, strangers)
     return Findings(n, requests, list(keys), wrong)
 
 
@@ -150,23 +154,76 @@ def find_request(files: Sequence[Path], request_id: str) -> dict[str, Any]:
     return found
 
 
-def _check_head(
-    file: Path, hashes: dict[int, str], lines: int, trusted: Sequence[str], strangers: set[str]
-) -> list[str]:
-    path = file.with_name(file.name + ".head")
+def head_of(file: Path) -> Path:
+    """What says which line of a log is the last."""
+    return file.with_name(file.name + ".head")
+
+
+def read_head(file: Path) -> dict[str, Any] | None:
+    """The head of a log with its `lines` and `hash`; None where there is none that can be read."""
     try:
-        head = json.loads(path.read_bytes())
-        told, digest = head["lines"], head["hash"]
-    except (OSError, ValueError, KeyError, TypeError):
+        head: dict[str, Any] = json.loads(head_of(file).read_bytes())
+        good = type(head["lines"]) is int and isinstance(head["hash"], str)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return head if good else None
+
+
+def unlike_head(file: Path, public: str) -> str:
+    """Why a log is not what its head says, which may be behind; empty where it is. `public`: the
+    key of who is to go on with it. Raises OSError."""
+    head = read_head(file)
+    count, told, last = 0, 0, b""
+    try:
+        for _, data in _lines([file]):
+            if head is None:
+                return "its head was missing"
+            if not count:
+                told = head["lines"] - json.loads(data)["n"]
+            if count == told:
+                return _unlike(head, last, str(json.loads(data)["prev"]), public)
+            count, last = count + 1, data.rstrip(b"\n")
+        if head is None or not count:
+            return ""
+        if count == told:
+            return _unlike(head, last, line_hash(last), public)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "a line was none of its own"
+    return f"{told - count} lines were missing at its end" if told > count else "its head was older"
+
+
+def _unlike(head: dict[str, Any], last: bytes, digest: str, public: str) -> str:
+    """The same, where `last` is the line that the head tells of, and `digest` that line's hash."""
+    if head["hash"] != digest:
+        return "other lines had been signed"
+    signers = {public, json.loads(last)["key"]} if last else {public}
+    if head["key"] in signers and _holds(head, _signed("head", head["lines"], head["hash"])):
+        return ""
+    return "its head was signed by another"
+
+
+def _check_head(
+    file: Path,
+    known: dict[int, tuple[str, str]],
+    lines: int,
+    trusted: Sequence[str],
+    strangers: set[str],
+) -> list[str]:
+    path, head = head_of(file), read_head(file)
+    if head is None:
         return [f"{path}: cannot be read, so lines may be missing at the end"]
+    told, digest = head["lines"], head["hash"]
     if not _holds(head, _signed("head", told, digest)):
         return [f"{path}: its signature does not hold"]
     if why := _stranger(head, trusted, strangers):
         return [f"{path}: {why}"]
     if told > lines:
         return [f"{file}: has {lines} lines where there were {told}: cut off at the end"]
-    if hashes.get(told - 1, digest) != digest:
+    signed, signer = known.get(told - 1, (digest, head["key"]))
+    if signed != digest:
         return [f"{file}: line {told - 1} is not the one that was signed: changed"]
+    if signer != head["key"]:
+        return [f"{path}: is signed by another than line {told - 1}, which it tells of"]
     return []
 
 

@@ -21,6 +21,7 @@ ALGORITHMS: dict[tuple[Any, Any], str] = {
 }
 LEAST_RSA_BITS = 2048
 MAX_TOKEN_CHARACTERS = 16_384
+MAX_QUOTED_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ def verify(token: str, signers: tuple[Signer, ...], settings: JwtSettings) -> Pr
             raise Unauthenticated("the bearer token is signed with a key that is not known")
         claims = _claims(token, fitting, settings)
     except jwt.PyJWTError as error:
-        raise Unauthenticated(f"the bearer token is not valid: {error}") from None
+        raise Unauthenticated(f"the bearer token is not valid: {_quoted(error)}") from None
     return _principal(claims, settings)
+
+
+def _quoted(error: jwt.PyJWTError) -> str:
+    """An error that may quote anybody's token: what every answer can hold of it."""
+    return str(error).encode("ascii", "backslashreplace").decode()[:MAX_QUOTED_CHARACTERS]
 
 
 def _claims(token: str, signers: list[Signer], settings: JwtSettings) -> Mapping[str, Any]:
@@ -118,6 +124,10 @@ def _principal(claims: Mapping[str, Any], settings: JwtSettings) -> Principal:
         raise Unauthenticated(f"the bearer token's {settings.models_claim!r} is no list of names")
     if settings.models_claim in claims and not models:
         models = [""]  # which no model is called: an empty list allows none
+    try:
+        expires = float(claims["exp"]) + settings.leeway_s
+    except OverflowError:
+        raise Unauthenticated("the bearer token's 'exp' is no time") from None
     return Principal(
         tenant=tenant,
         key_id=f"jwt:{claims.get('sub', '')}"[:80],
@@ -125,6 +135,6 @@ def _principal(claims: Mapping[str, Any], settings: JwtSettings) -> Principal:
         max_priority=settings.max_priority,
         shared_cache=settings.shared_cache,
         limits=settings.limits,
-        expires=float(claims["exp"]) + settings.leeway_s,
+        expires=expires,
         account=f"jwt {tenant}",
     )

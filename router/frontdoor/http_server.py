@@ -38,6 +38,7 @@ from crossdock.router.frontdoor.openai_schemas import (
     ChatBody,
     CompletionBody,
     SamplingFields,
+    StreamOptions,
     prompts_of,
     sampling_of,
 )
@@ -216,6 +217,8 @@ class HttpServer:
             cache_salt=body.cache_salt or "",
             default_max_tokens=default_max_tokens,
         )
+        prompts, options = chosen.prepared.prompts, body.stream_options or StreamOptions()
+        told_on = options.include_usage and options.continuous_usage_stats
         with contextlib.closing(stream):
             made = answer_kind
             if offer.tools and made is fmt.ChatAnswer:
@@ -228,8 +231,9 @@ class HttpServer:
                 model=frontend.model_id,
                 n=n,
                 logprobs=sampling.logprobs is not None,
-                include_usage=bool(body.stream_options and body.stream_options.include_usage),
-                prompts=await _told_of_prompts(frontend, body, n, chosen.prepared.prompts),
+                include_usage=bool(options.include_usage),
+                lengths=[*map(len, prompts)] if told_on else (),
+                prompts=await _told_of_prompts(frontend, body, n, prompts),
             )
             if body.stream:
                 return await self._stream(request, stream, answer)

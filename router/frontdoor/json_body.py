@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -66,6 +67,16 @@ def check_unicode(field: str, text: str) -> None:
         raise InvalidRequest(field, bad, "must be valid Unicode") from None
 
 
+def spells_half(text: str, found: Mapping[str, Any]) -> bool:
+    """Whether there is half a character in `found`, which the JSON `text` says."""
+    try:
+        if _SURROGATE.search(text):
+            _check_strings(found)
+    except InvalidRequest:
+        return True
+    return False
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -78,7 +89,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _check_strings(found: dict[str, Any]) -> None:
+def _check_strings(found: Mapping[str, Any]) -> None:
     todo: list[tuple[str, Any]] = [("", found)]
     while todo:
         path, value = todo.pop()

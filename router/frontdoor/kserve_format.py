@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from crossdock.proto.errors import InvalidRequest
@@ -15,7 +14,7 @@ from crossdock.proto.v1 import kserve_pb2 as pb
 from crossdock.router.dispatch.request import Delta
 from crossdock.router.frontdoor.json_body import parse_object
 from crossdock.router.frontdoor.kserve_tensors import BYTES, Tensor, add_output, read_inputs
-from crossdock.router.frontdoor.openai_schemas import CompletionBody, read_body
+from crossdock.router.frontdoor.openai_schemas import CompletionBody, read_fields
 from crossdock.router.frontdoor.tools.conversation import check_json
 from crossdock.router.frontdoor.validate import check_prompts
 
@@ -206,7 +205,7 @@ def _sampling(inputs: dict[str, Tensor], parameters: dict[str, Any]) -> Completi
     for name in fields:
         if name not in KNOWN:
             raise InvalidRequest(name, fields[name], "is no sampling parameter")
-    return read_body(msgspec.json.encode(fields), CompletionBody)
+    return read_fields(fields, CompletionBody)
 
 
 KNOWN = frozenset(CompletionBody.__struct_fields__)

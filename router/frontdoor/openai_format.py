@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,15 +44,26 @@ class Answer(ABC):
     include_usage: bool
     fingerprint: str  # of model, weights and KV layout
     prompts: PromptAnswers  # what is said of them
+    lengths: Sequence[int] = ()  # tokens of each, where an event tells the usage of its choice
     _usages: dict[int, inference_pb2.Usage] = field(default_factory=dict)
+    _generated: Counter[int] = field(default_factory=Counter)  # tokens of an index, with `lengths`
     _begun: set[int] = field(default_factory=set)  # indexes of which something was sent
     _leads: dict[int, bytes] = field(default_factory=dict)  # what stands before an event's text
 
     @cached_property
     def _prefix(self) -> bytes:
-        usage = b'"usage":null,' if self.include_usage else b""
+        return self._begins(b'"usage":null,' if self.include_usage else b"")
+
+    def _begins(self, usage: bytes) -> bytes:
         head = _encode(self._head(self.event_kind))[:-1]
         return b"data: " + head + b"," + usage + b'"choices":['
+
+    def _before(self, index: int) -> bytes:
+        """What stands before the choice in an event of this index."""
+        if not self.lengths:
+            return self._prefix
+        prompt, completion = self.lengths[index // self.n], self._generated[index]
+        return self._begins(b'"usage":%b,' % _encode(_usage(prompt, completion)))
 
     async def prepare(self, deltas: Sequence[Delta]) -> None:
         """Comes before `event` of any delta that says something of its prompt, and `whole`."""
@@ -76,9 +88,10 @@ class Answer(ABC):
         if not shown and not first:
             return b""
         self._begun.add(delta.index)
-        if not self.logprobs:
+        if not (self.logprobs or self.lengths):
             self._leads[delta.index] = self._prefix + b'{"index":%d,' % delta.index + self.lead
-        return self._prefix + b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}]}\n\n' % (
+        before = self._before(delta.index)
+        return before + b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}]}\n\n' % (
             delta.index,
             self._gained(delta, first),
             _encode(self._logprobs_of(delta)),
@@ -137,6 +150,8 @@ class Answer(ABC):
     def _take(self, delta: Delta, first: bool) -> None:
         if delta.usage is not None:
             self._usages[delta.index] = delta.usage
+        if self.lengths:
+            self._generated[delta.index] += len(delta.token_ids)
         if first and self.prompts.texts:
             delta.text = self.prompts.texts[delta.index // self.n] + delta.text
 
@@ -146,12 +161,8 @@ class Answer(ABC):
         prompt = sum(usage.prompt_tokens for usage in firsts)
         completion = sum(usage.completion_tokens for usage in self._usages.values())
         cached = sum(usage.cached_tokens for usage in firsts)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        details = {"prompt_tokens_details": {"cached_tokens": cached}}
+        return _usage(prompt, completion) | details
 
     def _logprobs_of(self, delta: Delta) -> dict[str, Any] | None:
         return self._tokens(delta.index, delta.logprobs) if self.logprobs else None
@@ -167,6 +178,11 @@ class Answer(ABC):
     @abstractmethod
     def _tokens(self, index: int, found: Sequence[inference_pb2.TokenLogprobs]) -> dict[str, Any]:
         """Logprobs of the next tokens of an index."""
+
+
+def _usage(prompt: int, completion: int) -> dict[str, Any]:
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return counts | {"total_tokens": prompt + completion}
 
 
 class ChatAnswer(Answer):

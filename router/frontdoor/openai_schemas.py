@@ -26,6 +26,7 @@ class StreamOptions(msgspec.Struct):
     """The body's `stream_options`."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: each event tells the usage so far
 
 
 class SamplingFields(StructuredFields, kw_only=True):
@@ -172,7 +173,11 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
 def read_body(body: bytes, kind: type[Body], strict: bool = False) -> Body:
     """The typed body. Raises InvalidRequest naming the first field that is not as it must be; where
     `strict`, that is also one that is not known."""
-    raw = parse_object(body)
+    return read_fields(parse_object(body), kind, strict)
+
+
+def read_fields(raw: dict[str, Any], kind: type[Body], strict: bool = False) -> Body:
+    """The same of a body that is parsed already."""
     openai_fields.check_fields(raw, kind.__struct_fields__, strict)
     openai_fields.check_stream(raw, StreamOptions.__struct_fields__, strict)
     parts = ContentPart.__struct_fields__

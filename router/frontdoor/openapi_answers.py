@@ -148,9 +148,11 @@ class Completion(msgspec.Struct):
 
 
 class ResponseInputDetails(msgspec.Struct):
-    """Of the input, what was found in a prefix cache."""
+    """Of the input, what was found in a prefix cache, and what had to be paid to be kept in one:
+    nothing."""
 
     cached_tokens: int
+    cache_write_tokens: int
 
 
 class ResponseOutputDetails(msgspec.Struct):

@@ -105,6 +105,9 @@ class DoorCertificates:
         context.load_cert_chain(self._files.cert, self._files.key, password=_no_password)
         if self._files.client_ca:
             context.verify_mode = ssl.CERT_REQUIRED
+            # Who resumes a session is not verified again, whatever the files say by then: so there
+            # are no tickets, and no TLS 1.2, whose cache of sessions cannot be turned off here.
+            context.minimum_version, context.num_tickets = ssl.TLSVersion.TLSv1_3, 0
         if roots:
             context.load_verify_locations(cadata=roots.decode("ascii"))
         return context

@@ -74,13 +74,15 @@ def _computes(worker: WorkerView, now: float, yields: int) -> bool:
     if worker.tokens_before(yields) >= CHUNKS_AHEAD * worker.facts.chunk_tokens:
         return True
     last = yields if worker.role is Role.PREFILL else Yields.LATE
-    prompts = [each for each in worker.computing.values() if each.yields <= last]
-    if not prompts:
+    tokens, attended = 0, 0.0
+    for prompt in worker.computing.values():
+        if prompt.yields <= last:
+            tokens += prompt.tokens
+            attended += prompt.attention
+    if not tokens:
         return False
     if worker.load.prefill_alike:
         return False  # several together will tell
-    tokens = sum(prompt.tokens for prompt in prompts)
-    attended = sum(prompt.attention for prompt in prompts)
     takes_s = max(worker.numbers.chunk_s, worker.prompts_s(tokens, attended))
     if worker.prompt_s(0, 1) > FIXED_PART * takes_s:
         return False

@@ -119,7 +119,8 @@ class Context:
     def offer(self, message: Any) -> bool:
         """Sends a message in this turn of the loop; False, and nothing is sent, where the client
         has no room for it now, or is gone."""
-        self._begin()
+        if not self._began:
+            self._begin()
         return self._stream.offer(self._serialize(message))
 
     async def write(self, message: Any) -> None:

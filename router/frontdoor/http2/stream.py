@@ -34,8 +34,8 @@ class Outbox:
     """Bytes of one connection on their way: all that a turn of the loop gives is one write."""
 
     __slots__ = (
-        *("_blocked", "_loop", "_parts", "_scheduled", "_shut", "_size", "_transport"),
-        *("first_head", "first_window", "paused", "sent", "window"),
+        *("_blocked", "_loop", "_parts", "_scheduled", "_shut", "_transport"),
+        *("first_head", "first_window", "paused", "sent", "size", "window"),
     )
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -46,7 +46,7 @@ class Outbox:
         self.first_head = b""  # what the next head begins with
         self._transport, self._loop = transport, loop
         self._parts: list[bytes] = []
-        self._size = 0  # of them, bytes
+        self.size = 0  # bytes of this turn
         self._scheduled = False
         self._shut = False
         self._blocked: dict[Stream, None] = {}  # with something to send and no room for it
@@ -54,7 +54,7 @@ class Outbox:
     def add(self, data: bytes) -> None:
         """Sends it with whatever else this turn gives."""
         self._parts.append(data)
-        self._size += len(data)
+        self.size += len(data)
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self.flush)
@@ -68,7 +68,7 @@ class Outbox:
     def flush(self) -> None:
         """Sends what is there. A client that asks on without reading the answers is cut off."""
         self._scheduled = False
-        parts, self._parts, self._size = self._parts, [], 0
+        parts, self._parts, self.size = self._parts, [], 0
         if parts and not (self._shut or self._transport.is_closing()):
             self._transport.write(b"".join(parts))
             if self.paused and self._transport.get_write_buffer_size() > CONTROL_BYTES:
@@ -83,7 +83,7 @@ class Outbox:
     @property
     def full(self) -> bool:
         """This turn has given enough: the rest goes with the next, so that others run."""
-        return self._size >= UNSENT_BYTES
+        return self.size >= UNSENT_BYTES
 
     def pause(self) -> None:
         """The client does not read."""
@@ -150,7 +150,7 @@ class Stream:
         out, size = self._out, len(message) + MESSAGE_BYTES
         if size > self.window or size > out.window or size > FRAME_BYTES:
             return False
-        if out.paused or out.full or self._unsent or not self.open:
+        if out.paused or out.size >= UNSENT_BYTES or self._unsent or not self.open:
             return False
         self.window -= size
         out.window -= size

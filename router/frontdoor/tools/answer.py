@@ -42,7 +42,8 @@ class ToolAnswer(ChatAnswer):
             begins_with_call = TOOL_CALLS in gained
             gained = {"role": "assistant", "content": None if begins_with_call else ""} | gained
         self._begun.add(delta.index)
-        return self._prefix + b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}]}\n\n' % (
+        before = self._before(delta.index)
+        return before + b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}]}\n\n' % (
             delta.index,
             _encode(gained),
             _encode(self._logprobs_of(delta)),

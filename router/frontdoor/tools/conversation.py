@@ -9,6 +9,7 @@ from typing import Any
 
 from crossdock.model.text import TextModel
 from crossdock.proto.errors import InvalidRequest
+from crossdock.router.frontdoor.json_body import spells_half
 from crossdock.router.frontdoor.tools.formats import ToolFormat
 from crossdock.router.frontdoor.tools.offer import Offer
 
@@ -88,7 +89,7 @@ def _object(where: str, given: Any) -> Any:
         found = json.loads(given or "{}")
     except (ValueError, RecursionError):
         return given
-    return found if isinstance(found, dict) else given
+    return found if isinstance(found, dict) and not spells_half(given, found) else given
 
 
 def _spelled_out(

@@ -8,6 +8,7 @@ from typing import Any
 
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.v1 import inference_pb2 as pb
+from crossdock.router.frontdoor.json_body import spells_half
 from crossdock.router.frontdoor.tools.conversation import Conversation, calls_of, check_json
 from crossdock.router.frontdoor.tools.offer import (
     Choice,
@@ -83,6 +84,8 @@ def _object(where: str, text: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise InvalidRequest(where, text, "must be a JSON object")
+    if spells_half(text, found):
+        raise InvalidRequest(where, text, "must be valid Unicode")
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 from access_kit import Doors, bearer, complete, generate, start_doors
+from audit_kit import SEED, make
 from gateway_rig import Rig, until
 from prometheus_client import CollectorRegistry
 from responses_kit import client_of
@@ -28,8 +29,6 @@ from crossdock.router.dispatch.request import Ended
 from crossdock.router.frontdoor.audit import MAX_PENDING, MAX_REFUSED, AuditLog
 from crossdock.router.frontdoor.audit_chain import find_request, in_order, verify
 from crossdock.router.frontdoor.audit_refusals import MAX_KINDS, SEPARATE, SPAN_S, Refusals
-
-SEED = b"s" * 32
 
 
 @pytest.fixture
@@ -58,74 +57,7 @@ async def written(rig: Rig, count: int) -> None:
     await until(lambda: rig.metric("audit_lines_total", result="written") >= count)
 
 
-async def make(folder: Path, count: int, rotate_mb: float = 100.0, **settings: Any) -> Path:
-    """A log of so many requests."""
-    given = AuditSettings(file=str(folder / "log"), rotate_mb=rotate_mb, **settings)
-    log = AuditLog(given, "g", SEED, CollectorRegistry())
-    log.start()
-    for i in range(count):
-        log.add({"id": f"r{i}", "tenant": "acme", "outcome": "ok"})
-        if i % 10 == 9:
-            await log._flush()
-    await log.close()
-    return log.path
-
-
-# -- the chain -------------------------------------------------------------------------------------
-
-
-async def test_a_log_that_nobody_touched_is_whole(tmp_path: Path) -> None:
-    file = await make(tmp_path, 35)
-    found = verify(in_order([file]))
-    assert not found.wrong
-    assert found.requests == 35
-    assert len(found.keys) == 1
-    assert not verify(in_order([file]), trusted=found.keys).wrong
-    assert verify(in_order([file]), trusted=["00" * 32]).wrong, "signed by a stranger"
-
-
-async def test_any_changed_byte_is_found(tmp_path: Path) -> None:
-    file = await make(tmp_path, 12)
-    good, rng = file.read_bytes(), random.Random(2)
-    for at in rng.sample(range(len(good)), 300):
-        changed = bytearray(good)
-        changed[at] ^= 1 << rng.randrange(8)
-        file.write_bytes(changed)
-        assert verify([file]).wrong, f"byte {at} of {good[max(0, at - 20) : at + 20]!r}"
-
-
-async def test_missing_moved_added_and_cut_off_lines_are_found(tmp_path: Path) -> None:
-    file = await make(tmp_path, 12)
-    lines = file.read_bytes().splitlines(keepends=True)
-    signed = [i for i, line in enumerate(lines) if b'"checkpoint"' in line]
-    for spoiled in (
-        lines[1:],
-        lines[:4] + lines[5:],
-        [*lines[:4], lines[5], lines[4], *lines[6:]],
-        [*lines[:4], lines[4], *lines[4:]],
-        lines[:-1],
-        lines[: signed[-2] + 1],  # ends with a signature that holds
-        [],
-    ):
-        file.write_bytes(b"".join(spoiled))
-        assert verify([file]).wrong
-    file.write_bytes(b"".join(lines))
-    assert not verify([file]).wrong
-    file.with_name(file.name + ".head").unlink()
-    assert verify([file]).wrong
-
-
-async def test_rotated_files_are_one_chain(tmp_path: Path) -> None:
-    await make(tmp_path, 200, rotate_mb=0.005)
-    file = await make(tmp_path, 200, rotate_mb=0.005)
-    files = in_order([file])
-    assert len(files) > 5
-    found = verify(files)
-    assert not found.wrong
-    assert found.requests == 400
-    assert verify(files[:2] + files[3:]).wrong, "one is missing"
-    assert verify(files[2:]).wrong
-    assert not verify(files[2:], partial=True).wrong, "the oldest were deleted"
+# -- the file -------------------------------------------------------------------------------------
 
 
 async def test_a_rotation_that_fails_loses_and_doubles_nothing(

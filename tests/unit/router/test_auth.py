@@ -399,3 +399,25 @@ def test_addresses_of_grpc_peers() -> None:
     assert client_of("ipv6:%5B2001:db8::1%5D:5") == "2001:db8::1"
     assert client_of("unix:/run/x") == "unix"
     assert bearer("k") == {"Authorization": "Bearer k"}
+
+
+def odd_header(issuer: Issuer) -> str:
+    """A token that anybody can make: its error quotes half a character, many times."""
+    header = {"alg": "ES256", "kid": issuer.kid, "crit": ["\ud800" * 500]}
+    encoded = base64.urlsafe_b64encode(json.dumps(header).encode()).rstrip(b"=").decode()
+    return ".".join([encoded, *issuer.token().split(".")[1:]])
+
+
+@pytest.mark.parametrize(
+    "make", [odd_header, lambda issuer: issuer.token(exp=10**400)], ids=["crit", "exp"]
+)
+async def test_an_odd_token_is_a_401_and_no_error_of_the_gateway(
+    tiny_model: Path, tmp_path: Path, make: Any
+) -> None:
+    issuer = Issuer()
+    async with start_doors(tiny_model, tmp_path, issuer.jwks(tmp_path / "jwks.json")) as doors:
+        refused = await call(doors.rig, "GET", "/v1/models", make(issuer))
+        assert refused.status == 401
+        assert len(refused.error["message"]) < 500
+        error, _ = await generate(doors.rig, make(issuer))
+        assert error.code() is CODE.UNAUTHENTICATED

@@ -16,6 +16,8 @@ from http_kit import SAID, events, hello, post, say
 
 from crossdock.proto.v1 import worker_pb2
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
 
 @pytest.fixture
 async def client(rig: Rig) -> AsyncIterator[openai.AsyncOpenAI]:
@@ -67,6 +69,33 @@ async def test_chat_streamed(rig: Rig, client: openai.AsyncOpenAI, text: Any, mo
     assert last.usage is not None and last.usage.completion_tokens == count
     assert {c.id for c in chunks} == {content[0].id}
     assert {c.object for c in chunks} == {"chat.completion.chunk"}
+
+
+@pytest.mark.parametrize("tools", [[], [TOOL]], ids=["text", "tools"])
+async def test_usage_so_far_in_each_event(
+    rig: Rig, client: openai.AsyncOpenAI, text: Any, model: str, tools: list[Any]
+) -> None:
+    count = say(rig, text, "Grüße 🙂 Paris")
+    chunks = [
+        chunk
+        async for chunk in await client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=count,
+            n=2,
+            tools=tools,
+            stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+        )
+    ]
+    *content, last = chunks
+    assert last.usage is not None and last.usage.completion_tokens == 2 * count
+    for index in (0, 1):
+        told = [c.usage for c in content if c.choices[0].index == index]
+        tokens = [usage.completion_tokens for usage in told if usage is not None]
+        assert len(tokens) == len(told) and tokens == sorted(tokens) and tokens[-1] == count
+        assert {usage.prompt_tokens for usage in told if usage} == {last.usage.prompt_tokens}
+        assert all(u.total_tokens == u.prompt_tokens + u.completion_tokens for u in told if u)
 
 
 async def test_the_blocking_client(rig: Rig, text: Any, model: str) -> None:

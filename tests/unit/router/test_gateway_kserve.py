@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import queue
 from collections.abc import AsyncIterator
 from typing import Any
@@ -171,6 +172,9 @@ async def test_the_wire_is_the_protocol_s() -> None:
         ([tensor("input_ids", "FP32", np.zeros(1, np.float32))], {}, "input_ids.datatype"),
         ([text_input("a"), sampling(temperature=-1)], {}, "temperature"),
         ([text_input("a"), sampling(temperature="hot")], {}, "temperature"),
+        ([text_input("a"), sampling(temperature=math.nan)], {}, "temperature: NaN"),
+        ([text_input("a"), sampling(top_p=math.inf)], {}, "top_p: Infinity"),
+        ([text_input("a")], {"temperature": math.nan}, "temperature: NaN"),
         ([text_input("a"), sampling(colour="red")], {}, "colour"),
         ([text_input("a"), sampling(logprobs=2)], {}, "logprobs"),
         ([text_input("a"), sampling(n=0)], {}, "n: 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -184,6 +185,38 @@ async def test_only_clients_of_the_authority_that_is_asked_for_get_through(
             own = {"cert": proof, "key": proof} if proof else {}
             assert await over_grpc(rig, Tls(ca, **own)) == expected, name
             assert await over_http(rig, trusting(ca, proof)) == expected, name
+
+
+def test_no_session_outlives_the_authority_of_its_client(files: Files) -> None:
+    """Who takes up an earlier session shows no certificate again."""
+    client_ca = files.write("clients.pem", CLIENTS.certificate)
+    settings = TlsFiles(files.settings.cert, files.settings.key, str(client_ca))
+    certificates = doors.DoorCertificates(settings)
+    key, certificate = door(CLIENTS)
+    proof = files.write("client.pem", key + certificate)
+    client = trusting(files.folder / "ca.pem", proof)
+    for at in (certificates.http(), certificates.grpc()):
+        files.write("clients.pem", CLIENTS.certificate)
+        session = exchange(client, at)
+        files.write("clients.pem", COMPANY.certificate)
+        with pytest.raises(ssl.SSLError, match="certificate verify failed"):
+            exchange(client, at, session)
+
+
+def exchange(
+    client: ssl.SSLContext, server: ssl.SSLContext, session: ssl.SSLSession | None = None
+) -> ssl.SSLSession | None:
+    """The client's session after a handshake, which takes up `session`, and a byte each way."""
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    there = server.wrap_bio(to_server, to_client, server_side=True)
+    here = client.wrap_bio(to_client, to_server, server_hostname="localhost", session=session)
+    for end in (here, there, here, there):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    for one, other in ((there, here), (here, there)):
+        one.write(b"x")
+        assert other.read(1) == b"x"
+    return here.session
 
 
 async def test_a_handshake_that_does_not_come_ends(

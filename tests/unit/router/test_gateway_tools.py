@@ -173,6 +173,26 @@ async def test_grpc_takes_calls_in_the_history(rig: Rig, text: Any) -> None:
     assert trailer(await refusal(rig, request), "error-field") == "chat.template_kwargs"
 
 
+async def test_half_a_character_in_arguments_ends_no_conversation(rig: Rig, text: Any) -> None:
+    """A model wrote them; they are shown as they came. In a schema, which a client wrote, they are
+    refused under its field."""
+    half = '{"city": "\\ud83d"}'
+    function = {"name": "get_weather", "arguments": half}
+    call = {"id": "call_1", "type": "function", "function": function}
+    messages = [*ASKED, {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "call_1", "content": "rain"}]  # fmt: skip
+    status, _, body = await post(rig, *chat(messages=messages, max_tokens=1))
+    assert status == 200, body
+    shown = text.decode(rig.prefills[0].prefills[-1].sequence.token_ids, False)
+    assert json.dumps(half)[1:-1] in shown
+    chatted = pb.Chat(
+        messages=[pb.ChatMessage(role="user", content="hi")],
+        tools=[pb.Tool(name="x", parameters=half)],
+    )
+    error = await refusal(rig, pb.GenerateRequest(chat=chatted))
+    assert trailer(error, "error-field") == "chat.tools[0].parameters"
+
+
 @pytest.fixture
 async def engines() -> AsyncIterator[EngineRig]:
     async with start_engines(Role.PREFILL, Role.DECODE, kv_memory_mb=512) as rig:
