@@ -206,7 +206,8 @@ def audit_replay(
     if differences:
         raise typer.Exit(1)
     tokens = sum(choice["tokens"] for choice in line["choices"])
-    print(f"{request_id}: the same {tokens} tokens")
+    whose = f"{request_id}, line {line['n']}, of {line['tenant'] or 'no tenant'}"
+    print(f"{whose}: the same {tokens} tokens")
 
 
 def _check_there(files: list[Path]) -> None:

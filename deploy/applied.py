@@ -66,13 +66,18 @@ class AppliedSpec:
     def check_change(self, spec: ClusterSpec) -> None:
         """Raises ConfigError for what can't be changed while the cluster runs."""
         fixed = [(path, *map(attrgetter(path), (self.spec, spec))) for path in FIXED_FIELDS]
-        # Half-way through, KV would have to go from one kind of engine to the other.
+        # Half-way through, KV would have to go from one kind of engine to the other, or from one
+        # number of ranks to another.
         running = [pool for each in (self.spec, self.good) if each for pool in each.pools.values()]
-        kinds = {(pool.model, pool.engine.kind) for pool in running if pool.hands_over}
+        engines = {
+            (pool.model, pool.engine.kind, pool.engine.ranks) for pool in running if pool.hands_over
+        }
         for name, pool in spec.pools.items():
-            if pool.hands_over:
-                path, found = f"pools.{name}.engine.kind", pool.engine.kind
-                fixed += [(path, kind, found) for model, kind in kinds if model == pool.model]
+            path, now = f"pools.{name}.engine", pool.engine
+            for model, kind, ranks in engines if pool.hands_over else ():
+                if model == pool.model:
+                    fixed.append((f"{path}.kind", kind, now.kind))
+                    fixed.append((f"{path}.args.tensor_parallel_size", ranks, now.ranks))
         for name in spec.models.keys() & self.spec.models.keys():
             for about in ("id", "dtype"):
                 both = (getattr(each.models[name], about) for each in (self.spec, spec))

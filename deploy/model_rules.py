@@ -117,6 +117,23 @@ def check_engines(spec: ClusterSpec) -> None:
                 )
 
 
+def check_ranks(spec: ClusterSpec) -> None:
+    """A rank reads its peer's, so pools that hand KV to each other have workers of as many."""
+    for pools in spec.pools_by_model.values():
+        first = next(((name, pool) for name, pool in pools.items() if pool.hands_over), None)
+        for name, pool in pools.items():
+            ranks, path = pool.engine.ranks, f"pools.{name}.engine.args.tensor_parallel_size"
+            if first and pool.hands_over and ranks != (there := first[1].engine.ranks):
+                message = f"{ranks} cannot hand KV to or from {there} of pools.{first[0]}"
+                raise ConfigError(path, message)
+            if 0 < pool.resources.gpus < ranks:
+                found = f"{ranks} is not allowed with {pool.resources.gpus:g} GPUs"
+                raise ConfigError(path, f"{found}; each rank has one: pools.{name}.resources.gpus")
+            if ranks > 1 and spec.kv.verify == "checksum":
+                message = f"'checksum' sums the memory of one rank; pools.{name} has {ranks}"
+                raise ConfigError("kv.verify", message)
+
+
 def check_gpus(spec: ClusterSpec) -> None:
     """NCCL moves GPU memory only, and never between two workers on one GPU."""
     for name, pool in spec.pools.items():

@@ -21,7 +21,13 @@ from crossdock.deploy.address_rules import GATEWAY_POOL as GATEWAY_POOL
 from crossdock.deploy.address_rules import check_pool_names, check_ports, check_tls, check_url
 from crossdock.deploy.autoscaling.rules import check_autoscale
 from crossdock.deploy.autoscaling.settings import AutoscaleSettings, PoolAutoscale
-from crossdock.deploy.model_rules import check_engines, check_gpus, check_models, check_pools
+from crossdock.deploy.model_rules import (
+    check_engines,
+    check_gpus,
+    check_models,
+    check_pools,
+    check_ranks,
+)
 from crossdock.deploy.ray_rules import (
     check_amount,
     check_labels,
@@ -326,6 +332,7 @@ class ClusterSpec:
         check_pools(self)
         check_engines(self)
         check_gpus(self)
+        check_ranks(self)
         check_autoscale(self)
         check_ports(self)
         check_tls(self.gateway.tls)

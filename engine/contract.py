@@ -7,8 +7,9 @@ A kind of engine is one module, listed in registry.py. It defines `Settings`, wh
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -26,8 +27,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WIRE_VERSION = 3  # 2: keyed block hashes, tickets bound to their prompt; 3: pools of regions
 
 # (bytes, blocks) -> zeroed host memory uint8 [bytes] that the worker's transport can read, and
-# generations int64 [blocks]. The caller of `create` owns both and outlives the engine.
+# generations int64 [blocks]. The caller of `create` owns both and outlives the engine. An engine of
+# several ranks sends it to their processes.
 Allocate = Callable[[int, int], tuple[npt.NDArray[np.uint8], Generations]]
+# Runs a function of a module in the process of another rank, over its part of the pool and one end
+# of a connection, until that is closed; returns the other end.
+Host = Callable[[Callable[[PoolMemory, Connection], None]], Connection]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class EngineSettings:
 
     kind: str = setting()  # a name of registry.ENGINES, where it is documented
     any_family: ClassVar[bool] = False  # whether it knows models that this project does not
+
+    @property
+    def ranks(self) -> int:
+        """How many processes of one worker compute together, each with its part of every block."""
+        return 1
 
     def check_kv_dtype(self, dtype: str) -> None:
         """Raises ConfigError where engines of this kind hold no such KV."""
@@ -93,7 +103,8 @@ class Engine(Protocol):
 
     facts: EngineFacts
     layout: worker_pb2.KVLayout  # what a block is made of: pools of equal layout exchange blocks
-    memory: PoolMemory  # the KV pool, which transports register
+    memory: PoolMemory  # the KV pool, which transports register; of rank 0
+    hosts: Sequence[Host] = ()  # of the ranks after it, in their order
 
     @abstractmethod
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Literal
@@ -51,6 +51,7 @@ class PoolMemory:
 
     regions: a block is their parts, in this order: one where blocks are contiguous, one a tensor
     where an engine keeps every layer by itself. They may interleave; all are on one device.
+    ranks: how many processes hold a part of every block, each as these regions describe its own.
     generations: int64 [num_blocks] in host memory, raised before a block gets a new owner.
     A transport reads what is in memory, whatever stream still writes: the owner of VRAM waits for
     its kernels before it offers a block.
@@ -61,6 +62,7 @@ class PoolMemory:
     generations: Generations
     memory_type: MemoryType = "DRAM"
     device_id: int = 0
+    ranks: int = 1
 
     @classmethod
     def block_major(
@@ -78,8 +80,13 @@ class PoolMemory:
 
     @cached_property
     def block_bytes(self) -> int:
-        """Of one block, in all regions."""
-        return sum(region.nbytes for region in self.regions)
+        """Of one block, in all regions of all ranks."""
+        return self.ranks * sum(region.nbytes for region in self.regions)
+
+    @property
+    def part(self) -> PoolMemory:
+        """What this rank's transport reads and writes."""
+        return replace(self, ranks=1)
 
     @cached_property
     def views(self) -> tuple[npt.NDArray[np.uint8], ...]:

@@ -11,14 +11,12 @@ from dataclasses import replace
 from typing import TypeVar
 
 import grpc
-import numpy as np
-import numpy.typing as npt
 
 from crossdock.engine.registry import create as create_engine
 from crossdock.engine.registry import memory_type
 from crossdock.kvcache.block_pool import BlockPool, IntegrityError
 from crossdock.kvtransfer.checksum import check_available
-from crossdock.kvtransfer.registry import allocate, create_transport
+from crossdock.kvtransfer.registry import Allocator, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.proto import events
 from crossdock.proto.channels import listen
@@ -26,7 +24,6 @@ from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import Unavailable
 from crossdock.proto.hashing import BlockHasher, hash_key
 from crossdock.proto.identity import Credentials
-from crossdock.proto.memory import Generations
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.proto.v1 import worker_pb2_grpc
@@ -261,7 +258,9 @@ class WorkerServer:
         )
         if config.verify == "checksum":
             check_available(memory_type(config))
-        engine = create_engine(config, self._allocate)
+        allocator = Allocator(config.transport)
+        self._closing.callback(allocator.close)
+        engine = create_engine(config, allocator)
         self._closing.callback(engine.close)
         engine.warmup()
         facts, memory = engine.facts, engine.memory
@@ -273,6 +272,7 @@ class WorkerServer:
             ucx=config.transport_options,
             cluster_key=config.cluster_key,
             host=config.host,
+            hosts=engine.hosts,
         )
         self._closing.callback(self._transport.close)
         self.description = describe(config, engine, self._transport, incarnation, address)
@@ -292,11 +292,6 @@ class WorkerServer:
         self._note_load(self._role)
         self._loop = EngineLoop(self._role, engine, self._publish)
         self._transport.set_wakeup(self._loop.wake)
-
-    def _allocate(self, nbytes: int, num_blocks: int) -> tuple[npt.NDArray[np.uint8], Generations]:
-        buffer, generations, free = allocate(self.config.transport, nbytes, num_blocks)
-        self._closing.callback(free)
-        return buffer, generations
 
     def _publish(self, turn: Turn) -> None:
         if turn.load is not None:

@@ -42,7 +42,7 @@ INSTEAD = {  # what the YAML says elsewhere
 }
 BY_CROSSDOCK = "Crossdock does that, and no field of vLLM's changes how"
 TEXT_ONLY = "what is served here is text"
-ONE_PROCESS = "an engine is one process here"
+ONE_HOST = "the ranks of an engine are processes of one host here, which its worker starts"
 NO_OTHER_KV = "the blocks of a hand-off are all that a sequence is made of here"
 REFUSED = {  # what has no field of its own, or cannot work
     "enable_prefix_caching": BY_CROSSDOCK,
@@ -76,11 +76,11 @@ REFUSED = {  # what has no field of its own, or cannot work
     "enable_prompt_embeds": TEXT_ONLY,
     "io_processor_plugin": TEXT_ONLY,
     "ec_*": TEXT_ONLY,
-    "data_parallel_*": f"{ONE_PROCESS}; say pools.NAME.replicas",
-    "distributed_executor_backend": ONE_PROCESS,
-    "nnodes": ONE_PROCESS,
-    "node_rank": ONE_PROCESS,
-    "master_*": ONE_PROCESS,
+    "data_parallel_*": f"{ONE_HOST}; say pools.NAME.replicas",
+    "distributed_executor_backend": ONE_HOST,
+    "nnodes": ONE_HOST,
+    "node_rank": ONE_HOST,
+    "master_*": ONE_HOST,
     "device_ids": "Ray chooses the device; say pools.NAME.resources.gpus",
     "worker_*": "Crossdock's own worker runs it",
     "*mamba*": NO_OTHER_KV,
@@ -94,8 +94,8 @@ ONLY_1 = (
     "decode_context_parallel_size",
     "pipeline_parallel_size",
     "prefill_context_parallel_size",
-    "tensor_parallel_size",
 )
+TENSOR_PARALLEL, MOST_RANKS = "tensor_parallel_size", 64
 _TYPES: Mapping[str | None, tuple[Any, str]] = {  # by its name in the table
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
@@ -129,6 +129,11 @@ def _check_arg(path: str, name: str, value: Any) -> None:
     if name in ONLY_1:
         if value != 1 or isinstance(value, bool):
             raise ConfigError(path, f"{show(value)} is not allowed; a vllm engine has 1")
+        return
+    if name == TENSOR_PARALLEL:
+        if not _is(value, "int") or not 1 <= value <= MOST_RANKS:
+            most = f"must be a whole number from 1 to {MOST_RANKS}"
+            raise ConfigError(path, f"{show(value)} is not allowed; {most}")
         return
     if field := _first(INSTEAD, name):
         raise ConfigError(path, f"is not of args; say it with {field}")

@@ -15,6 +15,24 @@ from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 _GREEDY = SamplingParams(temperature=0.0)  # tokens are not drawn by vLLM
 
 
+@dataclass(frozen=True)
+class Step:
+    """What the model runner of each rank is told."""
+
+    output: SchedulerOutput
+    drawn: list[tuple[str, int, list[int]]]  # request, how many it had, the tokens that came since
+
+    def tell(self, runner: Any) -> None:
+        """Gives it the tokens that it would have drawn itself."""
+        batch = runner.input_batch
+        for request_id, start, more in self.drawn:
+            row, end = batch.req_id_to_index[request_id], start + len(more)
+            batch.token_ids_cpu[row, start:end] = more
+            batch.is_token_ids[row, start:end] = True
+            batch.num_tokens_no_spec[row] = end
+            runner.requests[request_id].output_token_ids.extend(more)
+
+
 @dataclass
 class _Known:
     """How much of a sequence the runner has."""
@@ -35,29 +53,30 @@ class RunnerBatch:
         self._gone: set[str] = set()  # that the runner has and this has not
         self._ids = count()
 
-    def begin(self, plan: StepPlan) -> SchedulerOutput:
+    def begin(self, plan: StepPlan) -> Step:
         """Each sequence has one chunk. Once the step is computed, `rows` says where. Raises
         ValueError for what the model's kernels would read or write without looking."""
         new: list[NewRequestData] = []
         cached = CachedRequestData.make_empty()
         last, self._known = self._known, {}
+        drawn: list[tuple[str, int, list[int]]] = []
         scheduled: dict[str, int] = {}
         for chunk in plan.chunks:
             self._check_tokens(chunk)
             known = last.get(chunk.sequence)
-            if known is not None and self._go_on(known, chunk, cached):
+            if known is not None and self._go_on(known, chunk, cached, drawn):
                 del last[chunk.sequence]
             else:
                 known = self._send(chunk, new)
             self._known[chunk.sequence] = known
             scheduled[known.request_id] = chunk.length
         self._gone.update(known.request_id for known in last.values())
-        step = SchedulerOutput.make_empty()
-        step.scheduled_new_reqs, step.scheduled_cached_reqs = new, cached
-        step.num_scheduled_tokens = scheduled
-        step.total_num_scheduled_tokens = plan.num_tokens
-        step.finished_req_ids, self._gone = self._gone, set()
-        return step
+        output = SchedulerOutput.make_empty()
+        output.scheduled_new_reqs, output.scheduled_cached_reqs = new, cached
+        output.num_scheduled_tokens = scheduled
+        output.total_num_scheduled_tokens = plan.num_tokens
+        output.finished_req_ids, self._gone = self._gone, set()
+        return Step(output, drawn)
 
     def rows(self, plan: StepPlan) -> np.ndarray:
         """int64 [chunks]: the row of each in the runner's batch."""
@@ -101,7 +120,13 @@ class RunnerBatch:
         )
         return known
 
-    def _go_on(self, known: _Known, chunk: Chunk, cached: CachedRequestData) -> bool:
+    def _go_on(
+        self,
+        known: _Known,
+        chunk: Chunk,
+        cached: CachedRequestData,
+        drawn: list[tuple[str, int, list[int]]],
+    ) -> bool:
         """Tells the runner what is new. False: it cannot go on with what it has."""
         table, have = chunk.sequence.block_table, len(known.blocks)
         more: tuple[list[int], ...] | None = None
@@ -111,22 +136,11 @@ class RunnerBatch:
             more = (table[have:],)
             self._check_blocks(more[0])
             known.blocks.extend(more[0])
-        self._append(known, chunk.sequence.token_ids)
+        if came := chunk.sequence.token_ids[known.tokens :]:
+            drawn.append((known.request_id, known.tokens, came))
+            known.tokens += len(came)
         cached.req_ids.append(known.request_id)
         cached.new_block_ids.append(more)
         cached.num_computed_tokens.append(chunk.start)
         cached.num_output_tokens.append(known.tokens - known.sent)
         return True
-
-    def _append(self, known: _Known, token_ids: list[int]) -> None:
-        """The tokens that came since, in place of those that the runner would have drawn."""
-        start, end = known.tokens, len(token_ids)
-        if start == end:
-            return
-        batch, more = self._runner.input_batch, token_ids[start:]
-        row = batch.req_id_to_index[known.request_id]
-        batch.token_ids_cpu[row, start:end] = more
-        batch.is_token_ids[row, start:end] = True
-        batch.num_tokens_no_spec[row] = end
-        self._runner.requests[known.request_id].output_token_ids.extend(more)
-        known.tokens = end

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from crossdock.engine.contract import Allocate, EngineConfig, EngineSettings
 from crossdock.engine.registry import kind_setting
-from crossdock.engine.vllm.args import check_args
+from crossdock.engine.vllm.args import TENSOR_PARALLEL, check_args
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import MemoryType
 from crossdock.proto.settings import no_entries, setting
@@ -34,6 +34,11 @@ class Settings(EngineSettings):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", dict(self.args))  # of the YAML: settings are sent
+
+    @property
+    def ranks(self) -> int:
+        """Of tensor parallelism, the one kind that there is here."""
+        return int(self.args.get(TENSOR_PARALLEL, 1))
 
     def check_kv_dtype(self, dtype: str) -> None:
         if dtype != "auto":

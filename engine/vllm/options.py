@@ -51,7 +51,7 @@ def _own(config: EngineConfig, files: ModelFiles) -> dict[str, Any]:
         "block_size": config.block_size,
         "max_num_seqs": most,
         "max_num_batched_tokens": most,
-        "kv_cache_memory_bytes": config.kv_memory_mb << 20,
+        "kv_cache_memory_bytes": (config.kv_memory_mb << 20) // config.engine.ranks,
         "skip_tokenizer_init": True,
         "language_model_only": True,
         "enable_prefix_caching": False,

@@ -10,7 +10,7 @@ import multiprocessing
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,6 +21,7 @@ from forked import forked
 
 from crossdock.kvtransfer.nccl.transport import NcclTransport
 from crossdock.kvtransfer.pull import Puller
+from crossdock.kvtransfer.ranked import RankedTransport, rank_incarnation
 from crossdock.kvtransfer.registry import allocate, create_transport
 from crossdock.kvtransfer.ticket import make_ticket, new_incarnation
 from crossdock.kvtransfer.transport import PoolMemory, Region, Transport
@@ -32,6 +33,7 @@ ROOM = 512  # behind a block, where a layout leaves some
 WAIT_S = 20.0
 START_S = 60.0
 KEY = b"contract"
+RANKS = 2  # of the layout "ranks", each with its half of every block
 
 
 def regions_of(layout: str, address: int) -> tuple[Region, ...]:
@@ -67,6 +69,43 @@ def computed(ticket: Ticket) -> PromptProgress:
     return PromptProgress(ticket=ticket, ready_blocks=len(ticket.block_ids))
 
 
+def memory_of(layout: str, address: int, generations: np.ndarray) -> list[PoolMemory]:
+    """Of each rank. All but the first have generations that nobody raises or compares."""
+    if layout != "ranks":
+        return [PoolMemory(regions_of(layout, address), NUM_BLOCKS, generations)]
+    half = BLOCK_BYTES // RANKS
+    return [
+        PoolMemory(
+            (Region(address + rank * NUM_BLOCKS * half, half, half),),
+            NUM_BLOCKS,
+            np.zeros(NUM_BLOCKS, np.int64) if rank else generations,
+            ranks=RANKS,
+        )
+        for rank in range(RANKS)
+    ]
+
+
+def fake_transport(
+    network: FakeNetwork, incarnation: bytes, ranks: Sequence[PoolMemory]
+) -> Transport:
+    fakes = [
+        FakeTransport(network, rank_incarnation(incarnation, number), memory.part)
+        for number, memory in enumerate(ranks)
+    ]
+    return fakes[0] if len(fakes) == 1 else RankedTransport(fakes)
+
+
+def hosted(memory: PoolMemory) -> Callable[..., Connection]:
+    """A thread in the place of a rank's process."""
+
+    def host(service: Callable[[PoolMemory, Connection], None]) -> Connection:
+        mine, theirs = multiprocessing.Pipe()
+        threading.Thread(target=service, args=(memory.part, theirs), daemon=True).start()
+        return mine
+
+    return host
+
+
 class Pool:
     """A pool and its transport: what one worker has."""
 
@@ -81,16 +120,18 @@ class Pool:
         library = "nixl" if name == "fake" else name
         room = NUM_BLOCKS * (BLOCK_BYTES + ROOM)
         buffer, generations, self._free = allocate(library, room, NUM_BLOCKS)
-        self.memory = PoolMemory(regions_of(layout, buffer.ctypes.data), NUM_BLOCKS, generations)
-        self.parts = self.memory.views
+        ranks = memory_of(layout, buffer.ctypes.data, generations)
+        self.memory, self.parts = ranks[0], sum((rank.views for rank in ranks), ())
         if name == "nccl":
             options = {"communicators": FakeCommunicators(), "key": KEY, **options}
             self.transport: Transport = NcclTransport(self.incarnation, self.memory, **options)
         elif name == "fake":
-            network = network or FakeNetwork()
-            self.transport = FakeTransport(network, self.incarnation, self.memory)
+            self.transport = fake_transport(network or FakeNetwork(), self.incarnation, ranks)
         else:
-            self.transport = create_transport(name, self.incarnation, self.memory, **options)
+            hosts = [hosted(rank) for rank in ranks[1:]]
+            self.transport = create_transport(
+                name, self.incarnation, self.memory, hosts=hosts, **options
+            )
 
     def block(self, block_id: int) -> np.ndarray:
         """Its bytes now, region after region."""
@@ -182,7 +223,7 @@ class FakePeer(Peer):
         return self._seen >= {ticket.ticket_id for ticket in tickets}
 
     def kill(self) -> None:
-        self._network.kill(self.incarnation)
+        self._pool.transport.close()
 
 
 class ProcessPeer(Peer):

@@ -8,7 +8,8 @@ does not apply, or not yet:
   (vllm-backport#33): no test runs for days. What must hold then is tested in its parts: a broken
   connection is made again (test_kvtransfer_nixl.py), and the fence refuses what is not the
   offer's (below, and test_fence_nixl.py).
-- Unlike tensor-parallel degrees that crash under load (sglang#15674): a worker is one rank so far.
+- Unlike tensor-parallel degrees that crash under load (sglang#15674): none are taken, by the file
+  (test_vllm_args.py) and when two workers meet (test_kvtransfer_ranked.py).
 - Blocks reserved on decode too early (sglang#40703, #27622): when to reserve is measured with the
   pull that begins while the prompt is computed.
 - Pools of a fixed ratio (sglang-omni#1760, llm-d-autoscaling#1212): `crossdock scale` changes a

@@ -54,6 +54,7 @@ BOUNDED_OTHERWISE = {
     "worker/service.py: self._server.call(lambda role: role.renew_tickets(ids, lease_s))": _CALLER,
     "worker/service.py: self._server.call(lambda role: role.release_tickets(ids))": _CALLER,
     "worker/service.py: ready.wait()": _WORKLESS,
+    "kvtransfer/rank_link.py: self._link.recv()": _LIFE,
     "router/gateway.py: self._health_changed.wait()": _LIFE,
     "router/dispatch/streams.py: await stream.over": "silence and keepalive break the stream",
     "router/dispatch/streams.py: stream.gone()": "it is aborted LINGER_S after its end",

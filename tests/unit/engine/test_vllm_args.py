@@ -5,10 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from crossdock.deploy.applied import AppliedSpec
 from crossdock.deploy.spec import ClusterSpec
+from crossdock.deploy.store import ClusterStore
 from crossdock.engine.vllm.args import INSTEAD, ONLY_1, REFUSED, check_args, known_args
 from crossdock.proto.errors import ConfigError
 
@@ -82,6 +85,11 @@ def test_arguments_are_as_the_manifest_says_them_by_pool() -> None:
         ("data_parallel_rank", "0", "say pools.NAME.replicas"),
         ("pipeline_parallel_size", "2", "2 is not allowed; a vllm engine has 1"),
         ("data_parallel_size", "true", "true is not allowed; a vllm engine has 1"),
+        ("tensor_parallel_size", "0", "0 is not allowed; must be a whole number from 1 to 64"),
+        ("tensor_parallel_size", "true", "true is not allowed; must be a whole number from 1"),
+        ("tensor_parallel_size", "2.0", "2.0 is not allowed; must be a whole number from 1"),
+        ("tensor_parallel_size", "4", "4 cannot hand KV to or from 1 of pools.prefill"),
+        ("distributed_executor_backend", "mp", "processes of one host here"),
     ],
 )
 def test_what_cannot_be_is_refused_with_field_and_line(name: str, value: str, message: str) -> None:
@@ -94,6 +102,58 @@ def test_what_cannot_be_is_refused_with_field_and_line(name: str, value: str, me
     assert message in caught.value.message
     line = 1 + text.splitlines().index(f"        {name}: {value}")
     assert caught.value.where == f"c.yaml:{line}"
+
+
+def degrees(prefill: str, decode: str, **kv: str) -> ClusterSpec:
+    text = f"""\
+metadata: {{name: any}}
+model: {{id: some-folder}}
+pools:
+  prefill: {{role: prefill, {prefill}}}
+  decode: {{role: decode, {decode}}}
+kv: {{{", ".join(f"{name}: {value}" for name, value in kv.items())}}}
+"""
+    return ClusterSpec.parse(text)
+
+
+TWO = "engine: {kind: vllm, args: {tensor_parallel_size: 2}}"
+FOUR = TWO.replace("2", "4")
+ONE = "engine: {kind: vllm}"
+FIELD = "engine.args.tensor_parallel_size"
+
+
+def test_equal_degrees_of_tensor_parallelism_are_taken() -> None:
+    spec = degrees(f"{TWO}, resources: {{gpus: 2}}", TWO)
+    assert [pool.engine.ranks for pool in spec.pools.values()] == [2, 2]
+    assert [pool.engine.ranks for pool in degrees(ONE, ONE).pools.values()] == [1, 1]
+    assert ClusterSpec.parse(spec.to_yaml()) == spec
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "kv", "field", "message"),
+    [
+        (TWO, FOUR, {}, f"pools.decode.{FIELD}", "4 cannot hand KV to or from 2 of pools.prefill"),
+        (TWO, ONE, {}, f"pools.decode.{FIELD}", "1 cannot hand KV to or from 2 of pools.prefill"),
+        (FOUR, f"{FOUR}, resources: {{gpus: 2}}", {}, f"pools.decode.{FIELD}", "4 is not allowed"),
+        (TWO, TWO, {"verify": "checksum"}, "kv.verify", "pools.prefill has 2"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(
+    prefill: str, decode: str, kv: dict[str, str], field: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        degrees(prefill, decode, **kv)
+    assert caught.value.field == field and message in caught.value.message
+
+
+def test_a_degree_stays_while_the_cluster_runs(tmp_path: Path) -> None:
+    """Else KV would go from two ranks to four, half-way through."""
+    store = ClusterStore("any", tmp_path)
+    store.begin(degrees(TWO, TWO).to_yaml(), "life")
+    applied = AppliedSpec(store)
+    applied.check_change(degrees(TWO.replace("}}", ", max_model_len: 512}}"), TWO))
+    with pytest.raises(ConfigError, match="cannot change from 2 to 4 while the cluster runs"):
+        applied.check_change(degrees(FOUR, FOUR))
 
 
 def test_what_is_nested_in_them_is_yaml_as_well() -> None:

@@ -1,0 +1,72 @@
+"""Tensor parallelism on the CPU: two ranks a worker, each a process with a part of every block."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from engines_kit import simulated
+from process_kit import until
+from prompts import prompts
+from test_hand_off import BLOCK, BLOCK_BYTES, TOKENS, ask, cluster_of, tokens_of
+from vllm_alone import undisturbed
+
+TWO = {"engine": simulated("vllm", args={"tensor_parallel_size": 2})}
+END_S = 20.0
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one started and that are alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_two_ranks_answer_as_one_does_and_die_together(small_llama: Path) -> None:
+    given = prompts(16, 700, 380)
+    right = undisturbed(small_llama, given, TOKENS)
+    with cluster_of(small_llama, transport="nixl", **TWO) as cluster:
+        came = ask(cluster, given)
+        layout = cluster.workers["decode-0"].status().description.layout
+        pids = {name: worker.pid for name, worker in cluster.workers.items()}
+        ((of_prefill,), (of_decode,)) = (children(pids[name]) for name in ("prefill-0", "decode-0"))
+        os.kill(of_decode, signal.SIGKILL)
+        until(lambda: not alive(pids["decode-0"]), END_S, "the worker of a dead rank ends")
+        cluster.kill("prefill-0")
+        until(lambda: not alive(of_prefill), END_S, "the rank of a dead worker ends")
+        del cluster.workers["decode-0"]
+    assert tokens_of(came) == right
+    assert (layout.tp_degree, layout.kv_heads) == (2, 2)
+    timings = [result.completions[0].timings for result in came]
+    assert sum(each.recomputed_tokens for each in timings) == 0
+    for prompt, each in zip(given, timings, strict=True):
+        assert each.transferred_blocks == -(-len(prompt) // BLOCK)
+        assert each.transferred_bytes == each.transferred_blocks * BLOCK_BYTES
+
+
+def test_an_engine_of_two_ranks_holds_to_what_engines_do(small_llama: Path) -> None:
+    """In a process of its own: one takes part in one group of ranks only."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name("two_ranks.py"))],
+        env=os.environ | {"MODEL": str(small_llama)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
