@@ -24,7 +24,7 @@ from crossdock.worker.streams import block_events
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-STEADY_LOAD_S = 0.25  # how often the load is told while streams just go on
+STEADY_LOAD_S = 0.5  # how often the load is told while streams just go on
 IDLE_WAIT_S = 0.5  # the reaper's own timer: an idle worker turns over at least this often
 # A step is late once it has taken this many times what such steps take, and this much more.
 LATE_FACTOR, LATE_S = 4.0, 0.25
