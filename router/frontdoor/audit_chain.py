@@ -144,7 +144,7 @@ def find_request(
     files: Sequence[Path], request_id: str, tenant: str | None = None
 ) -> dict[str, Any]:
     """The newest line of a request, by its id or that of its answer; that of a refusal only where
-    there is no other. An id is the client's word, so that several tenants may have one: `tenant`
+    there is no other. Clients choose ids, so that several tenants may have sent one: `tenant`
     says whose is meant. Raises NotFound."""
     asked, found = request_id, dict[str, Any]()
     request_id = request_id_of(request_id)
