@@ -190,6 +190,9 @@ def audit_replay(
     target: Target = GATEWAY_ADDRESS,
     ca: Authority = "",
     cert: Certificate = "",
+    tenant: Annotated[
+        str | None, Option(help="Whose request; of several by this id the newest is taken.")
+    ] = None,
     timeout: Annotated[float, Option(help="Seconds.")] = 600.0,
 ) -> None:
     """Compute a request again, and compare its tokens with those in the log; exit 1 where they
@@ -198,7 +201,7 @@ def audit_replay(
     from crossdock.router.frontdoor.audit_chain import find_request, in_order
 
     _check_there(files)
-    line = find_request(in_order(files), request_id)
+    line = find_request(in_order(files), request_id, tenant)
     with connect(target, ca, cert) as client:
         differences = replay(line, client, timeout)
     for difference in differences:
@@ -206,7 +209,8 @@ def audit_replay(
     if differences:
         raise typer.Exit(1)
     tokens = sum(choice["tokens"] for choice in line["choices"])
-    print(f"{request_id}: the same {tokens} tokens")
+    whose = f"{request_id}, line {line['n']}, of {line['tenant'] or 'no tenant'}"
+    print(f"{whose}: the same {tokens} tokens")
 
 
 def _check_there(files: list[Path]) -> None:

@@ -227,25 +227,24 @@ class WorkerLink:
         if self._worker is None:
             return
         index, slot = self._owner.view.index, self._worker.slot
-        after = batch.first_sequence + len(batch.events)
         if batch.snapshot:
             index.replace(slot, (event.block_hash for event in batch.events if event.stored))
-            self._next_event = after
+            self._next_event = batch.first_sequence + len(batch.events)
             return
-        if self._next_event is None or after <= self._next_event:
-            return  # a snapshot that covers these is on its way, or has come
-        if batch.first_sequence > self._next_event:
-            log.info("worker %s: block events %d to %d were lost, asking for a snapshot",
-                     self.name, self._next_event, batch.first_sequence - 1)  # fmt: skip
+        if self._next_event is None:
+            return  # a snapshot that covers these is on its way
+        if batch.first_sequence != self._next_event:
+            log.info("worker %s: block event %d was to come and %d came, asking for a snapshot",
+                     self.name, self._next_event, batch.first_sequence)  # fmt: skip
             self._owner.resyncs += 1
             self._resync()
             return
-        for event in batch.events[self._next_event - batch.first_sequence :]:
+        for event in batch.events:
             if event.stored:
                 index.add(slot, event.block_hash)
             else:
                 index.remove(slot, event.block_hash)
-        self._next_event = after
+        self._next_event += len(batch.events)
 
     def _resync(self) -> None:
         self._next_event = None

@@ -140,17 +140,25 @@ def verify(files: Sequence[Path], trusted: Sequence[str] = (), partial: bool = F
     return Findings(n, requests, list(keys), wrong)
 
 
-def find_request(files: Sequence[Path], request_id: str) -> dict[str, Any]:
-    """The newest line of a request, by its id or that of its answer. Raises NotFound."""
+def find_request(
+    files: Sequence[Path], request_id: str, tenant: str | None = None
+) -> dict[str, Any]:
+    """The newest line of a request, by its id or that of its answer; that of a refusal only where
+    there is no other. An id is the client's word, so that several tenants may have one: `tenant`
+    says whose is meant. Raises NotFound."""
     asked, found = request_id, dict[str, Any]()
     request_id = request_id_of(request_id)
     for _, data in _lines(files):
         if request_id.encode() in data:
             line = json.loads(data)
-            if line.get("id") in (asked, request_id) or asked == line.get("response"):
+            named = line.get("id") in (asked, request_id) or asked == line.get("response")
+            if tenant is not None and line.get("tenant") != tenant:
+                continue
+            if named and ("choices" in line or "choices" not in found):
                 found = line
     if not found:
-        raise NotFound(f"request {asked!r} is not in {', '.join(map(str, files))}")
+        whose = "" if tenant is None else f" of tenant {tenant!r}"
+        raise NotFound(f"request {asked!r}{whose} is not in {', '.join(map(str, files))}")
     return found
 
 

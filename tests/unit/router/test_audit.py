@@ -267,6 +267,35 @@ async def test_a_replay_computes_the_same_tokens(doors: Doors, tmp_path: Path) -
         find_request(files, "nothing")
 
 
+async def test_a_refusal_does_not_hide_what_was_served_under_its_id(
+    doors: Doors, tmp_path: Path
+) -> None:
+    """As of a client that names each try the same."""
+    key = doors.key("acme", limits={"max_concurrent": 1})
+    await doors.known(key)
+    headers = {"X-Request-Id": "again"}
+    assert (await complete(doors.rig, key, headers, n=2)).status == 400
+    assert (await complete(doors.rig, key, headers)).status == 200
+    assert (await complete(doors.rig, key, headers, n=2)).status == 400
+    await written(doors.rig, 3)
+    line = find_request(in_order([log_of(tmp_path)]), "again")
+    assert line["outcome"] == "ok"
+
+
+async def test_of_an_id_that_two_tenants_use_either_is_found(doors: Doors, tmp_path: Path) -> None:
+    for tenant in ("acme", "bolt"):
+        key = doors.key(tenant)
+        await doors.known(key)
+        assert (await complete(doors.rig, key, {"X-Request-Id": "same"})).status == 200
+    await written(doors.rig, 2)
+    files = in_order([log_of(tmp_path)])
+    assert [find_request(files, "same", of)["tenant"] for of in ("acme", "bolt", None)] == [
+        *("acme", "bolt", "bolt")
+    ]
+    with pytest.raises(NotFound, match="'same' of tenant 'cord'"):
+        find_request(files, "same", "cord")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_response_is_found_by_its_id(doors: Doors, tmp_path: Path, stream: bool) -> None:
     key = doors.key("acme")

@@ -129,3 +129,18 @@ async def test_a_gap_in_the_events_is_healed_by_a_snapshot(rig: Rig) -> None:
     await until(lambda: len(index.held(slot)) == 2)
     worker.store(b, lose=True)  # and nothing after it: a heartbeat tells
     await until(lambda: len(index.held(slot)) == 3)
+
+
+async def test_numbers_that_fall_back_are_healed_by_a_snapshot(rig: Rig) -> None:
+    worker, index = rig.prefills[0], rig.gateway.view.index
+    slot = rig.gateway.view.workers["prefill-0"].slot
+    a, b, c = ([bytes([i]) * 16] for i in range(3))
+    worker.store(a)
+    worker.store(b)
+    worker.evict(b)
+    await until(lambda: len(index.held(slot)) == 1)
+    worker.next_event -= 1  # the gateway has counted one more than there was
+    await until(lambda: worker.resyncs == 1)
+    worker.store(c)
+    await until(lambda: len(index.held(slot)) == 2)
+    assert rig.metric("block_resyncs") == 1
