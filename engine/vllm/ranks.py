@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -59,6 +60,7 @@ class Ranks:
         except BaseException:
             self._end()
             raise
+        _unlink_segments(meeting)
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls this method of every Rank at once; returns what the first one's gives, when all
@@ -114,9 +116,16 @@ class RankProcess:
         return self._process.pid
 
     def ready(self, num_blocks: int) -> None:
-        """Waits until it is. Raises ModelError where its pool is not as long as the first one's."""
-        if (found := self._commands.recv()) != num_blocks:
-            ranks = f"rank {self._place.number} has {found} KV blocks, the first {num_blocks}"
+        """Waits until it is. Raises ModelError where it ended before, or has a longer or shorter
+        pool than the first one."""
+        number = self._place.number
+        try:
+            found = self._commands.recv()
+        except (EOFError, OSError):
+            message = f"rank {number} did not start; its reason is in the worker's log"
+            raise ModelError(message) from None
+        if found != num_blocks:
+            ranks = f"rank {number} has {found} KV blocks, the first {num_blocks}"
             raise ModelError(f"the ranks of the model differ: {ranks}")
         self._ready = True
 
@@ -158,6 +167,13 @@ class RankProcess:
         if not self._ending:
             log.critical("rank %d ended with %d: the process ends", self._place.number, code)
             os._exit(1)
+
+
+def _unlink_segments(meeting: str) -> None:
+    """Of the shared memory that ranks on a CPU exchange what they compute in, and all have mapped
+    by now: vLLM removes it in the end, which does not come to a process that is killed."""
+    for segment in Path("/dev/shm").glob(f"{Path(meeting).name}-*-cpushm_*"):
+        segment.unlink(missing_ok=True)
 
 
 def main(commands: int, service: int) -> None:

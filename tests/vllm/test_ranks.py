@@ -6,16 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from engines_kit import simulated
-from process_kit import until
+from freeze import freeze
+from process_kit import Cluster, until
 from prompts import prompts
 from test_hand_off import BLOCK, BLOCK_BYTES, TOKENS, ask, cluster_of, tokens_of
 from vllm_alone import undisturbed
 
 TWO = {"engine": simulated("vllm", args={"tensor_parallel_size": 2})}
 END_S = 20.0
+SHM = Path("/dev/shm")
 
 
 def children(pid: int) -> list[int]:
@@ -38,14 +43,31 @@ def alive(pid: int) -> bool:
         return False
 
 
+def in_a_step(cluster: Cluster, rank: int) -> None:
+    """Has the other ranks wait for that one: it stands still while a request is decoded."""
+
+    def asked() -> None:
+        with suppress(Exception):  # the cluster ends before it does
+            ask(cluster, [[5, 6, 7]])
+
+    freeze(rank)
+    threading.Thread(target=asked, daemon=True).start()
+    worker = cluster.workers["decode-0"]
+    until(lambda: worker.used_blocks(), END_S, "the request is there")
+    time.sleep(0.5)  # and its step has begun
+
+
 def test_two_ranks_answer_as_one_does_and_die_together(small_llama: Path) -> None:
     given = prompts(16, 700, 380)
     right = undisturbed(small_llama, given, TOKENS)
+    before = set(SHM.glob("vllm_dist_*"))
     with cluster_of(small_llama, transport="nixl", **TWO) as cluster:
         came = ask(cluster, given)
+        assert not set(SHM.glob("vllm_dist_*")) - before
         layout = cluster.workers["decode-0"].status().description.layout
         pids = {name: worker.pid for name, worker in cluster.workers.items()}
         ((of_prefill,), (of_decode,)) = (children(pids[name]) for name in ("prefill-0", "decode-0"))
+        in_a_step(cluster, of_decode)
         os.kill(of_decode, signal.SIGKILL)
         until(lambda: not alive(pids["decode-0"]), END_S, "the worker of a dead rank ends")
         cluster.kill("prefill-0")
