@@ -126,7 +126,7 @@ def check_ranks(spec: ClusterSpec) -> None:
             if first and pool.hands_over and ranks != (there := first[1].engine.ranks):
                 message = f"{ranks} cannot hand KV to or from {there} of pools.{first[0]}"
                 raise ConfigError(path, message)
-            if 0 < pool.resources.gpus < ranks:
+            if ranks > 1 and 0 < pool.resources.gpus < ranks:
                 found = f"{ranks} is not allowed with {pool.resources.gpus:g} GPUs"
                 raise ConfigError(path, f"{found}; each rank has one: pools.{name}.resources.gpus")
             if ranks > 1 and spec.kv.verify == "checksum":

@@ -85,9 +85,9 @@ class RankTransport:
         """Closes the transport there, which then ends the connection."""
         if self._closed:
             return
-        self._closed = True
         with suppress(TransferFailed):  # its process has gone before
             self._call("close")
+        self._closed = True
 
     def _call(self, method: str, *args: object, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
         answer: Future[Any] = Future()
@@ -102,6 +102,8 @@ class RankTransport:
         self._asked[number] = answer
         try:
             with self._sending:
+                if self._closed:
+                    raise OSError(_GONE)
                 self._link.send((number, method, args))
         except (OSError, ValueError):
             self._answered(number, None, _GONE)
@@ -128,7 +130,8 @@ class RankTransport:
         except (EOFError, OSError):
             for number in list(self._asked):
                 self._answered(number, None, _GONE)
-            self._link.close()
+            with self._sending:  # nobody writes to what its number may stand for next
+                self._link.close()
 
 
 def serve(create: Callable[[PoolMemory], Transport], memory: PoolMemory, link: Connection) -> None:

@@ -125,7 +125,8 @@ FIELD = "engine.args.tensor_parallel_size"
 def test_equal_degrees_of_tensor_parallelism_are_taken() -> None:
     spec = degrees(f"{TWO}, resources: {{gpus: 2}}", TWO)
     assert [pool.engine.ranks for pool in spec.pools.values()] == [2, 2]
-    assert [pool.engine.ranks for pool in degrees(ONE, ONE).pools.values()] == [1, 1]
+    half = f"{ONE}, resources: {{gpus: 0.5}}"  # which workers of one rank may share
+    assert [pool.engine.ranks for pool in degrees(ONE, half).pools.values()] == [1, 1]
     assert ClusterSpec.parse(spec.to_yaml()) == spec
 
 

@@ -218,3 +218,19 @@ def test_a_rank_that_is_gone_fails_what_was_asked_of_it() -> None:
     with pytest.raises(TransferFailed, match="process of a rank is gone"):
         link.warm(new_incarnation())
     link.close()
+
+
+def test_what_is_closed_fails_a_read_at_once() -> None:
+    """Also while its process is still about to end."""
+    mine, theirs = multiprocessing.Pipe()
+
+    def process() -> None:
+        for _ in ("info", "close"):
+            number, method, _ = theirs.recv()
+            theirs.send((number, method.encode(), None))
+
+    threading.Thread(target=process, daemon=True).start()
+    link = RankTransport(mine)
+    link.close()
+    assert link.read_blocks(new_incarnation(), [1], [1]).state is HandleState.FAILED
+    theirs.close()
