@@ -85,9 +85,10 @@ class VllmEngine(Engine):
 
     def _check_finite(self, plan: StepPlan, computed: Computed, rows: np.ndarray) -> None:
         """A NaN in the KV of a token is one in what the layers make of it. Waits for the device."""
-        tokens = computed.hidden[: plan.num_tokens].sum(-1).isfinite().cpu().numpy()
-        finite = np.logical_and.reduceat(tokens, computed.starts[:-1])
-        finite &= computed.logits.sum(-1).isfinite().cpu().numpy()
+        finite = np.logical_and.reduceat(
+            _finite(computed.hidden[: plan.num_tokens]), computed.starts[:-1]
+        )
+        finite &= _finite(computed.logits)
         if not finite.all():
             wrong = [chunk for chunk, row in zip(plan.chunks, rows) if not finite[row]]
             self._tainted.update(*(chunk.sequence.block_table for chunk in wrong))
@@ -118,6 +119,11 @@ class VllmEngine(Engine):
             max(chunk.scores.top for chunk, _ in scored if chunk.scores is not None),
             self.facts.vocab_size,
         ).spread(plan)
+
+
+def _finite(rows: torch.Tensor) -> np.ndarray:
+    """bool [rows] whether all values of each are. The sum of many float16 is beyond their range."""
+    return rows.sum(-1, dtype=torch.float32).isfinite().cpu().numpy()
 
 
 def _successors(chunk: Chunk, start: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_contract import make, sequence
 
 from crossdock.engine.contract import Engine
+from crossdock.engine.vllm.rank import Computed
 from crossdock.kvcache.sequence import Chunk, Sequence, StepPlan
 from crossdock.proto.errors import NotFinite
 from crossdock.proto.types import SamplingParams
@@ -102,6 +106,24 @@ def test_kv_that_is_not_finite_ends_its_sequence_alone(engine: Engine) -> None:
         step(engine, one, other)
     assert caught.value.sequence_ids == {"s"}
     step(engine, other)
+
+
+@pytest.mark.parametrize("value, finite", [(-3.0, True), (math.nan, False), (math.inf, False)])
+def test_half_precision_is_finite_where_its_sum_would_not_be(
+    engine: Engine, value: float, finite: bool
+) -> None:
+    """-3 × 50,000 is beyond what float16 holds: ordinary logits of a large vocabulary."""
+    one = sequence(ids(1, 1), 0)
+    plan, logits = StepPlan((Chunk(one, 0, 1, True),)), torch.full((1, 50_000), -3.0).half()
+    logits[0, 7] = value
+    hidden = torch.full((1, 4096), 100.0).half()
+    check = partial(engine._check_finite, plan, rows=np.array([0]))  # type: ignore[attr-defined]
+    computed = Computed(logits, hidden, np.array([0, 1]))
+    if finite:
+        check(computed=computed)
+        return
+    with pytest.raises(NotFinite):
+        check(computed=computed)
 
 
 def test_what_a_former_owner_left_is_not_read(engine: Engine) -> None:
