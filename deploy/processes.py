@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from crossdock.proto import last_words
+
 
 @dataclass(frozen=True)
 class ProcessId:
@@ -68,13 +70,16 @@ def end_all(processes: Iterable[ProcessId], grace_s: float) -> None:
 
 
 def record_crashes(folder: str) -> None:
-    """From now on a fatal signal to this process leaves its name in a file of `folder`."""
+    """From now on a fatal signal to this process leaves its name in a file of `folder`, and so do
+    its last words."""
     path = Path(folder) / f"{os.getpid()}.crash"
-    faulthandler.enable(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    faulthandler.enable(file)
+    last_words.keep(file)
 
 
-def fatal_signal(pid: int, folder: str) -> str:
-    """What ended a process that died without a word; empty where it is not known.
+def end_of(pid: int, folder: str) -> str:
+    """What ended a process: a signal, or what it said of it itself; empty where it is not known.
 
     SIGKILL alone leaves no time to write its name.
     """

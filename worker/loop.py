@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 import traceback
@@ -16,6 +15,7 @@ from typing import TypeVar
 
 from crossdock.engine.contract import Engine
 from crossdock.kvcache.sequence import SampledToken, StepPlan
+from crossdock.proto import last_words
 from crossdock.proto.errors import CrossdockError, GrammarFailed, NotFinite, OfSequences
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.role import WorkerRole
@@ -134,7 +134,7 @@ class EngineLoop:
         except Exception:
             # A defect in the bookkeeping: what this worker holds can be trusted no more.
             log.critical("the engine thread failed; the process ends", exc_info=True)
-            _exit_soon()
+            _exit_soon("its engine thread failed")
 
     def turn(self) -> bool:
         """Commands, transfers and leases, one step, what came of it. True if anything did: a
@@ -253,9 +253,10 @@ class EngineLoop:
             else:
                 self._role.apply(part, outcome)
         if self._failed_steps >= FAILED_STEPS_LIMIT:
-            log.critical("%d engine steps failed in a row: the process ends", self._failed_steps)
+            why = f"{self._failed_steps} engine steps failed in a row"
+            log.critical("%s: the process ends", why)
             self.flush()
-            _exit_soon()
+            _exit_soon(why)
 
     def _idle_wait(self) -> float:
         deadline = self._role.next_deadline()
@@ -274,7 +275,7 @@ def _code_of(error: Exception) -> pb.ErrorCode:
     return pb.ERROR_CODE_INTERNAL if own else pb.ERROR_CODE_DEVICE
 
 
-def _exit_soon() -> None:
+def _exit_soon(why: str) -> None:
     """Ends the process once its last outputs are out; its gateways and the controller know how to
     go on without it."""
-    threading.Timer(1.0, os._exit, (1,)).start()
+    threading.Timer(1.0, last_words.end, (why,)).start()

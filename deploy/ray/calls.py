@@ -58,7 +58,7 @@ def _end_of(error: RayActorError) -> str:
     died = re.search(r"exit type: (\w+) .*?exit detail: (.*?)\.?( Some common causes|$)", text)
     if died:
         pid = re.search(r"\bpid: (\d+)", text) if "connection error" in died[2] else None
-        by = processes.fatal_signal(int(pid[1]), os.environ.get(CRASHES, "")) if pid else ""
+        by = processes.end_of(int(pid[1]), os.environ.get(CRASHES, "")) if pid else ""
         return f"its process died ({by or f'{died[1]}: {died[2]}'})"
     because = re.search(r"The actor is dead because (.*)", text)
     return because[1] if because else text[:300]

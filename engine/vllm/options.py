@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -33,10 +36,24 @@ def vllm_config(config: EngineConfig, files: ModelFiles) -> VllmConfig:
     settings = config.engine
     assert isinstance(settings, Settings)
     args = {"enforce_eager": current_platform.is_cpu()} | dict(settings.args)
-    try:
+    with refusals(files.path):
         return EngineArgs(**args, **_own(config, files)).create_engine_config()
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise ModelError(f"{files.path}: vLLM: {error}") from error
+
+
+@contextmanager
+def refusals(model: str | Path) -> Iterator[None]:
+    """What vLLM raises for models and arguments that it does not take, as ModelError: the next
+    worker would meet it as well. Others are the device's."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, LookupError, AttributeError) as error:
+        raise ModelError(f"{model}: vLLM: {_reason(error)}") from error
+    except (AssertionError, ImportError) as error:
+        raise ModelError(f"{model}: vLLM: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _own(config: EngineConfig, files: ModelFiles) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from crossdock.engine.contract import Allocate, EngineConfig
 from crossdock.engine.vllm.batch import Step
+from crossdock.engine.vllm.options import refusals
 from crossdock.engine.vllm.pool import BlockShape
 from crossdock.proto.memory import PoolMemory
 
@@ -44,7 +45,9 @@ class Rank:
         """Raises ModelError or ConfigError for what vLLM cannot run."""
         self._threads, self._thread = max(1, config.threads // place.ranks), 0
         self._have_threads()
-        self._executor = _Executor(options, place) if place.ranks > 1 else UniProcExecutor(options)
+        with refusals(options.model_config.model):
+            several = place.ranks > 1
+            self._executor = _Executor(options, place) if several else UniProcExecutor(options)
         worker = self._executor.driver_worker.worker
         self.runner: Any = worker.model_runner
         self.shape = shape = BlockShape.of(options, self._executor)

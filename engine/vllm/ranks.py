@@ -9,9 +9,11 @@ another. The processes end with the worker's, whose end of their standard input 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,12 +31,14 @@ from crossdock.engine.contract import Allocate, EngineConfig
 from crossdock.engine.vllm.options import vllm_config
 from crossdock.engine.vllm.rank import Place, Rank
 from crossdock.model.store import resolve
+from crossdock.proto import last_words
 from crossdock.proto.errors import ModelError
 from crossdock.proto.memory import PoolMemory
 
 log = logging.getLogger(__name__)
 
 _MAIN = "from crossdock.engine.vllm.ranks import main; main({}, {})"
+_SET_DEATH_SIGNAL = 1  # of prctl: what comes when the thread that started this process has ended
 _CLOSE_S = 5.0
 # From the end of a rank to that of the worker: what its streams have goes out; while it starts, the
 # first rank may be about to say the same itself, with the reason.
@@ -74,9 +78,10 @@ class Ranks:
             for other in self.others:
                 other.done()
             return result
-        except BaseException:
+        except BaseException as error:
+            told = not isinstance(error, (EOFError, ConnectionError))  # else one ended by itself
             for other in self.others:
-                other.kill()
+                other.kill(f"its first rank raised {type(error).__name__}: {error}" if told else "")
             raise
 
     def close(self) -> None:
@@ -95,6 +100,7 @@ class RankProcess:
     def __init__(self, config: EngineConfig, allocate: Allocate, place: Place) -> None:
         self._place = place
         self._ready, self._ending = False, False
+        self._killed = ""  # why
         self._commands, commands = multiprocessing.Pipe()
         self._service, service = multiprocessing.Pipe()
         ends = (commands.fileno(), service.fileno())
@@ -143,8 +149,9 @@ class RankProcess:
         self.done()
         return self._service
 
-    def kill(self) -> None:
+    def kill(self, why: str) -> None:
         """At once, and with it the worker."""
+        self._killed = why
         self._process.kill()
 
     def end(self) -> None:
@@ -165,8 +172,10 @@ class RankProcess:
         code = self._process.wait()
         time.sleep(_GRACE_S if self._ready else _START_GRACE_S)
         if not self._ending:
-            log.critical("rank %d ended with %d: the process ends", self._place.number, code)
-            os._exit(1)
+            how = signal.Signals(-code).name if code < 0 else f"status {code}"
+            why = self._killed or f"rank {self._place.number} ended with {how}"
+            log.critical("%s: the process ends", why)
+            last_words.end(why)
 
 
 def _unlink_segments(meeting: str) -> None:
@@ -178,6 +187,7 @@ def _unlink_segments(meeting: str) -> None:
 
 def main(commands: int, service: int) -> None:
     """The process of a rank after the first."""
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)  # also while it stands still
     threading.Thread(target=_end_with_the_worker, daemon=True).start()
     told, link = Connection(commands), Connection(service)
     config, allocate, place = told.recv()

@@ -47,7 +47,7 @@ async def test_every_stream_goes_on_where_one_device_fails_every_step(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, cluster: Cluster
 ) -> None:
     ended: list[bool] = []
-    monkeypatch.setattr(loop, "_exit_soon", lambda: ended.append(True))
+    monkeypatch.setattr(loop, "_exit_soon", lambda why: ended.append(True))
     broken = cluster.workers[2]
 
     def fail(*_: object) -> None:

@@ -70,8 +70,9 @@ def test_two_ranks_answer_as_one_does_and_die_together(small_llama: Path) -> Non
         in_a_step(cluster, of_decode)
         os.kill(of_decode, signal.SIGKILL)
         until(lambda: not alive(pids["decode-0"]), END_S, "the worker of a dead rank ends")
+        freeze(of_prefill)
         cluster.kill("prefill-0")
-        until(lambda: not alive(of_prefill), END_S, "the rank of a dead worker ends")
+        until(lambda: not alive(of_prefill), END_S, "a rank of a dead worker ends, however it is")
         del cluster.workers["decode-0"]
     assert tokens_of(came) == right
     assert (layout.tp_degree, layout.kv_heads) == (2, 2)

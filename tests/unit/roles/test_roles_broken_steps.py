@@ -60,7 +60,7 @@ def test_a_sequence_fails_for_itself_where_the_device_serves_others(
 ) -> None:
     """Whatever was raised; the count of broken steps, which ends a worker, stays at none."""
     d = site.worker(Role.COLOCATED)
-    monkeypatch.setattr(loop, "_exit_soon", lambda: pytest.fail("the worker ended"))
+    monkeypatch.setattr(loop, "_exit_soon", lambda why: pytest.fail("the worker ended"))
     run = d.runner.run
 
     def run_short_ones(plan: StepPlan) -> list[SampledToken]:
@@ -117,8 +117,8 @@ def test_a_step_is_tried_again_without_the_memory_of_the_one_that_failed(
 
 def test_a_worker_whose_device_is_broken_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     d = site.worker(Role.COLOCATED)
-    ended: list[bool] = []
-    monkeypatch.setattr(loop, "_exit_soon", lambda: ended.append(True))
+    ended: list[str] = []
+    monkeypatch.setattr(loop, "_exit_soon", ended.append)
     for name in ("run", "recover"):
         monkeypatch.setattr(d.runner, name, lambda *_: 1 / 0)
     d.role.submit(job(PROMPT))
@@ -126,7 +126,7 @@ def test_a_worker_whose_device_is_broken_ends(site: Site, monkeypatch: pytest.Mo
     assert not ended, "two steps"
     d.role.submit(job(PROMPT))
     d.turn()
-    assert ended
+    assert ended == ["4 engine steps failed in a row"]
     assert {o.error.code for o in d.take()} == {worker_pb2.ERROR_CODE_DEVICE}
 
 
