@@ -69,15 +69,15 @@ class AppliedSpec:
         # Half-way through, KV would have to go from one kind of engine to the other, or from one
         # number of ranks to another.
         running = [pool for each in (self.spec, self.good) if each for pool in each.pools.values()]
-        engines = {
-            (pool.model, pool.engine.kind, pool.engine.ranks) for pool in running if pool.hands_over
-        }
+        engines = [(pool.model, pool.engine) for pool in running if pool.hands_over]
         for name, pool in spec.pools.items():
             path, now = f"pools.{name}.engine", pool.engine
-            for model, kind, ranks in engines if pool.hands_over else ():
+            for model, before in engines if pool.hands_over else ():
                 if model == pool.model:
-                    fixed.append((f"{path}.kind", kind, now.kind))
-                    fixed.append((f"{path}.args.tensor_parallel_size", ranks, now.ranks))
+                    fixed.append((f"{path}.kind", before.kind, now.kind))
+                    fixed.append((f"{path}.args.tensor_parallel_size", before.ranks, now.ranks))
+                    for arg, given in now.kv_args.items():
+                        fixed.append((f"{path}.args.{arg}", before.kv_args.get(arg), given))
         for name in spec.models.keys() & self.spec.models.keys():
             for about in ("id", "dtype"):
                 both = (getattr(each.models[name], about) for each in (self.spec, spec))

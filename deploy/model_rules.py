@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from crossdock.model.store import SIMULATED
 from crossdock.proto.errors import ConfigError
@@ -10,7 +11,7 @@ from crossdock.proto.types import Role
 from crossdock.router.serving import Rule, check_name
 
 if TYPE_CHECKING:
-    from crossdock.deploy.spec import ClusterSpec
+    from crossdock.deploy.spec import ClusterSpec, PoolSpec
 
 
 def check_models(spec: ClusterSpec) -> None:
@@ -118,7 +119,8 @@ def check_engines(spec: ClusterSpec) -> None:
 
 
 def check_ranks(spec: ClusterSpec) -> None:
-    """A rank reads its peer's, so pools that hand KV to each other have workers of as many."""
+    """A rank reads its peer's, so pools that hand KV to each other have workers of as many, of a
+    model that is the same."""
     for pools in spec.pools_by_model.values():
         first = next(((name, pool) for name, pool in pools.items() if pool.hands_over), None)
         for name, pool in pools.items():
@@ -126,12 +128,22 @@ def check_ranks(spec: ClusterSpec) -> None:
             if first and pool.hands_over and ranks != (there := first[1].engine.ranks):
                 message = f"{ranks} cannot hand KV to or from {there} of pools.{first[0]}"
                 raise ConfigError(path, message)
+            if first and pool.hands_over:
+                _check_same_kv(f"pools.{name}", pool.engine.kv_args, first)
             if ranks > 1 and 0 < pool.resources.gpus < ranks:
                 found = f"{ranks} is not allowed with {pool.resources.gpus:g} GPUs"
                 raise ConfigError(path, f"{found}; each rank has one: pools.{name}.resources.gpus")
             if ranks > 1 and spec.kv.verify == "checksum":
                 message = f"'checksum' sums the memory of one rank; pools.{name} has {ranks}"
                 raise ConfigError("kv.verify", message)
+
+
+def _check_same_kv(path: str, args: Mapping[str, Any], first: tuple[str, PoolSpec]) -> None:
+    other, pool = first
+    for arg, given in args.items():
+        if given != (there := pool.engine.kv_args[arg]):
+            message = f"KV would mean something else than to pools.{other}"
+            raise ConfigError(f"{path}.engine.args.{arg}", f"{given!r} is not {there!r}: {message}")
 
 
 def check_gpus(spec: ClusterSpec) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from crossdock.proto import last_words
+from crossdock.proto import ending
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def end_all(processes: Iterable[ProcessId], grace_s: float) -> None:
 
 
 def record_crashes(folder: str) -> None:
-    """From now on a fatal signal to this process leaves its name in a file of `folder`, and so do
-    its last words."""
+    """From now on a fatal signal to this process leaves its name in a file of `folder`, and
+    `ending.end` its reason."""
     path = Path(folder) / f"{os.getpid()}.crash"
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     faulthandler.enable(file)
-    last_words.keep(file)
+    ending.keep(file)
 
 
 def end_of(pid: int, folder: str) -> str:

@@ -7,11 +7,11 @@ A kind of engine is one module, listed in registry.py. It defines `Settings`, wh
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,12 @@ class EngineSettings:
     def ranks(self) -> int:
         """How many processes of one worker compute together, each with its part of every block."""
         return 1
+
+    @property
+    def kv_args(self) -> Mapping[str, Any]:
+        """By name, those of its arguments by which the same bytes of KV mean something else: where
+        they differ, no engine can go on with another's."""
+        return {}
 
     def check_kv_dtype(self, dtype: str) -> None:
         """Raises ConfigError where engines of this kind hold no such KV."""

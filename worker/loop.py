@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from crossdock.engine.contract import Engine
 from crossdock.kvcache.sequence import SampledToken, StepPlan
-from crossdock.proto import last_words
+from crossdock.proto import ending
 from crossdock.proto.errors import CrossdockError, GrammarFailed, NotFinite, OfSequences
 from crossdock.proto.v1 import worker_pb2 as pb
 from crossdock.worker.role import WorkerRole
@@ -278,4 +278,4 @@ def _code_of(error: Exception) -> pb.ErrorCode:
 def _exit_soon(why: str) -> None:
     """Ends the process once its last outputs are out; its gateways and the controller know how to
     go on without it."""
-    threading.Timer(1.0, last_words.end, (why,)).start()
+    threading.Timer(1.0, ending.end, (why,)).start()

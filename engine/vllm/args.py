@@ -95,6 +95,7 @@ ONLY_1 = (
     "pipeline_parallel_size",
     "prefill_context_parallel_size",
 )
+KV_ARGS = ("hf_overrides", "hf_config_path", "model_class_overrides", "disable_sliding_window")
 TENSOR_PARALLEL, MOST_RANKS = "tensor_parallel_size", 64
 _TYPES: Mapping[str | None, tuple[Any, str]] = {  # by its name in the table
     "bool": (bool, "true or false"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from crossdock.engine.contract import Allocate, EngineConfig, EngineSettings
 from crossdock.engine.registry import kind_setting
-from crossdock.engine.vllm.args import TENSOR_PARALLEL, check_args
+from crossdock.engine.vllm.args import KV_ARGS, TENSOR_PARALLEL, check_args
 from crossdock.proto.errors import ConfigError
 from crossdock.proto.memory import MemoryType
 from crossdock.proto.settings import no_entries, setting
@@ -39,6 +39,11 @@ class Settings(EngineSettings):
     def ranks(self) -> int:
         """Of tensor parallelism, the one kind that there is here."""
         return int(self.args.get(TENSOR_PARALLEL, 1))
+
+    @property
+    def kv_args(self) -> Mapping[str, Any]:
+        """What is empty or false is as what is not there."""
+        return {name: self.args.get(name) or None for name in KV_ARGS}
 
     def check_kv_dtype(self, dtype: str) -> None:
         if dtype != "auto":

@@ -31,7 +31,7 @@ from crossdock.engine.contract import Allocate, EngineConfig
 from crossdock.engine.vllm.options import vllm_config
 from crossdock.engine.vllm.rank import Place, Rank
 from crossdock.model.store import resolve
-from crossdock.proto import last_words
+from crossdock.proto import ending
 from crossdock.proto.errors import ModelError
 from crossdock.proto.memory import PoolMemory
 
@@ -175,7 +175,7 @@ class RankProcess:
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
             why = self._killed or f"rank {self._place.number} ended with {how}"
             log.critical("%s: the process ends", why)
-            last_words.end(why)
+            ending.end(why)
 
 
 def _unlink_segments(meeting: str) -> None:

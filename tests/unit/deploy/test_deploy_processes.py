@@ -95,10 +95,10 @@ def test_a_process_that_a_signal_ended_is_known_by_its_name(tmp_path, number):
     assert processes.end_of(1, str(tmp_path)) == "", "it left nothing here"
 
 
-def test_a_process_that_ended_itself_is_known_by_its_last_words(tmp_path):
+def test_a_process_that_ended_itself_is_known_by_what_it_said(tmp_path):
     script = "import sys; from crossdock.deploy import processes as p; "
-    script += "from crossdock.proto import last_words; p.record_crashes(sys.argv[1]); "
-    script += "last_words.end('rank 1 ended by SIGKILL')"
+    script += "from crossdock.proto import ending; p.record_crashes(sys.argv[1]); "
+    script += "ending.end('rank 1 ended by SIGKILL')"
     ended = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     assert ended.wait(60) == 1
     assert processes.end_of(ended.pid, str(tmp_path)) == "rank 1 ended by SIGKILL"

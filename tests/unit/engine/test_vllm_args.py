@@ -34,7 +34,7 @@ pools:
         load_format: "dummy"
         kv_cache_dtype: fp8
         ignore_patterns: ["*.bin", original]
-        hf_overrides: {rope_scaling: {factor: 2.5}, layers: [1, two, null]}
+        additional_config: {rope_scaling: {factor: 2.5}, layers: [1, two, null]}
 kv: {block_size: 32}
 """
 SAID = {
@@ -45,7 +45,7 @@ SAID = {
     "load_format": "dummy",
     "kv_cache_dtype": "fp8",
     "ignore_patterns": ["*.bin", "original"],
-    "hf_overrides": {"rope_scaling": {"factor": 2.5}, "layers": [1, "two", None]},
+    "additional_config": {"rope_scaling": {"factor": 2.5}, "layers": [1, "two", None]},
 }
 
 
@@ -67,7 +67,7 @@ def test_arguments_are_as_the_manifest_says_them_by_pool() -> None:
         ("max_model_len", "2.5", "2.5 is not allowed; must be a whole number or null"),
         ("trust_remote_code", "1", "1 is not allowed; must be true or false"),
         ("load_format", "[a]", "['a'] is not allowed; must be a string"),
-        ("hf_overrides", "7", "7 is not allowed; must be a mapping"),
+        ("additional_config", "7", "7 is not allowed; must be a mapping"),
         ("safetensors_load_strategy", "soon", "'soon' is not allowed; must be one of lazy, eager"),
         ("model", "x", "is not of args; say it with model.id"),
         ("tokenizer_mode", "hf", "say it with model.id"),
@@ -119,6 +119,7 @@ kv: {{{", ".join(f"{name}: {value}" for name, value in kv.items())}}}
 TWO = "engine: {kind: vllm, args: {tensor_parallel_size: 2}}"
 FOUR = TWO.replace("2", "4")
 ONE = "engine: {kind: vllm}"
+OVER = "engine: {kind: vllm, args: {hf_overrides: {rope_theta: 5.0}}}"
 FIELD = "engine.args.tensor_parallel_size"
 
 
@@ -137,6 +138,10 @@ def test_equal_degrees_of_tensor_parallelism_are_taken() -> None:
         (TWO, ONE, {}, f"pools.decode.{FIELD}", "1 cannot hand KV to or from 2 of pools.prefill"),
         (FOUR, f"{FOUR}, resources: {{gpus: 2}}", {}, f"pools.decode.{FIELD}", "4 is not allowed"),
         (TWO, TWO, {"verify": "checksum"}, "kv.verify", "pools.prefill has 2"),
+        (
+            *(OVER, ONE, {}, "pools.decode.engine.args.hf_overrides"),
+            "None is not {'rope_theta': 5.0}: KV would mean something else than to pools.prefill",
+        ),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused(
@@ -155,6 +160,17 @@ def test_a_degree_stays_while_the_cluster_runs(tmp_path: Path) -> None:
     applied.check_change(degrees(TWO.replace("}}", ", max_model_len: 512}}"), TWO))
     with pytest.raises(ConfigError, match="cannot change from 2 to 4 while the cluster runs"):
         applied.check_change(degrees(FOUR, FOUR))
+
+
+def test_what_kv_means_stays_while_the_cluster_runs(tmp_path: Path) -> None:
+    """Of workers that are replaced one after the other, some would have the old meaning."""
+    store = ClusterStore("any", tmp_path)
+    same = ONE.replace("vllm}", "vllm, args: {hf_overrides: {}}}")
+    store.begin(degrees(ONE, same).to_yaml(), "life")
+    applied = AppliedSpec(store)
+    applied.check_change(degrees(ONE, ONE))
+    with pytest.raises(ConfigError, match=r"args.hf_overrides: cannot change from None to {'rope"):
+        applied.check_change(degrees(OVER, OVER))
 
 
 def test_what_is_nested_in_them_is_yaml_as_well() -> None:
