@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from crossdock.engine.contract import Allocate, EngineConfig
@@ -46,8 +47,10 @@ class Rank:
         self._threads, self._thread = max(1, config.threads // place.ranks), 0
         self._have_threads()
         with refusals(options.model_config.model):
-            several = place.ranks > 1
-            self._executor = _Executor(options, place) if several else UniProcExecutor(options)
+            self._executor = _Executor(options, place)
+        # Its queue between ranks: 24 MB of shared memory that nobody uses here, and that a process
+        # would leave behind which is killed. All ranks have it by now, and none keeps it.
+        get_tp_group().mq_broadcaster = None
         worker = self._executor.driver_worker.worker
         self.runner: Any = worker.model_runner
         self.shape = shape = BlockShape.of(options, self._executor)
@@ -125,7 +128,7 @@ class Rank:
 
 
 class _Executor(UniProcExecutor):
-    """Of one rank among several: each is alone in its process, with a device of its number."""
+    """Of one rank: each is alone in its process, with a device of its number."""
 
     def __init__(self, options: VllmConfig, place: Place) -> None:
         self._place = place

@@ -53,6 +53,7 @@ class Ranks:
     def __init__(self, config: EngineConfig, options: VllmConfig, allocate: Allocate) -> None:
         """Raises ModelError or ConfigError for what vLLM cannot run."""
         ranks, meeting = config.engine.ranks, get_file_store_init_method()
+        self._meeting = Path(meeting.removeprefix("file://"))
         self.others = [
             RankProcess(config, allocate, Place(number, ranks, meeting))
             for number in range(1, ranks)
@@ -64,7 +65,7 @@ class Ranks:
         except BaseException:
             self._end()
             raise
-        _unlink_segments(meeting)
+        _unlink_segments(self._meeting.name)
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls this method of every Rank at once; returns what the first one's gives, when all
@@ -88,6 +89,7 @@ class Ranks:
         """Ends the processes and the first rank's worker."""
         self._end()
         self.first.close()
+        self._meeting.unlink(missing_ok=True)
 
     def _end(self) -> None:
         for other in self.others:
@@ -178,10 +180,10 @@ class RankProcess:
             ending.end(why)
 
 
-def _unlink_segments(meeting: str) -> None:
+def _unlink_segments(name: str) -> None:
     """Of the shared memory that ranks on a CPU exchange what they compute in, and all have mapped
     by now: vLLM removes it in the end, which does not come to a process that is killed."""
-    for segment in Path("/dev/shm").glob(f"{Path(meeting).name}-*-cpushm_*"):
+    for segment in Path("/dev/shm").glob(f"{name}-*-cpushm_*"):
         segment.unlink(missing_ok=True)
 
 

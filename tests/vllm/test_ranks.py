@@ -23,6 +23,11 @@ END_S = 20.0
 SHM = Path("/dev/shm")
 
 
+def left_behind() -> set[Path]:
+    """Shared memory of ranks, which a worker that is killed would leave."""
+    return {path for name in ("vllm_dist_*", "psm_*") for path in SHM.glob(name)}
+
+
 def children(pid: int) -> list[int]:
     """Processes that this one started and that are alive."""
     found = []
@@ -60,10 +65,10 @@ def in_a_step(cluster: Cluster, rank: int) -> None:
 def test_two_ranks_answer_as_one_does_and_die_together(small_llama: Path) -> None:
     given = prompts(16, 700, 380)
     right = undisturbed(small_llama, given, TOKENS)
-    before = set(SHM.glob("vllm_dist_*"))
+    before = left_behind()
     with cluster_of(small_llama, transport="nixl", **TWO) as cluster:
         came = ask(cluster, given)
-        assert not set(SHM.glob("vllm_dist_*")) - before
+        assert not left_behind() - before
         layout = cluster.workers["decode-0"].status().description.layout
         pids = {name: worker.pid for name, worker in cluster.workers.items()}
         ((of_prefill,), (of_decode,)) = (children(pids[name]) for name in ("prefill-0", "decode-0"))
