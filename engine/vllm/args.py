@@ -69,6 +69,7 @@ REFUSED = {  # what has no field of its own, or cannot work
     "speculative_config": "a step draws one token of a sequence here",
     "spec_*": "a step draws one token of a sequence here",
     "*lora*": "requests cannot name adapters here",
+    "*comm_*": ONE_HOST,
     "*mm_*": TEXT_ONLY,
     "*media*": TEXT_ONLY,
     "video_*": TEXT_ONLY,

@@ -89,6 +89,7 @@ def test_arguments_are_as_the_manifest_says_them_by_pool() -> None:
         ("tensor_parallel_size", "true", "true is not allowed; must be a whole number from 1"),
         ("tensor_parallel_size", "2.0", "2.0 is not allowed; must be a whole number from 1"),
         ("tensor_parallel_size", "4", "4 cannot hand KV to or from 1 of pools.prefill"),
+        ("dcp_comm_backend", "a2a", "processes of one host here"),
         ("distributed_executor_backend", "mp", "processes of one host here"),
     ],
 )
