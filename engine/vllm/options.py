@@ -40,15 +40,19 @@ def vllm_config(config: EngineConfig, files: ModelFiles) -> VllmConfig:
         return EngineArgs(**args, **_own(config, files)).create_engine_config()
 
 
+_REFUSED = (  # NotImplementedError is a RuntimeError, of which the others are the device's
+    *(ValueError, TypeError, NotImplementedError, LookupError, AttributeError),
+    *(AssertionError, ImportError),
+)
+
+
 @contextmanager
 def refusals(model: str | Path) -> Iterator[None]:
     """What vLLM raises for models and arguments that it does not take, as ModelError: the next
     worker would meet it as well. Others are the device's."""
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError, LookupError, AttributeError) as error:
-        raise ModelError(f"{model}: vLLM: {_reason(error)}") from error
-    except (AssertionError, ImportError) as error:
+    except _REFUSED as error:
         raise ModelError(f"{model}: vLLM: {_reason(error)}") from error
 
 
