@@ -333,16 +333,3 @@ async def test_a_connection_that_is_lost_says_what_the_peer_said() -> None:
     assert side.caller.got == [b"goes on"] and side.reason is None
     side.stream.connection_lost(None)
     assert side.reason == "UNAVAILABLE: GOAWAY 0: max_age"
-
-
-async def test_silence_is_asked_about_and_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "KEEPALIVE_S", 0.05)
-    side = Side()
-    side.hear(OPEN)
-    await side.said()
-    async with asyncio.timeout(WAIT_S):
-        while not side.transport.writes:
-            await asyncio.sleep(0.01)
-        assert side.transport.frames() == [(Kind.PING, 0, 0, b"crossdoc")]
-        await side.stream.over
-    assert (side.reason or "").startswith("UNAVAILABLE: no answer to a ping within")
