@@ -30,7 +30,7 @@ from light_workers import LightWorker
 from crossdock.model.store import SIMULATED
 from crossdock.proto.types import Role, WorkerEndpoint
 
-LAG_EVERY_S = 0.05  # seldom enough not to count itself
+LAG_EVERY_S = 0.01
 PREFILL_SHARE = 0.1  # of the workers; at least one
 CLIENTS = {"http": HttpClient, "grpc": GrpcClient}
 LIMITS = {"http": 2.0, "grpc": 1.5}  # ms of CPU a request, aimed at
