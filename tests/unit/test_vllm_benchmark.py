@@ -1,7 +1,8 @@
-"""The proxy before vLLM's two servers, and the model that peers of benchmarks are given."""
+"""vLLM's two servers, the proxy before them, and the model that peers of benchmarks are given."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ async def test_a_prompt_goes_through_both_servers() -> None:
     }
     assert second == body | {"kv_transfer_params": KEPT}
     assert its_id == same_id
+
+
+def test_a_server_that_ended_is_not_waited_for(tmp_path: Path) -> None:
+    from vllm_disaggregated import started
+
+    command = [sys.executable, "-c", "import sys; sys.exit('no module named uvicorn')"]
+    with (
+        started(command, tmp_path / "prefill") as server,
+        pytest.raises(
+            RuntimeError, match=r"^prefill ended with status 1:\nno module named uvicorn"
+        ),
+    ):
+        server.await_ready("http://127.0.0.1:1/", 300.0)
 
 
 def test_a_peer_is_given_a_whole_model_and_a_pace(tmp_path: Path) -> None:
