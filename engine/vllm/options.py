@@ -50,9 +50,10 @@ _REFUSED = (  # NotImplementedError is a RuntimeError, of which the others are t
 def refusals(model: str | Path, *more: type[Exception]) -> Iterator[None]:
     """What vLLM raises for models and arguments that it does not take, as ModelError: the next
     worker would meet it as well. Others are the device's; not those of `more`."""
+    refused: tuple[type[Exception], ...] = _REFUSED + more
     try:
         yield
-    except (*_REFUSED, *more) as error:
+    except refused as error:
         raise ModelError(f"{model}: vLLM: {_reason(error)}") from error
 
 

@@ -136,7 +136,8 @@ def _few_groups(ranks: int) -> Iterator[None]:
     if ranks > 1:
         yield
         return
-    new_group, made = torch.distributed.new_group, dict[str, Any]()
+    new_group: Any = torch.distributed.new_group
+    made: dict[str, Any] = {}
 
     def once(*args: Any, backend: Any = None, **named: Any) -> Any:
         if str(backend) not in made:
