@@ -35,6 +35,7 @@ from crossdock.bench.run import describe_machine
 from crossdock.deploy import admin
 from crossdock.deploy.home import crossdock_home
 from crossdock.model.export import export_model
+from crossdock.proto.errors import CrossdockError
 
 HERE = Path(__file__).resolve().parent
 POOLS = """\
@@ -149,6 +150,18 @@ def peer(model: Path, block_size: int, logs: Path) -> Iterator[Peer]:
         yield Peer(urls[4], engines[0].pid, engines[1].pid, front.pid)
 
 
+def await_whole(cluster: Cluster) -> None:
+    """Until all its members serve: one that the peer's turn kept from answering for too long has
+    been replaced meanwhile. Raises TimeoutError."""
+    until = time.monotonic() + READY_S
+    while time.monotonic() < until:
+        with contextlib.suppress(CrossdockError):
+            if admin.status(cluster.admin).converged:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"the cluster was not whole again in {READY_S:g} s")
+
+
 def workers_of(cluster: Cluster) -> dict[str, int]:
     """Process ids, by pool."""
     return {each.pool: each.pid for each in admin.status(cluster.admin).workers}
@@ -176,15 +189,23 @@ def compare(model: Path, options: argparse.Namespace, logs: Path) -> dict[str, A
         running_cluster(yaml, READY_S, options.verbose, env) as ours,
         peer(model, options.block_size, logs) as theirs,
     ):
+
+        @contextlib.contextmanager
+        def alone() -> Iterator[None]:
+            with theirs.stopped():
+                await_whole(ours)
+                yield
+
         idle = {"peer": idle_cpu({"prefill": theirs.prefill, "decode": theirs.decode})}
-        with theirs.stopped():
+        with alone():
             idle["crossdock"] = idle_cpu(workers_of(ours))
         endpoints = {"crossdock": f"grpc://{ours.grpc}", "peer": theirs.url}
-        turns = {"crossdock": theirs.stopped, "peer": contextlib.nullcontext}
+        turns = {"crossdock": alone, "peer": contextlib.nullcontext}
         runs = measure(endpoints, options, lambda name: turns[name]())
         steps = {
-            pool: json.loads((logs / f"{pid}.json").read_text())
+            pool: json.loads(file.read_text())
             for pool, pid in workers_of(ours).items()
+            if (file := logs / f"{pid}.json").exists()  # else it has not computed anything yet
         }
     results = {name: pooled(each) for name, each in runs.items()}
     results["crossdock"]["step_s"] = steps

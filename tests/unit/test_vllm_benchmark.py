@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 from gguf import GGMLQuantizationType
 from tiny import make_tiny_model, write_gguf
+
+from crossdock.proto.errors import Unavailable
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 KEPT = {"do_remote_prefill": True, "remote_block_ids": [[1, 2]]}
@@ -71,6 +75,19 @@ def test_a_server_that_ended_is_not_waited_for(tmp_path: Path) -> None:
         ),
     ):
         server.await_ready("http://127.0.0.1:1/", 300.0)
+
+
+def test_a_turn_begins_when_the_cluster_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_disaggregated as benchmark
+    from clusters import Cluster
+
+    states = [Unavailable("no controller"), SimpleNamespace(converged=False)]
+    states += [SimpleNamespace(converged=True)]
+    status = Mock(side_effect=states)
+    monkeypatch.setattr(benchmark.admin, "status", status)
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: None)
+    benchmark.await_whole(Cluster("grpc", "http", "admin", 1.0))
+    assert status.call_args_list == [call("admin")] * 3
 
 
 def test_a_peer_is_given_a_whole_model_and_a_pace(tmp_path: Path) -> None:
