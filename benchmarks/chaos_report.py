@@ -16,7 +16,7 @@ from chaos_journal import ROLES, STATES, Journal
 TIE = 1e-3  # of two logprobs: closer ones may swap when a prompt is computed in other chunks
 MIN_REQUESTS, MIN_FAULTS, MIN_KILLS = 300, 100, 25
 MAX_P50_S, MAX_P99_S, MAX_SETTLE_S = 3.0, 15.0, 10.0
-MAX_ROUND_S = 360.0
+MAX_ROUND_S = 240.0  # besides the starts of those killed, which are the engine's
 
 
 class End(enum.StrEnum):
@@ -97,14 +97,15 @@ def recoveries(
     return found
 
 
-def starts(struck: Sequence[Struck], journal: Journal) -> list[float]:
-    """Seconds from each kill until the victim's place was taken and known to the gateway."""
+def starts(struck: Sequence[Struck], journal: Journal) -> list[tuple[str, float]]:
+    """Of each kill the victim's role, and seconds until its place was taken and known to the
+    gateway."""
     found = []
     for hit in struck:
         if hit.planned.kind is Kind.KILL:
             lives = [w for w in journal.workers.values() if w.name == hit.worker and w.connected]
             again = [w.connected[0] for w in lives if w.connected[0] > hit.at]
-            found += [min(again) - hit.at] if again else []
+            found += [(hit.planned.role, min(again) - hit.at)] if again else []
     return found
 
 
@@ -149,6 +150,13 @@ class Outcome:
     @property
     def kills(self) -> Counter[str]:
         return Counter(h.planned.role for h in self.struck if h.planned.kind is Kind.KILL)
+
+    @property
+    def starting_s(self) -> float:
+        """How long faults may have waited for workers to start: kills strike where two of the role
+        are up, so the starts of the role that was hurt more come one after the other."""
+        started = starts(self.struck, self.journal)
+        return max(sum(s for role, s in started if role == each) for each in ROLES)
 
     def verdicts(self) -> Counter[Verdict]:
         return Counter(compare(each, self.undisturbed[each.case])[0] for each in self.asked)
@@ -202,11 +210,12 @@ class Outcome:
         spared = [r.seconds for r in recoveries(self.struck, self.asked, self.journal) if r.spare]
         p50, p99 = percentile(spared, 0.5), percentile(spared, 0.99)
         refused = self.ends()[End.REFUSED]  # more where no worker comes back in time
+        most = MAX_ROUND_S * self.rounds + self.starting_s
         checks = {
             f"recovery p50 {p50:.2f} s > {MAX_P50_S:g} s": p50 > MAX_P50_S,
             f"recovery p99 {p99:.2f} s > {MAX_P99_S:g} s": p99 > MAX_P99_S,
             f"{refused} requests refused": refused > len(self.asked) / 50,
-            f"{self.seconds:.0f} s of faults": self.seconds > MAX_ROUND_S * self.rounds,
+            f"{self.seconds:.0f} s of faults > {most:.0f} s": self.seconds > most,
             f"settled after {self.settled_s:.1f} s": self.settled_s > MAX_SETTLE_S,
         }
         return [text for text, fails in checks.items() if fails]
@@ -215,7 +224,7 @@ class Outcome:
         kinds = Counter(hit.planned.kind for hit in self.struck)
         ends, verdicts = self.ends(), self.verdicts()
         found = recoveries(self.struck, self.asked, self.journal)
-        started = starts(self.struck, self.journal)
+        started = [seconds for _, seconds in starts(self.struck, self.journal)]
         tokens = sum(len(each.token_ids) for each in self.asked)
         return [
             f"requests {len(self.asked)} ({tokens} tokens) in {self.seconds:.0f} s: "

@@ -5,10 +5,7 @@ same token ids in turn, round by round in one run. vLLM's two servers hand KV ov
 NixlConnector, behind the proxy of vllm_proxy.py; as they use a core each when they are idle, they
 are stopped (SIGSTOP) while Crossdock's round runs.
 
-    make vllm
-    .venv/bin/pip install -c constraints.txt model-hosting-container-standards \
-        prometheus-fastapi-instrumentator uvicorn watchfiles
-    .venv/bin/python benchmarks/vllm_disaggregated.py --json FILE
+    make bench-vllm BENCH_ARGS="--requests 24 --rounds 2 --json FILE"    # installs what it needs
 """
 
 from __future__ import annotations
@@ -38,7 +35,9 @@ from crossdock.bench.run import describe_machine
 from crossdock.deploy import admin
 from crossdock.deploy.home import crossdock_home
 from crossdock.model.export import export_model
+from crossdock.proto.errors import CrossdockError
 
+HERE = Path(__file__).resolve().parent
 POOLS = """\
   prefill: {role: prefill, replicas: 1, resources: {cpus: 1}, engine: {kind: vllm}}
   decode:  {role: decode,  replicas: 1, resources: {cpus: 1}, engine: {kind: vllm}}
@@ -72,9 +71,36 @@ class Peer:
             os.killpg(group, number)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A process in a group of its own, whose output is in `log`."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def await_ready(self, url: str, limit_s: float) -> None:
+        """Until it answers there. Raises RuntimeError once it has ended, TimeoutError after
+        `limit_s`; both with what it said last."""
+        until = time.monotonic() + limit_s
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+                return
+            if (code := self.process.poll()) is not None:
+                raise RuntimeError(f"{self.log.name} ended with status {code}:\n{self._said()}")
+            time.sleep(0.5)
+        raise TimeoutError(f"{self.log.name}: no answer in {limit_s:g} s; it said:\n{self._said()}")
+
+    def _said(self) -> str:
+        return self.log.read_text()[-2000:]
+
+
 @contextlib.contextmanager
-def started(command: Sequence[str], log: Path, **variables: str) -> Iterator[int]:
-    """A process in a group of its own, until the block is left; yields its id."""
+def started(command: Sequence[str], log: Path, **variables: str) -> Iterator[Server]:
+    """A server, until the block is left."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -84,7 +110,7 @@ def started(command: Sequence[str], log: Path, **variables: str) -> Iterator[int
             start_new_session=True,
         )
         try:
-            yield process.pid
+            yield Server(process, log)
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -96,7 +122,7 @@ def started(command: Sequence[str], log: Path, **variables: str) -> Iterator[int
 
 @contextlib.contextmanager
 def peer(model: Path, block_size: int, logs: Path) -> Iterator[Peer]:
-    """Ready to answer. Raises TimeoutError with what a server said last."""
+    """Ready to answer. Raises as Server.await_ready."""
     ports = free_ports(5)
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     with contextlib.ExitStack() as stack:
@@ -115,22 +141,25 @@ def peer(model: Path, block_size: int, logs: Path) -> Iterator[Peer]:
                 "VLLM_NO_USAGE_STATS": "1",
             }
             engines.append(stack.enter_context(started(command, logs / name, **variables)))
-        for url, name in zip(urls, ("prefill", "decode")):
-            await_ready(f"{url}/health", logs / name)
-        proxy = [sys.executable, str(Path(__file__).with_name("vllm_proxy.py"))]
+        for url, engine in zip(urls, engines):
+            engine.await_ready(f"{url}/health", READY_S)
+        proxy = [sys.executable, str(HERE / "vllm_proxy.py")]
         proxy += ["--port", str(ports[4]), "--prefill", urls[0], "--decode", urls[1]]
         front = stack.enter_context(started(proxy, logs / "proxy"))
-        await_ready(f"{urls[4]}/v1/models", logs / "proxy")
-        yield Peer(urls[4], engines[0], engines[1], front)
+        front.await_ready(f"{urls[4]}/v1/models", READY_S)
+        yield Peer(urls[4], engines[0].pid, engines[1].pid, front.pid)
 
 
-def await_ready(url: str, log: Path) -> None:
+def await_whole(cluster: Cluster) -> None:
+    """Until all its members serve: one that the peer's turn kept from answering for too long has
+    been replaced meanwhile. Raises TimeoutError."""
     until = time.monotonic() + READY_S
     while time.monotonic() < until:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
-            return
+        with contextlib.suppress(CrossdockError):
+            if admin.status(cluster.admin).converged:
+                return
         time.sleep(0.5)
-    raise TimeoutError(f"{url} is not ready; it said:\n{log.read_text()[-2000:]}")
+    raise TimeoutError(f"the cluster was not whole again in {READY_S:g} s")
 
 
 def workers_of(cluster: Cluster) -> dict[str, int]:
@@ -151,14 +180,35 @@ def idle_cpu(roots: dict[str, int]) -> dict[str, float]:
 def compare(model: Path, options: argparse.Namespace, logs: Path) -> dict[str, Any]:
     yaml = spec("vllm-beside", POOLS, str(model))
     yaml += f"kv: {{block_size: {options.block_size}}}\n"
-    with running_cluster(yaml, READY_S) as ours, peer(model, options.block_size, logs) as theirs:
+    env = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+        "CROSSDOCK_EVENT_LISTENER": "vllm_forward:reached",
+        "CROSSDOCK_FORWARD": str(logs),
+    }
+    with (
+        running_cluster(yaml, READY_S, options.verbose, env) as ours,
+        peer(model, options.block_size, logs) as theirs,
+    ):
+
+        @contextlib.contextmanager
+        def alone() -> Iterator[None]:
+            with theirs.stopped():
+                await_whole(ours)
+                yield
+
         idle = {"peer": idle_cpu({"prefill": theirs.prefill, "decode": theirs.decode})}
-        with theirs.stopped():
+        with alone():
             idle["crossdock"] = idle_cpu(workers_of(ours))
         endpoints = {"crossdock": f"grpc://{ours.grpc}", "peer": theirs.url}
-        turns = {"crossdock": theirs.stopped, "peer": contextlib.nullcontext}
+        turns = {"crossdock": alone, "peer": contextlib.nullcontext}
         runs = measure(endpoints, options, lambda name: turns[name]())
+        steps = {
+            pool: json.loads(file.read_text())
+            for pool, pid in workers_of(ours).items()
+            if (file := logs / f"{pid}.json").exists()  # else it has not computed anything yet
+        }
     results = {name: pooled(each) for name, each in runs.items()}
+    results["crossdock"]["step_s"] = steps
     return {name: {**each, "idle_cpu": idle[name]} for name, each in results.items()}
 
 
@@ -167,12 +217,16 @@ def show(results: dict[str, dict[str, Any]]) -> None:
     for name, each in results.items():
         shares = ", ".join(f"{pool} {share:.1%}" for pool, share in each["idle_cpu"].items())
         print(f"{name}: of a core when idle: {shares}; {each['failed']} failed")
+    for pool, spent in results["crossdock"]["step_s"].items():
+        parts = [f"{part} {spent[part] / spent['step']:.1%}" for part in spent if part != "step"]
+        print(f"of the {spent['step']:.1f} s of {pool}'s steps: {', '.join(parts)}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a known model, or a file")
     parser.add_argument("--block-size", type=int, default=32, help="tokens; of both")
+    parser.add_argument("--verbose", action="store_true", help="shows what our cluster says")
     add_load(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

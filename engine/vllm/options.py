@@ -36,7 +36,7 @@ def vllm_config(config: EngineConfig, files: ModelFiles) -> VllmConfig:
     settings = config.engine
     assert isinstance(settings, Settings)
     args = {"enforce_eager": current_platform.is_cpu()} | dict(settings.args)
-    with refusals(files.path):
+    with refusals(files.path, OSError):  # as of a configuration's file that is not there
         return EngineArgs(**args, **_own(config, files)).create_engine_config()
 
 
@@ -47,12 +47,13 @@ _REFUSED = (  # NotImplementedError is a RuntimeError, of which the others are t
 
 
 @contextmanager
-def refusals(model: str | Path) -> Iterator[None]:
+def refusals(model: str | Path, *more: type[Exception]) -> Iterator[None]:
     """What vLLM raises for models and arguments that it does not take, as ModelError: the next
-    worker would meet it as well. Others are the device's."""
+    worker would meet it as well. Others are the device's; not those of `more`."""
+    refused: tuple[type[Exception], ...] = _REFUSED + more
     try:
         yield
-    except _REFUSED as error:
+    except refused as error:
         raise ModelError(f"{model}: vLLM: {_reason(error)}") from error
 
 

@@ -32,6 +32,7 @@ class BlockShape:
     layout: KVCacheLayout
     groups: list[Any]  # vLLM's KV cache groups: one
     specs: dict[str, KVCacheSpec]  # by layer
+    long_rope: bool  # which of two tables of factors turns its keys, which max_model_len decides
 
     @classmethod
     def of(cls, config: VllmConfig, executor: UniProcExecutor) -> BlockShape:
@@ -49,7 +50,9 @@ class BlockShape:
         if groups[0].kv_cache_spec.block_size != (size := config.cache_config.block_size):
             message = f"{size} is no size of this model's blocks in vLLM"
             raise ConfigError("kv.block_size", f"{message}: {groups[0].kv_cache_spec.block_size}")
-        return cls(config, layout, groups, specs)
+        modules = executor.driver_worker.worker.model_runner.model.modules()
+        long_rope = any(getattr(module, "use_long_rope", False) for module in modules)
+        return cls(config, layout, groups, specs, long_rope)
 
     @property
     def block_bytes(self) -> int:
@@ -66,7 +69,8 @@ class BlockShape:
 
     @property
     def bytes_of(self) -> str:
-        """Type and order of a block's bytes: kernels read them as they write them, no others do."""
+        """Type and order of a block's bytes, and what else KV means by them: kernels read them as
+        they write them, no others do."""
         spec = next(iter(self.specs.values()))
         assert isinstance(spec, AttentionSpec)
         backends = {
@@ -74,7 +78,10 @@ class BlockShape:
             for layer in map(self.config.compilation_config.static_forward_context.get, self.specs)
         }
         kernels = " ".join(" ".join(filter(None, each)) for each in sorted(backends))
-        return f"{str(spec.dtype).removeprefix('torch.')} {self.layout.name} {kernels}"
+        parts = [str(spec.dtype).removeprefix("torch."), self.layout.name, kernels]
+        if not spec.dtype.is_floating_point:
+            parts.append(self.config.cache_config.cache_dtype)  # uint8 is all of fp8_e4m3, nvfp4, …
+        return " ".join([*parts, *["long RoPE"] * self.long_rope])
 
     def place(self, num_blocks: int, buffer: np.ndarray | None, executor: UniProcExecutor) -> int:
         """Makes the tensors, over `buffer` if there is one. Returns their address."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +48,7 @@ class Rank:
         """Raises ModelError or ConfigError for what vLLM cannot run."""
         self._threads, self._thread = max(1, config.threads // place.ranks), 0
         self._have_threads()
-        with refusals(options.model_config.model):
+        with refusals(options.model_config.model), _few_groups(place.ranks):
             self._executor = _Executor(options, place)
         # Its queue between ranks: 24 MB of shared memory that nobody uses here, and that a process
         # would leave behind which is killed. All ranks have it by now, and none keeps it.
@@ -125,6 +127,28 @@ class Rank:
         if self._thread != (thread := threading.get_ident()):
             self._thread = thread
             torch._C.set_num_threads(self._threads)
+
+
+@contextmanager
+def _few_groups(ranks: int) -> Iterator[None]:
+    """Of one rank vLLM makes a dozen groups, all of that rank: here they are one of each backend,
+    since each of Gloo's has a thread that wakes 100 times a second."""
+    if ranks > 1:
+        yield
+        return
+    new_group: Any = torch.distributed.new_group
+    made: dict[str, Any] = {}
+
+    def once(*args: Any, backend: Any = None, **named: Any) -> Any:
+        if str(backend) not in made:
+            made[str(backend)] = new_group(*args, backend=backend, **named)
+        return made[str(backend)]
+
+    torch.distributed.new_group = once
+    try:
+        yield
+    finally:
+        torch.distributed.new_group = new_group
 
 
 class _Executor(UniProcExecutor):

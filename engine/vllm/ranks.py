@@ -21,13 +21,12 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.utils.network_utils import get_file_store_init_method
 
 from crossdock.engine.contract import Allocate, EngineConfig
+from crossdock.engine.vllm.meeting import Meeting
 from crossdock.engine.vllm.options import vllm_config
 from crossdock.engine.vllm.rank import Place, Rank
 from crossdock.model.store import resolve
@@ -52,20 +51,18 @@ class Ranks:
 
     def __init__(self, config: EngineConfig, options: VllmConfig, allocate: Allocate) -> None:
         """Raises ModelError or ConfigError for what vLLM cannot run."""
-        ranks, meeting = config.engine.ranks, get_file_store_init_method()
-        self._meeting = Path(meeting.removeprefix("file://"))
-        self.others = [
-            RankProcess(config, allocate, Place(number, ranks, meeting))
-            for number in range(1, ranks)
-        ]
+        ranks, self._meeting = config.engine.ranks, Meeting()
+        places = [Place(number, ranks, self._meeting.method) for number in range(ranks)]
+        self.others = [RankProcess(config, allocate, place) for place in places[1:]]
         try:
-            self.first = Rank(config, options, allocate, Place(0, ranks, meeting))
+            self.first = Rank(config, options, allocate, places[0])
             for other in self.others:
                 other.ready(self.first.memory.num_blocks)
         except BaseException:
             self._end()
+            self._meeting.close()
             raise
-        _unlink_segments(self._meeting.name)
+        self._meeting.unlink_segments()
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls this method of every Rank at once; returns what the first one's gives, when all
@@ -89,7 +86,7 @@ class Ranks:
         """Ends the processes and the first rank's worker."""
         self._end()
         self.first.close()
-        self._meeting.unlink(missing_ok=True)
+        self._meeting.close()
 
     def _end(self) -> None:
         for other in self.others:
@@ -178,13 +175,6 @@ class RankProcess:
             why = self._killed or f"rank {self._place.number} ended with {how}"
             log.critical("%s: the process ends", why)
             ending.end(why)
-
-
-def _unlink_segments(name: str) -> None:
-    """Of the shared memory that ranks on a CPU exchange what they compute in, and all have mapped
-    by now: vLLM removes it in the end, which does not come to a process that is killed."""
-    for segment in Path("/dev/shm").glob(f"{name}-*-cpushm_*"):
-        segment.unlink(missing_ok=True)
 
 
 def main(commands: int, service: int) -> None:

@@ -107,7 +107,7 @@ class Validator:
     def _capacity_reason(self) -> str:
         pool = self.pool_tokens()
         if pool is not None and pool < self.text.context_length:
-            return f"the whole KV pool of a worker holds {pool} tokens"
+            return f"a worker holds at most {pool} tokens of a sequence"
         return f"this model's maximum context length is {self.text.context_length} tokens"
 
 

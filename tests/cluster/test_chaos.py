@@ -109,7 +109,7 @@ def test_recovery_is_from_the_kill_to_the_next_token_of_what_the_victim_held(jou
         (2.5, True, "joined"),
         (0.05, False, "joined"),
     ]
-    assert starts(struck, journal) == [5.5]
+    assert starts(struck, journal) == [("decode", 5.5)]
     assert struck_states(struck, journal)["kill"] == Counter({"joined": 3})
 
 
@@ -164,6 +164,18 @@ def test_what_does_not_hold_is_named(journal) -> None:
         assert part in said
     assert outcome.verdicts()[Verdict.WRONG] == 1
     assert not outcome.slow()
+
+
+def test_faults_may_take_as_long_as_those_killed_take_to_start(journal) -> None:
+    from chaos_report import MAX_ROUND_S, Outcome
+
+    def outcome(seconds: float) -> Outcome:
+        return Outcome([], [], [kill(4.0, DECODE)], [], journal, 0.5, seconds, 0.0, [])
+
+    assert outcome(0.0).starting_s == 5.5
+    most = MAX_ROUND_S / 2 + 5.5
+    assert not outcome(most).slow()
+    assert outcome(most + 1).slow() == [f"{most + 1:.0f} s of faults > {most:.0f} s"]
 
 
 def test_a_plan_aims_every_kind_at_every_event_and_is_the_seeds_own() -> None:

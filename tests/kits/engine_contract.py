@@ -17,9 +17,11 @@ from crossdock.proto.types import SamplingParams
 BLOCKS = 12
 
 
-def make(kind: str, model: object, **settings: object) -> Engine:
+def make(kind: str, model: object, args: object = None, **settings: object) -> Engine:
+    """args: of a vllm engine."""
+    own = {} if args is None else {"args": args}
     config = EngineConfig(
-        engine=registry.settings_of(kind)(kind=kind),
+        engine=registry.settings_of(kind)(kind=kind, **own),  # type: ignore[arg-type]
         model=str(model),
         **({"block_size": 8, "kv_blocks": BLOCKS} | settings),  # type: ignore[arg-type]
     )

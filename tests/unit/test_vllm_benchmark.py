@@ -1,9 +1,12 @@
-"""The proxy before vLLM's two servers, and the model that peers of benchmarks are given."""
+"""vLLM's two servers, the proxy before them, and the model that peers of benchmarks are given."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 from gguf import GGMLQuantizationType
 from tiny import make_tiny_model, write_gguf
+
+from crossdock.proto.errors import Unavailable
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 KEPT = {"do_remote_prefill": True, "remote_block_ids": [[1, 2]]}
@@ -57,6 +62,32 @@ async def test_a_prompt_goes_through_both_servers() -> None:
     }
     assert second == body | {"kv_transfer_params": KEPT}
     assert its_id == same_id
+
+
+def test_a_server_that_ended_is_not_waited_for(tmp_path: Path) -> None:
+    from vllm_disaggregated import started
+
+    command = [sys.executable, "-c", "import sys; sys.exit('no module named uvicorn')"]
+    with (
+        started(command, tmp_path / "prefill") as server,
+        pytest.raises(
+            RuntimeError, match=r"^prefill ended with status 1:\nno module named uvicorn"
+        ),
+    ):
+        server.await_ready("http://127.0.0.1:1/", 300.0)
+
+
+def test_a_turn_begins_when_the_cluster_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_disaggregated as benchmark
+    from clusters import Cluster
+
+    states = [Unavailable("no controller"), SimpleNamespace(converged=False)]
+    states += [SimpleNamespace(converged=True)]
+    status = Mock(side_effect=states)
+    monkeypatch.setattr(benchmark.admin, "status", status)
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: None)
+    benchmark.await_whole(Cluster("grpc", "http", "admin", 1.0))
+    assert status.call_args_list == [call("admin")] * 3
 
 
 def test_a_peer_is_given_a_whole_model_and_a_pace(tmp_path: Path) -> None:

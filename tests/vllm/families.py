@@ -40,6 +40,20 @@ def make_gemma(folder: Path) -> Path:
     return _save(folder, Gemma3ForCausalLM, config)
 
 
+def make_phi(folder: Path) -> Path:
+    """Phi-3 with long RoPE: 512 tokens by the short factors, 1,024 by the long ones."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    half = SHAPE["head_dim"] // 2
+    factors = {"short_factor": [1.0] * half, "long_factor": [2.0] * half}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    lengths = {"max_position_embeddings": 1024, "original_max_position_embeddings": 512}
+    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    shape |= {"hidden_size": SHAPE["num_attention_heads"] * SHAPE["head_dim"]}
+    config = Phi3Config(**shape | lengths, rope_parameters=rope)
+    return _save(folder, Phi3ForCausalLM, config)
+
+
 def _save(folder: Path, family: type, config: object) -> Path:
     """With the tokenizer and chat template of the other tiny models."""
     make_tiny_model(folder)

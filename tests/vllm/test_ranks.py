@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from engines_kit import simulated
 from freeze import freeze
 from process_kit import Cluster, until
@@ -25,7 +26,7 @@ SHM = Path("/dev/shm")
 
 def left_behind() -> set[Path]:
     """Shared memory of ranks, which a worker that is killed would leave."""
-    return {path for name in ("vllm_dist_*", "psm_*") for path in SHM.glob(name)}
+    return {path for name in ("crossdock-ranks-*", "psm_*") for path in SHM.glob(name)}
 
 
 def children(pid: int) -> list[int]:
@@ -88,10 +89,11 @@ def test_two_ranks_answer_as_one_does_and_die_together(small_llama: Path) -> Non
         assert each.transferred_bytes == each.transferred_blocks * BLOCK_BYTES
 
 
-def test_an_engine_of_two_ranks_holds_to_what_engines_do(small_llama: Path) -> None:
-    """In a process of its own: one takes part in one group of ranks only."""
+@pytest.mark.parametrize("tests", ["two_ranks.py", "two_ranks_fence.py"])
+def test_two_ranks_hold_to_what_one_does(small_llama: Path, tests: str) -> None:
+    """In a process of their own: one takes part in one group of ranks only."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name("two_ranks.py"))],
+        [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name(tests))],
         env=os.environ | {"MODEL": str(small_llama)},
         capture_output=True,
         text=True,

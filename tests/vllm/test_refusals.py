@@ -25,3 +25,8 @@ def test_what_the_next_worker_would_meet_as_well(raised: Exception, told: str) -
 def test_what_the_device_says_is_its_own() -> None:
     with pytest.raises(RuntimeError, match="out of memory"), refusals("model"):
         raise RuntimeError("out of memory")
+
+
+def test_a_file_that_is_not_there_is_no_fault_of_the_device() -> None:
+    with pytest.raises(ModelError, match="vLLM: OSError: no folder"), refusals("m", OSError):
+        raise OSError("no folder")

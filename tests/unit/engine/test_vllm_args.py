@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from fnmatch import filter as filter_names
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from crossdock.deploy.applied import AppliedSpec
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.deploy.store import ClusterStore
-from crossdock.engine.vllm.args import INSTEAD, ONLY_1, REFUSED, check_args, known_args
+from crossdock.engine.vllm.args import check_args, known_args
+from crossdock.engine.vllm.refused import INSTEAD, ONLY_1, REFUSED
 from crossdock.proto.errors import ConfigError
 
 TEXT = """\
@@ -32,8 +34,8 @@ pools:
         cpu_offload_gb: 2
         quantization: null
         load_format: "dummy"
-        kv_cache_dtype: fp8
-        ignore_patterns: ["*.bin", original]
+        moe_backend: triton
+        offload_params: ["experts", shared]
         additional_config: {rope_scaling: {factor: 2.5}, layers: [1, two, null]}
 kv: {block_size: 32}
 """
@@ -43,8 +45,8 @@ SAID = {
     "cpu_offload_gb": 2,
     "quantization": None,
     "load_format": "dummy",
-    "kv_cache_dtype": "fp8",
-    "ignore_patterns": ["*.bin", "original"],
+    "moe_backend": "triton",
+    "offload_params": ["experts", "shared"],
     "additional_config": {"rope_scaling": {"factor": 2.5}, "layers": [1, "two", None]},
 }
 
@@ -89,7 +91,13 @@ def test_arguments_are_as_the_manifest_says_them_by_pool() -> None:
         ("tensor_parallel_size", "true", "true is not allowed; must be a whole number from 1"),
         ("tensor_parallel_size", "2.0", "2.0 is not allowed; must be a whole number from 1"),
         ("tensor_parallel_size", "4", "4 cannot hand KV to or from 1 of pools.prefill"),
-        ("dcp_comm_backend", "a2a", "processes of one host here"),
+        ("dcp_comm_backend", "a2a", "only context parallelism uses it"),
+        ("enable_nccl_comm_suspend", "true", "processes of one host here"),
+        ("log_config_file", "/not/there", "say it with log_level among the args"),
+        ("enable_eplb", "true", "after it has drawn tokens, which it does not here"),
+        ("enable_dbo", "true", "only data parallelism uses it; say pools.NAME.replicas"),
+        ("kv_cache_metrics", "true", "vLLM's own metrics"),
+        ("revision", "main", "model.id is a folder"),
         ("distributed_executor_backend", "mp", "processes of one host here"),
     ],
 )
@@ -120,6 +128,7 @@ kv: {{{", ".join(f"{name}: {value}" for name, value in kv.items())}}}
 TWO = "engine: {kind: vllm, args: {tensor_parallel_size: 2}}"
 FOUR = TWO.replace("2", "4")
 ONE = "engine: {kind: vllm}"
+FP8 = "engine: {kind: vllm, args: {kv_cache_dtype: fp8_e5m2}}"
 OVER = "engine: {kind: vllm, args: {hf_overrides: {rope_theta: 5.0}}}"
 FIELD = "engine.args.tensor_parallel_size"
 
@@ -139,6 +148,10 @@ def test_equal_degrees_of_tensor_parallelism_are_taken() -> None:
         (TWO, ONE, {}, f"pools.decode.{FIELD}", "1 cannot hand KV to or from 2 of pools.prefill"),
         (FOUR, f"{FOUR}, resources: {{gpus: 2}}", {}, f"pools.decode.{FIELD}", "4 is not allowed"),
         (TWO, TWO, {"verify": "checksum"}, "kv.verify", "pools.prefill has 2"),
+        (
+            *(ONE, FP8, {}, "pools.decode.engine.args.kv_cache_dtype"),
+            "'fp8_e5m2' is not None: KV would mean something else than to pools.prefill",
+        ),
         (
             *(OVER, ONE, {}, "pools.decode.engine.args.hf_overrides"),
             "None is not {'rope_theta': 5.0}: KV would mean something else than to pools.prefill",
@@ -188,10 +201,33 @@ def test_one_of_each_is_what_there_is() -> None:
 
 
 def test_what_is_refused_is_vllms() -> None:
-    from fnmatch import filter as matching
-
     known = list(known_args())
-    assert not [name for name in (*INSTEAD, *REFUSED, *ONLY_1) if not matching(known, name)]
+    assert not [name for name in (*INSTEAD, *REFUSED, *ONLY_1) if not filter_names(known, name)]
+
+
+# What vLLM's model, loader, model runner or ranks read: all that is not refused. An argument that a
+# new vLLM brings is in neither until somebody has looked where it is read.
+EFFECTIVE = """
+additional_config allow_deprecated_quantization attention_backend attention_config code_revision
+compilation_config config_format cpu_distributed_timeout_seconds cpu_offload_gb cpu_offload_params
+cudagraph_capture_sizes disable_custom_all_reduce disable_sliding_window distributed_timeout_seconds
+enable_ep_weight_filter enable_expert_parallel enable_flashinfer_autotune enable_hc_sp
+enable_layerwise_nvtx_tracing enforce_eager engram_config expert_placement_strategy
+fail_on_environ_validation hf_config_path hf_overrides hf_token ir_op_priority jit_monitor_mode
+jit_monitor_verbose kernel_config kv_cache_dtype kv_cache_dtype_skip_layers linear_backend
+load_format log_level max_cudagraph_capture_size max_model_len model_class_overrides model_impl
+model_loader_extra_config moe_backend offload_backend offload_group_size offload_num_in_group
+offload_params offload_prefetch_step optimization_level performance_mode pt_load_map_location
+quantization quantization_config safetensors_load_strategy safetensors_prefetch_block_size
+safetensors_prefetch_num_threads sparse_indexer_topk_backend tensor_parallel_size trust_remote_code
+use_tqdm_on_load
+"""
+
+
+def test_each_argument_takes_effect_or_is_refused() -> None:
+    known = list(known_args())
+    refused = {name for pattern in (*INSTEAD, *REFUSED) for name in filter_names(known, pattern)}
+    assert set(known) - refused - set(ONLY_1) == set(EFFECTIVE.split())
 
 
 def test_manifests_are_checked_without_vllm() -> None:

@@ -107,7 +107,7 @@ async def test_a_prompt_longer_than_the_whole_pool(tiny_model: Path) -> None:
         error = await refusal(rig, ask([5] * 128))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "128 tokens" in error.details()
-        assert "whole KV pool of a worker holds 128 tokens" in error.details()
+        assert "a worker holds at most 128 tokens of a sequence" in error.details()
         error = await refusal(rig, ask([5] * 100, max_tokens=29))
         assert "at most 28 tokens fit" in error.details()
         answer = await rig.stub.GenerateUnary(ask([5] * 100, max_tokens=28))
