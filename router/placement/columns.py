@@ -6,7 +6,7 @@ ready.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +18,10 @@ from crossdock.router.placement.workers import Numbers, WorkerView
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Slots = npt.NDArray[np.intp]
 
 FIRST_ROWS = 64  # of the arrays; doubled when they are full
 FEW_BITS = 16  # of a bitmask, which are found quicker one after the other
-NOTHING = np.zeros(1)
 INFINITE = float("inf")
 
 
@@ -80,9 +80,10 @@ class Columns:
         """Of the workers of these names that are here."""
         return [self._rows[name] for name in names if name in self._rows]
 
-    def of_slots(self, by_slot: Floats | None) -> Floats:
-        """Of one number a slot those of these workers; None: 0 for all."""
-        return NOTHING if by_slot is None else by_slot[self._slots[: len(self.workers)]]
+    @property
+    def slots(self) -> Slots:
+        """Of the prefix index."""
+        return self._slots[: len(self.workers)]
 
     def _seat(self, worker: WorkerView, row: int) -> None:
         self._rows[worker.name] = row
@@ -100,17 +101,24 @@ class Columns:
             self._seat(worker, row)
 
 
-def depth_by_slot(levels: list[Level], slots: int) -> Floats:
-    """How many leading blocks the worker of each slot holds."""
-    found = np.zeros(slots)
-    width = -(-slots // 8)
-    for mask, depth in levels:
-        if mask.bit_count() > FEW_BITS:
-            octets = np.frombuffer(mask.to_bytes(width, "little"), np.uint8)
-            found[np.unpackbits(octets, bitorder="little").nonzero()[0]] = depth
-            continue
-        while mask:
-            lowest = mask & -mask
-            found[lowest.bit_length() - 1] = depth
-            mask ^= lowest
-    return found
+class Depths:
+    """How many leading blocks of a prompt the worker of each slot holds."""
+
+    def __init__(self, levels: Sequence[Level], slots: int) -> None:
+        self._depths = [0, *(depth for _, depth in levels)]
+        self._of_slot = np.zeros(slots, np.intp)  # which of these
+        width = -(-slots // 8)
+        for i, (mask, _) in enumerate(levels, 1):
+            if mask.bit_count() > FEW_BITS:
+                octets = np.frombuffer(mask.to_bytes(width, "little"), np.uint8)
+                bits = np.unpackbits(octets, count=slots, bitorder="little")
+                np.putmask(self._of_slot, bits, i)
+                continue
+            while mask:
+                lowest = mask & -mask
+                self._of_slot[lowest.bit_length() - 1] = i
+                mask ^= lowest
+
+    def each(self, slots: Slots, of: Callable[[int], float]) -> Floats:
+        """`of` what the worker of each of these slots holds."""
+        return np.array([of(depth) for depth in self._depths], np.float64)[self._of_slot[slots]]

@@ -12,6 +12,7 @@ from crossdock.router.placement.candidates import Candidates, Decodes, nobody
 from crossdock.router.placement.demand import Demand, Placement, Reason
 from crossdock.router.placement.few import FewWorkers
 from crossdock.router.placement.many import ManyWorkers
+from crossdock.router.placement.pairs import Pairs
 from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.weighed import Computes, Predicted, Pull
 from crossdock.router.placement.workers import WorkerView
@@ -45,10 +46,9 @@ def predicted_latency(
     ways += [choice.colocated()] if choice.among.any_of(Role.COLOCATED) else []
     if not ways:
         raise nobody(view, demand, choice.among)
-    _, (_, ttft_s, _, worker), decode = min(ways, key=_SECONDS)
+    _, (_, ttft_s, *_, worker), decode = min(ways, key=_SECONDS)
     reason, depth = _REASONS[worker.role], choice.among.depth(worker)
-    weighed = choice.weighed(demand.yields)
-    return Placement.on(worker, decode, demand, now, depth, ttft_s, reason, weighed)
+    return Placement.on(worker, decode, demand, now, depth, ttft_s, reason, choice.weighed())
 
 
 def decode_for(
@@ -59,7 +59,7 @@ def decode_for(
     if not choice.among.any_of(Role.DECODE):
         raise nobody(view, demand, choice.among, (Role.DECODE,))
     decodes = choice.among.decodes(view.pairs.cut_off([prefill], now))
-    after = choice.after_token_0(prefill, _pulls(decodes))
+    after = _Links(view.pairs, decodes, now).after_token_0(prefill)
     return decodes[choice.best_of_two(after)][2].name
 
 
@@ -85,22 +85,23 @@ class _Choice:
             names = [worker.name for *_, worker in prefills]
             cut_off = self._pairs.cut_off(names, self._now)
         decodes = self.among.decodes(cut_off)
-        pulls = _pulls(decodes)
-        least_s = min(excess_s + nbytes * self._pairs.least for excess_s, nbytes, _ in pulls)
+        links = _Links(self._pairs, decodes, self._now)
+        least_s = links.least_s
         costs: list[float] = []
-        afters: list[list[float]] = []
+        afters: list[Sequence[float]] = []
         limit = float("inf")
-        for first_s, _, _, worker in prefills:
+        for first_s, *_, worker in prefills:
             if first_s + least_s > limit:
                 break  # nor is one of those after it among the best
-            afters.append(self.after_token_0(worker.facts.name, pulls))
-            cost_s = first_s + min(afters[-1])
+            after = links.after_token_0(worker.facts.name)
+            afters.append(after)
+            cost_s = first_s + min(after)
             costs.append(cost_s)
             limit = min(limit, _tie(cost_s))
         chosen = self.best_of_two(costs)
         prefill, after = prefills[chosen], afters[chosen]
         best = self.best_of_two(after)
-        self._paired = prefills, costs, pulls, after
+        self._paired = prefills, costs, links.pulls, after
         return prefill[0] + after[best], prefill, decodes[best][2]
 
     def colocated(self) -> Way:
@@ -111,17 +112,6 @@ class _Choice:
         """The same for a decode worker that has the most of it and may compute the rest."""
         able = self.among.local()
         return [self._alone(able)] if able else []
-
-    def after_token_0(self, prefill: str, pulls: Sequence[Pull]) -> list[float]:
-        """Seconds that each decode worker costs with the pull."""
-        pairs, presumed = self._pairs, self._pairs.presumed
-        of = pairs.seconds_per_byte(prefill).get
-        costs = [excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in pulls]
-        if pairs.any_backs_off:
-            for i, (_, _, name) in enumerate(pulls):
-                if pairs.backs_off(prefill, name, self._now):
-                    costs[i] += BACK_OFF_S
-        return costs
 
     def best_of_two(self, costs: Sequence[float]) -> int:
         """Which is the better of two at random of those within a tie of the least."""
@@ -138,12 +128,45 @@ class _Choice:
         best = options[self.best_of_two([option[0] for option in options])]
         return best[0], best, None
 
-    def weighed(self, yields: int) -> Predicted:
+    def weighed(self) -> Predicted:
         """What it went by, for who asks later."""
-        prefills = self._paired[0]
-        queues = [option[3].numbers.before_s(yields) for option in prefills]
-        queues += [_before_s(worker) for _, _, _, worker in self._both]
-        return Predicted(*self._paired, self._both, queues, self.among.levels)
+        return Predicted(*self._paired, self._both, self.among.levels)
+
+
+class _Links:
+    """From any prefill worker to those who may decode."""
+
+    def __init__(self, pairs: Pairs, decodes: Sequence[Decodes], now: float) -> None:
+        self._pairs, self._now = pairs, now
+        self.pulls: list[Pull] = [
+            (excess_s, nbytes, each.name) for excess_s, nbytes, each in decodes
+        ]
+        self._names = [name for _, _, name in self.pulls]
+        presumed = pairs.presumed
+        self._unmeasured = [excess_s + nbytes * presumed for excess_s, nbytes, _ in self.pulls]
+
+    @property
+    def least_s(self) -> float:
+        """Over the best link that there has been."""
+        least = self._pairs.least
+        return min([excess_s + nbytes * least for excess_s, nbytes, _ in self.pulls])
+
+    def after_token_0(self, prefill: str) -> Sequence[float]:
+        """Seconds that each decode worker costs with the pull."""
+        pairs = self._pairs
+        measured = pairs.seconds_per_byte(prefill)
+        # Of many workers most pairs were never measured.
+        if measured.keys().isdisjoint(self._names):
+            costs = self._unmeasured
+        else:
+            of, presumed = measured.get, pairs.presumed
+            costs = [
+                excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in self.pulls
+            ]
+        if pairs.any_backs_off:
+            waits = [pairs.backs_off(prefill, name, self._now) for name in self._names]
+            costs = [cost + BACK_OFF_S * wait for cost, wait in zip(costs, waits)]
+        return costs
 
 
 _SECONDS = itemgetter(0)
@@ -152,17 +175,6 @@ _REASONS = {  # by the role of who computes the prompt
     Role.DECODE: Reason.QUICKEST_LOCAL,
     Role.COLOCATED: Reason.QUICKEST_COLOCATED,
 }
-
-
-def _pulls(decodes: Sequence[Decodes]) -> list[Pull]:
-    return [(excess_s, nbytes, worker.facts.name) for excess_s, nbytes, worker in decodes]
-
-
-def _before_s(worker: WorkerView) -> float:
-    """Until a prompt is computed where its stream goes on: one who decodes takes a few tokens into
-    its next step."""
-    numbers = worker.numbers
-    return numbers.running_s if worker.role is Role.DECODE else numbers.queue_s
 
 
 def _tie(seconds: float) -> float:
