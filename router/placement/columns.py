@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from crossdock.proto.types import Role
 from crossdock.router.placement.prefix_index import Level
+from crossdock.router.placement.speed import PoolSpeeds
 from crossdock.router.placement.workers import Numbers, WorkerView
 
 Floats = npt.NDArray[np.float64]
@@ -60,6 +62,30 @@ class Columns:
         self._fresh_until = min(self._fresh_until, numbers.fresh_until)
         self._well_from = max(self._well_from, numbers.well_from)
 
+    def presume(self, speeds: PoolSpeeds) -> None:
+        """What is presumed of a pool has changed. Most of its workers have measured what they are
+        at, or have nothing to do: what follows of that is written here as WorkerView.numbers has
+        it, and the others are put again."""
+        if not self.workers:
+            return
+        numbers, pool = self.numbers, self._pools[: len(self.workers)] == id(speeds)
+        (base, slope, attention_s), (step, share, context_s) = lines = speeds.lines
+        idle = pool & (numbers.queued_tokens == 0)
+        prefills = self.workers[0].role is Role.PREFILL
+        numbers.chunk_s[idle] = base if prefills else base + numbers.running_s[idle]
+        numbers.token_s[idle], numbers.attention_s[idle] = slope, attention_s
+        idle = pool & (numbers.sequences == 0)
+        numbers.step_s[idle], numbers.context_s[idle] = step + share, context_s
+        available = numbers.available_blocks * numbers.block_size
+        drawn = numbers.sequences * speeds.output
+        np.copyto(numbers.spare_tokens, available - drawn, where=pool)
+        for kind, has in enumerate((numbers.queued_tokens, numbers.sequences)):
+            for row in (pool & (has > 0)).nonzero()[0].tolist():
+                worker = self.workers[row]
+                measured = (worker.prefill_line, worker.decode_line)[kind]
+                if measured is None and worker.lines[kind] != lines[kind]:
+                    self.put(worker)
+
     @cached_property
     def numbers(self) -> Numbers[Floats]:
         """As they were put."""
@@ -87,7 +113,7 @@ class Columns:
 
     def _seat(self, worker: WorkerView, row: int) -> None:
         self._rows[worker.name] = row
-        self._slots[row] = worker.slot
+        self._slots[row], self._pools[row] = worker.slot, id(worker.speeds)
         self.put(worker)
         self.__dict__.pop("numbers", None)
 
@@ -95,7 +121,7 @@ class Columns:
         self._table: Floats = np.empty((len(Numbers._fields), rows))
         # Quicker for one worker's; of floats, which memoryview's type does not know.
         self._cells: list[Any] = [memoryview(column) for column in self._table]
-        self._slots = np.empty(rows, np.intp)
+        self._slots, self._pools = np.empty(rows, np.intp), np.empty(rows, np.intp)
         self._everybody = np.ones(rows, np.bool_)
         for row, worker in enumerate(self.workers):
             self._seat(worker, row)

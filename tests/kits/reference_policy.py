@@ -23,6 +23,8 @@ class Reference:
 
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
         self.view, self.demand, self.now, self.rng = view, demand, now, rng
+        for worker in view.workers.values():
+            worker.presume(self.queued(worker), self.sequences(worker))
         most = max(demand.most_tokens, demand.num_tokens + 1)
         first = min(most, demand.num_tokens + 2)
         self.prefills = self.usable(Role.PREFILL, first)
