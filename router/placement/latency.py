@@ -89,7 +89,7 @@ class _Choice:
         least_s = links.least_s
         costs: list[float] = []
         afters: list[Sequence[float]] = []
-        limit = float("inf")
+        least_cost_s = limit = float("inf")
         for first_s, *_, worker in prefills:
             if first_s + least_s > limit:
                 break  # nor is one of those after it among the best
@@ -97,7 +97,8 @@ class _Choice:
             afters.append(after)
             cost_s = first_s + min(after)
             costs.append(cost_s)
-            limit = min(limit, _tie(cost_s))
+            if cost_s < least_cost_s:
+                least_cost_s, limit = cost_s, _tie(cost_s)
         chosen = self.best_of_two(costs)
         prefill, after = prefills[chosen], afters[chosen]
         best = self.best_of_two(after)
