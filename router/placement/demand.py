@@ -31,7 +31,7 @@ class Demand:
     output: float = OUTPUT_TOKENS  # tokens that it is expected to draw
     tpot_s: float = float("inf")  # that streams aim at
     yields: int = 0  # see Yields
-    answered_by: str = ""  # decode worker that may have a part of a block more than is known
+    answered_by: str = ""  # worker that may have a part of a block more than is known
 
     @property
     def held(self) -> dict[Role, int]:

@@ -80,7 +80,8 @@ class FewWorkers:
             queue_s, ttft_s = self._token_0_s(worker)
             cost_s = ttft_s + excess_s + self._evicted_s(worker)
             options.append((cost_s, ttft_s, queue_s, excess_s, worker))
-        return self._nearest(options, PREFILL_CANDIDATES)
+        near, last = self._nearest(options, PREFILL_CANDIDATES), self._demand.answered_by
+        return near + [each for each in options if each[-1].name == last and each not in near]
 
     def local(self) -> list[Computes]:
         depths, demand, most = self._depths, self._demand, self._demand.local_tokens

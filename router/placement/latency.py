@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import itemgetter
 
 from crossdock.proto.types import Role
@@ -68,6 +68,7 @@ class _Choice:
 
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
         self._pairs, self._now, self._rng = view.pairs, now, rng
+        self._answered_by = demand.answered_by
         kind = ManyWorkers if len(view.workers) >= MANY else FewWorkers
         self.among: Candidates = kind(view, demand, now, rng)
         self._paired: Paired = (), (), (), ()
@@ -86,7 +87,7 @@ class _Choice:
             cut_off = self._pairs.cut_off(names, self._now)
         decodes = self.among.decodes(cut_off)
         links = _Links(self._pairs, decodes, self._now)
-        least_s = links.least_s
+        least_s = links.least_s()
         costs: list[float] = []
         afters: list[Sequence[float]] = []
         least_cost_s = limit = float("inf")
@@ -107,16 +108,20 @@ class _Choice:
 
     def colocated(self) -> Way:
         """The same where one worker does both phases."""
-        return self._alone(self.among.colocated())
+        options = self.among.colocated()
+        return self._alone(options, self._gone_on(options))
 
     def local(self) -> list[Way]:
         """The same for a decode worker that has the most of it and may compute the rest."""
         able = self.among.local()
         return [self._alone(able)] if able else []
 
-    def best_of_two(self, costs: Sequence[float]) -> int:
-        """Which is the better of two at random of those within a tie of the least."""
+    def best_of_two(self, costs: Sequence[float], preferred: int | None = None) -> int:
+        """Which is the better of two at random of those within a tie of the least; `preferred`
+        where it is one of those."""
         limit = _tie(min(costs))
+        if preferred is not None and costs[preferred] <= limit:
+            return preferred
         tied = [i for i, cost in enumerate(costs) if cost <= limit]
         if len(tied) == 1:
             return tied[0]
@@ -124,9 +129,20 @@ class _Choice:
         other = tied[int(self._rng.random() * len(tied))]
         return other if costs[other] < costs[one] else one
 
-    def _alone(self, options: Sequence[Computes]) -> Way:
+    def _gone_on(self, options: Sequence[Computes]) -> int | None:
+        """Who answered the turn before, where nobody has more blocks: it may have a part of another
+        one, of which nobody is told."""
+        if not self._answered_by:
+            return None
+        depths = [self.among.depth(worker) for *_, worker in options]
+        for i, (*_, worker) in enumerate(options):
+            if worker.name == self._answered_by and depths[i] == max(depths) > 0:
+                return i
+        return None
+
+    def _alone(self, options: Sequence[Computes], preferred: int | None = None) -> Way:
         self._both += options
-        best = options[self.best_of_two([option[0] for option in options])]
+        best = options[self.best_of_two([option[0] for option in options], preferred)]
         return best[0], best, None
 
     def weighed(self) -> Predicted:
@@ -140,13 +156,11 @@ class _Links:
     def __init__(self, pairs: Pairs, decodes: Sequence[Decodes], now: float) -> None:
         self._pairs, self._now = pairs, now
         self.pulls: list[Pull] = [
-            (excess_s, nbytes, each.name) for excess_s, nbytes, each in decodes
+            (excess_s, nbytes, worker.facts.name) for excess_s, nbytes, worker in decodes
         ]
         self._names = [name for _, _, name in self.pulls]
-        presumed = pairs.presumed
-        self._unmeasured = [excess_s + nbytes * presumed for excess_s, nbytes, _ in self.pulls]
+        self._unmeasured: Sequence[float] = ()
 
-    @property
     def least_s(self) -> float:
         """Over the best link that there has been."""
         least = self._pairs.least
@@ -156,18 +170,18 @@ class _Links:
         """Seconds that each decode worker costs with the pull."""
         pairs = self._pairs
         measured = pairs.seconds_per_byte(prefill)
-        # Of many workers most pairs were never measured.
-        if measured.keys().isdisjoint(self._names):
-            costs = self._unmeasured
+        if measured.keys().isdisjoint(self._names):  # as most are where workers are many
+            costs = self._unmeasured = self._unmeasured or self._over(measured)
         else:
-            of, presumed = measured.get, pairs.presumed
-            costs = [
-                excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in self.pulls
-            ]
+            costs = self._over(measured)
         if pairs.any_backs_off:
             waits = [pairs.backs_off(prefill, name, self._now) for name in self._names]
             costs = [cost + BACK_OFF_S * wait for cost, wait in zip(costs, waits)]
         return costs
+
+    def _over(self, links: Mapping[str, float]) -> Sequence[float]:
+        of, presumed = links.get, self._pairs.presumed
+        return [excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in self.pulls]
 
 
 _SECONDS = itemgetter(0)

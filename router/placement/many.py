@@ -67,6 +67,8 @@ class ManyWorkers:
         streams = _excess(side.of_able(side.usable, side.stream_s))
         costs = side.with_evicted(ttfts + streams)
         rows = self._nearest(costs, PREFILL_CANDIDATES)
+        last = side.rows([self._demand.answered_by])
+        rows += [row for row in last if row not in rows and costs[row] < np.inf]
         return list(zip(*_at(rows, costs, ttfts, queues, streams), side.at(rows)))
 
     def local(self) -> list[Computes]:
