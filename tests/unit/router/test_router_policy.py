@@ -438,7 +438,7 @@ def test_a_colocated_worker_that_answered_the_last_turn_is_first_among_equals(
 ) -> None:
     """It may have the block that the answer ended in, of which nobody is told."""
     view = make_view(**{f"c{i}": Role.COLOCATED for i in range(1 + others)})
-    asked = demand(480, answered_by="c0")
+    asked = demand(1600, answered_by="c0")
     blocks = list(asked.block_hashes)
 
     def chosen() -> set[str]:
