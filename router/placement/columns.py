@@ -91,14 +91,23 @@ class Columns:
         """As they were put."""
         return Numbers(*self._table[:, : len(self.workers)])
 
-    def usable(self, tokens: int, now: float) -> list[Mask]:
-        """Who may get a sequence of `tokens`: the fresh ones, and all who can hold it."""
-        numbers = self.numbers
+    @property
+    def everybody(self) -> Mask:
+        return self._everybody[: len(self.workers)]
+
+    def all_usable(self, tokens: int, now: float) -> bool:
+        """Whether everybody may get a sequence of `tokens`, and is fresh."""
         if now > self._fresh_until or tokens > self._holds:  # the bounds are of some time ago
+            numbers = self.numbers
             self._holds, self._fresh_until = numbers.most_tokens.min(), numbers.fresh_until.min()
             self._well_from = numbers.well_from.max()
-        if tokens <= self._holds and self._well_from <= now <= self._fresh_until:
-            return [self._everybody[: len(self.workers)]]
+        return tokens <= self._holds and self._well_from <= now <= self._fresh_until
+
+    def usable(self, tokens: int, now: float) -> list[Mask]:
+        """Who may get a sequence of `tokens`: the fresh ones, and all who can hold it."""
+        if self.all_usable(tokens, now):
+            return [self.everybody]
+        numbers = self.numbers
         alive = numbers.most_tokens >= tokens
         return [alive & (numbers.fresh_until >= now) & (numbers.well_from <= now), alive]
 

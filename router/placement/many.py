@@ -56,7 +56,7 @@ class ManyWorkers:
         if cut_off:
             linked = side.without(usable, cut_off)
             usable = linked if np.count_nonzero(linked) else usable
-        streams = _excess(side.of_able(usable, side.stream_s))
+        streams = _excess(side.of_able(usable, side.stream_s()))
         nbytes = side.nbytes()
         rows = self._nearest(streams + nbytes * self._pairs.presumed, DECODE_CANDIDATES)
         return list(zip(*_at(rows, streams, nbytes), side.at(rows)))
@@ -64,7 +64,7 @@ class ManyWorkers:
     def colocated(self) -> list[Computes]:
         side = self._sides[Role.COLOCATED]
         queues, ttfts = side.token_0_s()
-        streams = _excess(side.of_able(side.usable, side.stream_s))
+        streams = _excess(side.of_able(side.usable, side.stream_s()))
         costs = side.with_evicted(ttfts + streams)
         rows = self._nearest(costs, PREFILL_CANDIDATES)
         last = side.rows([self._demand.answered_by])
@@ -84,12 +84,13 @@ class ManyWorkers:
         able = side.usable & ahead
         if not np.count_nonzero(able):
             return []
-        tokens = side.numbers.queued_tokens + side.uncached
+        uncached, stream_s = side.uncached(), side.stream_s()
+        tokens = side.numbers.queued_tokens + uncached
         able &= (tokens <= most) & side.room
-        streams = side.stream_s - side.stream_s[side.usable].min()
+        streams = stream_s - stream_s[side.usable].min()
         options = []
         for row in able.nonzero()[0].tolist():
-            cached = demand.num_tokens - float(side.uncached[row])
+            cached = demand.num_tokens - float(uncached[row])
             of_prefill = prefills.prompt_s(cached + float(tokens[row]), float(tokens[row]))
             queue_s = float(side.numbers.running_s[row])
             ttft_s = float(of_prefill[prefills.usable].min()) + queue_s
@@ -100,7 +101,11 @@ class ManyWorkers:
 
     def _nearest(self, costs: Floats, count: int) -> list[int]:
         """The rows of the least finite cost; of equal ones any."""
-        limit = np.partition(costs, count - 1)[count - 1] if len(costs) > count else np.inf
+        limit = np.inf
+        if len(costs) > count:
+            parted = costs.copy()
+            parted.partition(count - 1)
+            limit = parted[count - 1]
         rows: list[int] = (costs < limit).nonzero()[0].tolist()
         if limit == np.inf:
             return rows
@@ -137,16 +142,18 @@ class _Side:
     ) -> None:
         self._columns, self._depths = columns, depths
         self._demand, self._token_s = demand, token_s
-        self.any = False
         self.workers = columns.workers
         self.numbers = columns.numbers
+        self.usable = columns.everybody
+        self.any = self._all = not demand.avoid and columns.all_usable(most_tokens, now)
+        if self._all:
+            return
         choices = columns.usable(most_tokens, now)
         if demand.avoid:
             choices = [m for each in choices for m in (self.without(each, demand.avoid), each)]
         for self.usable in choices:
-            usable = np.count_nonzero(self.usable)
-            if usable:
-                self.any, self._all = True, usable == len(self.workers)
+            self.any = bool(np.count_nonzero(self.usable))
+            if self.any:
                 break
 
     def at(self, rows: list[int]) -> list[WorkerView]:
@@ -192,7 +199,6 @@ class _Side:
         """Leading blocks."""
         return self._each(float)
 
-    @cached_property
     def uncached(self) -> Floats:
         """Tokens to compute."""
         return self._each(self._demand.uncached)
@@ -203,7 +209,10 @@ class _Side:
 
     def prompt_s(self, context: float, tokens: Floats | float) -> Floats:
         """To compute the last `tokens` of so many, those before them being cached."""
-        numbers = self.numbers
+        numbers, most = self.numbers, self.numbers.chunk_tokens
+        if most[most.argmin()] >= context:  # one chunk
+            seconds = numbers.chunk_s + tokens * numbers.token_s
+            return seconds + tokens * context * numbers.attention_s
         chunks = np.ceil(tokens / numbers.chunk_tokens)
         attended = tokens * (2 * context - tokens + np.minimum(tokens, numbers.chunk_tokens)) / 2
         seconds = chunks * numbers.chunk_s + tokens * numbers.token_s
@@ -212,9 +221,8 @@ class _Side:
     def token_0_s(self) -> tuple[Floats, Floats]:
         """Until each begins with the prompt, and until token 0."""
         queues = self.numbers.before_s(self._demand.yields)
-        return queues, queues + self.prompt_s(self._demand.num_tokens, self.uncached)
+        return queues, queues + self.prompt_s(self._demand.num_tokens, self.uncached())
 
-    @cached_property
     def stream_s(self) -> Floats:
         """Of a stream that joins; as FewWorkers has it."""
         numbers, demand = self.numbers, self._demand
