@@ -146,7 +146,7 @@ class Depths:
         for i, (mask, _) in enumerate(levels, 1):
             if mask.bit_count() > FEW_BITS:
                 octets = np.frombuffer(mask.to_bytes(width, "little"), np.uint8)
-                bits = np.unpackbits(octets, count=slots, bitorder="little")
+                bits = np.unpackbits(octets, count=slots, bitorder="little").view(np.bool_)
                 np.putmask(self._of_slot, bits, i)
                 continue
             while mask:
