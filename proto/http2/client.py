@@ -62,11 +62,10 @@ class ClientStream(asyncio.Protocol):
     such as "UNAVAILABLE: …". `most` bytes of a message are taken. On the event loop."""
 
     __slots__ = (
-        *("_asked", "_block", "_block_flags", "_caller", "_connection_room", "_ended"),
-        *("_first_window", "_frames", "_goaway", "_gone", "_loop", "_most", "_open", "_out"),
-        *("_partial", "_path", "_paused", "_peer_done", "_room", "_settled", "_silent"),
-        *("_stream_room", "_table", "_tick", "_transport", "_unsent", "_waking", "_wanted"),
-        "over",
+        *("_block", "_block_flags", "_caller", "_connection_room", "_ended", "_first_window"),
+        *("_frames", "_goaway", "_gone", "_loop", "_most", "_open", "_out", "_partial", "_path"),
+        *("_paused", "_peer_done", "_room", "_settled", "_stream_room", "_table", "_transport"),
+        *("_unsent", "_waking", "_wanted", "over"),
     )
 
     def __init__(self, path: str, caller: Caller, most: int) -> None:
@@ -254,7 +253,7 @@ class ClientStream(asyncio.Protocol):
     def _lone_message(self, data: bytes) -> bytes | None:
         """The message that is all that came, which most reads are: none of the code below is
         touched for it, whose way from memory costs more than its run."""
-        if not self._open or self._partial or self._frames.waits:
+        if not self._open or self._block is not None or self._partial or self._frames.waits:
             return None
         message = frames.lone_message(data, STREAM)
         if message is None or len(message) > self._most:

@@ -365,6 +365,14 @@ async def test_a_message_is_not_taken_from_the_middle_of_another() -> None:
     assert side.caller.got == [inner]
 
 
+async def test_a_message_between_the_parts_of_a_head_is_a_fault_also_alone() -> None:
+    side = Side()
+    side.hear(OPEN, frame(Kind.HEADERS, END_STREAM, 1, block([("grpc-status", "0")])))
+    side.hear(data(message(b"between")))
+    assert side.caller.got == []
+    assert side.reason == "INTERNAL: PROTOCOL_ERROR: a head is not whole"
+
+
 LONE = data(message(b"m"))
 NOT_LONE = [
     ("of a kind", 3, 1), ("flags", 4, END_STREAM), ("another stream", 8, 3),
