@@ -1,6 +1,6 @@
 """gRPC's calling end: a connection with one stream of messages both ways, and nothing beside it.
 
-new ──connection_made──> open ──trailers, reset, fault, silence, loss, `end`──> ended
+new ──connection_made──> open ──trailers, reset, fault, loss, `end`──> ended
  └───────────────────── `end`, no connection ───────────────────────────────────┘
 """
 
@@ -33,10 +33,7 @@ WINDOW_BYTES = 1 << 22  # that the peer may send before it hears that we have re
 TURN_BYTES = 1 << 18  # of messages that are written before others have their turn
 UNSENT_BYTES = 1 << 18  # that wait in the transport: beyond, messages wait with who has them
 CONTROL_BYTES = 1 << 20  # the same, with answers to pings and settings: who asks on is cut off
-KEEPALIVE_S = 5.0  # without a byte, before the peer is asked; and for its answer
 LINGER_S = 1.0  # for what was written to leave, after the end
-TICKS = 5  # of a silence of KEEPALIVE_S: a pause of this process is one tick, however long
-PING = frames.frame(Kind.PING, 0, 0, b"crossdoc")  # 8 bytes, which come back
 HELLO = (
     PREFACE
     + frames.settings(
@@ -96,9 +93,6 @@ class ClientStream(asyncio.Protocol):
         self._stream_room = self._connection_room = FIRST_WINDOW  # that we may send
         self._paused = False  # the transport is full
         self._waking: asyncio.Handle | None = None
-        self._tick: asyncio.TimerHandle | None = None
-        self._silent = 0  # ticks
-        self._asked = False
 
     # -- its owner's side ---------------------------------------------------------------------
 
@@ -114,9 +108,8 @@ class ClientStream(asyncio.Protocol):
         self._ended = True
         if not self.over.done():  # its owner's wait may have been cancelled
             self.over.set_result(reason)
-        for timer in (self._tick, self._waking):
-            if timer is not None:
-                timer.cancel()
+        if self._waking is not None:
+            self._waking.cancel()
         if self._transport is None:
             self._gone.set_result(None)
         else:
@@ -150,7 +143,6 @@ class ClientStream(asyncio.Protocol):
             scheme = "http" if tls is None else "https"
             self._out += (HELLO, frames.headers(STREAM, self._head(scheme), end=False))
             self.wake()
-            self._tick = self._loop.call_later(KEEPALIVE_S / TICKS, self._ticked)
 
     def _head(self, scheme: str) -> bytes:
         return block(
@@ -186,7 +178,9 @@ class ClientStream(asyncio.Protocol):
         """Bytes of the peer."""
         if self._ended:
             return
-        self._silent, self._asked = 0, False
+        if (message := self._lone_message(data)) is not None:
+            self._caller.receive(message)
+            return
         self._frames.feed(data)
         try:
             for kind, flags, stream_id, payload in self._frames.frames():
@@ -199,20 +193,6 @@ class ClientStream(asyncio.Protocol):
             return
         if self._out:
             self.wake()
-
-    def _ticked(self) -> None:
-        """Part of a silence has passed."""
-        self._tick = self._loop.call_later(KEEPALIVE_S / TICKS, self._ticked)
-        self._silent += 1
-        if self._silent < TICKS:
-            return
-        self._silent = 0
-        if self._asked:
-            self.end(f"UNAVAILABLE: no answer to a ping within {KEEPALIVE_S:g} s")
-            return
-        self._asked = True
-        self._out.append(PING)
-        self.wake()
 
     # -- what is sent -------------------------------------------------------------------------
 
@@ -270,6 +250,20 @@ class ClientStream(asyncio.Protocol):
             why = f"{Kind(kind).name} of {len(payload)} bytes"
             raise ConnectionFault(Code.FRAME_SIZE_ERROR, why)
         take(self, flags, stream_id, payload)
+
+    def _lone_message(self, data: bytes) -> bytes | None:
+        """The message that is all that came, which most reads are: none of the code below is
+        touched for it, whose way from memory costs more than its run."""
+        if not self._open or self._partial or self._frames.waits:
+            return None
+        message = frames.lone_message(data, STREAM)
+        if message is None or len(message) > self._most:
+            return None
+        room = self._room - MESSAGE_BYTES - len(message)
+        if room < WINDOW_BYTES // 2:
+            return None
+        self._room = room
+        return message
 
     def _data(self, flags: int, stream_id: int, payload: bytes) -> None:
         if not self._open:

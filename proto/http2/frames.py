@@ -23,6 +23,7 @@ _SETTING = struct.Struct(">HI")
 _TWO = struct.Struct(">II")
 _ONE = struct.Struct(">I")
 MESSAGE_BYTES = 5  # of gRPC's prefix
+LONE_BYTES = HEAD_BYTES + MESSAGE_BYTES  # before a message in a frame of its own
 
 
 class Kind(IntEnum):
@@ -168,6 +169,20 @@ class Reader:
     def waits(self) -> bool:
         """Part of a frame is here."""
         return len(self._data) > self._at
+
+
+def lone_message(data: bytes, stream_id: int) -> bytes | None:
+    """The gRPC message, not compressed, of a DATA frame of this stream that is all of `data` and
+    has neither flags nor anything else in it; None where that is not what it is."""
+    if len(data) < LONE_BYTES:
+        return None
+    high, low, kind, flags, stream, compressed, size = _MESSAGE.unpack_from(data)
+    if kind or flags or compressed or stream != stream_id:
+        return None
+    whole = size + MESSAGE_BYTES
+    if whole + HEAD_BYTES != len(data) or high << 8 | low != whole or whole > FRAME_BYTES:
+        return None
+    return data[LONE_BYTES:]
 
 
 def unpadded(flags: int, payload: bytes, stream_id: int) -> bytes:

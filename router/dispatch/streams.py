@@ -49,7 +49,7 @@ class GrpcWire:
         self._credentials = credentials
         self._stream: ClientStream | None = None
         self._greeted = False  # the hello is sent
-        self._answered: asyncio.TimerHandle  # runs out where the worker's hello does not come
+        self._unanswered: asyncio.TimerHandle | None = None  # runs until the worker's hello comes
         self._outbox: deque[bytes] = deque()
         self._waiting = 0  # bytes of it
         self.task = asyncio.get_running_loop().create_task(self._run(), name=f"link-{link.name}")
@@ -94,7 +94,8 @@ class GrpcWire:
 
     def receive(self, message: bytes) -> None:
         """A frame of the worker."""
-        self._answered.cancel()
+        if self._unanswered is not None:
+            self._answered()
         try:
             over = self._link.receive(pb.WorkerFrame.FromString(message))
         except Exception as error:
@@ -102,6 +103,11 @@ class GrpcWire:
             over = f"{type(error).__name__}: {error}"
         if over:
             self.cut(over)
+
+    def _answered(self) -> None:
+        if self._unanswered is not None:
+            self._unanswered.cancel()
+            self._unanswered = None
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -121,7 +127,7 @@ class GrpcWire:
         loop = asyncio.get_running_loop()
         self._stream, self._greeted = stream, False
         late = f"no hello within {HELLO_TIMEOUT_S} s"
-        self._answered = loop.call_later(HELLO_TIMEOUT_S, stream.end, late)
+        self._unanswered = loop.call_later(HELLO_TIMEOUT_S, stream.end, late)
         connecting = loop.create_task(self._connect(stream))
         try:
             return await stream.over or "the worker closed the stream"
@@ -129,7 +135,7 @@ class GrpcWire:
             self._stream = None
             self._outbox.clear()
             self._waiting = 0
-            self._answered.cancel()
+            self._answered()
             connecting.cancel()
             stream.end("closed")
 

@@ -9,6 +9,7 @@ from crossdock.proto.errors import NotFound, show
 from crossdock.router.dispatch.metrics import GatewayMetrics
 from crossdock.router.frontdoor.frontend import Arrival, Frontend, Prepared
 from crossdock.router.frontdoor.gate import Gate
+from crossdock.router.frontdoor.pace import Pace
 from crossdock.router.frontdoor.principal import Principal
 from crossdock.router.frontdoor.routes import Asked, Candidate, route
 from crossdock.router.frontdoor.tokenized import Tokenized
@@ -34,6 +35,7 @@ class Models:
         self._by_name: dict[str, Frontend] = {}
         self._names: dict[str, str] = {}  # of models and aliases -> model
         self._routes: Mapping[str, Sequence[Rule]] = {}
+        self._pace = Pace()
 
     def become(self, frontends: Sequence[Frontend], routes: Mapping[str, Sequence[Rule]]) -> None:
         """From now on there are these, at least one, in this order."""
@@ -99,6 +101,7 @@ class Models:
         """The model for a request by this name, which its visit has from then on. `prepare` reads
         the request for a model; `headers` have names in lower case, or of any. Raises NotFound,
         and what `prepare` raises."""
+        await self._pace.begin()
         visit = arrival.visit
         rules = self._routes.get(name)
         if rules is None:

@@ -41,7 +41,8 @@ class Candidates(Protocol):
         at most DECODE_CANDIDATES; without those of the names `cut_off`, where there are others."""
 
     def colocated(self) -> list[Computes]:
-        """Those with room that do both phases at the least cost, at most PREFILL_CANDIDATES."""
+        """Those with room that do both phases at the least cost, at most PREFILL_CANDIDATES; and
+        the one of them that answered the turn before, whatever it costs."""
 
     def local(self) -> list[Computes]:
         """Decode workers that have more of the prompt than any prefill worker, or answered the turn

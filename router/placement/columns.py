@@ -6,22 +6,24 @@ ready.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from crossdock.proto.types import Role
 from crossdock.router.placement.prefix_index import Level
+from crossdock.router.placement.speed import PoolSpeeds
 from crossdock.router.placement.workers import Numbers, WorkerView
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Slots = npt.NDArray[np.intp]
 
 FIRST_ROWS = 64  # of the arrays; doubled when they are full
 FEW_BITS = 16  # of a bitmask, which are found quicker one after the other
-NOTHING = np.zeros(1)
 INFINITE = float("inf")
 
 
@@ -60,19 +62,52 @@ class Columns:
         self._fresh_until = min(self._fresh_until, numbers.fresh_until)
         self._well_from = max(self._well_from, numbers.well_from)
 
+    def presume(self, speeds: PoolSpeeds) -> None:
+        """What is presumed of a pool has changed. Most of its workers have measured what they are
+        at, or have nothing to do: what follows of that is written here as WorkerView.numbers has
+        it, and the others are put again."""
+        if not self.workers:
+            return
+        numbers, pool = self.numbers, self._pools[: len(self.workers)] == id(speeds)
+        (base, slope, attention_s), (step, share, context_s) = lines = speeds.lines
+        idle = pool & (numbers.queued_tokens == 0)
+        prefills = self.workers[0].role is Role.PREFILL
+        numbers.chunk_s[idle] = base if prefills else base + numbers.running_s[idle]
+        numbers.token_s[idle], numbers.attention_s[idle] = slope, attention_s
+        idle = pool & (numbers.sequences == 0)
+        numbers.step_s[idle], numbers.context_s[idle] = step + share, context_s
+        available = numbers.available_blocks * numbers.block_size
+        drawn = numbers.sequences * speeds.output
+        np.copyto(numbers.spare_tokens, available - drawn, where=pool)
+        for kind, has in enumerate((numbers.queued_tokens, numbers.sequences)):
+            for row in (pool & (has > 0)).nonzero()[0].tolist():
+                worker = self.workers[row]
+                measured = (worker.prefill_line, worker.decode_line)[kind]
+                if measured is None and worker.lines[kind] != lines[kind]:
+                    self.put(worker)
+
     @cached_property
     def numbers(self) -> Numbers[Floats]:
         """As they were put."""
         return Numbers(*self._table[:, : len(self.workers)])
 
-    def usable(self, tokens: int, now: float) -> list[Mask]:
-        """Who may get a sequence of `tokens`: the fresh ones, and all who can hold it."""
-        numbers = self.numbers
+    @property
+    def everybody(self) -> Mask:
+        return self._everybody[: len(self.workers)]
+
+    def all_usable(self, tokens: int, now: float) -> bool:
+        """Whether everybody may get a sequence of `tokens`, and is fresh."""
         if now > self._fresh_until or tokens > self._holds:  # the bounds are of some time ago
+            numbers = self.numbers
             self._holds, self._fresh_until = numbers.most_tokens.min(), numbers.fresh_until.min()
             self._well_from = numbers.well_from.max()
-        if tokens <= self._holds and self._well_from <= now <= self._fresh_until:
-            return [self._everybody[: len(self.workers)]]
+        return tokens <= self._holds and self._well_from <= now <= self._fresh_until
+
+    def usable(self, tokens: int, now: float) -> list[Mask]:
+        """Who may get a sequence of `tokens`: the fresh ones, and all who can hold it."""
+        if self.all_usable(tokens, now):
+            return [self.everybody]
+        numbers = self.numbers
         alive = numbers.most_tokens >= tokens
         return [alive & (numbers.fresh_until >= now) & (numbers.well_from <= now), alive]
 
@@ -80,13 +115,14 @@ class Columns:
         """Of the workers of these names that are here."""
         return [self._rows[name] for name in names if name in self._rows]
 
-    def of_slots(self, by_slot: Floats | None) -> Floats:
-        """Of one number a slot those of these workers; None: 0 for all."""
-        return NOTHING if by_slot is None else by_slot[self._slots[: len(self.workers)]]
+    @property
+    def slots(self) -> Slots:
+        """Of the prefix index."""
+        return self._slots[: len(self.workers)]
 
     def _seat(self, worker: WorkerView, row: int) -> None:
         self._rows[worker.name] = row
-        self._slots[row] = worker.slot
+        self._slots[row], self._pools[row] = worker.slot, id(worker.speeds)
         self.put(worker)
         self.__dict__.pop("numbers", None)
 
@@ -94,23 +130,30 @@ class Columns:
         self._table: Floats = np.empty((len(Numbers._fields), rows))
         # Quicker for one worker's; of floats, which memoryview's type does not know.
         self._cells: list[Any] = [memoryview(column) for column in self._table]
-        self._slots = np.empty(rows, np.intp)
+        self._slots, self._pools = np.empty(rows, np.intp), np.empty(rows, np.intp)
         self._everybody = np.ones(rows, np.bool_)
         for row, worker in enumerate(self.workers):
             self._seat(worker, row)
 
 
-def depth_by_slot(levels: list[Level], slots: int) -> Floats:
-    """How many leading blocks the worker of each slot holds."""
-    found = np.zeros(slots)
-    width = -(-slots // 8)
-    for mask, depth in levels:
-        if mask.bit_count() > FEW_BITS:
-            octets = np.frombuffer(mask.to_bytes(width, "little"), np.uint8)
-            found[np.unpackbits(octets, bitorder="little").nonzero()[0]] = depth
-            continue
-        while mask:
-            lowest = mask & -mask
-            found[lowest.bit_length() - 1] = depth
-            mask ^= lowest
-    return found
+class Depths:
+    """How many leading blocks of a prompt the worker of each slot holds."""
+
+    def __init__(self, levels: Sequence[Level], slots: int) -> None:
+        self._depths = [0, *(depth for _, depth in levels)]
+        self._of_slot = np.zeros(slots, np.intp)  # which of these
+        width = -(-slots // 8)
+        for i, (mask, _) in enumerate(levels, 1):
+            if mask.bit_count() > FEW_BITS:
+                octets = np.frombuffer(mask.to_bytes(width, "little"), np.uint8)
+                bits = np.unpackbits(octets, count=slots, bitorder="little").view(np.bool_)
+                np.putmask(self._of_slot, bits, i)
+                continue
+            while mask:
+                lowest = mask & -mask
+                self._of_slot[lowest.bit_length() - 1] = i
+                mask ^= lowest
+
+    def each(self, slots: Slots, of: Callable[[int], float]) -> Floats:
+        """`of` what the worker of each of these slots holds."""
+        return np.array([of(depth) for depth in self._depths], np.float64)[self._of_slot[slots]]

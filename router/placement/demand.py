@@ -31,7 +31,7 @@ class Demand:
     output: float = OUTPUT_TOKENS  # tokens that it is expected to draw
     tpot_s: float = float("inf")  # that streams aim at
     yields: int = 0  # see Yields
-    answered_by: str = ""  # decode worker that may have a part of a block more than is known
+    answered_by: str = ""  # worker that may have a part of a block more than is known
 
     @property
     def held(self) -> dict[Role, int]:
@@ -50,10 +50,9 @@ class Demand:
         """Tokens of its context on the average of its steps."""
         return self.num_tokens + self.output / 2
 
-    @property
-    def pulled_blocks(self) -> int:
-        """Blocks that a decode worker which has none of them reads."""
-        return -(-self.num_tokens // self.block_size)
+    def pulled(self, depth: int) -> int:
+        """Blocks that a decode worker reads where so many are cached."""
+        return max(0, -(-self.num_tokens // self.block_size) - depth)
 
     def uncached(self, depth: int) -> int:
         """Tokens to compute where so many blocks are cached. The last prompt token is always

@@ -58,15 +58,15 @@ class FewWorkers:
     def prefills(self) -> list[Computes]:
         options: list[Computes] = []
         for worker in self.with_room(self._usable[Role.PREFILL]):
-            ttft_s = self._ttft_s(worker)
-            options.append((ttft_s + self._evicted_s(worker), ttft_s, 0.0, worker))
+            queue_s, ttft_s = self._token_0_s(worker)
+            options.append((ttft_s + self._evicted_s(worker), ttft_s, queue_s, 0.0, worker))
         return self._nearest(options, PREFILL_CANDIDATES)
 
     def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
-        workers, blocks = self.usable(Role.DECODE, cut_off), self._demand.pulled_blocks
+        workers, pulled = self.usable(Role.DECODE, cut_off), self._demand.pulled
         options: list[Decodes] = []
         for excess_s, worker in self._streams(self.with_room(workers)):
-            nbytes = max(0, blocks - self.depth(worker)) * worker.facts.block_bytes
+            nbytes = pulled(self.depth(worker)) * worker.facts.block_bytes
             options.append((excess_s, nbytes, worker))
         if len(options) <= DECODE_CANDIDATES:
             return options
@@ -77,10 +77,11 @@ class FewWorkers:
     def colocated(self) -> list[Computes]:
         options: list[Computes] = []
         for excess_s, worker in self._streams(self.with_room(self._usable[Role.COLOCATED])):
-            ttft_s = self._ttft_s(worker)
+            queue_s, ttft_s = self._token_0_s(worker)
             cost_s = ttft_s + excess_s + self._evicted_s(worker)
-            options.append((cost_s, ttft_s, excess_s, worker))
-        return self._nearest(options, PREFILL_CANDIDATES)
+            options.append((cost_s, ttft_s, queue_s, excess_s, worker))
+        near, last = self._nearest(options, PREFILL_CANDIDATES), self._demand.answered_by
+        return near + [each for each in options if each[-1].name == last and each not in near]
 
     def local(self) -> list[Computes]:
         depths, demand, most = self._depths, self._demand, self._demand.local_tokens
@@ -107,13 +108,17 @@ class FewWorkers:
             if worker in able:
                 cached = demand.num_tokens - demand.uncached(self.depth(worker))
                 ttft_s = min(prefill.prompt_s(cached, tokens(worker)) for prefill in prefills)
-                ttft_s += worker.numbers.running_s
-                options.append((ttft_s + excess_s, ttft_s, excess_s, worker))
+                # It takes a few tokens into its next step.
+                queue_s = worker.numbers.running_s
+                ttft_s += queue_s
+                options.append((ttft_s + excess_s, ttft_s, queue_s, excess_s, worker))
         return self._nearest(options, DECODE_CANDIDATES)
 
-    def _ttft_s(self, worker: WorkerView) -> float:
-        tokens = self._demand.uncached(self.depth(worker))
-        return worker.ttft_s(self._demand.num_tokens - tokens, tokens, self._demand.yields)
+    def _token_0_s(self, worker: WorkerView) -> tuple[float, float]:
+        """Until it begins with the prompt, and until token 0."""
+        demand, queue_s = self._demand, worker.numbers.before_s(self._demand.yields)
+        tokens = demand.uncached(self.depth(worker))
+        return queue_s, queue_s + worker.prompt_s(demand.num_tokens - tokens, tokens)
 
     def _evicted_s(self, worker: WorkerView) -> float:
         """To compute again what the prompt's blocks are expected to be in the way of."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import itemgetter
 
 from crossdock.proto.types import Role
@@ -12,6 +12,7 @@ from crossdock.router.placement.candidates import Candidates, Decodes, nobody
 from crossdock.router.placement.demand import Demand, Placement, Reason
 from crossdock.router.placement.few import FewWorkers
 from crossdock.router.placement.many import ManyWorkers
+from crossdock.router.placement.pairs import Pairs
 from crossdock.router.placement.view import ClusterView
 from crossdock.router.placement.weighed import Computes, Predicted, Pull
 from crossdock.router.placement.workers import WorkerView
@@ -45,10 +46,9 @@ def predicted_latency(
     ways += [choice.colocated()] if choice.among.any_of(Role.COLOCATED) else []
     if not ways:
         raise nobody(view, demand, choice.among)
-    _, (_, ttft_s, _, worker), decode = min(ways, key=_SECONDS)
+    _, (_, ttft_s, *_, worker), decode = min(ways, key=_SECONDS)
     reason, depth = _REASONS[worker.role], choice.among.depth(worker)
-    weighed = choice.weighed(demand.yields)
-    return Placement.on(worker, decode, demand, now, depth, ttft_s, reason, weighed)
+    return Placement.on(worker, decode, demand, now, depth, ttft_s, reason, choice.weighed())
 
 
 def decode_for(
@@ -59,7 +59,7 @@ def decode_for(
     if not choice.among.any_of(Role.DECODE):
         raise nobody(view, demand, choice.among, (Role.DECODE,))
     decodes = choice.among.decodes(view.pairs.cut_off([prefill], now))
-    after = choice.after_token_0(prefill, _pulls(decodes))
+    after = _Links(view.pairs, decodes, now).after_token_0(prefill)
     return decodes[choice.best_of_two(after)][2].name
 
 
@@ -68,6 +68,7 @@ class _Choice:
 
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
         self._pairs, self._now, self._rng = view.pairs, now, rng
+        self._answered_by = demand.answered_by
         kind = ManyWorkers if len(view.workers) >= MANY else FewWorkers
         self.among: Candidates = kind(view, demand, now, rng)
         self._paired: Paired = (), (), (), ()
@@ -85,47 +86,42 @@ class _Choice:
             names = [worker.name for *_, worker in prefills]
             cut_off = self._pairs.cut_off(names, self._now)
         decodes = self.among.decodes(cut_off)
-        pulls = _pulls(decodes)
-        least_s = min(excess_s + nbytes * self._pairs.least for excess_s, nbytes, _ in pulls)
+        links = _Links(self._pairs, decodes, self._now)
+        least_s = links.least_s()
         costs: list[float] = []
-        afters: list[list[float]] = []
-        limit = float("inf")
-        for first_s, _, _, worker in prefills:
+        afters: list[Sequence[float]] = []
+        least_cost_s = limit = float("inf")
+        for first_s, *_, worker in prefills:
             if first_s + least_s > limit:
                 break  # nor is one of those after it among the best
-            afters.append(self.after_token_0(worker.facts.name, pulls))
-            cost_s = first_s + min(afters[-1])
+            after = links.after_token_0(worker.facts.name)
+            afters.append(after)
+            cost_s = first_s + min(after)
             costs.append(cost_s)
-            limit = min(limit, _tie(cost_s))
+            if cost_s < least_cost_s:
+                least_cost_s, limit = cost_s, _tie(cost_s)
         chosen = self.best_of_two(costs)
         prefill, after = prefills[chosen], afters[chosen]
         best = self.best_of_two(after)
-        self._paired = prefills, costs, pulls, after
+        self._paired = prefills, costs, links.pulls, after
         return prefill[0] + after[best], prefill, decodes[best][2]
 
     def colocated(self) -> Way:
         """The same where one worker does both phases."""
-        return self._alone(self.among.colocated())
+        options = self.among.colocated()
+        return self._alone(options, self._gone_on(options))
 
     def local(self) -> list[Way]:
         """The same for a decode worker that has the most of it and may compute the rest."""
         able = self.among.local()
         return [self._alone(able)] if able else []
 
-    def after_token_0(self, prefill: str, pulls: Sequence[Pull]) -> list[float]:
-        """Seconds that each decode worker costs with the pull."""
-        pairs, presumed = self._pairs, self._pairs.presumed
-        of = pairs.seconds_per_byte(prefill).get
-        costs = [excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in pulls]
-        if pairs.any_backs_off:
-            for i, (_, _, name) in enumerate(pulls):
-                if pairs.backs_off(prefill, name, self._now):
-                    costs[i] += BACK_OFF_S
-        return costs
-
-    def best_of_two(self, costs: Sequence[float]) -> int:
-        """Which is the better of two at random of those within a tie of the least."""
+    def best_of_two(self, costs: Sequence[float], preferred: int | None = None) -> int:
+        """Which is the better of two at random of those within a tie of the least; `preferred`
+        where it is one of those."""
         limit = _tie(min(costs))
+        if preferred is not None and costs[preferred] <= limit:
+            return preferred
         tied = [i for i, cost in enumerate(costs) if cost <= limit]
         if len(tied) == 1:
             return tied[0]
@@ -133,17 +129,59 @@ class _Choice:
         other = tied[int(self._rng.random() * len(tied))]
         return other if costs[other] < costs[one] else one
 
-    def _alone(self, options: Sequence[Computes]) -> Way:
+    def _gone_on(self, options: Sequence[Computes]) -> int | None:
+        """Who answered the turn before, where nobody has more blocks: it may have a part of another
+        one, of which nobody is told."""
+        if not self._answered_by:
+            return None
+        depths = [self.among.depth(worker) for *_, worker in options]
+        for i, (*_, worker) in enumerate(options):
+            if worker.name == self._answered_by and depths[i] == max(depths) > 0:
+                return i
+        return None
+
+    def _alone(self, options: Sequence[Computes], preferred: int | None = None) -> Way:
         self._both += options
-        best = options[self.best_of_two([option[0] for option in options])]
+        best = options[self.best_of_two([option[0] for option in options], preferred)]
         return best[0], best, None
 
-    def weighed(self, yields: int) -> Predicted:
+    def weighed(self) -> Predicted:
         """What it went by, for who asks later."""
-        prefills = self._paired[0]
-        queues = [option[3].numbers.before_s(yields) for option in prefills]
-        queues += [_before_s(worker) for _, _, _, worker in self._both]
-        return Predicted(*self._paired, self._both, queues, self.among.levels)
+        return Predicted(*self._paired, self._both, self.among.levels)
+
+
+class _Links:
+    """From any prefill worker to those who may decode."""
+
+    def __init__(self, pairs: Pairs, decodes: Sequence[Decodes], now: float) -> None:
+        self._pairs, self._now = pairs, now
+        self.pulls: list[Pull] = [
+            (excess_s, nbytes, worker.facts.name) for excess_s, nbytes, worker in decodes
+        ]
+        self._names = [name for _, _, name in self.pulls]
+        self._unmeasured: Sequence[float] = ()
+
+    def least_s(self) -> float:
+        """Over the best link that there has been."""
+        least = self._pairs.least
+        return min([excess_s + nbytes * least for excess_s, nbytes, _ in self.pulls])
+
+    def after_token_0(self, prefill: str) -> Sequence[float]:
+        """Seconds that each decode worker costs with the pull."""
+        pairs = self._pairs
+        measured = pairs.seconds_per_byte(prefill)
+        if measured.keys().isdisjoint(self._names):  # as most are where workers are many
+            costs = self._unmeasured = self._unmeasured or self._over(measured)
+        else:
+            costs = self._over(measured)
+        if pairs.any_backs_off:
+            waits = [pairs.backs_off(prefill, name, self._now) for name in self._names]
+            costs = [cost + BACK_OFF_S * wait for cost, wait in zip(costs, waits)]
+        return costs
+
+    def _over(self, links: Mapping[str, float]) -> Sequence[float]:
+        of, presumed = links.get, self._pairs.presumed
+        return [excess_s + nbytes * of(name, presumed) for excess_s, nbytes, name in self.pulls]
 
 
 _SECONDS = itemgetter(0)
@@ -152,17 +190,6 @@ _REASONS = {  # by the role of who computes the prompt
     Role.DECODE: Reason.QUICKEST_LOCAL,
     Role.COLOCATED: Reason.QUICKEST_COLOCATED,
 }
-
-
-def _pulls(decodes: Sequence[Decodes]) -> list[Pull]:
-    return [(excess_s, nbytes, worker.facts.name) for excess_s, nbytes, worker in decodes]
-
-
-def _before_s(worker: WorkerView) -> float:
-    """Until a prompt is computed where its stream goes on: one who decodes takes a few tokens into
-    its next step."""
-    numbers = worker.numbers
-    return numbers.running_s if worker.role is Role.DECODE else numbers.queue_s
 
 
 def _tie(seconds: float) -> float:

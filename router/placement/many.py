@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from itertools import repeat
 
 import numpy as np
-import numpy.typing as npt
 
 from crossdock.proto.types import Role
 from crossdock.router.placement.candidates import (
@@ -16,7 +15,7 @@ from crossdock.router.placement.candidates import (
     PREFILL_CANDIDATES,
     Decodes,
 )
-from crossdock.router.placement.columns import Columns, Floats, Mask, depth_by_slot
+from crossdock.router.placement.columns import Columns, Depths, Floats, Mask
 from crossdock.router.placement.demand import Demand
 from crossdock.router.placement.prefix_index import depth_at
 from crossdock.router.placement.view import ClusterView
@@ -30,24 +29,26 @@ class ManyWorkers:
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
         self._pairs, self._demand, self._rng = view.pairs, demand, rng
         self.levels = view.index.levels(demand.block_hashes)
-        by_slot = depth_by_slot(self.levels, view.num_slots) if self.levels else None
+        depths = Depths(self.levels, view.num_slots)
         self._sides = {
-            role: _Side(view.columns(role), by_slot, demand, tokens, now, view.token_s)
+            role: _Side(view.columns(role), depths, demand, tokens, now, view.token_s)
             for role, tokens in demand.held.items()
+            if view.count(role)
         }
 
     def depth(self, worker: WorkerView) -> int:
         return depth_at(self.levels, worker.slot)
 
     def any_of(self, role: Role) -> bool:
-        return self._sides[role].any
+        return role in self._sides and self._sides[role].any
 
     def prefills(self) -> list[Computes]:
         side = self._sides[Role.PREFILL]
-        costs = np.where(side.with_room(side.usable), side.ttft_s + side.evicted_s, np.inf)
+        queues, ttfts = side.token_0_s()
+        costs = side.of_able(side.usable, side.with_evicted(ttfts))
         rows = self._nearest(costs, PREFILL_CANDIDATES)
-        ttfts = side.ttft_s[rows].tolist()
-        return list(zip(costs[rows].tolist(), ttfts, repeat(0.0), side.at(rows)))
+        found = _at(rows, costs, ttfts, queues)
+        return list(zip(*found, repeat(0.0), side.at(rows)))
 
     def decodes(self, cut_off: Collection[str]) -> list[Decodes]:
         side = self._sides[Role.DECODE]
@@ -55,25 +56,24 @@ class ManyWorkers:
         if cut_off:
             linked = side.without(usable, cut_off)
             usable = linked if np.count_nonzero(linked) else usable
-        streams = np.where(side.with_room(usable), side.stream_s, np.inf)
-        streams -= streams[streams.argmin()]
-        nbytes = side.nbytes
+        streams = _excess(side.of_able(usable, side.stream_s()))
+        nbytes = side.nbytes()
         rows = self._nearest(streams + nbytes * self._pairs.presumed, DECODE_CANDIDATES)
-        return list(zip(streams[rows].tolist(), nbytes[rows].tolist(), side.at(rows)))
+        return list(zip(*_at(rows, streams, nbytes), side.at(rows)))
 
     def colocated(self) -> list[Computes]:
         side = self._sides[Role.COLOCATED]
-        ttfts = side.ttft_s
-        streams = np.where(side.with_room(side.usable), side.stream_s, np.inf)
-        streams -= streams[streams.argmin()]
-        costs = ttfts + streams + side.evicted_s
+        queues, ttfts = side.token_0_s()
+        streams = _excess(side.of_able(side.usable, side.stream_s()))
+        costs = side.with_evicted(ttfts + streams)
         rows = self._nearest(costs, PREFILL_CANDIDATES)
-        found = (each[rows].tolist() for each in (costs, ttfts, streams))
-        return list(zip(*found, side.at(rows)))
+        last = side.rows([self._demand.answered_by])
+        rows += [row for row in last if row not in rows and costs[row] < np.inf]
+        return list(zip(*_at(rows, costs, ttfts, queues, streams), side.at(rows)))
 
     def local(self) -> list[Computes]:
         demand, most = self._demand, self._demand.local_tokens
-        if not most or not any(demand.uncached(depth) <= most for _, depth in self.levels):
+        if not most or not self.levels or demand.uncached(self.levels[0][1]) > most:
             return []
         prefills, side = self._sides[Role.PREFILL], self._sides[Role.DECODE]
         held = prefills.depth[prefills.usable].max()
@@ -84,33 +84,48 @@ class ManyWorkers:
         able = side.usable & ahead
         if not np.count_nonzero(able):
             return []
-        tokens = side.numbers.queued_tokens + side.uncached
+        uncached, stream_s = side.uncached(), side.stream_s()
+        tokens = side.numbers.queued_tokens + uncached
         able &= (tokens <= most) & side.room
-        streams = side.stream_s - side.stream_s[side.usable].min()
+        streams = stream_s - stream_s[side.usable].min()
         options = []
         for row in able.nonzero()[0].tolist():
-            cached = demand.num_tokens - float(side.uncached[row])
-            ttft_s = float(prefills.prompt_s(cached, float(tokens[row]))[prefills.usable].min())
-            ttft_s += float(side.numbers.running_s[row])
+            cached = demand.num_tokens - float(uncached[row])
+            of_prefill = prefills.prompt_s(cached + float(tokens[row]), float(tokens[row]))
+            queue_s = float(side.numbers.running_s[row])
+            ttft_s = float(of_prefill[prefills.usable].min()) + queue_s
             excess_s = float(streams[row])
-            options.append((ttft_s + excess_s, ttft_s, excess_s, side.workers[row]))
+            options.append((ttft_s + excess_s, ttft_s, queue_s, excess_s, side.workers[row]))
         rows = self._nearest(np.array([option[0] for option in options]), DECODE_CANDIDATES)
-        return [options[row] for row in rows.tolist()]
+        return [options[row] for row in rows]
 
-    def _nearest(self, costs: Floats, count: int) -> npt.NDArray[np.intp]:
+    def _nearest(self, costs: Floats, count: int) -> list[int]:
         """The rows of the least finite cost; of equal ones any."""
-        if len(costs) <= count:
-            return (costs < np.inf).nonzero()[0]
-        limit = np.partition(costs, count - 1)[count - 1]
+        limit = np.inf
+        if len(costs) > count:
+            parted = costs.copy()
+            parted.partition(count - 1)
+            limit = parted[count - 1]
+        rows: list[int] = (costs < limit).nonzero()[0].tolist()
         if limit == np.inf:
-            return (costs < np.inf).nonzero()[0]
-        rows = (costs <= limit).nonzero()[0]
-        if len(rows) == count:
             return rows
-        near = costs[rows]
-        nearer, equal = rows[near < limit], rows[near == limit]
+        equal, lacking = (costs == limit).nonzero()[0], count - len(rows)
+        if len(equal) == lacking:
+            return sorted(rows + equal.tolist())
         start = int(self._rng.random() * len(equal))
-        return np.concatenate((nearer, equal[start:], equal[:start]))[:count]
+        rows += equal[start : start + lacking].tolist()
+        return rows + equal[: count - len(rows)].tolist()
+
+
+def _at(rows: list[int], *columns: Floats) -> list[list[float]]:
+    """What each of these columns has in these rows."""
+    taken = np.array(rows, np.intp)
+    return [column[taken].tolist() for column in columns]
+
+
+def _excess(seconds: Floats) -> Floats:
+    """More than the least of them."""
+    return seconds - seconds[seconds.argmin()]
 
 
 class _Side:
@@ -119,20 +134,20 @@ class _Side:
     def __init__(
         self,
         columns: Columns,
-        by_slot: Floats | None,
+        depths: Depths,
         demand: Demand,
         most_tokens: int,
         now: float,
         token_s: float,
     ) -> None:
-        self._token_s = token_s
-        self._columns, self._demand = columns, demand
-        self.any = False
-        if not columns.workers:
-            return
+        self._columns, self._depths = columns, depths
+        self._demand, self._token_s = demand, token_s
         self.workers = columns.workers
         self.numbers = columns.numbers
-        self.depth = columns.of_slots(by_slot)
+        self.usable = columns.everybody
+        self.any = self._all = not demand.avoid and columns.all_usable(most_tokens, now)
+        if self._all:
+            return
         choices = columns.usable(most_tokens, now)
         if demand.avoid:
             choices = [m for each in choices for m in (self.without(each, demand.avoid), each)]
@@ -141,8 +156,9 @@ class _Side:
             if self.any:
                 break
 
-    def at(self, rows: npt.NDArray[np.intp]) -> list[WorkerView]:
-        return [self.workers[row] for row in rows.tolist()]
+    def at(self, rows: list[int]) -> list[WorkerView]:
+        workers = self.workers
+        return [workers[row] for row in rows]
 
     def rows(self, names: Iterable[str]) -> list[int]:
         return self._columns.rows(names)
@@ -154,7 +170,12 @@ class _Side:
             found[row] = False
         return found
 
-    def with_room(self, mask: Mask) -> Mask:
+    def of_able(self, usable: Mask, costs: Floats) -> Floats:
+        """These costs, infinite of who is not of `usable` or has no room."""
+        able = self._with_room(usable)
+        return costs if able is self.usable and self._all else np.where(able, costs, np.inf)
+
+    def _with_room(self, mask: Mask) -> Mask:
         """Of `mask` those that have the blocks; where nobody has, those with the most room."""
         available = self.numbers.available_blocks
         if available[available.argmin()] >= self._demand.blocks:
@@ -165,48 +186,61 @@ class _Side:
         blocks = np.where(mask, available, -np.inf)
         return blocks == blocks[blocks.argmax()]
 
+    def _each(self, of: Callable[[int], float]) -> Floats:
+        """`of` the leading blocks that each holds."""
+        return self._depths.each(self._columns.slots, of)
+
     @cached_property
     def room(self) -> Mask:
         return self._demand.blocks - self.depth <= self.numbers.available_blocks
 
     @cached_property
+    def depth(self) -> Floats:
+        """Leading blocks."""
+        return self._each(float)
+
     def uncached(self) -> Floats:
         """Tokens to compute."""
-        return np.maximum(self._demand.num_tokens - self.depth * self._demand.block_size, 1)
+        return self._each(self._demand.uncached)
 
-    @cached_property
     def nbytes(self) -> Floats:
         """To pull."""
-        blocks = np.maximum(self._demand.pulled_blocks - self.depth, 0)
-        return blocks * self.numbers.block_bytes
+        return self._each(self._demand.pulled) * self.numbers.block_bytes
 
-    def prompt_s(self, cached: Floats | float, tokens: Floats | float) -> Floats:
-        """To compute a prompt of which so many tokens are cached and so many not."""
-        numbers = self.numbers
+    def prompt_s(self, context: float, tokens: Floats | float) -> Floats:
+        """To compute the last `tokens` of so many, those before them being cached."""
+        numbers, most = self.numbers, self.numbers.chunk_tokens
+        if most[most.argmin()] >= context:  # one chunk
+            seconds = numbers.chunk_s + tokens * numbers.token_s
+            return seconds + tokens * context * numbers.attention_s
         chunks = np.ceil(tokens / numbers.chunk_tokens)
-        attended = tokens * (2 * cached + tokens + np.minimum(tokens, numbers.chunk_tokens)) / 2
+        attended = tokens * (2 * context - tokens + np.minimum(tokens, numbers.chunk_tokens)) / 2
         seconds = chunks * numbers.chunk_s + tokens * numbers.token_s
         return seconds + attended * numbers.attention_s
 
-    @cached_property
-    def ttft_s(self) -> Floats:
-        """Until token 0."""
-        cached = self._demand.num_tokens - self.uncached
-        queue_s = self.numbers.before_s(self._demand.yields)
-        return queue_s + self.prompt_s(cached, self.uncached)
+    def token_0_s(self) -> tuple[Floats, Floats]:
+        """Until each begins with the prompt, and until token 0."""
+        queues = self.numbers.before_s(self._demand.yields)
+        return queues, queues + self.prompt_s(self._demand.num_tokens, self.uncached())
 
-    @cached_property
     def stream_s(self) -> Floats:
         """Of a stream that joins; as FewWorkers has it."""
         numbers, demand = self.numbers, self._demand
         step_s = numbers.step_s + demand.mean_context * numbers.context_s
-        missed_s = np.maximum(step_s - demand.tpot_s, 0.0) * numbers.sequences
-        kept = demand.num_tokens - self.depth * demand.block_size + demand.output
-        lacking = np.maximum(kept - numbers.spare_tokens, 0.0)
-        return numbers.wait * demand.output * (step_s + missed_s) + lacking * self._token_s
+        if step_s[step_s.argmax()] > demand.tpot_s:
+            step_s += np.maximum(step_s - demand.tpot_s, 0.0) * numbers.sequences
+        stream_s = numbers.wait * demand.output * step_s
+        spare = numbers.spare_tokens
+        if spare[spare.argmin()] < demand.num_tokens + demand.output:
+            kept = demand.num_tokens - self.depth * demand.block_size + demand.output
+            stream_s += np.maximum(kept - spare, 0.0) * self._token_s
+        return stream_s
 
-    @cached_property
-    def evicted_s(self) -> Floats:
-        """To compute again what the prompt's blocks are expected to be in the way of."""
-        evicted = np.maximum(self._demand.blocks - self.depth - self.numbers.free_blocks, 0)
-        return evicted * self._demand.block_size * (self._token_s * REUSED)
+    def with_evicted(self, seconds: Floats) -> Floats:
+        """These and what it takes to compute again what the prompt's blocks are expected to be in
+        the way of."""
+        demand, free = self._demand, self.numbers.free_blocks
+        if free[free.argmin()] >= demand.blocks:
+            return seconds
+        evicted = np.maximum(demand.blocks - self.depth - free, 0)
+        return seconds + evicted * demand.block_size * (self._token_s * REUSED)

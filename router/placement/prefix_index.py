@@ -65,7 +65,8 @@ class PrefixIndex:
         return depths(self.levels(block_hashes))
 
     def levels(self, block_hashes: Sequence[bytes]) -> list[Level]:
-        """The same by depth: which workers hold so many leading blocks and no more.
+        """The same by depth, the deepest first: which workers hold so many leading blocks and no
+        more.
 
         Workers are split by the middle block into those that hold it and those that do not, and so
         on: O(distinct depths x log blocks) look-ups, however many workers there are.

@@ -74,14 +74,16 @@ class PoolSpeeds:
         changed: then all its workers' numbers are to be made anew."""
         if now < self._due:
             return False
-        before = self._presumed()
+        before = self.lines, self.output
         for speed in (self.prefill, self.decode):
             speed.line = speed.mean or speed.line
         self.output = self.ended
-        if self._presumed() == before:
+        if (self.lines, self.output) == before:
             return False
         self._due = now + PRESUMED_FOR_S
         return True
 
-    def _presumed(self) -> tuple[Line, Line, float]:
-        return self.prefill.line, self.decode.line, self.output
+    @property
+    def lines(self) -> tuple[Line, Line]:
+        """As presumed of its workers, of both kinds."""
+        return self.prefill.line, self.decode.line

@@ -84,9 +84,7 @@ class ClusterView:
         if self.workers.get(worker.facts.name) is worker:  # else its stream is about to end
             self._put(worker)
         if worker.speeds.renew(now):
-            for other in self.workers.values():
-                if other.speeds is worker.speeds:
-                    self._touch(other)
+            self._presume(worker.speeds)
         if worker.role is not Role.DECODE:
             self.token_s = worker.speeds.prefill.line.slope
 
@@ -277,6 +275,15 @@ class ClusterView:
     def _touch(self, worker: WorkerView) -> None:
         worker.changed()
         self._put(worker)
+
+    def _presume(self, speeds: PoolSpeeds) -> None:
+        """What is presumed of a pool's workers has changed: at once for all of them."""
+        self._busy = None
+        for worker in self.workers.values():
+            if worker.speeds is speeds:
+                worker.changed()
+        for columns in self._columns.values():
+            columns.presume(speeds)
 
     def _put(self, worker: WorkerView) -> None:
         """Few workers are looked at one by one: their columns can wait until they are asked for."""

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from crossdock.router.placement.demand import Placement
 
 # A worker that may compute the prompt: seconds of all, which are until token 0, of the stream where
-# it goes on there to the end, and of what is evicted; the first of these; the second; who it is.
-Computes: TypeAlias = tuple[float, float, float, WorkerView]
+# it goes on there to the end, and of what is evicted; the first of these; of that, until it begins
+# with the prompt; the second; who it is.
+Computes: TypeAlias = tuple[float, float, float, float, WorkerView]
 # One that may go on from token 0: seconds of the stream, more than on the best of them; bytes to
 # pull; its name.
 Pull: TypeAlias = tuple[float, float, str]
@@ -57,7 +58,6 @@ class Predicted(NamedTuple):
     pulls: Sequence[Pull]  # who may decode after a prefill worker
     after: Sequence[float]  # of each, after the chosen one: pull and stream
     alone: Sequence[Computes]  # who may do both
-    before: Sequence[float]  # seconds that pass before prefills, then alone, compute the prompt
     levels: Sequence[Level]  # who had how many blocks of it
 
     def computing(self) -> list[Candidate]:
@@ -66,12 +66,9 @@ class Predicted(NamedTuple):
         totals = [*self.pairs, *unpaired, *(option[0] for option in self.alone)]
         return [
             Candidate(
-                option[3].facts.name,
-                _parts(option, queue_s),
-                depth_at(self.levels, option[3].slot),
-                all_s,
+                option[-1].name, _parts(option), depth_at(self.levels, option[-1].slot), all_s
             )
-            for option, queue_s, all_s in zip([*self.prefills, *self.alone], self.before, totals)
+            for option, all_s in zip([*self.prefills, *self.alone], totals)
         ]
 
     def decoding(self) -> list[Candidate]:
@@ -117,6 +114,6 @@ class ByNumber(NamedTuple):
 Weighed: TypeAlias = Predicted | ByNumber
 
 
-def _parts(option: Computes, queue_s: float) -> Parts:
-    cost_s, ttft_s, stream_s, _ = option
+def _parts(option: Computes) -> Parts:
+    cost_s, ttft_s, queue_s, stream_s, _ = option
     return Parts(queue_s, ttft_s - queue_s, cost_s - ttft_s - stream_s, stream=stream_s)

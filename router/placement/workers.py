@@ -118,6 +118,7 @@ class Numbers(NamedTuple, Generic[T]):
     available_blocks: T
     free_blocks: T  # of these, what nobody's cached KV is evicted for
     spare_tokens: T  # of available_blocks, less what its streams are expected to draw yet
+    block_size: T
     block_bytes: T
     queued_tokens: T
     sequences: T
@@ -303,6 +304,7 @@ class WorkerView:
             available,
             min(available, load.free_blocks) if load.total_blocks else available,
             available * facts.block_size - sequences * self.output,
+            facts.block_size,
             facts.block_bytes,
             queued,
             sequences,

@@ -23,6 +23,8 @@ class Reference:
 
     def __init__(self, view: ClusterView, demand: Demand, now: float, rng: random.Random) -> None:
         self.view, self.demand, self.now, self.rng = view, demand, now, rng
+        for worker in view.workers.values():
+            worker.presume(self.queued(worker), self.sequences(worker))
         most = max(demand.most_tokens, demand.num_tokens + 1)
         first = min(most, demand.num_tokens + 2)
         self.prefills = self.usable(Role.PREFILL, first)
@@ -193,7 +195,14 @@ class Reference:
     def colocated(self) -> tuple[float, Placement]:
         streams = self.excess(self.with_room(self.both))
         costs = [(self.ttft_s(w) + excess_s + self.evicted_s(w), w) for excess_s, w in streams]
-        cost_s, worker = self.best_of_two(self.nearest(costs, 8))
+        near, last = self.nearest(costs, 8), self.demand.answered_by
+        near += [each for each in costs if each[1].name == last and each not in near]
+        limit, deepest = self.tied(near), max(self.depth(worker) for _, worker in near)
+        for cost_s, worker in near:
+            if worker.name == last and cost_s <= limit and self.depth(worker) == deepest > 0:
+                break
+        else:
+            cost_s, worker = self.best_of_two(near)
         return cost_s, self.placement(worker, self.ttft_s(worker))
 
     def local(self) -> list[tuple[float, Placement]]:
@@ -246,9 +255,11 @@ class Reference:
         start = int(self.rng.random() * len(equal))
         return nearer + (equal + equal)[start : start + count - len(nearer)]
 
+    def tied(self, options: Sequence[tuple[float, T]]) -> float:
+        return min(cost for cost, _ in options) * 1.05 + 0.0005
+
     def best_of_two(self, options: Sequence[tuple[float, T]]) -> tuple[float, T]:
-        limit = min(cost for cost, _ in options) * 1.05 + 0.0005
-        tied = [option for option in options if option[0] <= limit]
+        tied = [option for option in options if option[0] <= self.tied(options)]
         if len(tied) == 1:
             return tied[0]
         one = tied.pop(int(self.rng.random() * len(tied)))

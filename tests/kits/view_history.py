@@ -47,18 +47,18 @@ class History:
     def report(self, name: str) -> None:
         rng, idle = self.rng, self.plain and self.rng.random() < 0.7
         busy = 0 if idle else rng.choice([0, 3, 9])
-        known = rng.random() < 0.8
+        known, queued = rng.random() < 0.8, busy * rng.choice([0, 0, 5, 400])
         load = LoadReport(
-            waiting=busy // 3, running=busy, queued_tokens=busy * rng.choice([0, 0, 5, 400]),
+            waiting=busy // 3, running=busy, queued_tokens=queued,
             free_blocks=rng.choice([5, 900, 900]), cached_blocks=rng.randrange(40),
             total_blocks=rng.choice([0, 1000, 1000]), draining=rng.random() < 0.05,
             late=rng.random() < 0.05, prefill_tokens_per_s=known * (3000 + 500 * rng.random()),
             prefill_base_s=0.01 * rng.random(), prefill_step_tokens=rng.choice([0, 20, 256]),
             step_base_s=known * 0.02 * rng.random(), step_per_sequence_s=0.0001,
             prefill_attention_s=rng.choice([0, 1e-7]), step_context_s=rng.choice([0, 1e-6]),
-            queued_attention=busy * 1000, context_tokens=busy * 500,
-            yielding_tokens=busy // 4, yielding_attention=busy * 100,
-            late_tokens=busy // 3, late_attention=busy * 50,
+            queued_attention=queued and busy * 1000, context_tokens=busy * 500,
+            yielding_tokens=min(queued, busy // 4), yielding_attention=queued and busy * 100,
+            late_tokens=min(queued, busy // 3), late_attention=queued and busy * 50,
         )  # fmt: skip
         self.view.reported(self.view.workers[name], load, self.now)
 

@@ -335,14 +335,51 @@ async def test_a_connection_that_is_lost_says_what_the_peer_said() -> None:
     assert side.reason == "UNAVAILABLE: GOAWAY 0: max_age"
 
 
-async def test_silence_is_asked_about_and_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "KEEPALIVE_S", 0.05)
-    side = Side()
-    side.hear(OPEN)
-    await side.said()
-    async with asyncio.timeout(WAIT_S):
-        while not side.transport.writes:
-            await asyncio.sleep(0.01)
-        assert side.transport.frames() == [(Kind.PING, 0, 0, b"crossdoc")]
-        await side.stream.over
-    assert (side.reason or "").startswith("UNAVAILABLE: no answer to a ping within")
+async def test_a_message_that_is_all_that_came_is_taken_at_once_and_counted() -> None:
+    """As one is that comes in parts: between them nothing is lost, and the window is the same."""
+    whole, parts = Side(), Side()
+    for side in (whole, parts):
+        side.hear(OPEN)
+    one, two = data(message(b"one")), data(message(b"two"))
+    whole.hear(one)
+    whole.hear(two)
+    for at in range(len(one + two)):
+        parts.hear((one + two)[at : at + 1])
+    parts.hear(data(message(b"three")[:4]))
+    parts.hear(data(message(b"three")[4:]))
+    whole.hear(data(message(b"three")))
+    assert whole.caller.got == parts.caller.got == [b"one", b"two", b"three"]
+    assert whole.stream._room == parts.stream._room
+    assert whole.stream._partial == parts.stream._partial == b""
+
+
+async def test_a_message_is_not_taken_from_the_middle_of_another() -> None:
+    """The rest of one may look like a frame with a message of its own."""
+    side, inner = Side(), data(message(b"inner"))
+    outer = data(message(inner))
+    side.hear(OPEN, outer[: -len(inner)])
+    side.hear(inner)
+    assert side.caller.got == [inner]
+    side.hear(data(message(b"x" * 30)[:-20]))
+    side.hear(data(message(b"y")))
+    assert side.caller.got == [inner]
+
+
+LONE = data(message(b"m"))
+NOT_LONE = [
+    ("of a kind", 3, 1), ("flags", 4, END_STREAM), ("another stream", 8, 3),
+    ("compressed", 9, 1), ("of a size", 13, 0), ("of another size", 13, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, at, value", NOT_LONE, ids=[case[0] for case in NOT_LONE])
+def test_only_a_plain_frame_of_one_whole_message_is_lone(what: str, at: int, value: int) -> None:
+    assert frames.lone_message(LONE, 1) == b"m"
+    changed = bytearray(LONE)
+    changed[at] = value
+    assert frames.lone_message(bytes(changed), 1) is None
+    assert frames.lone_message(LONE + b"\0", 1) is None and frames.lone_message(b"", 1) is None
+
+
+def test_a_frame_that_is_too_long_is_not_lone() -> None:
+    assert frames.lone_message(frames.message_head(1 << 14, 1) + bytes(1 << 14), 1) is None

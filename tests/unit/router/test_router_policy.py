@@ -432,6 +432,29 @@ def test_the_worker_that_answered_the_last_turn_needs_no_block_more_than_others(
         assert (chosen.decode if chosen.prefill is None else None) == decode
 
 
+@pytest.mark.parametrize("others", [1, 20, 100])
+def test_a_colocated_worker_that_answered_the_last_turn_is_first_among_equals(
+    rng: random.Random, others: int
+) -> None:
+    """It may have the block that the answer ended in, of which nobody is told."""
+    view = make_view(**{f"c{i}": Role.COLOCATED for i in range(1 + others)})
+    asked = demand(1600, answered_by="c0")
+    blocks = list(asked.block_hashes)
+
+    def chosen() -> set[str]:
+        return {predicted_latency(view, asked, 0.0, rng).decode for _ in range(30)}
+
+    assert len(chosen()) > 1, "it has nothing of it any more"
+    for name in view.workers:
+        cache(view, name, blocks[:10])
+    assert chosen() == {"c0"}
+    report(view, "c0", queued_tokens=100)
+    assert "c0" not in chosen(), "the wait is longer than what it may have"
+    report(view, "c0")
+    cache(view, "c1", blocks[:11])
+    assert "c1" in chosen()
+
+
 def test_a_crowded_decode_worker_is_left_for_another(rng: random.Random) -> None:
     view, asked = two_and_two(), demand(480, local_tokens=64)
     chat_on(view, "d1")

@@ -43,6 +43,8 @@ def test_depths_equal_brute_force(workers: list[tuple[int, ...]], length: int) -
     index, held = build(workers)
     for chain in CHAINS:
         assert index.depths(chain[:length]) == brute_force(held, chain[:length])
+        found = [depth for _, depth in index.levels(chain[:length])]
+        assert found == sorted(set(found), reverse=True), "the deepest first, each once"
 
 
 @given(caches, st.data())
