@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from crossdock.engine.contract import Allocate, EngineConfig
@@ -48,11 +48,8 @@ class Rank:
         """Raises ModelError or ConfigError for what vLLM cannot run."""
         self._threads, self._thread = max(1, config.threads // place.ranks), 0
         self._have_threads()
-        with refusals(options.model_config.model), _few_groups(place.ranks):
+        with refusals(options.model_config.model), _without_unused(place.ranks):
             self._executor = _Executor(options, place)
-        # Its queue between ranks: 24 MB of shared memory that nobody uses here, and that a process
-        # would leave behind which is killed. All ranks have it by now, and none keeps it.
-        get_tp_group().mq_broadcaster = None
         worker = self._executor.driver_worker.worker
         self.runner: Any = worker.model_runner
         self.shape = shape = BlockShape.of(options, self._executor)
@@ -130,13 +127,22 @@ class Rank:
 
 
 @contextmanager
-def _few_groups(ranks: int) -> Iterator[None]:
-    """Of one rank vLLM makes a dozen groups, all of that rank: here they are one of each backend,
-    since each of Gloo's has a thread that wakes 100 times a second."""
-    if ranks > 1:
+def _without_unused(ranks: int) -> Iterator[None]:
+    """What vLLM makes for its ranks and nobody uses here is not made. Of one rank it has a dozen
+    groups: they are one of each backend, since each of Gloo's has a thread that wakes 100 times a
+    second. Of several it has a queue: 24 MB of shared memory that a process which is killed would
+    leave behind."""
+    owner: Any = torch.distributed if ranks == 1 else MessageQueue
+    name = "new_group" if ranks == 1 else "create_from_process_group"
+    real = vars(owner)[name]
+    setattr(owner, name, _one_of_each(real) if ranks == 1 else lambda *_: None)
+    try:
         yield
-        return
-    new_group: Any = torch.distributed.new_group
+    finally:
+        setattr(owner, name, real)
+
+
+def _one_of_each(new_group: Callable[..., Any]) -> Callable[..., Any]:
     made: dict[str, Any] = {}
 
     def once(*args: Any, backend: Any = None, **named: Any) -> Any:
@@ -144,11 +150,7 @@ def _few_groups(ranks: int) -> Iterator[None]:
             made[str(backend)] = new_group(*args, backend=backend, **named)
         return made[str(backend)]
 
-    torch.distributed.new_group = once
-    try:
-        yield
-    finally:
-        torch.distributed.new_group = new_group
+    return once
 
 
 class _Executor(UniProcExecutor):
