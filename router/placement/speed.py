@@ -28,12 +28,13 @@ WEIGHT = 0.1  # of the newest measurement in a pool's running mean
 PRESUMED_FOR_S = 0.5  # what idle workers go by stays for so long
 # A sequence more costs the others of its batch this part of a step at the least, measured or not.
 LEAST_SHARE = 0.005
+INFINITE = float("inf")
 
 
 def prefill_line(load: worker_pb2.Load) -> Line | None:
-    """Of a prefill step's time; None where nothing was measured."""
+    """Of a prefill step's time; None where nothing was measured, or what no step can take."""
     rate = load.prefill_tokens_per_s
-    return Line(load.prefill_base_s, 1 / rate, load.prefill_attention_s) if rate else None
+    return _possible(load.prefill_base_s, 1 / rate, load.prefill_attention_s) if rate else None
 
 
 def decode_line(load: worker_pb2.Load) -> Line | None:
@@ -41,7 +42,14 @@ def decode_line(load: worker_pb2.Load) -> Line | None:
     base, slope, context = load.step_base_s, load.step_per_sequence_s, load.step_context_s
     if not base and not slope and not context:
         return None
-    return Line(base, max(slope, LEAST_SHARE * base), context)
+    return _possible(base, max(slope, LEAST_SHARE * base), context)
+
+
+def _possible(base: float, slope: float, context: float) -> Line | None:
+    """One NaN would be in the mean of its pool, and in each comparison with another worker."""
+    if 0 <= base < INFINITE and 0 <= slope < INFINITE and 0 <= context < INFINITE:
+        return Line(base, slope, context)
+    return None
 
 
 @dataclass

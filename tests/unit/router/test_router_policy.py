@@ -48,6 +48,19 @@ def test_one_slow_measurement_does_not_keep_work_from_an_idle_worker(rng: random
     assert {c.decode for c in chosen} == {"d0", "d1"}
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("field", ["prefill_base_s", "prefill_attention_s", "step_context_s"])
+def test_what_no_step_can_take_counts_as_not_measured(
+    field: str, wrong: float, rng: random.Random
+) -> None:
+    """Neither of that worker nor in the mean of its pool."""
+    view, asked = two_and_two(), demand(1000)
+    for name in ("p0", "d0"):
+        report(view, name, prefill_tokens_per_s=100.0, step_base_s=0.1, **{field: wrong})
+    assert None in (view.workers["p0"].prefill_line, view.workers["p0"].decode_line)
+    assert 0.5 < predicted_latency(view, asked, 0.0, rng).predicted_ttft_s < 20
+
+
 def test_a_new_worker_is_presumed_as_fast_as_its_pool(rng: random.Random) -> None:
     view = make_view(p0=Role.PREFILL)
     add(view, "d0", Role.DECODE, step_base_s=0.001, step_per_sequence_s=0.001, running=3)
