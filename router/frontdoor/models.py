@@ -101,15 +101,14 @@ class Models:
         """The model for a request by this name, which its visit has from then on. `prepare` reads
         the request for a model; `headers` have names in lower case, or of any. Raises NotFound,
         and what `prepare` raises."""
-        await self._pace.begin()
         visit = arrival.visit
+        principal = visit.principal.named(tenant)
+        await self._pace.begin(principal.party)
         rules = self._routes.get(name)
         if rules is None:
-            principal = visit.principal.named(tenant)
             frontend = self.find(name, principal).asked_by(principal.party)
             visit.chose(frontend.model_id, name)
             return Choice(frontend, await prepare(frontend))
-        principal = visit.principal.named(tenant)
         asked = Asked(
             principal, headers, lambda: self.gate.limiter.budget_left(principal), arrival.deadline
         )

@@ -14,8 +14,8 @@ class Began:
         self.pace = Pace()
         self.order: list[int] = []
 
-    async def begin(self, number: int) -> None:
-        await self.pace.begin()
+    async def begin(self, number: int, party: str = "one") -> None:
+        await self.pace.begin(party)
         self.order.append(number)
 
     async def by_turn(self, turns: int) -> list[int]:
@@ -70,3 +70,14 @@ async def test_it_rests_once_all_have_begun() -> None:
     await asyncio.gather(*(began.begin(number) for number in range(2 * AT_ONCE)))
     await began.by_turn(5)
     assert not loop._ready  # type: ignore[attr-defined]  # nothing goes round for ever
+
+
+async def test_who_asks_for_little_does_not_wait_behind_a_flood() -> None:
+    began = Began()
+    flood = [asyncio.create_task(began.begin(number)) for number in range(20 * AT_ONCE)]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(began.begin(-1, "other"))
+    await began.by_turn(3)
+    assert other.done() and -1 in began.order[: 3 * AT_ONCE]
+    await asyncio.gather(*flood)
+    assert len(began.order) == 20 * AT_ONCE + 1
