@@ -41,6 +41,7 @@ _DRAIN = "the controller ends the worker at its drain deadline"
 _WORKLESS = "has nothing to do until then; its stream's end or a cancel ends it"
 _LIFE = "lasts as long as what it serves"
 BOUNDED_OTHERWISE = {
+    "router/frontdoor/pace.py: await turn": "the event loop's next turns give it, eight at a time",
     "worker/peer_calls.py: await call": "made with a timeout by each of its callers",
     "worker/peer_calls.py: await answered": "_introduce: each of its calls has a timeout",
     "worker/peer_calls.py: asyncio.shield(adding)": "_add: each of its calls has a timeout",
