@@ -150,20 +150,25 @@ class Line:
         predicted, and the predicted seconds until their first token if they let the others go
         first; of each priority of the first WINDOW."""
         found: list[tuple[SequenceState, float]] = []
-        for waiting in self._waiting.values():
-            entries = [entry for _, entry in waiting[:WINDOW]]
-            if all(entry.sequence.active.request.deadline is None for entry in entries):
-                continue
+        lines = [
+            [entry for _, entry in waiting[:WINDOW]] for _, waiting in sorted(self._waiting.items())
+        ]
+        if not any(_has_deadline(entry) for entries in lines for entry in entries):
+            return found
+        for entries in lines:
             works = self._works(entries, now)
             hoped = [Work(w.due, part * w.alone_s, part * w.share_s) for w in works]
             kept = in_time(hoped, now, part * busy_s, sharing)
+            late = [i for i in range(len(works)) if i not in kept]
             ends_s = busy_s + sharing * sum(works[i].share_s for i in kept)
             found += [
-                (entry.sequence, ends_s + works[i].alone_s)
-                for i, entry in enumerate(entries)
-                if i not in kept and entry.sequence.active.request.deadline is not None
+                (entries[i].sequence, ends_s + works[i].alone_s)
+                for i in late
+                if _has_deadline(entries[i])
             ]
-            busy_s = ends_s
+            # Who is less urgent comes after the late ones too, but for those that are told now.
+            stay = [works[i].share_s for i in late if not _has_deadline(entries[i])]
+            busy_s = ends_s + sharing * sum(stay)
         return found
 
     def _choose(
@@ -210,6 +215,10 @@ def in_time(works: list[Work], now: float, busy_s: float = 0.0, sharing: float =
         if begins - share_s + work.alone_s > work.due:
             begins += heappop(kept)[0]
     return {-i for _, i in kept}
+
+
+def _has_deadline(entry: _Entry) -> bool:
+    return entry.sequence.active.request.deadline is not None
 
 
 def _place(item: tuple[Place, _Entry]) -> Place:

@@ -113,6 +113,18 @@ def test_only_those_with_a_deadline_are_told_to_be_late() -> None:
     assert waiting.line.late_ones(0.0, sharing=2.0, part=0.7) == [(one, 5.0)]
 
 
+def test_a_deadline_is_weighed_with_all_that_is_more_urgent_and_nothing_that_is_less() -> None:
+    waiting = Waiting()
+    less = waiting.add("less", 5.0, priority=1)
+    urgent = waiting.add("urgent", 1.5)
+    for each in (less, urgent):
+        each.active.request.deadline = each.due
+    assert waiting.line.late_ones(0.0) == []
+    waiting.add("in time", 9.0, seconds=3.0)  # and late ones go before it as well
+    waiting.add("late", -1.0, seconds=2.0)
+    assert waiting.line.late_ones(0.0) == [(less, 7.0)]
+
+
 def test_what_is_never_due_is_not_weighed() -> None:
     waiting = Waiting()
     for name in "ab":
