@@ -62,7 +62,9 @@ def plan(
     ] = 0,
     rate_scale: Annotated[float, Option(min=0.001, help="Multiplies the trace's rate.")] = 1.0,
     limit: Annotated[int, Option(min=0, help="Only the first rows; 0 is all.")] = 0,
-    jitter: Annotated[float, Option(min=0, help="Each request comes up to s seconds late.")] = 0.0,
+    jitter: Annotated[
+        float, Option(min=0, max=86_400, help="Each request comes up to s seconds late.")
+    ] = 0.0,
     seconds: Annotated[
         float, Option(min=1, help="With --rate: simulate so many seconds of it.")
     ] = 60.0,

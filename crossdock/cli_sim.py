@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,9 @@ def sim(
         list[float] | None, Option(help="Multiplies the trace's rate; several are tried.")
     ] = None,
     limit: Annotated[int, Option(min=0, help="Only the first rows; 0 is all.")] = 0,
-    jitter: Annotated[float, Option(min=0, help="Each request comes up to s seconds late.")] = 0.0,
+    jitter: Annotated[
+        float, Option(min=0, max=86_400, help="Each request comes up to s seconds late.")
+    ] = 0.0,
     seed: Annotated[int, Option(min=0, help="Of the dice, and of --jitter.")] = 0,
     json_file: Annotated[
         Path | None, Option("--json", help="Write the reports to this file, as a list.")
@@ -66,8 +69,8 @@ def sim(
     shown: list[dict[str, Any]] = []  # of the page
     started = time.perf_counter()
     for scale in rate_scale or [1.0]:
-        if scale <= 0:
-            raise ConfigError("--rate-scale", f"{scale:g} must be above 0")
+        if not 0 < scale < math.inf:
+            raise ConfigError("--rate-scale", f"{scale:g} must be above 0 and finite")
         options = TraceOptions(limit=limit, time_scale=1 / scale, jitter_s=jitter, seed=seed)
         replayed = load_trace(trace, options)
         for name, chosen in specs:

@@ -77,20 +77,22 @@ def load_trace(path: Path, options: TraceOptions = TraceOptions()) -> Trace:
     .csv. Raises ConfigError naming file, line and column."""
     if not path.is_file():
         raise ConfigError("trace", "no such file", str(path))
-    azure = path.suffix == ".csv"
+    azure = path.suffix.lower() == ".csv"
     read: Callable[[Any], TraceRequest | None] = _mooncake_row
     if azure:
         read = functools.partial(_azure_row, itertools.count())
     requests = []
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         rows: Iterable[Any] = csv.DictReader(lines) if azure else lines
         for number, row in enumerate(rows, 2 if azure else 1):
             try:
                 request = read(row)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise ConfigError("row", f"not a request: {error!r}", f"{path}:{number}") from None
             if request is None:
                 continue
+            if not math.isfinite(request.at_s):
+                raise ConfigError("timestamp", "must be a finite number", f"{path}:{number}")
             if request.input_tokens < 1 or request.output_tokens < 1:
                 raise ConfigError("input_length", "lengths must be 1 or more", f"{path}:{number}")
             if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
@@ -106,7 +108,7 @@ def _mooncake_row(line: str) -> TraceRequest | None:
     """None for an empty line."""
     if not line.strip():
         return None
-    row = json.loads(line)
+    row = dict(json.loads(line))
     deadline_ms = row.get("deadline_ms")
     return TraceRequest(
         at_s=float(row["timestamp"]) / 1000,

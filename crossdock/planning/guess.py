@@ -144,8 +144,11 @@ def _late_wait_s(workers: int, busy: float, mean_s: float, variation: float) -> 
 
 def _variation(rows: Sequence[TraceRequest], window_s: float) -> float:
     at = np.array([row.at_s for row in rows])
-    windows = max(1, int((at[-1] - at[0]) / window_s))
+    span_s = at[-1] - at[0]
+    windows = int(span_s / window_s)
     if windows < 2:
         return 1.0
-    counts = np.histogram(at, windows)[0]
-    return float(max(1.0, counts.var() / counts.mean()))
+    window_of = np.minimum((at - at[0]) / span_s * windows, windows - 1).astype(np.int64)
+    counts = np.unique(window_of, return_counts=True)[1]  # of those with any: the others are many
+    mean = len(rows) / windows
+    return float(max(1.0, (np.square(counts).sum() / windows - mean**2) / mean))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -308,7 +309,10 @@ def steady(
     rate: float, inputs: tuple[int, int], outputs: tuple[int, int], seconds: float, seed: int
 ) -> Trace:
     """Requests at a steady rate (Poisson), lengths uniform in inclusive ranges, that share no
-    prefix. As many as come in so many seconds, within FEWEST_REQUESTS and MOST_REQUESTS."""
+    prefix. As many as come in so many seconds, within FEWEST_REQUESTS and MOST_REQUESTS. Raises
+    InvalidRequest for a rate or seconds that are not finite."""
+    if not rate * seconds < math.inf:
+        raise InvalidRequest("rate", f"{rate:g} for {seconds:g} s", "must be finite")
     count = min(MOST_REQUESTS, max(FEWEST_REQUESTS, round(rate * seconds)))
     rng = np.random.default_rng([seed, 6])
     names = itertools.count()

@@ -50,8 +50,9 @@ class _Filter:
     def ahead(self, seconds: float) -> _Filter:
         """As it will be if nothing is observed until then."""
         t = seconds
-        # White noise on the slope: in turn_s its deviation becomes level / turn_s.
-        noise = max(self.level, 0.0) ** 2 / self.turn_s**3
+        # White noise on the slope: in turn_s its deviation becomes level / turn_s. Of next to no
+        # requests as of one in that time: else a filter that has seen none becomes deaf.
+        noise = max(self.level, 1 / self.turn_s) ** 2 / self.turn_s**3
         return replace(
             self,
             level=self.level + self.slope * t,
@@ -88,9 +89,10 @@ class Trend:
     filters: tuple[_Filter, ...] = ()
 
     def observed(self, count: int, seconds: float) -> Trend:
-        """After `count` arrivals in the last `seconds`."""
+        """After `count` arrivals in the last `seconds`. What comes after none is a new load, which
+        the slope and the certainty of the one before say nothing of."""
         rate = count / seconds
-        if not self.filters:
+        if not any(each.level for each in self.filters):
             return Trend(tuple(_fresh(rate, seconds, *kind) for kind in product(TURNS_S, CLUMPS)))
         moved = [each.ahead(seconds).observed(rate, seconds) for each in self.filters]
         scores = [
@@ -147,4 +149,5 @@ class Mean:
         """Variance over the mean's square; 0 where nothing was seen."""
         if not self.total:
             return 0.0
-        return max(0.0, self.squares * self.count / self.total**2 - 1.0)
+        # What has faded for hours is so little that its square is 0.
+        return max(0.0, self.squares / self.total * (self.count / self.total) - 1.0)

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import nlargest
-from itertools import count
+from itertools import accumulate, count
 from operator import itemgetter
 
 from crossdock.proto.steps import Yields
@@ -162,18 +163,25 @@ class Turns:
         return seconds
 
     def _shed_late(self) -> None:
-        now, part = self._clock(), self._least_part()
+        now, part, sharing = self._clock(), self._least_part(), self._sharing()
         for tenant, queue in list(self._queues.items()):
-            sharing, busy_s = self._sharing(queue), self._busy_s(self._yields(tenant, queue))
-            for sequence, seconds in queue.line.late_ones(now, busy_s, sharing, part):
+            busy_s = self._busy_s(self._yields(tenant, queue))
+            for sequence, seconds in queue.line.late_ones(now, busy_s, sharing(queue), part):
                 if sequence in self._where:  # not ended with another of its request
                     self._shed(sequence, seconds)
 
-    def _sharing(self, queue: _Queue) -> float:
-        """How many times as long it takes to compute what waits there, since others take turns:
-        until it is done each other has had as much, or all that it waits for."""
-        mine = max(1, queue.line.tokens)
-        return sum(min(1.0, each.line.tokens / mine) for each in self._queues.values())
+    def _sharing(self) -> Callable[[_Queue], float]:
+        """Says of a queue how many times as long it takes to compute what waits there, since others
+        take turns: until it is done each other has had as much, or all that it waits for."""
+        waits = sorted(each.line.tokens for each in self._queues.values())
+        sums = list(accumulate(waits, initial=0))
+
+        def times(queue: _Queue) -> float:
+            mine = max(1, queue.line.tokens)
+            less = bisect_left(waits, mine)
+            return len(waits) - less + sums[less] / mine
+
+        return times
 
     def _start(self, tenant: str) -> float:
         """Virtual time at which one that has no queue goes on."""
@@ -191,12 +199,12 @@ class Turns:
         return self._present - max(OWED_TOKENS, BURST_CHUNKS * busy.workers * busy.chunk_tokens)
 
     def _next(self) -> SequenceState | None:
-        now = self._clock()
+        now, sharing = self._clock(), self._sharing()
         for tenant, queue in sorted(self._queues.items(), key=lambda item: item[1].start):
             yields = self._yields(tenant, queue)
             if yields and not self._room(yields):
                 continue
-            sequence = queue.line.pop(now, self._busy_s(yields), self._sharing(queue))
+            sequence = queue.line.pop(now, self._busy_s(yields), sharing(queue))
             if sequence is not None:
                 sequence.yields = max(sequence.yields, yields)
                 if yields:

@@ -28,7 +28,7 @@ WEIGHT = 0.1  # of the newest measurement in a pool's running mean
 PRESUMED_FOR_S = 0.5  # what idle workers go by stays for so long
 # A sequence more costs the others of its batch this part of a step at the least, measured or not.
 LEAST_SHARE = 0.005
-INFINITE = float("inf")
+LONGEST_STEP_S = 3600.0  # nor does a token or sequence add more
 
 
 def prefill_line(load: worker_pb2.Load) -> Line | None:
@@ -46,10 +46,10 @@ def decode_line(load: worker_pb2.Load) -> Line | None:
 
 
 def _possible(base: float, slope: float, context: float) -> Line | None:
-    """One NaN would be in the mean of its pool, and in each comparison with another worker."""
-    if 0 <= base < INFINITE and 0 <= slope < INFINITE and 0 <= context < INFINITE:
-        return Line(base, slope, context)
-    return None
+    """One NaN, or what overflows, would be in the mean of its pool, and in each comparison with
+    another worker."""
+    line = Line(base, slope, context)
+    return line if all(0 <= part <= LONGEST_STEP_S for part in line) else None
 
 
 @dataclass

@@ -288,6 +288,8 @@ class WorkerView:
             of_many_attention += load.yielding_attention
             late += load.late_tokens
             late_attention += load.late_attention
+        # A report that contradicts itself must not make a wait less than none.
+        before = max(0.0, queued - of_many - late)
         attended = load.queued_attention + unseen.attention - of_many_attention - late_attention
         token_s = chunk_s / chunk_tokens + slope
         of_many_s = of_many * token_s + of_many_attention * attention_s
@@ -308,7 +310,7 @@ class WorkerView:
             facts.block_bytes,
             queued,
             sequences,
-            (queued - of_many - late) * token_s + attended * attention_s + begun_s,
+            before * token_s + max(0.0, attended) * attention_s + begun_s,
             of_many_s - begun_s if of_many else 0.0,
             late_s if of_many else late_s - begun_s,
             chunk_tokens,

@@ -194,6 +194,8 @@ def test_the_command_compares_policies_at_several_rates(tmp_path: Path) -> None:
     assert set(reports[0]) == set(SimReport.__dataclass_fields__)
     wrong = CliRunner().invoke(app, ["sim", *line, "--policy", "best"])
     assert wrong.exit_code == 1 and "best" in str(wrong.exception)
+    wrong = CliRunner().invoke(app, ["sim", *line, "--rate-scale", "nan"])
+    assert wrong.exit_code == 1 and "--rate-scale" in str(wrong.exception)
 
 
 AUTOSCALED = SPEC.replace("chunk_tokens: 512}", "chunk_tokens: 512, autoscale: {min: 1, max: 6}}")

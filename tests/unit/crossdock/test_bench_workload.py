@@ -78,10 +78,11 @@ def test_tenants_priorities_and_deadlines(tmp_path: Path) -> None:
     assert traces.load_trace(tmp_path / "again.jsonl").requests == trace.requests
 
 
-def test_azure_csv(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
+@pytest.mark.parametrize(("name", "mark"), [("t.csv", ""), ("t.CSV", "\ufeff")])
+def test_azure_csv(tmp_path: Path, name: str, mark: str) -> None:
+    path = tmp_path / name
     path.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        f"{mark}TIMESTAMP,ContextTokens,GeneratedTokens\n"
         "2023-11-16 18:17:03.9799600,40,10\n"
         "2023-11-16 18:17:04.4799600,16,8\n"
     )
@@ -96,7 +97,12 @@ def test_azure_csv(tmp_path: Path) -> None:
     [
         ("t.jsonl", '{"timestamp": 0}\n', "t.jsonl:1"),
         ("t.jsonl", "\nnot json\n", "t.jsonl:2"),
+        ("t.jsonl", "[1, 2]\n", "t.jsonl:1"),
+        ("t.jsonl", "\udcff\n", "t.jsonl:1"),
         ("t.jsonl", json.dumps(mooncake(0, 0, 1, [1])), "t.jsonl:1"),
+        ("t.jsonl", json.dumps(mooncake(0, 9, 1, [1]) | {"timestamp": math.nan}), "t.jsonl:1"),
+        ("t.jsonl", json.dumps(mooncake(0, 9, 1, [1]) | {"timestamp": math.inf}), "t.jsonl:1"),
+        ("t.jsonl", json.dumps(mooncake(0, 9, 1, [1]) | {"output_length": math.inf}), "t.jsonl:1"),
         ("t.jsonl", json.dumps(mooncake(0, 9, 1, [])), "hash_ids"),
         ("t.jsonl", json.dumps(mooncake(0, 9, 1, [1]) | {"deadline_ms": 0}), "deadline_ms"),
         ("t.jsonl", "", "no requests"),
@@ -104,7 +110,7 @@ def test_azure_csv(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_trace_names_the_line(tmp_path: Path, name: str, text: str, where: str) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError, match=where):
         traces.load_trace(tmp_path / name)
 

@@ -163,6 +163,20 @@ def test_a_pool_whose_memory_nobody_knows_is_asked_for() -> None:
     assert profile_of(base).kv_memory_mb == 109_900
 
 
+def test_clumping_is_told_of_a_load_however_rare_it_is() -> None:
+    rare = steady(1e-9, (10, 10), (10, 10), 60.0, seed=1)  # some 15,000 years of it
+    assert guess.Load.of(rare, SLO).variation == pytest.approx(1.0, abs=0.01)
+    rows = [replace(row, at_s=20.0 * (i // 10)) for i, row in enumerate(rare.requests)]
+    clumped = guess.Load.of(replace(rare, requests=tuple(rows)), SLO)
+    assert clumped.variation == pytest.approx(9.0, rel=0.02)
+
+
+def test_a_rate_without_end_is_refused() -> None:
+    for rate, seconds in ((float("inf"), 1.0), (1.0, float("inf"))):
+        with pytest.raises(InvalidRequest, match="rate"):
+            steady(rate, (1, 1), (1, 1), seconds, seed=0)
+
+
 def test_lengths_are_a_number_or_a_range() -> None:
     assert (span("isl", "7"), span("isl", "7:9")) == ((7, 7), (7, 9))
     for wrong in ("", "x", "9:7", "0"):

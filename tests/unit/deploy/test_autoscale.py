@@ -113,6 +113,32 @@ def test_nothing_is_forecast_of_nothing():
     assert trend.at(60.0).mean < 0.05
 
 
+@pytest.mark.parametrize("between", [[0], [1] + [0] * 59])  # nothing, or one in ten minutes
+def test_a_load_that_comes_after_hours_of_next_to_none_is_followed(between):
+    trend = Trend()
+    for count in [50] * 60 + between * (1440 // len(between)):
+        trend = trend.observed(count, 10.0)
+    assert trend.at(60.0).mean < 0.05
+    for _ in range(12):
+        trend = trend.observed(50, 10.0)
+    assert trend.at(0.0).mean == pytest.approx(5.0, rel=0.1)
+
+
+def test_a_load_that_comes_after_nothing_is_known_at_once():
+    trend = Trend()
+    for count in [50] * 60 + [0] * 60 + [50]:
+        trend = trend.observed(count, 10.0)
+    assert trend.at(0.0).mean == pytest.approx(5.0)
+
+
+def test_lengths_can_be_told_until_they_have_faded_to_nothing():
+    mean = Mean().observed(100, 50_000, 100 * 500.0**2, 1.0)
+    while mean.count > 1e-300:
+        mean = mean.observed(0, 0.0, 0.0, 0.5)
+        assert mean.value == pytest.approx(500)
+        assert mean.variation == pytest.approx(0.0, abs=1e-6)
+
+
 def test_lengths_fade_and_vary():
     mean = Mean().observed(2, 200, 100**2 + 100**2, 1.0)
     assert (mean.value, mean.variation) == (100.0, 0.0)

@@ -48,7 +48,7 @@ def test_one_slow_measurement_does_not_keep_work_from_an_idle_worker(rng: random
     assert {c.decode for c in chosen} == {"d0", "d1"}
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e308, -1.0])
 @pytest.mark.parametrize("field", ["prefill_base_s", "prefill_attention_s", "step_context_s"])
 def test_what_no_step_can_take_counts_as_not_measured(
     field: str, wrong: float, rng: random.Random
@@ -59,6 +59,16 @@ def test_what_no_step_can_take_counts_as_not_measured(
         report(view, name, prefill_tokens_per_s=100.0, step_base_s=0.1, **{field: wrong})
     assert None in (view.workers["p0"].prefill_line, view.workers["p0"].decode_line)
     assert 0.5 < predicted_latency(view, asked, 0.0, rng).predicted_ttft_s < 20
+
+
+@pytest.mark.parametrize("field", ["yielding_tokens", "yielding_attention", "late_tokens"])
+def test_no_wait_is_less_than_none_where_a_report_contradicts_itself(
+    field: str, rng: random.Random
+) -> None:
+    view, times = two_and_two(), {"prefill_base_s": 0.01, "prefill_attention_s": 1e-6}
+    for name in ("p0", "p1"):
+        report(view, name, prefill_tokens_per_s=1000.0, **times, **{field: 10**9})
+    assert predicted_latency(view, demand(1000), 0.0, rng).predicted_ttft_s >= 1
 
 
 def test_a_new_worker_is_presumed_as_fast_as_its_pool(rng: random.Random) -> None:
