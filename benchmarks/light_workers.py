@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from crossdock.proto.channels import listen
+from crossdock.proto.channels import STREAMS, listen
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.types import Role, WorkerEndpoint
 from crossdock.proto.v1 import inference_pb2, worker_pb2_grpc
@@ -39,7 +39,7 @@ class LightWorker(worker_pb2_grpc.WorkerServicer):
 
     async def start(self) -> WorkerEndpoint:
         """Serves from now on, under this address."""
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(options=[*STREAMS, ("grpc.so_reuseport", 0)])
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         address = listen(self._server, "127.0.0.1:0", None, "port")
         await self._server.start()

@@ -13,6 +13,9 @@ from crossdock.proto.identity import Credentials, Identity, host_name
 from crossdock.proto.settings import is_loopback
 
 Option = tuple[str, int | str]
+# Of a server of long-lived streams: room enough from the start, instead of a ping beside what comes
+# to find out how much would be.
+STREAMS: tuple[Option, ...] = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 22))
 SHUTDOWN_S = 1.0  # for a peer to take leave of TLS
 RETIRE_S = 10.0  # for calls under way on a channel that another replaces
 

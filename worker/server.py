@@ -19,7 +19,7 @@ from crossdock.kvtransfer.checksum import check_available
 from crossdock.kvtransfer.registry import Allocator, create_transport
 from crossdock.kvtransfer.ticket import new_incarnation
 from crossdock.proto import events
-from crossdock.proto.channels import listen
+from crossdock.proto.channels import STREAMS, listen
 from crossdock.proto.convert import ROLE_TO_PB
 from crossdock.proto.errors import Unavailable
 from crossdock.proto.hashing import BlockHasher, hash_key
@@ -78,6 +78,7 @@ class WorkerServer:
         self._gateways = Gateways(self)
         self._grpc = grpc.aio.server(
             options=[
+                *STREAMS,
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
                 ("grpc.keepalive_permit_without_calls", 1),

@@ -64,8 +64,8 @@ class ClientStream(asyncio.Protocol):
     __slots__ = (
         *("_block", "_block_flags", "_caller", "_connection_room", "_ended", "_first_window"),
         *("_frames", "_goaway", "_gone", "_loop", "_most", "_open", "_out", "_partial", "_path"),
-        *("_paused", "_peer_done", "_room", "_settled", "_stream_room", "_table", "_transport"),
-        *("_unsent", "_waking", "_wanted", "over"),
+        *("_paused", "_peer_done", "_room", "_settled", "_starved", "_stream_room", "_table"),
+        *("_transport", "_unsent", "_waking", "_wanted", "over"),
     )
 
     def __init__(self, path: str, caller: Caller, most: int) -> None:
@@ -90,6 +90,7 @@ class ClientStream(asyncio.Protocol):
         self._unsent = memoryview(b"")  # of the message that is being sent
         self._first_window = FIRST_WINDOW
         self._stream_room = self._connection_room = FIRST_WINDOW  # that we may send
+        self._starved = False  # of that: something may wait
         self._paused = False  # the transport is full
         self._waking: asyncio.Handle | None = None
 
@@ -207,7 +208,7 @@ class ClientStream(asyncio.Protocol):
             self.end("RESOURCE_EXHAUSTED: the peer asks on and does not read the answers")
 
     def _add_messages(self, out: list[bytes]) -> None:
-        left = TURN_BYTES
+        left, self._starved = TURN_BYTES, False
         while (room := min(self._stream_room, self._connection_room, FRAME_BYTES)) > 0:
             if left <= 0:
                 self.wake()
@@ -224,6 +225,7 @@ class ClientStream(asyncio.Protocol):
             part, self._unsent = self._unsent[:room], self._unsent[room:]
             out.append(frames.frame(Kind.DATA, 0, STREAM, bytes(part)))
             left -= self._spent(len(part))
+        self._starved = True
 
     def _spent(self, size: int) -> int:
         self._stream_room -= size
@@ -375,13 +377,15 @@ class ClientStream(asyncio.Protocol):
         self._connection_room += more
         if self._connection_room > MAX_WINDOW:
             raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "a window that is too large")
-        self.wake()
+        if self._starved:
+            self.wake()
 
     def _widen_stream(self, more: int) -> None:
         self._stream_room += more
         if self._stream_room > MAX_WINDOW:
             raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "a window that is too large")
-        self.wake()
+        if self._starved:
+            self.wake()
 
     def _priority(self, flags: int, stream_id: int, payload: bytes) -> None:
         pass  # nobody heeds it
