@@ -14,6 +14,7 @@ import typer
 from typer import Argument, Option
 
 from crossdock.bench.metrics import explain
+from crossdock.cli_files import in_folder
 from crossdock.proto.errors import InvalidRequest
 from crossdock.proto.settings import GATEWAY_ADDRESS
 from crossdock.tables import console_of, table
@@ -100,7 +101,8 @@ def bench(
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, Option("--json", help="Write the report to this file; - is stdout.")
+        Path | None,
+        Option("--json", callback=in_folder, help="Write the report to this file; - is stdout."),
     ] = None,
     requests_too: Annotated[
         bool, Option("--json-requests", help="With --json: every request's record too.")
@@ -136,8 +138,6 @@ def bench(
         config = BenchConfig(**_fields(BenchConfig, context) | own)
     except InvalidRequest as error:
         raise typer.BadParameter(str(error)) from None
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--json: {json_file.parent} is no folder")
     to_stdout = json_file is not None and str(json_file) == "-"
     report = _run(config, console_of(stderr=to_stdout))
     if json_file is not None:
@@ -252,4 +252,4 @@ def bench_trace(
         "seconds": made[-1].at_s,
         "best hit rate": trace.hit_rate,
     }
-    print(", ".join(f"{name} {value:,.3g}" for name, value in total.items()))
+    print(", ".join(f"{name} {round(value, 3):,}" for name, value in total.items()))

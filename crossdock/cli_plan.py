@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from crossdock.cli_files import in_folder
 from crossdock.tables import console_of, table
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def plan(
     ] = 60.0,
     seed: Annotated[int, Option(min=0, help="Of the dice, and of --jitter.")] = 0,
     json_file: Annotated[
-        Path | None, Option("--json", help="Write the plan to this file; - is stdout.")
+        Path | None,
+        Option("--json", callback=in_folder, help="Write the plan to this file; - is stdout."),
     ] = None,
 ) -> None:
     """Find the cheapest number of prefill and decode workers that meets the SLO.

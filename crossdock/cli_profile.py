@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
+from crossdock.cli_files import in_folder
 from crossdock.cli_gateway import Authority, Certificate
 from crossdock.proto.settings import CONTROLLER_ADDRESS, GATEWAY_ADDRESS
 from crossdock.tables import console_of, table
@@ -33,7 +34,10 @@ def profile(
     ] = CONTROLLER_ADDRESS,
     out: Annotated[
         Path | None,
-        Option(help="Write the profile to this file, as crossdock sim --profile reads it."),
+        Option(
+            callback=in_folder,
+            help="Write the profile to this file, as crossdock sim --profile reads it.",
+        ),
     ] = None,
     seconds: Annotated[
         float, Option(min=5, help="How long to measure for, about; links come on top.")
@@ -56,8 +60,6 @@ def profile(
     from crossdock.client import Tls
     from crossdock.profiling.session import profile_cluster, to_yaml
 
-    if out is not None and not out.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--out: {out.parent} is no folder")
     tls = Tls(ca, cert) if ca or cert else None
     found = asyncio.run(profile_cluster(target, address, seconds, model, tls, credential, _say))
     _show(found)

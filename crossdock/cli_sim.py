@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from crossdock.cli_files import in_folder
 from crossdock.proto.errors import ConfigError
 from crossdock.tables import console_of, table
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from crossdock.sim.report import SimReport
 
 COLUMNS = (
-    "policy", "rate", "SLO met", "goodput", "TTFT p50", "p90", "p99", "TPOT mean", "p99",
+    "policy", "requests/s", "SLO met", "goodput/s", "TTFT p50", "p90", "p99", "TPOT mean", "p99",
     "hit rate", "failed", "busy",
 )  # fmt: skip
 
@@ -48,10 +49,14 @@ def sim(
     ] = 0.0,
     seed: Annotated[int, Option(min=0, help="Of the dice, and of --jitter.")] = 0,
     json_file: Annotated[
-        Path | None, Option("--json", help="Write the reports to this file, as a list.")
+        Path | None,
+        Option("--json", callback=in_folder, help="Write the reports to this file, as a list."),
     ] = None,
     html_file: Annotated[
-        Path | None, Option("--html", help="Write a page with plots over time to this file.")
+        Path | None,
+        Option(
+            "--html", callback=in_folder, help="Write a page with plots over time to this file."
+        ),
     ] = None,
 ) -> None:
     """Replay a trace on a cluster of virtual time: its own router, schedulers and block pools."""
@@ -68,9 +73,11 @@ def sim(
     reports: list[SimReport] = []
     shown: list[dict[str, Any]] = []  # of the page
     started = time.perf_counter()
-    for scale in rate_scale or [1.0]:
+    scales = rate_scale or [1.0]
+    for scale in scales:
         if not 0 < scale < math.inf:
             raise ConfigError("--rate-scale", f"{scale:g} must be above 0 and finite")
+    for scale in scales:
         options = TraceOptions(limit=limit, time_scale=1 / scale, jitter_s=jitter, seed=seed)
         replayed = load_trace(trace, options)
         for name, chosen in specs:
@@ -82,7 +89,7 @@ def sim(
                 told = reports[-1]
                 shown.append(run_of(scale, told, _row(told), simulated, samples))
     about = f"{trace.name}: {reports[0].requests} requests"
-    title = f"{about}, {time.perf_counter() - started:.1f} s"
+    title = f"{about}, simulated in {time.perf_counter() - started:.1f} s"
     console_of().print(table(title, COLUMNS, map(_row, reports), figures=COLUMNS[1:]))
     if json_file is not None:
         listed = [each.to_json() for each in reports]
@@ -104,7 +111,7 @@ def _row(of: SimReport) -> list[str]:
         f"{of.rate:.2f}",
         f"{of.slo_attainment:.1%}",
         f"{of.goodput:.2f}",
-        *(f"{seconds:.3f}" for seconds in times),
+        *(f"{seconds:.3f} s" for seconds in times),
         *(f"{1000 * seconds:.1f} ms" for seconds in (of.tpot_mean, of.tpot_p99)),
         f"{of.hit_tokens / of.prompt_tokens:.1%}",
         str(of.failed),

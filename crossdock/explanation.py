@@ -75,8 +75,9 @@ def _show_sequence(sequence: admin_pb2.ExplainedSequence, console: Console, seve
         for what, predicted, measured in took(sequence)
         if predicted is not None or measured is not None
     ]
-    figures = ("predicted", "took")
-    console.print(table("predicted and took", ("", *figures), rows, figures))
+    if rows:
+        figures = ("predicted", "took")
+        console.print(table("predicted and took", ("", *figures), rows, figures))
 
 
 def _show_placement(placement: admin_pb2.ExplainedPlacement, console: Console) -> None:

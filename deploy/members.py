@@ -165,7 +165,7 @@ class Watched(Member):
         else:
             if self.state is State.FLIPPING:
                 self.state, self.told = State.READY, None
-                self.drain_deadline, self.ready_at = float("inf"), time.monotonic()
+                self.drain_deadline = float("inf")
         self._changed()
 
     async def stop(self) -> None:

@@ -22,6 +22,8 @@ OUTLIER, LEAST_OUTLIER = 3.0, 0.1
 LEAST_VARIATION = 0.04  # variance of sizes over their mean's square: less tells nothing apart
 QUICK = 0.7  # of what is known stays known after a step that takes so much less
 STEADY = 0.95  # of the usual deviation is of the steps before the last
+FADING = 0.99  # of the share of prompts' steps beside decodes is of the steps before the last
+RARE = 0.05  # of them: the fit of fewer is not renewed often enough to go by
 
 
 class Line(NamedTuple):
@@ -114,9 +116,12 @@ class StepTimes:
     prefill: StepFit = field(default_factory=lambda: StepFit(decay=0.99, by_size=True))
     decode: StepFit = field(default_factory=StepFit)
     beside: StepFit = field(default_factory=lambda: StepFit(decay=0.99, by_size=True))
+    _share: float = 0.0  # of the steps that computed prompts lately, those beside decodes
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step took this many seconds."""
+        if work.tokens:
+            self._share += (1 - FADING) * (bool(work.sequences) - self._share)
         if not work.sequences:
             self.prefill.observe(work.tokens, work.attention, seconds)
         elif not work.tokens:
@@ -140,8 +145,9 @@ class StepTimes:
 
     @property
     def prompts(self) -> StepFit:
-        """What a prompt takes here: beside decodes, where such steps were seen."""
-        return self.prefill if self.beside.line is UNMEASURED else self.beside
+        """What a prompt takes here: beside decodes, where such steps are no rarity."""
+        known = self.prefill.line is not UNMEASURED
+        return self.prefill if known and self._share < RARE else self.beside
 
 
 Three = tuple[float, float, float]

@@ -68,7 +68,10 @@ def pools_of(base: ClusterSpec, profile: Profile, kv_memory_mb: int = 0) -> Pool
     batches = [p.max_batch for p in base.pools.values() if p.role != Role.PREFILL]
     memory = kv_memory_mb or profile.kv_memory_mb
     if not memory:
-        raise ConfigError("kv_memory_mb", "is not in the profile: how large is a worker's KV pool?")
+        raise ConfigError(
+            "kv_memory_mb",
+            "is not in the profile: say there or by --kv-memory-mb how large a pool is",
+        )
     return Pools(
         kv_memory_mb=memory,
         prefill_chunk=chunks.get(Role.PREFILL, 8192),
@@ -220,8 +223,9 @@ class Planner:
         if size not in self._tried:
             self._tried[size] = self._simulated(size)
             outcome = self._tried[size][0]
-            known = "meets it" if outcome.meets(self.aim) else f"≤ {outcome.attained:.1%}"
-            self.progress(f"{size}: {known}")
+            missed = f"misses it, with {outcome.attained:.1%} at the most"
+            met = "meets it" if self.aim else f"attains {outcome.attained:.1%}"
+            self.progress(f"{size}: {met if outcome.meets(self.aim) else missed}")
         return self._tried[size][0]
 
     def spec(self, size: Size) -> ClusterSpec:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from crossdock.bench.traces import SyntheticOptions, Trace, TraceRequest, synthesize, write_mooncake
-from crossdock.cli import app
+from crossdock.cli import app, main
 from crossdock.deploy.spec import ClusterSpec
 from crossdock.engine.profiles import Profile
 from crossdock.proto.errors import ConfigError
@@ -196,6 +197,34 @@ def test_the_command_compares_policies_at_several_rates(tmp_path: Path) -> None:
     assert wrong.exit_code == 1 and "best" in str(wrong.exception)
     wrong = CliRunner().invoke(app, ["sim", *line, "--rate-scale", "nan"])
     assert wrong.exit_code == 1 and "--rate-scale" in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("--rate-scale", "0", "--rate-scale: 0 must be a number above 0"),
+        ("--rate-scale", "nan", "--rate-scale: nan must be a number above 0"),
+        ("--rate-scale", "inf", "--rate-scale: inf must be a number above 0"),
+        ("--json", "nowhere/out.json", "'--json': nowhere is no folder"),
+        ("--html", ".", "'--html': . is a folder"),
+    ],
+)
+def test_what_cannot_be_simulated_or_written_is_refused_before_anything_runs(
+    option: str,
+    value: str,
+    error: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    """A rate of NaN had no time at which a request could come: the clock ran for ever."""
+    monkeypatch.setattr(SimCluster, "run", lambda *_: pytest.fail("it ran"))
+    trace, cluster = tmp_path / "t.jsonl", tmp_path / "c.yaml"
+    write_mooncake(shaped(4), trace)
+    cluster.write_text(SPEC)
+    line = [str(trace), "--cluster", str(cluster), "--profile", "cpu-135m", "--rate-scale", "1"]
+    assert main(["sim", *line, option, value]) != 0
+    assert error in capsys.readouterr().err
 
 
 AUTOSCALED = SPEC.replace("chunk_tokens: 512}", "chunk_tokens: 512, autoscale: {min: 1, max: 6}}")

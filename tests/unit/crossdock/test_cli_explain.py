@@ -132,6 +132,7 @@ def test_one_that_was_refused_or_runs_is_shown_as_far_as_it_is_known(
     fake_admin(monkeypatch, explain=lambda **_: shown)
     _, out, _ = run(capsys, "explain", "abc")
     assert "Overloaded after 10.00 ms" in out and "it was not placed" in out
+    assert "took" not in out, "a table without a line says nothing"
     shown.running, shown.error = True, ""
     assert "runs for 10.00 ms" in run(capsys, "explain", "abc")[1]
     assert not [each for each in took(shown.sequences[0]) if each[1:] != (None, None)]

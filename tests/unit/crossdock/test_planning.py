@@ -149,15 +149,20 @@ def test_a_plan_meets_the_aim_and_nothing_smaller_does() -> None:
 
 
 def test_what_no_cluster_can_meet_is_told_with_the_most_that_is_attained() -> None:
-    plan = planner(rate=5.0, most=3, ttft_ms=300).plan()
+    lines: list[str] = []
+    made = planner(rate=5.0, most=3, ttft_ms=300)
+    made.progress = lines.append
+    plan = made.plan()
+    assert not any("meets it" in line for line in lines), lines
     assert plan.best is None and plan.verdict.startswith("no number of workers within the limit")
     assert plan.nearest is not None and plan.nearest.size.workers == 3
+    assert f"{plan.nearest.size}: attains {plan.nearest.outcome.attained:.1%}" in lines
     assert 0 <= plan.nearest.outcome.attained < 0.95
 
 
 def test_a_pool_whose_memory_nobody_knows_is_asked_for() -> None:
     base = ClusterSpec.load(MANIFEST)
-    with pytest.raises(ConfigError, match="kv_memory_mb"):
+    with pytest.raises(ConfigError, match=r"kv_memory_mb.*--kv-memory-mb"):
         pools_of(base, Profile())
     assert pools_of(base, Profile(), 512).kv_memory_mb == 512
     assert profile_of(base).kv_memory_mb == 109_900

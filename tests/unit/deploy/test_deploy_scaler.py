@@ -209,6 +209,8 @@ async def test_a_worker_changes_its_role_and_everyone_hears_of_it(tmp_path):
     async with running(cluster, store_of(tmp_path, ALIKE)) as controller:
         assert await controller.wait_converged(5)
         before = {process.number for process in cluster.processes}
+        watched = next(m for m in controller.members if m.name == "decode-1")
+        start_s = watched.start_s
         busy = next(p for p in cluster.processes if p.launch.name == "decode-1")
         busy.busy.set()
         await resized(controller, prefill=3, decode=1)
@@ -224,6 +226,7 @@ async def test_a_worker_changes_its_role_and_everyone_hears_of_it(tmp_path):
         assert await controller.wait_converged(5)
         assert {process.number for process in cluster.processes} == before, "nobody was started"
         assert busy.was == ["decode-1"] and busy.launch.worker.role == "prefill"
+        assert watched.name == "prefill-2" and watched.start_s == start_s, "it was not started"
         found = {m.name: m.role for m in gateway.members}
         assert found["prefill-2"] == "prefill" and "decode-1" not in found
         assert {m.name for m in busy.members} == set(found)

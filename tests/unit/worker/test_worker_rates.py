@@ -90,6 +90,19 @@ def test_chunks_beside_decodes_leave_both_fits_as_they_are() -> None:
     assert times.prompts is times.beside, "what a prompt costs those who decode here"
 
 
+def test_a_worker_that_once_computed_beside_decodes_goes_by_what_it_does_now() -> None:
+    """A prefill worker that had decoded once never measured anew: it counted as not measured, with
+    a prediction that no prompt corrected."""
+    times = StepTimes()
+    for tokens in range(100, 140):
+        times.observe(StepWork(0, 0, 1, 100), 0.02)
+        times.observe(StepWork(tokens, tokens**2, 1, 100), 0.02 + 2e-3 * tokens)
+    assert times.prompts is times.beside
+    for i in range(400):
+        times.observe(StepWork(100 + i % 40, 10_000, 0, 0), 1e-3 * (100 + i % 40))
+    assert times.prompts.line.seconds(120, 10_000) == pytest.approx(0.12, rel=0.05)
+
+
 def test_a_worker_that_never_decodes_alone_tells_both() -> None:
     times, rng = StepTimes(), random.Random(1)
     prefill, decode = Line(*PREFILL), Line(*DECODE)
