@@ -202,9 +202,9 @@ def test_the_command_compares_policies_at_several_rates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        ("--rate-scale", "0", "--rate-scale: 0 must be a number above 0"),
-        ("--rate-scale", "nan", "--rate-scale: nan must be a number above 0"),
-        ("--rate-scale", "inf", "--rate-scale: inf must be a number above 0"),
+        ("--rate-scale", "0", "--rate-scale: 0 must be above 0 and finite"),
+        ("--rate-scale", "nan", "--rate-scale: nan must be above 0 and finite"),
+        ("--rate-scale", "inf", "--rate-scale: inf must be above 0 and finite"),
         ("--json", "nowhere/out.json", "'--json': nowhere is no folder"),
         ("--html", ".", "'--html': . is a folder"),
     ],
