@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from crossdock.proto.steps import Yields
@@ -146,9 +146,9 @@ class Line:
     def late_ones(
         self, now: float, busy_s: float = 0.0, sharing: float = 1.0, part: float = 1.0
     ) -> list[tuple[SequenceState, float]]:
-        """Those with a deadline that are not in time even if all takes but a `part` of what is
-        predicted, and the predicted seconds until their first token if they let the others go
-        first; of each priority of the first WINDOW."""
+        """Those that miss their deadline even if all takes but a `part` of what is predicted, and
+        the predicted seconds until their first token if they let the others go first; of each
+        priority of the first WINDOW."""
         found: list[tuple[SequenceState, float]] = []
         lines = [
             [entry for _, entry in waiting[:WINDOW]] for _, waiting in sorted(self._waiting.items())
@@ -159,16 +159,19 @@ class Line:
             works = self._works(entries, now)
             hoped = [Work(w.due, part * w.alone_s, part * w.share_s) for w in works]
             kept = in_time(hoped, now, part * busy_s, sharing)
+            busy_s += sharing * sum(works[i].share_s for i in kept)
+            # Who is late for its due time comes after these, and may yet meet its deadline.
             late = [i for i in range(len(works)) if i not in kept]
-            ends_s = busy_s + sharing * sum(works[i].share_s for i in kept)
+            asked = [i for i in late if _has_deadline(entries[i])]
+            asked.sort(key=lambda i: _deadline(entries[i]))
+            hoped = [replace(hoped[i], due=_deadline(entries[i])) for i in asked]
+            met = {asked[at] for at in in_time(hoped, now, part * busy_s, sharing)}
+            busy_s += sharing * sum(works[i].share_s for i in met)
             found += [
-                (entries[i].sequence, ends_s + works[i].alone_s)
-                for i in late
-                if _has_deadline(entries[i])
+                (entries[i].sequence, busy_s + works[i].alone_s) for i in asked if i not in met
             ]
             # Who is less urgent comes after the late ones too, but for those that are told now.
-            stay = [works[i].share_s for i in late if not _has_deadline(entries[i])]
-            busy_s = ends_s + sharing * sum(stay)
+            busy_s += sharing * sum(works[i].share_s for i in late if i not in asked)
         return found
 
     def _choose(
@@ -219,6 +222,11 @@ def in_time(works: list[Work], now: float, busy_s: float = 0.0, sharing: float =
 
 def _has_deadline(entry: _Entry) -> bool:
     return entry.sequence.active.request.deadline is not None
+
+
+def _deadline(entry: _Entry) -> float:
+    deadline = entry.sequence.active.request.deadline
+    return INFINITE if deadline is None else deadline
 
 
 def _place(item: tuple[Place, _Entry]) -> Place:

@@ -113,6 +113,19 @@ def test_only_those_with_a_deadline_are_told_to_be_late() -> None:
     assert waiting.line.late_ones(0.0, sharing=2.0, part=0.7) == [(one, 5.0)]
 
 
+def test_those_beyond_their_aim_are_told_as_soon_as_not_all_of_them_can_meet_their_deadlines() -> (
+    None
+):
+    waiting = Waiting()
+    made = [waiting.add(str(i), 2.0) for i in range(6)]
+    for each in made:
+        each.active.request.deadline = 4.0
+    assert waiting.line.late_ones(0.0) == [(made[4], 5.0), (made[5], 5.0)]
+    for each in made[4:]:
+        waiting.line.remove(each)
+    assert waiting.line.late_ones(0.0) == []
+
+
 def test_a_deadline_is_weighed_with_all_that_is_more_urgent_and_nothing_that_is_less() -> None:
     waiting = Waiting()
     less = waiting.add("less", 5.0, priority=1)
