@@ -203,7 +203,7 @@ def _show_actions(reply: admin_pb2.ApplyResponse, waited: bool, timeout: float) 
     for action in reply.actions:
         print(action)
     if not reply.actions:
-        print("nothing to do")
+        print("nothing to start or stop")
     if waited and not reply.converged:
         why = "; ".join(reply.hopeless or reply.waiting_for)
         after = "" if reply.hopeless else f" after {timeout:g} s"

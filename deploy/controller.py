@@ -349,7 +349,8 @@ class Controller:
             del self.errors[name]
         actions = self.plan(spec)
         if changed:  # who waits for a change asks for it again and again
-            self._record(by, f"{len(actions)} actions due" if actions else "nothing to do")
+            due = f"{len(actions)} actions due" if actions else "nothing to start or stop"
+            self._record(by, due)
         self._wake.set()
         return actions
 
