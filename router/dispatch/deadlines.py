@@ -6,6 +6,7 @@ import math
 
 from crossdock.proto.errors import DeadlineExceeded, Overloaded
 from crossdock.router.dispatch.admission import LONGEST_RETRY_S
+from crossdock.router.dispatch.line import FRESH_S
 from crossdock.router.dispatch.request import Request
 from crossdock.router.dispatch.sequence import ActiveRequest, SequenceState
 from crossdock.router.placement.demand import Placement
@@ -16,6 +17,7 @@ LEAST_PART, MOST_PART = 0.3, 0.95
 NEAR = 0.5  # of the time until its deadline, from which on a prediction is learned from
 QUANTILE = 0.10  # of first tokens come in a smaller part of the time that was predicted
 STEP = 0.02  # by which one that does moves it, relative
+GUESSED_FOR_S = 2 * FRESH_S  # after nothing was known, what waits may still be weighed by guesses
 
 
 class Deadlines:
@@ -29,6 +31,7 @@ class Deadlines:
     def __init__(self, view: ClusterView) -> None:
         self._view = view
         self.part = FIRST_PART
+        self._guessed_at = -math.inf  # when something that waited was not known
 
     def check(self, request: Request, predicted_s: float, now: float) -> None:
         """Refuses what is predicted to have its first token in so many seconds, and has a deadline
@@ -50,7 +53,11 @@ class Deadlines:
 
     def check_waiting(self, sequence: SequenceState, predicted_s: float, now: float) -> None:
         """The same of one that waits."""
-        if not sequence.active.started and self._view.knows_prefill(sequence.prompt_tokens, now):
+        if sequence.active.started:
+            return
+        if not self._view.knows_prefill(sequence.prompt_tokens, now):
+            self._guessed_at = now
+        if now - self._guessed_at > GUESSED_FOR_S:
             self.check(sequence.active.request, predicted_s, now)
             if sequence.predicted is None:
                 sequence.predicted = now, predicted_s
